@@ -1,0 +1,38 @@
+"""What every command of the project shares: one kind of error for what the user can mend, and its exit status."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+USER_ERROR_STATUS = 2
+
+
+class UserError(Exception):
+    """Something the user can mend: its message says the fact, the value seen, and the fix."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause naming the known word nearest to `name` (`'; did you mean X?'`), or nothing when none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def entry_point(main: Callable[[], int | None]) -> None:
+    """Run `main` as a program: a `UserError` becomes one message on stderr and exit status 2, without a traceback.
+
+    `main` returns the exit status (None is 0).
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        # Under a launcher every rank sees the same mistake; once is enough for whoever reads it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = USER_ERROR_STATUS
+    except BrokenPipeError:  # `... | head` closed our stdout
+        sys.stderr.close()
+        status = 1
+    sys.exit(status)
