@@ -1,0 +1,75 @@
+"""Exponential moving average of weights (Polyak averaging), with warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages of every floating-point parameter and buffer of some modules, in float32 or wider.
+
+    At step t (from 1) the decay is min(decay, (1 + t) / (10 + t)), so that early averages forget the initial weights.
+    With `update_every` = k the average moves every k steps by decay**k: k times cheaper, and for the decays in use
+    indistinguishable.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float, update_every: int = 1):
+        self.decay = decay
+        self.update_every = update_every
+        self._modules = dict(modules)
+        self._live = [tensor for _, tensor in self._named_live()]
+        self._average = [tensor.detach().clone() for tensor in self._live]
+        # Frozen tensors never move: nothing to average.
+        self._moving = [i for i, t in enumerate(self._live) if t.requires_grad or not isinstance(t, nn.Parameter)]
+
+    def _named_live(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._modules.items():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if tensor.is_floating_point():
+                    yield f"{prefix}.{name}", tensor
+
+    def decay_at(self, step: int) -> float:
+        """The decay of one step; `step` counts from 1."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages towards the live weights after optimizer step `step` (from 1)."""
+        if step % self.update_every or not self._moving:
+            return
+        average = [self._average[i] for i in self._moving]
+        live = [self._live[i].detach() for i in self._moving]
+        torch._foreach_lerp_(average, live, 1 - self.decay_at(step) ** self.update_every)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The modules hold the averages inside, and their own weights again after, whatever happens."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # Values are exchanged in place: wrappers, optimizers and compiled graphs hold on to the live tensors.
+        for live, average in zip(self._live, self._average, strict=True):
+            held = live.detach().clone()
+            live.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self._named_live()]
+        return dict(zip(names, self._average, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise KeyError(f"EMA weights do not fit: {sorted(own.keys() ^ state.keys())[:5]}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
