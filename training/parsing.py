@@ -76,14 +76,19 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
 def _find_preset(preset: str) -> Path:
     path = ROOT / preset
     if not path.is_file():
-        raise UserError(f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config")
+        raise UserError(
+            f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config"
+        )
     return path
 
 
 def _parser(config_class: type, description: str | None) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        exit_on_error=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        exit_on_error=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
     parser.add_class_arguments(config_class, as_group=False)

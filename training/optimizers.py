@@ -1,0 +1,106 @@
+"""Optimizers and learning-rate schedules, counted in steps, and optimizers as flat tensors for safetensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.cli import UserError
+
+if TYPE_CHECKING:
+    from .run_config import RunConfig
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+
+
+def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learning_rate: float):
+    """The optimizer of one phase. Raises UserError when bitsandbytes is asked for and not installed."""
+    parameters = list(parameters)
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adamw_8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install 'halftone[cuda]'") from None
+        return bitsandbytes.optim.AdamW8bit(
+            parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            betas=betas,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=config.weight_decay, foreach=True)
+
+
+def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
+    """step (from 0) → factor on the learning rate: the schedules of `diffusers.optimization.get_scheduler`.
+
+    They are functions of the step, so nothing about them needs saving, and neither processes nor accumulation enter.
+    """
+    from diffusers.optimization import get_scheduler
+
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=placeholder,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    return scheduler.lr_lambdas[0]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and a JSON-able rest."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                # bitsandbytes shares its quantization maps between parameters; safetensors refuses shared memory.
+                tensors[f"{index}.{name}"] = value.detach().clone().contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Load what `flatten_optimizer` gave. Raises ValueError when it was of another model or optimizer."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *rest["scalars"].items()]:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = [dict(group) for group in rest["param_groups"]]
+    for group in groups:
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
