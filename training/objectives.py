@@ -4,8 +4,8 @@
     alpha, sigma   B, the two factors of x_t = alpha x_0 + sigma noise
     snr    B, alpha² / sigma²
 
-For DDPM schedules alpha = sqrt(ᾱ_t), sigma = sqrt(1 - ᾱ_t) (Ho et al. 2020, eq. 4). For rectified flow alpha = 1 - sigma
-(Liu et al. 2022), and the U-Net is told sigma × num_train_timesteps, as Diffusers' flow-matching schedulers do.
+For DDPM schedules alpha = sqrt(ᾱ_t), sigma = sqrt(1 - ᾱ_t) (Ho et al. 2020, eq. 4). For rectified flow
+alpha = 1 - sigma (Liu et al. 2022), and the U-Net is told sigma × num_train_timesteps, as Diffusers' flow-matching schedulers do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def per_sample(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def unit_times(uniform: Tensor, normal: Tensor, sampling: str, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Times in [0, 1), B: `uniform` as they are, or logit-normal, sigmoid(mean + std·normal) (Esser et al. 2024, eq. 19)."""
+    """Times in [0, 1), B: `uniform` as is, or logit-normal, sigmoid(mean + std·normal) (Esser et al. 2024, eq. 19)."""
     if sampling == "uniform":
         return uniform
     if sampling == "logit_normal":
@@ -41,7 +41,7 @@ def corrupt(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def prediction_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the model should answer: noise; v = alpha noise - sigma x_0 (Salimans and Ho 2022, app. D); x_0; noise - x_0."""
+    """What the model should answer: noise; v = alpha noise - sigma x_0 (Salimans and Ho 2022); x_0; noise - x_0."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":

@@ -55,8 +55,6 @@ class RunConfig:
     """Train this many epochs more from wherever the run stands, instead of the total."""
     max_train_steps: int = option(0, on_resume="free")
     """The total in steps; 0 counts epochs."""
-    steps_per_epoch: int = option(0)
-    """Cut an epoch short for cadences and summaries; 0 is samples // global batch. For very large data sets."""
 
     learning_rate: float = option(1e-4)
     """The highest rate of the schedule."""
@@ -185,7 +183,6 @@ _NOT_NEGATIVE = (
     "num_train_epochs",
     "extra_epochs",
     "max_train_steps",
-    "steps_per_epoch",
     "lr_warmup_steps",
     "max_grad_norm",
     "validation_epochs",

@@ -91,13 +91,13 @@ class Stage(ABC):
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Validation metrics, names starting with `val_`, from the sums of `validation_step`."""
-        return {name: value for name, value in sums.items()}
+        return dict(sums)
 
     def previews(self) -> Previews | None:
         """Pictures with captions, from fixed seeds, made by `pipeline()`."""
         return None
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - most stages have nothing to do here
         """Once, when training is done and before the final pipeline is made; every process calls it."""
 
     @abstractmethod

@@ -1,0 +1,119 @@
+"""metrics.csv, and the running sums from which its rows are made."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TIMING_COLUMNS = ("elapsed_seconds", "images_per_second")
+FIRST_COLUMNS = ("step", "epoch", "images_seen")
+
+
+class MetricsLog:
+    """One row per logged step; columns appear as metrics do. Rows after the step a run resumes from are cut."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        self.columns: list[str] = [*FIRST_COLUMNS]
+        if path.is_file():
+            self._cut(resume_step)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row. A new column rewrites the file (atomically), which happens a few times in a run."""
+        new = [name for name in row if name not in self.columns]
+        if new or not self.path.is_file():
+            rows = read_metrics(self.path) if self.path.is_file() else []
+            timing = [name for name in [*self.columns, *new] if name in TIMING_COLUMNS]
+            self.columns = [name for name in [*self.columns, *new] if name not in TIMING_COLUMNS] + timing
+            self._rewrite([*rows, _as_text(row)])
+            return
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(_as_text(row))
+
+    def _cut(self, resume_step: int) -> None:
+        kept = []
+        for row in read_metrics(self.path):
+            # A row torn by a crash is one that was being written after the last checkpoint.
+            if not (row.get("step") or "").isdigit() or int(row["step"]) > resume_step:
+                break
+            kept.append(row)
+        self.columns = [*kept[0]] if kept else [*FIRST_COLUMNS]
+        if kept:
+            # Columns that only rows after the cut had would differ from those of a run that was never interrupted.
+            used = {name for row in kept for name, value in row.items() if value not in ("", None)}
+            self.columns = [name for name in self.columns if name in used]
+            self._rewrite(kept)
+        else:
+            self.path.unlink()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp{os.getpid()}")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _as_text(row: Mapping[str, float]) -> dict[str, str]:
+    return {name: repr(value) if isinstance(value, float) else str(value) for name, value in row.items()}
+
+
+class RunningMeans:
+    """Means since the last reset; a plain dict of numbers, so that a checkpoint carries it exactly."""
+
+    def __init__(self, state: Mapping[str, list[float]] | None = None):
+        self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            pair = self._sums.setdefault(name, [0.0, 0])
+            pair[0] += value
+            pair[1] += 1
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items()}
+
+    def reset(self) -> None:
+        self._sums.clear()
+
+    def state(self) -> dict[str, Any]:
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+
+class EpochLoss:
+    """Mean, minimum and maximum of an epoch's finite step losses."""
+
+    def __init__(self, state: Mapping[str, float] | None = None):
+        self.total, self.count, self.low, self.high = (
+            (state["total"], int(state["count"]), state["low"], state["high"])
+            if state
+            else (0.0, 0, math.inf, -math.inf)
+        )
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.count += 1
+        self.low = min(self.low, loss)
+        self.high = max(self.high, loss)
+
+    def summary(self) -> dict[str, float]:
+        if not self.count:
+            return {}
+        return {
+            "epoch_loss_mean": self.total / self.count,
+            "epoch_loss_min": self.low,
+            "epoch_loss_max": self.high,
+        }
+
+    def state(self) -> dict[str, float]:
+        return {"total": self.total, "count": self.count, "low": self.low, "high": self.high}

@@ -1,0 +1,118 @@
+"""The folder of one run: its paths, its config, its log, and who may write to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from pipelines.cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind; the check for a second writer is skipped there
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("halftone")
+
+
+class RunFolder:
+    """runs/<name>: config.yaml metrics.csv training_curves.png run.log samples/ checkpoints/ pipeline/."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.csv"
+        self.curves_file = self.path / "training_curves.png"
+        self.log_file = self.path / "run.log"
+        self.record_file = self.path / "record.json"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.pipeline = self.path / "pipeline"
+        self._lock: IO[str] | None = None
+
+    def create(self) -> None:
+        """Make the folder and take its lock. Raises UserError when it can't be written or another process has it."""
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise UserError(
+                f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
+            ) from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is training in {self.path}; wait for it, or choose another --output_dir"
+                ) from None
+
+    def set_aside(self) -> Path | None:
+        """Move an old run out of the way; nothing is deleted. Returns where it went."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return None
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = self.path.with_name(f"{self.path.name}.old-{stamp}")
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.path.with_name(f"{self.path.name}.old-{stamp}-{number}")
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be set aside as {target} ({error.strerror}); move it by hand"
+            ) from None
+        return target
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The config the run was started with, or None."""
+        if not self.config_file.is_file():
+            return None
+        return yaml.safe_load(self.config_file.read_text())
+
+    def save_config(self, config: dict[str, Any]) -> None:
+        write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def save_record(self, record: dict[str, Any]) -> None:
+        """The figures of a run, for model cards and for people."""
+        write_atomically(self.record_file, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, meets the old one or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def start_logging(log_file: Path | None) -> None:
+    """Messages to the terminal and, on the main process, to run.log with their time; other processes only warn."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    terminal = _TerminalHandler()
+    terminal.setLevel(logging.INFO if log_file else logging.ERROR)
+    logger.addHandler(terminal)
+    if log_file:
+        to_file = logging.FileHandler(log_file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(to_file)
+
+
+class _TerminalHandler(logging.Handler):
+    """Lines that do not tear the progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        tqdm.write(prefix + record.getMessage())
