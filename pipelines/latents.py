@@ -1,0 +1,173 @@
+"""Between a VAE's own units and the latents that a diffusion model sees: the one place where latents are scaled.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent cells. `images`: B 3 H W in [-1, 1].
+`z`: B C h w in the VAE's raw units. `latents`: B C h w in scaled units, what a U-Net is trained on.
+
+All numbers come from the VAE's own config; an absent one is neutral (shift 0, scale 1):
+
+    latents = (z - latents_mean) / latents_std * scaling_factor      where the config has mean or std (SDXL's rule)
+    latents = (z - shift_factor) * scaling_factor                    elsewhere (Stable Diffusion, Flux, tiny ones)
+
+This file is shipped inside published pipelines, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def encode_latents(vae: nn.Module, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Images (B 3 H W, in [-1, 1]) to scaled latents (B C h w, float32).
+
+    Args:
+        noise: B C h w, standard normal: draws from the posterior, `mean + exp(logvar / 2) * noise`. None takes its
+            mode. A VAE without a posterior (AutoencoderTiny) has nothing to draw from and ignores it.
+    """
+    mean, logvar = posterior_moments(vae, images)
+    return latents_from_moments(vae, mean, logvar, noise)
+
+
+def posterior_moments(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance (each B C h w, float32, raw VAE units) of q(z | images); images B 3 H W in [-1, 1].
+
+    The log-variance is None for a VAE whose encoder is deterministic (AutoencoderTiny, VQModel).
+    """
+    with _running_precision(vae) as dtype:
+        encoded: Any = vae.encode(images.to(dtype))
+    if hasattr(encoded, "latent_dist"):
+        return _at_least_float32(encoded.latent_dist.mean), _at_least_float32(encoded.latent_dist.logvar)
+    for field in ("latents", "latent"):
+        if hasattr(encoded, field):
+            return _at_least_float32(getattr(encoded, field)), None
+    raise TypeError(
+        f"{type(vae).__name__}.encode gave {type(encoded).__name__}, which has no latent_dist and no latents"
+    )
+
+
+def latents_from_moments(vae: nn.Module, mean: Tensor, logvar: Tensor | None, noise: Tensor | None = None) -> Tensor:
+    """Scaled latents (B C h w) from posterior moments in raw units, as `encode_latents` makes them from images."""
+    z = _at_least_float32(mean)
+    if noise is not None and logvar is not None:
+        z = z + torch.exp(0.5 * logvar.to(z.dtype)) * noise.to(z.dtype)
+    return scale_latents(vae, z)
+
+
+def scale_latents(vae: nn.Module, z: Tensor) -> Tensor:
+    """Raw VAE units to what the diffusion model sees (B C h w; float32, or float64 for float64)."""
+    z = _at_least_float32(z)
+    shift, std, factor = _scaling(vae, z)
+    return (z - shift) / std * factor
+
+
+def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The exact inverse of `scale_latents`."""
+    latents = _at_least_float32(latents)
+    shift, std, factor = _scaling(vae, latents)
+    return latents / factor * std + shift
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Scaled latents (B C h w) to images (B 3 H W, float32, clamped to [-1, 1])."""
+    z = unscale_latents(vae, latents)
+    with _running_precision(vae) as dtype:
+        images = vae.decode(z.to(dtype)).sample
+    return images.float().clamp(-1, 1)
+
+
+def latent_channels(vae: nn.Module) -> int:
+    """C of the latents."""
+    return int(vae.config.latent_channels)
+
+
+def downsampling_factor(vae: nn.Module) -> int:
+    """Pixels per latent cell along a side, the patch of an autoencoder that works on patches included."""
+    config = vae.config
+    if getattr(vae, "spatial_compression_ratio", None):
+        return int(vae.spatial_compression_ratio)
+    for name in ("encoder_block_out_channels", "block_out_channels"):
+        if config.get(name):
+            return 2 ** (len(config[name]) - 1) * int(config.get("patch_size") or 1)
+    raise ValueError(f"{type(vae).__name__} does not tell its downsampling: no block_out_channels in its config")
+
+
+def latent_shape(vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of an image of height x width pixels.
+
+    Raises:
+        ValueError: a side that is not a positive multiple of the VAE's downsampling.
+    """
+    factor = downsampling_factor(vae)
+    for name, side in (("height", height), ("width", width)):
+        if side < factor or side % factor:
+            near = max(factor, round(side / factor) * factor)
+            raise ValueError(
+                f"{name} must be a multiple of {factor} (the VAE's downsampling) but is {side}; try {near}"
+            )
+    return latent_channels(vae), height // factor, width // factor
+
+
+def write_latent_statistics(vae: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Put measured statistics of raw latents (one number per channel) into the VAE's config, so that scaled latents
+    have mean 0 and standard deviation 1.
+
+    A class that knows `latents_mean` and `latents_std` gets both, and `scaling_factor` 1, because SDXL's rule
+    multiplies by that as well. One that does not (AutoencoderTiny) gets a scaling factor alone, 1 / the root mean
+    square of std: stock pipelines honour nothing else there.
+    """
+    known = inspect.signature(type(vae).__init__).parameters
+    if "latents_mean" in known and "latents_std" in known:
+        numbers: dict[str, Any] = {
+            "latents_mean": [float(m) for m in mean],
+            "latents_std": [float(s) for s in std],
+            "scaling_factor": 1.0,
+        }
+    else:
+        numbers = {"scaling_factor": float(torch.tensor(list(std), dtype=torch.float64).square().mean().rsqrt())}
+    # A key listed as "left at its default" is dropped by `from_config(vae.config)`, which would undo what we write.
+    defaults = [name for name in vae.config.get("_use_default_values", []) if name not in numbers]
+    vae.register_to_config(**numbers, _use_default_values=defaults)
+
+
+def _scaling(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(shift, std, factor), each broadcastable against B C h w, in the dtype and on the device of `like`."""
+    config = vae.config
+
+    def number(name: str, neutral: float) -> Tensor:
+        value = config.get(name)
+        value = torch.as_tensor(neutral if value is None else value, dtype=like.dtype, device=like.device)
+        if value.ndim == 1 and value.numel() != like.shape[1]:
+            raise ValueError(f"the VAE's config has {value.numel()} {name}, but latents have {like.shape[1]} channels")
+        return value.reshape(1, -1, 1, 1)
+
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        return number("latents_mean", 0.0), number("latents_std", 1.0), number("scaling_factor", 1.0)
+    return number("shift_factor", 0.0), number("neutral", 1.0), number("scaling_factor", 1.0)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@contextlib.contextmanager
+def _running_precision(vae: nn.Module) -> Iterator[torch.dtype]:
+    """The dtype the VAE runs in; with `force_upcast` float32, autocast off, and its own dtype given back after."""
+    parameter = next(vae.parameters())
+    dtype = parameter.dtype
+    if not vae.config.get("force_upcast"):
+        yield dtype
+        return
+    upcast = dtype in (torch.float16, torch.bfloat16)
+    if upcast:
+        vae.to(dtype=torch.float32)
+    try:
+        with torch.autocast(device_type=parameter.device.type, enabled=False):
+            yield torch.float32 if upcast else dtype
+    finally:
+        if upcast:
+            vae.to(dtype=dtype)

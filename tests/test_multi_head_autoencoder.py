@@ -1,0 +1,138 @@
+"""The patch autoencoder: round trips, shapes, equality with the stock class, tiling, gradient checkpointing.
+
+Shapes: B batch, H W pixels, h w latent cells, p patch side.
+"""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from pipelines.latents import decode_latents, downsampling_factor, encode_latents, latent_shape
+from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+
+TWO_LEVELS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 5,
+    "mid_block_add_attention": False,
+}
+
+
+def tiny(**overrides) -> MultiHeadAutoencoderKL:
+    torch.manual_seed(0)
+    return MultiHeadAutoencoderKL(**{**TWO_LEVELS, "patch_size": 4, "sample_size": 32, **overrides}).eval()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_shapes_and_downsampling_count_the_patch(patch_size):
+    vae = tiny(patch_size=patch_size)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = encode_latents(vae, images)
+    assert downsampling_factor(vae) == 2 * patch_size
+    assert tuple(latents.shape[1:]) == latent_shape(vae, 32, 48) == (5, 32 // (2 * patch_size), 48 // (2 * patch_size))
+    assert decode_latents(vae, latents).shape == images.shape
+
+
+def test_config_keeps_image_channels_and_everything_round_trips(tmp_path):
+    vae = tiny()
+    assert (vae.config.in_channels, vae.config.out_channels, vae.config.patch_size) == (3, 3, 4)
+    again = MultiHeadAutoencoderKL.from_config(vae.config)
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in vae.named_parameters()}
+    vae.save_pretrained(tmp_path)
+    loaded = MultiHeadAutoencoderKL.from_pretrained(tmp_path)
+    assert (loaded.config.in_channels, loaded.config.out_channels, loaded.config.patch_size) == (3, 3, 4)
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded(images).sample, vae(images).sample)
+
+
+def test_a_patch_is_seen_at_its_own_place():
+    """Moving the picture by one patch moves the patch encoder's input by one cell: channels are pixels of one patch."""
+    vae = tiny()
+    images = torch.zeros(1, 3, 32, 32)
+    images[:, :, 8:12, 4:8] = 1.0
+    unshuffled = vae.encoder.conv_in[0](images)
+    assert unshuffled.shape == (1, 48, 8, 8)
+    assert unshuffled[0, :, 2, 1].eq(1).all()
+    assert unshuffled.sum() == 48
+
+
+def test_without_patches_it_is_the_stock_architecture_with_the_same_weights():
+    vae = tiny(patch_size=1, latents_mean=[0.1] * 5, latents_std=[2.0] * 5)
+    stock = vae.autoencoder()
+    assert type(stock) is AutoencoderKL
+    assert stock.config.latents_mean == [0.1] * 5
+    assert stock.config.scaling_factor == 1.0
+    assert not any(p.is_meta for p in stock.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), vae.state_dict().values(), strict=True))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(stock(images).sample, vae(images).sample)
+
+
+def test_the_stock_copy_loads_as_stock(tmp_path):
+    vae = tiny(patch_size=1)
+    vae.autoencoder().save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(AutoencoderKL.from_pretrained(tmp_path)(images).sample, vae(images).sample)
+
+
+def test_with_patches_the_autoencoder_is_the_model_itself():
+    vae = tiny()
+    assert vae.autoencoder() is vae
+
+
+def test_slicing_changes_nothing():
+    vae = tiny()
+    images = torch.rand(3, 3, 32, 32)
+    whole = vae(images).sample
+    vae.enable_slicing()
+    assert torch.allclose(vae(images).sample, whole, atol=1e-5)
+
+
+def test_tiling_keeps_shapes_and_stays_near_the_untiled_picture():
+    vae = tiny(sample_size=32)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (32, 4)
+    images = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(96, 64), mode="bilinear") * 2 - 1
+    whole = vae.encode(images).latent_dist.mean
+    vae.enable_tiling()
+    tiled = vae.encode(images).latent_dist.mean
+    assert tiled.shape == whole.shape == (1, 5, 12, 8)
+    assert not torch.equal(tiled, whole), "no tile was cut: the sizes are wrong"
+    # Inside the first tile, away from its borders, nothing but group statistics differ.
+    assert (tiled - whole).abs().mean() < whole.std()
+    assert vae.decode(tiled).sample.shape == images.shape
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    images = torch.rand(2, 3, 32, 32)
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        vae = tiny().train()
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae(images).sample.square().mean().backward()
+        return [p.grad for p in vae.parameters()]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(g is not None for g in plain), "a parameter gets no gradient"
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_it_learns_to_reconstruct():
+    vae = tiny(block_out_channels=(16, 16)).train()
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4), size=(32, 32)) * 2 - 1
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(60):
+        loss = (vae(images).sample - images).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_a_patch_size_of_zero_is_refused():
+    with pytest.raises(ValueError, match="`patch_size` must be at least 1, but is 0"):
+        tiny(patch_size=0)
