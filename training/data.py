@@ -1,0 +1,287 @@
+"""Training data: a split as a map-style dataset of tensors.
+
+B batch, R resolution. Rows are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipelines.cli import UserError
+from training.data_source import (
+    DataConfig,
+    load_all_splits,
+    load_split,
+    require_column,
+    row_id,
+    transform_fingerprint,
+    undecoded_images,
+    validate_data_config,
+)
+from training.sampler import SampleKey
+from training.transforms import (
+    BrokenImage,
+    apply_geometry,
+    crop_geometry,
+    load_rgb,
+    pick_caption,
+    to_tensor,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "BadSample",
+    "DataConfig",
+    "ImageDataset",
+    "LabelMap",
+    "caption_problem",
+    "collate_items",
+    "load_all_splits",
+    "load_split",
+    "row_id",
+    "transform_fingerprint",
+    "validate_data_config",
+]
+
+logger = logging.getLogger(__name__)
+
+# More class ids than this times the number of classes seen: the column holds ids of something else.
+_SPARSE_LABELS = 100
+
+
+class BadSample(Exception):
+    """A row that cannot be trained on: which column, and why."""
+
+    def __init__(self, column: str, reason: str):
+        super().__init__(reason)
+        self.column = column
+
+
+class LabelMap:
+    """From what the label column holds (class names or numbers) to ids from 0, and back to names."""
+
+    def __init__(self, names: Sequence[str], numeric: bool):
+        self.names = list(names)
+        self._ids = None if numeric else {name: i for i, name in enumerate(self.names)}
+
+    @classmethod
+    def of(cls, dataset: Dataset, column: str) -> LabelMap:
+        """Read the classes from the column's type, or from its distinct values (sorted) where the type has no names.
+
+        Raises:
+            UserError: no such column, or values that are not classes.
+        """
+        require_column(dataset, column, "label_column")
+        feature: Any = dataset.features[column]
+        if getattr(feature, "names", None):
+            return cls(feature.names, numeric=True)
+        kind = getattr(feature, "dtype", str(feature))
+        if kind not in ("string", "large_string", "bool") and "int" not in kind:
+            raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --label_column")
+        values = [value for value in _distinct(dataset, column) if value is not None and value != ""]
+        if kind in ("string", "large_string"):
+            return cls(sorted(values), numeric=False)
+        largest = max((int(value) for value in values), default=-1)
+        if largest + 1 > _SPARSE_LABELS * max(1, len(values)):
+            raise UserError(
+                f"column '{column}' has {len(values)} distinct numbers up to {largest}, which are no class ids; "
+                "number the classes from 0, or store their names, or choose another column with --label_column"
+            )
+        return cls([str(i) for i in range(largest + 1)], numeric=True)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id_of(self, value: Any) -> int | None:
+        """The id of a stored value; None when it is no known class."""
+        if value is None:
+            return None
+        if self._ids is not None:
+            return self._ids.get(value)
+        return int(value) if 0 <= int(value) < len(self.names) else None
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Rows of a split as `{"pixel_values", "caption", "label", "index"}`.
+
+    `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str and `label` an int, each only if asked for; `index` the
+    row that was used. Crop, flip and the choice among several captions are functions of `SampleKey.key` alone.
+
+    Args:
+        dataset: from `load_split`.
+        captions, labels: whether items have them; their columns must then exist.
+        label_map: the training split's, for a validation split; None reads the classes from `dataset`.
+        augment: False for validation: the middle crop and no flip, whatever the config says.
+
+    Raises:
+        UserError: a missing column, at once; a bad row, when it is read and `on_bad_sample` is "error".
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        captions: bool = True,
+        labels: bool = False,
+        label_map: LabelMap | None = None,
+        augment: bool = True,
+    ):
+        self.config = config
+        self.captions = captions
+        self.center_crop = config.center_crop or not augment
+        self.random_flip = config.random_flip and augment
+        columns = [config.image_column]
+        require_column(dataset, config.image_column, "image_column")
+        if captions:
+            require_column(dataset, config.caption_column, "caption_column")
+            columns.append(config.caption_column)
+        self.label_map = None
+        if labels:
+            self.label_map = label_map or LabelMap.of(dataset, config.label_column)
+            require_column(dataset, config.label_column, "label_column")
+            columns.append(config.label_column)
+        self.dataset = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
+        # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
+        self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty without labels."""
+        return dict(enumerate(self.label_map.names)) if self.label_map else {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+        columns = self.dataset[[key.index for key in keys]]
+        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(keys)))
+        return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: pixel_values B 3 R R, label and index int64 B, caption a list of B texts."""
+        return collate_items(items)
+
+    def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
+        """The sample made from a stored row.
+
+        Raises:
+            BadSample: the row cannot be used.
+        """
+        item: dict[str, Any] = {}
+        if self.captions:
+            item["caption"] = pick_caption(self.caption_of(row), key.key)
+        if self.label_map is not None:
+            item["label"] = self.label_of(row)
+        item["pixel_values"] = to_tensor(self.crop(row, key.key))
+        item["index"] = key.index
+        return item
+
+    def crop(self, row: dict[str, Any], key: int):
+        """The row's picture, cut to R × R pixels (RGB).
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        try:
+            image = load_rgb(row[self.config.image_column])
+        except BrokenImage as error:
+            raise BadSample(self.config.image_column, str(error)) from error
+        geometry = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
+        return apply_geometry(image, geometry, self.config.resolution, self.config.image_interpolation_mode)
+
+    def caption_of(self, row: dict[str, Any]) -> str | list[str]:
+        """The row's caption or captions.
+
+        Raises:
+            BadSample: it is empty, or no text.
+        """
+        captions = row[self.config.caption_column]
+        problem = caption_problem(captions)
+        if problem:
+            raise BadSample(self.config.caption_column, problem)
+        return captions
+
+    def label_of(self, row: dict[str, Any]) -> int:
+        """The row's class id.
+
+        Raises:
+            BadSample: it is no known class.
+        """
+        value = row[self.config.label_column]
+        label = self.label_map.id_of(value) if self.label_map else None
+        if label is None:
+            classes = f"0 to {len(self.label_map or ()) - 1}"
+            raise BadSample(
+                self.config.label_column,
+                f"label {value!r} is none of the {len(self.label_map or ())} classes ({classes})",
+            )
+        return label
+
+    def where(self, index: int) -> str:
+        """The row in words: its number in the stored split, and its file where it has one."""
+        source = self.dataset[index][self.config.image_column]
+        path = source.get("path") if isinstance(source, dict) else None
+        return f"row {row_id(self.dataset, index)}" + (f" ({path})" if path else "")
+
+    def _item_or_replacement(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
+        """The row's item, or under `on_bad_sample skip` that of the next good row: a function of the index alone."""
+        index = key.index
+        for _ in range(len(self)):
+            if not self._bad[index]:
+                try:
+                    return self.item(row, SampleKey(index, key.key))
+                except BadSample as bad:
+                    self._report(index, bad)
+            index = (index + 1) % len(self)
+            row = self.dataset[index]
+        raise UserError(
+            f"none of the {len(self)} rows can be used; data_scripts/check_dataset.py lists what is wrong with them"
+        )
+
+    def _report(self, index: int, bad: BadSample) -> None:
+        message = f"{self.where(index)}, column '{bad.column}': {bad}"
+        if self.config.on_bad_sample == "error":
+            raise UserError(
+                f"{message}; mend or remove it (data_scripts/check_dataset.py lists all such rows), "
+                "or train without it: --on_bad_sample skip"
+            ) from bad
+        self._bad[index] = 1
+        logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))
+
+
+def _distinct(dataset: Dataset, column: str) -> list[Any]:
+    # `unique` copies a selection of rows with all its columns: let there be one.
+    return dataset.select_columns([column]).unique(column)
+
+
+def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors stacked, numbers as int64 tensors, everything else as lists."""
+    batch: dict[str, Any] = {}
+    for name, first in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.tensor(values) if isinstance(first, int) else values
+    return batch
+
+
+def caption_problem(captions: Any) -> str | None:
+    """Why these captions cannot be trained on, or None."""
+    texts = captions if isinstance(captions, list) else [captions]
+    if not texts or any(text is None for text in texts):
+        return "the caption is missing"
+    if not all(isinstance(text, str) for text in texts):
+        return f"the caption is a {type(texts[0]).__name__}, not a text"
+    return None if all(text.strip() for text in texts) else "the caption is empty"
