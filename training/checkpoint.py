@@ -26,7 +26,9 @@ from pipelines.cli import UserError
 logger = logging.getLogger("halftone")
 
 MANIFEST = "manifest.json"
-TEMPORARY_PREFIX = ".writing-"
+WRITING = ".writing-"
+REPLACED = ".replaced-"
+DELETING = ".deleting-"
 
 
 class DamagedCheckpoint(Exception):
@@ -39,8 +41,8 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
     A folder of the same step is replaced only once the new one is whole.
     """
     final = checkpoints / f"step-{step:08d}"
-    temporary = checkpoints / f"{TEMPORARY_PREFIX}{final.name}"
-    remove_leftovers(checkpoints)
+    temporary = checkpoints / f"{WRITING}{final.name}"
+    clear_leftovers(checkpoints)
     temporary.mkdir()
     try:
         write_files(temporary)
@@ -49,10 +51,10 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():
-        doomed = checkpoints / f"{TEMPORARY_PREFIX}old-{final.name}"
-        final.rename(doomed)
+        replaced = checkpoints / f"{REPLACED}{final.name}"
+        final.rename(replaced)
         temporary.rename(final)
-        shutil.rmtree(doomed)
+        shutil.rmtree(replaced)
     else:
         temporary.rename(final)
     _fsync_folder(checkpoints)
@@ -60,10 +62,15 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
     return final
 
 
-def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed process was writing."""
-    for leftover in checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def clear_leftovers(checkpoints: Path) -> None:
+    """Tidy up after a killed process: delete what it was writing or deleting, restore what it was replacing."""
+    for replaced in checkpoints.glob(f"{REPLACED}*"):
+        original = checkpoints / replaced.name.removeprefix(REPLACED)
+        if not original.exists():
+            replaced.rename(original)
+    for prefix in (WRITING, REPLACED, DELETING):
+        for leftover in checkpoints.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def link(checkpoints: Path, name: str, target: Path) -> None:
@@ -80,7 +87,7 @@ def prune(checkpoints: Path, keep: int) -> None:
     for folder in list(_by_step(checkpoints))[keep:]:
         if folder.resolve() != best:
             # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a real name.
-            doomed = checkpoints / f"{TEMPORARY_PREFIX}old-{folder.name}"
+            doomed = checkpoints / f"{DELETING}{folder.name}"
             folder.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -109,6 +116,7 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     Raises:
         UserError: `best` or a path that is missing or damaged, or checkpoints that are all damaged.
     """
+    clear_leftovers(checkpoints)
     if wanted == "latest":
         return _newest_whole(checkpoints)
     folder = checkpoints / "best" if wanted == "best" else Path(wanted)

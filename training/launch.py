@@ -1,0 +1,117 @@
+"""Processes, devices, threads and precision: what must be settled before a model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import yaml
+
+from pipelines.cli import UserError
+
+from .run_config import RunConfig
+from .signals import launcher_command
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+# Previews and exports keep one process busy while the others wait for it.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """The Accelerator of this run, on the device and topology that the launcher gave.
+
+    Raises:
+        UserError: fp16 on a CPU, or a launcher that was asked for several processes and started one.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not _has_accelerator_device():
+        raise UserError(
+            "--mixed_precision fp16 needs a GPU, and this run is on a CPU; take bf16 or no "
+            "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
+            # Buffers are not broadcast: nothing here keeps running statistics that could differ between ranks.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    _check_world_size(accelerator.num_processes)
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(config.cpu_threads or _cores_per_process())
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run `action` on the main process; its result, or its UserError, reaches every process.
+
+    Other exceptions end the main process, and the launcher the rest.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _has_accelerator_device() -> bool:
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
+        return False
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _cores_per_process() -> int:
+    """This machine's usable cores shared out; `accelerate launch` would leave us with one thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _check_world_size(came: int) -> None:
+    """`accelerate launch --cpu --num_processes 2` and MULTI_CPU configs silently start one process."""
+    asked = _asked_processes(launcher_command())
+    if asked is not None and asked != came:
+        raise UserError(
+            f"the launcher was asked for {asked} processes and started {came}; "
+            f"on CPUs use: torchrun --nproc-per-node {asked} training/train_X.py …"
+        )
+
+
+def _asked_processes(command: list[str]) -> int | None:
+    if not any("accelerate" in word for word in command[:6]):
+        return None  # torchrun starts what it is asked for
+    for position, word in enumerate(command):
+        if word.startswith(("--num_processes=", "--num-processes=")):
+            return _as_int(word.split("=", 1)[1])
+        if word in ("--num_processes", "--num-processes") and position + 1 < len(command):
+            return _as_int(command[position + 1])
+    if "--config_file" in command[:-1]:
+        path = Path(command[command.index("--config_file") + 1])
+        if path.is_file():
+            return _as_int((yaml.safe_load(path.read_text()) or {}).get("num_processes"))
+    return None
+
+
+def _as_int(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
