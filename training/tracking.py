@@ -54,7 +54,7 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
             raise UserError(
                 f"--report_to {name}: no such tracker{nearest(name, KNOWN_TRACKERS)} (known: {known}, none)"
             )
-        if not importlib.util.find_spec(name):
+        if not _is_installed(name):
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
 
@@ -204,8 +204,9 @@ class _WandB(_Backend):
             "dir": str(run_dir),
             "config": plain(config),
         }
-        # silent: W&B's own banner is ten lines a run; init_timeout: by default a dead network costs 90 s here.
-        settings = {"silent": True, "init_timeout": 30}
+        # silent: W&B's own banner is ten lines a run. init_timeout: by default a dead network costs 90 s here.
+        timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
+        settings = {"silent": True, "init_timeout": timeout}
         reason = "no W&B key and no login were found" if mode == "offline" and "WANDB_MODE" not in os.environ else ""
         try:
             self._tracker = WandBTracker(project, mode=mode, settings=wandb.Settings(**settings), **init)
@@ -225,9 +226,10 @@ class _WandB(_Backend):
 
     def _announce(self, reason: str) -> None:
         if self._run.settings.mode == "offline":
-            folder = Path(self._run.dir).parent  # ....../offline-run-<time>-<id>/files
-            because = f"{reason}: it " if reason else "W&B "
-            self._notify(f"{because}records offline; to upload the run later: wandb sync {_short(folder)}")
+            # Each resumption is one more folder of the same id; `wandb sync` joins them in order of their time.
+            folders = Path(self._run.dir).parent.parent / f"offline-run-*-{self.run_id}"
+            note = f"{reason}: recording offline" if reason else "W&B records offline"
+            self._notify(f"{note}; to upload the run later: wandb sync {_short(folders)}")
         elif self._run.url:
             self._notify(f"W&B: {self._run.url}")
 
@@ -323,7 +325,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):  # a NumPy scalar
+    if _is_scalar_array(value):
         return plain(value.item())
     return str(value)
 
@@ -376,9 +378,14 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numeric entries of `values` (0-d tensors and NumPy scalars too) as Python floats."""
     numbers = {}
     for key, value in values.items():
-        if isinstance(value, (bool, int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0):
+        if isinstance(value, (bool, int, float)) or _is_scalar_array(value):
             numbers[key] = float(value)
     return numbers
+
+
+def _is_scalar_array(value: Any) -> bool:
+    """A NumPy scalar or a 0-d tensor, told without importing either library."""
+    return hasattr(value, "item") and getattr(value, "ndim", None) == 0
 
 
 def _with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> list[tuple[Image.Image, str | None]]:
