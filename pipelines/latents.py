@@ -38,7 +38,7 @@ def posterior_moments(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
 
     The log-variance is None for a VAE whose encoder is deterministic (AutoencoderTiny, VQModel).
     """
-    with _running_precision(vae) as dtype:
+    with _running_precision(vae, images.device) as dtype:
         encoded: Any = vae.encode(images.to(dtype))
     if hasattr(encoded, "latent_dist"):
         return _at_least_float32(encoded.latent_dist.mean), _at_least_float32(encoded.latent_dist.logvar)
@@ -75,7 +75,7 @@ def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Scaled latents (B C h w) to images (B 3 H W, float32, clamped to [-1, 1])."""
     z = unscale_latents(vae, latents)
-    with _running_precision(vae) as dtype:
+    with _running_precision(vae, z.device) as dtype:
         images = vae.decode(z.to(dtype)).sample
     return images.float().clamp(-1, 1)
 
@@ -107,7 +107,7 @@ def latent_shape(vae: nn.Module, height: int, width: int) -> tuple[int, int, int
         if side < factor or side % factor:
             near = max(factor, round(side / factor) * factor)
             raise ValueError(
-                f"{name} must be a multiple of {factor} (the VAE's downsampling) but is {side}; try {near}"
+                f"`{name}` must be a multiple of {factor} (the VAE's downsampling) but is {side}; try {near}"
             )
     return latent_channels(vae), height // factor, width // factor
 
@@ -155,10 +155,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _running_precision(vae: nn.Module) -> Iterator[torch.dtype]:
+def _running_precision(vae: nn.Module, device: torch.device) -> Iterator[torch.dtype]:
     """The dtype the VAE runs in; with `force_upcast` float32, autocast off, and its own dtype given back after."""
-    parameter = next(vae.parameters())
-    dtype = parameter.dtype
+    dtype = next(vae.parameters()).dtype
     if not vae.config.get("force_upcast"):
         yield dtype
         return
@@ -166,7 +165,7 @@ def _running_precision(vae: nn.Module) -> Iterator[torch.dtype]:
     if upcast:
         vae.to(dtype=torch.float32)
     try:
-        with torch.autocast(device_type=parameter.device.type, enabled=False):
+        with torch.autocast(device_type=device.type, enabled=False):
             yield torch.float32 if upcast else dtype
     finally:
         if upcast:

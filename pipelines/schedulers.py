@@ -1,0 +1,203 @@
+"""Which samplers suit which model, and how to build them: prediction type, noise schedule and clipping carried over.
+
+Three things go wrong silently when one Diffusers scheduler is made from another's config, and are prevented here:
+- DDIM and its kin know no flow matching; `DDIMScheduler.from_config(flow_config)` becomes an epsilon sampler;
+- `from_config` drops numbers that the first scheduler had by default, and defaults differ (Heun starts its betas at
+  0.00085, DDPM at 0.0001; DDPM and DDIM clip to [-1, 1], which latents exceed);
+- Heun, LMS, PNDM and DEIS ignore `rescale_betas_zero_snr`.
+
+This file is shipped inside published pipelines, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPSILON, SAMPLE, V_PREDICTION, FLOW = "epsilon", "sample", "v_prediction", "flow_prediction"
+PREDICTION_TYPES = (EPSILON, V_PREDICTION, SAMPLE, FLOW)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampler: the class that samples diffusion models (`diffusion`), the one for flow matching (`flow`)."""
+
+    diffusion: str
+    prediction_types: tuple[str, ...] = (EPSILON, V_PREDICTION, SAMPLE)
+    flow: str = ""
+    zero_snr: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def suits(self, prediction_type: str, zero_snr: bool) -> bool:
+        if prediction_type == FLOW:
+            return bool(self.flow)
+        return prediction_type in self.prediction_types and (self.zero_snr or not zero_snr)
+
+
+SAMPLERS = {
+    "ddim": Sampler("DDIMScheduler"),
+    "ddpm": Sampler("DDPMScheduler"),
+    "dpm": Sampler("DPMSolverMultistepScheduler", flow="DPMSolverMultistepScheduler"),
+    "dpm_sde": Sampler(
+        "DPMSolverMultistepScheduler",
+        flow="DPMSolverMultistepScheduler",
+        options={"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "euler": Sampler("EulerDiscreteScheduler", flow="FlowMatchEulerDiscreteScheduler"),
+    "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler", (EPSILON, V_PREDICTION)),
+    "unipc": Sampler("UniPCMultistepScheduler", flow="UniPCMultistepScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler", (EPSILON, V_PREDICTION), "FlowMatchHeunDiscreteScheduler", zero_snr=False),
+    "lms": Sampler("LMSDiscreteScheduler", (EPSILON, V_PREDICTION), zero_snr=False),
+    "pndm": Sampler("PNDMScheduler", (EPSILON, V_PREDICTION), zero_snr=False),
+    "deis": Sampler("DEISMultistepScheduler", flow="DEISMultistepScheduler", zero_snr=False),
+}
+
+# What must be the same in training and sampling, or the model meets noise levels under another timestep's name.
+NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+def training_scheduler(
+    prediction_type: str,
+    *,
+    beta_schedule: str = "scaled_linear",
+    rescale_betas_zero_snr: bool = False,
+    num_train_timesteps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    shift: float = 1.0,
+) -> Any:
+    """The scheduler that a model is trained with and that its pipeline carries.
+
+    DDPMScheduler for epsilon, v_prediction and sample; FlowMatchEulerDiscreteScheduler for flow_prediction, which uses
+    only `num_train_timesteps` and `shift`. Sampling visits the last timestep ("trailing": Lin et al. 2024, "Common
+    diffusion noise schedules and sample steps are flawed", section 3.3) and clips nothing, latents being unbounded.
+
+    Raises:
+        ValueError: an unknown prediction type; zero terminal SNR with epsilon, which says nothing about a picture that
+            is all noise (ibid., section 3.1), or with flow matching, which has it by construction.
+    """
+    import diffusers
+
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, but is '{prediction_type}'")
+    if rescale_betas_zero_snr and prediction_type in (EPSILON, FLOW):
+        raise ValueError(
+            f"`rescale_betas_zero_snr` does not go with `prediction_type` '{prediction_type}'; "
+            f"use {V_PREDICTION} or {SAMPLE}"
+        )
+    if prediction_type == FLOW:
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=shift)
+    return diffusers.DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What a model must predict for `scheduler` to sample it (flow-match classes do not say so in their config)."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return FLOW
+    return str(scheduler.config.get("prediction_type", EPSILON))
+
+
+def noise_schedule_of(scheduler: Any) -> Tensor | None:
+    """Cumulative alphas (one per training timestep), or None for flow matching, which has but one schedule."""
+    if prediction_type_of(scheduler) == FLOW:
+        return None
+    return getattr(scheduler, "alphas_cumprod", None)
+
+
+def suitable_samplers(prediction_type: str, zero_snr: bool = False) -> list[str]:
+    """Names for `make_scheduler` that suit a model of this prediction type (and zero terminal SNR)."""
+    return [name for name, sampler in SAMPLERS.items() if sampler.suits(prediction_type, zero_snr)]
+
+
+def make_scheduler(name: str, scheduler: Any) -> Any:
+    """The sampler `name` (a key of SAMPLERS, or `flow_euler`, `flow_heun`) for the model that `scheduler` belongs to.
+
+    Args:
+        scheduler: the pipeline's own, whose noise schedule and prediction type are carried over.
+
+    Raises:
+        ValueError: an unknown name, or a sampler that does not suit the model.
+    """
+    import diffusers
+
+    prediction_type, zero_snr = prediction_type_of(scheduler), bool(scheduler.config.get("rescale_betas_zero_snr"))
+    suitable = ", ".join(suitable_samplers(prediction_type, zero_snr))
+    plain_name = name.removeprefix("flow_") if prediction_type == FLOW else name
+    if plain_name not in SAMPLERS:
+        raise ValueError(f"there is no scheduler '{name}'; for this model's {prediction_type}, use one of {suitable}")
+    sampler = SAMPLERS[plain_name]
+    if not sampler.suits(prediction_type, zero_snr):
+        model = f"{prediction_type} with zero terminal SNR" if zero_snr else prediction_type
+        raise ValueError(f"scheduler '{name}' does not suit this model, which is {model}; use one of {suitable}")
+    if prediction_type == FLOW:
+        return _flow_scheduler(getattr(diffusers, sampler.flow), scheduler.config, sampler.options)
+    return _diffusion_scheduler(getattr(diffusers, sampler.diffusion), scheduler.config, sampler.options)
+
+
+def check_scheduler(scheduler: Any, prediction_type: str, noise_schedule: Tensor | None = None) -> None:
+    """Raise unless `scheduler` samples models of `prediction_type` on the noise schedule they were trained with.
+
+    Args:
+        noise_schedule: cumulative alphas at training (`noise_schedule_of` the scheduler of then); None checks nothing.
+
+    Raises:
+        ValueError: says what differs, and which samplers suit.
+    """
+    class_name = type(scheduler).__name__
+    zero_snr = noise_schedule is not None and float(noise_schedule[-1]) < 1e-6
+    advice = (
+        f"use one of {', '.join(suitable_samplers(prediction_type, zero_snr))}: "
+        "`pipeline.set_scheduler(name)` builds it with the model's own numbers"
+    )
+    found = prediction_type_of(scheduler)
+    if found != prediction_type:
+        raise ValueError(f"the model predicts {prediction_type}, but {class_name} samples {found}; {advice}")
+    known = [s for s in SAMPLERS.values() if class_name in (s.diffusion, s.flow)]
+    if known and not any(
+        s.suits(prediction_type, zero_snr) and class_name == (s.flow if found == FLOW else s.diffusion) for s in known
+    ):
+        raise ValueError(f"{class_name} does not suit this model, which predicts {prediction_type}; {advice}")
+    if found == FLOW and scheduler.config.get("use_flow_sigmas") is False:
+        raise ValueError(
+            f"{class_name} has `use_flow_sigmas` False, but the model predicts {prediction_type}; {advice}"
+        )
+    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
+        raise ValueError(f"{class_name} clips what it predicts, which is for pixels; latents are unbounded; {advice}")
+    alphas = noise_schedule_of(scheduler)
+    if noise_schedule is not None and alphas is not None and not _same_schedule(alphas, noise_schedule):
+        raise ValueError(f"{class_name} has another noise schedule than the model was trained with; {advice}")
+
+
+def _same_schedule(a: Tensor, b: Tensor) -> bool:
+    # Samplers that would divide by the zero of a zero terminal SNR put 2**-24 there: hence the tolerance.
+    return a.shape == b.shape and torch.allclose(a.float().cpu(), b.float().cpu(), rtol=1e-3, atol=1e-6)
+
+
+def _flow_scheduler(scheduler_class: Any, config: Any, options: dict[str, Any]) -> Any:
+    steps = config.get("num_train_timesteps", 1000)
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    if scheduler_class.__name__.startswith("FlowMatch"):
+        return scheduler_class(num_train_timesteps=steps, shift=shift, **options)
+    flow = {"prediction_type": FLOW, "use_flow_sigmas": True, "flow_shift": shift}
+    return scheduler_class(num_train_timesteps=steps, **flow, **options)
+
+
+def _diffusion_scheduler(scheduler_class: Any, config: Any, options: dict[str, Any]) -> Any:
+    carried = (*NOISE_SCHEDULE, "prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr")
+    known = scheduler_class._get_init_keys(scheduler_class)
+    numbers = {name: config[name] for name in carried if name in known and config.get(name) is not None}
+    if "clip_sample" in known:
+        numbers["clip_sample"] = False
+    return scheduler_class(**numbers, **options)
