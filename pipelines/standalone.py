@@ -1,0 +1,136 @@
+"""Pipeline folders that load where Halftone is not installed: they carry the source files of what is not stock.
+
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` of diffusers 0.42 copies the pipeline's file, the
+files that it imports relatively (those alone, not what they import in turn) and each custom component's one file into
+one flat folder shared by every repository, and runs a file anew in the module that already has its name. So a file of the
+same name from a second repository silently replaces the first one's code. Hence the three rules that `ship` applies:
+
+- every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`), and imports name it so;
+- the pipeline's file names every helper itself, also those that only helpers need;
+- a component's file imports no sibling.
+
+A pipeline loaded from such a folder saves in the same way again: published files publish to themselves.
+
+This file is shipped inside published pipelines, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+RELATIVE_IMPORT = re.compile(r"^(\s*from\s+\.)(\w+)(\s+import\b)", flags=re.MULTILINE)
+HASH_SUFFIX = re.compile(r"_[0-9a-f]{8}$")
+STOCK_LIBRARIES = ("diffusers", "transformers")
+# Where diffusers puts the code that came with a folder or repository.
+REMOTE_PACKAGE = "diffusers_modules"
+
+
+class StandalonePipelineMixin:
+    """Gives a `DiffusionPipeline` a `save_pretrained` whose folder stands alone. Name it before DiffusionPipeline."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as `DiffusionPipeline.save_pretrained` does, and ship the source of what is not stock.
+
+        Raises:
+            ValueError: `push_to_hub`, which would upload the folder before its source files are in it.
+        """
+        if push_to_hub:
+            raise ValueError(
+                "`push_to_hub=True` would upload before the source files are added; save first, then upload the folder"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        ship(self, Path(save_directory))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The folder's config; inside Halftone it names our own classes, so that no shipped code is run there."""
+        loaded = super().load_config(*args, **kwargs)  # type: ignore[misc]
+        if not cls.__module__.startswith(REMOTE_PACKAGE):
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            _name_own_classes(config, cls)
+        return loaded
+
+
+def ship(pipeline: Any, folder: Path) -> None:
+    """Put the source files of `pipeline`'s class and custom components into its saved `folder`, and name them in
+    model_index.json.
+
+    Raises:
+        ValueError: a helper's helper that the pipeline's file does not import, or a component's file that imports a
+            sibling: such a folder would not load.
+    """
+    index_path = folder / "model_index.json"
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    pipeline_file = _source_file(type(pipeline))
+    module_name = _write(_published_files(pipeline_file), pipeline_file, folder)
+    index["_class_name"] = [module_name, type(pipeline).__name__]
+    for name, component in pipeline.components.items():
+        # torch.compile wraps a component in a class of its own
+        component_class = type(getattr(component, "_orig_mod", component))
+        if component is None or component_class.__module__.split(".")[0] in STOCK_LIBRARIES:
+            continue
+        component_file = _source_file(component_class)
+        files = _published_files(component_file)
+        if len(files) > 1:
+            raise ValueError(f"{component_file.name} of component '{name}' imports a sibling, and could not load alone")
+        index[name] = [_write(files, component_file, folder / name), component_class.__name__]
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _source_file(cls: type) -> Path:
+    source = inspect.getsourcefile(sys.modules[cls.__module__])
+    if source is None:
+        raise ValueError(f"{cls.__name__} has no source file (module {cls.__module__}), so it cannot be published")
+    return Path(source)
+
+
+def _published_files(path: Path) -> dict[str, tuple[str, str]]:
+    """Module name here -> (published name, published source), of `path` and of all that it imports relatively."""
+    files: dict[str, tuple[str, str]] = {}
+    _collect(path, files)
+    direct = {name for _, name, _ in RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))}
+    hidden = set(files) - direct - {path.stem}
+    if hidden:
+        raise ValueError(f"{path.name} must itself import {', '.join(sorted(hidden))}, which its helpers import")
+    return files
+
+
+def _collect(path: Path, files: dict[str, tuple[str, str]]) -> None:
+    source = path.read_text(encoding="utf-8")
+    for _, name, _ in RELATIVE_IMPORT.findall(source):
+        if name not in files:
+            _collect(path.parent / f"{name}.py", files)
+    source = RELATIVE_IMPORT.sub(lambda m: f"{m[1]}{files[m[2]][0]}{m[3]}", source)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    files[path.stem] = (f"{HASH_SUFFIX.sub('', path.stem)}_{digest}", source)
+
+
+def _write(files: dict[str, tuple[str, str]], main: Path, folder: Path) -> str:
+    """Write the published files; the published module name of `main`. Files of an older version there are removed."""
+    stems = {HASH_SUFFIX.sub("", name) for name in files}
+    for old in folder.glob("*.py"):
+        if HASH_SUFFIX.search(old.stem) and HASH_SUFFIX.sub("", old.stem) in stems:
+            old.unlink()
+    for published_name, source in files.values():
+        (folder / f"{published_name}.py").write_text(source, encoding="utf-8")
+    return files[main.stem][0]
+
+
+def _name_own_classes(config: Any, cls: type) -> None:
+    """Replace published module names by those of our own modules, which must be imported for diffusers to take them."""
+    import importlib
+
+    package = cls.__module__.rpartition(".")[0]
+    if isinstance(config.get("_class_name"), list):
+        config["_class_name"] = config["_class_name"][1]
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and HASH_SUFFIX.search(value[0]):
+            module = f"{package}.{HASH_SUFFIX.sub('', value[0])}"
+            importlib.import_module(module)
+            config[name] = [module, value[1]]
