@@ -76,6 +76,9 @@ class Stage(ABC):
     trivial_loss: float | None = None
     """The training loss of a model that has learned nothing, where it is known."""
 
+    def poll(self) -> None:
+        """Called by long work (previews, `finish`) between its parts; the loop's version raises when asked to stop."""
+
     @abstractmethod
     def train_data(self) -> MapDataset: ...
 

@@ -1,0 +1,555 @@
+"""The loop that all stages share: steps, checks, averages, cadences, checkpoints, and nothing about any model.
+
+A step is one optimizer step of every active phase, on the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pipelines.cli import UserError
+
+from . import checkpoint, dry_run, resume
+from .advice import EpochSummary, advice
+from .curves import draw_training_curves
+from .ema import EMA
+from .export import Exporter
+from .launch import on_main, start_accelerator
+from .metrics_log import MetricsLog
+from .optimizers import learning_rate_factor
+from .phase_runner import PhaseRunner, StepOutcome
+from .previews import save_png
+from .run_config import RunConfig, this_command
+from .run_folder import RunFolder, start_logging
+from .sampler import BatchLayout, Draws, StepSampler
+from .signals import StopSignal, ignore_interrupts
+from .stage import Batch, Stage
+from .state import RunState, due
+from .tracking import parse_report_to, start_trackers
+from .validation import Interrupted, collate_function, evaluating, fetch, gather, to_device, validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("halftone")
+
+
+def train(build_stage: Callable[[], Stage], config: RunConfig, prepare: Callable[[], None] | None = None) -> int:
+    """Train what `build_stage` makes, from wherever the run in `config.output_dir` stands; returns the exit status.
+
+    Args:
+        build_stage: called on every process, after `prepare`.
+        config: validated; `config.output_dir` names the run folder.
+        prepare: makes inputs that are missing; called on the main process only.
+
+    Raises:
+        UserError: what the user can mend, before the first step.
+    """
+    parse_report_to(config.report_to)
+    accelerator = start_accelerator(config)
+    folder = RunFolder(config.output_dir)
+    with StopSignal() as stop:
+        try:
+            if not config.dry_run:
+                on_main(accelerator, lambda: resume.open_run(folder, config))
+            start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
+            on_main(accelerator, lambda: resume.compare_configs(folder, config))
+            if prepare is not None:
+                on_main(accelerator, prepare)
+            stage = build_stage()
+            if config.dry_run:
+                if accelerator.is_main_process:
+                    print(dry_run.report(stage, config, accelerator.num_processes))
+                return 0
+            return Trainer(stage, config, accelerator, folder, stop).run()
+        finally:
+            # Without it a distributed script can abort after its work is done.
+            accelerator.end_training()
+
+
+class Trainer:
+    """One session of a run: restored, trained, saved."""
+
+    def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal):
+        self.stage, self.config, self.accelerator, self.folder, self.stop = stage, config, accelerator, folder, stop
+        self.data = stage.train_data()
+        self.layout = BatchLayout(
+            config.train_batch_size,
+            accelerator.num_processes,
+            config.gradient_accumulation_steps,
+            accelerator.process_index,
+        )
+        self.steps_per_epoch = steps_per_epoch(len(self.data), self.layout)
+        for module in stage.frozen:
+            module.requires_grad_(False).eval().to(accelerator.device)
+        self.runners = [
+            PhaseRunner(phase, config, accelerator, self.layout, "" if i == 0 else f"{phase.name}_")
+            for i, phase in enumerate(stage.phases)
+        ]
+        self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
+        self.state = RunState()
+        self.stop_agreed = False
+        self._bar: tqdm | None = None
+        self._clock = time.perf_counter()
+        self._row_seconds, self._row_images = 0.0, 0
+        stage.poll = self._poll  # type: ignore[method-assign]
+
+    # --- a session -------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        resumed_from = self._restore()
+        if self.config.validate_only:
+            return self._validate_only()
+        self.exporter = Exporter(self.stage, self.config, self.folder, self.accelerator, self._record)
+        if self._is_complete():
+            return self._say_complete()
+        on_main(self.accelerator, self._check_before_start)
+        self._start_outputs(resumed_from)
+        for runner in self.runners:
+            runner.settle_buckets(*self._first_batch())
+        if self.state.pending_events:
+            self._events()
+        self._train()
+        if self.stop_agreed:
+            return self._leave()
+        return self._finish()
+
+    def _train(self) -> None:
+        factor = learning_rate_factor(self.config, self.state.goal_steps)
+        self._bar = tqdm(
+            total=self.state.goal_steps,
+            initial=self.state.step,
+            unit="step",
+            disable=None if self.accelerator.is_main_process else True,
+            dynamic_ncols=True,
+            desc=f"epoch {self.state.step // self.steps_per_epoch + 1}",
+        )
+        self._clock = time.perf_counter()
+        batches = self._micro_batches()
+        with self._bar:
+            while self.state.step < self.state.goal_steps and not self.state.stopped_early and not self.stop_agreed:
+                self._step([next(batches) for _ in range(self.config.gradient_accumulation_steps)], factor)
+                self._count_time()
+                self._events()
+
+    def _step(self, batches: list[Batch], factor: Callable[[int], float]) -> None:
+        state = self.state
+        values: dict[str, float] = {}
+        skipped = False
+        for runner in self.runners:
+            if not runner.phase.active(state.step):
+                continue
+            outcome = runner.step(state.step, batches, factor(state.step), stop=self.stop.requested is not None)
+            self.stop_agreed |= outcome.stop
+            values |= outcome.values
+            if not outcome.finite:
+                skipped = True
+                self._report_nonfinite(runner, outcome)
+        if self.ema is not None and not skipped:
+            self.ema.update(state.step + 1)
+        values["learning_rate"] = self.runners[0].learning_rate * factor(state.step)
+        state.step += 1
+        state.images_seen += self.layout.global_batch_size
+        state.pending_events = True
+        self._row_images += self.layout.global_batch_size
+        if skipped:
+            self._count_skipped()
+            return
+        state.skipped_in_a_row = 0
+        state.means.add(values)
+        state.epoch_loss.add(values["loss"])
+        self._show(values)
+
+    def _events(self) -> None:
+        """What falls due after the step just done. A stop leaves it for the next session, as a whole."""
+        state, config, spe = self.state, self.config, self.steps_per_epoch
+        last = state.step >= state.goal_steps
+        epoch_end = state.step % spe == 0
+        if self.stop_agreed:
+            self._save()
+            return
+        row: dict[str, float] = {}
+        improved = False
+        if last or due(state.step, config.validation_steps, config.validation_epochs, spe):
+            validated = self._validate()
+            if validated is None:
+                self._stop_in_events()
+                return
+            row |= validated
+        if (last or due(state.step, config.preview_steps, config.preview_epochs, spe)) and not self._previews():
+            self._stop_in_events()
+            return
+        if self.stage.best_metric in row:
+            improved = state.note_validation(
+                row[self.stage.best_metric], self.stage.best_is_lower, config.early_stopping_min_delta
+            )
+            patience = config.early_stopping_patience
+            state.stopped_early = bool(patience) and state.validations_without_improvement >= patience
+        if row or epoch_end or last or state.step % config.logging_steps == 0:
+            self._log_row(row, epoch_end)
+        state.pending_events = False
+        if (
+            improved
+            or last
+            or state.stopped_early
+            or due(state.step, config.checkpointing_steps, config.checkpointing_epochs, spe)
+        ):
+            self._save()
+        self._clock = time.perf_counter()
+
+    def _finish(self) -> int:
+        try:
+            with evaluating(self._modules(), self.ema):
+                self.exporter.run(use_best=self.state.stopped_early, load_best=self._load_best)
+        except Interrupted:
+            self.stop_agreed = True
+        if any(gather(self.accelerator, self.stop_agreed)):
+            return self._leave()
+        if self.accelerator.is_main_process:
+            self.trackers.summary(self._record())
+            self.trackers.finish()
+        return 0
+
+    def _leave(self) -> int:
+        """After a stop: everything is saved; say how to go on."""
+        number = self.stop.requested or 15
+        if self.accelerator.is_main_process:
+            logger.info(
+                "stopped at step %d of %d; everything is saved. To go on: %s",
+                self.state.step,
+                self.state.goal_steps,
+                this_command(),
+            )
+            self.trackers.finish()
+            self.exporter.close()
+        numbers = [n for n in gather(self.accelerator, self.stop.requested) if n is not None]
+        return self.stop.exit_status(numbers[0] if numbers else number)
+
+    # --- parts of a session ----------------------------------------------------------------------------------------
+
+    def _restore(self) -> str:
+        """Load what the run folder has; returns a sentence about it."""
+        config = self.config
+        wanted = config.resume_from_checkpoint
+        found = None if wanted == "none" else self._agree_on_checkpoint(wanted)
+        if found is not None:
+            self.state = RunState.from_json(checkpoint.load_json(found / "trainer_state.json"))
+            resume.check_same_data(self.state, self.layout.global_batch_size, len(self.data))
+            for runner in self.runners:
+                resume.load_or_explain(runner.load, found)
+            if self.ema is not None:
+                resume.load_or_explain(lambda folder: self._load_ema(folder), found)
+            if self.accelerator.scaler is not None and (found / "scaler.json").is_file():
+                self.accelerator.scaler.load_state_dict(checkpoint.load_json(found / "scaler.json"))
+        state = self.state
+        state.global_batch_size, state.num_samples = self.layout.global_batch_size, len(self.data)
+        state.goal_steps = resume.goal_steps(config, state, self.steps_per_epoch)
+        if state.step < state.goal_steps and not self._patience_is_spent():
+            state.stopped_early = False
+        return f"resumed from {found.name} at step {state.step}" if found else "starting from scratch"
+
+    def _agree_on_checkpoint(self, wanted: str) -> Path | None:
+        name = on_main(self.accelerator, lambda: checkpoint.find_checkpoint(self.folder.checkpoints, wanted))
+        return None if name is None else Path(name)
+
+    def _load_ema(self, folder: Path) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.load_tensors(folder / "ema.safetensors"))
+
+    def _load_best(self) -> None:
+        """The averages of the best validation, for the export of a run that was stopped early."""
+        best = self.folder.checkpoints / "best"
+        for name, module in self.stage.ema_of.items():
+            tensors = checkpoint.load_tensors(best / "ema.safetensors")
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            module.load_state_dict(own, strict=False)
+
+    def _patience_is_spent(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return (
+            bool(patience) and self.state.validations_without_improvement >= patience and not self.config.extra_epochs
+        )
+
+    def _is_complete(self) -> bool:
+        state = self.state
+        ended = state.step >= state.goal_steps or state.stopped_early
+        return ended and not state.pending_events and self.exporter.is_exported(state.step)
+
+    def _say_complete(self) -> int:
+        if self.accelerator.is_main_process:
+            how = "stopped early, its validation did not improve any more" if self.state.stopped_early else "complete"
+            logger.info(
+                "the run in %s is %s: %d steps, %d images. The pipeline is in %s. "
+                "To train on: --extra_epochs N, or a larger --num_train_epochs; to start anew: --overwrite",
+                self.folder.path,
+                how,
+                self.state.step,
+                self.state.images_seen,
+                self.folder.pipeline,
+            )
+        return 0
+
+    def _check_before_start(self) -> None:
+        size = sum(r.checkpoint_bytes() for r in self.runners)
+        size += 2 * sum(p.numel() * p.element_size() for m in self.stage.ema_of.values() for p in m.parameters())
+        size += sum(p.numel() * p.element_size() for m in self.stage.frozen for p in m.parameters())
+        resume.check_disk(self.folder, size, self.config.checkpoints_total_limit)
+        self.exporter.check_hub()
+
+    def _start_outputs(self, resumed_from: str) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.state.sessions += 1
+        self.folder.save_config(self.config.to_dict())
+        self.metrics_log = MetricsLog(self.folder.metrics_file, self._last_logged_step())
+        self.trackers = start_trackers(
+            parse_report_to(self.config.report_to),
+            project=self.config.tracker_project_name,
+            run_name=self.config.run_name or self.folder.path.name,
+            run_dir=self.folder.path,
+            config=self.config.to_dict(),
+            previous_id=self.state.tracker_id,
+            first_step=self._last_logged_step() + 1,
+            notify=logger.info,
+        )
+        self.state.tracker_id = self.trackers.run_id
+        trained = sum(p.numel() for r in self.runners for p in r.parameters)
+        logger.info(
+            "%s in %s: %s. %d images, %d steps an epoch, batch %d, %.1f M parameters trained, on %d × %s",
+            self.stage.name,
+            self.folder.path,
+            resumed_from,
+            len(self.data),
+            self.steps_per_epoch,
+            self.layout.global_batch_size,
+            trained / 1e6,
+            self.accelerator.num_processes,
+            self.accelerator.device.type,
+        )
+
+    def _last_logged_step(self) -> int:
+        """A row of the current step is still to be written when its events are."""
+        return self.state.step - 1 if self.state.pending_events else self.state.step
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        sampler = self._sampler(self.state.step, self.state.goal_steps)
+        workers = self.config.dataloader_num_workers
+        loader = DataLoader(
+            self.data,  # type: ignore[arg-type]
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            collate_fn=collate_function(self.data),
+            num_workers=workers,
+            worker_init_fn=ignore_interrupts if workers else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for batch in loader:
+            yield to_device(batch, self.accelerator.device)
+
+    def _sampler(self, start: int, stop: int) -> StepSampler:
+        return StepSampler(len(self.data), self.layout, self.config.seed, start, stop)
+
+    def _first_batch(self) -> tuple[Batch, Draws]:
+        batch = fetch(self.data, self._sampler(0, 1).keys(0, 0))
+        draws = Draws(self.config.seed, 0, self.layout.positions(0), self.accelerator.device)
+        return to_device(batch, self.accelerator.device), draws
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> list[nn.Module]:
+        return [*self.stage.phases, *self.stage.ema_of.values()]
+
+    def _validate(self) -> dict[str, float] | None:
+        batch_size = self.config.validation_batch_size or self.config.train_batch_size
+        with evaluating(self._modules(), self.ema):
+            metrics = validate(self.stage, self.accelerator, self.config.seed, batch_size)
+        if metrics:
+            self.state.last_validation = metrics
+        return metrics
+
+    def _validate_only(self) -> int:
+        metrics = self._validate()
+        if self.accelerator.is_main_process:
+            for name, value in (metrics or {}).items():
+                print(f"{name} {value:.6g}")
+        return 0 if metrics is not None else self.stop.exit_status(self.stop.requested or 15)
+
+    def _previews(self) -> bool:
+        """Draw and save the previews; False when a stop came between."""
+        interrupted = False
+        if self.accelerator.is_main_process:
+            try:
+                with evaluating(self._modules(), self.ema):
+                    previews = self.stage.previews()
+            except Interrupted:
+                interrupted, previews = True, None
+            if previews is not None:
+                self._keep_previews(previews)
+        return not any(gather(self.accelerator, interrupted))
+
+    def _keep_previews(self, previews) -> None:
+        from .evaluation.collapse import collapse_warnings
+
+        step, spe = self.state.step, self.steps_per_epoch
+        name = f"epoch_{step // spe:04d}.png" if step % spe == 0 else f"step_{step:08d}.png"
+        save_png(previews.grid(), self.folder.samples / name)
+        self.trackers.log_images(previews.images, previews.captions, step)
+        if previews.references:
+            for warning in collapse_warnings(previews.images, previews.references, previews.captions):
+                logger.warning("%s", warning)
+
+    def _log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
+        state = self.state
+        epoch = state.step // self.steps_per_epoch
+        row: dict[str, Any] = {
+            "step": state.step,
+            "epoch": round(state.step / self.steps_per_epoch, 4),
+            "images_seen": state.images_seen,
+            **state.means.means(),
+        }
+        state.means.reset()
+        if epoch_end:
+            row |= state.epoch_loss.summary()
+            self._close_epoch(epoch, row, validated)
+        row |= validated
+        row["elapsed_seconds"] = round(state.elapsed_seconds, 2)
+        row["images_per_second"] = round(self._row_images / max(self._row_seconds, 1e-9), 2)
+        self._row_seconds, self._row_images = 0.0, 0
+        if self.accelerator.is_main_process:
+            self.metrics_log.write(row)
+            self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
+            if validated or epoch_end:
+                draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+                self._say_row(epoch, row, validated)
+
+    def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
+        state = self.state
+        state.epoch_loss = type(state.epoch_loss)()
+        if "epoch_loss_mean" not in row:  # every step of the epoch was skipped
+            return
+        state.epochs.append(
+            EpochSummary(epoch, row["epoch_loss_mean"], validated.get("val_loss"), row.get("learning_rate", 0.0))
+        )
+        final = state.goal_steps / self.steps_per_epoch
+        for sentence in advice(state.epochs, self.stage.trivial_loss, final):
+            logger.warning("%s", sentence)
+
+    def _say_row(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
+        parts = []
+        if "epoch_loss_mean" in row:
+            low, high = row["epoch_loss_min"], row["epoch_loss_max"]
+            parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
+        parts += [f"{name} {value:.4g}" for name, value in validated.items()]
+        logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
+
+    def _save(self) -> None:
+        """A checkpoint of this moment; on a full disk the earlier ones stay and training goes on."""
+        if self.accelerator.is_main_process:
+            try:
+                path = checkpoint.write_checkpoint(self.folder.checkpoints, self.state.step, self._write_files)
+            except OSError as error:
+                logger.error("the checkpoint of step %d could not be written: %s", self.state.step, error)
+                if self.stop_agreed or self.state.step >= self.state.goal_steps:
+                    raise
+            else:
+                if self.state.best_step == self.state.step or not (self.folder.checkpoints / "best").exists():
+                    checkpoint.link(self.folder.checkpoints, "best", path)
+                checkpoint.prune(self.folder.checkpoints, self.config.checkpoints_total_limit)
+                self.exporter.checkpoint_saved(path)
+        self.accelerator.wait_for_everyone()
+
+    def _write_files(self, folder: Path) -> None:
+        with evaluating(self._modules(), self.ema):
+            self.stage.pipeline().save_pretrained(folder / "pipeline")
+        for runner in self.runners:
+            runner.save(folder)
+        if self.ema is not None:
+            checkpoint.save_tensors(self.ema.state_dict(), folder / "ema.safetensors")
+        if self.accelerator.scaler is not None:
+            checkpoint.save_json(self.accelerator.scaler.state_dict(), folder / "scaler.json")
+        checkpoint.save_json(self.state.to_json(), folder / "trainer_state.json")
+
+    # --- small things ----------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        if self.stop.requested is not None:
+            raise Interrupted
+
+    def _stop_in_events(self) -> None:
+        self.stop_agreed = True
+        self._save()
+
+    def _report_nonfinite(self, runner: PhaseRunner, outcome: StepOutcome) -> None:
+        sampler = self._sampler(0, 1)
+        rows = [k.index for m in outcome.bad_micro_batches for k in sampler.keys(self.state.step, m)]
+        everywhere = sorted({row for share in gather(self.accelerator, rows) for row in share})
+        logger.warning(
+            "step %d: the loss or gradient of '%s' is not finite; the update is skipped. Rows of its batch: %s",
+            self.state.step + 1,
+            runner.phase.name,
+            ", ".join(map(str, everywhere[:64])) + (" …" if len(everywhere) > 64 else ""),
+        )
+
+    def _count_skipped(self) -> None:
+        state = self.state
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row >= self.config.max_nonfinite_steps:
+            raise UserError(
+                f"{state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last at step "
+                f"{state.step}); the last good checkpoint is untouched in {self.folder.checkpoints}. Lower "
+                "--learning_rate, use --mixed_precision bf16 or no, or look at the rows named above"
+            )
+
+    def _show(self, values: dict[str, float]) -> None:
+        if self._bar is None or self._bar.disable:
+            return
+        seconds = self._row_seconds + time.perf_counter() - self._clock
+        self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, {self._row_images / max(seconds, 1e-9):.0f} images/s", refresh=False
+        )
+        self._bar.update()
+
+    def _count_time(self) -> None:
+        """Training time alone: validation, previews and saving do not count towards images per second."""
+        now = time.perf_counter()
+        self._row_seconds += now - self._clock
+        self.state.elapsed_seconds += now - self._clock
+        self._clock = now
+
+    def _record(self) -> dict[str, Any]:
+        """The run's own record: what the card and the trackers' summary are made from."""
+        state = self.state
+        return {
+            "stage": self.stage.name,
+            "steps": state.step,
+            "epochs": round(state.step / self.steps_per_epoch, 2),
+            "images_seen": state.images_seen,
+            "num_train_images": len(self.data),
+            "global_batch_size": self.layout.global_batch_size,
+            "elapsed_seconds": round(state.elapsed_seconds, 1),
+            "skipped_steps": state.skipped_steps,
+            "hardware": f"{self.accelerator.num_processes} × {self.accelerator.device.type}",
+            "metrics": state.last_validation,
+            "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},
+        }
+
+
+def steps_per_epoch(num_samples: int, layout: BatchLayout) -> int:
+    """Whole global batches in the data. Raises UserError when there is not one."""
+    steps = num_samples // layout.global_batch_size
+    if steps == 0:
+        raise UserError(
+            f"a batch of {layout.global_batch_size} images (--train_batch_size {layout.train_batch_size} × "
+            f"{layout.num_processes} processes × --gradient_accumulation_steps {layout.gradient_accumulation_steps}) "
+            f"is larger than the data set of {num_samples}; lower --train_batch_size"
+        )
+    return steps
