@@ -63,6 +63,14 @@ class BadSample(Exception):
         self.column = column
 
 
+class BadRow(UserError):
+    """A row that stops training, under `on_bad_sample error`."""
+
+    def __init__(self, message: str):
+        # DataLoader rebuilds a worker's exception from its printed traceback; the user gets the message alone.
+        super().__init__(message.rsplit("BadRow: ", 1)[-1].strip())
+
+
 class LabelMap:
     """From what the label column holds (class names or numbers) to ids from 0, and back to names."""
 
@@ -95,6 +103,10 @@ class LabelMap:
             )
         return cls([str(i) for i in range(largest + 1)], numeric=True)
 
+    def with_names(self, names: Sequence[str]) -> LabelMap:
+        """The same kind of column under another split's classes."""
+        return LabelMap(names, numeric=self._ids is None)
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -120,7 +132,7 @@ class ImageDataset(torch.utils.data.Dataset):
         augment: False for validation: the middle crop and no flip, whatever the config says.
 
     Raises:
-        UserError: a missing column, at once; a bad row, when it is read and `on_bad_sample` is "error".
+        UserError: a missing column, at once; `BadRow` when one is read and `on_bad_sample` is "error".
     """
 
     def __init__(
@@ -252,7 +264,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _report(self, index: int, bad: BadSample) -> None:
         message = f"{self.where(index)}, column '{bad.column}': {bad}"
         if self.config.on_bad_sample == "error":
-            raise UserError(
+            raise BadRow(
                 f"{message}; mend or remove it (data_scripts/check_dataset.py lists all such rows), "
                 "or train without it: --on_bad_sample skip"
             ) from bad
@@ -261,8 +273,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def _distinct(dataset: Dataset, column: str) -> list[Any]:
-    # `unique` copies a selection of rows with all its columns: let there be one.
-    return dataset.select_columns([column]).unique(column)
+    # Not Dataset.unique, which first writes a copy of a selection of rows to disk.
+    return dataset.select_columns([column]).with_format("arrow")[:][column].unique().to_pylist()
 
 
 def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

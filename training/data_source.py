@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipelines.cli import UserError, nearest
+from training.run_config import option
 from training.sampler import mix
 from training.transforms import RESAMPLING, TRANSFORM_VERSION
 
@@ -25,39 +26,41 @@ _FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv
 class DataConfig:
     """Where the pictures are, which columns hold what, and how they are cut."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = option(None, on_resume="error")
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
-    dataset_config_name: str | None = None
+    dataset_config_name: str | None = option(None, on_resume="error")
     """Configuration of the dataset, for those that have several"""
-    train_data_dir: str | None = None
+    train_data_dir: str | None = option(None, on_resume="error")
     """Folder of pictures, with captions in metadata.jsonl and/or one subfolder per class; instead of dataset_name"""
-    image_column: str = "image"
+    image_column: str = option("image", on_resume="error")
     """Column with the pictures"""
-    caption_column: str = "text"
+    caption_column: str = option("text", on_resume="error")
     """Column with the captions: a text, or a list of texts of which one is drawn each time"""
-    label_column: str = "label"
+    label_column: str = option("label", on_resume="error")
     """Column with the classes: class names, or numbers from 0"""
-    mask_column: str = "mask"
+    mask_column: str = option("mask", on_resume="error")
     """Column with segmentation masks, the size of their pictures"""
-    conditioning_image_column: str = "conditioning_image"
+    conditioning_image_column: str = option("conditioning_image", on_resume="error")
     """Column with control images, the size of their pictures"""
-    train_split: str = "train"
+    train_split: str = option("train", on_resume="error")
     """Split to train on"""
-    validation_split: str = "validation"
+    validation_split: str = option("validation", on_resume="error")
     """Split to validate on; without one, validation_fraction of the training split is held out"""
-    validation_fraction: float = 0.05
+    validation_fraction: float = option(0.05, on_resume="error")
     """Share of the training split held out for validation when the dataset has no validation split; 0 for none"""
-    resolution: int = 64
+    resolution: int = option(64, on_resume="error")
     """Training pictures are squares of this many pixels"""
-    center_crop: bool = True
+    center_crop: bool = option(True, on_resume="error")
     """Cut the middle of pictures that are not square; false cuts at a random place, another in each epoch"""
-    random_flip: bool = False
+    random_flip: bool = option(False, on_resume="error")
     """Mirror half of the pictures, others in each epoch"""
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = "lanczos"
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option(
+        "lanczos", on_resume="error"
+    )
     """How pictures of another size are scaled"""
-    on_bad_sample: Literal["error", "skip"] = "error"
+    on_bad_sample: Literal["error", "skip"] = option("error", on_resume="warn")
     """A broken picture, an empty caption or an impossible label: stop and name the row, or take the next good row"""
-    max_train_samples: int | None = None
+    max_train_samples: int | None = option(None, on_resume="error")
     """Train on this many rows only, drawn by seed; for trying things out"""
 
 
@@ -100,7 +103,7 @@ def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
     """
     splits = load_all_splits(config)
     name = {"train": config.train_split, "validation": config.validation_split}.get(split, split)
-    held_out = config.validation_split not in splits and config.validation_split == DataConfig.validation_split
+    held_out = config.validation_split not in splits and config.validation_split == DataConfig().validation_split
     if split == "validation" and held_out:
         return _hold_out(_named_split(config, splits, config.train_split), config, seed)[1]
     dataset = _named_split(config, splits, name)

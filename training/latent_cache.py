@@ -1,0 +1,315 @@
+"""Latents computed once: posterior moments in memory-mapped shards, with captions and labels beside them.
+
+N rows, V variants (1, or 2 with the mirrored picture), C latent channels, h w latent cells, B batch. `mean` and
+`logvar` are in the VAE's raw units: noise is drawn, and latents are scaled, at every step and by the VAE's own config.
+
+    PATH/cache.json                            what it was made from, and every shard with its size and SHA-256
+    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; captions (UTF-8) and their offsets
+    PATH/<split>/shard-00000.json              says that the shard beside it is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.cli import UserError, nearest
+from training.data import DataConfig, ImageDataset, collate_items, load_split, transform_fingerprint
+from training.fingerprints import dataset_fingerprint, vae_fingerprint
+from training.sampler import SampleKey
+from training.transforms import flips, pick_caption
+
+FORMAT_VERSION = 1
+MANIFEST = "cache.json"
+SCRIPT = "data_scripts/precompute_latents.py"
+# Several captions of one picture are kept in one field; no caption contains this.
+_CAPTION_SEPARATOR = "\0"
+_HASH_BLOCK_BYTES = 1 << 22
+
+
+class LatentCache:
+    """A complete cache, opened for reading: nothing but its manifest is loaded.
+
+    Raises:
+        UserError: not there, not finished, or shards that are missing or have another size.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
+            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {SCRIPT}")
+        self.manifest = json.loads(manifest.read_text())
+        if self.manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"the latent cache '{path}' has format {self.manifest['format_version']}, this version reads "
+                f"{FORMAT_VERSION}; make it again: {SCRIPT} --overwrite true"
+            )
+        self._check_files()
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest["splits"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)"""
+        channels, height, width = self.manifest["latent_shape"]
+        return channels, height, width
+
+    @property
+    def resolution(self) -> int:
+        """Side of the pictures that were encoded, in pixels."""
+        return self.manifest["resolution"]
+
+    @property
+    def vae_name(self) -> str:
+        """What `--vae` was when the cache was made."""
+        return self.manifest["vae"]["name"]
+
+    @property
+    def has_captions(self) -> bool:
+        return self.manifest["captions"]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty when no labels were cached."""
+        return dict(enumerate(self.manifest["label_names"]))
+
+    def split(self, name: str, *, random_flip: bool = False) -> LatentCacheDataset:
+        """One split as a map-style dataset.
+
+        Raises:
+            UserError: no such split, or flips wanted from a cache without mirrored latents.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"the latent cache '{self.path}' has no split '{name}'{nearest(name, self.splits)}; "
+                f"it has {', '.join(self.splits)}: make it with {SCRIPT} --splits '[{', '.join([*self.splits, name])}]'"
+            )
+        if random_flip and not self.manifest["flips"]:
+            raise UserError(
+                self._no_flips() + "; leave out --random_flip, or make it again with it and --overwrite true"
+            )
+        return LatentCacheDataset(self, name, random_flip=random_flip)
+
+    def check(self, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
+        """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
+
+        Raises:
+            UserError: which of VAE, transform and dataset differs, both values, and the command that makes it anew.
+        """
+        differences = []
+        fingerprint = vae_fingerprint(vae)
+        if fingerprint != self.manifest["vae"]["fingerprint"]:
+            differences.append(
+                f"VAE: the cache is of {self.vae_name} ({self.manifest['vae']['fingerprint'][:12]}), "
+                f"this run has {vae_name} ({fingerprint[:12]})"
+            )
+        if config is not None:
+            transform = transform_fingerprint(config)
+            if transform != self.manifest["transform"]:
+                differences.append(f"transform: the cache has '{self.manifest['transform']}', this run '{transform}'")
+            if config.random_flip and not self.manifest["flips"]:
+                differences.append(f"transform: {self._no_flips()}, this run has random_flip")
+            if config.dataset_name or config.train_data_dir:
+                differences += self._dataset_differences(config)
+        if differences:
+            raise UserError(
+                f"the latent cache '{self.path}' does not belong to this run: {'; '.join(differences)}. "
+                f"Make it anew:\n  {rebuild_command(config or DataConfig(), vae_name, self.path)}"
+            )
+
+    def _dataset_differences(self, config: DataConfig) -> list[str]:
+        differences = []
+        for name, split in self.manifest["splits"].items():
+            data = open_images(
+                config,
+                name,
+                self.manifest["seed"],
+                captions=self.has_captions,
+                labels=bool(self.manifest["label_names"]),
+                label_names=self.manifest["label_names"],
+            )
+            fingerprint = dataset_fingerprint(data)
+            if fingerprint != split["dataset"]:
+                differences.append(
+                    f"dataset: split '{name}' of the cache is {split['dataset'][:12]} ({split['rows']} rows), "
+                    f"that of {config.dataset_name or config.train_data_dir} is {fingerprint[:12]} ({len(data)} rows)"
+                )
+        return differences
+
+    def _no_flips(self) -> str:
+        return f"the latent cache '{self.path}' has no mirrored pictures"
+
+    def _check_files(self) -> None:
+        for name, split in self.manifest["splits"].items():
+            for shard in split["shards"]:
+                file = self.path / name / shard["file"]
+                size = file.stat().st_size if file.is_file() else None
+                if size != shard["bytes"]:
+                    fact = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+                    raise UserError(
+                        f"{file} {fact}; run {SCRIPT} with the cache's flags again, it makes what is damaged"
+                    )
+
+
+class LatentCacheDataset(torch.utils.data.Dataset):
+    """Rows of a split as `{"mean", "logvar", "caption", "label", "index"}`: an `ImageDataset` with moments for pixels.
+
+    `mean` and `logvar`: float32 C h w, raw VAE units; no `logvar` for a VAE without a posterior; `caption` and `label`
+    where the cache has them. Flips and the choice among several captions are functions of `SampleKey.key`.
+    """
+
+    collate = staticmethod(collate_items)
+
+    def __init__(self, cache: LatentCache, split: str, *, random_flip: bool = False):
+        self.id2label = cache.id2label
+        self.captions = cache.has_captions
+        self.random_flip = random_flip
+        self._rows = cache.manifest["splits"][split]["rows"]
+        self._shard_rows = cache.manifest["shard_rows"]
+        self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        number, row = divmod(key.index, self._shard_rows)
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = read_shard(self._files[number])
+        variant = int(self.random_flip and flips(key.key))
+        # Copies: a view would drag its whole shard along when a loader worker passes it on.
+        item: dict[str, Any] = {"mean": shard["mean"][row, variant].to(torch.float32, copy=True)}
+        if "logvar" in shard:
+            item["logvar"] = shard["logvar"][row, variant].to(torch.float32, copy=True)
+        if "captions" in shard:
+            start, stop = shard["caption_offsets"][row : row + 2].tolist()
+            text = shard["captions"][start:stop].numpy().tobytes().decode()
+            several = _CAPTION_SEPARATOR in text
+            item["caption"] = pick_caption(text.split(_CAPTION_SEPARATOR), key.key) if several else text
+        if "label" in shard:
+            item["label"] = int(shard["label"][row])
+        item["index"] = key.index
+        return item
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+        return [self[key] for key in keys]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # workers map the files themselves
+
+
+def open_images(
+    config: DataConfig,
+    split: str,
+    seed: int,
+    *,
+    captions: bool,
+    labels: bool,
+    label_names: Sequence[str] | None = None,
+) -> ImageDataset:
+    """The pictures of a split as a cache holds them: unflipped. `label_names` are the training split's."""
+    from training.data import LabelMap
+
+    dataset = load_split(config, split, seed)
+    label_map = None
+    if labels:
+        label_map = LabelMap.of(dataset, config.label_column)
+        if label_names is not None:
+            label_map = label_map.with_names(label_names)
+    return ImageDataset(dataset, config, captions=captions, labels=labels, label_map=label_map, augment=False)
+
+
+def rebuild_command(config: DataConfig, vae_name: str, path: Path) -> str:
+    """The command line that makes the cache of `config` anew."""
+    words = ["accelerate", "launch", SCRIPT, "--vae", vae_name, "--output_dir", str(path), "--overwrite", "true"]
+    defaults = DataConfig()
+    for field in fields(DataConfig):
+        value = getattr(config, field.name)
+        if value != getattr(defaults, field.name):
+            words += [f"--{field.name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_shard(file: Path) -> dict[str, Tensor]:
+    """A shard's tensors, mapped: pages are read when they are touched."""
+    with safe_open(file, framework="pt") as shard:
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def write_shard(
+    file: Path, tensors: dict[str, Tensor], captions: Sequence[str | list[str]] | None, request: str
+) -> None:
+    """Write a shard so that it is complete or not there, and then the note that says so."""
+    if captions is not None:
+        texts = [c if isinstance(c, str) else _CAPTION_SEPARATOR.join(c) for c in captions]
+        encoded = [text.encode() for text in texts]
+        lengths = torch.tensor([0] + [len(text) for text in encoded])
+        blob = bytearray(b"".join(encoded))
+        tensors = {
+            **tensors,
+            "caption_offsets": lengths.cumsum(0),
+            "captions": torch.frombuffer(blob, dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8),
+        }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    note = {"file": file.name, "rows": len(tensors["row"]), "bytes": temporary.stat().st_size}
+    note["sha256"] = file_sha256(temporary)
+    os.replace(temporary, file)
+    write_json(file.with_suffix(".json"), {"request": request, **note})
+
+
+def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] | None:
+    """The note of a shard that was made for `request` and is whole, or None.
+
+    Args:
+        verify: read it through and compare its SHA-256, not only its size.
+    """
+    try:
+        note = json.loads(file.with_suffix(".json").read_text())
+        size = file.stat().st_size
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if note.pop("request") != request or size != note["bytes"]:
+        return None
+    return note if not verify or file_sha256(file) == note["sha256"] else None
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Atomically, and the same bytes for the same content."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,81 @@
+"""Any VAE by name or path: a Diffusers VAE folder or Hub id, a pipeline, or a run of train_autoencoder.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.cli import UserError
+
+# Where a VAE may lie in a named folder or repo: itself, a pipeline's, a training run's.
+_SUBFOLDERS = (None, "vae", "pipeline/vae")
+
+
+def load_vae(name_or_path: str) -> torch.nn.Module:
+    """The VAE in float32, in eval mode, frozen.
+
+    Args:
+        name_or_path: a VAE folder or Hub id (any autoencoder class of Diffusers, or `MultiHeadAutoencoderKL`), a
+            pipeline with a `vae`, or the run folder of an autoencoder.
+
+    Raises:
+        UserError: nothing there, no VAE, or damaged weights.
+    """
+    config, subfolder = _find_config(name_or_path)
+    vae_class = _class_of(config, name_or_path)
+    try:
+        vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the VAE '{name_or_path}' cannot be loaded ({_one_line(error)}); check --vae") from error
+    return vae.eval().requires_grad_(False)
+
+
+def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
+    """(config.json, subfolder) of the VAE in a folder or Hub repo."""
+    from diffusers import AutoencoderKL
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        for subfolder in _SUBFOLDERS:
+            if (path / (subfolder or "") / "config.json").is_file():
+                return AutoencoderKL.load_config(str(path / (subfolder or ""))), subfolder
+        raise UserError(
+            f"there is no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
+            "of a VAE, of a pipeline, or of an autoencoder run that has finished"
+        )
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir():
+        raise UserError(f"the VAE '{name_or_path}' does not exist; check --vae")
+    reason = ""
+    for subfolder in _SUBFOLDERS[:2]:
+        try:
+            return AutoencoderKL.load_config(name_or_path, subfolder=subfolder), subfolder
+        except (OSError, ValueError) as error:
+            reason = reason or _one_line(error)
+            if type(error.__context__).__name__ == "LocalEntryNotFoundError":  # no network: do not wait for it twice
+                break
+    raise UserError(f"the VAE '{name_or_path}' is no folder here and did not come from the Hub ({reason}); check --vae")
+
+
+def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
+    import diffusers
+
+    name = config.get("_class_name")
+    # A custom class that was saved for loading by remote code is named [module, class].
+    name = name[-1] if isinstance(name, list | tuple) else name
+    if name == "MultiHeadAutoencoderKL":
+        from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+
+        return MultiHeadAutoencoderKL
+    vae_class = getattr(diffusers, name, None) if name else None
+    if vae_class is None or not (hasattr(vae_class, "encode") and hasattr(vae_class, "decode")):
+        raise UserError(
+            f"'{name_or_path}' holds a {name or 'model without a class name'}, which is no autoencoder that Diffusers "
+            "knows; --vae takes an AutoencoderKL, AutoencoderTiny or the like"
+        )
+    return vae_class
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
