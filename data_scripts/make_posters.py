@@ -1,0 +1,166 @@
+"""Make a data set of posters, each with its caption, brief, feature maps and element boxes.
+
+    python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
+
+Poster number i is a function of the seed, i and the options alone: the same command gives the same bytes, whatever the number of
+processes. The folder loads with `datasets.load_dataset("data/posters_64")`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_scripts.posters.contact_sheet import contact_sheet
+from data_scripts.posters.dataset import SPLITS, read_settings, split_indices, write_card, write_dataset, write_manifest
+from data_scripts.posters.records import PosterOptions, make_row
+from pipelines.cli import UserError, entry_point
+from training.parsing import parse_config
+
+FORMAT_VERSION = 1
+"""Raised whenever the same options would give other posters."""
+
+CONTACT_SHEET_POSTERS = 18
+HELD_OUT_MINIMUM = 64
+"""At least so many posters in validation and in test, from 1,000 posters on: fewer make a measurement mean little."""
+
+
+@dataclass
+class MakePostersConfig:
+    output_dir: str = "data/posters_64"
+    """Folder to make; it must not exist yet, or be empty."""
+    num_posters: int = 2000
+    """How many posters, over all splits."""
+    resolution: Literal[64, 128, 256] = 64
+    """Pixels along each side."""
+    complexity: Literal["plain", "standard"] = "plain"
+    """plain: flat shapes on a grid in palette colours; standard: with textures, gradients and overlaps."""
+    seed: int = 0
+    """Another seed gives other posters."""
+    validation_fraction: float = 0.05
+    """Share of the posters held out for validation."""
+    test_fraction: float = 0.05
+    """Share of the posters held out for the test split."""
+    num_workers: int = 0
+    """Processes that draw; 0 is one per CPU core. The posters are the same whatever the number."""
+    overwrite: bool = False
+    """Set an earlier poster dataset in output_dir aside (renamed, not deleted) and make this one."""
+
+    def validate(self) -> None:
+        if self.num_posters < 1:
+            raise UserError(f"--num_posters is {self.num_posters}; give 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; give 0 or more")
+        if self.num_workers < 0:
+            raise UserError(f"--num_workers is {self.num_workers}; give 0 (one per core) or more")
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; give a share from 0 up to, but not including, 1")
+        if self.split_sizes()["train"] < 1:
+            raise UserError(
+                f"nothing is left to train on: --num_posters {self.num_posters} with --validation_fraction "
+                f"{self.validation_fraction} and --test_fraction {self.test_fraction}; make more posters or hold out fewer"
+            )
+
+    def split_sizes(self) -> dict[str, int]:
+        held_out = {}
+        for split, fraction in (("validation", self.validation_fraction), ("test", self.test_fraction)):
+            count = round(fraction * self.num_posters)
+            least = HELD_OUT_MINIMUM if self.num_posters >= 1000 and fraction > 0 else 0
+            held_out[split] = max(count, least)
+        return {"train": self.num_posters - sum(held_out.values()), **held_out}
+
+    def settings(self) -> dict[str, Any]:
+        """What the bytes of the dataset depend on."""
+        names = ("num_posters", "resolution", "complexity", "seed", "validation_fraction", "test_fraction")
+        return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    config = parse_config(MakePostersConfig, argv, description=__doc__)
+    folder = Path(config.output_dir)
+    if _already_made(folder, config):
+        print(f"{folder} already holds exactly these {config.num_posters:,} posters; nothing to do.")
+        return 0
+    workers = min(config.num_workers or os.cpu_count() or 1, config.num_posters)
+    print(
+        f"Drawing {config.num_posters:,} {config.complexity} posters at {config.resolution} px with {workers} process(es)."
+    )
+    started = time.perf_counter()
+    partial_folder = _start_folder(folder)
+    try:
+        parts = split_indices(config.num_posters, config.split_sizes(), config.seed)
+        options = PosterOptions(config.seed, config.resolution, config.complexity)
+        write_dataset(partial_folder, options, parts, workers)
+        shown = [make_row(options, index) for index in parts["train"][:CONTACT_SHEET_POSTERS]]
+        contact_sheet(shown).save(partial_folder / "contact_sheet.png")
+        write_card(partial_folder, config.settings(), parts)
+        write_manifest(partial_folder, config.settings())
+        _put_in_place(partial_folder, folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    _report(folder, config, parts, time.perf_counter() - started)
+    return 0
+
+
+def _already_made(folder: Path, config: MakePostersConfig) -> bool:
+    """Whether `folder` is this very dataset, complete.
+
+    Raises:
+        UserError: it holds something else, and --overwrite was not given or would set aside what is no poster dataset.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    settings = read_settings(folder)
+    if settings is None:
+        raise UserError(f"--output_dir {folder} is not empty and holds no complete poster dataset; name another folder")
+    if config.overwrite:
+        return False
+    if settings == config.settings():
+        return True
+    different = [name for name, value in config.settings().items() if settings.get(name) != value]
+    raise UserError(
+        f"--output_dir {folder} holds other posters (different: "
+        + ", ".join(f"{name} {settings.get(name)} there, {config.settings()[name]} asked" for name in different)
+        + "); name another folder, or add --overwrite to set them aside"
+    )
+
+
+def _start_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`: everything is written there and renamed at the end, so a killed run leaves no half."""
+    partial_folder = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    try:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); name a folder that can") from None
+    return partial_folder
+
+
+def _put_in_place(partial_folder: Path, folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}_old_{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        print(f"The earlier posters are now in {aside}.")
+    partial_folder.rename(folder)
+
+
+def _report(folder: Path, config: MakePostersConfig, parts: dict[str, list[int]], seconds: float) -> None:
+    counts = ", ".join(f"{split} {len(parts[split]):,}" for split in SPLITS)
+    print(f"Wrote {folder}: {counts} ({config.num_posters / seconds:.0f} posters/s).")
+    print(f"Look at them: {folder / 'contact_sheet.png'} (posters, masks, captions)")
+    print("Next, train on them:")
+    print(f"  accelerate launch training/train_autoencoder.py --dataset_name {folder} --resolution {config.resolution}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,75 @@
+"""What a poster is made of: elements in boxes, and the shapes in them.
+
+Units: the page is a square of UNITS × UNITS grid units (u), x to the right, y downwards; at 64 px a unit is 4 px, so that boxes on
+whole units keep to the patches of a small autoencoder. Boxes are (x0, y0, x1, y1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNITS = 16
+
+Box = tuple[float, float, float, float]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One flat shape: a rectangle or an ellipse given by its two corners, or a polygon by its points (u)."""
+
+    kind: str
+    points: tuple[Point, ...]
+    role: str
+
+
+@dataclass(frozen=True)
+class Title:
+    """A word set in one line that fills its element's box."""
+
+    word: str
+    font: str
+    inverted: bool
+    """Letters in the background's colour on a band of ink across the page, rather than ink on the background."""
+
+
+@dataclass(frozen=True)
+class TextLines:
+    """Small text: one line per width (a share of the box's width), one unit apart."""
+
+    widths: tuple[float, ...]
+    align: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture: what it shows, and the seed of its details."""
+
+    subject: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Element:
+    """A box with something in it; whatever is drawn is clipped to the box.
+
+    `hierarchy` in [0, 1]: how strongly it leads the eye; later elements lie above earlier ones.
+    """
+
+    kind: str
+    role: str
+    hierarchy: float
+    box: Box
+    content: Title | TextLines | Scene | tuple[Shape, ...]
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float, role: str) -> Shape:
+    return Shape("rectangle", ((x0, y0), (x1, y1)), role)
+
+
+def circle(cx: float, cy: float, radius: float, role: str) -> Shape:
+    return Shape("ellipse", ((cx - radius, cy - radius), (cx + radius, cy + radius)), role)
+
+
+def polygon(points: list[Point], role: str) -> Shape:
+    return Shape("polygon", tuple(points), role)

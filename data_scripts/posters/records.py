@@ -1,0 +1,106 @@
+"""One poster as one row of the dataset: a pure function of (seed, index, options)."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_scripts.posters.brief import draw_brief
+from data_scripts.posters.captions import write_caption
+from data_scripts.posters.drawing import draw_feature_maps, draw_poster
+from data_scripts.posters.elements import UNITS, Element
+from data_scripts.posters.layout import lay_out
+from pipelines.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
+
+Row = dict[str, Any]
+
+COLUMNS = {
+    "image": "P_Image: the poster, RGB",
+    "text": "the caption",
+    "label": "the style as a class label",
+    "index": "the poster's number: with the seed it determines everything in the row",
+    "text_mask": "F_Tensor: 255 on boxes of text lines, else 0",
+    "image_mask": "F_Tensor: 255 on pictures, else 0",
+    "color_role": "F_Tensor: class ids, 0 background, 1 surface, 2 primary, 3 secondary, 4 accent, 5 ink",
+    "hierarchy": "F_Tensor: 0..255, how strongly the element under the pixel leads the eye",
+    "style": "V_Meta: one of " + ", ".join(STYLES),
+    "energy": "V_Meta, [0, 1]",
+    "formality": "V_Meta, [0, 1]",
+    "warmth": "V_Meta, [0, 1]",
+    "palette": "V_Meta: the poster's colours as #rrggbb: background, primary, accent (where there is one), ink",
+    "palette_names": "the same by name (" + ", ".join(COLORS) + ")",
+    "background": "name of the background's colour",
+    "text_blocks": "V_Meta: number of text blocks, the title among them",
+    "pictures": "V_Meta: number of pictures, 0 to 3",
+    "title_position": "one of " + ", ".join(TITLE_POSITIONS),
+    "title": "the word that is the title; the caption does not say it",
+    "motif": "the big shape, as the caption names it",
+    "elements": "boxes: kind (" + ", ".join(ELEMENT_KINDS) + "), role, hierarchy, x0, y0, x1, y1 in [0, 1]",
+}
+
+
+@dataclass(frozen=True)
+class PosterOptions:
+    """What the bytes of a poster depend on, besides its index."""
+
+    seed: int
+    resolution: int
+    complexity: str
+
+
+def make_row(options: PosterOptions, index: int) -> Row:
+    """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what)."""
+    rng = np.random.default_rng([options.seed, index])
+    brief = draw_brief(rng)
+    elements = lay_out(brief, rng)
+    caption = write_caption(brief, rng)
+    texture_seed = int(rng.integers(2**31))  # last, so that one index has one design at every resolution and complexity
+    poster = draw_poster(brief, elements, options.resolution, options.complexity, texture_seed)
+    maps = draw_feature_maps(brief, elements, options.resolution)
+    return {
+        "image": _png(poster),
+        "text": caption,
+        "label": STYLES.index(brief.style),
+        "index": index,
+        "text_mask": _png(maps.text_mask),
+        "image_mask": _png(maps.image_mask),
+        "color_role": _png(maps.color_role),
+        "hierarchy": _png(maps.hierarchy),
+        "style": brief.style,
+        "energy": brief.energy,
+        "formality": brief.formality,
+        "warmth": brief.warmth,
+        "palette": brief.palette,
+        "palette_names": brief.palette_names,
+        "background": brief.background,
+        "text_blocks": brief.text_blocks,
+        "pictures": brief.pictures,
+        "title_position": brief.title_position,
+        "title": brief.title,
+        "motif": brief.motif,
+        "elements": [_element_row(element) for element in elements],
+    }
+
+
+def _element_row(element: Element) -> Row:
+    x0, y0, x1, y1 = (min(max(value / UNITS, 0.0), 1.0) for value in element.box)
+    return {
+        "kind": element.kind,
+        "role": element.role,
+        "hierarchy": element.hierarchy,
+        "x0": x0,
+        "y0": y0,
+        "x1": x1,
+        "y1": y1,
+    }
+
+
+def _png(image: Image.Image) -> Row:
+    """An image as the `datasets` library stores one."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=4)
+    return {"bytes": buffer.getvalue(), "path": None}

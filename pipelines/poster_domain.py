@@ -1,0 +1,89 @@
+"""The words and colours of the poster domain: what the generator draws, the models are conditioned on and the reader reads.
+
+Only names, numbers and small pure functions: the pipelines that are published need them too.
+
+Colours are RGB triples of 0..255. The domain's colours lie at least 80 apart (Euclidean), so that "the nearest name" of a
+slightly wrong colour is the name of the colour that was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+STYLES = (
+    "swiss",
+    "minimalist",
+    "constructivist",
+    "art_deco",
+    "pop",
+    "psychedelic",
+    "brutalist",
+    "editorial",
+)
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "cream": (246, 236, 214),
+    "black": (28, 26, 30),
+    "red": (208, 32, 42),
+    "orange": (240, 116, 30),
+    "yellow": (250, 204, 42),
+    "green": (30, 130, 84),
+    "teal": (40, 178, 168),
+    "blue": (30, 86, 190),
+    "purple": (116, 52, 148),
+    "pink": (244, 150, 180),
+}
+"""Name -> RGB. Any two are more than 80 apart."""
+
+COLOR_ROLES = ("background", "surface", "primary", "secondary", "accent", "ink")
+"""What a colour is for; a role's position here is its class id in F_Tensor's `color_role`."""
+
+TITLE_POSITIONS = ("top", "middle", "bottom")
+
+ELEMENT_KINDS = ("title", "text", "picture", "shape")
+
+F_TENSOR_CHANNELS = ("text_mask", "image_mask", "color_role", "hierarchy")
+"""Text boxes {0,1}, pictures {0,1}, class id into COLOR_ROLES, how strongly the element leads the eye [0,1]."""
+
+MAX_PALETTE_COLORS = 5
+
+PICTURE_TINT = (0.86, 1.0, 1.18)
+"""`plain` posters print their pictures as cool monochromes: tone × this is the RGB colour. No mixture of the palette's
+black and cream (which is warm) falls on this line, so a blurred title cannot be taken for a picture."""
+
+
+def color_distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Euclidean RGB distance over the last axis; the other axes broadcast. 0..255 units."""
+    difference = np.asarray(first, dtype=np.float32) - np.asarray(second, dtype=np.float32)
+    return np.sqrt((difference**2).sum(axis=-1))
+
+
+def nearest_color_name(rgb: Sequence[float] | np.ndarray, names: Iterable[str] | None = None) -> str:
+    """The name in COLORS (or among `names`) whose colour is nearest to `rgb` (0..255).
+
+    Raises:
+        KeyError: one of `names` is no colour of the domain.
+    """
+    known = list(COLORS) if names is None else list(names)
+    table = np.array([COLORS[name] for name in known], dtype=np.float32)
+    return known[int(color_distance(np.asarray(rgb, dtype=np.float32), table).argmin())]
+
+
+def hex_color(rgb: Sequence[int]) -> str:
+    """(208, 32, 42) -> '#d0202a'."""
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
+def rgb_color(hex_code: str) -> tuple[int, int, int]:
+    """'#d0202a' -> (208, 32, 42). Raises ValueError on anything else."""
+    digits = hex_code.removeprefix("#")
+    if len(digits) != 6:
+        raise ValueError(f"a colour is written #rrggbb; got {hex_code!r}")
+    return int(digits[0:2], 16), int(digits[2:4], 16), int(digits[4:6], 16)
+
+
+def style_words(style: str) -> str:
+    """The style as captions say it: 'art_deco' -> 'art deco'."""
+    return style.replace("_", " ")
