@@ -2,8 +2,8 @@
 
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` of diffusers 0.42 copies the pipeline's file, the
 files that it imports relatively (those alone, not what they import in turn) and each custom component's one file into
-one flat folder shared by every repository, and runs a file anew in the module that already has its name. So a file of the
-same name from a second repository silently replaces the first one's code. Hence the three rules that `ship` applies:
+one flat folder shared by every repository, and runs a file anew in the module that already has its name. So a file of
+the same name from a second repository silently replaces the first one's code. Hence the three rules of `ship`:
 
 - every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`), and imports name it so;
 - the pipeline's file names every helper itself, also those that only helpers need;
@@ -80,7 +80,18 @@ def ship(pipeline: Any, folder: Path) -> None:
         if len(files) > 1:
             raise ValueError(f"{component_file.name} of component '{name}' imports a sibling, and could not load alone")
         index[name] = [_write(files, component_file, folder / name), component_class.__name__]
+    index.pop("_name_or_path", None)
     index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _forget_local_paths(folder)
+
+
+def _forget_local_paths(folder: Path) -> None:
+    """Diffusers writes the path that a component was loaded from into its config: nobody else's business."""
+    for config_path in folder.glob("*/config.json"):
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if Path(config.get("_name_or_path") or "").is_absolute():
+            del config["_name_or_path"]
+            config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _source_file(cls: type) -> Path:

@@ -1,0 +1,390 @@
+"""Text and/or class label (or neither) to image, through the latents of a VAE.
+
+Shapes: B pictures, L tokens, D text width, C latent channels, h w latent cells, H W pixels.
+
+Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
+dropped or absent prompt is the empty prompt. Class labels go through the U-Net's class embedding, whose last index is
+the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model predicts
+noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions` and `null_class` of
+this file, so that it cannot differ from sampling.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .latents import decode_latents, downsampling_factor, latent_shape
+from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
+from .standalone import StandalonePipelineMixin
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) -> int:
+    """L: tokens that both the tokenizer and the text encoder's positions allow.
+
+    Raises:
+        ValueError: neither sets a limit (T5 does not); then `max_text_length` must be given.
+    """
+    limits = (tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None))
+    # A tokenizer without a limit says 1e30.
+    known = [int(limit) for limit in limits if limit is not None and limit < 100_000]
+    if not known:
+        raise ValueError("neither the tokenizer nor the text encoder limits a caption's length; pass `max_text_length`")
+    return min(known)
+
+
+def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> Tensor:
+    """Captions to token ids (B L, int64), padded with the pad token and cut to `max_length` = L.
+
+    Raises:
+        ValueError: a tokenizer without a pad token.
+    """
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no pad token; set one, such as `tokenizer.pad_token = '<PAD>'`"
+        )
+    return tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+    ).input_ids
+
+
+def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
+    """Token ids (B L, on the encoder's device) to the U-Net's text condition (B L D): the last hidden state.
+
+    No attention mask, as in Stable Diffusion: pad positions are part of what the model learns.
+    """
+    return text_encoder(input_ids=input_ids).last_hidden_state
+
+
+def null_class(unet: Any) -> int | None:
+    """The index that stands for "no class": the last of the class embedding. None for a model without classes."""
+    classes = unet.config.num_class_embeds
+    return None if classes is None else int(classes) - 1
+
+
+class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
+    """Generates images from prompts, class labels, both, or nothing.
+
+    Args:
+        vae: any Diffusers autoencoder of images; latents are scaled by its own config (`latents.py`).
+        unet: predicts what `prediction_type` says from noisy latents, timestep, text condition and class.
+        scheduler: sampler that suits the prediction type; `set_scheduler("euler")` makes another.
+        text_encoder, tokenizer: both, or neither for a model without text.
+        prediction_type: epsilon, v_prediction, sample or flow_prediction; by default what the scheduler says.
+        id2label: class id -> name, so that `class_labels` may be names.
+        max_text_length: tokens of a padded caption; by default what tokenizer and text encoder allow.
+
+    Raises:
+        ValueError: components that do not go together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    scheduler: Any
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prediction_type: str | None = None,
+        id2label: dict | None = None,
+        max_text_length: int | None = None,
+    ):
+        super().__init__()
+        if (text_encoder is None) != (tokenizer is None):
+            raise ValueError(
+                "`text_encoder` and `tokenizer` go together: pass both, or neither for a model without text"
+            )
+        prediction_type = prediction_type or prediction_type_of(scheduler)
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but is '{prediction_type}'")
+        if text_encoder is not None and max_text_length is None:
+            max_text_length = max_caption_length(tokenizer, text_encoder)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            prediction_type=prediction_type,
+            # JSON has no integer keys; ids are strings here, as they are after loading.
+            id2label={str(id_): str(name) for id_, name in (id2label or {}).items()} or None,
+            max_text_length=max_text_length,
+        )
+        self.vae_scale_factor = downsampling_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
+        self._own_scheduler = scheduler
+        self._interrupt = False
+
+    def set_scheduler(self, name: str) -> None:
+        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
+        model's own prediction type and noise schedule.
+
+        Raises:
+            ValueError: one that does not suit the model; the message names those that do.
+        """
+        self.scheduler = make_scheduler(name, self._own_scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 2.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images: `num_images_per_prompt` for each prompt (or label), in that order.
+
+        Args:
+            prompt: one or several; with several labels as well, they are taken in pairs. None is the empty prompt.
+            class_labels: ids, or names where the model has `id2label`. None is the null class.
+            negative_prompt: steered away from in place of the empty prompt; needs guidance_scale > 1.
+            height, width: pixels; by default the size the model was trained at.
+            guidance_scale: classifier-free guidance (Ho and Salimans 2022), uncond + scale * (cond - uncond); both
+                halves run in one batch; nothing is steered at 1 and below, or without prompt and label.
+            generator: one for all (each picture gets a stream of its own from it, so that the first pictures do not
+                depend on how many are asked for), or one for each picture.
+            latents: B C h w, standard normal, instead of drawn ones.
+            output_type: pil; np (B H W 3, in [0, 1]); pt (B 3 H W, in [0, 1]); or latent (B C h w, scaled).
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; what it returns
+                replaces `latents` or `prompt_embeds`. It may set `pipeline._interrupt = True` to end early.
+
+        Raises:
+            ValueError: an argument that cannot be used; the message quotes it.
+        """
+        height, width = self._size(height, width)
+        self.check_inputs(
+            prompt, class_labels, negative_prompt, guidance_scale, num_inference_steps, num_images_per_prompt,
+            output_type, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        device = self._execution_device
+        self._interrupt = False
+        count = max(len(_as_list(prompt)), len(_as_list(class_labels)), 1)
+        guided = guidance_scale > 1 and (prompt is not None or class_labels is not None)
+        prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
+        labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
+        pictures = count * num_images_per_prompt
+        generators = _generator_per_picture(generator, pictures)
+        latents = self._initial_latents(latents, pictures, height, width, generators, device)
+        latents = self._denoise(
+            latents, prompt_embeds, labels, generators, num_inference_steps, guidance_scale if guided else None,
+            callback_on_step_end, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        images: Any = latents
+        if output_type != "latent":
+            images = decode_latents(self.vae, latents)
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        class_labels: Any,
+        negative_prompt: Any,
+        guidance_scale: float,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
+        check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None and not all(isinstance(text, str) for text in _as_list(value)):
+                raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
+            if value is not None and self.text_encoder is None:
+                raise ValueError(f"this model has no text encoder, so `{name}` must be None, but is {value!r}")
+        if class_labels is not None and self.unet.config.num_class_embeds is None:
+            raise ValueError(f"this model knows no classes, so `class_labels` must be None, but is {class_labels!r}")
+        counts = {"prompt": prompt, "class_labels": class_labels, "negative_prompt": negative_prompt}
+        lengths = {name: len(_as_list(value)) for name, value in counts.items() if value is not None}
+        if 0 in lengths.values() or len({n for n in lengths.values() if n != 1}) > 1:
+            raise ValueError(f"prompts, negative prompts and labels must be one, or equally many, but are {lengths}")
+        if negative_prompt is not None and guidance_scale <= 1:
+            raise ValueError(f"`negative_prompt` has no effect without guidance: `guidance_scale` is {guidance_scale}")
+        if negative_prompt is not None and len(_as_list(negative_prompt)) > max(
+            len(_as_list(prompt)), len(_as_list(class_labels)), 1
+        ):
+            raise ValueError(f"`negative_prompt` has {lengths['negative_prompt']} entries, more than there are prompts")
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
+            )
+
+    def encode_prompt(self, prompts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
+        """Prompts to the U-Net's text condition (B L D, in the U-Net's dtype)."""
+        input_ids = tokenize_captions(self.tokenizer, prompts, self.config.max_text_length)
+        embeds = encode_captions(self.text_encoder, input_ids.to(device or self._execution_device))
+        return embeds.to(self.unet.dtype)
+
+    def class_ids(self, class_labels: Any) -> list[int]:
+        """Ids of class labels given as ids or names.
+
+        Raises:
+            ValueError: an unknown name, or an id outside of the model's classes.
+        """
+        ids_by_name = {name: int(id_) for id_, name in (self.config.id2label or {}).items()}
+        classes = null_class(self.unet) or 0
+        ids = []
+        for label in _as_list(class_labels):
+            if isinstance(label, str) and label not in ids_by_name:
+                names = ", ".join(list(ids_by_name)[:20]) or "none: it was saved without `id2label`"
+                raise ValueError(f"`class_labels` has {label!r}, which is no class of this model; it knows {names}")
+            id_ = ids_by_name[label] if isinstance(label, str) else int(label)
+            if not 0 <= id_ < classes:
+                raise ValueError(f"`class_labels` must be from 0 to {classes - 1}, but has {id_}")
+            ids.append(id_)
+        return ids
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        sample_size = self.unet.config.sample_size
+        cells = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
+        if (height is None or width is None) and None in cells:
+            raise ValueError("the U-Net's config has no `sample_size`, so `height` and `width` must be given")
+        height = cells[0] * self.vae_scale_factor if height is None else height
+        width = cells[1] * self.vae_scale_factor if width is None else width
+        latent_shape(self.vae, height, width)
+        return height, width
+
+    def _text_condition(
+        self, prompt: Any, negative_prompt: Any, guided: bool, count: int, repeats: int, device: torch.device
+    ) -> Tensor | None:
+        """Text condition (B L D), the unconditional half first where `guided`; None for a model without text."""
+        if self.text_encoder is None:
+            return None
+        prompts = _broadcast(_as_list(prompt) or [""], count)
+        if guided:
+            prompts = _broadcast(_as_list(negative_prompt) or [""], count) + prompts
+        return self.encode_prompt(prompts, device).repeat_interleave(repeats, dim=0)
+
+    def _class_condition(
+        self, class_labels: Any, guided: bool, count: int, repeats: int, device: torch.device
+    ) -> Tensor | None:
+        """Class ids (B), the unconditional half (null class) first where `guided`; None for a model without classes."""
+        null = null_class(self.unet)
+        if null is None:
+            return None
+        ids = _broadcast([null] if class_labels is None else self.class_ids(class_labels), count)
+        if guided:
+            ids = [null] * count + ids
+        return torch.tensor(ids, device=device).repeat_interleave(repeats, dim=0)
+
+    def _initial_latents(
+        self,
+        latents: Tensor | None,
+        pictures: int,
+        height: int,
+        width: int,
+        generators: list[torch.Generator] | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Noise for each picture (B C h w, standard normal, float32)."""
+        shape = latent_shape(self.vae, height, width)
+        if latents is not None:
+            if tuple(latents.shape) != (pictures, *shape):
+                raise ValueError(f"`latents` must have shape {(pictures, *shape)}, but has {tuple(latents.shape)}")
+            return latents.to(device=device, dtype=torch.float32)
+        if generators is None:
+            return torch.randn((pictures, *shape), device=device)
+        drawn = [torch.randn(shape, generator=g, device=g.device).to(device) for g in generators]
+        return torch.stack(drawn)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor | None,
+        class_labels: Tensor | None,
+        generators: list[torch.Generator] | None,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        callback: Callable[..., dict] | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> Tensor:
+        """Standard normal noise to latents (B C h w); float32 throughout, only the U-Net's input takes its dtype."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_arguments = {"generator": generators} if takes_generator else {}
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
+            for step, timestep in enumerate(scheduler.timesteps):
+                model_input = latents if guidance_scale is None else torch.cat([latents, latents])
+                if hasattr(scheduler, "scale_model_input"):
+                    model_input = scheduler.scale_model_input(model_input, timestep)
+                prediction = self.unet(
+                    model_input.to(self.unet.dtype),
+                    timestep,
+                    encoder_hidden_states=prompt_embeds,
+                    class_labels=class_labels,
+                    return_dict=False,
+                )[0].float()
+                if guidance_scale is not None:
+                    uncond, cond = prediction.chunk(2)
+                    prediction = uncond + guidance_scale * (cond - uncond)
+                latents = scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
+                if callback is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                    replaced = callback(self, step, timestep, {name: tensors[name] for name in callback_tensor_inputs})
+                    latents = (replaced or {}).get("latents", latents)
+                    prompt_embeds = (replaced or {}).get("prompt_embeds", prompt_embeds)
+                progress_bar.update()
+                if self._interrupt:
+                    break
+        return latents
+
+
+def _as_list(value: Any) -> list:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return value.reshape(-1).tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _broadcast(values: list, count: int) -> list:
+    return values * count if len(values) == 1 else values
+
+
+def _generator_per_picture(generator: Any, pictures: int) -> list[torch.Generator] | None:
+    """A stream of noise for each picture: its initial latents and the noise of its own steps.
+
+    Drawn in one tensor for the batch, the second step's noise of the first picture would depend on how many there are.
+    """
+    if generator is None:
+        return None
+    if isinstance(generator, torch.Generator):
+        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(pictures)]
+        return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    if len(generator) != pictures:
+        raise ValueError(f"`generator` has {len(generator)} entries, but {pictures} pictures are asked for")
+    return list(generator)
