@@ -4,9 +4,9 @@ Shapes: B pictures, L tokens, D text width, C latent channels, h w latent cells,
 
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or absent prompt is the empty prompt. Class labels go through the U-Net's class embedding, whose last index is
-the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model predicts
-noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions` and `null_class` of
-this file, so that it cannot differ from sampling.
+the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model
+predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions` and
+`null_class` of this file, so that it cannot differ from sampling.
 """
 
 from __future__ import annotations
@@ -218,6 +218,7 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         if class_labels is not None and self.unet.config.num_class_embeds is None:
             raise ValueError(f"this model knows no classes, so `class_labels` must be None, but is {class_labels!r}")
         counts = {"prompt": prompt, "class_labels": class_labels, "negative_prompt": negative_prompt}
+        self.class_ids(class_labels)
         lengths = {name: len(_as_list(value)) for name, value in counts.items() if value is not None}
         if 0 in lengths.values() or len({n for n in lengths.values() if n != 1}) > 1:
             raise ValueError(f"prompts, negative prompts and labels must be one, or equally many, but are {lengths}")

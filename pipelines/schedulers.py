@@ -69,7 +69,7 @@ def training_scheduler(
     beta_end: float = 0.012,
     shift: float = 1.0,
 ) -> Any:
-    """The scheduler that a model is trained with and that its pipeline carries.
+    """The scheduler that a model is trained with; its pipeline carries `sampling_scheduler` of it.
 
     DDPMScheduler for epsilon, v_prediction and sample; FlowMatchEulerDiscreteScheduler for flow_prediction, which uses
     only `num_train_timesteps` and `shift`. Sampling visits the last timestep ("trailing": Lin et al. 2024, "Common
@@ -100,6 +100,14 @@ def training_scheduler(
         timestep_spacing="trailing",
         clip_sample=False,
     )
+
+
+def sampling_scheduler(scheduler: Any) -> Any:
+    """The sampler that a trained pipeline carries: Euler for flow matching, DPM-Solver++ elsewhere.
+
+    `training_scheduler`'s DDPM would need hundreds of steps.
+    """
+    return make_scheduler("euler" if prediction_type_of(scheduler) == FLOW else "dpm", scheduler)
 
 
 def prediction_type_of(scheduler: Any) -> str:

@@ -1,0 +1,105 @@
+"""Images to latents and back, with any Diffusers autoencoder.
+
+Shapes: B pictures, H W pixels, C latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from .latents import decode_latents, downsampling_factor, encode_latents, latent_shape
+from .standalone import StandalonePipelineMixin
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
+    """Reconstructs pictures, and gives their latents in the scaled units that a diffusion model sees.
+
+    Pictures go in as PIL images, a list of them, arrays (B H W 3, in [0, 1]) or tensors (B 3 H W, in [0, 1]).
+
+    Args:
+        vae: any Diffusers autoencoder of images.
+    """
+
+    model_cpu_offload_seq = "vae"
+
+    def __init__(self, vae: ModelMixin):
+        super().__init__()
+        self.register_modules(vae=vae)
+        self.vae_scale_factor = downsampling_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Any,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Encode and decode `images`, at their own size.
+
+        Args:
+            generator: draws from the posterior; None takes its mode.
+            output_type: pil; np (B H W 3, in [0, 1]); pt (B 3 H W, in [0, 1]); or latent (B C h w, scaled).
+
+        Raises:
+            ValueError: an unknown output type, or a side that is no multiple of the downsampling.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
+        result: Any = self.encode(images, generator)
+        if output_type != "latent":
+            result = self.image_processor.postprocess(decode_latents(self.vae, result), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def reconstruct(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+        """`images` after a trip through the latents, as PIL images."""
+        return self(images).images  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def encode(self, images: Any, generator: torch.Generator | None = None) -> Tensor:
+        """`images` to scaled latents (B C h w, float32): the posterior's mode, or a draw from it with `generator`.
+
+        Raises:
+            ValueError: a side that is no multiple of the downsampling.
+        """
+        pixels = self._pixels(images).to(self._execution_device)
+        noise = None
+        if generator is not None:
+            shape = (len(pixels), *latent_shape(self.vae, *pixels.shape[-2:]))
+            noise = torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
+        return encode_latents(self.vae, pixels, noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Scaled latents (B C h w) to pictures of `output_type` (pil, np or pt)."""
+        images = decode_latents(self.vae, latents.to(self._execution_device))
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _pixels(self, images: Any) -> Tensor:
+        """B 3 H W in [-1, 1], float32."""
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if all(isinstance(image, Image.Image) for image in images):
+            sizes = {image.size for image in images}
+            if len(sizes) > 1:
+                raise ValueError(f"`images` must be of one size, but are {sorted(sizes)} (width, height)")
+            images = [image.convert("RGB") for image in images]
+        first = images[0]
+        if isinstance(first, Image.Image):
+            width, height = first.size
+        else:
+            height, width = first.shape[-2:] if isinstance(first, Tensor) else first.shape[-3:-1]
+        # Checked here because the image processor would quietly resize to a size that fits.
+        latent_shape(self.vae, height, width)
+        pixels = images if isinstance(first, Image.Image) or len(images) > 1 else first
+        return self.image_processor.preprocess(pixels, height=height, width=width).float()

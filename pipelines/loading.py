@@ -1,0 +1,117 @@
+"""A pipeline from wherever it is: a pipeline folder, a run, a checkpoint, or the Hub."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .cli import UserError, nearest
+from .standalone import HASH_SUFFIX
+
+INDEX = "model_index.json"
+
+
+def load_pipeline(
+    path: str | Path, *, checkpoint: str | None = None, dtype: Any = None, trust_remote_code: bool = False
+) -> Any:
+    """The DiffusionPipeline at `path`, on the CPU, loaded with Halftone's own classes where the folder names them.
+
+    Args:
+        path, checkpoint: see `find_pipeline`.
+        dtype: torch dtype of the weights; None is float32.
+        trust_remote_code: run code that comes with a pipeline of a class that Halftone does not have.
+
+    Raises:
+        UserError: nothing there that can be loaded.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    folder = find_pipeline(path, checkpoint)
+    pipeline_class = _own_class(folder)
+    if pipeline_class is None and _has_foreign_code(folder) and not trust_remote_code:
+        raise UserError(
+            f"{folder} comes with code of its own that is no part of Halftone; read it, and if you trust it, "
+            "say --trust_remote_code"
+        )
+    options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
+    try:
+        return (pipeline_class or DiffusionPipeline).from_pretrained(
+            folder, torch_dtype=dtype or torch.float32, **options
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        # What a half-copied or foreign folder does to diffusers is of these kinds.
+        raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
+    """The pipeline folder that `path` means.
+
+    Args:
+        path: a pipeline folder; a run (its final pipeline if it has one, else that of its best checkpoint, else of the
+            latest); a checkpoint of a run; or a Hub id (`user/name`), which is downloaded.
+        checkpoint: of a run: `best`, `latest`, or a folder's name.
+
+    Raises:
+        UserError: nothing of these.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if checkpoint is None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not folder.parent.exists():
+            return _download(str(path))
+        raise UserError(f"there is no pipeline, run or checkpoint at '{path}'; give the path of one, or a Hub id")
+    if checkpoint is not None:
+        return _checkpoint_pipeline(folder, checkpoint)
+    candidates = [folder, folder / "pipeline", *(folder / "checkpoints" / n / "pipeline" for n in ("best", "latest"))]
+    for candidate in candidates:
+        if (candidate / INDEX).is_file():
+            return candidate
+    raise UserError(
+        f"{folder} holds no pipeline: no {INDEX}, no pipeline/ and no checkpoints/best/pipeline/ "
+        "(a run writes its first with its first checkpoint)"
+    )
+
+
+def _checkpoint_pipeline(run: Path, checkpoint: str) -> Path:
+    folder = run / "checkpoints" / checkpoint / "pipeline"
+    if (folder / INDEX).is_file():
+        return folder
+    known = sorted(path.parent.parent.name for path in (run / "checkpoints").glob(f"*/pipeline/{INDEX}"))
+    raise UserError(
+        f"{run} has no checkpoint '{checkpoint}' with a pipeline{nearest(checkpoint, known)} "
+        f"(it has {', '.join(known) or 'none'})"
+    )
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id))
+    # The client's errors share no base class beyond these: HTTP errors are OSErrors, bad ids ValueErrors.
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"'{repo_id}' is no folder here, and could not be had from the Hub: {reason}") from error
+
+
+def _class_name(folder: Path) -> Any:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
+
+
+def _has_foreign_code(folder: Path) -> bool:
+    return isinstance(_class_name(folder), list)
+
+
+def _own_class(folder: Path) -> Any:
+    """Halftone's class for the pipeline in `folder`, or None where it has none of that name."""
+    name = _class_name(folder)
+    if not isinstance(name, list):
+        return None
+    module = f"{__package__}.{HASH_SUFFIX.sub('', name[0])}"
+    if not re.fullmatch(r"[\w.]+", module) or importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), name[1], None)
