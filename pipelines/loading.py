@@ -40,9 +40,7 @@ def load_pipeline(
         )
     options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
     try:
-        return (pipeline_class or DiffusionPipeline).from_pretrained(
-            folder, torch_dtype=dtype or torch.float32, **options
-        )
+        return (pipeline_class or DiffusionPipeline).from_pretrained(folder, dtype=dtype or torch.float32, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         # What a half-copied or foreign folder does to diffusers is of these kinds.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error

@@ -2,8 +2,8 @@
 
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
 
-Several prompts (or class labels) give one row each. Column k is drawn from seed + k whatever the number of rows, columns
-or pictures per batch, so that any one picture can be had again alone.
+Several prompts (or class labels) give one row each. Column k is drawn from seed + k whatever the number of rows,
+columns or pictures per batch, so that any one picture can be had again alone.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(options.model, options.checkpoint)
+    _quiet_loading()
     dtype = getattr(torch, options.dtype)
     pipeline = load_pipeline(folder, dtype=dtype, trust_remote_code=options.trust_remote_code)
     if not hasattr(pipeline, "set_scheduler"):
@@ -160,6 +161,15 @@ def _load(options: argparse.Namespace) -> Any:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _quiet_loading() -> None:
+    """A bar for each of a handful of small files tells nothing; the one of the sampling steps stays."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _check_output(output: Path) -> None:

@@ -137,11 +137,16 @@ def _name_own_classes(config: Any, cls: type) -> None:
     """Replace published module names by those of our own modules, which must be imported for diffusers to take them."""
     import importlib
 
+    import diffusers
+    import transformers
+
     package = cls.__module__.rpartition(".")[0]
     if isinstance(config.get("_class_name"), list):
         config["_class_name"] = config["_class_name"][1]
     for name, value in config.items():
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and HASH_SUFFIX.search(value[0]):
-            module = f"{package}.{HASH_SUFFIX.sub('', value[0])}"
-            importlib.import_module(module)
-            config[name] = [module, value[1]]
+            module = importlib.import_module(f"{package}.{HASH_SUFFIX.sub('', value[0])}")
+            # Diffusers looks up the base class that knows how to load, by its name, in the component's own module.
+            for base in (diffusers.ModelMixin, transformers.PreTrainedModel):
+                vars(module).setdefault(base.__name__, base)
+            config[name] = [module.__name__, value[1]]
