@@ -1,0 +1,392 @@
+"""Publishing on the Hugging Face Hub while training goes on.
+
+Whether uploading can work at all is found out before the first step (`Publisher.check`). After that every upload runs
+on one background thread, from a snapshot of what is to be uploaded, and is tried again when it fails; nothing of it
+can end a run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines.cli import UserError, nearest
+
+# What a run uploads, and when; as in the Transformers Trainer.
+HUB_STRATEGIES = {
+    "end": "the final pipeline, once",
+    "every_save": "the pipeline at every checkpoint",
+    "checkpoint": "that, and the newest checkpoint (optimizer state included) as last-checkpoint/",
+    "all_checkpoints": "that, and every checkpoint under checkpoints/",
+}
+RETRY_DELAYS = (5.0, 20.0, 60.0, 180.0)  # seconds; the client itself already retries each request for half a minute
+TRAINING_STATE = ("*optimizer*", "*grad_scaler*", "*random_state*", "*trainer_state*", ".*", "*/.*")
+SECRETS = (".env*", "*/.env*", ".netrc", "*/.netrc", "*.pem", "*.key", "id_rsa*", "*/id_rsa*", ".git/*", "wandb/*")
+SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bWANDB_API_KEY\s*[=:]\s*\S+")
+TEXT_SUFFIXES = {".json", ".yaml", ".yml", ".md", ".txt", ".csv", ".toml", ".py", ".log", ".jsonl", ".sh", ".ini", ""}
+
+Notify = Callable[[str], None]
+
+
+@dataclass
+class PublishReport:
+    """What came of the uploads, by path in the repo ("" is its root): on the Hub as last given, or not."""
+
+    uploaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Upload:
+    source: Path  # what the user can upload by hand
+    snapshot: Path
+    path_in_repo: str
+    message: str
+
+
+class Publisher:
+    """One model repo and the uploads of one run into it. Used on the main process only.
+
+    Args:
+        model_id: `user/name`, `name` (the user's own namespace), or None: the run folder's name.
+        run_dir: the run's folder; snapshots wait in a hidden folder of it, on the same disk as the checkpoints.
+        token: None takes HF_TOKEN or the stored login.
+        private: of a repo that is made new; None is the account's default.
+        strategy: one of `HUB_STRATEGIES`.
+        notify: takes the lines for the user.
+        retry_delays: seconds to wait before each further attempt at a failed upload.
+
+    Raises:
+        UserError: an unknown strategy.
+    """
+
+    def __init__(
+        self,
+        model_id: str | None,
+        *,
+        run_dir: Path,
+        token: str | None = None,
+        private: bool | None = None,
+        strategy: str = "end",
+        notify: Notify = tqdm.write,
+        retry_delays: Sequence[float] = RETRY_DELAYS,
+    ):
+        if strategy not in HUB_STRATEGIES:
+            known = ", ".join(HUB_STRATEGIES)
+            raise UserError(f"--hub_strategy {strategy}: unknown{nearest(strategy, HUB_STRATEGIES)} (known: {known})")
+        self.model_id = model_id or run_dir.name
+        self.run_dir = run_dir
+        self.strategy = strategy
+        self._token, self._private = token, private
+        self._notify = notify
+        self._retry_delays = tuple(retry_delays)
+        self._queue_dir = run_dir / ".hub_queue"
+        self._numbers = count()
+        self._pending: OrderedDict[str, _Upload] = OrderedDict()
+        self._running: _Upload | None = None
+        self._outcome: dict[str, bool] = {}  # by path in the repo: whether what was given last is there
+        self._sources: dict[str, Path] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        self._api: Any = None
+
+    @property
+    def wants_pipeline_at_save(self) -> bool:
+        """Whether a pipeline folder is to be made and uploaded at every checkpoint."""
+        return self.strategy != "end"
+
+    @property
+    def wants_checkpoints(self) -> bool:
+        """Whether checkpoints themselves, optimizer state included, are uploaded."""
+        return self.strategy in ("checkpoint", "all_checkpoints")
+
+    @property
+    def url(self) -> str:
+        return f"{self._hub_api().endpoint}/{self.model_id}"
+
+    def check(self) -> None:
+        """Before the first step: is there a token, is it valid, may it write, does the repo exist (else make it).
+
+        Raises:
+            UserError: whichever of these is not so, with what mends it.
+        """
+        shutil.rmtree(self._queue_dir, ignore_errors=True)  # of an interrupted run
+        api = self._hub_api()
+        account = self._account(api)
+        if "/" not in self.model_id:
+            self.model_id = f"{account['name']}/{self.model_id}"
+        self._check_name()
+        role = account.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UserError(
+                f"--push_to_hub: the token of '{account['name']}' can only read; make one with write access at "
+                f"{api.endpoint}/settings/tokens, then `hf auth login` or HF_TOKEN=..."
+            )
+        self._make_repo(api, account)
+
+    def upload(self, folder: str | os.PathLike[str], message: str, path_in_repo: str = "") -> None:
+        """Queue `folder` for upload, without training state, as it is now: it may change or go right after.
+
+        A newer upload to the same `path_in_repo` takes the place of one that still waits. Never raises: a failure
+        costs one warning.
+
+        Args:
+            message: the commit's.
+            path_in_repo: folder in the repo; "" is its root.
+        """
+        self._enqueue(Path(folder), message, path_in_repo, leave_out=TRAINING_STATE, link=False)
+
+    def upload_checkpoint(self, folder: str | os.PathLike[str], message: str) -> None:
+        """Queue a finished checkpoint, optimizer state and all, if the strategy wants it. Never raises."""
+        folder = Path(folder)
+        if self.wants_checkpoints:
+            everyone = self.strategy == "all_checkpoints"
+            path = f"checkpoints/{folder.name}" if everyone else "last-checkpoint"
+            # A checkpoint never changes once it is there, so links to its files are as good as copies and cost nothing.
+            self._enqueue(folder, message, path, leave_out=(), link=True)
+
+    def finish(self, timeout: float | None = 3600.0) -> PublishReport:
+        """Wait up to `timeout` seconds for what is queued; say what is on the Hub and how to upload the rest."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            if self._pending or self._running:
+                self._notify(f"Finishing the upload to {self.url} ...")
+            while self._pending or self._running:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left if left is None else min(left, 1.0))
+            self._stopping = True
+            unfinished = [*self._pending, *([self._running.path_in_repo] if self._running else [])]
+            self._outcome.update(dict.fromkeys(unfinished, False))
+            self._pending.clear()
+            self._changed.notify_all()
+        if not unfinished:
+            shutil.rmtree(self._queue_dir, ignore_errors=True)
+        report = PublishReport(
+            uploaded=[path for path, done in self._outcome.items() if done],
+            missing=[path for path, done in self._outcome.items() if not done],
+        )
+        self._say(report)
+        return report
+
+    # --- before training ---
+
+    def _hub_api(self) -> Any:
+        if self._api is None:
+            from huggingface_hub import HfApi
+
+            # HF_ENDPOINT is read here as well: the library reads it once, when it is first imported.
+            self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=self._token)
+        return self._api
+
+    def _account(self, api: Any) -> dict[str, Any]:
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if not (self._token or get_token()):
+            raise UserError(
+                "--push_to_hub: no Hugging Face token was found; `hf auth login`, or set HF_TOKEN to a token with "
+                f"write access ({api.endpoint}/settings/tokens), or leave out --push_to_hub"
+            )
+        try:
+            return api.whoami()
+        except HfHubHTTPError as error:
+            if _status(error) in (401, 403):
+                raise UserError(
+                    f"--push_to_hub: {api.endpoint} does not accept the token (HF_TOKEN, or the stored login): "
+                    f"{_one_line(error)}; make a new one at {api.endpoint}/settings/tokens"
+                ) from None
+            raise self._unreachable(error) from None
+        except Exception as error:  # no network, a wrong HF_ENDPOINT, HF_HUB_OFFLINE=1: the client has many classes
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> UserError:
+        return UserError(
+            f"--push_to_hub: {self._hub_api().endpoint} could not be reached ({_one_line(error)}); check the network "
+            "and HF_ENDPOINT, or leave out --push_to_hub and upload when training is over"
+        )
+
+    def _check_name(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.model_id)
+        except HFValidationError as error:
+            raise UserError(f"--hub_model_id {self.model_id}: {_one_line(error, kind=False)}") from None
+
+    def _make_repo(self, api: Any, account: dict[str, Any]) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            api.create_repo(self.model_id, private=self._private, exist_ok=True)
+            api.auth_check(self.model_id, write=True)
+        except HfHubHTTPError as error:
+            if _status(error) in (401, 403, 404):
+                own = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
+                raise UserError(
+                    f"--hub_model_id {self.model_id}: '{account['name']}' may not write there ({_one_line(error)}); "
+                    f"take one of this account's namespaces ({', '.join(own)}) or a token with that right"
+                ) from None
+            raise self._unreachable(error) from None
+        except Exception as error:  # the connection broke between two requests
+            raise self._unreachable(error) from None
+
+    # --- snapshots ---
+
+    def _enqueue(self, folder: Path, message: str, path_in_repo: str, leave_out: Sequence[str], link: bool) -> None:
+        path_in_repo = path_in_repo.strip("/")
+        snapshot = self._queue_dir / f"{next(self._numbers):06d}"
+        try:
+            self._snapshot(folder, snapshot, leave_out, link)
+        except OSError as error:  # disk full, folder gone
+            shutil.rmtree(snapshot, ignore_errors=True)
+            self._failed(path_in_repo, folder, error)
+            return
+        with self._changed:
+            replaced = self._pending.pop(path_in_repo, None)
+            self._pending[path_in_repo] = _Upload(folder, snapshot, path_in_repo, message)
+            self._sources[path_in_repo] = folder
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="hub-upload", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        if replaced:
+            shutil.rmtree(replaced.snapshot, ignore_errors=True)
+
+    def _snapshot(self, folder: Path, snapshot: Path, leave_out: Sequence[str], link: bool) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if not path.is_file() or any(fnmatch(name, pattern) for pattern in (*leave_out, *SECRETS)):
+                continue
+            if self._holds_secret(path):
+                self._notify(f"warning: {path} seems to hold an access token and is not uploaded; take the token out")
+                continue
+            target = snapshot / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(path, target) if link else shutil.copy2(path, target)
+
+    def _holds_secret(self, path: Path) -> bool:
+        if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > 4_000_000:
+            return False
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        own = [
+            secret for secret in (self._token, os.environ.get("HF_TOKEN"), os.environ.get("WANDB_API_KEY")) if secret
+        ]
+        return bool(SECRET_TEXT.search(text)) or any(len(secret) >= 8 and secret in text for secret in own)
+
+    # --- the background thread ---
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._pending and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                _, upload = self._pending.popitem(last=False)
+                self._running = upload
+            error = self._attempt(upload)
+            shutil.rmtree(upload.snapshot, ignore_errors=True)
+            with self._changed:
+                self._running = None
+                self._outcome[upload.path_in_repo] = error is None
+                self._changed.notify_all()
+            if error is not None and upload.path_in_repo not in self._pending:
+                self._failed(upload.path_in_repo, upload.source, error)
+
+    def _attempt(self, upload: _Upload) -> Exception | None:
+        """Upload, trying again after each of the delays; returns what went wrong in the end, or None."""
+        for delay in (*self._retry_delays, None):
+            try:
+                self._send(upload)
+                return None
+            except Exception as error:  # whatever the network or the server does must not end a run
+                if delay is None or _is_final(error):
+                    return error
+                last = error
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or upload.path_in_repo in self._pending, timeout=delay)
+                if self._stopping or upload.path_in_repo in self._pending:  # over, or superseded by a newer one
+                    return last
+        return None
+
+    def _send(self, upload: _Upload) -> None:
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+        quiet = not are_progress_bars_disabled()
+        if quiet:
+            disable_progress_bars()  # they would be drawn over the training's own
+        try:
+            self._hub_api().upload_folder(
+                repo_id=self.model_id,
+                folder_path=upload.snapshot,
+                path_in_repo=upload.path_in_repo or None,
+                commit_message=upload.message,
+                # A folder of its own is replaced as a whole; at the root there are other things (checkpoints).
+                delete_patterns="*" if upload.path_in_repo else None,
+            )
+        finally:
+            if quiet:
+                enable_progress_bars()
+
+    # --- words ---
+
+    def _failed(self, path_in_repo: str, source: Path, error: Exception) -> None:
+        self._outcome[path_in_repo] = False
+        self._sources[path_in_repo] = source
+        if not self._warned:
+            self._warned = True
+            self._notify(f"warning: uploading {source} to {self.model_id} failed, training goes on: {_one_line(error)}")
+
+    def _say(self, report: PublishReport) -> None:
+        if report.uploaded:
+            places = ", ".join(path or "the model" for path in report.uploaded)
+            self._notify(f"Uploaded to {self.url}: {places}")
+        for path in report.missing:
+            command = f"hf upload {self.model_id} {self._sources[path]} {path or '.'}"
+            self._notify(f"warning: not uploaded: {path or 'the model'}; to do it by hand: {command}")
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links, or with too many to this file
+        shutil.copy2(source, target)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again cannot help: no right, no repo, content that the Hub refuses."""
+    return _status(error) in (400, 401, 403, 404, 413, 422) or isinstance(error, (ValueError, TypeError))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind `error`, looking through the errors it was raised from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        error = error.__cause__  # type: ignore[assignment]
+    return None
+
+
+def _one_line(error: BaseException, kind: bool = True) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if kind else text
