@@ -2,8 +2,8 @@
 
     python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
 
-Poster number i is a function of the seed, i and the options alone: the same command gives the same bytes, whatever the number of
-processes. The folder loads with `datasets.load_dataset("data/posters_64")`.
+Poster number i is a function of the seed, i and the options alone: the same command gives the same bytes, whatever the
+number of processes. The folder loads with `datasets.load_dataset("data/posters_64")`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MakePostersConfig:
         if self.split_sizes()["train"] < 1:
             raise UserError(
                 f"nothing is left to train on: --num_posters {self.num_posters} with --validation_fraction "
-                f"{self.validation_fraction} and --test_fraction {self.test_fraction}; make more posters or hold out fewer"
+                f"{self.validation_fraction} and --test_fraction {self.test_fraction}; make more or hold out fewer"
             )
 
     def split_sizes(self) -> dict[str, int]:
@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"{folder} already holds exactly these {config.num_posters:,} posters; nothing to do.")
         return 0
     workers = min(config.num_workers or os.cpu_count() or 1, config.num_posters)
-    print(
-        f"Drawing {config.num_posters:,} {config.complexity} posters at {config.resolution} px with {workers} process(es)."
-    )
+    kind = f"{config.complexity} posters at {config.resolution} px"
+    print(f"Drawing {config.num_posters:,} {kind} with {workers} process(es); a few thousand take under a minute.")
     started = time.perf_counter()
     partial_folder = _start_folder(folder)
     try:
@@ -134,7 +133,7 @@ def _already_made(folder: Path, config: MakePostersConfig) -> bool:
 
 
 def _start_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`: everything is written there and renamed at the end, so a killed run leaves no half."""
+    """An empty folder beside `folder`, to be renamed when all is written: a killed run leaves no half dataset."""
     partial_folder = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     try:
         shutil.rmtree(partial_folder, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""The words and colours of the poster domain: what the generator draws, the models are conditioned on and the reader reads.
+"""The words and colours of the poster domain, shared by what draws posters, what generates them and what reads them.
 
 Only names, numbers and small pure functions: the pipelines that are published need them too.
 
-Colours are RGB triples of 0..255. The domain's colours lie at least 80 apart (Euclidean), so that "the nearest name" of a
-slightly wrong colour is the name of the colour that was meant.
+Colours are RGB triples of 0..255. The domain's colours lie at least 80 apart (Euclidean), so that "the nearest name" of
+a slightly wrong colour is the name of the colour that was meant.
 """
 
 from __future__ import annotations

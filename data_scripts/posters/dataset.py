@@ -128,8 +128,8 @@ def write_card(folder: Path, settings: dict[str, Any], parts: dict[str, list[int
     made_from = "".join(f"- {name}: {value}\n" for name, value in settings.items())
     (folder / "README.md").write_text(
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{data_files}---\n\n# Posters\n\n"
-        f"Posters made by a program (`data_scripts/make_posters.py`), each with its brief, its feature maps and the boxes of "
-        f"its elements.\n\nSplits: {counts}.\n\n```python\nfrom datasets import load_dataset\n\n"
+        f"Posters made by a program (`data_scripts/make_posters.py`), each with its brief, its feature maps and "
+        f"the boxes of its elements.\n\nSplits: {counts}.\n\n```python\nfrom datasets import load_dataset\n\n"
         f'posters = load_dataset("path/to/this/folder")\n```\n\n| column | meaning |\n|---|---|\n{columns}\n'
         f"Made from:\n\n{made_from}\n![posters with their masks](contact_sheet.png)\n",
         encoding="utf-8",

@@ -5,6 +5,7 @@ Legend: S pixels along one side of the finished poster; u grid units, UNITS alon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,9 @@ BODY_X_HEIGHT = 0.5
 TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 
 
+Fill = int | tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class FeatureMaps:
     """F_Tensor as uint8 "L" images, S × S: masks {0, 255}, class ids 0..5, hierarchy 0..255."""
@@ -42,7 +46,7 @@ class FeatureMaps:
 class Page:
     """A square of pixels addressed in grid units."""
 
-    def __init__(self, pixels: int, mode: str, fill: int | tuple[int, int, int]):
+    def __init__(self, pixels: int, mode: str, fill: Fill):
         self.scale = pixels / UNITS
         self.image = Image.new(mode, (pixels, pixels), fill)
 
@@ -50,12 +54,10 @@ class Page:
         x0, y0, x1, y1 = (round(value * self.scale) for value in box)
         return x0, y0, x1, y1
 
-    def fill_box(self, box: Box, fill: int | tuple[int, int, int]) -> None:
+    def fill_box(self, box: Box, fill: Fill) -> None:
         self.image.paste(fill, self.pixel_box(box))
 
-    def draw_shapes(
-        self, box: Box, shapes: tuple[Shape, ...], fills: dict[str, int] | dict[str, tuple[int, int, int]]
-    ) -> None:
+    def draw_shapes(self, box: Box, shapes: tuple[Shape, ...], fills: Mapping[str, Fill]) -> None:
         """Draw `shapes` clipped to `box`; `fills` maps a role to what this page paints it with."""
         x0, y0, x1, y1 = self.pixel_box(box)
         cut = self.image.crop((x0, y0, x1, y1))
@@ -157,7 +159,7 @@ def draw_feature_maps(brief: PosterBrief, elements: list[Element], resolution: i
         elif isinstance(content, TextLines):
             for box in boxes:
                 role.fill_box(box, role_ids["ink"])
-        else:
+        elif isinstance(content, Title):
             _draw_title_role(role, brief, element.box, content, role_ids)
     return FeatureMaps(text.image, image.image, role.image, hierarchy.image)
 

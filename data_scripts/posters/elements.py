@@ -1,7 +1,7 @@
 """What a poster is made of: elements in boxes, and the shapes in them.
 
-Units: the page is a square of UNITS × UNITS grid units (u), x to the right, y downwards; at 64 px a unit is 4 px, so that boxes on
-whole units keep to the patches of a small autoencoder. Boxes are (x0, y0, x1, y1).
+Units: the page is a square of UNITS × UNITS grid units (u), x to the right, y downwards; at 64 px a unit is 4 px, so
+that boxes on whole units keep to the patches of a small autoencoder. Boxes are (x0, y0, x1, y1).
 """
 
 from __future__ import annotations

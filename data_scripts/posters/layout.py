@@ -1,7 +1,7 @@
 """From a brief to boxes: every style's grammar on one grid of 16 × 16 units.
 
-The page has three bands: the title's (4 u high) where the brief says, and two strips of 6 u for the motif and the pictures. The title's
-band carries nothing but the title. At 64 px all of this falls on whole 4 px patches.
+The page has three bands: the title's (4 u high) where the brief says, and two strips of 6 u for the motif and the
+pictures. The title's band carries nothing but the title. At 64 px all of this falls on whole 4 px patches.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def diagonal_bars(area: Box, rng: np.random.Generator) -> list[Element]:
     height = y1 - y0
     lean = 1.0 if rng.random() < 0.5 else -1.0
     shapes = []
-    for number, left in enumerate(np.arange(x0 - height, x1 + height, 4.0)):
+    for number, left in enumerate(np.arange(x0 - height, x1 + height, 5.0)):
         bottom, top = (left, left + lean * height)
         corners = [(bottom, y1), (bottom + 2, y1), (top + 2, y0), (top, y0)]
         shapes.append(polygon([(float(x), y) for x, y in corners], ("primary", "accent")[number % 2]))
@@ -175,17 +175,18 @@ def waves(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def blocks(area: Box, rng: np.random.Generator) -> list[Element]:
-    """Slabs that lean on each other: a big one, and two beside it."""
+    """A big slab, and a smaller one of the accent beside it."""
     x0, y0, x1, y1 = area
     width, height = x1 - x0, y1 - y0
-    wide = math.floor(width / 2)
+    # Narrow enough that the background stays the poster's most frequent colour.
+    wide, side = math.floor(0.4 * width), math.floor(0.3 * width)
     split = y0 + math.floor(height / 2)
     big_left = rng.random() < 0.5
     left = x0 if big_left else x1 - wide
-    side0, side1 = (x0 + wide + 1, x1) if big_left else (x0, x1 - wide - 1)
+    beside = x0 + wide + 1 if big_left else x1 - wide - 1 - side
     return [
         _single(rectangle(left, y0, left + wide, y1, "primary")),
-        _single(rectangle(side0, split, side1, y1, "accent")),
+        _single(rectangle(beside, split, beside + side, y1, "accent")),
     ]
 
 
@@ -197,7 +198,7 @@ def steps(area: Box, rng: np.random.Generator) -> list[Element]:
     for k in range(count):
         share = (k + 1 if rises_right else count - k) / count
         role = "accent" if share == 1.0 else "primary"
-        shapes.append(rectangle(x0 + 2 * k, y1 - round(share * (y1 - y0)), x0 + 2 * k + 2, y1, role))
+        shapes.append(rectangle(x0 + 2 * k, y1 - round(0.85 * share * (y1 - y0)), x0 + 2 * k + 2, y1, role))
     return _group(area, shapes)
 
 
