@@ -6,6 +6,7 @@ A step is one optimizer step of every active phase, on the same micro-batches.
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from .launch import on_main, start_accelerator
 from .metrics_log import MetricsLog
 from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
+from .prepare import make_missing
 from .previews import save_png
 from .run_config import RunConfig, this_command
 from .run_folder import RunFolder, start_logging
@@ -42,13 +44,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("halftone")
 
 
-def train(build_stage: Callable[[], Stage], config: RunConfig, prepare: Callable[[], None] | None = None) -> int:
+def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
     """Train what `build_stage` makes, from wherever the run in `config.output_dir` stands; returns the exit status.
 
     Args:
-        build_stage: called on every process, after `prepare`.
+        build_stage: called on every process, once the inputs that `config.prepare` can make are there.
         config: validated; `config.output_dir` names the run folder.
-        prepare: makes inputs that are missing; called on the main process only.
 
     Raises:
         UserError: what the user can mend, before the first step.
@@ -62,8 +63,8 @@ def train(build_stage: Callable[[], Stage], config: RunConfig, prepare: Callable
                 on_main(accelerator, lambda: resume.open_run(folder, config))
             start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
             on_main(accelerator, lambda: resume.compare_configs(folder, config))
-            if prepare is not None:
-                on_main(accelerator, prepare)
+            if on_main(accelerator, lambda: _prepare(config, stop)):
+                return stop.exit_status(stop.requested or signal.SIGTERM)
             stage = build_stage()
             if config.dry_run:
                 if accelerator.is_main_process:
@@ -73,6 +74,15 @@ def train(build_stage: Callable[[], Stage], config: RunConfig, prepare: Callable
         finally:
             # Without it a distributed script can abort after its work is done.
             accelerator.end_training()
+
+
+def _prepare(config: RunConfig, stop: StopSignal) -> bool:
+    """Make inputs that are missing; True when a stop came between."""
+    try:
+        make_missing(config.prepare, lambda: stop.requested)
+    except Interrupted:
+        return True
+    return False
 
 
 class Trainer:
@@ -220,7 +230,7 @@ class Trainer:
 
     def _leave(self) -> int:
         """After a stop: everything is saved; say how to go on."""
-        number = self.stop.requested or 15
+        number = self.stop.requested or signal.SIGTERM
         if self.accelerator.is_main_process:
             logger.info(
                 "stopped at step %d of %d; everything is saved. To go on: %s",
@@ -379,7 +389,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name, value in (metrics or {}).items():
                 print(f"{name} {value:.6g}")
-        return 0 if metrics is not None else self.stop.exit_status(self.stop.requested or 15)
+        return 0 if metrics is not None else self.stop.exit_status(self.stop.requested or signal.SIGTERM)
 
     def _previews(self) -> bool:
         """Draw and save the previews; False when a stop came between."""

@@ -43,6 +43,9 @@ class RunConfig:
     validate_only: bool = option(False, on_resume="free")
     """Load the checkpoint, validate, print the figures, and exit."""
 
+    prepare: dict[str, str] = option({}, on_resume="free")
+    """Inputs that may be missing: path → the script (and its flags) that makes it; for YAML files"""
+
     train_batch_size: int = option(16)
     """Images per micro-batch on one process."""
     validation_batch_size: int = option(0, on_resume="free")

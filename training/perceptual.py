@@ -1,0 +1,60 @@
+"""A perceptual loss on any Transformers vision backbone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.cli import UserError
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures in the features of a frozen backbone, after Zhang et al. 2018 (LPIPS) without its learned
+    weights: feature vectors normalized over channels, squared differences averaged over places and stages.
+
+    Args:
+        name_or_path: a model that `transformers.AutoBackbone` loads (ResNet, ConvNeXt, DINOv2, Swin, …).
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, name_or_path: str):
+        super().__init__()
+        from transformers import AutoBackbone
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            config = AutoBackbone.from_pretrained(name_or_path).config
+            stages = [name for name in config.stage_names if name != "stem"]
+            self.backbone = AutoBackbone.from_pretrained(name_or_path, out_features=stages)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--perceptual_backbone {name_or_path} cannot be loaded ({str(error).splitlines()[0]}); "
+                "give the name or folder of a vision backbone of Transformers, e.g. microsoft/resnet-18"
+            ) from None
+        try:
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        except OSError:
+            processor = {}
+        self.image_size = getattr(config, "image_size", None) if hasattr(config, "patch_size") else None
+        self.register_buffer("mean", torch.tensor(processor.get("image_mean", _IMAGENET_MEAN)).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(processor.get("image_std", _IMAGENET_STD)).reshape(1, 3, 1, 1))
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """`images`, `references`: B 3 H W in [-1, 1]; a scalar. Gradients flow to `images`, none to `references`."""
+        with torch.no_grad():
+            wanted = self._features(references)
+        found = self._features(images)
+        distances = [(f - w).square().sum(1).mean() for f, w in zip(found, wanted, strict=True)]
+        return torch.stack(distances).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        pixels = ((images + 1) / 2 - self.mean) / self.std
+        if self.image_size is not None:  # position embeddings know one size
+            pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", antialias=True)
+        return [F.normalize(feature, dim=1, eps=1e-6) for feature in self.backbone(pixels).feature_maps]

@@ -1,0 +1,301 @@
+"""Train latent diffusion from scratch: caption and/or class label (or neither) → latents → picture.
+
+    accelerate launch training/train_latent_diffusion.py                  # the quickstart's posters, made for you
+    accelerate launch training/train_latent_diffusion.py --config configs/experiments/latent_diffusion/emoji_64.yaml
+    accelerate launch training/train_latent_diffusion.py --train_data_dir my_pictures --vae runs/autoencoder \\
+        --tokenizer my_pictures_tokenizer --output_dir runs/mine
+
+Typed again, a command goes on where the run stood. B batch, C latent channels, h w latent cells, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.cli import UserError, entry_point
+from training import text
+from training.data import DataConfig, ImageDataset, load_split, validate_data_config
+from training.data_checks import require_clean
+from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
+from training.latent_cache import LatentCache
+from training.loop import train
+from training.parsing import parse_config
+from training.evaluation.images import to_pil
+from training.previews import Previews
+from training.run_config import RunConfig, check_at_least, check_choice, option
+from training.sampler import Draws, SampleKey
+from training.sizes import check_deepest_feature_map
+from training.stage import Batch, MapDataset, Phase, Stage
+from training.unet import UNetConfig, build_unet, validate_unet_config
+from training.vae_loading import load_vae
+from training.validation import fetch
+from training.weights import load_initial_weights
+
+logger = logging.getLogger("halftone")
+
+PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
+
+
+@dataclass
+class Config(DiffusionConfig, RunConfig, DataConfig):
+    """Flags of train_latent_diffusion.py."""
+
+    output_dir: str = option("runs/latent_diffusion", on_resume="free")
+    """The run folder"""
+    vae: str = option("", on_resume="error")
+    """Autoencoder of the latents: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
+    latent_cache: str | None = option(None, on_resume="error")
+    """Latents made by data_scripts/precompute_latents.py; unset encodes pictures as they come"""
+    condition_on: list[str] = option(["caption"], on_resume="error")
+    """What steers: [caption], [label], [caption, label] or []"""
+    tokenizer: str | None = option(None, on_resume="error")
+    """Tokenizer folder or name, e.g. made by data_scripts/train_tokenizer.py; unset: that of the pretrained encoder"""
+    pretrained_text_encoder: str | None = option(None, on_resume="error")
+    """A text encoder of Transformers by name or folder, kept frozen; unset trains a small one of our own"""
+    model: UNetConfig = field(default_factory=UNetConfig, metadata={"on_resume": "error"})
+    """The U-Net"""
+    text_encoder: text.TextEncoderConfig = field(
+        default_factory=text.TextEncoderConfig, metadata={"on_resume": "error"}
+    )
+    """The text encoder trained jointly"""
+    init_from: str | None = option(None)
+    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
+    preview_prompts: list[str] | None = option(None, on_resume="free")
+    """Prompts of the previews; unset takes captions of the validation data"""
+    preview_guidance_scale: float = option(2.5, on_resume="free")
+    """Guidance of the previews"""
+    preview_inference_steps: int = option(25, on_resume="free")
+    """Sampling steps of the previews"""
+    num_previews: int = option(8, on_resume="free")
+    """Pictures in a preview"""
+
+    def validate(self) -> None:
+        super().validate()
+        validate_data_config(self)
+        validate_diffusion_config(self)
+        validate_unet_config(self.model)
+        text.validate_text_encoder_config(self.text_encoder)
+        for condition in self.condition_on:
+            check_choice("condition_on", condition, ("caption", "label"))
+        check_at_least("num_previews", self.num_previews, 1)
+        if not self.vae:
+            raise UserError(
+                "no autoencoder was named; give --vae: a Hub id such as stabilityai/sdxl-vae, a folder, "
+                "or a run of train_autoencoder.py"
+            )
+        if "caption" in self.condition_on and not (self.tokenizer or self.pretrained_text_encoder):
+            raise UserError(
+                "captions need --tokenizer (python data_scripts/train_tokenizer.py makes one) "
+                "or --pretrained_text_encoder; to train without captions: --condition_on '[]'"
+            )
+
+
+class LatentDiffusionPhase(Phase):
+    """The denoising loss on latents, with the condition dropped for some samples."""
+
+    name = "diffusion"
+
+    def __init__(self, config: Config, unet: nn.Module, diffusion: Diffusion, vae: nn.Module):
+        super().__init__()
+        self.config, self.diffusion, self.unet = config, diffusion, unet
+        self.tokenizer: Any = None
+        self.borrow(vae=vae)
+
+    def add_text(self, text_encoder: nn.Module, tokenizer: Any, max_length: int, trained: bool) -> None:
+        if trained:
+            self.text_encoder = text_encoder
+        else:
+            self.borrow(text_encoder=text_encoder)
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time."""
+        from pipelines.latents import encode_latents, latents_from_moments
+
+        with torch.no_grad():
+            if "pixel_values" in batch:
+                return encode_latents(self.vae, batch["pixel_values"], draws.normal("posterior", self.latent_shape))
+            noise = draws.normal("posterior", self.latent_shape)
+            return latents_from_moments(self.vae, batch["mean"], batch.get("logvar"), noise)
+
+    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
+        """The U-Net's arguments beside latents and timesteps; `dropped`: B, bool."""
+        from pipelines.latent_diffusion import encode_captions, null_class, tokenize_captions
+
+        arguments = {}
+        if self.tokenizer is not None:
+            captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
+            ids = tokenize_captions(self.tokenizer, captions, self.max_length).to(dropped.device)
+            arguments["encoder_hidden_states"] = encode_captions(self.text_encoder, ids)
+        if self.unet.config.num_class_embeds:
+            arguments["class_labels"] = torch.where(dropped, null_class(self.unet), batch["label"])
+        return arguments
+
+    def losses(self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None) -> Tensor:
+        """Per sample. B."""
+        noisy = self.diffusion.corrupt(self.latents(batch, draws), draws, sampling=sampling)
+        dropped = draws.uniform("cfg_dropout") < dropout
+        return noisy.loss(self.unet(noisy.x_t, noisy.timesteps, **self.condition(batch, dropped)).sample)
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.losses(batch, draws, self.config.cfg_dropout).mean(), {}
+
+
+class LatentDiffusionStage(Stage):
+    name = "latent diffusion"
+    card_template = "latent_diffusion.md.jinja"
+
+    def __init__(self, config: Config):
+        from pipelines.latents import latent_shape
+
+        self.config = config
+        self.vae = load_vae(config.vae)
+        self.with_captions, self.with_labels = "caption" in config.condition_on, "label" in config.condition_on
+        self._train, self._validation, self.id2label = self._open_data()
+        channels, height, width = latent_shape(self.vae, config.resolution, config.resolution)
+        levels = len(config.model.block_out_channels)
+        check_deepest_feature_map(height, 1, levels, "--model.block_out_channels", "the latents' side")
+        torch.manual_seed(config.seed)
+        tokenizer, text_encoder, text_width, max_length = self._text()
+        self.unet = build_unet(config.model, channels, height, text_width, len(self.id2label))
+        self.diffusion = Diffusion(config)
+        self.trivial_loss = self.diffusion.trivial_loss
+        self.phase = LatentDiffusionPhase(config, self.unet, self.diffusion, self.vae)
+        self.phase.latent_shape = (channels, height, width)
+        trained = {"unet": self.unet}
+        self.frozen = [self.vae]
+        if text_encoder is not None:
+            self.phase.add_text(text_encoder, tokenizer, max_length, trained=not config.pretrained_text_encoder)
+            if config.pretrained_text_encoder:
+                self.frozen.append(text_encoder)
+            else:
+                trained["text_encoder"] = text_encoder
+        if config.init_from:
+            load_initial_weights(config.init_from, trained)
+        self.phases, self.ema_of = [self.phase], trained
+
+    def _open_data(self) -> tuple[MapDataset, MapDataset | None, dict[int, str]]:
+        """Training and validation data, and the class names (none without labels)."""
+        config = self.config
+        if config.latent_cache:
+            cache = LatentCache(config.latent_cache)
+            cache.check(self.vae, config.vae, config)
+            if self.with_captions and not cache.has_captions:
+                raise UserError(f"the latent cache {config.latent_cache} has no captions; make it with captions")
+            if self.with_labels and not cache.id2label:
+                raise UserError(f"the latent cache {config.latent_cache} has no labels; make it with labels")
+            cached = cache.split("train", random_flip=config.random_flip)
+            validation = cache.split("validation") if "validation" in cache.splits else None
+            return cached, validation, cache.id2label if self.with_labels else {}
+        flags = {"captions": self.with_captions, "labels": self.with_labels}
+        train_data = ImageDataset(load_split(config, "train", config.seed), config, **flags)
+        require_clean(train_data, tell=logger.info)
+        held_out = load_split(config, "validation", config.seed)
+        if not len(held_out):
+            return train_data, None, train_data.id2label
+        validation = ImageDataset(held_out, config, **flags, label_map=train_data.label_map, augment=False)
+        require_clean(validation, tell=logger.info)
+        return train_data, validation, train_data.id2label
+
+    def _text(self) -> tuple[Any, Any, int | None, int]:
+        """Tokenizer, text encoder, its width D, and L."""
+        from pipelines.latent_diffusion import max_caption_length
+
+        config = self.config
+        if not self.with_captions:
+            return None, None, None, 0
+        tokenizer = text.load_tokenizer(config.tokenizer or config.pretrained_text_encoder)  # type: ignore[arg-type]
+        if config.pretrained_text_encoder:
+            encoder = text.load_text_encoder(config.pretrained_text_encoder)
+        else:
+            encoder = text.new_text_encoder(config.text_encoder, tokenizer)
+        text.check_vocabulary(tokenizer, encoder)
+        limit = config.text_encoder.max_length
+        try:
+            limit = min(limit, max_caption_length(tokenizer, encoder))
+        except ValueError:
+            pass  # neither has a limit of its own
+        return tokenizer, encoder, encoder.config.hidden_size, limit
+
+    def train_data(self) -> MapDataset:
+        return self._train
+
+    def validation_data(self) -> MapDataset | None:
+        return self._validation
+
+    def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        losses = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")
+        return {"loss": losses.sum(), "count": torch.tensor(len(losses))}
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"val_loss": sums["loss"] / sums["count"]}
+
+    def previews(self) -> Previews:
+        from pipelines.latents import decode_latents
+
+        config, data = self.config, self._validation or self._train
+        batch = fetch(data, [SampleKey(i, 0) for i in range(min(config.num_previews, len(data)))])
+        arguments: dict[str, Any] = {}
+        captions = [f"sample {i + 1}" for i in range(config.num_previews)]
+        if self.with_captions:
+            captions = (config.preview_prompts or batch["caption"])[: config.num_previews]
+            arguments["prompt"] = captions
+        if self.with_labels:
+            labels = (
+                [i % len(self.id2label) for i in range(len(captions))] if config.preview_prompts else batch["label"]
+            )
+            arguments["class_labels"] = labels
+            names = [self.id2label[int(label)] for label in labels]
+            captions = [f"{c} [{n}]" for c, n in zip(captions, names)] if self.with_captions else names
+        if not arguments:
+            arguments["num_images_per_prompt"] = config.num_previews
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(captions))]
+        images = pipeline(
+            **arguments,
+            generator=generators,
+            guidance_scale=config.preview_guidance_scale,
+            num_inference_steps=config.preview_inference_steps,
+            callback_on_step_end=self._between_steps,
+        ).images
+        if "pixel_values" in batch:
+            references = batch["pixel_values"]
+        else:
+            references = decode_latents(
+                self.vae, self.phase.latents(batch, Draws(0, "previews", range(len(batch["mean"]))))
+            )
+        return Previews(images, list(captions), [to_pil(image) for image in references])
+
+    def _between_steps(self, pipeline, step, timestep, tensors) -> dict:
+        self.poll()
+        return {}
+
+    def pipeline(self):
+        from pipelines.latent_diffusion import LatentDiffusionPipeline
+
+        phase = self.phase
+        return LatentDiffusionPipeline(
+            vae=self.vae,
+            unet=self.unet,
+            scheduler=self.diffusion.scheduler,
+            text_encoder=phase.text_encoder if phase.tokenizer is not None else None,
+            tokenizer=phase.tokenizer,
+            id2label=self.id2label or None,
+            max_text_length=phase.max_length if phase.tokenizer is not None else None,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    return train(lambda: LatentDiffusionStage(config), config)
+
+
+if __name__ == "__main__":
+    entry_point(main)

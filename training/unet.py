@@ -1,0 +1,74 @@
+"""The U-Net as configured: stock `diffusers.UNet2DConditionModel`, from a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from pipelines.cli import UserError
+
+
+@dataclass
+class UNetConfig:
+    """Names are those of diffusers.UNet2DConditionModel where it has them."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 192])
+    """Channels per resolution; each after the first halves it"""
+    layers_per_block: int = 2
+    """Residual blocks per resolution on the way down; one more on the way up"""
+    attention_levels: list[int] = field(default_factory=lambda: [0, 1])
+    """Resolutions with attention, 0 the highest; [] for none but the middle's"""
+    attention_head_dim: int = 32
+    """Channels of one attention head"""
+    transformer_layers_per_block: int = 1
+    """Transformer layers in each attention block"""
+    norm_num_groups: int = 32
+    """Groups of the group normalization"""
+    dropout: float = 0.0
+    """In residual blocks"""
+
+
+def validate_unet_config(config: UNetConfig) -> None:
+    """Raises UserError for numbers that do not go together."""
+    widths, levels = config.block_out_channels, len(config.block_out_channels)
+    if not widths:
+        raise UserError("--model.block_out_channels is empty; give one number per resolution, e.g. '[128,192]'")
+    for flag in ("norm_num_groups", "attention_head_dim"):
+        part = getattr(config, flag)
+        if part < 1 or any(width % part for width in widths):
+            raise UserError(f"--model.block_out_channels {widths} must be multiples of --model.{flag} {part}")
+    if any(not 0 <= level < levels for level in config.attention_levels):
+        raise UserError(f"--model.attention_levels {config.attention_levels} must lie in 0 to {levels - 1}")
+
+
+def build_unet(config: UNetConfig, channels: int, size: int, text_width: int | None, num_classes: int) -> nn.Module:
+    """A U-Net with fresh weights for `channels` × `size` × `size`.
+
+    Args:
+        text_width: of the text condition; None builds one without text, whose attention is self-attention alone.
+        num_classes: 0 for none; else one class more is made, the last, for "no class".
+    """
+    import diffusers
+
+    levels = len(config.block_out_channels)
+    attends = [level in config.attention_levels for level in range(levels)]
+    with_attention = "CrossAttn{}Block2D" if text_width else "Attn{}Block2D"
+    # Diffusers means the number of heads by attention_head_dim where attention is of text, and their width elsewhere.
+    heads = [width // config.attention_head_dim for width in config.block_out_channels]
+    return diffusers.UNet2DConditionModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple((with_attention if a else "{}Block2D").format("Down") for a in attends),
+        mid_block_type="UNetMidBlock2DCrossAttn" if text_width else "UNetMidBlock2D",
+        up_block_types=tuple((with_attention if a else "{}Block2D").format("Up") for a in reversed(attends)),
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        transformer_layers_per_block=config.transformer_layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        dropout=config.dropout,
+        cross_attention_dim=text_width or config.block_out_channels[0],
+        attention_head_dim=tuple(heads) if text_width else (config.attention_head_dim,) * levels,
+        num_class_embeds=num_classes + 1 if num_classes else None,
+    )
