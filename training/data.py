@@ -16,6 +16,7 @@ from training.data_source import (
     DataConfig,
     load_all_splits,
     load_split,
+    named_split,
     require_column,
     row_id,
     transform_fingerprint,
@@ -43,6 +44,7 @@ __all__ = [
     "caption_problem",
     "collate_items",
     "load_all_splits",
+    "load_label_map",
     "load_split",
     "row_id",
     "transform_fingerprint",
@@ -103,10 +105,6 @@ class LabelMap:
             )
         return cls([str(i) for i in range(largest + 1)], numeric=True)
 
-    def with_names(self, names: Sequence[str]) -> LabelMap:
-        """The same kind of column under another split's classes."""
-        return LabelMap(names, numeric=self._ids is None)
-
     def __len__(self) -> int:
         return len(self.names)
 
@@ -128,8 +126,9 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         dataset: from `load_split`.
         captions, labels: whether items have them; their columns must then exist.
-        label_map: the training split's, for a validation split; None reads the classes from `dataset`.
+        label_map: from `load_label_map`, the same for all splits; None reads the classes from `dataset`.
         augment: False for validation: the middle crop and no flip, whatever the config says.
+        every_caption: items carry all captions of a row that has several, instead of the one drawn.
 
     Raises:
         UserError: a missing column, at once; `BadRow` when one is read and `on_bad_sample` is "error".
@@ -144,9 +143,11 @@ class ImageDataset(torch.utils.data.Dataset):
         labels: bool = False,
         label_map: LabelMap | None = None,
         augment: bool = True,
+        every_caption: bool = False,
     ):
         self.config = config
         self.captions = captions
+        self.every_caption = every_caption
         self.center_crop = config.center_crop or not augment
         self.random_flip = config.random_flip and augment
         columns = [config.image_column]
@@ -192,7 +193,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         item: dict[str, Any] = {}
         if self.captions:
-            item["caption"] = pick_caption(self.caption_of(row), key.key)
+            captions = self.caption_of(row)
+            item["caption"] = captions if self.every_caption else pick_caption(captions, key.key)
         if self.label_map is not None:
             item["label"] = self.label_of(row)
         item["pixel_values"] = to_tensor(self.crop(row, key.key))
@@ -270,6 +272,15 @@ class ImageDataset(torch.utils.data.Dataset):
             ) from bad
         self._bad[index] = 1
         logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))
+
+
+def load_label_map(config: DataConfig) -> LabelMap:
+    """The classes of the stored training split, held-out rows and those beyond `max_train_samples` included.
+
+    Raises:
+        UserError: no such data or column, or values that are not classes.
+    """
+    return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
 
 
 def _distinct(dataset: Dataset, column: str) -> list[Any]:

@@ -5,6 +5,7 @@ Nothing scans or maps the data here, so a million rows open as fast as a hundred
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,8 +106,8 @@ def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
     name = {"train": config.train_split, "validation": config.validation_split}.get(split, split)
     held_out = config.validation_split not in splits and config.validation_split == DataConfig().validation_split
     if split == "validation" and held_out:
-        return _hold_out(_named_split(config, splits, config.train_split), config, seed)[1]
-    dataset = _named_split(config, splits, name)
+        return _hold_out(named_split(config, splits, config.train_split), config, seed)[1]
+    dataset = named_split(config, splits, name)
     if split != "train":
         return dataset
     if held_out:
@@ -123,18 +124,28 @@ def load_all_splits(config: DataConfig) -> DatasetDict:
     Raises:
         UserError: the source is not given, does not exist, or cannot be read.
     """
-    import datasets
-
     validate_data_config(config)
     name = config.dataset_name or config.train_data_dir
     if not name:
         raise UserError("no training data was named; give --dataset_name (Hub id, folder or file) or --train_data_dir")
+    return _open_source(name, bool(config.train_data_dir), config.dataset_config_name, config.train_split)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_source(name: str, imagefolder: bool, config_name: str | None, only_split: str) -> DatasetDict:
+    """See `load_all_splits`. Remembered, because `datasets` looks at every file of a folder each time it opens it."""
+    import datasets
+
     path = Path(name).expanduser()
     local = path.exists()
-    if not local and (config.train_data_dir or _looks_local(name)):
-        raise UserError(f"dataset '{name}' does not exist; check the path given by {_source_flag(config)}")
+    flag = "--train_data_dir" if imagefolder else "--dataset_name"
+    if not local and (imagefolder or _looks_local(name)):
+        raise UserError(f"dataset '{name}' does not exist; check the path given by {flag}")
     try:
-        loaded = _load_local(path, config) if local else datasets.load_dataset(name, config.dataset_config_name)
+        if local:
+            loaded = _load_local(path, imagefolder, config_name, only_split)
+        else:
+            loaded = datasets.load_dataset(name, config_name)
     except (
         OSError,
         ValueError,
@@ -142,8 +153,8 @@ def load_all_splits(config: DataConfig) -> DatasetDict:
         datasets.exceptions.DatasetsError,
         datasets.exceptions.DatasetBuildError,
     ) as error:
-        raise UserError(_explain_load_error(name, local, config, error)) from error
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({config.train_split: loaded})
+        raise UserError(_explain_load_error(name, local, flag, error)) from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({only_split: loaded})
 
 
 def require_column(dataset: Dataset, name: str, flag: str) -> None:
@@ -195,7 +206,12 @@ def undecoded_images(dataset: Dataset, column: str, flag: str) -> Dataset:
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
-def _named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
+def named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
+    """The whole split of this name.
+
+    Raises:
+        UserError: there is none (naming the nearest), or it has no rows.
+    """
     known = list(splits)
     if name not in splits:
         flag = {config.train_split: "--train_split", config.validation_split: "--validation_split"}.get(
@@ -220,7 +236,7 @@ def _hold_out(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset,
     return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
 
 
-def _load_local(path: Path, config: DataConfig) -> Dataset | DatasetDict:
+def _load_local(path: Path, imagefolder: bool, config_name: str | None, only_split: str) -> Dataset | DatasetDict:
     import datasets
 
     if path.is_file():
@@ -230,12 +246,12 @@ def _load_local(path: Path, config: DataConfig) -> Dataset | DatasetDict:
             raise UserError(
                 f"{path} is a {path.suffix or 'nameless'} file; a dataset is a folder, or a file of {known}"
             )
-        return datasets.load_dataset(loader, data_files={config.train_split: str(path)})
+        return datasets.load_dataset(loader, data_files={only_split: str(path)})
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return datasets.load_from_disk(path)
-    if config.train_data_dir:
-        return datasets.load_dataset("imagefolder", config.dataset_config_name, data_dir=str(path))
-    return datasets.load_dataset(str(path), config.dataset_config_name)
+    if imagefolder:
+        return datasets.load_dataset("imagefolder", config_name, data_dir=str(path))
+    return datasets.load_dataset(str(path), config_name)
 
 
 def _looks_local(name: str) -> bool:
@@ -247,14 +263,9 @@ def _looks_local(name: str) -> bool:
     )
 
 
-def _source_flag(config: DataConfig) -> str:
-    return "--dataset_name" if config.dataset_name else "--train_data_dir"
-
-
-def _explain_load_error(name: str, local: bool, config: DataConfig, error: BaseException) -> str:
+def _explain_load_error(name: str, local: bool, flag: str, error: BaseException) -> str:
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-    flag = _source_flag(config)
     if local:
         return f"dataset '{name}' cannot be read ({reason}); {flag} takes a folder of pictures, Parquet or JSON files"
     return (

@@ -25,7 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.cli import UserError, nearest
-from training.data import DataConfig, ImageDataset, collate_items, load_split, transform_fingerprint
+from training.data import (
+    DataConfig,
+    ImageDataset,
+    LabelMap,
+    collate_items,
+    load_label_map,
+    load_split,
+    transform_fingerprint,
+)
 from training.fingerprints import dataset_fingerprint, vae_fingerprint
 from training.sampler import SampleKey
 from training.transforms import flips, pick_caption
@@ -47,11 +55,11 @@ class LatentCache:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        manifest = self.path / MANIFEST
-        if not manifest.is_file():
+        manifest = read_manifest(self.path)
+        if manifest is None:
             state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
             raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {SCRIPT}")
-        self.manifest = json.loads(manifest.read_text())
+        self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"the latent cache '{path}' has format {self.manifest['format_version']}, this version reads "
@@ -134,15 +142,9 @@ class LatentCache:
 
     def _dataset_differences(self, config: DataConfig) -> list[str]:
         differences = []
+        label_map = load_label_map(config) if self.manifest["label_names"] else None
         for name, split in self.manifest["splits"].items():
-            data = open_images(
-                config,
-                name,
-                self.manifest["seed"],
-                captions=self.has_captions,
-                labels=bool(self.manifest["label_names"]),
-                label_names=self.manifest["label_names"],
-            )
+            data = open_images(config, name, self.manifest["seed"], captions=self.has_captions, label_map=label_map)
             fingerprint = dataset_fingerprint(data)
             if fingerprint != split["dataset"]:
                 differences.append(
@@ -215,24 +217,14 @@ class LatentCacheDataset(torch.utils.data.Dataset):
 
 
 def open_images(
-    config: DataConfig,
-    split: str,
-    seed: int,
-    *,
-    captions: bool,
-    labels: bool,
-    label_names: Sequence[str] | None = None,
+    config: DataConfig, split: str, seed: int, *, captions: bool, label_map: LabelMap | None
 ) -> ImageDataset:
-    """The pictures of a split as a cache holds them: unflipped. `label_names` are the training split's."""
-    from training.data import LabelMap
-
+    """The pictures of a split as a cache holds them: unflipped, with every caption."""
     dataset = load_split(config, split, seed)
-    label_map = None
-    if labels:
-        label_map = LabelMap.of(dataset, config.label_column)
-        if label_names is not None:
-            label_map = label_map.with_names(label_names)
-    return ImageDataset(dataset, config, captions=captions, labels=labels, label_map=label_map, augment=False)
+    labels = label_map is not None
+    return ImageDataset(
+        dataset, config, captions=captions, labels=labels, label_map=label_map, augment=False, every_caption=True
+    )
 
 
 def rebuild_command(config: DataConfig, vae_name: str, path: Path) -> str:
@@ -244,6 +236,12 @@ def rebuild_command(config: DataConfig, vae_name: str, path: Path) -> str:
         if value != getattr(defaults, field.name):
             words += [f"--{field.name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(words)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a finished cache says of itself, or None."""
+    file = folder / MANIFEST
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def shard_name(number: int) -> str:

@@ -1,0 +1,411 @@
+"""Encode a dataset once: the moments of each picture's latents, so that training needs no VAE's time and no pictures.
+
+    accelerate launch data_scripts/precompute_latents.py --vae VAE --dataset_name DATA --output_dir data/DATA_latents
+
+Several processes share the shards out among themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py
+...) and never wait for each other. Interrupted or killed, the same command goes on at the last complete shard.
+
+N rows, R resolution, B batch, V variants, C h w latents (see training/latent_cache.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipelines.cli import UserError, entry_point
+from pipelines.latents import latent_shape, posterior_moments
+from training.data import (
+    DataConfig,
+    ImageDataset,
+    LabelMap,
+    collate_items,
+    load_all_splits,
+    load_label_map,
+    transform_fingerprint,
+    validate_data_config,
+)
+from training.data_checks import require_clean
+from training.data_source import named_split
+from training.fingerprints import dataset_fingerprint, vae_fingerprint
+from training.latent_cache import (
+    FORMAT_VERSION,
+    MANIFEST,
+    complete_shard,
+    open_images,
+    read_manifest,
+    shard_name,
+    write_json,
+    write_shard,
+)
+from training.launch import _cores_per_process, _has_accelerator_device
+from training.parsing import parse_config
+from training.sampler import SampleKey
+from training.signals import StopSignal, ignore_interrupts
+from training.vae_loading import load_vae
+
+_BYTES = {"float32": 4, "float16": 2}
+_FREE_SPACE_MARGIN = 1.05
+_ROWS_PER_CLASS = 2
+
+
+@dataclass
+class PrecomputeConfig(DataConfig):
+    """Flags of this script."""
+
+    vae: str = ""
+    """VAE to encode with: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
+    output_dir: str = ""
+    """Folder of the cache"""
+    splits: list[str] = field(default_factory=lambda: ["train", "validation"])
+    """Splits to encode"""
+    seed: int = 0
+    """Of the rows held out when there is no validation split, and of max_train_samples"""
+    labels: Literal["auto", "yes", "no"] = "auto"
+    """Cache label_column: auto does if it is there and has at least two rows per class"""
+    encode_batch_size: int = 16
+    """Pictures encoded at once"""
+    shard_rows: int = 512
+    """Pictures in a shard; an interruption loses at most the one being made"""
+    storage_dtype: Literal["float32", "float16"] = "float32"
+    """float32 equals encoding on the fly; float16 halves the size and rounds latents to 3 digits"""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the VAE; one that overflows in half precision (force_upcast) runs in float32 all the same"""
+    dataloader_num_workers: int = 0
+    """Processes that decode pictures"""
+    cpu_threads: int = 0
+    """Threads on a CPU; 0 shares the cores among the processes of this machine"""
+    overwrite: bool = False
+    """Replace a cache that was made from something else"""
+
+    def validate(self) -> None:
+        """Check values before data and VAE are opened.
+
+        Raises:
+            UserError: a missing or impossible value, or random crops.
+        """
+        validate_data_config(self)
+        for name in ("vae", "output_dir"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; see --help")
+        for name in ("encode_batch_size", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; --{name} must be at least 1")
+        if not self.splits:
+            raise UserError("no splits are given; name some, as in --splits '[train, validation]'")
+        if not self.center_crop:
+            raise UserError(
+                "center_crop is false, but latents are encoded once and crops would stay as they are for ever; "
+                "cache with --center_crop true, or train without a cache"
+            )
+
+
+@dataclass
+class SplitWork:
+    """What there is to do for one split."""
+
+    name: str
+    images: ImageDataset
+    fingerprint: str
+    request: str
+    """Hash of all that decides a shard's bytes: a shard made for another request is made again."""
+
+    def shards(self, shard_rows: int) -> int:
+        return -(-len(self.images) // shard_rows)
+
+
+class Encoder:
+    """The VAE on its device, and the shards that this process makes."""
+
+    def __init__(self, config: PrecomputeConfig, vae: nn.Module):
+        self.config = config
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        # Environment variables rather than Accelerate's state: a process group would only add waiting and time-outs.
+        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.vae = vae.to(self.device)
+        self.dtype = getattr(torch, config.storage_dtype)
+
+    def tell(self, sentence: str) -> None:
+        """Print, once however many processes there are."""
+        if self.rank == 0:
+            print(sentence, flush=True)
+
+    def file(self, split: str, number: int) -> Path:
+        return Path(self.config.output_dir) / split / shard_name(number)
+
+    def missing(self, work: SplitWork) -> list[int]:
+        """This process's shards that are not there and whole; those there are read through."""
+        mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
+        return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
+
+    def make(self, work: SplitWork, numbers: Sequence[int], stop: StopSignal, bar: tqdm) -> bool:
+        """Encode and write shards `numbers`; False when asked to stop before the last of them."""
+        batches = self._batches(work, numbers)
+        for position, number in enumerate(numbers):
+            columns: dict[str, list] = {}
+            while sum(map(len, columns.get("index", []))) < len(self.rows(work, number)):
+                batch = next(batches)
+                for name, value in self._encode(batch).items():
+                    columns.setdefault(name, []).append(value)
+                bar.update(len(batch["index"]))
+            captions = [caption for part in columns.pop("caption", []) for caption in part]
+            tensors = {name: torch.cat(parts) for name, parts in columns.items()}
+            tensors["row"] = tensors.pop("index")
+            write_shard(self.file(work.name, number), tensors, captions if work.images.captions else None, work.request)
+            if stop.requested is not None and position + 1 < len(numbers):
+                return False
+        return True
+
+    def rows(self, work: SplitWork, number: int) -> range:
+        start = number * self.config.shard_rows
+        return range(start, min(start + self.config.shard_rows, len(work.images)))
+
+    def _batches(self, work: SplitWork, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Batches that do not cross shards, so that a shard's bytes do not depend on who makes which."""
+        size = self.config.encode_batch_size
+        keys = []
+        for number in numbers:
+            rows = self.rows(work, number)
+            keys += [[SampleKey(i, 0) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
+        loader = torch.utils.data.DataLoader(
+            work.images,
+            batch_sampler=keys,  # type: ignore[arg-type]
+            collate_fn=collate_items,
+            num_workers=self.config.dataloader_num_workers,
+            worker_init_fn=ignore_interrupts,
+        )
+        return iter(loader)
+
+    @torch.no_grad()
+    def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Pictures B 3 R R become `mean` and `logvar` B V C h w."""
+        images = batch.pop("pixel_values").to(self.device)
+        variants = [images, images.flip(-1)] if self.config.random_flip else [images]
+        with self._autocast():
+            moments = [posterior_moments(self.vae, variant) for variant in variants]
+        for name, parts in zip(("mean", "logvar"), zip(*moments, strict=True), strict=True):
+            if parts[0] is not None:
+                batch[name] = torch.stack(parts, dim=1).to(self.dtype).cpu().contiguous()
+                if not torch.isfinite(batch[name]).all():
+                    raise UserError(
+                        f"the VAE gave latents that are not finite in rows {batch['index'].tolist()} with "
+                        f"mixed_precision {self.config.mixed_precision}, storage_dtype {self.config.storage_dtype}; "
+                        "use --mixed_precision no --storage_dtype float32"
+                    )
+        return batch
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.config.mixed_precision == "no":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    config = parse_config(PrecomputeConfig, argv, description=__doc__)
+    with StopSignal() as stop:
+        return precompute(config, stop)
+
+
+def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
+    """Make what is missing of the cache; returns the exit status."""
+    torch.set_num_threads(config.cpu_threads or _cores_per_process())
+    vae = load_vae(config.vae)
+    shape = _latent_shape(vae, config)
+    facts, works = _plan(config, vae, shape)
+    _make_room(config, facts, works)
+    encoder = Encoder(config, vae)
+    todo = {work.name: encoder.missing(work) for work in works}
+    if any(todo.values()):
+        for work in works:
+            require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
+        pictures = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])
+        _check_disk(config, pictures, facts)
+        share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
+        size = f"{config.resolution} px to latents of {_times(shape)}"
+        encoder.tell(f"Encoding {pictures:,} pictures of {size} on {encoder.device}{share}.")
+        with tqdm(total=pictures, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
+            for work in works:
+                if not encoder.make(work, todo[work.name], stop, bar):
+                    encoder.tell(f"\nStopped after a complete shard; the same command goes on in {config.output_dir}.")
+                    return stop.exit_status(stop.requested or 0)
+    if not _finish(config, facts, works):
+        return 0  # other processes are still at their shards; the last of them writes the manifest
+    if not any(todo.values()) and encoder.world_size == 1:
+        print(f"{config.output_dir} is complete; nothing was left to do.")
+    rows = ", ".join(f"{work.name} {len(work.images):,}" for work in works)
+    print(f"Latents are in {config.output_dir} ({rows} pictures, {_times(shape)} each).")
+    print(f"Train on them with: --latent_cache {config.output_dir} --vae {config.vae}")
+    return 0
+
+
+def _plan(
+    config: PrecomputeConfig, vae: nn.Module, shape: tuple[int, int, int]
+) -> tuple[dict[str, Any], list[SplitWork]]:
+    """What the manifest will say of the whole cache, and the work of each split."""
+    columns = named_split(config, load_all_splits(config), config.train_split).column_names
+    captions = bool(config.caption_column) and (
+        config.caption_column in columns or config.caption_column != DataConfig().caption_column
+    )
+    label_map = _labels(config, columns)
+    images = {
+        name: open_images(config, name, config.seed, captions=captions, label_map=label_map) for name in config.splits
+    }
+    facts: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "vae": {"name": config.vae, "fingerprint": vae_fingerprint(vae)},
+        "transform": transform_fingerprint(config),
+        "resolution": config.resolution,
+        "latent_shape": list(shape),
+        "storage_dtype": config.storage_dtype,
+        "mixed_precision": config.mixed_precision,
+        "flips": config.random_flip,
+        "shard_rows": config.shard_rows,
+        "seed": config.seed,
+        "captions": captions,
+        "label_names": label_map.names if label_map else [],
+    }
+    # Renaming or moving the VAE's folder changes nothing in a shard.
+    decisive = {**facts, "vae": facts["vae"]["fingerprint"], "on_bad_sample": config.on_bad_sample}
+    works = []
+    for name, dataset in images.items():
+        if len(dataset):
+            fingerprint = dataset_fingerprint(dataset)
+            request = hashlib.sha256(json.dumps([decisive, name, fingerprint]).encode()).hexdigest()
+            works.append(SplitWork(name, dataset, fingerprint, request))
+    return facts, works
+
+
+def _labels(config: PrecomputeConfig, columns: Sequence[str]) -> LabelMap | None:
+    """The classes to cache, if any: see `PrecomputeConfig.labels`."""
+    if config.labels == "no" or (config.labels == "auto" and config.label_column not in columns):
+        return None
+    rows = len(named_split(config, load_all_splits(config), config.train_split))
+    label_map = load_label_map(config)
+    # Where nearly every row has a value of its own, it names rows, not classes.
+    return label_map if config.labels == "yes" or len(label_map) * _ROWS_PER_CLASS <= rows else None
+
+
+def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> None:
+    """Refuse to write over latents of something else; told to overwrite, take away the manifest that vouches for them.
+
+    Raises:
+        UserError: what differs, there and here.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+    manifest = read_manifest(folder)
+    differences = _differences(manifest, facts, works) if manifest else _foreign_shards(folder, works)
+    if not differences:
+        return
+    if not config.overwrite:
+        raise UserError(
+            f"{folder} holds latents of something else: {'; '.join(differences)}; "
+            "choose another --output_dir, or replace them with --overwrite true"
+        )
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequence[SplitWork]) -> list[str]:
+    differences: list[str] = []
+    if manifest["vae"]["fingerprint"] != facts["vae"]["fingerprint"]:
+        there, here = manifest["vae"], facts["vae"]
+        differences.append(
+            f"VAE {there['name']} ({there['fingerprint'][:12]}) there, {here['name']} ({here['fingerprint'][:12]}) here"
+        )
+    for name, value in facts.items():
+        if name != "vae" and manifest.get(name) != value:
+            values = f" {manifest.get(name)} there, {value} here" if name != "label_names" else " differ"
+            differences.append(f"{name}{values}")
+    for work in works:
+        there = manifest["splits"].get(work.name)
+        if there and there["dataset"] != work.fingerprint:
+            differences.append(
+                f"dataset of split '{work.name}' {there['dataset'][:12]} there, {work.fingerprint[:12]} here"
+            )
+        elif there and there["request"] != work.request and not differences:
+            differences.append(f"split '{work.name}' was made with another --on_bad_sample")
+    return differences
+
+
+def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
+    for work in works:
+        for note in sorted((folder / work.name).glob("shard-*.json")):
+            if json.loads(note.read_text()).get("request") != work.request:
+                return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
+    return []
+
+
+def _check_disk(config: PrecomputeConfig, pictures: int, facts: dict[str, Any]) -> None:
+    channels, height, width = facts["latent_shape"]
+    # Mean and log-variance, and the mirrored ones.
+    numbers = channels * height * width * 2 * (2 if config.random_flip else 1)
+    needed = pictures * numbers * _BYTES[config.storage_dtype] * _FREE_SPACE_MARGIN
+    free = shutil.disk_usage(config.output_dir).free
+    if needed > free:
+        raise UserError(
+            f"{needed / 1e9:.1f} GB are needed in {config.output_dir} and {free / 1e9:.1f} GB are free; "
+            "choose another --output_dir, or halve it with --storage_dtype float16"
+        )
+
+
+def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> bool:
+    """Write the manifest if every shard of every process is there: whoever ends last finds them so."""
+    folder = Path(config.output_dir)
+    splits = {}
+    for work in works:
+        notes = []
+        for number in range(work.shards(config.shard_rows)):
+            note = complete_shard(folder / work.name / shard_name(number), work.request, verify=False)
+            if note is None:
+                return False
+            notes.append(note)
+        rows = len(work.images)
+        splits[work.name] = {"rows": rows, "dataset": work.fingerprint, "request": work.request, "shards": notes}
+    before = (read_manifest(folder) or {"splits": {}})["splits"]
+    write_json(folder / MANIFEST, {**facts, "splits": {**before, **splits}})
+    for work in works:
+        _remove_strays(folder / work.name, {note["file"] for note in splits[work.name]["shards"]})
+    return True
+
+
+def _remove_strays(folder: Path, files: set[str]) -> None:
+    """Shards of an earlier, larger cache, and what a kill left half written."""
+    for file in folder.glob("shard-*"):
+        if file.with_suffix(".safetensors").name not in files or file.suffix == ".tmp":
+            file.unlink(missing_ok=True)
+
+
+def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, int]:
+    try:
+        return latent_shape(vae, config.resolution, config.resolution)
+    except ValueError as error:
+        raise UserError(f"resolution {config.resolution} does not suit {config.vae}: {error} (--resolution)") from error
+
+
+def _device(local_rank: int) -> torch.device:
+    if _has_accelerator_device() and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("mps" if _has_accelerator_device() else "cpu")
+
+
+def _times(shape: Iterable[Any]) -> str:
+    return "×".join(str(side) for side in shape)
+
+
+if __name__ == "__main__":
+    entry_point(main)
