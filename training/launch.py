@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,6 +34,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    # bitsandbytes, where it is installed, is imported by Diffusers and complains of optional kernels.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not _has_accelerator_device():
         raise UserError(
@@ -49,7 +52,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     )
     _check_world_size(accelerator.num_processes)
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or _cores_per_process())
+        torch.set_num_threads(config.cpu_threads or threads_per_process())
     return accelerator
 
 
@@ -79,8 +82,15 @@ def _has_accelerator_device() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _cores_per_process() -> int:
-    """This machine's usable cores shared out; `accelerate launch` would leave us with one thread."""
+def threads_per_process() -> int:
+    """This machine's usable cores shared out among its processes, unless the user's OMP_NUM_THREADS says otherwise.
+
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, half the speed of a two-core machine: under a launcher
+    a 1 is taken for theirs.
+    """
+    chosen = _as_int(os.environ.get("OMP_NUM_THREADS"))
+    if chosen and not (chosen == 1 and launcher_command()):
+        return chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -5,7 +5,8 @@
     snr    B, alpha² / sigma²
 
 For DDPM schedules alpha = sqrt(ᾱ_t), sigma = sqrt(1 - ᾱ_t) (Ho et al. 2020, eq. 4). For rectified flow
-alpha = 1 - sigma (Liu et al. 2022), and the U-Net is told sigma × num_train_timesteps, as Diffusers' flow-matching schedulers do.
+alpha = 1 - sigma (Liu et al. 2022), and the U-Net is told sigma × num_train_timesteps, as Diffusers' flow-matching
+schedulers do.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def open_run(folder: RunFolder, config: RunConfig) -> None:
     """Create the folder, or open the one that is there; main process only.
 
     Raises:
-        UserError: a folder that is no run, a used one with `--resume_from_checkpoint none`, or one that can't be written.
+        UserError: a folder that is no run, a used one with `--resume_from_checkpoint none`, or one not writable.
     """
     used = folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir())
     if used and config.overwrite:

@@ -106,12 +106,10 @@ class Draws:
     def __len__(self) -> int:
         return len(self.positions)
 
-    @torch.compiler.disable
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, B × shape, float32. `name` tells apart the draws of one sample."""
         return self._fill(name, shape, torch.Tensor.normal_)
 
-    @torch.compiler.disable
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """Numbers uniform in [0, 1), B × shape, float32."""
         return self._fill(name, shape, torch.Tensor.uniform_)

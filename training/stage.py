@@ -76,7 +76,7 @@ class Stage(ABC):
     trivial_loss: float | None = None
     """The training loss of a model that has learned nothing, where it is known."""
 
-    def poll(self) -> None:
+    def poll(self) -> None:  # noqa: B027 - outside a run nobody asks to stop
         """Called by long work (previews, `finish`) between its parts; the loop's version raises when asked to stop."""
 
     @abstractmethod
