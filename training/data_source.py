@@ -20,7 +20,14 @@ from training.transforms import RESAMPLING, TRANSFORM_VERSION
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-_FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+_FILE_LOADERS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
 
 
 @dataclass

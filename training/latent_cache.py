@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.cli import UserError, nearest
@@ -137,7 +137,7 @@ class LatentCache:
         if differences:
             raise UserError(
                 f"the latent cache '{self.path}' does not belong to this run: {'; '.join(differences)}. "
-                f"Make it anew:\n  {rebuild_command(config or DataConfig(), vae_name, self.path)}"
+                f"Make it anew:\n  {self._rebuild_command(config or DataConfig(), vae_name)}"
             )
 
     def _dataset_differences(self, config: DataConfig) -> list[str]:
@@ -152,6 +152,29 @@ class LatentCache:
                     f"that of {config.dataset_name or config.train_data_dir} is {fingerprint[:12]} ({len(data)} rows)"
                 )
         return differences
+
+    def _rebuild_command(self, config: DataConfig, vae_name: str) -> str:
+        """The command line that makes this cache anew for `config`, with the splits and storage it has."""
+        words = [
+            "accelerate",
+            "launch",
+            SCRIPT,
+            "--vae",
+            vae_name,
+            "--output_dir",
+            str(self.path),
+            "--overwrite",
+            "true",
+        ]
+        given = {
+            field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)
+        }
+        given["seed"] = (self.manifest["seed"], 0)
+        given["storage_dtype"] = (self.manifest["storage_dtype"], "float32")
+        for name, (value, default) in given.items():
+            if value != default:
+                words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        return shlex.join(words)
 
     def _no_flips(self) -> str:
         return f"the latent cache '{self.path}' has no mirrored pictures"
@@ -227,17 +250,6 @@ def open_images(
     )
 
 
-def rebuild_command(config: DataConfig, vae_name: str, path: Path) -> str:
-    """The command line that makes the cache of `config` anew."""
-    words = ["accelerate", "launch", SCRIPT, "--vae", vae_name, "--output_dir", str(path), "--overwrite", "true"]
-    defaults = DataConfig()
-    for field in fields(DataConfig):
-        value = getattr(config, field.name)
-        if value != getattr(defaults, field.name):
-            words += [f"--{field.name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return shlex.join(words)
-
-
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a finished cache says of itself, or None."""
     file = folder / MANIFEST
@@ -269,12 +281,14 @@ def write_shard(
             "captions": torch.frombuffer(blob, dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8),
         }
     file.parent.mkdir(parents=True, exist_ok=True)
+    content = save(tensors)
     temporary = file.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    with open(temporary, "rb") as handle:
+    with open(temporary, "wb") as handle:
+        handle.write(content)
+        handle.flush()
         os.fsync(handle.fileno())
-    note = {"file": file.name, "rows": len(tensors["row"]), "bytes": temporary.stat().st_size}
-    note["sha256"] = file_sha256(temporary)
+    note = {"file": file.name, "rows": len(tensors["row"]), "bytes": len(content)}
+    note["sha256"] = hashlib.sha256(content).hexdigest()
     os.replace(temporary, file)
     write_json(file.with_suffix(".json"), {"request": request, **note})
 

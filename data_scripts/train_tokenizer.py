@@ -1,0 +1,169 @@
+"""Train a tokenizer on the captions of a dataset, and show what it makes of captions it has not seen.
+
+    python data_scripts/train_tokenizer.py --dataset_name data/posters_64 --output_dir data/posters_64/tokenizer
+
+The folder loads with transformers.AutoTokenizer.from_pretrained, here and where this project is not installed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipelines.cli import UserError, entry_point
+from training.data_source import DataConfig, load_split, require_column, validate_data_config
+from training.fingerprints import column_values
+from training.parsing import parse_config
+from training.tokenization import (
+    SPECIAL_TOKENS,
+    UNKNOWN_ID,
+    TokenizerReport,
+    decode,
+    report_on,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+EXAMPLES = 3
+# Above this share of unknown words a text encoder misses much of what prompts say.
+_MANY_UNKNOWN = 0.05
+# With a byte alphabet and the special tokens there is no smaller BPE vocabulary.
+_SMALLEST_BPE = 260
+
+
+@dataclass
+class TokenizerConfig(DataConfig):
+    """Flags of this script."""
+
+    output_dir: str = ""
+    """Folder to write tokenizer.json and its Transformers configuration to"""
+    model: Literal["word_level", "bpe"] = "word_level"
+    """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, nothing is unknown"""
+    vocab_size: int = 8000
+    """Entries at most, the four special tokens included"""
+    min_frequency: int = 1
+    """Words (bpe: pairs) seen less often are left out"""
+    lowercase: bool = True
+    """Make no difference between upper and lower case"""
+    model_max_length: int = 77
+    """Tokens at which a caption is cut, <START> and <END> included"""
+    seed: int = 0
+    """Of the rows held out when there is no validation split"""
+    overwrite: bool = False
+    """Replace a tokenizer that is there; models trained with it will not understand the new one"""
+
+    def validate(self) -> None:
+        """Check values before any data is opened.
+
+        Raises:
+            UserError: a missing or impossible value.
+        """
+        validate_data_config(self)
+        if not self.output_dir:
+            raise UserError("--output_dir is missing; it is the folder the tokenizer is written to")
+        smallest = _SMALLEST_BPE if self.model == "bpe" else len(SPECIAL_TOKENS) + 1
+        if self.vocab_size < smallest:
+            raise UserError(
+                f"vocab_size is {self.vocab_size}; --vocab_size must be at least {smallest} for {self.model}"
+            )
+        if self.min_frequency < 1:
+            raise UserError(f"min_frequency is {self.min_frequency}; --min_frequency must be at least 1")
+        if self.model_max_length < 3:
+            raise UserError(f"model_max_length is {self.model_max_length}; --model_max_length must be at least 3")
+        if Path(self.output_dir, "tokenizer.json").exists() and not self.overwrite:
+            raise UserError(
+                f"there is a tokenizer in {self.output_dir}; choose another --output_dir, or replace it with "
+                "--overwrite true"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    config = parse_config(TokenizerConfig, argv, description=__doc__)
+    train = load_split(config, "train", config.seed)
+    require_column(train, config.caption_column, "caption_column")
+    validation = load_split(config, "validation", config.seed)
+    print(f"Training a {config.model} tokenizer on the captions of {len(train):,} rows.")
+    tokenizer = train_tokenizer(
+        captions_of(train, config.caption_column),
+        model=config.model,
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        lowercase=config.lowercase,
+        model_max_length=config.model_max_length,
+        length=len(train),
+    )
+    if len(tokenizer) <= len(SPECIAL_TOKENS):
+        raise UserError(
+            f"no word of column '{config.caption_column}' occurs {config.min_frequency} times; lower --min_frequency, "
+            "or choose another --caption_column"
+        )
+    seen, name = (validation, "validation") if len(validation) else (train, "training")
+    _show_round_trips(tokenizer, list(itertools.islice(captions_of(seen, config.caption_column), EXAMPLES)))
+    report = report_on(tokenizer, captions_of(seen, config.caption_column))
+    print(describe(report, name, tokenizer.model_max_length))
+    _save(tokenizer, Path(config.output_dir))
+    print(f"The tokenizer, {len(tokenizer):,} entries, is in {config.output_dir}")
+    print(f"Train with it: --tokenizer {config.output_dir}")
+    return 0
+
+
+def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
+    """Every caption that there is, read a few thousand rows at a time."""
+    for value in column_values(dataset, column):
+        for caption in value if isinstance(value, list) else [value]:
+            if not isinstance(caption, str | None):
+                raise UserError(
+                    f"column '{column}' holds {type(caption).__name__}, not texts; choose another with --caption_column"
+                )
+            if caption:
+                yield caption
+
+
+def describe(report: TokenizerReport, name: str, limit: int) -> str:
+    """The report in sentences."""
+    sentences = [
+        f"Of {report.words:,} words in {report.captions:,} {name} captions, {report.unknown_share:.2%} are unknown; "
+        f"{report.round_trips:,} captions come back whole.",
+        f"The longest has {report.longest} tokens"
+        + (f"; {report.cut:,} are cut at {limit} (--model_max_length)." if report.cut else "."),
+    ]
+    if report.unknown_share > _MANY_UNKNOWN:
+        sentences.append(
+            "That is much: try a larger --vocab_size, a lower --min_frequency, or --model bpe, which knows everything."
+        )
+    return "\n".join(sentences)
+
+
+def _show_round_trips(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> None:
+    for caption in captions:
+        ids = tokenizer(caption, truncation=True).input_ids
+        unknown = f"   ({ids.count(UNKNOWN_ID)} unknown)" if UNKNOWN_ID in ids else ""
+        print(f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}{unknown}")
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write beside `folder` and move into it, tokenizer.json last: a folder that has it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_tokenizer(tokenizer, temporary)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
+            os.replace(file, folder / file.name)
+        temporary.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+
+
+if __name__ == "__main__":
+    entry_point(main)
