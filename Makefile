@@ -1,0 +1,41 @@
+# make quickstart | test | lint | bench: each sets itself up first (.venv). PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.halftone-installed
+
+.PHONY: setup quickstart quickstart-tiny test test-slow lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Halftone needs Python 3.11 or later, and $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Installing into $(VENV) (a few minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@$(RUN)/python training/quickstart.py
+
+quickstart-tiny: $(STAMP)
+	@$(RUN)/python training/quickstart.py --tiny true
+
+test: $(STAMP)
+	$(RUN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+bench: $(STAMP)
+	$(RUN)/python training/evaluation/benchmarks.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
