@@ -28,19 +28,23 @@ def load_pipeline(
     Raises:
         UserError: nothing there that can be loaded.
     """
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
 
     folder = find_pipeline(path, checkpoint)
-    pipeline_class = _own_class(folder)
-    if pipeline_class is None and _has_foreign_code(folder) and not trust_remote_code:
+    name, pipeline_class = _class_name(folder), _own_class(folder)
+    if isinstance(name, str) and not hasattr(diffusers, name):
+        raise UserError(f"the pipeline in {folder} cannot be loaded: Diffusers has no {name}")
+    if pipeline_class is None and isinstance(name, list) and not trust_remote_code:
         raise UserError(
             f"{folder} comes with code of its own that is no part of Halftone; read it, and if you trust it, "
             "say --trust_remote_code"
         )
     options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
     try:
-        return (pipeline_class or DiffusionPipeline).from_pretrained(folder, dtype=dtype or torch.float32, **options)
+        return (pipeline_class or diffusers.DiffusionPipeline).from_pretrained(
+            folder, dtype=dtype or torch.float32, **options
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         # What a half-copied or foreign folder does to diffusers is of these kinds.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
@@ -98,10 +102,6 @@ def _download(repo_id: str) -> Path:
 
 def _class_name(folder: Path) -> Any:
     return json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
-
-
-def _has_foreign_code(folder: Path) -> bool:
-    return isinstance(_class_name(folder), list)
 
 
 def _own_class(folder: Path) -> Any:

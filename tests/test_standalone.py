@@ -21,6 +21,7 @@ import pipelines.standalone
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
 from pipelines.standalone import ship
+from tests.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.tiny_models import tiny_pipeline
 
 PROMPT = "a red poster"
@@ -51,6 +52,12 @@ def draw(pipeline):
 
 
 images = {}
+if sys.argv[2:]:  # from a Hub
+    ours, other = (
+        DiffusionPipeline.from_pretrained(repo, trust_remote_code=True) for repo in ("ada/ours", "ada/other")
+    )
+    np.savez(here / "from_hub.npz", ours=draw(ours), other=draw(other))
+    sys.exit()
 ours, other, stock = load("ours"), load("other"), load("stock")
 images["other"], images["ours"] = draw(other), draw(ours)  # the first one after the second was loaded
 images["stock"] = draw(stock)
@@ -160,6 +167,28 @@ def test_loaded_so_and_saved_again_it_loads_again(outside):
     assert np.array_equal(draw(again), images["ours"])
     for config in (here / "again").rglob("*.json"):
         assert str(here) not in config.read_text(), f"{config} tells where the pipeline lay on this machine"
+
+
+def test_from_a_hub_with_an_empty_cache(outside, hub: HubServer, tmp_path, monkeypatch):  # noqa: F811
+    from huggingface_hub import HfApi, constants
+
+    here, images, _ = outside
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("ours", "other"):
+        HfApi().create_repo(f"ada/{name}")
+        HfApi().upload_folder(repo_id=f"ada/{name}", folder_path=here / name)
+    environment = {
+        **os.environ,
+        **hub.env(home=tmp_path / "elsewhere"),
+        "PYTHONPATH": "",
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [here / "venv" / "bin" / "python", here / "outside.py", here, "hub"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from_hub = np.load(here / "from_hub.npz")
+    assert np.array_equal(from_hub["ours"], images["ours"])
+    assert np.array_equal(from_hub["other"], images["other"])
 
 
 def test_samplers_are_built_and_refused_there_too(outside):

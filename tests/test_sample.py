@@ -1,0 +1,153 @@
+"""sample.py as users call it, and what `--model` may be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.cli import UserError
+from pipelines.loading import find_pipeline, load_pipeline
+from pipelines.sample import GAP, main, picture_grid
+from tests.tiny_models import tiny_pipeline
+
+SIDE = 8  # pixels of a tiny picture
+SCRIPT = Path(__file__).parent.parent / "pipelines" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    tiny_pipeline("flow_prediction", classes=2).save_pretrained(folder)
+    return folder
+
+
+def cells(path: Path, rows: int, columns: int) -> np.ndarray:
+    """rows columns SIDE SIDE 3: the pictures of a grid."""
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape == (rows * (SIDE + GAP) + GAP, columns * (SIDE + GAP) + GAP, 3)
+    starts = [GAP + i * (SIDE + GAP) for i in range(max(rows, columns))]
+    return np.array([[sheet[y : y + SIDE, x : x + SIDE] for x in starts[:columns]] for y in starts[:rows]])
+
+
+def test_prompts_are_rows_and_seeds_columns(model, tmp_path, capsys):
+    common = ["--model", str(model), "--num_inference_steps", "3", "--device", "cpu"]
+    grid = tmp_path / "new" / "grid.png"
+    main([*common, "--prompt", "a red poster", "blue", "--num_images", "3", "--seed", "4", "--output", str(grid)])
+    assert str(grid) in capsys.readouterr().out
+    drawn = cells(grid, 2, 3)
+    assert len({picture.tobytes() for picture in drawn.reshape(6, -1)}) == 6
+    # One picture of it, had again alone.
+    alone = tmp_path / "alone.png"
+    main([*common, "--prompt", "blue", "--num_images", "1", "--seed", "6", "--output", str(alone)])
+    assert np.abs(cells(alone, 1, 1)[0, 0].astype(int) - drawn[1, 2]).max() <= 1
+    split = tmp_path / "split.png"
+    arguments = ["--prompt", "a red poster", "blue", "--num_images", "3", "--seed", "4", "--batch_size", "4"]
+    main([*common, *arguments, "--output", str(split)])
+    assert np.abs(cells(split, 2, 3).astype(int) - drawn).max() <= 1
+
+
+def test_labels_sampler_size_and_precision(model, tmp_path):
+    output = tmp_path / "grid.png"
+    arguments = ["--class_label", "kind 1", "0", "--scheduler", "dpm", "--num_images", "2", "--dtype", "bfloat16"]
+    size = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--device", "cpu"]
+    main(["--model", str(model), *arguments, *size, "--output", str(output)])
+    assert Image.open(output).size == (2 * (16 + GAP) + GAP, 2 * (16 + GAP) + GAP)
+
+
+def test_an_unconditional_model(tmp_path):
+    tiny_pipeline(text=False).save_pretrained(tmp_path / "model")
+    output = tmp_path / "grid.png"
+    main(
+        ["--model", str(tmp_path / "model"), "--num_images", "3", "--num_inference_steps", "2", "--output", str(output)]
+    )
+    drawn = cells(output, 1, 3)
+    assert len({picture.tobytes() for picture in drawn[0]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheduler", "ddim"], "'ddim' does not suit this model.*use one of dpm, dpm_sde, euler, unipc, heun"),
+        (["--scheduler", "eular"], "no scheduler 'eular'"),
+        (["--promt", "a"], "unknown argument --promt; did you mean 'prompt'"),
+        (["--class_label", "cat"], "'cat', which is no class of this model; it knows kind 0, kind 1"),
+        (["--prompt", "a", "--height", "9"], "`height` must be a multiple of 2"),
+        (["--num_images", "0"], "--num_images must be at least 1, but is 0"),
+        (["--num_images", "many"], "--num_images: invalid int value: 'many'"),
+        (["--prompt", "a", "--output", "grid.txt"], "--output must be a picture"),
+        (["--prompt", "a", "--device", "warp9"], "--device warp9 cannot be used here"),
+        (["--prompt", "a", "b", "--class_label", "0", "1", "0"], "--prompt has 2 entries and --class_label 3"),
+    ],
+)
+def test_bad_input(model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(["--model", str(model), "--num_inference_steps", "1", *arguments])
+
+
+def test_as_a_program_bad_input_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, SCRIPT, "--model", "runs/none/such"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "RANK": "0"})
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: there is no pipeline, run or checkpoint at 'runs/none/such'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- what --model may be
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run folder as training leaves it, pipelines standing for their weights."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (10, 20):
+        (checkpoints / f"step-{step:08d}" / "pipeline").mkdir(parents=True)
+        (checkpoints / f"step-{step:08d}" / "pipeline" / "model_index.json").write_text("{}")
+    (checkpoints / "best").symlink_to("step-00000010")
+    (checkpoints / "latest").symlink_to("step-00000020")
+    return tmp_path / "run"
+
+
+def test_a_run_gives_its_pipeline_else_the_best_else_the_latest_checkpoint(run):
+    def found(*arguments) -> str:
+        return find_pipeline(*arguments).resolve().relative_to(run.resolve()).as_posix()
+
+    best, latest = "checkpoints/step-00000010/pipeline", "checkpoints/step-00000020/pipeline"
+    assert found(run) == found(run / "checkpoints" / "best") == found(run, "best") == best
+    assert found(run, "latest") == found(run, "step-00000020") == found(run / "checkpoints" / "latest") == latest
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    assert found(run) == found(run / "pipeline") == "pipeline"
+    shutil.rmtree(run / "pipeline")
+    (run / "checkpoints" / "best").unlink()
+    assert found(run) == latest
+
+
+def test_what_is_no_model_is_an_error_that_says_what_there_is(run, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint 'bets' with a pipeline; did you mean 'best'"):
+        find_pipeline(run, "bets")
+    with pytest.raises(UserError, match="holds no pipeline"):
+        find_pipeline(tmp_path)
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").write_text('{"_class_name": "LatentDiffusionPipeline"}')
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(run)
+
+
+def test_code_of_strangers_is_not_run_unasked(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["their_code", "Theirs"]}')
+    (tmp_path / "their_code.py").write_text("raise RuntimeError('run')\n")
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        load_pipeline(tmp_path)
+
+
+def test_the_grid_is_white_between_pictures():
+    sheet = picture_grid([[Image.new("RGB", (3, 2), "red")] * 2])
+    assert sheet.size == (2 * (3 + GAP) + GAP, 2 + 2 * GAP)
+    assert sheet.getpixel((0, 0)) == (255, 255, 255)
+    assert sheet.getpixel((GAP, GAP)) == (255, 0, 0)
