@@ -88,11 +88,11 @@ def latent_channels(vae: nn.Module) -> int:
 def downsampling_factor(vae: nn.Module) -> int:
     """Pixels per latent cell along a side, the patch of an autoencoder that works on patches included."""
     config = vae.config
-    if getattr(vae, "spatial_compression_ratio", None):
+    if getattr(vae, "spatial_compression_ratio", None):  # says so itself, as our own and AutoencoderDC do
         return int(vae.spatial_compression_ratio)
     for name in ("encoder_block_out_channels", "block_out_channels"):
         if config.get(name):
-            return 2 ** (len(config[name]) - 1) * int(config.get("patch_size") or 1)
+            return 2 ** (len(config[name]) - 1)
     raise ValueError(f"{type(vae).__name__} does not tell its downsampling: no block_out_channels in its config")
 
 

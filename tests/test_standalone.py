@@ -4,18 +4,20 @@ One process without Halftone does all that is to be shown (loading costs seconds
 read that.
 """
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pipelines.standalone
 from pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -30,7 +32,7 @@ OUTSIDE = """
 import importlib.util, json, sys
 from pathlib import Path
 
-for name in ("pipelines", "training", "data_scripts"):
+for name in ("pipelines", "training", "data_scripts", "accelerate", "datasets"):
     assert importlib.util.find_spec(name) is None, name
 
 import numpy as np
@@ -92,19 +94,34 @@ def draw(pipeline) -> np.ndarray:
 
 
 def environment_without_halftone(folder: Path) -> str:
-    """A virtual environment's Python that sees the packages of this one, but none of its editable installs."""
+    """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python = folder / "bin" / "python"
-    packages = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    # A folder named in a .pth file is searched, but its own .pth files (editable installs) are not followed.
-    paths = {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}
-    Path(packages, "packages.pth").write_text("\n".join(paths) + "\n")
-    return str(python)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    for name in required_packages("torch", "diffusers", "transformers"):
+        package = importlib.metadata.distribution(name)
+        for top_level in {path.parts[0] for path in package.files or () if path.parts[0] not in ("..", "__pycache__")}:
+            link = site_packages / top_level
+            if not link.exists():
+                link.symlink_to(package.locate_file(top_level))
+    return str(folder / "bin" / "python")
+
+
+def required_packages(*names: str) -> set[str]:
+    """`names` and all that they require without extras, as far as it is installed here."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        found.add(name)
+        parsed = [Requirement(requirement) for requirement in requirements]
+        waiting += [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
 
 
 def other_code(folder: Path) -> type:
