@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, Shape, TextLines, Title
-from data_scripts.posters.lettering import WORDS, line_mask, word_mask
+from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, word_mask
 from data_scripts.posters.pictures import paint_scene
+from data_scripts.posters.textures import cast_shadow, graded, with_grain
 from pipelines.poster_domain import COLOR_ROLES
 
 SUPERSAMPLING = 4
@@ -26,11 +27,15 @@ GREEKED_BELOW = 6
 KEYLINE = 0.25
 """Width of the frame around a picture (u)."""
 
+SHADOW = 0.4
 BODY_X_HEIGHT = 0.5
+BODY_FONT_SIZE = 0.7
+GRADED_ROLES = ("background", "primary", "accent")
 TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 
 
-Fill = int | tuple[int, int, int]
+Fill = int | tuple[int, int, int] | Image.Image
+"""A value, a colour, or a picture as large as the page that shows through where there is a shape."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +53,37 @@ class Page:
 
     def __init__(self, pixels: int, mode: str, fill: Fill):
         self.scale = pixels / UNITS
-        self.image = Image.new(mode, (pixels, pixels), fill)
+        self.image = fill.copy() if isinstance(fill, Image.Image) else Image.new(mode, (pixels, pixels), fill)
 
     def pixel_box(self, box: Box) -> tuple[int, int, int, int]:
         x0, y0, x1, y1 = (round(value * self.scale) for value in box)
         return x0, y0, x1, y1
 
     def fill_box(self, box: Box, fill: Fill) -> None:
-        self.image.paste(fill, self.pixel_box(box))
+        corners = self.pixel_box(box)
+        self.image.paste(fill.crop(corners) if isinstance(fill, Image.Image) else fill, corners)
 
-    def draw_shapes(self, box: Box, shapes: tuple[Shape, ...], fills: Mapping[str, Fill]) -> None:
+    def draw_shapes(self, box: Box, shapes: tuple[Shape, ...], fills: Mapping[str, Fill], opacity: float = 1.0) -> None:
         """Draw `shapes` clipped to `box`; `fills` maps a role to what this page paints it with."""
         x0, y0, x1, y1 = self.pixel_box(box)
-        cut = self.image.crop((x0, y0, x1, y1))
-        draw = ImageDraw.Draw(cut)
+        # Shapes are drawn as the numbers of their roles; the fills are then laid in where the numbers are.
+        names = list(fills)
+        roles = Image.new("L", (x1 - x0, y1 - y0), 0)
+        draw = ImageDraw.Draw(roles)
         for shape in shapes:
+            number = names.index(shape.role) + 1
             points = [(x * self.scale - x0, y * self.scale - y0) for x, y in shape.points]
             if shape.kind == "polygon":
-                draw.polygon(points, fill=fills[shape.role])
+                draw.polygon(points, fill=number)
                 continue
             (left, top), (right, bottom) = points  # Pillow counts the last row and column in
             corners = (left, top, max(right - 1, left), max(bottom - 1, top))
-            getattr(draw, shape.kind)(corners, fill=fills[shape.role])
-        self.image.paste(cut, (x0, y0))
+            getattr(draw, shape.kind)(corners, fill=number)
+        for number in {names.index(shape.role) + 1 for shape in shapes}:
+            covered = roles.point([round(255 * opacity) if value == number else 0 for value in range(256)])
+            fill = fills[names[number - 1]]
+            inside = fill.crop((x0, y0, x1, y1)) if isinstance(fill, Image.Image) else fill
+            self.image.paste(inside, (x0, y0, x1, y1), covered)
 
 
 def draw_poster(
@@ -78,24 +91,32 @@ def draw_poster(
 ) -> Image.Image:
     """The finished poster: RGB, `resolution` px square. `seed` is for textures and the words of the small text."""
     rng = np.random.default_rng(seed)
-    page = Page(resolution * SUPERSAMPLING, "RGB", brief.color_of("background"))
-    fills = {role: brief.color_of(role) for role in COLOR_ROLES}
+    pixels = resolution * SUPERSAMPLING
+    standard = complexity == "standard"
+    fills: dict[str, Fill] = {role: brief.color_of(role) for role in COLOR_ROLES}
+    if standard:
+        graded_fills = {role: graded(brief.color_of(role), resolution, SUPERSAMPLING, rng) for role in GRADED_ROLES}
+        fills |= {**graded_fills, "secondary": graded_fills["accent"]}
+    page = Page(pixels, "RGB", fills["background"])
     for element in elements:
         content = element.content
         if isinstance(content, tuple):
-            page.draw_shapes(element.box, content, fills)
+            page.draw_shapes(element.box, content, fills, element.opacity)
         elif isinstance(content, Scene):
-            _draw_picture(page, element.box, content, fills["ink"], shaded=complexity == "standard")
+            _draw_picture(page, element.box, content, brief.color_of("ink"), shaded=standard)
         elif isinstance(content, TextLines):
-            _draw_lines(page, element.box, content, fills["ink"], resolution, rng)
+            _draw_lines(page, element.box, content, brief.color_of("ink"), resolution, rng)
         else:
             _draw_title(page, brief, element.box, content)
-    return page.image.reduce(SUPERSAMPLING)
+    poster = page.image.reduce(SUPERSAMPLING)
+    return with_grain(poster, rng) if standard else poster
 
 
 def _draw_picture(page: Page, box: Box, scene: Scene, ink: tuple[int, int, int], *, shaded: bool) -> None:
-    page.fill_box(box, ink)
     x0, y0, x1, y1 = page.pixel_box(box)
+    if shaded:
+        cast_shadow(page.image, (x0, y0, x1, y1), round(SHADOW * page.scale))
+    page.fill_box(box, ink)
     line = max(round(KEYLINE * page.scale), 1)
     size = (x1 - x0 - 2 * line, y1 - y0 - 2 * line)
     page.image.paste(paint_scene(scene.subject, size, scene.seed, shaded=shaded), (x0 + line, y0 + line))
@@ -104,15 +125,19 @@ def _draw_picture(page: Page, box: Box, scene: Scene, ink: tuple[int, int, int],
 def _draw_lines(
     page: Page, box: Box, lines: TextLines, ink: tuple[int, int, int], resolution: int, rng: np.random.Generator
 ) -> None:
-    phrase = pick(rng, range(len(WORDS)))
-    greeked = BODY_X_HEIGHT * resolution / UNITS < GREEKED_BELOW
-    for number, line_box in enumerate(line_boxes(box, lines)):
-        if greeked:
+    first_phrase = pick(rng, range(len(PHRASES)))
+    boxes = line_boxes(box, lines)
+    if BODY_X_HEIGHT * resolution / UNITS < GREEKED_BELOW:
+        for line_box in boxes:
             page.fill_box(line_box, ink)
-            continue
-        x0, y0, x1, y1 = page.pixel_box(line_box)
-        mask = line_mask((phrase + number) % len(WORDS), y1 - y0, x1 - x0)
-        page.image.paste(ink, (x0, y0 - round(0.5 * (y1 - y0))), mask)
+        return
+    font_pixels = round(BODY_FONT_SIZE * page.scale)
+    corners = [page.pixel_box(line_box) for line_box in boxes]
+    texts = flow_text(first_phrase, tuple(x1 - x0 for x0, _, x1, _ in corners), font_pixels)
+    for text, (x0, y0, x1, y1) in zip(texts, corners, strict=True):
+        height = 2 * (y1 - y0)
+        mask = line_mask(text, (x1 - x0, height), font_pixels, lines.align)
+        page.image.paste(ink, (x0, y0 - (y1 - y0) // 2), mask)
 
 
 def line_boxes(box: Box, lines: TextLines) -> list[Box]:

@@ -61,6 +61,8 @@ class Element:
     hierarchy: float
     box: Box
     content: Title | TextLines | Scene | tuple[Shape, ...]
+    opacity: float = 1.0
+    """Under 1 for shapes printed over what lies below them."""
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float, role: str) -> Shape:

@@ -6,12 +6,12 @@ pictures. The title's band carries nothing but the title. At 64 px all of this f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_scripts.posters.brief import PosterBrief, pick
-from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title
+from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, circle, rectangle
 from data_scripts.posters.motifs import draw_motif
 from data_scripts.posters.pictures import SUBJECTS
 
@@ -19,6 +19,7 @@ TITLE_TOP = {"top": 1.0, "middle": 6.75, "bottom": 12.5}
 """Where a title's capitals begin; the band around them is 0-4, 6-10 or 12-16."""
 
 BODY_WIDTH = 4.0
+OVERLAP = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,21 @@ class Areas:
     body: Box | None
 
 
-def lay_out(brief: PosterBrief, rng: np.random.Generator) -> list[Element]:
-    """The poster's elements in the order in which they are drawn (the background is not one of them)."""
+def lay_out(brief: PosterBrief, rng: np.random.Generator, complexity: str = "plain") -> list[Element]:
+    """The poster's elements in the order in which they are drawn (the background is not one of them).
+
+    `complexity` "standard" lets pictures overlap the motif and prints a large transparent shape over it.
+    """
     mirrored = rng.random() < 0.5
     areas = _divide(brief, mirrored, pictures_first=rng.random() < 0.5)
+    overprint = _overprint(brief, rng)
     elements: list[Element] = []
     motif_seed = int(rng.integers(2**31))
     for area in areas.motif:  # the same draws in each part: a motif cut in two by the title is one motif
         elements += draw_motif(brief.motif, area, np.random.default_rng(motif_seed))
+    if complexity == "standard":
+        elements += overprint
+        areas = _overlapping(areas)
     if areas.pictures is not None:
         elements += _pictures(brief, areas.pictures, rng)
     if areas.body is not None:
@@ -74,12 +82,12 @@ def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
     if brief.pictures == 0:
         return _divide_without_pictures(brief)
     rows = {  # (pictures above?) -> (picture row, motif strip); a strip at the page's edge is a unit higher: it bleeds
-        ("top", True): ((4, 9), (10, 16)),
+        ("top", True): ((4.5, 9), (10, 16)),
         ("top", False): ((10, 15), (4, 9)),
-        ("middle", True): ((1, 6), (10, 16)),
-        ("middle", False): ((10, 15), (0, 6)),
+        ("middle", True): ((1, 5.5), (10, 16)),
+        ("middle", False): ((10.5, 15), (0, 6)),
         ("bottom", True): ((1, 6), (7, 12)),
-        ("bottom", False): ((7, 12), (0, 6)),
+        ("bottom", False): ((7, 11.5), (0, 6)),
     }
     (top, bottom), (motif_top, motif_bottom) = rows[brief.title_position, pictures_first]
     body: Box | None = None
@@ -91,9 +99,32 @@ def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
             body = (left, top, left + BODY_WIDTH, bottom)
             pictures = (6, top, 15, bottom) if mirrored else (1, top, 10, bottom)
         else:
-            body = (left, max(motif_top, 1), left + BODY_WIDTH, min(motif_bottom, 15))
+            body_top = motif_top if motif_bottom == 12 else motif_top + 1
+            body = (left, body_top, left + BODY_WIDTH, body_top + 4)
             motif = (6, motif_top, UNITS, motif_bottom) if mirrored else (0, motif_top, 10, motif_bottom)
     return Areas((motif,), pictures, body)
+
+
+def _overprint(brief: PosterBrief, rng: np.random.Generator) -> list[Element]:
+    """A transparent disc; a square for the style that counts its circles, nothing for the barest one."""
+    radius = pick(rng, (3.0, 4.0, 5.0))
+    x, y = (pick(rng, (radius, UNITS / 2, UNITS - radius)) for _ in range(2))
+    box = (x - radius, y - radius, x + radius, y + radius)
+    shape = rectangle(*box, "secondary") if brief.style == "swiss" else circle(x, y, radius, "secondary")
+    return [] if brief.style == "minimalist" else [Element("shape", "secondary", 0.35, box, (shape,), opacity=0.55)]
+
+
+def _overlapping(areas: Areas) -> Areas:
+    """The pictures' row grown by OVERLAP onto the motif, where that is next to it and no small text is in the way."""
+    if areas.pictures is None or areas.body is not None:
+        return areas
+    x0, y0, x1, y1 = areas.pictures
+    _, motif_top, _, motif_bottom = areas.motif[0]
+    if 0 <= motif_top - y1 <= 1:
+        return replace(areas, pictures=(x0, y0, x1, y1 + OVERLAP))
+    if 0 <= y0 - motif_bottom <= 1:
+        return replace(areas, pictures=(x0, y0 - OVERLAP, x1, y1))
+    return areas
 
 
 def _divide_without_pictures(brief: PosterBrief) -> Areas:

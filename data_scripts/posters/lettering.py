@@ -12,12 +12,12 @@ from pipelines.cli import UserError
 DRAWN_SIZE = 256
 """Titles are drawn at this size and scaled down to their box."""
 
-WORDS = (
+PHRASES = (
     "open daily from ten to six", "admission free", "the new season begins", "works on paper", "doors at eight",
     "curated in the old hall", "every friday night", "spring and summer", "with a lecture at noon", "first edition",
     "galleries one to five", "tickets at the door", "music by the river", "a journal of form", "until late",
 )  # fmt: skip
-BODY_FONT = "DejaVuSans-Bold"
+BODY_FONT = "DejaVuSans"
 
 
 @cache
@@ -47,21 +47,29 @@ def word_mask(word: str, font: str, size: tuple[int, int]) -> Image.Image:
     return mask.resize(size, Image.Resampling.BOX if size[0] < mask.width else Image.Resampling.BICUBIC)
 
 
-@lru_cache(maxsize=2048)
-def line_mask(phrase: int, x_height: int, width: int) -> Image.Image:
-    """A line of small text as wide as `width` px at most, starting from the phrase of that number: an "L" image."""
-    font = _font(BODY_FONT, round(x_height * 1.75))
-    text = ""
-    for k in range(len(WORDS)):
-        for word in WORDS[(phrase + k) % len(WORDS)].split():
-            longer = f"{text} {word}".strip()
-            if font.getlength(longer) > width:
-                return _typeset(text or word, font, width, x_height)
-            text = longer
-    return _typeset(text, font, width, x_height)
-
-
-def _typeset(text: str, font: ImageFont.FreeTypeFont, width: int, x_height: int) -> Image.Image:
-    mask = Image.new("L", (width, 2 * x_height), 0)
-    ImageDraw.Draw(mask).text((0, round(1.5 * x_height)), text, font=font, fill=255, anchor="ls")
+@lru_cache(maxsize=4096)
+def line_mask(text: str, size: tuple[int, int], font_pixels: int, align: str) -> Image.Image:
+    """A line of small text in a box of `size` (width, height in px), its baseline three quarters down: an "L" image."""
+    width, height = size
+    mask = Image.new("L", size, 0)
+    x, anchor = (0, "ls") if align == "left" else (width // 2, "ms")
+    ImageDraw.Draw(mask).text((x, 3 * height // 4), text, font=_font(BODY_FONT, font_pixels), fill=255, anchor=anchor)
     return mask
+
+
+def flow_text(first_phrase: int, widths: tuple[int, ...], font_pixels: int) -> list[str]:
+    """Text for lines of these widths (px): the words from phrase `first_phrase` on, less those too long for a line."""
+    font = _font(BODY_FONT, font_pixels)
+    words = [word for k in range(len(PHRASES)) for word in PHRASES[(first_phrase + k) % len(PHRASES)].split()]
+    lines = []
+    for width in widths:
+        line = ""
+        for number, word in enumerate(words):
+            longer = f"{line} {word}".lstrip()
+            if font.getlength(longer) <= width:
+                line, words[number] = longer, ""
+            elif line:
+                break
+        words = [word for word in words if word]
+        lines.append(line)
+    return lines

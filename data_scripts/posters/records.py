@@ -56,7 +56,7 @@ def make_row(options: PosterOptions, index: int) -> Row:
     """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what)."""
     rng = np.random.default_rng([options.seed, index])
     brief = draw_brief(rng)
-    elements = lay_out(brief, rng)
+    elements = lay_out(brief, rng, options.complexity)
     caption = write_caption(brief, rng)
     texture_seed = int(rng.integers(2**31))  # last, so that one index has one design at every resolution and complexity
     poster = draw_poster(brief, elements, options.resolution, options.complexity, texture_seed)

@@ -1,0 +1,48 @@
+"""What `standard` posters have and `plain` ones do not: graded colours, shadows, and the grain of paper."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from data_scripts.posters.brief import pick
+
+Color = tuple[int, int, int]
+
+GRADE = 0.16
+"""How far a graded colour goes towards black at one corner and white at the other."""
+GRAIN, FIBRE = 3.0, 2.0
+"""Standard deviations, in 0..255, of the grain (pixel by pixel) and of the paper's cloudiness (1/16 of the page)."""
+
+
+def graded(color: Color, pixels: int, scale: int, rng: np.random.Generator) -> Image.Image:
+    """A square of `color`, `pixels` × `scale` along a side, lighter at one corner and darker at another.
+
+    The steps are `scale` px wide: one to a pixel of the finished poster, which is all that is left after averaging.
+    """
+    base = np.array(color, dtype=np.float64)
+    darker, lighter = base * (1 - GRADE), base + (255 - base) * GRADE
+    corners = np.stack([lighter, base, base, darker]).round().astype(np.uint8).reshape(2, 2, 3)
+    turned = Image.fromarray(np.rot90(corners, pick(rng, (0, 1, 2, 3))).copy())
+    smooth = turned.resize((pixels, pixels), Image.Resampling.BILINEAR)
+    return smooth.resize((pixels * scale, pixels * scale), Image.Resampling.NEAREST)
+
+
+def with_grain(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The poster as if printed on paper: the same unevenness in all three channels."""
+    size = poster.width
+    clouds = Image.fromarray(rng.standard_normal((16, 16)).astype(np.float32)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    uneven = GRAIN * rng.standard_normal((size, size), dtype=np.float32) + FIBRE * np.asarray(clouds)
+    pixels = np.asarray(poster, dtype=np.float32) + uneven[..., None]
+    return Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
+
+
+def cast_shadow(page: Image.Image, box: tuple[int, int, int, int], offset: int) -> None:
+    """Darken `page` where a sheet at `box` (px), lit from the upper left, throws its shadow."""
+    x0, y0, x1, y1 = box
+    for step in (1.0, 0.6):  # two overlapping steps read as a soft edge
+        shift = round(offset * step)
+        area = (x0 + shift, y0 + shift, min(x1 + shift, page.width), min(y1 + shift, page.height))
+        page.paste(page.crop(area).point(lambda value: value * 4 // 5), area)
