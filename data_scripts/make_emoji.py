@@ -1,0 +1,355 @@
+"""Make a dataset of emoji from the colour emoji font of this machine: picture, caption (Unicode names), class.
+
+    python data_scripts/make_emoji.py --output_dir data/emoji_64 --resolution 64
+
+The folder loads with datasets.load_dataset("data/emoji_64"). The same font and flags give the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, features
+from tqdm import tqdm
+
+from pipelines.cli import UserError, entry_point
+from training.parsing import parse_config
+from training.sampler import mix
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FONT_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/System/Library/Fonts",
+    "/Library/Fonts",
+    "C:/Windows/Fonts",
+)
+FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf", "Twemoji*.ttf", "TwitterColorEmoji*.ttf")
+# Bitmap fonts open at the one size they have: Noto's 109, Apple's 160. Outline fonts open at the first.
+FONT_SIZES = (109, 160, 136, 128, 96, 64)
+CAPTION = "an emoji of {}"
+SHEET_COLUMNS, SHEET_CELL, SHEET_LABEL_WIDTH = 12, 64, 150
+
+_ZERO_WIDTH_JOINER, _VARIATION_SELECTOR, _KEYCAP = 0x200D, 0xFE0F, 0x20E3
+_BLACK_FLAG, _CANCEL_TAG, _FIRST_TAG = 0x1F3F4, 0xE007F, 0xE0000
+_SKIN_TONES = {
+    0x1F3FB: "light skin tone",
+    0x1F3FC: "medium-light skin tone",
+    0x1F3FD: "medium skin tone",
+    0x1F3FE: "medium-dark skin tone",
+    0x1F3FF: "dark skin tone",
+}
+_GENDERS = {0x2640: "woman", 0x2642: "man"}
+# What a sequence is of: people, faces, flags and hearts come first, signs last.
+_FIRST_IN_SEQUENCE = {0x1F468, 0x1F469, 0x1F9D1, 0x1F3F3, _BLACK_FLAG, 0x2764, *range(0x1F600, 0x1F650)}
+_FIRST_PICTOGRAPH = 0x1F300
+_REGIONAL_A, _REGIONAL_Z = 0x1F1E6, 0x1F1FF
+# Unicode's blocks that hold emoji: (first, last, name).
+_BLOCKS = (
+    (0x0000, 0x00FF, "latin signs"),
+    (0x2000, 0x218F, "punctuation and letterlike symbols"),
+    (0x2190, 0x21FF, "arrows"),
+    (0x2300, 0x23FF, "technical"),
+    (0x2460, 0x24FF, "enclosed alphanumerics"),
+    (0x2500, 0x25FF, "geometric shapes"),
+    (0x2600, 0x26FF, "symbols"),
+    (0x2700, 0x27BF, "dingbats"),
+    (0x2900, 0x2BFF, "arrows"),
+    (0x3000, 0x33FF, "cjk symbols"),
+    (0x1F000, 0x1F0FF, "game pieces"),
+    (0x1F100, 0x1F2FF, "enclosed alphanumerics"),
+    (0x1F300, 0x1F5FF, "symbols and pictographs"),
+    (0x1F600, 0x1F64F, "emoticons"),
+    (0x1F650, 0x1F67F, "dingbats"),
+    (0x1F680, 0x1F6FF, "transport and map"),
+    (0x1F700, 0x1F8FF, "geometric shapes"),
+    (0x1F900, 0x1F9FF, "supplemental pictographs"),
+    (0x1FA00, 0x1FAFF, "extended pictographs"),
+)
+
+
+@dataclass
+class MakeEmojiConfig:
+    """Flags of this script."""
+
+    output_dir: str = "data/emoji_64"
+    """Folder to write the dataset to"""
+    font: str | None = None
+    """Colour emoji font (.ttf, .ttc); unset looks where systems keep theirs"""
+    resolution: int = 64
+    """Pixels of a side; Noto's pictures are 128 pixels high"""
+    sequences: Literal["all", "none"] = "all"
+    """all: also emoji of several code points (skin tones, flags, people at work); none: single ones"""
+    validation_fraction: float = 0.05
+    """Share of the emoji held out, together with their skin tones and variants"""
+    seed: int = 0
+    """Decides which emoji are held out"""
+    overwrite: bool = False
+    """Replace a dataset that is there"""
+
+    def validate(self) -> None:
+        """Raises UserError for impossible values."""
+        if not 8 <= self.resolution <= 512:
+            raise UserError(f"resolution is {self.resolution}; --resolution must be 8 to 512")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(
+                f"validation_fraction is {self.validation_fraction}; "
+                "--validation_fraction must be at least 0 and below 1"
+            )
+        if any(Path(self.output_dir).glob("data/*.parquet")) and not self.overwrite:
+            raise UserError(
+                f"there is a dataset in {self.output_dir}; choose another --output_dir, or replace it: --overwrite true"
+            )
+
+
+class Emoji(NamedTuple):
+    """One emoji before it is drawn."""
+
+    text: str
+    caption: str
+    label: str
+
+    @property
+    def codepoints(self) -> str:
+        return "_".join(f"{ord(c):04x}" for c in self.text)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    config = parse_config(MakeEmojiConfig, argv, description=__doc__)
+    path = find_font(config.font)
+    font = open_font(path)
+    print(f"Drawing the emoji of {path} at {config.resolution} px.")
+    candidates = list(named_emoji(path, sequences=config.sequences == "all"))
+    drawn = []
+    for emoji in tqdm(candidates, unit="emoji"):
+        image = draw(font, emoji.text, config.resolution)
+        if image is not None:
+            drawn.append((emoji, image))
+    drawn = without_mirrored_order(drawn)
+    if not drawn:
+        raise UserError(f"{path} draws no emoji; name a colour emoji font with --font FILE")
+    splits = split_by_base(drawn, config.validation_fraction, config.seed)
+    folder = Path(config.output_dir)
+    _write(splits, folder)
+    contact_sheet(drawn).save(folder / "contact_sheet.png")
+    sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
+    classes = len({emoji.label for emoji, _ in drawn})
+    print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {folder}.")
+    print(f"Look at them: {folder / 'contact_sheet.png'}")
+    print(f"Train on them: --dataset_name {folder} --resolution {config.resolution}")
+    return 0
+
+
+def find_font(given: str | None) -> Path:
+    """The font to draw with.
+
+    Raises:
+        UserError: the one given is not there, or this machine has none.
+    """
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UserError(f"the font '{given}' does not exist; check --font")
+        return path
+    for folder in FONT_FOLDERS:
+        for pattern in FONT_FILES:
+            found = sorted(Path(folder).expanduser().rglob(pattern))
+            if found:
+                return found[0]
+    raise UserError(
+        "this machine has no colour emoji font; install one (Debian and Ubuntu: apt-get install "
+        "fonts-noto-color-emoji, Fedora: dnf install google-noto-color-emoji-fonts), or name a file: "
+        "--font NotoColorEmoji.ttf"
+    )
+
+
+def open_font(path: Path) -> ImageFont.FreeTypeFont:
+    """The font at a size it has.
+
+    Raises:
+        UserError: no font that Pillow can read.
+    """
+    for size in FONT_SIZES:
+        try:
+            return ImageFont.truetype(str(path), size)
+        except OSError as error:
+            reason = str(error)
+    raise UserError(f"'{path}' cannot be read as a font ({reason}); name a .ttf or .ttc file with --font")
+
+
+def named_emoji(path: Path, *, sequences: bool) -> Iterator[Emoji]:
+    """The emoji that a font has and Unicode names, in the order of their code points."""
+    codepoints, ligatures = _contents(path)
+    texts: list[tuple[int, ...]] = [(codepoint,) for codepoint in codepoints]
+    if sequences and features.check("raqm"):  # without it Pillow draws the parts of a sequence side by side
+        texts += ligatures
+    for text in sorted(set(texts)):
+        name = name_of(text)
+        if name is not None:
+            yield Emoji("".join(map(chr, text)), CAPTION.format(name), label_of(text))
+
+
+def name_of(codepoints: Sequence[int]) -> str | None:
+    """An emoji in words, from Unicode's names of its parts; None if this Python knows no name for one of them.
+
+    "runner, woman, light skin tone", "flag of d e", "keycap digit one".
+    """
+    if all(_REGIONAL_A <= c <= _REGIONAL_Z for c in codepoints):
+        letters = " ".join(chr(c - _REGIONAL_A + ord("a")) for c in codepoints)
+        return f"flag of {letters}" if len(codepoints) > 1 else f"regional indicator letter {letters}"
+    if codepoints[0] == _BLACK_FLAG and codepoints[-1] == _CANCEL_TAG:
+        return "flag of " + " ".join(chr(c - _FIRST_TAG) for c in codepoints[1:-1])
+    if codepoints[-1] == _KEYCAP and len(codepoints) > 1:
+        name = name_of(codepoints[:1])
+        return name and f"keycap {name}"
+    words: list[str] = []
+    tones: list[str] = []
+    for codepoint in codepoints:
+        if codepoint in _SKIN_TONES and len(codepoints) > 1:
+            tones.append(_SKIN_TONES[codepoint])
+        elif codepoint in _GENDERS and len(codepoints) > 1:
+            words.append(_GENDERS[codepoint])
+        elif codepoint not in (_ZERO_WIDTH_JOINER, _VARIATION_SELECTOR):
+            name = unicodedata.name(chr(codepoint), "")
+            if not name:
+                return None
+            words.append(name.lower().removeprefix("emoji component "))
+    return ", ".join(words + tones) if words else None
+
+
+def label_of(codepoints: Sequence[int]) -> str:
+    """The class: flags, keycaps, or the Unicode block of the first code point."""
+    if _REGIONAL_A <= codepoints[0] <= _REGIONAL_Z or codepoints[-1] == _CANCEL_TAG:
+        return "flags"
+    if codepoints[-1] == _KEYCAP:
+        return "keycaps"
+    return next((name for first, last, name in _BLOCKS if first <= codepoints[0] <= last), "other")
+
+
+def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int) -> Image.Image | None:
+    """The emoji on white, R × R pixels RGB; None if the font has no glyph for it, or draws its parts side by side."""
+    left, top, right, bottom = (round(side) for side in font.getbbox(text))
+    width, height = right - left, bottom - top
+    one_glyph = font.getlength("\U0001f600")
+    if width <= 0 or height <= 0 or font.getlength(text) > 1.5 * one_glyph:
+        return None
+    side = max(width, height)
+    canvas = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+    place = ((side - width) // 2 - left, (side - height) // 2 - top)
+    ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
+    if canvas.getchannel("A").getextrema()[1] == 0:
+        return None
+    white = Image.new("RGBA", canvas.size, (255, 255, 255, 255))
+    flat = Image.alpha_composite(white, canvas).convert("RGB")
+    return flat.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def without_mirrored_order(drawn: Sequence[tuple[Emoji, Image.Image]]) -> list[tuple[Emoji, Image.Image]]:
+    """Each picture once: fonts list sequences in right-to-left order as well ("woman, runner" for "runner, woman")."""
+    kept: dict[tuple[str, bytes], tuple[Emoji, Image.Image]] = {}
+    for emoji, image in drawn:
+        twin = ("".join(sorted(emoji.text)), image.tobytes())
+        if twin not in kept or _reading_order(emoji) < _reading_order(kept[twin][0]):
+            kept[twin] = (emoji, image)
+    return sorted(kept.values(), key=lambda row: row[0].text)
+
+
+def _reading_order(emoji: Emoji) -> tuple[int, str]:
+    first = ord(emoji.text[0])
+    rank = 0 if first in _FIRST_IN_SEQUENCE else 1 if first >= _FIRST_PICTOGRAPH else 2
+    return (3 if first in _GENDERS or first in _SKIN_TONES else rank), emoji.text
+
+
+def split_by_base(
+    drawn: Sequence[tuple[Emoji, Image.Image]], validation_fraction: float, seed: int
+) -> dict[str, list[tuple[Emoji, Image.Image]]]:
+    """Train and validation, an emoji's variants all on one side: a skin tone away from training is not held out."""
+    bases = sorted({emoji.text[0] for emoji, _ in drawn})
+    random.Random(mix(seed, "emoji")).shuffle(bases)
+    held_out = set(bases[: round(len(bases) * validation_fraction)])
+    splits = {
+        "train": [row for row in drawn if row[0].text[0] not in held_out],
+        "validation": [row for row in drawn if row[0].text[0] in held_out],
+    }
+    return {name: rows for name, rows in splits.items() if rows}
+
+
+def contact_sheet(drawn: Sequence[tuple[Emoji, Image.Image]]) -> Image.Image:
+    """A row of pictures for each class, most frequent first, with its name and number."""
+    counts = Counter(emoji.label for emoji, _ in drawn)
+    width = SHEET_LABEL_WIDTH + SHEET_COLUMNS * SHEET_CELL
+    sheet = Image.new("RGB", (width, len(counts) * SHEET_CELL), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (label, count) in enumerate(counts.most_common()):
+        pen.text((6, row * SHEET_CELL + 24), f"{label}\n{count:,}", fill="black")
+        members = [image for emoji, image in drawn if emoji.label == label]
+        chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
+        for column, image in enumerate(chosen):
+            picture = image.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (SHEET_LABEL_WIDTH + column * SHEET_CELL + 2, row * SHEET_CELL + 2))
+    return sheet
+
+
+def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
+    """(code points, sequences of code points with a glyph of their own) of a font."""
+    from fontTools.ttLib import TTFont, TTLibError
+
+    try:
+        font = TTFont(path, lazy=True, fontNumber=0)
+        codepoints = font.getBestCmap()
+    except (TTLibError, OSError) as error:
+        raise UserError(f"'{path}' cannot be read as a font ({error}); name a .ttf or .ttc file with --font") from error
+    by_glyph = {glyph: codepoint for codepoint, glyph in codepoints.items()}
+    ligatures = []
+    lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []
+    for subtable in (subtable for lookup in lookups for subtable in lookup.SubTable):
+        for first, choices in getattr(subtable, "ligatures", {}).items():
+            for choice in choices:
+                glyphs = [first, *choice.Component]
+                if all(glyph in by_glyph for glyph in glyphs):
+                    ligatures.append(tuple(by_glyph[glyph] for glyph in glyphs))
+    return list(codepoints), ligatures
+
+
+def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], folder: Path) -> None:
+    labels = sorted({emoji.label for rows in splits.values() for emoji, _ in rows})
+    try:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        for old in (folder / "data").glob("*.parquet"):
+            old.unlink()
+        for name, rows in splits.items():
+            _table(rows, labels).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+
+
+def _table(rows: Sequence[tuple[Emoji, Image.Image]], labels: list[str]) -> Dataset:
+    import datasets
+
+    kinds = datasets.Features(
+        image=datasets.Image(),
+        text=datasets.Value("string"),
+        label=datasets.ClassLabel(names=labels),
+        codepoints=datasets.Value("string"),
+    )
+    columns = {
+        "image": [image for _, image in rows],
+        "text": [emoji.caption for emoji, _ in rows],
+        "label": [labels.index(emoji.label) for emoji, _ in rows],
+        "codepoints": [emoji.codepoints for emoji, _ in rows],
+    }
+    return datasets.Dataset.from_dict(columns, features=kinds)
+
+
+if __name__ == "__main__":
+    entry_point(main)
