@@ -93,7 +93,8 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id))
+        # A run that was published whole may have its checkpoints there as well.
+        return Path(snapshot_download(repo_id, ignore_patterns=["checkpoints/*"]))
     # The client's errors share no base class beyond these: HTTP errors are OSErrors, bad ids ValueErrors.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -188,3 +188,18 @@ def test_a_class_that_knows_no_mean_gets_a_scaling_factor(tmp_path):
 def test_statistics_of_another_width_are_an_error():
     with pytest.raises(ValueError, match="has 3 latents_mean, but latents have 4 channels"):
         scale_latents(kl(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), torch.zeros(1, 4, 2, 2))
+
+
+def test_a_real_pretrained_vae_gives_a_real_picture_back(shared_dir):
+    """The tiny SDXL autoencoder: images in [-1, 1] both ways, latents of about unit scale, 8 pixels per cell."""
+    vae = AutoencoderTiny.from_pretrained(shared_dir / "weights" / "taesdxl")
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
+    disc = (x.square() + y.square() < 0.4).float() * 2 - 1
+    images = torch.stack([disc, y, 0.5 * x])[None]
+    with torch.no_grad():
+        latents = encode_latents(vae, images)
+        decoded = decode_latents(vae, latents)
+    assert latents.shape[1:] == latent_shape(vae, 128, 128) == (4, 16, 16)
+    assert 0.3 < latents.std() < 3
+    psnr = 10 * torch.log10(4 / (decoded - images).square().mean())
+    assert psnr > 25

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.cli import UserError
 from pipelines.loading import find_pipeline, load_pipeline
 from pipelines.sample import GAP, main, picture_grid
+from tests.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.tiny_models import tiny_pipeline
 
 SIDE = 8  # pixels of a tiny picture
@@ -151,3 +152,25 @@ def test_the_grid_is_white_between_pictures():
     assert sheet.size == (2 * (3 + GAP) + GAP, 2 + 2 * GAP)
     assert sheet.getpixel((0, 0)) == (255, 255, 255)
     assert sheet.getpixel((GAP, GAP)) == (255, 0, 0)
+
+
+def test_a_hub_id_is_downloaded(hub: HubServer, model, tmp_path, monkeypatch):  # noqa: F811
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    HfApi().create_repo("ada/posters")
+    HfApi().upload_folder(repo_id="ada/posters", folder_path=model)
+    # In a process of its own: the client keeps the endpoint that it saw when it was imported.
+    environment = {**os.environ, **hub.env(home=tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, SCRIPT, "--model", "ada/posters", "--prompt", "blue", "--num_inference_steps", "2"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    cells(tmp_path / "grid.png", 1, 4)
+
+
+def test_a_hub_id_that_cannot_be_had_is_a_user_error(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'ada/nothing' is no folder here, and could not be had from the Hub"):
+        find_pipeline("ada/nothing")
