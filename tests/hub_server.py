@@ -109,6 +109,7 @@ class HubServer:
     def env(self, token: str | None = WRITE_TOKEN, home: Path | None = None) -> dict[str, str]:
         """Variables that point a process at this server; `home`: its (empty) cache."""
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        variables["HF_HUB_OFFLINE"] = "0"  # the other tests run offline
         if token:
             variables["HF_TOKEN"] = token
         if home:
@@ -431,6 +432,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     for name, value in server.env(home=tmp_path / "hf_home").items():
         monkeypatch.setenv(name, value)
     # The client read its settings when it was imported.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))

@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_pruned_while_it_waits_is_uploaded_whole(hub, tmp_p
     publisher.check()
     before = (checkpoint / "optimizer.safetensors").read_bytes()
     hub.gate.clear()
-    publisher.upload_checkpoint(checkpoint, "Step 10")
+    publisher.checkpoint_saved(checkpoint)
     linked = list((tmp_path / "run" / ".hub_queue").rglob("optimizer.safetensors"))
     assert [path.stat().st_nlink for path in linked] == [2]  # no second copy of gigabytes
     shutil.rmtree(checkpoint)
@@ -264,7 +264,7 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
 def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkpoint, strategy, paths):  # noqa: F811
     publisher, _ = make_publisher(tmp_path, strategy=strategy)
     publisher.check()
-    publisher.upload_checkpoint(checkpoint, "Step 10")
+    publisher.checkpoint_saved(checkpoint)
     assert publisher.finish(timeout=30).uploaded == paths
     names = [name for name in hub.files("ada/posters") if name != ".gitattributes"]
     expected = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
@@ -272,18 +272,43 @@ def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkp
     assert publisher.wants_pipeline_at_save == (strategy != "end")
 
 
+def test_a_checkpoints_pipeline_goes_to_the_root_at_every_save(hub, tmp_path, checkpoint):  # noqa: F811
+    (checkpoint / "pipeline").mkdir()
+    (checkpoint / "pipeline" / "model_index.json").write_text("{}")
+    publisher, _ = make_publisher(tmp_path, strategy="every_save")
+    publisher.check()
+    publisher.checkpoint_saved(checkpoint)
+    publisher.finish(timeout=30)
+    assert set(hub.files("ada/posters")) == {".gitattributes", "model_index.json"}
+
+
+def test_finish_may_be_called_again_and_uploads_may_follow_it(hub, tmp_path, pipeline):  # noqa: F811
+    publisher, lines = make_publisher(tmp_path)
+    publisher.check()
+    assert publisher.finish().uploaded == []
+    publisher.upload(pipeline, "one")
+    publisher.finish(timeout=30)
+    said = len(lines)
+    assert publisher.finish(timeout=30).uploaded == [""]
+    assert len(lines) == said  # the news are told once
+    (pipeline / "model_index.json").write_text('{"new": 1}')
+    publisher.upload(pipeline, "two")
+    publisher.finish(timeout=30)
+    assert hub.messages("ada/posters")[1:] == ["one", "two"]
+
+
 def test_the_last_checkpoint_replaces_the_one_before_it(hub, tmp_path, checkpoint):  # noqa: F811
     publisher, _ = make_publisher(tmp_path, strategy="checkpoint")
     publisher.check()
     (checkpoint / "only_in_the_first.json").write_text("{}")
-    publisher.upload_checkpoint(checkpoint, "Step 10")
+    publisher.checkpoint_saved(checkpoint)
     deadline = time.monotonic() + 20
     while len(hub.messages("ada/posters")) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     (checkpoint / "only_in_the_first.json").unlink()
-    publisher.upload_checkpoint(checkpoint, "Step 20")
+    publisher.checkpoint_saved(checkpoint)
     publisher.finish(timeout=30)
-    assert hub.messages("ada/posters")[1:] == ["Step 10", "Step 20"]
+    assert hub.messages("ada/posters")[1:] == ["step-00000010: checkpoint"] * 2
     assert "last-checkpoint/only_in_the_first.json" not in hub.files("ada/posters")
     assert "last-checkpoint/model.safetensors" in hub.files("ada/posters")
 

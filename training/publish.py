@@ -99,8 +99,8 @@ class Publisher:
         self._outcome: dict[str, bool] = {}  # by path in the repo: whether what was given last is there
         self._sources: dict[str, Path] = {}
         self._changed = threading.Condition()
-        self._stopping = False
         self._warned = False
+        self._news = False  # since `finish` last reported
         self._thread: threading.Thread | None = None
         self._api: Any = None
 
@@ -108,11 +108,6 @@ class Publisher:
     def wants_pipeline_at_save(self) -> bool:
         """Whether a pipeline folder is to be made and uploaded at every checkpoint."""
         return self.strategy != "end"
-
-    @property
-    def wants_checkpoints(self) -> bool:
-        """Whether checkpoints themselves, optimizer state included, are uploaded."""
-        return self.strategy in ("checkpoint", "all_checkpoints")
 
     @property
     def url(self) -> str:
@@ -150,14 +145,16 @@ class Publisher:
         """
         self._enqueue(Path(folder), message, path_in_repo, leave_out=TRAINING_STATE, link=False)
 
-    def upload_checkpoint(self, folder: str | os.PathLike[str], message: str) -> None:
-        """Queue a finished checkpoint, optimizer state and all, if the strategy wants it. Never raises."""
+    def checkpoint_saved(self, folder: str | os.PathLike[str]) -> None:
+        """Queue what the strategy wants of a finished checkpoint: its `pipeline/`, or all of it. Never raises."""
         folder = Path(folder)
-        if self.wants_checkpoints:
-            everyone = self.strategy == "all_checkpoints"
-            path = f"checkpoints/{folder.name}" if everyone else "last-checkpoint"
-            # A checkpoint never changes once it is there, so links to its files are as good as copies and cost nothing.
-            self._enqueue(folder, message, path, leave_out=(), link=True)
+        # A checkpoint never changes once it is there, so links to its files are as good as copies and cost nothing.
+        if self.wants_pipeline_at_save and (folder / "pipeline").is_dir():
+            self._enqueue(folder / "pipeline", folder.name, "", leave_out=TRAINING_STATE, link=True)
+        if self.strategy == "checkpoint":
+            self._enqueue(folder, f"{folder.name}: checkpoint", "last-checkpoint", leave_out=(), link=True)
+        elif self.strategy == "all_checkpoints":
+            self._enqueue(folder, f"{folder.name}: checkpoint", f"checkpoints/{folder.name}", leave_out=(), link=True)
 
     def finish(self, timeout: float | None = 3600.0) -> PublishReport:
         """Wait up to `timeout` seconds for what is queued; say what is on the Hub and how to upload the rest."""
@@ -170,10 +167,11 @@ class Publisher:
                 if left is not None and left <= 0:
                     break
                 self._changed.wait(left if left is None else min(left, 1.0))
-            self._stopping = True
             unfinished = [*self._pending, *([self._running.path_in_repo] if self._running else [])]
             self._outcome.update(dict.fromkeys(unfinished, False))
             self._pending.clear()
+            self._running = None
+            self._thread = None  # a thread that is no longer this one stops; a later upload starts another
             self._changed.notify_all()
         if not unfinished:
             shutil.rmtree(self._queue_dir, ignore_errors=True)
@@ -181,7 +179,9 @@ class Publisher:
             uploaded=[path for path, done in self._outcome.items() if done],
             missing=[path for path, done in self._outcome.items() if not done],
         )
-        self._say(report)
+        if self._news:
+            self._news = False
+            self._say(report)
         return report
 
     # --- before training ---
@@ -262,6 +262,7 @@ class Publisher:
             replaced = self._pending.pop(path_in_repo, None)
             self._pending[path_in_repo] = _Upload(folder, snapshot, path_in_repo, message)
             self._sources[path_in_repo] = folder
+            self._news = True
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="hub-upload", daemon=True)
                 self._thread.start()
@@ -297,20 +298,25 @@ class Publisher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._pending and not self._stopping:
-                    self._changed.wait()
-                if self._stopping:
+                self._changed.wait_for(lambda: self._pending or self._dismissed())
+                if self._dismissed():
                     return
                 _, upload = self._pending.popitem(last=False)
                 self._running = upload
             error = self._attempt(upload)
             shutil.rmtree(upload.snapshot, ignore_errors=True)
             with self._changed:
+                if self._dismissed():  # and `finish` has told what became of this upload
+                    return
                 self._running = None
                 self._outcome[upload.path_in_repo] = error is None
+                superseded = upload.path_in_repo in self._pending
+                if error is not None and not superseded:
+                    self._failed(upload.path_in_repo, upload.source, error)
                 self._changed.notify_all()
-            if error is not None and upload.path_in_repo not in self._pending:
-                self._failed(upload.path_in_repo, upload.source, error)
+
+    def _dismissed(self) -> bool:
+        return self._thread is not threading.current_thread()
 
     def _attempt(self, upload: _Upload) -> Exception | None:
         """Upload, trying again after each of the delays; returns what went wrong in the end, or None."""
@@ -323,8 +329,8 @@ class Publisher:
                     return error
                 last = error
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or upload.path_in_repo in self._pending, timeout=delay)
-                if self._stopping or upload.path_in_repo in self._pending:  # over, or superseded by a newer one
+                given_up = lambda: self._dismissed() or upload.path_in_repo in self._pending  # noqa: E731
+                if self._changed.wait_for(given_up, timeout=delay):  # over, or superseded by a newer one
                     return last
         return None
 
@@ -350,6 +356,7 @@ class Publisher:
     # --- words ---
 
     def _failed(self, path_in_repo: str, source: Path, error: Exception) -> None:
+        self._news = True
         self._outcome[path_in_repo] = False
         self._sources[path_in_repo] = source
         if not self._warned:
