@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from training.ema import EMA
+
+
+def test_the_average_is_the_recursion_with_warm_up():
+    layer = nn.Linear(1, 1, bias=False)
+    ema = EMA({"layer": layer}, decay=0.9)
+    expected = layer.weight.item()
+    for step in range(1, 200):
+        with torch.no_grad():
+            layer.weight.fill_(float(step % 7))
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step % 7)
+    assert ema.state_dict()["layer.weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_updating_every_few_steps_follows_slow_weights_closely():
+    often, seldom = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    averages = [EMA({"m": often}, 0.99), EMA({"m": seldom}, 0.99, update_every=4)]
+    for step in range(1, 2001):
+        for module, ema in zip((often, seldom), averages):
+            with torch.no_grad():
+                module.weight.fill_(step / 1000)
+            ema.update(step)
+    a, b = (ema.state_dict()["m.weight"].item() for ema in averages)
+    assert a == pytest.approx(b, rel=0.01)
+
+
+def test_weights_come_back_even_after_an_exception():
+    layer = nn.Linear(3, 3)
+    ema = EMA({"layer": layer}, 0.5)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    live = layer.weight.detach().clone()
+    pointer = layer.weight.data_ptr()
+    with pytest.raises(RuntimeError), ema.applied():
+        assert torch.equal(layer.weight, before)
+        raise RuntimeError
+    assert torch.equal(layer.weight, live)
+    assert layer.weight.data_ptr() == pointer  # optimizers and graphs hold on to it
+
+
+def test_a_state_loads_back_and_a_foreign_one_does_not():
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    ema, copy = EMA({"m": layer}, 0.9), EMA({"m": other}, 0.9)
+    copy.load_state_dict({name: tensor.clone() for name, tensor in ema.state_dict().items()})
+    assert all(torch.equal(copy.state_dict()[name], tensor) for name, tensor in ema.state_dict().items())
+    with pytest.raises(KeyError):
+        EMA({"n": other}, 0.9).load_state_dict(ema.state_dict())

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.cli import UserError
+from training import optimizers
+from training.checkpoint import load_json, load_tensors, save_json, save_tensors
+from training.run_config import RunConfig
+
+
+def trained(config, steps, seed=0, optimizer=None, layer=None):
+    if layer is None:
+        torch.manual_seed(seed)
+        layer = nn.Linear(80, 80)  # more than 4,096 numbers: smaller ones stay in 32 bit
+        optimizer = optimizers.build_optimizer(config, layer.parameters(), 1e-2)
+    for step in range(steps):
+        torch.manual_seed(100 + step)
+        optimizer.zero_grad()
+        layer(torch.randn(4, 80)).square().mean().backward()
+        optimizer.step()
+    return layer, optimizer
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    config = RunConfig(optimizer=name)
+    layer, optimizer = trained(config, 3)
+    tensors, rest = optimizers.flatten_optimizer(optimizer)
+    save_tensors(tensors, tmp_path / "o.safetensors")
+    save_json(rest, tmp_path / "o.json")
+    copy, fresh = trained(config, 0)
+    copy.load_state_dict(layer.state_dict())
+    optimizers.unflatten_optimizer(fresh, load_tensors(tmp_path / "o.safetensors"), load_json(tmp_path / "o.json"))
+    trained(config, 2, optimizer=optimizer, layer=layer)
+    trained(config, 2, optimizer=fresh, layer=copy)
+    assert torch.equal(layer.weight, copy.weight)
+    if name == "adamw_8bit":
+        assert any(t.dtype == torch.uint8 for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", [n for n in optimizers.LR_SCHEDULERS if n != "piecewise_constant"])
+def test_schedules_are_those_of_diffusers_counted_in_steps(name):
+    from diffusers.optimization import get_scheduler
+
+    config = RunConfig(lr_scheduler=name, lr_warmup_steps=5, lr_num_cycles=2, learning_rate=1.0)
+    factor = optimizers.learning_rate_factor(config, 40)
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(name, reference, num_warmup_steps=5, num_training_steps=40, num_cycles=2)
+    for step in range(40):
+        assert factor(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        reference.step()
+        scheduler.step()
+
+
+def test_piecewise_constant():
+    factor = optimizers.learning_rate_factor(
+        RunConfig(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30
+    )
+    assert [factor(step) for step in (0, 9, 10, 19, 20, 29)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_a_state_of_another_model_is_refused():
+    _, optimizer = trained(RunConfig(), 1)
+    tensors, rest = optimizers.flatten_optimizer(optimizer)
+    other = optimizers.build_optimizer(RunConfig(), nn.Linear(3, 3, bias=False).parameters(), 1e-2)
+    with pytest.raises(ValueError):
+        optimizers.unflatten_optimizer(other, tensors, rest)
+
+
+def test_settings_are_checked():
+    for field, value in (("optimizer", "adamv"), ("lr_scheduler", "cosin"), ("learning_rate", 0.0), ("ema_decay", 1.0)):
+        with pytest.raises(UserError, match=field):
+            RunConfig(**{field: value}).validate()
