@@ -17,8 +17,8 @@ PICTURE_COUNT_WEIGHTS = (0.25, 0.3, 0.25, 0.2)
 
 PRIMARIES_ON = {
     "cream": ("red", "blue", "green", "orange", "teal", "purple"),
-    "black": ("red", "yellow", "teal", "pink", "orange"),
-    "red": ("black", "yellow", "pink"),
+    "black": ("red", "yellow", "teal", "orange", "green"),
+    "red": ("black", "yellow", "teal"),
     "blue": ("yellow", "orange", "pink", "red"),
     "yellow": ("red", "blue", "green", "purple"),
     "green": ("yellow", "pink", "orange"),
@@ -27,7 +27,7 @@ PRIMARIES_ON = {
     "orange": ("blue", "purple", "cream"),
     "purple": ("yellow", "pink", "orange", "teal"),
 }
-"""Pairs that a designer would put together: background -> main colours that stand out on it."""
+"""Pairs that a designer would put together: background -> main colours that stand out on it, and from its ink."""
 
 BACKGROUND_WEIGHTS = {"cream": 4.0, "black": 2.0, "yellow": 2.0}
 """Grounds that posters are printed on more often than the rest (1.0)."""

@@ -39,6 +39,8 @@ LEAST_FILL = 0.6
 TITLE_ROWS = 8
 INK_LINE_DISTANCE = 45.0
 """How far from the straight line between background and ink a pixel of a letter (edges included) may lie."""
+INK_FROM, INK_TO = 0.3, 0.6
+"""Where on that line a pixel starts to count as ink, and where it counts in full."""
 LEAST_CROSSINGS = 3.0
 """A title row crosses between ink and background at least so often (counted softly)."""
 CLEAR_LEAD = 1.25
@@ -201,8 +203,10 @@ def _ink_crossings(image: Any, brief: Brief) -> np.ndarray:
     background = np.array(COLORS[brief["background"]], dtype=np.float32)
     ink = np.array(rgb_color(brief["palette"][-1]), dtype=np.float32)
     line = ink - background
-    inkness = np.clip((pixels - background) @ line / (line @ line), 0, 1)
-    off_line = color_distance(pixels, background + inkness[..., None] * line) > INK_LINE_DISTANCE
+    along = np.clip((pixels - background) @ line / (line @ line), 0, 1)
+    off_line = color_distance(pixels, background + along[..., None] * line) > INK_LINE_DISTANCE
+    # The blurred edge of a shape passes near the line at its background end: count from a third of the way on.
+    inkness = np.clip((along - INK_FROM) / (INK_TO - INK_FROM), 0, 1)
     # A shape's colour may lie on the line (pink between red and cream); it is still no letter.
     shapes = brief["palette"][1:-1]
     inkness[off_line | _near_palette(pixels, shapes)] = 0.0
