@@ -1,0 +1,186 @@
+"""Model cards: valid for the Hub, true to the record, silent where it is silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import UserError
+from training.model_card import HUB_LICENSES, TEMPLATES, is_hub_dataset, needs_remote_code, write_model_card
+
+TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if path.name != "base.md.jinja")
+SECRET = "hf_" + "s" * 34
+RECORD = {
+    "stage": "latent_diffusion",
+    "model_name": "Posters & co",
+    "license": "cc-by-4.0",
+    "dataset": "ada/posters",
+    "num_train_images": 1900,
+    "resolution": 64,
+    "steps": 1500,
+    "epochs": 25.4,
+    "global_batch_size": 32,
+    "images_seen": 48000,
+    "hardware": "1 × cpu",
+    "cpu_cores": 2,
+    "elapsed_seconds": 3725.4,
+    "config": {
+        "learning_rate": 1e-3,
+        "hub_token": SECRET,
+        "tokenizer": "/home/ada/secret_project/tokenizer",
+        "model": {"block_out_channels": [128, 192], "norm": None},
+        "condition_on": ["caption"],
+    },
+    "metrics": {"val_loss": 0.41234, "fid": 12.5, "nan": float("nan")},
+    "best": {"metric": "val_loss", "value": 0.4, "step": 1400},
+    "prompts": ["a minimalist poster | blue", 'with "quotes"\nand a newline'],
+    "samples_file": "samples.png",
+    "versions": {"torch": "2.13.0"},
+    "hub_model_id": "ada/posters-64",
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    index = {
+        "_class_name": ["latent_diffusion_3f2a9c1b", "LatentDiffusionPipeline"],
+        "_diffusers_version": "0.42.1",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "samples.png").write_bytes(b"a picture")
+    return tmp_path
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_card_says_what_the_record_says(folder):
+    text = write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
+    assert front_matter(text) == {
+        "library_name": "diffusers",
+        "license": "cc-by-4.0",
+        "pipeline_tag": "text-to-image",
+        "tags": ["diffusers", "halftone", "latent-diffusion"],
+        "datasets": ["ada/posters"],
+    }
+    for words in (
+        "# Posters & co",
+        "![Samples](samples.png)",
+        'DiffusionPipeline.from_pretrained("ada/posters-64", trust_remote_code=True)',
+        'pipeline("a minimalist poster | blue")',
+        "1,900 training pictures",
+        "1,500 (25.4 epochs)",
+        "1 h 2 min",
+        "| validation loss | 0.4123 |",
+        "| FID | 12.5 |",
+        "| nan | not finite |",
+        "Best validation loss: 0.4, at step 1,400.",
+        "not measured",
+        "torch 2.13.0",
+    ):
+        assert words in text
+
+
+def test_nothing_private_gets_in(folder):
+    text = write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
+    assert SECRET not in text
+    assert "hub_token" not in text
+    assert "/home/ada" not in text
+    assert "tokenizer: tokenizer" in text
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_an_empty_record_makes_a_card_that_claims_nothing(tmp_path, template):
+    text = write_model_card(tmp_path, template, {}).read_text()
+    before_code, _, after_code = text.split("---\n", 2)[2].split("```")
+    assert "None" not in text
+    assert "from scratch" not in text
+    assert "No figures were measured" in text
+    assert "has named no licence" in text
+    assert "license" not in front_matter(text)
+    assert not any(character.isdigit() for character in before_code + after_code.split("---")[0])
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_the_hubs_own_reader_takes_every_card(folder, template):
+    from huggingface_hub import ModelCard
+
+    for record in ({}, RECORD, {**RECORD, "license": None, "dataset": None}):
+        card = ModelCard.load(write_model_card(folder, template, record))
+        assert card.data.library_name == "diffusers"
+        assert card.data.license == record.get("license")
+        assert "\n\n\n" not in card.content
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_the_python_in_a_card_is_python(folder, template):
+    text = write_model_card(folder, template, RECORD).read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, template, "exec")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 4
+
+
+def test_a_licence_that_the_hub_does_not_know_goes_under_other(folder):
+    text = write_model_card(folder, "autoencoder.md.jinja", {"license": "My Museum's Licence 2"}).read_text()
+    assert front_matter(text)["license"] == "other"
+    assert front_matter(text)["license_name"] == "my-museum-s-licence-2"
+    assert (
+        front_matter(write_model_card(folder, "autoencoder.md.jinja", {"license": "MIT"}).read_text())["license"]
+        == "mit"
+    )
+    assert "apache-2.0" in HUB_LICENSES
+
+
+def test_a_local_folder_is_no_data_set_on_the_hub(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "my" / "pictures").mkdir(parents=True)
+    assert is_hub_dataset("ada/posters")
+    assert not is_hub_dataset("my/pictures")
+    assert not is_hub_dataset("data/posters_64")
+    assert not is_hub_dataset("/abs/pictures")
+    assert not is_hub_dataset("a/b/c")
+    assert not is_hub_dataset(None)
+    text = write_model_card(
+        folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/pictures"}
+    ).read_text()
+    assert "datasets" not in front_matter(text)
+    assert "`pictures`" in text
+
+
+def test_samples_that_are_not_there_are_not_shown(folder):
+    (folder / "samples.png").unlink()
+    assert "samples.png" not in write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
+
+
+def test_memorization_is_told_when_it_was_measured(folder):
+    record = {**RECORD, "memorization": {"copies": 3, "of_samples": 1000}}
+    text = write_model_card(folder, "latent_diffusion.md.jinja", record).read_text()
+    assert "copies 3, of samples 1,000" in text
+
+
+def test_remote_code_is_needed_where_a_class_is_not_stock(folder):
+    assert needs_remote_code(folder)
+    stock = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "requires": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(stock))
+    assert not needs_remote_code(folder)
+    assert "trust_remote_code" not in write_model_card(folder, "autoencoder.md.jinja", RECORD).read_text()
+    (folder / "model_index.json").write_text(json.dumps({**stock, "vae": ["my_vae", "MyVAE"]}))
+    assert needs_remote_code(folder)
+
+
+def test_a_model_trained_on_from_another_does_not_claim_to_be_from_scratch(folder):
+    record = {**RECORD, "config": {"init_from": "/runs/first"}}
+    text = write_model_card(folder, "latent_diffusion.md.jinja", record).read_text()
+    assert "from scratch" not in text
+    assert "from the weights of first" in text
+
+
+def test_an_unknown_template_is_named_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"latent_difusion.md.jinja.*did you mean 'latent_diffusion.md.jinja'"):
+        write_model_card(tmp_path, "latent_difusion.md.jinja", {})
