@@ -8,6 +8,7 @@ The folder loads with datasets.load_dataset("data/emoji_64"). The same font and 
 from __future__ import annotations
 
 import random
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -140,8 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError(f"{path} draws no emoji; name a colour emoji font with --font FILE")
     splits = split_by_base(drawn, config.validation_fraction, config.seed)
     folder = Path(config.output_dir)
-    _write(splits, folder)
-    contact_sheet(drawn).save(folder / "contact_sheet.png")
+    _write(splits, contact_sheet(drawn), folder)
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
     classes = len({emoji.label for emoji, _ in drawn})
     print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {folder}.")
@@ -229,9 +229,9 @@ def name_of(codepoints: Sequence[int]) -> str | None:
 
 def label_of(codepoints: Sequence[int]) -> str:
     """The class: flags, keycaps, or the Unicode block of the first code point."""
-    if _REGIONAL_A <= codepoints[0] <= _REGIONAL_Z or codepoints[-1] == _CANCEL_TAG:
+    if len(codepoints) > 1 and (_REGIONAL_A <= codepoints[0] <= _REGIONAL_Z or codepoints[-1] == _CANCEL_TAG):
         return "flags"
-    if codepoints[-1] == _KEYCAP:
+    if len(codepoints) > 1 and codepoints[-1] == _KEYCAP:
         return "keycaps"
     return next((name for first, last, name in _BLOCKS if first <= codepoints[0] <= last), "other")
 
@@ -321,14 +321,18 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
     return list(codepoints), ligatures
 
 
-def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], folder: Path) -> None:
+def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> None:
+    """The tables appear all at once, when everything is written."""
     labels = sorted({emoji.label for rows in splits.values() for emoji, _ in rows})
+    temporary = folder / "data.tmp"
     try:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        for old in (folder / "data").glob("*.parquet"):
-            old.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for name, rows in splits.items():
-            _table(rows, labels).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+            _table(rows, labels).to_parquet(temporary / f"{name}-00000-of-00001.parquet")
+        sheet.save(folder / "contact_sheet.png")
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        temporary.rename(folder / "data")
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
 

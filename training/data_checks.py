@@ -70,10 +70,9 @@ def scan(
     report = ScanReport(len(rows) if len(dataset) <= max_rows else len(dataset) // processes)
     columns = [name for name in dataset.dataset.column_names if name != dataset.config.image_column]
     texts = dataset.dataset.select_columns(columns)
-    for chunk, values in _chunks(texts, rows) if columns else ():
+    for chunk, values in chunks(texts, rows) if columns else ():
         for i, row in enumerate(chunk):
-            problem = text_problem(dataset, {name: column[i] for name, column in values.items()})
-            if problem is not None:
+            for problem in text_problems(dataset, {name: column[i] for name, column in values.items()}):
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
@@ -116,16 +115,16 @@ def require_clean(
         )
 
 
-def text_problem(dataset: ImageDataset, row: dict[str, Any]) -> BadSample | None:
-    """What is wrong with a row's caption or label, or None."""
-    try:
-        if dataset.captions:
-            dataset.caption_of(row)
-        if dataset.label_map is not None:
-            dataset.label_of(row)
-    except BadSample as problem:
-        return problem
-    return None
+def text_problems(dataset: ImageDataset, row: dict[str, Any]) -> list[BadSample]:
+    """What is wrong with a row's caption and label."""
+    problems = []
+    for wanted, read in ((dataset.captions, dataset.caption_of), (dataset.label_map is not None, dataset.label_of)):
+        try:
+            if wanted:
+                read(row)
+        except BadSample as problem:
+            problems.append(problem)
+    return problems
 
 
 def verified_images(
@@ -135,21 +134,23 @@ def verified_images(
     column = dataset.config.image_column
     images = dataset.dataset.select_columns([column])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk, values in _chunks(images, rows):
-            for row, (size, reason) in zip(chunk, pool.map(_verify, values[column]), strict=True):
+        for chunk, values in chunks(images, rows):
+            for row, (size, reason) in zip(chunk, pool.map(verify_reason, values[column]), strict=True):
                 yield row, size, reason
             if stop():
                 return
 
 
-def _verify(source: Any) -> tuple[tuple[int, int] | None, str | None]:
+def verify_reason(source: Any) -> tuple[tuple[int, int] | None, str | None]:
+    """((width, height), None) of a whole picture, (None, what is wrong) of another."""
     try:
         return verify_image(source), None
     except BrokenImage as error:
         return None, str(error)
 
 
-def _chunks(dataset: Any, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, list]]]:
+def chunks(dataset: Any, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, list]]]:
+    """(rows, columns) of a `datasets` table, a few hundred rows at a time."""
     for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = rows[start : start + _CHUNK_ROWS]
         yield chunk, dataset[chunk]

@@ -156,7 +156,7 @@ def _open_source(name: str, imagefolder: bool, config_name: str | None, only_spl
     except (
         OSError,
         ValueError,
-        KeyError,
+        LookupError,  # an empty table saved to disk
         datasets.exceptions.DatasetsError,
         datasets.exceptions.DatasetBuildError,
     ) as error:

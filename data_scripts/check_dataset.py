@@ -1,0 +1,235 @@
+"""Look at every row of a dataset before training on it: broken pictures, empty captions, misfit labels and masks.
+
+    python data_scripts/check_dataset.py --dataset_name DATA
+
+All problems are listed in one pass, by row; the exit status is 2 if there are any. Duplicates are reported, not held
+against the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.cli import USER_ERROR_STATUS, UserError, entry_point
+from training.data import DataConfig, ImageDataset, LabelMap, load_all_splits, load_label_map, validate_data_config
+from training.data_checks import Problem, chunks, text_problems, verify_reason
+from training.data_source import named_split, require_column, undecoded_images
+from training.fingerprints import encoded_bytes
+from training.parsing import parse_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_CLASSES_SHOWN = 12
+_DUPLICATES_SHOWN = 5
+
+
+@dataclass
+class CheckConfig(DataConfig):
+    """Flags of this script."""
+
+    splits: list[str] = field(default_factory=list)
+    """Splits to check; all of them if none is named"""
+    max_listed: int = 1000
+    """Problems to list; 0 lists all"""
+
+    def validate(self) -> None:
+        """Raises UserError for values that are impossible whatever the data."""
+        validate_data_config(self)
+        if self.max_listed < 0:
+            raise UserError(f"max_listed is {self.max_listed}; --max_listed must be at least 0")
+
+
+@dataclass
+class SplitReport:
+    """What one split holds."""
+
+    name: str
+    rows: int
+    problems: list[Problem] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(width, height) of whole pictures"""
+    caption_words: list[int] = field(default_factory=list)
+    captions: set[int] = field(default_factory=set)
+    """Hashes of the different captions"""
+    labels: Counter = field(default_factory=Counter)
+    first_row: dict[bytes, int] = field(default_factory=dict)
+    """Digest of a picture's file → the first row that has it"""
+    duplicates: list[tuple[int, int]] = field(default_factory=list)
+    """(row, the earlier row with the same picture)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    config = parse_config(CheckConfig, argv, description=__doc__)
+    splits = load_all_splits(config)
+    columns = splits[next(iter(splits))].column_names
+    label_map = _label_map(config, columns)
+    reports = []
+    for name in config.splits or list(splits):
+        reports.append(check_split(name, named_split(config, splits, name), config, label_map))
+    print(summary(reports, config, label_map))
+    problems = [(report.name, problem) for report in reports for problem in report.problems]
+    if not problems:
+        print("No problems: every row can be trained on.")
+        return 0
+    print(f"\n{len(problems):,} problems:")
+    for name, problem in problems[: config.max_listed or None]:
+        print(f"  {name} {problem}")
+    if config.max_listed and len(problems) > config.max_listed:
+        print(f"  and {len(problems) - config.max_listed:,} more (--max_listed 0 lists all)")
+    print("Mend or remove these rows, or train without them: --on_bad_sample skip")
+    return USER_ERROR_STATUS
+
+
+def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: LabelMap | None) -> SplitReport:
+    """Look at every row once."""
+    captions = config.caption_column in dataset.column_names or config.caption_column != DataConfig().caption_column
+    images = ImageDataset(
+        dataset, config, captions=captions, labels=label_map is not None, label_map=label_map, augment=False
+    )
+    companions = _companions(dataset, config)
+    wanted = [*images.dataset.column_names, *companions]
+    table = undecoded_images(dataset.select_columns(wanted), config.image_column, "image_column")
+    for column, flag in companions.items():
+        table = undecoded_images(table, column, flag)
+    report = SplitReport(name, len(dataset))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(dataset), unit="row", desc=name) as bar:
+        for rows, values in chunks(table, range(len(dataset))):
+            looks = {name: list(pool.map(verify_reason, values[name])) for name in (config.image_column, *companions)}
+            digests = list(pool.map(_digest, values[config.image_column]))
+            for i, row in enumerate(rows):
+                record = {column: column_values[i] for column, column_values in values.items()}
+                _check_pictures(report, images, row, {column: found[i] for column, found in looks.items()})
+                _check_texts(report, images, row, record)
+                _count_duplicate(report, row, digests[i])
+            bar.update(len(rows))
+    return report
+
+
+def _companions(dataset: Dataset, config: CheckConfig) -> dict[str, str]:
+    """Columns of masks and control images, where the dataset has them, and the flags that name them."""
+    names = ((config.mask_column, "mask_column"), (config.conditioning_image_column, "conditioning_image_column"))
+    found = {}
+    for name, flag in names:
+        if name not in dataset.column_names and name == getattr(DataConfig(), flag):
+            continue
+        require_column(dataset, name, flag)
+        found[name] = flag
+    return found
+
+
+def _label_map(config: CheckConfig, columns: Sequence[str]) -> LabelMap | None:
+    if config.label_column not in columns and config.label_column == DataConfig().label_column:
+        return None
+    return load_label_map(config)
+
+
+def _check_pictures(
+    report: SplitReport, images: ImageDataset, row: int, found: dict[str, tuple[tuple[int, int] | None, str | None]]
+) -> None:
+    size, _ = found[images.config.image_column]
+    if size is not None:
+        report.sizes.append(size)
+    for column, (other, reason) in found.items():
+        if reason is None and size is not None and other != size:
+            reason = f"it is {_times(other)} pixels, its picture {_times(size)}"
+        if reason is not None:
+            report.problems.append(Problem(row, images.where(row), column, reason))
+
+
+def _check_texts(report: SplitReport, images: ImageDataset, row: int, record: dict[str, Any]) -> None:
+    problems = text_problems(images, record)
+    report.problems += [Problem(row, images.where(row), problem.column, str(problem)) for problem in problems]
+    bad = {problem.column for problem in problems}
+    if images.captions and images.config.caption_column not in bad:
+        captions = record[images.config.caption_column]
+        for caption in captions if isinstance(captions, list) else [captions]:
+            report.caption_words.append(len(caption.split()))
+            report.captions.add(hash(caption))
+    if images.label_map is not None and images.config.label_column not in bad:
+        report.labels[images.label_of(record)] += 1
+
+
+def _count_duplicate(report: SplitReport, row: int, digest: bytes) -> None:
+    first = report.first_row.setdefault(digest, row)
+    if first != row:
+        report.duplicates.append((row, first))
+
+
+def summary(reports: Sequence[SplitReport], config: CheckConfig, label_map: LabelMap | None) -> str:
+    """The table and what is worth knowing besides."""
+    lines: list[tuple[str, ...]] = [
+        ("split", "rows", "problems", "smallest picture", "median", "largest", "words a caption", "captions", "twice")
+    ]
+    for report in reports:
+        ordered = sorted(report.sizes, key=lambda size: size[0] * size[1])
+        sizes = [_times(ordered[i]) for i in (0, len(ordered) // 2, -1)] if ordered else ["-"] * 3
+        words = report.caption_words
+        span = f"{min(words)} to {max(words)}, median {int(np.median(words))}" if words else "-"
+        counts = (f"{report.rows:,}", f"{len(report.problems):,}")
+        tail = (span, f"{len(report.captions):,} different" if words else "none", f"{len(report.duplicates):,}")
+        lines.append((report.name, *counts, *sizes, *tail))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    for report in reports:
+        text += _remarks(report, config, label_map)
+    return "\n".join(["", *text, *_shared_pictures(reports)])
+
+
+def _remarks(report: SplitReport, config: CheckConfig, label_map: LabelMap | None) -> Iterable[str]:
+    small = sum(min(size) < config.resolution for size in report.sizes)
+    if small:
+        yield f"{report.name}: {small:,} pictures are below {config.resolution} px (--resolution) and get enlarged."
+    uneven = sum(width != height for width, height in report.sizes)
+    if uneven:
+        yield f"{report.name}: {uneven:,} pictures are not square; their longer side gets cut (--center_crop)."
+    if report.duplicates:
+        pairs = ", ".join(f"{row} = {first}" for row, first in report.duplicates[:_DUPLICATES_SHOWN])
+        more = ", …" if len(report.duplicates) > _DUPLICATES_SHOWN else ""
+        yield f"{report.name}: {len(report.duplicates):,} pictures occur more than once: rows {pairs}{more}"
+    if label_map is not None:
+        shown = [f"{label_map.names[label]} {count:,}" for label, count in report.labels.most_common(_CLASSES_SHOWN)]
+        hidden = len(report.labels) - len(shown)
+        empty = len(label_map) - len(report.labels)
+        yield (
+            f"{report.name}: {len(report.labels):,} classes: {', '.join(shown)}"
+            + (f" and {hidden:,} more" if hidden else "")
+            + (f"; {empty:,} of the training split's classes are not in it" if empty else "")
+        )
+
+
+def _shared_pictures(reports: Sequence[SplitReport]) -> list[str]:
+    lines = []
+    for i, one in enumerate(reports):
+        for other in reports[i + 1 :]:
+            shared = [
+                (one.first_row[digest], row) for digest, row in other.first_row.items() if digest in one.first_row
+            ]
+            if shared:
+                pairs = ", ".join(f"{a} = {b}" for a, b in shared[:_DUPLICATES_SHOWN])
+                lines.append(
+                    f"{len(shared):,} pictures are in {one.name} and in {other.name} (rows {pairs}): "
+                    f"figures on {other.name} flatter the model."
+                )
+    return lines
+
+
+def _digest(source: Any) -> bytes:
+    return hashlib.sha256(encoded_bytes(source)).digest()
+
+
+def _times(size: tuple[int, int] | None) -> str:
+    return f"{size[0]}×{size[1]}" if size else "-"
+
+
+if __name__ == "__main__":
+    entry_point(main)
