@@ -102,5 +102,5 @@ def _element_row(element: Element) -> Row:
 def _png(image: Image.Image) -> Row:
     """An image as the `datasets` library stores one."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=4)
+    image.save(buffer, format="PNG", compress_level=3)
     return {"bytes": buffer.getvalue(), "path": None}
