@@ -74,6 +74,7 @@ def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
         finally:
             # Without it a distributed script can abort after its work is done.
             accelerator.end_training()
+            folder.release()
 
 
 def _prepare(config: RunConfig, stop: StopSignal) -> bool:

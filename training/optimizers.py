@@ -80,16 +80,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and a JSON-able rest."""
+    """An optimizer's state as named tensors and a JSON-able rest. bitsandbytes nests its quantized states one deeper."""
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+
+    def put(prefix: str, values: Mapping[Any, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Mapping):
+                put(f"{prefix}{name}/", value)
+            elif isinstance(value, Tensor):
                 # bitsandbytes shares its quantization maps between parameters; safetensors refuses shared memory.
-                tensors[f"{index}.{name}"] = value.detach().clone().contiguous()
+                tensors[f"{prefix}{name}"] = value.detach().clone().contiguous()
             else:
-                scalars[f"{index}.{name}"] = value
+                scalars[f"{prefix}{name}"] = value
+
+    put("", state["state"])
     return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
@@ -97,8 +103,11 @@ def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[
     """Load what `flatten_optimizer` gave. Raises ValueError when it was of another model or optimizer."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["scalars"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, *path, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = value
     groups = [dict(group) for group in rest["param_groups"]]
     for group in groups:
         if isinstance(group.get("betas"), list):

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import jsonargparse
 
@@ -82,7 +82,14 @@ def _find_preset(preset: str) -> Path:
     return path
 
 
+def _resolve_annotations(config_class: type) -> None:
+    """Inherited fields' types are names of the modules that define them; jsonargparse looks in the subclass's only."""
+    hints = get_type_hints(config_class)
+    config_class.__init__.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
+
+
 def _parser(config_class: type, description: str | None) -> jsonargparse.ArgumentParser:
+    _resolve_annotations(config_class)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         exit_on_error=False,

@@ -67,17 +67,9 @@ def stages(tiny: bool) -> list[tuple[str, str, str, str | None]]:
 
 
 def run_stage(command: str) -> float:
-    """Run one of the project's scripts as `accelerate launch` or python would; returns seconds. Raises UserError."""
+    """Run one of the project's scripts; returns seconds. Raises UserError when it fails."""
     started = time.monotonic()
-    trains = command.startswith("training/train_")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    if trains and not _has_gpu():
-        words = [*launcher, *shlex.split(command)]
-    elif trains:
-        words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)]
-    else:
-        words = [sys.executable, *shlex.split(command)]
-    status = subprocess.run(words, cwd=ROOT).returncode
+    status = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
     if status:
         raise UserError(
             f"the quickstart stopped at: {command} (exit status {status}); the reason is above. "
@@ -138,12 +130,6 @@ def _say(summary: dict) -> None:
         f"Go on training:       .venv/bin/accelerate launch training/train_latent_diffusion.py --config {CONFIG} "
         f"--max_train_steps {2 * summary['diffusion_steps']}"
     )
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class RunFolder:
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `release`
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
@@ -53,6 +53,12 @@ class RunFolder:
                 raise UserError(
                     f"another process is training in {self.path}; wait for it, or choose another --output_dir"
                 ) from None
+
+    def release(self) -> None:
+        """Let others write to the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def set_aside(self) -> Path | None:
         """Move an old run out of the way; nothing is deleted. Returns where it went."""

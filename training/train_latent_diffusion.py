@@ -5,11 +5,13 @@
     accelerate launch training/train_latent_diffusion.py --train_data_dir my_pictures --vae runs/autoencoder \\
         --tokenizer my_pictures_tokenizer --output_dir runs/mine
 
-Typed again, a command goes on where the run stood. B batch, C latent channels, h w latent cells, L tokens, D text width.
+Typed again, a command goes on where the run stood.
+B batch, C latent channels, h w latent cells, L tokens, D text width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,15 +25,16 @@ from training import text
 from training.data import DataConfig, ImageDataset, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
+from training.evaluation.images import to_pil
 from training.latent_cache import LatentCache
 from training.loop import train
 from training.parsing import parse_config
-from training.evaluation.images import to_pil
 from training.previews import Previews
 from training.run_config import RunConfig, check_at_least, check_choice, option
 from training.sampler import Draws, SampleKey
 from training.sizes import check_deepest_feature_map
 from training.stage import Batch, MapDataset, Phase, Stage
+from training.text import TextEncoderConfig
 from training.unet import UNetConfig, build_unet, validate_unet_config
 from training.vae_loading import load_vae
 from training.validation import fetch
@@ -60,9 +63,7 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
     """A text encoder of Transformers by name or folder, kept frozen; unset trains a small one of our own"""
     model: UNetConfig = field(default_factory=UNetConfig, metadata={"on_resume": "error"})
     """The U-Net"""
-    text_encoder: text.TextEncoderConfig = field(
-        default_factory=text.TextEncoderConfig, metadata={"on_resume": "error"}
-    )
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig, metadata={"on_resume": "error"})
     """The text encoder trained jointly"""
     init_from: str | None = option(None)
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
@@ -217,10 +218,8 @@ class LatentDiffusionStage(Stage):
             encoder = text.new_text_encoder(config.text_encoder, tokenizer)
         text.check_vocabulary(tokenizer, encoder)
         limit = config.text_encoder.max_length
-        try:
+        with contextlib.suppress(ValueError):  # neither has a limit of its own
             limit = min(limit, max_caption_length(tokenizer, encoder))
-        except ValueError:
-            pass  # neither has a limit of its own
         return tokenizer, encoder, encoder.config.hidden_size, limit
 
     def train_data(self) -> MapDataset:
@@ -279,12 +278,13 @@ class LatentDiffusionStage(Stage):
 
     def pipeline(self):
         from pipelines.latent_diffusion import LatentDiffusionPipeline
+        from pipelines.schedulers import sampling_scheduler
 
         phase = self.phase
         return LatentDiffusionPipeline(
             vae=self.vae,
             unet=self.unet,
-            scheduler=self.diffusion.scheduler,
+            scheduler=sampling_scheduler(self.diffusion.scheduler),
             text_encoder=phase.text_encoder if phase.tokenizer is not None else None,
             tokenizer=phase.tokenizer,
             id2label=self.id2label or None,
