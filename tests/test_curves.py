@@ -98,9 +98,12 @@ def test_values_of_every_size(tmp_path):
     assert draw_training_curves(tmp_path / "metrics.csv", tmp_path / "curves.png") is not None
 
 
-def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
-    assert smooth([5.0] * 10, 0.9) == pytest.approx([5.0] * 10)
-    assert smooth([1.0, 3.0], 0.5) == pytest.approx([1.0, 1 / 3 * 1.0 + 2 / 3 * 3.0])
+def test_smoothing_is_a_centred_mean_without_lag():
+    assert smooth([5.0] * 10, 3) == pytest.approx([5.0] * 10)
+    line = [float(step) for step in range(50)]
+    assert smooth(line, 5)[5:-5] == pytest.approx(line[5:-5])
+    assert smooth([3, 0, 9, 0, 0], 1) == pytest.approx([1.5, 4, 3, 3, 0])
+    assert smooth([], 3) == []
 
 
 def test_the_surrounding_programs_matplotlib_is_left_alone(tmp_path):

@@ -336,6 +336,7 @@ def test_training_state_and_secrets_stay_at_home(hub, tmp_path, pipeline):  # no
 # --- the server itself ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_standalone.py does so with our own pipelines
 def test_diffusers_loads_a_pipeline_from_the_hub(hub: HubServer, tmp_path):  # noqa: F811
     """What the server is for: from_pretrained of a repo that the real client uploaded."""
     import torch

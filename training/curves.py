@@ -11,6 +11,7 @@ import csv
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ def read_metrics(csv_path: str | os.PathLike[str]) -> dict[str, Series]:
     return series
 
 
-def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average with bias correction (Kingma and Ba 2015, section 3): starts at the first value."""
-    smoothed, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
-    return smoothed
+def smooth(values: Sequence[float], radius: int) -> list[float]:
+    """Mean over the values at most `radius` away on either side (near the ends, those that there are).
+
+    Centred, because an exponential average lags: while a loss falls fast it runs visibly above every point.
+    """
+    sums = [0.0, *accumulate(values)]
+    windows = ((max(0, i - radius), min(len(values), i + radius + 1)) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
 def _panels(columns: dict[str, Series]) -> list[Panel]:
@@ -98,14 +100,11 @@ def _panels(columns: dict[str, Series]) -> list[Panel]:
 
 def _loss_panel(name: str, train: Series, validation: Series | None) -> Panel:
     def draw(axes: Any) -> None:
-        steps, values = train
         _raw_and_smoothed(axes, train, TRAIN_COLOR, "training")
-        seen = list(smooth(values, _weight(len(values)))) + (validation[1] if validation else [])
         if validation:
             axes.plot(*validation, "o-", color=VALIDATION_COLOR, markersize=4, linewidth=1.2, label="validation")
             _mark_best(axes, validation, higher=False)
         _name(axes, _words(name))
-        _scale(axes, values + (validation[1] if validation else []), seen)
         axes.legend(frameon=False, fontsize=8)
 
     return draw
@@ -115,7 +114,6 @@ def _norm_panel(series: Series) -> Panel:
     def draw(axes: Any) -> None:
         _raw_and_smoothed(axes, series, "#8a8a8a", "gradient norm")
         _name(axes, "gradient norm")
-        _scale(axes, series[1], smooth(series[1], _weight(len(series[1]))))
 
     return draw
 
@@ -136,11 +134,34 @@ def _line_panel(name: str, series: Series, color: str, mark_best: bool = False) 
 
 def _raw_and_smoothed(axes: Any, series: Series, color: str, label: str) -> None:
     steps, values = series
-    if len(values) < 20:  # too few for a moving average to say anything
+    logarithmic = _spans_magnitudes(values)
+    if logarithmic:
+        axes.set_yscale("log")
+    if len(values) < 20:  # too few for an average to say anything
         axes.plot(steps, values, "o-", color=color, markersize=3, linewidth=1.4, label=label)
         return
+    radius = max(2, len(values) // 40)  # a twentieth of the run: the same look after 100 rows as after 100,000
+    averaged = smooth([math.log(value) for value in values] if logarithmic else values, radius)
+    averaged = [math.exp(value) for value in averaged] if logarithmic else averaged
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(values, _weight(len(values))), color=color, linewidth=1.8, label=f"{label} (smoothed)")
+    axes.plot(steps, averaged, color=color, linewidth=1.8, label=f"{label} (smoothed)")
+    if not logarithmic:
+        _cut_outliers(axes, values, averaged)
+
+
+def _spans_magnitudes(values: Sequence[float]) -> bool:
+    """Whether positive values span over a factor of 20, a few outliers left aside."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 50], ordered[-1 - len(ordered) // 50]
+    return ordered[0] > 0 and high / low > 20
+
+
+def _cut_outliers(axes: Any, values: Sequence[float], averaged: Sequence[float]) -> None:
+    """Leave out single values that would flatten all the others."""
+    ordered = sorted(values)
+    low, high = ordered[0], max(ordered[int(0.99 * (len(ordered) - 1))], *averaged)
+    if ordered[-1] > high + (high - low) > high:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def _name(axes: Any, words: str) -> None:
@@ -153,18 +174,6 @@ def _mark_best(axes: Any, series: Series, higher: bool) -> None:
     step = steps[values.index(best)]
     label = f"best {best:.4g} at step {step:,.0f}"
     axes.plot([step], [best], "*", color=BEST_COLOR, markersize=12, markeredgecolor="white", zorder=5, label=label)
-
-
-def _scale(axes: Any, values: Sequence[float], smoothed: Sequence[float]) -> None:
-    """Log scale where positive values span over a factor of 20; else cut off outliers that would flatten the rest."""
-    if min(values) > 0 and max(smoothed) / min(smoothed) > 20:
-        axes.set_yscale("log")
-        return
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[int(0.99 * (len(ordered) - 1))]
-    high = max(high, *smoothed)
-    if len(ordered) >= 20 and ordered[-1] > high + (high - low) and high > low:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def _draw(panels: list[Panel], title: str) -> Image.Image:
@@ -192,11 +201,6 @@ def _draw(panels: list[Panel], title: str) -> Image.Image:
         figure.suptitle(title, fontsize=13)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _weight(count: int) -> float:
-    """Smoothing over about a twentieth of the run: the same look after 100 rows as after 100,000."""
-    return 1 - 1 / max(2.0, count / 20)
 
 
 def _words(name: str) -> str:
