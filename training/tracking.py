@@ -204,19 +204,20 @@ class _WandB(_Backend):
             "dir": str(run_dir),
             "config": plain(config),
         }
-        # silent: W&B's own banner is ten lines a run. init_timeout: by default a dead network costs 90 s here.
-        timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
-        settings = {"silent": True, "init_timeout": timeout}
+        quiet = {"silent": True}  # W&B's own banner is ten lines a run
+        # By default a dead network costs 90 s here.
+        patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))} if mode == "online" else {}
         reason = "no W&B key and no login were found" if mode == "offline" and "WANDB_MODE" not in os.environ else ""
         try:
-            self._tracker = WandBTracker(project, mode=mode, settings=wandb.Settings(**settings), **init)
+            settings = wandb.Settings(**quiet, **patience)
+            self._tracker = WandBTracker(project, mode=mode, settings=settings, **init)
             self._tracker.start()
         except Exception as error:
             if mode != "online":
                 raise
             reason = f"W&B could not be reached ({_one_line(error)})"
             offline = {**init, "mode": "offline", "resume": None}
-            self._tracker = WandBTracker(project, settings=wandb.Settings(**settings), **offline)
+            self._tracker = WandBTracker(project, settings=wandb.Settings(**quiet), **offline)
             self._tracker.start()
         self._run = self._tracker.run
         self.run_id = self._run.id
