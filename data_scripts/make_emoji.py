@@ -51,6 +51,8 @@ _SKIN_TONES = {
     0x1F3FF: "dark skin tone",
 }
 _GENDERS = {0x2640: "woman", 0x2642: "man"}
+# Where OpenType fonts keep colour: bitmaps (Google, Apple), layers, drawings.
+_COLOR_TABLES = {"CBDT", "sbix", "COLR", "SVG "}
 # What a sequence is of: people, faces, flags and hearts come first, signs last.
 _FIRST_IN_SEQUENCE = {0x1F468, 0x1F469, 0x1F9D1, 0x1F3F3, _BLACK_FLAG, 0x2764, *range(0x1F600, 0x1F650)}
 _FIRST_PICTOGRAPH = 0x1F300
@@ -309,6 +311,8 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
         codepoints = font.getBestCmap()
     except (TTLibError, OSError) as error:
         raise UserError(f"'{path}' cannot be read as a font ({error}); name a .ttf or .ttc file with --font") from error
+    if not _COLOR_TABLES & set(font.keys()):
+        raise UserError(f"'{path}' is a font without colour; name a colour emoji font with --font")
     by_glyph = {glyph: codepoint for codepoint, glyph in codepoints.items()}
     ligatures = []
     lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []

@@ -49,7 +49,7 @@ from training.latent_cache import (
     write_json,
     write_shard,
 )
-from training.launch import _cores_per_process, _has_accelerator_device
+from training.launch import threads_per_process, _has_accelerator_device
 from training.parsing import parse_config
 from training.sampler import SampleKey
 from training.signals import StopSignal, ignore_interrupts
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     """Make what is missing of the cache; returns the exit status."""
-    torch.set_num_threads(config.cpu_threads or _cores_per_process())
+    torch.set_num_threads(config.cpu_threads or threads_per_process())
     vae = load_vae(config.vae)
     shape = _latent_shape(vae, config)
     facts, works = _plan(config, vae, shape)
@@ -366,7 +366,7 @@ def _check_disk(config: PrecomputeConfig, pictures: int, facts: dict[str, Any]) 
 def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> bool:
     """Write the manifest if every shard of every process is there: whoever ends last finds them so."""
     folder = Path(config.output_dir)
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for work in works:
         notes = []
         for number in range(work.shards(config.shard_rows)):

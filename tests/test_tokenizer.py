@@ -1,0 +1,153 @@
+"""Tokenizers: special ids, round trips, unknown words, and a folder that Transformers loads without this project."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_scripts import train_tokenizer as script
+from pipelines.cli import UserError
+from training.tokenization import decode, normalized, report_on, train_tokenizer
+
+ENGRAVING = "An engraving depicting a woman in a blue dress"
+CAPTIONS = [ENGRAVING, "A red circle, on blue!", "medium-light skin tone", "a woman's blue hat", "CAFÉ in Köln"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captions")
+    for split, captions in (("train", CAPTIONS * 3), ("validation", ["a red zebra", "a blue dress"])):
+        lines = [json.dumps({"text": caption}) for caption in captions]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("model", ["word_level", "bpe"])
+def test_special_tokens_and_round_trips(model: str):
+    tokenizer = train_tokenizer(CAPTIONS, model=model)  # type: ignore[arg-type]
+    assert tokenizer.convert_tokens_to_ids(["<PAD>", "<START>", "<END>", "<UNK>"]) == [0, 1, 2, 3]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (
+        0,
+        1,
+        2,
+        3,
+    )
+    ids = tokenizer(ENGRAVING).input_ids
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert decode(tokenizer, ids) == "an engraving depicting a woman in a blue dress"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "an engraving depicting a woman in a blue dress"
+    for caption in CAPTIONS:
+        assert decode(tokenizer, tokenizer(caption).input_ids) == caption.lower()
+
+
+def test_word_level_keeps_the_most_frequent_words_and_marks_the_rest():
+    captions = ["red red red blue blue green"]
+    assert train_tokenizer(captions, vocab_size=6).get_vocab().keys() == {
+        "<PAD>",
+        "<START>",
+        "<END>",
+        "<UNK>",
+        "red",
+        "blue",
+    }
+    frequent = train_tokenizer(captions, min_frequency=2)
+    assert frequent("green red").input_ids == [1, 3, frequent.get_vocab()["red"], 2]
+    assert decode(frequent, frequent("green red").input_ids) == "<UNK> red"
+
+
+def test_bpe_knows_every_text():
+    tokenizer = train_tokenizer(CAPTIONS, model="bpe", vocab_size=300)
+    assert len(tokenizer) <= 300
+    report = report_on(tokenizer, ["日本 poster", "zebra 🦓"])
+    assert (report.unknown_words, report.round_trips) == (0, 2)
+
+
+def test_case_can_be_kept():
+    tokenizer = train_tokenizer(["Red red"], lowercase=False)
+    assert decode(tokenizer, tokenizer("Red red").input_ids) == "Red red"
+    assert normalized(tokenizer, "Red  red") == "Red red"
+
+
+def test_batches_are_padded_and_cut():
+    tokenizer = train_tokenizer(CAPTIONS, model_max_length=5)
+    batch = tokenizer(["a", ENGRAVING], padding="max_length", truncation=True, return_tensors="pt")
+    assert batch.input_ids.shape == (2, 5)
+    assert batch.input_ids[0, 3:].tolist() == [0, 0]
+    assert batch.input_ids[1, 0] == 1
+    assert batch.input_ids[1, -1] == 2, "a cut caption still ends"
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+
+
+def test_the_report_counts_what_is_lost():
+    tokenizer = train_tokenizer(["a red circle"], model_max_length=4)
+    report = report_on(tokenizer, ["a red zebra", "a circle"])
+    assert (report.captions, report.words, report.unknown_words) == (2, 5, 1)
+    assert report.unknown_share == pytest.approx(0.2)
+    assert (report.round_trips, report.longest, report.cut) == (1, 5, 1)
+
+
+def test_captions_are_consumed_one_by_one():
+    alive = 0
+
+    def stream() -> Iterator[str]:
+        nonlocal alive
+        for i in range(20_000):
+            alive = i
+            yield f"word{i % 50} again"
+
+    assert len(train_tokenizer(stream())) == 4 + 51
+    assert alive == 19_999
+
+
+def test_the_script_shows_what_it_made(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "tokenizer"
+    arguments = ["--dataset_name", str(data), "--output_dir", str(folder)]
+    assert script.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "'a red zebra'" in output
+    assert "'a red <UNK>'   (1 unknown)" in output
+    assert "Of 6 words in 2 validation captions, 16.67% are unknown; 1 captions come back whole." in output
+    assert "--model bpe" in output
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in folder.iterdir()}
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    with pytest.raises(UserError, match="--overwrite true"):
+        script.main(arguments)
+    assert script.main([*arguments, "--overwrite", "true"]) == 0
+
+
+def test_the_folder_loads_where_this_project_is_not(data: Path, tmp_path: Path):
+    folder = tmp_path / "tokenizer"
+    script.main(["--dataset_name", str(data), "--output_dir", str(folder)])
+    code = (
+        "import sys\nfrom transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        f"for kind in (AutoTokenizer, PreTrainedTokenizerFast):\n"
+        f"    t = kind.from_pretrained({str(folder)!r})\n"
+        f"    special = (t.pad_token_id, t.bos_token_id, t.eos_token_id, t.unk_token_id)\n"
+        f"    print(t({ENGRAVING!r}).input_ids, *special, t.model_max_length)\n"
+        "assert not any(name in sys.modules for name in ('pipelines', 'training', 'data_scripts'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    ids = train_tokenizer(CAPTIONS * 3)(ENGRAVING).input_ids
+    assert run.stdout.splitlines() == [f"{ids} 0 1 2 3 77"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--caption_column", "caption"], "no column 'caption'"),
+        (["--vocab_size", "3"], "--vocab_size"),
+        (["--model", "bpe", "--vocab_size", "200"], "260"),
+        (["--min_frequency", "100"], "lower --min_frequency"),
+        (["--model", "wordpiece"], "--model"),
+        (["--output_dir", "/proc/nothing/here"], "--output_dir"),
+    ],
+)
+def test_mistakes_are_user_errors(data: Path, tmp_path: Path, changed: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        script.main(["--dataset_name", str(data), "--output_dir", str(tmp_path / "tokenizer"), *changed])
