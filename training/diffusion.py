@@ -1,4 +1,4 @@
-"""The diffusion objective as configured: flags, noise levels, and the loss of one batch. Shared by all stages that denoise.
+"""The diffusion objective as configured: flags, noise levels, and the loss of one batch, for all stages that denoise.
 
 x_0: B C h w, clean latents or pixels; timesteps: B, as the U-Net is told them.
 """

@@ -13,8 +13,8 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two pictures in the features of a frozen backbone, after Zhang et al. 2018 (LPIPS) without its learned
-    weights: feature vectors normalized over channels, squared differences averaged over places and stages.
+    """Distance of two pictures in the features of a frozen backbone, after LPIPS (Zhang et al. 2018) without its
+    learned weights: feature vectors normalized over channels, squared differences averaged over places and stages.
 
     Args:
         name_or_path: a model that `transformers.AutoBackbone` loads (ResNet, ConvNeXt, DINOv2, Swin, …).

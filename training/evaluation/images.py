@@ -21,7 +21,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004): 11×11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03; 1 is equal. B.
+    """Structural similarity (Wang et al. 2004): 11×11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03. B.
 
     Raises:
         ValueError: pictures smaller than the window.
