@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halftone")
 
+UPLOAD_GRACE_SECONDS = 20.0
+
 
 class Exporter:
     """Writes `pipeline/` with README.md and samples.png, and uploads what was asked for."""
@@ -53,6 +55,7 @@ class Exporter:
                 private=self.config.hub_private_repo,
                 strategy=self.config.hub_strategy,
                 run_dir=self.folder.path,
+                notify=logger.info,
             )
             self._publisher.check()
 
@@ -76,9 +79,9 @@ class Exporter:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Wait for uploads still on their way."""
+        """A run that was asked to stop gives uploads on their way a moment, no more."""
         if self._publisher is not None:
-            self._publisher.finish()
+            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     def _write(self) -> None:
         from .model_card import write_model_card
@@ -116,7 +119,7 @@ class Exporter:
             "dataset": config.get("dataset_name") or config.get("train_data_dir"),
             "resolution": config.get("resolution"),
             "config": config,
-            "hub_model_id": self.config.hub_model_id if self.config.push_to_hub else None,
+            "hub_model_id": self._publisher.model_id if self._publisher is not None else None,
             "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
             "cpu_cores": os.cpu_count(),
             **self.stage.card_facts(),

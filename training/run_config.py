@@ -141,7 +141,7 @@ class RunConfig:
     hub_private_repo: bool = option(False, on_resume="free")
     """Create the repository as a private one."""
     hub_strategy: str = option("end", on_resume="free")
-    """end, checkpoint (the newest too) or all_checkpoints."""
+    """end (the pipeline, once), every_save (at each checkpoint), checkpoint (and the newest one) or all_checkpoints."""
     license: str | None = option(None, on_resume="free")
     """Licence of the model for its card, e.g. cc-by-4.0. Nothing is assumed."""
 
