@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.cli import UserError, entry_point
-from training.data_source import DataConfig, load_split, require_column, validate_data_config
-from training.fingerprints import column_values
+from training.data_source import DataConfig, column_values, load_split, require_column, validate_data_config
 from training.parsing import parse_config
 from training.tokenization import (
     SPECIAL_TOKENS,

@@ -14,6 +14,7 @@ import torch
 from pipelines.cli import UserError
 from training.data_source import (
     DataConfig,
+    column_values,
     load_all_splits,
     load_split,
     named_split,
@@ -94,7 +95,7 @@ class LabelMap:
         kind = getattr(feature, "dtype", str(feature))
         if kind not in ("string", "large_string", "bool") and "int" not in kind:
             raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --label_column")
-        values = [value for value in _distinct(dataset, column) if value is not None and value != ""]
+        values = [value for value in set(column_values(dataset, column)) if value is not None and value != ""]
         if kind in ("string", "large_string"):
             return cls(sorted(values), numeric=False)
         largest = max((int(value) for value in values), default=-1)
@@ -281,11 +282,6 @@ def load_label_map(config: DataConfig) -> LabelMap:
         UserError: no such data or column, or values that are not classes.
     """
     return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
-
-
-def _distinct(dataset: Dataset, column: str) -> list[Any]:
-    # Not Dataset.unique, which first writes a copy of a selection of rows to disk.
-    return dataset.select_columns([column]).with_format("arrow")[:][column].unique().to_pylist()
 
 
 def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

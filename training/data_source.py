@@ -6,6 +6,7 @@ Nothing scans or maps the data here, so a million rows open as fast as a hundred
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ _FILE_LOADERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
+_ROWS_PER_READ = 10_000
 # Names of split folders, as `datasets` knows them.
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -181,6 +183,13 @@ def require_column(dataset: Dataset, name: str, flag: str) -> None:
             f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}; "
             f"its columns are {', '.join(dataset.column_names)}: choose one with --{flag}"
         )
+
+
+def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
+    """A column's values in order, a few thousand in memory at a time."""
+    narrow = dataset.select_columns([column])
+    for start in range(0, len(narrow), _ROWS_PER_READ):
+        yield from narrow[start : start + _ROWS_PER_READ][column]
 
 
 def row_id(dataset: Dataset, index: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,14 @@ import numpy as np
 import torch
 
 from training.data import ImageDataset
+from training.data_source import column_values
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 # Up to this many rows every picture's bytes are read; of more, as many evenly spaced ones. A million pictures of
 # 100 kB would take minutes at each start; 4,096 take a second or two, once.
 SAMPLED_IMAGES = 4096
-_ROWS_PER_READ = 10_000
 _IMAGES_PER_READ = 64
 # What of a VAE's config decides its latents or their scale.
 _VAE_CONFIG_KEYS = (
@@ -68,13 +67,6 @@ def vae_fingerprint(vae: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
-    """A column's values in order, a few thousand in memory at a time."""
-    narrow = dataset.select_columns([column])
-    for start in range(0, len(narrow), _ROWS_PER_READ):
-        yield from narrow[start : start + _ROWS_PER_READ][column]
 
 
 def evenly_spaced(rows: int, at_most: int) -> list[int]:
