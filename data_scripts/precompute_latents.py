@@ -49,7 +49,7 @@ from training.latent_cache import (
     write_json,
     write_shard,
 )
-from training.launch import threads_per_process, _has_accelerator_device
+from training.launch import _has_accelerator_device, threads_per_process
 from training.parsing import parse_config
 from training.sampler import SampleKey
 from training.signals import StopSignal, ignore_interrupts
