@@ -29,6 +29,10 @@ def shared_dir() -> Path:
 def fresh_accelerate_state():
     """Accelerate keeps the first run's precision and topology for the whole process."""
     yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -14,7 +14,6 @@ from torch import nn
 from pipelines.cli import entry_point
 from training.loop import train
 from training.parsing import parse_config
-from training.previews import Previews
 from training.run_config import RunConfig, option
 from training.sampler import Draws, SampleKey
 from training.stage import Phase, Stage
@@ -30,6 +29,7 @@ class ToyConfig(RunConfig):
     bad_rows: list[int] = option([])
     slow_seconds: float = option(0.0)
     signal_at: str = option("")
+    denoiser_start: int = option(0)
 
 
 class ToyData(torch.utils.data.Dataset):
@@ -56,6 +56,9 @@ class DenoisePhase(Phase):
     def __init__(self, unet: nn.Module, config: ToyConfig):
         super().__init__()
         self.unet, self.config = unet, config
+
+    def active(self, step: int) -> bool:
+        return step >= self.config.denoiser_start
 
     def denoised(self, batch, draws: Draws) -> torch.Tensor:
         image = batch["image"]

@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 WRITING = ".writing-"
 REPLACED = ".replaced-"
 DELETING = ".deleting-"
+LINKING = ".tmp"
 
 
 class DamagedCheckpoint(Exception):
@@ -39,7 +40,12 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
     """Let `write_files(folder)` fill a temporary folder; seal, rename and link it as `latest`.
 
     A folder of the same step is replaced only once the new one is whole.
+
+    Raises:
+        OSError: nothing could be written (a full disk); what was there before is untouched.
     """
+    from safetensors import SafetensorError
+
     final = checkpoints / f"step-{step:08d}"
     temporary = checkpoints / f"{WRITING}{final.name}"
     clear_leftovers(checkpoints)
@@ -47,8 +53,10 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
     try:
         write_files(temporary)
         _seal(temporary)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from error
         raise
     if final.exists():
         replaced = checkpoints / f"{REPLACED}{final.name}"
@@ -71,21 +79,31 @@ def clear_leftovers(checkpoints: Path) -> None:
     for prefix in (WRITING, REPLACED, DELETING):
         for leftover in checkpoints.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+    for unlinked in checkpoints.glob(f".*{LINKING}*"):
+        unlinked.unlink()
 
 
 def link(checkpoints: Path, name: str, target: Path) -> None:
     """Point `latest` or `best` at a checkpoint, atomically."""
-    temporary = checkpoints / f".{name}.tmp{os.getpid()}"
+    temporary = checkpoints / f".{name}{LINKING}{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, checkpoints / name)
 
 
+def relink_best(checkpoints: Path, step: int) -> None:
+    """Point `best` at the checkpoint of `step` if it is there: a kill may have come between writing and linking it."""
+    folder = checkpoints / f"step-{step:08d}"
+    if folder.is_dir() and (checkpoints / "best").resolve() != folder.resolve():
+        link(checkpoints, "best", folder)
+
+
 def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the `keep` newest and `best`."""
+    """Delete all but the `keep` newest and `best`; those after `latest` are of a branch that was given up."""
     best = (checkpoints / "best").resolve()
-    for folder in list(_by_step(checkpoints))[keep:]:
-        if folder.resolve() != best:
+    kept = list(_up_to_latest(checkpoints))[:keep]
+    for folder in list(_by_step(checkpoints)):
+        if folder not in kept and folder.resolve() != best:
             # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a real name.
             doomed = checkpoints / f"{DELETING}{folder.name}"
             folder.rename(doomed)
@@ -111,7 +129,8 @@ def verify(folder: Path) -> None:
 def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     """The checkpoint to go on from, verified; None when there is none.
 
-    `latest`: the newest whole one, damaged ones skipped with a warning; `best`; or a path, which must be whole.
+    `latest`: the last one written that is whole, damaged ones skipped with a warning; `best`; or a path, which must be
+    whole.
 
     Raises:
         UserError: `best` or a path that is missing or damaged, or checkpoints that are all damaged.
@@ -135,7 +154,7 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
 
 def _newest_whole(checkpoints: Path) -> Path | None:
     damaged = []
-    for folder in _by_step(checkpoints):
+    for folder in _up_to_latest(checkpoints):
         try:
             verify(folder)
         except DamagedCheckpoint as damage:
@@ -182,6 +201,14 @@ def _by_step(checkpoints: Path) -> Iterator[Path]:
     """Newest first, by the step in the name."""
     folders = [f for f in checkpoints.glob("step-*") if f.name.removeprefix("step-").isdigit()]
     yield from sorted(folders, key=lambda f: int(f.name.removeprefix("step-")), reverse=True)
+
+
+def _up_to_latest(checkpoints: Path) -> Iterator[Path]:
+    """Newest first, without those of later steps than `latest`: a run that went back to an older one left them."""
+    latest = (checkpoints / "latest").resolve()
+    folders = list(_by_step(checkpoints))
+    names = [folder.name for folder in folders]
+    yield from folders[names.index(latest.name) if latest.name in names else 0 :]
 
 
 def _seal(folder: Path) -> None:

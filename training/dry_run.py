@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
     from .run_config import RunConfig
 
 
+def missing_inputs(config: RunConfig) -> str | None:
+    """What a run would make before anything else, and could not be looked at without; None when all is there."""
+    missing = {path: command for path, command in config.prepare.items() if not Path(path).exists()}
+    if not missing:
+        return None
+    lines = [_resolved(config), "inputs that are missing; the run would make them first, and so can you:"]
+    lines += [f"  {path}\n    python {command}" for path, command in missing.items()]
+    return "\n".join([*lines, "parameters, shapes and memory can be told once they are there"])
+
+
+def _resolved(config: RunConfig) -> str:
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
 def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     """The resolved config, parameters, tensor shapes per resolution, steps per epoch and a memory estimate."""
     from .loop import steps_per_epoch
@@ -24,7 +39,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
     spe = steps_per_epoch(len(data), layout)
     total = config.max_train_steps or config.num_train_epochs * spe
-    lines = [yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)]
+    lines = [_resolved(config)]
     lines.append(f"{len(data)} images, {spe} steps an epoch of {layout.global_batch_size} images, {total} steps in all")
     state_bytes = 0
     activations = 0

@@ -74,9 +74,9 @@ class Exporter:
         if use_best:
             load_best()
         self.stage.finish()
+        # No barrier here: a process that is asked to stop leaves by an exception, and the loop then compares notes.
         if self.accelerator.is_main_process:
             self._write()
-        self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """A run that was asked to stop gives uploads on their way a moment, no more."""

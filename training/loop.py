@@ -6,6 +6,7 @@ A step is one optimizer step of every active phase, on the same micro-batches.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halftone")
 
+# Without a terminal there is no bar: a line now and then says that it is alive.
+SECONDS_BETWEEN_LINES = 60.0
+# Drawing takes half a second, which short epochs would feel.
+SECONDS_BETWEEN_CURVES = 20.0
+
 
 def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
     """Train what `build_stage` makes, from wherever the run in `config.output_dir` stands; returns the exit status.
@@ -63,6 +69,10 @@ def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
                 on_main(accelerator, lambda: resume.open_run(folder, config))
             start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
             on_main(accelerator, lambda: resume.compare_configs(folder, config))
+            if config.dry_run and (missing := dry_run.missing_inputs(config)):
+                if accelerator.is_main_process:
+                    print(missing)
+                return 0
             if on_main(accelerator, lambda: _prepare(config, stop)):
                 return stop.exit_status(stop.requested or signal.SIGTERM)
             stage = build_stage()
@@ -111,15 +121,16 @@ class Trainer:
         self._bar: tqdm | None = None
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
+        self._line_said, self._curves_drawn = time.perf_counter(), -math.inf
         stage.poll = self._poll  # type: ignore[method-assign]
 
     # --- a session -------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
+        self.exporter = Exporter(self.stage, self.config, self.folder, self.accelerator, self._record)
         resumed_from = self._restore()
         if self.config.validate_only:
             return self._validate_only()
-        self.exporter = Exporter(self.stage, self.config, self.folder, self.accelerator, self._record)
         if self._is_complete():
             return self._say_complete()
         on_main(self.accelerator, self._check_before_start)
@@ -171,13 +182,14 @@ class Trainer:
         state.images_seen += self.layout.global_batch_size
         state.pending_events = True
         self._row_images += self.layout.global_batch_size
+        self._show(values)
         if skipped:
             self._count_skipped()
             return
         state.skipped_in_a_row = 0
         state.means.add(values)
-        state.epoch_loss.add(values["loss"])
-        self._show(values)
+        if "loss" in values:  # the first phase may start late
+            state.epoch_loss.add(values["loss"])
 
     def _events(self) -> None:
         """What falls due after the step just done. A stop leaves it for the next session, as a whole."""
@@ -202,8 +214,9 @@ class Trainer:
             improved = state.note_validation(
                 row[self.stage.best_metric], self.stage.best_is_lower, config.early_stopping_min_delta
             )
-            patience = config.early_stopping_patience
-            state.stopped_early = bool(patience) and state.validations_without_improvement >= patience
+            if improved:
+                state.best_validation = dict(state.last_validation)
+            state.stopped_early = self._patience_is_spent()
         if row or epoch_end or last or state.step % config.logging_steps == 0:
             self._log_row(row, epoch_end)
         state.pending_events = False
@@ -251,6 +264,11 @@ class Trainer:
         config = self.config
         wanted = config.resume_from_checkpoint
         found = None if wanted == "none" else self._agree_on_checkpoint(wanted)
+        if found is None and config.validate_only and not getattr(config, "init_from", None):
+            raise UserError(
+                f"--validate_only: there is no checkpoint in {self.folder.path}; name the run with --output_dir, "
+                "or a checkpoint with --resume_from_checkpoint"
+            )
         if found is not None:
             self.state = RunState.from_json(checkpoint.load_json(found / "trainer_state.json"))
             resume.check_same_data(self.state, self.layout.global_batch_size, len(self.data))
@@ -262,7 +280,10 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(checkpoint.load_json(found / "scaler.json"))
         state = self.state
         state.global_batch_size, state.num_samples = self.layout.global_batch_size, len(self.data)
-        state.goal_steps = resume.goal_steps(config, state, self.steps_per_epoch)
+        exported = on_main(self.accelerator, lambda: self.exporter.is_exported(state.step))
+        state.goal_steps = resume.goal_steps(config, state, self.steps_per_epoch, exported)
+        if state.stopped_early and exported and config.extra_epochs:
+            state.validations_without_improvement = 0
         if state.step < state.goal_steps and not self._patience_is_spent():
             state.stopped_early = False
         return f"resumed from {found.name} at step {state.step}" if found else "starting from scratch"
@@ -278,6 +299,11 @@ class Trainer:
     def _load_best(self) -> None:
         """The averages of the best validation, for the export of a run that was stopped early."""
         best = self.folder.checkpoints / "best"
+        self.state.last_validation = self.state.best_validation or self.state.last_validation
+        if self.ema is None:
+            for runner in self.runners:
+                runner.load_weights(best)
+            return
         for name, module in self.stage.ema_of.items():
             tensors = checkpoint.load_tensors(best / "ema.safetensors")
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
@@ -285,14 +311,13 @@ class Trainer:
 
     def _patience_is_spent(self) -> bool:
         patience = self.config.early_stopping_patience
-        return (
-            bool(patience) and self.state.validations_without_improvement >= patience and not self.config.extra_epochs
-        )
+        return bool(patience) and self.state.validations_without_improvement >= patience
 
     def _is_complete(self) -> bool:
         state = self.state
         ended = state.step >= state.goal_steps or state.stopped_early
-        return ended and not state.pending_events and self.exporter.is_exported(state.step)
+        exported = on_main(self.accelerator, lambda: self.exporter.is_exported(state.step))
+        return ended and not state.pending_events and exported
 
     def _say_complete(self) -> int:
         if self.accelerator.is_main_process:
@@ -309,6 +334,7 @@ class Trainer:
         return 0
 
     def _check_before_start(self) -> None:
+        checkpoint.relink_best(self.folder.checkpoints, self.state.best_step)
         size = sum(r.checkpoint_bytes() for r in self.runners)
         size += 2 * sum(p.numel() * p.element_size() for m in self.stage.ema_of.values() for p in m.parameters())
         size += sum(p.numel() * p.element_size() for m in self.stage.frozen for p in m.parameters())
@@ -437,8 +463,14 @@ class Trainer:
             self.metrics_log.write(row)
             self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
             if validated or epoch_end:
-                draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+                self._draw_curves()
                 self._say_row(epoch, row, validated)
+
+    def _draw_curves(self) -> None:
+        ended = self.state.step >= self.state.goal_steps or self.state.stopped_early
+        if ended or time.perf_counter() - self._curves_drawn >= SECONDS_BETWEEN_CURVES:
+            draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+            self._curves_drawn = time.perf_counter()
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         state = self.state
@@ -459,6 +491,7 @@ class Trainer:
             parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
         parts += [f"{name} {value:.4g}" for name, value in validated.items()]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
+        self._line_said = time.perf_counter()
 
     def _save(self) -> None:
         """A checkpoint of this moment; on a full disk the earlier ones stay and training goes on."""
@@ -468,7 +501,10 @@ class Trainer:
             except OSError as error:
                 logger.error("the checkpoint of step %d could not be written: %s", self.state.step, error)
                 if self.stop_agreed or self.state.step >= self.state.goal_steps:
-                    raise
+                    raise UserError(
+                        f"the checkpoint of step {self.state.step} could not be written ({error}); make room on the "
+                        f"disk of {self.folder.path} and type the command again: it goes on from the one before"
+                    ) from error
             else:
                 if self.state.best_step == self.state.step or not (self.folder.checkpoints / "best").exists():
                     checkpoint.link(self.folder.checkpoints, "best", path)
@@ -520,14 +556,18 @@ class Trainer:
             )
 
     def _show(self, values: dict[str, float]) -> None:
-        if self._bar is None or self._bar.disable:
+        if self._bar is None:
             return
-        seconds = self._row_seconds + time.perf_counter() - self._clock
-        self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, {self._row_images / max(seconds, 1e-9):.0f} images/s", refresh=False
-        )
-        self._bar.update()
+        now = time.perf_counter()
+        speed = self._row_images / max(self._row_seconds + now - self._clock, 1e-9)
+        loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
+        if not self._bar.disable:
+            self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
+            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s", refresh=False)
+            self._bar.update()
+        elif now - self._line_said >= SECONDS_BETWEEN_LINES:
+            self._line_said = now
+            logger.info("step %d of %d: %s%.0f images/s", self.state.step, self.state.goal_steps, loss, speed)
 
     def _count_time(self) -> None:
         """Training time alone: validation, previews and saving do not count towards images per second."""

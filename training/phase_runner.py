@@ -135,8 +135,11 @@ class PhaseRunner:
         checkpoint.save_tensors(tensors, folder / f"optimizer_{self.phase.name}.safetensors")
         checkpoint.save_json(rest, folder / f"optimizer_{self.phase.name}.json")
 
-    def load(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         self.phase.load_state_dict(checkpoint.load_tensors(folder / f"phase_{self.phase.name}.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        self.load_weights(folder)
         optimizers.unflatten_optimizer(
             self.optimizer,
             checkpoint.load_tensors(folder / f"optimizer_{self.phase.name}.safetensors"),

@@ -26,6 +26,7 @@ def open_run(folder: RunFolder, config: RunConfig) -> None:
     """
     used = folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir())
     if used and config.overwrite:
+        folder.check_unused()
         target = folder.set_aside()
         print(f"the old run is set aside in {target}")
     elif used and folder.saved_config() is None and not folder.checkpoints.is_dir():
@@ -83,15 +84,15 @@ def load_or_explain(load: Callable[[Path], None], checkpoint: Path) -> None:
         ) from None
 
 
-def goal_steps(config: RunConfig, state: RunState, steps_per_epoch: int) -> int:
+def goal_steps(config: RunConfig, state: RunState, steps_per_epoch: int, exported: bool) -> int:
     """How many steps the run is to have in all.
 
-    `--extra_epochs` counts from where a finished session ended; a session that was interrupted keeps its goal, so
-    that the same command typed again finishes it rather than setting a new one.
+    `--extra_epochs` counts from where a finished session ended; a session that was interrupted, be it between its last
+    step and the export, keeps its goal, so that the same command typed again finishes it rather than setting a new one.
     """
     if config.extra_epochs:
-        interrupted = state.step < state.goal_steps and not state.stopped_early
-        return state.goal_steps if interrupted else state.step + config.extra_epochs * steps_per_epoch
+        finished = exported and (state.stopped_early or state.step >= state.goal_steps)
+        return state.step + config.extra_epochs * steps_per_epoch if finished or state.step == 0 else state.goal_steps
     asked = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     return max(asked, state.step)
 

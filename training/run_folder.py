@@ -46,13 +46,24 @@ class RunFolder:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
             ) from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is training in {self.path}; wait for it, or choose another --output_dir"
-                ) from None
+        self._take(self._lock)
+
+    def check_unused(self) -> None:
+        """Raise UserError when another process has the folder's lock."""
+        lock = self.path / ".lock"
+        if lock.is_file():
+            with lock.open() as file:
+                self._take(file)
+
+    def _take(self, lock: IO[str]) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training in {self.path}; wait for it, or choose another --output_dir"
+            ) from None
 
     def release(self) -> None:
         """Let others write to the folder."""

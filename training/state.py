@@ -37,6 +37,7 @@ class RunState:
     epoch_loss: EpochLoss = field(default_factory=EpochLoss)
     epochs: list[EpochSummary] = field(default_factory=list)
     last_validation: dict[str, float] = field(default_factory=dict)
+    best_validation: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
