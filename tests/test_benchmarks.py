@@ -1,0 +1,64 @@
+"""The benchmark's verdicts, its failures, and (slow) one run of the loop against the bare loop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import UserError
+from training.evaluation import benchmarks
+from training.evaluation.benchmarks import BenchmarkConfig, Figure, describe, timed
+from training.parsing import parse_config
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "at_most", "met"),
+    [(0.98, 0.97, False, True), (0.96, 0.97, False, False), (2.4, 2.5, True, True), (2.6, 2.5, True, False)],
+)
+def test_verdicts(value: float, goal: float, at_most: bool, met: bool) -> None:
+    figure = Figure("x", value, "s", goal, at_most)
+    assert figure.met is met
+    assert figure.line().endswith("met" if met else "MISSED")
+
+
+def test_a_figure_without_a_goal_has_no_verdict() -> None:
+    assert describe([Figure("x", 1.0)])["figures"] == [
+        {"name": "x", "value": 1.0, "unit": "", "goal": None, "met": None}
+    ]
+
+
+def test_a_command_that_ends_otherwise_is_an_error() -> None:
+    assert timed([sys.executable, "-c", "raise SystemExit(2)"], status=2) > 0
+    with pytest.raises(UserError, match="ended with status 3: why"):
+        timed([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
+
+
+def test_unknown_measurement() -> None:
+    with pytest.raises(UserError, match="did you mean"):
+        parse_config(BenchmarkConfig, ["--only", "[lop]"])
+
+
+@pytest.mark.slow
+def test_loop_against_bare_loop(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    words = [
+        "--only",
+        "[loop]",
+        "--pairs",
+        "1",
+        "--steps",
+        "10",
+        "--threads",
+        "1",
+        "--work_dir",
+        str(tmp_path / "work"),
+    ]
+    benchmarks.main([*words, "--output", str(output)])
+    figures = {f["name"]: f["value"] for f in json.loads(output.read_text())["figures"]}
+    # Ten steps on whatever machine this is: the figures are there and of the right size; `make bench` judges them.
+    assert 0.5 < figures["speed over the bare loop, by turns in one process"] < 2
+    assert 0.3 < figures["speed over the bare loop, whole processes"] < 3
+    assert 0 < figures["peak memory above the bare loop's, training steps"] < 1000
