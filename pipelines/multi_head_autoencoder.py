@@ -17,12 +17,30 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 
+class WithShortcut(nn.Module):
+    """`body(x) + shortcut(x)`: a linear map past an encoder or decoder, which then only learns what is not linear.
+
+    A linear autoencoder is learned within a hundred steps; without the shortcut the network spends many hundreds on
+    less. (The idea, not the form, of residual autoencoding: Chen et al. 2024, DC-AE.)
+    """
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module):
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self.body(x, *args, **kwargs) + self.shortcut(x)
+
+
 class MultiHeadAutoencoderKL(AutoencoderKL):
     """`AutoencoderKL` with pixel patches; its other arguments, methods and outputs are those of `AutoencoderKL`.
 
     Args:
         patch_size: side of the pixel patches that the network works on; 1 is the stock architecture.
         in_channels, out_channels: channels of the images (not of the patches), which is what the config keeps.
+        linear_shortcut: adds a linear map from pixels to latents, and back, beside encoder and decoder. With it the
+            class is no stock one at `patch_size` 1 either.
         sample_size: side of an image in pixels; tiles of that size where tiling is enabled.
         scaling_factor: 1 by default, because an autoencoder of ours gets its latents' statistics measured
             (`latents_mean`, `latents_std`).
@@ -53,6 +71,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
         patch_size: int = 1,
+        linear_shortcut: bool = False,
     ):
         if patch_size < 1:
             raise ValueError(f"`patch_size` must be at least 1, but is {patch_size}")
@@ -83,6 +102,12 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
             # do in the parent class.
             self.encoder.conv_in = nn.Sequential(nn.PixelUnshuffle(patch_size), self.encoder.conv_in)
             self.decoder.conv_out = nn.Sequential(self.decoder.conv_out, nn.PixelShuffle(patch_size))
+        if linear_shortcut:
+            factor = self.spatial_compression_ratio
+            into = nn.Conv2d(in_channels, 2 * latent_channels, factor, stride=factor)
+            out_of = nn.ConvTranspose2d(latent_channels, out_channels, factor, stride=factor)
+            self.encoder = WithShortcut(self.encoder, into)
+            self.decoder = WithShortcut(self.decoder, out_of)
         self.tile_latent_min_size: int = max(1, sample_size // self.spatial_compression_ratio)
 
     @property
@@ -93,9 +118,9 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
     def autoencoder(self) -> AutoencoderKL:
         """The model without heads, sharing this one's weights: what a diffusion pipeline carries.
 
-        Where `patch_size` is 1 that is a stock `AutoencoderKL`, which loads without this file.
+        Where `patch_size` is 1, and without a shortcut, that is a stock `AutoencoderKL`, which loads without this file.
         """
-        if self.config.patch_size > 1:
+        if self.config.patch_size > 1 or self.config.linear_shortcut:
             return self
         names = AutoencoderKL._get_init_keys(AutoencoderKL) - {"self"}
         with torch.device("meta"):

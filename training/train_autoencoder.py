@@ -13,9 +13,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.cli import UserError, entry_point
@@ -39,6 +40,9 @@ logger = logging.getLogger("halftone")
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
 PREVIEWS = 8
 STATISTICS_BATCH = 32
+INITIAL_LOGVAR = -6.0
+PRINCIPAL_COMPONENTS_IMAGES = 512
+BODY_START = 0.1
 
 
 @dataclass
@@ -55,6 +59,8 @@ class AutoencoderModelConfig:
     """Residual blocks per resolution"""
     patch_size: int = 4
     """Side of the pixel patches the network works on (MultiHeadAutoencoderKL); 1 is the stock layout"""
+    linear_shortcut: bool = True
+    """A linear map beside encoder and decoder (MultiHeadAutoencoderKL); learns much faster"""
     norm_num_groups: int = 32
     """Groups of the group normalization"""
     mid_block_add_attention: bool = False
@@ -144,8 +150,53 @@ def build_autoencoder(config: AutoencoderModelConfig, resolution: int) -> torch.
         "scaling_factor": 1.0,
     }
     if config.class_name == "AutoencoderKL":
-        return diffusers.AutoencoderKL(**arguments)
-    return MultiHeadAutoencoderKL(**arguments, patch_size=config.patch_size)
+        return narrow_posterior(diffusers.AutoencoderKL(**arguments))
+    return narrow_posterior(
+        MultiHeadAutoencoderKL(**arguments, patch_size=config.patch_size, linear_shortcut=config.linear_shortcut)
+    )
+
+
+@torch.no_grad()
+def narrow_posterior(autoencoder: Any) -> Any:
+    """Start with a posterior of deviation 0.05: at 1, where fresh weights put it, noise drowns the first latents."""
+    channels = autoencoder.config.latent_channels
+    autoencoder.quant_conv.weight[channels:] *= 0.1
+    autoencoder.quant_conv.bias[channels:] = INITIAL_LOGVAR
+    return autoencoder
+
+
+@torch.no_grad()
+def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
+    """Make the linear shortcuts the best linear autoencoder of `images` (N 3 H W), in closed form.
+
+    Latents are then the patches' principal components, whitened; the networks beside them start small and learn the
+    rest. Nothing changes for a model without shortcuts.
+    """
+    if not getattr(autoencoder.config, "linear_shortcut", False):
+        return
+    factor, channels = autoencoder.spatial_compression_ratio, autoencoder.config.latent_channels
+    patches = F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double()
+    mean = patches.mean(0)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # ascending
+    directions, deviations = directions.flip(1)[:, :channels].T, variances.flip(0)[:channels].clamp(min=1e-8).sqrt()
+    into, out_of = autoencoder.encoder.shortcut, autoencoder.decoder.shortcut
+    kernels = directions.reshape(channels, images.shape[1], factor, factor)
+    into.weight[:channels] = (kernels / deviations.reshape(-1, 1, 1, 1)).to(into.weight)
+    into.bias[:channels] = (-(directions @ mean) / deviations).to(into.bias)
+    into.weight[channels:] = 0
+    into.bias[channels:] = 0
+    out_of.weight.copy_(kernels * deviations.reshape(-1, 1, 1, 1))
+    # A transposed convolution has one bias per colour, not per pixel of the patch: the mean colour.
+    out_of.bias.copy_(mean.reshape(images.shape[1], -1).mean(1))
+    channels_in = torch.eye(2 * channels, device=into.weight.device)
+    autoencoder.quant_conv.weight[:channels] = channels_in[:channels].reshape(channels, -1, 1, 1)
+    autoencoder.quant_conv.bias[:channels] = 0
+    autoencoder.post_quant_conv.weight.copy_(torch.eye(channels).reshape(channels, channels, 1, 1))
+    autoencoder.post_quant_conv.bias.zero_()
+    for body in (autoencoder.encoder.body, autoencoder.decoder.body):
+        last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+        last.weight *= BODY_START
+        last.bias *= BODY_START
 
 
 class AutoencoderPhase(Phase):
@@ -243,6 +294,8 @@ class AutoencoderStage(Stage):
             require_clean(self._validation, tell=logger.info)
         torch.manual_seed(config.seed)
         self.autoencoder = build_autoencoder(config.model, config.resolution)
+        some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self._train)))]
+        start_from_principal_components(self.autoencoder, fetch(self._train, some)["pixel_values"])
         perceptual = PerceptualLoss(config.perceptual_backbone) if config.perceptual_weight else None  # type: ignore[arg-type]
         self.generator = AutoencoderPhase(self.autoencoder, config, perceptual)
         self.phases = [self.generator]
