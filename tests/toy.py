@@ -5,7 +5,9 @@ Runs as a script too: python tests/toy.py --output_dir … (or under torchrun, f
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +29,18 @@ class ToyConfig(RunConfig):
     double: bool = option(False, on_resume="error")
     dropout: float = option(0.1, on_resume="error")
     bad_rows: list[int] = option([])
-    slow_seconds: float = option(0.0)
-    signal_at: str = option("")
+    slow_seconds: float = option(0.0, on_resume="free")
+    """Longer micro-batches, validations and so on, so that signals can be sent in time."""
+    signal_at: str = option("", on_resume="free")
+    """Where this process asks itself to stop by SIGUSR1: validation, previews or finish."""
+    signal_step: int = option(0, on_resume="free")
+    """The step (from 1) during which this process sends itself a SIGTERM."""
+    signal_rank: int = option(-1, on_resume="free")
+    """The only process that does so; -1 is all of them."""
     denoiser_start: int = option(0)
+
+    def is_signalled(self) -> bool:
+        return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
 
 
 class ToyData(torch.utils.data.Dataset):
@@ -66,6 +77,9 @@ class DenoisePhase(Phase):
         return self.unet(image + 0.5 * noise, torch.zeros(len(image), device=image.device)).sample
 
     def forward(self, batch, draws):
+        time.sleep(self.config.slow_seconds)
+        if draws.step == self.config.signal_step - 1 and self.config.is_signalled():
+            signal.raise_signal(signal.SIGTERM)
         denoised = self.denoised(batch, draws)
         loss = (denoised - batch["image"]).square().mean()
         metrics = {"error": loss.detach()}
@@ -150,8 +164,10 @@ class ToyStage(Stage):
 
     def _wait(self, where: str) -> None:
         """Ask this process to stop, when the test wants it to be asked here."""
-        if self.config.signal_at == where:
+        if self.config.signal_at == where and self.config.is_signalled():
             signal.raise_signal(signal.SIGUSR1)
+        for _ in range(10):
+            time.sleep(self.config.slow_seconds)
             self.poll()
 
 

@@ -43,6 +43,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
         )
     accelerator = Accelerator(
+        # Without being told so, Accelerate starts one process per rank, each on its own, under torchrun on CPUs.
+        cpu=not _has_accelerator_device(),
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
@@ -97,12 +99,12 @@ def threads_per_process() -> int:
 
 def _check_world_size(came: int) -> None:
     """`accelerate launch --cpu --num_processes 2` and MULTI_CPU configs silently start one process."""
-    asked = _asked_processes(launcher_command())
-    if asked is not None and asked != came:
-        raise UserError(
-            f"the launcher was asked for {asked} processes and started {came}; "
-            f"on CPUs use: torchrun --nproc-per-node {asked} training/train_X.py …"
-        )
+    for asked in (_asked_processes(launcher_command()), _as_int(os.environ.get("WORLD_SIZE"))):
+        if asked is not None and asked != came:
+            raise UserError(
+                f"the launcher was asked for {asked} processes and started {came}; "
+                f"on CPUs use: torchrun --nproc-per-node {asked} training/train_X.py …"
+            )
 
 
 def _asked_processes(command: list[str]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,7 +52,10 @@ class PhaseRunner:
             _keep_out_of_graphs(Draws)
             phase.compile()  # in place: no wrapper, so no `_orig_mod.` in any saved name
         # Accelerate replaces `forward` by one under autocast; the phase itself stays what is saved.
-        self.wrapped = accelerator.prepare_model(phase)
+        with warnings.catch_warnings():
+            # Newer versions of torch have another name for `broadcast_buffers`.
+            warnings.simplefilter("ignore", category=FutureWarning)
+            self.wrapped = accelerator.prepare_model(phase)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     def settle_buckets(self, batch: Batch, draws: Draws) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -133,3 +134,4 @@ class _TerminalHandler(logging.Handler):
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         tqdm.write(prefix + record.getMessage())
+        sys.stdout.flush()  # into a file or a pipe as well, while it happens
