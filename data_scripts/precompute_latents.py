@@ -49,7 +49,7 @@ from training.latent_cache import (
     write_json,
     write_shard,
 )
-from training.launch import _has_accelerator_device, threads_per_process
+from training.launch import has_accelerator_device, threads_per_process
 from training.parsing import parse_config
 from training.sampler import SampleKey
 from training.signals import StopSignal, ignore_interrupts
@@ -398,9 +398,9 @@ def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, i
 
 
 def _device(local_rank: int) -> torch.device:
-    if _has_accelerator_device() and torch.cuda.is_available():
+    if has_accelerator_device() and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("mps" if _has_accelerator_device() else "cpu")
+    return torch.device("mps" if has_accelerator_device() else "cpu")
 
 
 def _times(shape: Iterable[Any]) -> str:

@@ -37,14 +37,14 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     # bitsandbytes, where it is installed, is imported by Diffusers and complains of optional kernels.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "fp16" and not _has_accelerator_device():
+    if precision == "fp16" and not has_accelerator_device():
         raise UserError(
             "--mixed_precision fp16 needs a GPU, and this run is on a CPU; take bf16 or no "
             "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
         )
     accelerator = Accelerator(
         # Without being told so, Accelerate starts one process per rank, each on its own, under torchrun on CPUs.
-        cpu=not _has_accelerator_device(),
+        cpu=not has_accelerator_device(),
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
@@ -78,7 +78,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _has_accelerator_device() -> bool:
+def has_accelerator_device() -> bool:
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
         return False
     return torch.cuda.is_available() or torch.backends.mps.is_available()

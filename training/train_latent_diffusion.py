@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipelines.cli import UserError, entry_point
 from training import text
-from training.data import DataConfig, ImageDataset, load_split, validate_data_config
+from training.data import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
 from training.evaluation.images import to_pil
@@ -195,12 +195,13 @@ class LatentDiffusionStage(Stage):
             validation = cache.split("validation") if "validation" in cache.splits else None
             return cached, validation, cache.id2label if self.with_labels else {}
         flags = {"captions": self.with_captions, "labels": self.with_labels}
-        train_data = ImageDataset(load_split(config, "train", config.seed), config, **flags)
+        label_map = load_label_map(config) if self.with_labels else None  # of all splits: one may lack a class
+        train_data = ImageDataset(load_split(config, "train", config.seed), config, **flags, label_map=label_map)
         require_clean(train_data, tell=logger.info)
         held_out = load_split(config, "validation", config.seed)
         if not len(held_out):
             return train_data, None, train_data.id2label
-        validation = ImageDataset(held_out, config, **flags, label_map=train_data.label_map, augment=False)
+        validation = ImageDataset(held_out, config, **flags, label_map=label_map, augment=False)
         require_clean(validation, tell=logger.info)
         return train_data, validation, train_data.id2label
 
