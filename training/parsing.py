@@ -48,6 +48,7 @@ def parse_config(
         parser.print_help()
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
+    words = _spell_out_switches(words, config_class)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
@@ -111,6 +112,17 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
         inside_dict = any(name.startswith(k + ".") for k in known if "." in k or k in ("extra",))
         if name not in known and not inside_dict:
             raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help lists them all)")
+
+
+def _spell_out_switches(words: Sequence[str], config_class: type) -> list[str]:
+    """`--dry_run` alone as `--dry_run true`, which is what jsonargparse wants of a bool."""
+    hints = get_type_hints(config_class)
+    spelled = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        spelled.append(word)
+        if word.startswith("--") and hints.get(word[2:]) is bool and following.startswith("--"):
+            spelled.append("true")
+    return spelled
 
 
 def _explain(message: str, known: Sequence[str]) -> str:

@@ -125,11 +125,12 @@ class LatentDiffusionPhase(Phase):
             noise = draws.normal("posterior", self.latent_shape)
             return latents_from_moments(self.vae, batch["mean"], batch.get("logvar"), noise)
 
-    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor]:
+    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor | None]:
         """The U-Net's arguments beside latents and timesteps; `dropped`: B, bool."""
         from pipelines.latent_diffusion import encode_captions, null_class, tokenize_captions
 
-        arguments = {}
+        # The stock U-Net wants the argument even where nothing attends to text.
+        arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
         if self.tokenizer is not None:
             captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
             ids = tokenize_captions(self.tokenizer, captions, self.max_length).to(dropped.device)
