@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
@@ -32,6 +33,9 @@ def entry_point(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        status = INTERRUPTED_STATUS
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1

@@ -88,9 +88,10 @@ def _run(command: list[str], stop_requested: Callable[[], int | None]) -> int:
     told = False
     while process.poll() is None:
         number = stop_requested()
-        # A terminal's Ctrl-C reaches the command as well; a scheduler's signal does not.
-        if number is not None and not told and number != signal.SIGINT:
-            process.send_signal(number)
+        if number is not None and not told:
+            # A terminal's Ctrl-C has reached the command already, and a second one would stop it without saving;
+            # `kill -INT` has not: a SIGTERM is right for both.
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
         told = told or number is not None
         time.sleep(0.1)
     return process.returncode
