@@ -1,0 +1,118 @@
+"""From words and YAML to one config: flags win, mistakes are named with the nearest known word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipelines.cli import UserError
+from training.parsing import known_names, parse_config
+from training.run_config import RunConfig, option
+
+
+@dataclass
+class Model:
+    """A model."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [8, 16])
+    """Channels"""
+    dropout: float = 0.0
+    """Share"""
+
+
+@dataclass
+class Config(RunConfig):
+    """Flags."""
+
+    output_dir: str = option("runs/x", on_resume="free")
+    """Folder"""
+    model: Model = field(default_factory=Model)
+    """The model"""
+    names: list[str] = option(["a"])
+    """Names"""
+
+
+def parse(*words: str) -> Config:
+    return parse_config(Config, list(words))
+
+
+def yaml_file(tmp_path, text: str) -> str:
+    (tmp_path / "c.yaml").write_text(text)
+    return str(tmp_path / "c.yaml")
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = yaml_file(tmp_path, "seed: 3\nlearning_rate: 1.0e-3\nmodel:\n  dropout: 0.5\n")
+    config = parse("--config", path, "--seed", "4", "--model.block_out_channels", "[4,8,12]")
+    assert (config.seed, config.learning_rate, config.train_batch_size) == (4, 1e-3, 16)
+    assert config.model == Model([4, 8, 12], 0.5)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    """YAML takes 1e-3 for a word; a learning rate written so is a number all the same."""
+    assert parse("--config", yaml_file(tmp_path, "learning_rate: 1e-3\n")).learning_rate == 1e-3
+    assert parse("--learning_rate", "1e-3").learning_rate == 1e-3
+    assert parse("--names", "[]").names == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean 'learning_rate'"),
+        (["--model.droput", "1"], "unknown flag --model.droput; did you mean 'model.dropout'"),
+        (["--seed", "one"], "--seed"),
+        (["--train_batch_size", "0"], "--train_batch_size is 0; it must be at least 1"),
+        (["--optimizer", "adam8"], "did you mean 'adam'"),
+        (["--mixed_precision", "fp8"], "mixed_precision"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_in_flags(words, message):
+    with pytest.raises(UserError) as error:
+        parse(*words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat' in the YAML file; did you mean 'learning_rate'?"),
+        ("model:\n  droput: 1", "unknown key 'model.droput' in the YAML file; did you mean 'model.dropout'?"),
+        ("seed: [1]", "--seed"),
+        ("seed: 1: 2", ""),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        parse("--config", yaml_file(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_no_words_at_all_take_the_preset(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.parsing.ROOT", tmp_path)
+    yaml_file(tmp_path, "seed: 9\n")
+    assert parse_config(Config, [], preset="c.yaml").seed == 9
+    assert parse_config(Config, ["--train_batch_size", "2"], preset="c.yaml").seed == 0
+    with pytest.raises(UserError, match="--config"):
+        parse_config(Config, [], preset="other.yaml")
+
+
+def test_help_has_every_flag_with_its_sentence(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in known_names(Config):
+        assert f"--{name}" in said, name
+    assert "Images per micro-batch on one process." in said
+
+
+def test_a_config_written_and_read_again_is_the_same(tmp_path):
+    import yaml
+
+    config = parse("--seed", "5", "--model.dropout", "0.25", "--hub_token", "hf_secret")
+    assert "hf_secret" not in str(config.to_dict())
+    again = parse("--config", yaml_file(tmp_path, yaml.safe_dump(config.to_dict())))
+    assert again.to_dict() == config.to_dict()

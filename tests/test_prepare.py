@@ -1,0 +1,51 @@
+"""Inputs that are missing are made in order, by the project's own scripts, outside of the launcher's processes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from pipelines.cli import UserError
+from training import prepare
+
+
+def nobody():
+    return None
+
+
+def posters(folder, number: int = 4) -> str:
+    return f"data_scripts/make_posters.py --output_dir {folder} --num_posters {number} --num_workers 1"
+
+
+def test_what_is_there_is_left_alone_and_what_is_missing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    # A launcher's variables would make the script wait for ranks that never come.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    recipes = {str(tmp_path / "there"): "data_scripts/nothing.py", str(tmp_path / "new"): posters(tmp_path / "new")}
+    prepare.make_missing(recipes, nobody)
+    assert (tmp_path / "new/data").is_dir()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_mistake_in_a_recipe_is_the_users(tmp_path, capfd):
+    with pytest.raises(UserError, match="could not be made, for the reason given above"):
+        prepare.make_missing({str(tmp_path / "x"): posters(tmp_path / "x", number=-1)}, nobody)
+    assert "error:" in capfd.readouterr().err
+
+
+def test_a_recipe_that_makes_something_else(tmp_path):
+    with pytest.raises(UserError, match=r"was not made \(exit status 0\)"):
+        prepare.make_missing({str(tmp_path / "x"): posters(tmp_path / "y")}, nobody)
+
+
+def test_no_arguments_say_what_to_type_for_ones_own_pictures(tmp_path, monkeypatch, caplog):
+    import logging
+
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+    monkeypatch.setattr(logging.getLogger("halftone"), "propagate", True)
+    with caplog.at_level(logging.INFO, "halftone"):
+        prepare.make_missing({str(tmp_path / "new"): posters(tmp_path / "new")}, nobody)
+    assert "--train_data_dir FOLDER" in caplog.text
+    assert "is missing; making it (1 of 1)" in caplog.text
