@@ -25,14 +25,16 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, name_or_path: str):
         super().__init__()
-        from transformers import AutoBackbone
+        from transformers import AutoBackbone, AutoConfig
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            config = AutoBackbone.from_pretrained(name_or_path).config
-            stages = [name for name in config.stage_names if name != "stem"]
-            self.backbone = AutoBackbone.from_pretrained(name_or_path, out_features=stages)
-        except (OSError, ValueError) as error:
+            # AutoBackbone.from_pretrained asks the Hub for the name first, also for that of a folder.
+            config = AutoConfig.from_pretrained(name_or_path)
+            config.out_features = [name for name in config.stage_names if name != "stem"]
+            backbone_class = type(AutoBackbone.from_config(config))
+            self.backbone = backbone_class.from_pretrained(name_or_path, config=config)
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(
                 f"--perceptual_backbone {name_or_path} cannot be loaded ({str(error).splitlines()[0]}); "
                 "give the name or folder of a vision backbone of Transformers, e.g. microsoft/resnet-18"

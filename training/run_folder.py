@@ -104,6 +104,11 @@ class RunFolder:
         write_atomically(self.record_file, json.dumps(record, indent=2, default=str) + "\n")
 
 
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether the run in this folder is going to be gone on with."""
+    return any(RunFolder(path).checkpoints.glob("step-*"))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, meets the old one or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")

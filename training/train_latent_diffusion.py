@@ -31,6 +31,7 @@ from training.loop import train
 from training.parsing import parse_config
 from training.previews import Previews
 from training.run_config import RunConfig, check_at_least, check_choice, option
+from training.run_folder import has_checkpoint
 from training.sampler import Draws, SampleKey
 from training.sizes import check_deepest_feature_map
 from training.stage import Batch, MapDataset, Phase, Stage
@@ -178,7 +179,7 @@ class LatentDiffusionStage(Stage):
                 self.frozen.append(text_encoder)
             else:
                 trained["text_encoder"] = text_encoder
-        if config.init_from:
+        if config.init_from and not has_checkpoint(config.output_dir):
             load_initial_weights(config.init_from, trained)
         self.phases, self.ema_of = [self.phase], trained
 

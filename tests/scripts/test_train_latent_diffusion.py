@@ -1,0 +1,227 @@
+"""train_latent_diffusion.py as users start it, with every kind of condition: what should train, and only that, does."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from data_scripts import precompute_latents
+from pipelines.loading import load_pipeline
+from tests.conftest import forget_accelerate
+from tests.runs import ROOT, assert_same_state, launch, rows, tensors
+from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
+from training import train_latent_diffusion
+from training.checkpoint import load_tensors
+from training.parsing import parse_config
+from training.sampler import Draws, SampleKey
+from training.validation import fetch
+
+SCRIPT = ROOT / "training/train_latent_diffusion.py"
+PROMPT = "a minimalist poster, blue on cream, one picture"
+
+
+def train(folder: Path, flags, *more: str) -> int:
+    forget_accelerate()
+    return train_latent_diffusion.main([*flags, "--output_dir", str(folder), "--num_train_epochs", "1", *more])
+
+
+def stage_of(flags, *more: str) -> train_latent_diffusion.LatentDiffusionStage:
+    return train_latent_diffusion.LatentDiffusionStage(parse_config(train_latent_diffusion.Config, [*flags, *more]))
+
+
+def drawn(pipeline, **arguments) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(num_inference_steps=3, generator=generator, output_type="np", **arguments).images
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, diffusion_flags) -> Path:
+    """`python training/train_latent_diffusion.py …`, from another folder."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    done = launch(SCRIPT, *diffusion_flags, "--output_dir", str(folder), "--num_train_epochs", "2", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, posters, autoencoder) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    forget_accelerate()
+    data = ("--dataset_name", str(posters), "--resolution", "64", "--vae", str(autoencoder))
+    assert not precompute_latents.main([*data, "--output_dir", str(folder)])
+    return folder
+
+
+def test_the_run_folder_is_complete(launched):
+    files = {"config.yaml", "metrics.csv", "training_curves.png", "run.log", "record.json"}
+    assert {p.name for p in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
+    assert {p.name for p in (launched / "samples").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+    assert (launched / "pipeline/README.md").is_file()
+    assert rows(launched)[-1]["val_loss"]
+
+
+def test_the_pipeline_draws_here_and_as_remote_code_alike(launched):
+    ours = drawn(load_pipeline(launched), prompt=PROMPT)
+    theirs = drawn(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True), prompt=PROMPT)
+    assert ours.shape == (1, 64, 64, 3)
+    assert np.array_equal(ours, theirs)
+    other = drawn(load_pipeline(launched), prompt="a swiss poster, red on white, no pictures", guidance_scale=5.0)
+    assert not np.array_equal(ours, other)
+
+
+def test_the_pipeline_holds_the_averages_and_a_checkpoint_too(launched):
+    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+    for folder in (launched / "pipeline", launched / "checkpoints/latest/pipeline"):
+        unet = load_tensors(folder / "unet/diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, average[f"unet.{name}"]) for name, tensor in unet.items())
+
+
+def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, diffusion_flags, monkeypatch):
+    """Accumulating over two micro-batches; a SIGTERM in the second step of the second epoch."""
+    forward = train_latent_diffusion.LatentDiffusionPhase.forward
+
+    def signalled(self, batch, draws):
+        if draws.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch, draws)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_latent_diffusion.LatentDiffusionPhase, "forward", signalled)
+        assert train(tmp_path / "run", diffusion_flags, "--num_train_epochs", "2") == 75
+    assert json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())["step"] in (6, 7)
+    assert train(tmp_path / "run", diffusion_flags, "--num_train_epochs", "2") == 0
+    assert_same_state(tmp_path / "run", launched)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A tiny CLIP text encoder with its tokenizer, as a folder of Transformers."""
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_text_encoder().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+CONDITIONS = {
+    "caption, encoder trained jointly": ("--condition_on", "[caption]"),
+    "caption, encoder frozen": ("--condition_on", "[caption]", "--pretrained_text_encoder", "FOLDER"),
+    "label": ("--condition_on", "[label]"),
+    "label and caption": ("--condition_on", "[label,caption]"),
+    "nothing": ("--condition_on", "[]"),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_what_should_train_trains_and_only_that(tmp_path, diffusion_flags, pretrained, autoencoder, name):
+    flags = [str(pretrained) if word == "FOLDER" else word for word in CONDITIONS[name]]
+    frozen_encoder = "frozen" in name
+    if frozen_encoder:
+        flags += ["--tokenizer", str(pretrained)]
+    # Dropping half of the conditions lets a few steps reach the null class as well as the others.
+    flags += ["--cfg_dropout", "0.5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "99"]
+    folder = tmp_path / "run"
+    train(folder, diffusion_flags, *flags, "--num_train_epochs", "2", "--preview_epochs", "2")
+    first, last = (load_tensors(folder / f"checkpoints/step-{s:08d}/phase_diffusion.safetensors") for s in (1, 8))
+    assert [key for key in first if torch.equal(first[key], last[key])] == []
+    parts = {key.split(".")[0] for key in first}
+    assert parts == ({"unet", "text_encoder"} if "caption" in name and not frozen_encoder else {"unet"})
+    assert ("unet.class_embedding.weight" in first) == ("label" in name)
+    pipeline = load_pipeline(folder)
+    vae = load_pipeline(autoencoder).vae.state_dict()
+    assert all(torch.equal(tensor, vae[key]) for key, tensor in pipeline.vae.state_dict().items())
+    if frozen_encoder:
+        expected = tiny_text_encoder().state_dict()
+        found = pipeline.text_encoder.state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    arguments = {"prompt": PROMPT} if "caption" in name else {}
+    if "label" in name:
+        arguments["class_labels"] = "swiss"
+    assert np.isfinite(drawn(pipeline, **arguments)).all()
+
+
+def test_cached_latents_give_the_same_losses(tmp_path, diffusion_flags, cache):
+    train(tmp_path / "pictures", diffusion_flags, "--preview_epochs", "0")
+    train(tmp_path / "cached", diffusion_flags, "--preview_epochs", "0", "--latent_cache", str(cache))
+    for name in ("loss", "val_loss", "grad_norm"):
+        pictures, cached = ([float(r[name]) for r in rows(tmp_path / f) if r[name]] for f in ("pictures", "cached"))
+        assert cached == pytest.approx(pictures, rel=1e-5), name
+
+
+def dropped(stage, data, steps: int, monkeypatch, dropout: float) -> torch.Tensor:
+    """Which samples lost their caption, steps × 100: seen where the text encoder gets its tokens."""
+    stage.config.cfg_dropout = dropout
+    captions: list[list[str]] = []
+    import pipelines.latent_diffusion as module
+
+    tokenize = module.tokenize_captions
+    monkeypatch.setattr(module, "tokenize_captions", lambda t, c, n: captions.append(list(c)) or tokenize(t, c, n))
+    batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
+    assert all(batch["caption"])
+    with torch.no_grad():
+        for step in range(steps):
+            stage.phase.condition(batch, Draws(0, step, range(100)).uniform("cfg_dropout") < dropout)
+    monkeypatch.undo()
+    return torch.tensor([[caption == "" for caption in row] for row in captions])
+
+
+@pytest.mark.parametrize("source", ["pictures", "cache"])
+def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags, cache, monkeypatch, source):
+    """10,000 samples: within three standard deviations, no batch as a whole, and others every time."""
+    stage = stage_of(diffusion_flags, *(("--latent_cache", str(cache)) if source == "cache" else ()))
+    lost = dropped(stage, stage.train_data(), 100, monkeypatch, 0.1)
+    assert lost.shape == (100, 100)
+    assert abs(lost.float().mean().item() - 0.1) < 3 * (0.1 * 0.9 / 10_000) ** 0.5
+    per_batch = lost.float().mean(1)
+    assert per_batch.max() < 0.3  # a batch dropped as a whole would have 1
+    assert per_batch.std() == pytest.approx(0.03, abs=0.01)  # binomial
+    per_position = lost.float().mean(0)
+    assert per_position.std() == pytest.approx(0.03, abs=0.01)
+    assert per_position.max() < 0.3  # frozen dropout would have 1
+
+
+def test_the_rate_holds_in_the_loss_itself(diffusion_flags, monkeypatch):
+    """Not only in `condition`: the phase's forward drops by its config, and validation nothing."""
+    stage = stage_of(diffusion_flags)
+    seen = []
+    condition = type(stage.phase).condition
+    monkeypatch.setattr(
+        type(stage.phase), "condition", lambda self, b, d: seen.append(d.clone()) or condition(self, b, d)
+    )
+    batch = fetch(stage.train_data(), [SampleKey(i, i) for i in range(8)])
+    with torch.no_grad():
+        for step in range(40):
+            stage.phase(batch, Draws(0, step, range(8)))
+        stage.validation_step(batch, Draws(0, "validation", range(8)))
+    assert not seen.pop().any()
+    share = torch.stack(seen).float().mean().item()
+    assert abs(share - 0.1) < 3 * (0.1 * 0.9 / 320) ** 0.5
+
+
+def test_init_from_takes_weights_and_starts_anew(tmp_path, launched, diffusion_flags):
+    flags = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
+    train(tmp_path / "run", diffusion_flags, *flags, "--preview_epochs", "0")
+    source = load_tensors(launched / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    found = tensors(tmp_path / "run", "phase_diffusion.safetensors")
+    assert all(
+        torch.allclose(found[f"phase_diffusion.safetensors:unet.{name}"], tensor, atol=1e-9)
+        for name, tensor in source.items()
+    )
+    assert rows(tmp_path / "run")[-1]["step"] == "1"
+
+
+def test_a_run_that_was_started_from_another_goes_on_without_it(tmp_path, launched, diffusion_flags):
+    import shutil
+
+    shutil.copytree(launched, tmp_path / "source", symlinks=True)
+    flags = ("--init_from", str(tmp_path / "source"), "--preview_epochs", "0")
+    train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "1")
+    shutil.rmtree(tmp_path / "source")
+    assert train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "2") == 0
