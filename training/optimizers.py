@@ -80,7 +80,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and a JSON-able rest. bitsandbytes nests its quantized states one deeper."""
+    """An optimizer's state as named tensors and a JSON-able rest; bitsandbytes nests quantized states one deeper."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}

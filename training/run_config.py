@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -151,6 +152,13 @@ class RunConfig:
         check_choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:100,0.1:200,0.01'")
+        if self.lr_step_rules and not re.fullmatch(r"([\d.eE+-]+:\d+,)*[\d.eE+-]+", self.lr_step_rules):
+            raise UserError(
+                f"--lr_step_rules is {self.lr_step_rules!r}; write factor:step,…,factor: 1:100,0.1:200,0.01"
+            )
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "ema_update_every"):
             check_at_least(name, getattr(self, name), 1)
         for name in ("checkpoints_total_limit", "max_nonfinite_steps"):
@@ -199,6 +207,8 @@ _NOT_NEGATIVE = (
     "dataloader_num_workers",
     "cpu_threads",
     "weight_decay",
+    "adam_epsilon",
+    "early_stopping_min_delta",
 )
 
 

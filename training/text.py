@@ -7,6 +7,8 @@ from typing import Any
 
 from pipelines.cli import UserError
 
+from .run_config import check_at_least
+
 
 @dataclass
 class TextEncoderConfig:
@@ -24,6 +26,8 @@ class TextEncoderConfig:
 
 def validate_text_encoder_config(config: TextEncoderConfig) -> None:
     """Raises UserError for numbers that do not go together."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        check_at_least(f"text_encoder.{name}", getattr(config, name), 1)
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"--text_encoder.hidden_size {config.hidden_size} must be a multiple of "

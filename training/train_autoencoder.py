@@ -108,6 +108,13 @@ class Config(RunConfig, DataConfig):
         if self.perceptual_weight and not self.perceptual_backbone:
             raise UserError("--perceptual_weight needs --perceptual_backbone, e.g. microsoft/resnet-18")
         model = self.model
+        if not model.block_out_channels or min(model.block_out_channels) < 1:
+            raise UserError(
+                f"--model.block_out_channels is {model.block_out_channels}; "
+                "give a number per resolution, e.g. '[96,128]'"
+            )
+        for name in ("latent_channels", "layers_per_block", "patch_size", "norm_num_groups"):
+            check_at_least(f"model.{name}", getattr(model, name), 1)
         if model.patch_size != 1 and model.class_name != "MultiHeadAutoencoderKL":
             raise UserError(
                 f"--model.patch_size {model.patch_size} is for MultiHeadAutoencoderKL; "

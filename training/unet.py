@@ -34,6 +34,8 @@ def validate_unet_config(config: UNetConfig) -> None:
     widths, levels = config.block_out_channels, len(config.block_out_channels)
     if not widths:
         raise UserError("--model.block_out_channels is empty; give one number per resolution, e.g. '[128,192]'")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"--model.dropout is {config.dropout}; it is a share in [0, 1)")
     for flag in ("norm_num_groups", "attention_head_dim"):
         part = getattr(config, flag)
         if part < 1 or any(width % part for width in widths):

@@ -1,0 +1,157 @@
+"""Noise levels, timesteps and targets as configured, against closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pipelines.cli import UserError
+from training.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig, validate_diffusion_config
+from training.objectives import PREDICTION_TYPES
+from training.sampler import Draws
+
+STEPS = 1000
+X_0 = torch.randn(64, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+DRAWS = Draws(0, 0, range(64))
+
+
+def alphas_cumprod(schedule: str, zero_snr: bool) -> torch.Tensor:
+    """ᾱ_t in float64 from the definitions of the schedules, and Lin et al. 2024, algorithm 1."""
+    if schedule == "linear":
+        betas = torch.linspace(0.00085, 0.012, STEPS, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2
+    else:  # Nichol and Dhariwal 2021
+        f = [math.cos((t / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(STEPS + 1)]
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in itertools.pairwise(f)], dtype=torch.float64)
+    alphas = torch.cumprod(1 - betas, 0)
+    if zero_snr:
+        root = alphas.sqrt()
+        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas
+
+
+CASES = [
+    (prediction, schedule, zero)
+    for prediction in PREDICTION_TYPES
+    for schedule in BETA_SCHEDULES
+    for zero in (False, True)
+    if prediction != "flow_prediction" and (not zero or prediction in ("v_prediction", "sample"))
+]
+
+
+@pytest.mark.parametrize(("prediction_type", "beta_schedule", "zero_snr"), CASES)
+def test_noise_levels_of_a_beta_schedule(prediction_type, beta_schedule, zero_snr):
+    config = DiffusionConfig(
+        prediction_type=prediction_type, beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr
+    )
+    validate_diffusion_config(config)
+    noisy = Diffusion(config).corrupt(X_0, DRAWS, sampling="uniform")
+    timesteps = (DRAWS.uniform("time") * STEPS).long()
+    assert torch.equal(noisy.timesteps, timesteps)
+    signal = alphas_cumprod(beta_schedule, zero_snr)[timesteps].reshape(-1, 1, 1, 1)
+    noise = DRAWS.normal("noise", (4, 3, 3)).double()
+    x_t = signal.sqrt() * X_0 + (1 - signal).sqrt() * noise
+    assert noisy.x_t.double() == pytest.approx(x_t, abs=2e-3 if zero_snr else 2e-4)
+    target = {
+        "epsilon": noise, "sample": X_0.double(), "v_prediction": signal.sqrt() * noise - (1 - signal).sqrt() * X_0
+    }[prediction_type]  # fmt: skip
+    assert noisy.target.double() == pytest.approx(target, abs=2e-3 if zero_snr else 2e-4)
+    assert torch.equal(noisy.weight, torch.ones(64))
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_the_last_level_is_pure_noise_with_zero_snr_alone(beta_schedule):
+    for zero_snr in (False, True):
+        diffusion = Diffusion(
+            DiffusionConfig(
+                prediction_type="v_prediction", beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr
+            )
+        )
+        alpha, sigma, timesteps = diffusion._noise_levels(torch.tensor([1 - 1e-7]))
+        assert timesteps.item() == STEPS - 1
+        if zero_snr:
+            assert (alpha.item(), sigma.item()) == pytest.approx((0, 1), abs=1e-6)
+        else:
+            assert alpha.item() > 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_the_straight_line(shift):
+    diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction", flow_shift=shift))
+    noisy = diffusion.corrupt(X_0, DRAWS, sampling="uniform")
+    t = DRAWS.uniform("time")
+    sigma = (shift * t / (1 + (shift - 1) * t)).reshape(-1, 1, 1, 1)
+    noise = DRAWS.normal("noise", (4, 3, 3))
+    assert torch.allclose(noisy.x_t, (1 - sigma) * X_0 + sigma * noise, atol=1e-6)
+    assert torch.allclose(noisy.target, noise - X_0)
+    assert torch.allclose(noisy.timesteps.float(), sigma.flatten() * STEPS, rtol=1e-6)
+
+
+def test_flow_matching_trains_at_the_levels_its_scheduler_samples_at():
+    """What the U-Net is told in training for a sigma is what the scheduler tells it in sampling."""
+    import diffusers
+
+    diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction", flow_shift=3.0))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(diffusion.scheduler.config)
+    scheduler.set_timesteps(10)
+    told = scheduler.timesteps
+    assert torch.allclose(told, scheduler.sigmas[:-1] * STEPS, rtol=1e-5)
+    assert told.max() <= STEPS
+
+
+def test_offset_noise_moves_whole_channels():
+    plain = Diffusion(DiffusionConfig()).corrupt(X_0, DRAWS)
+    offset = Diffusion(DiffusionConfig(noise_offset=0.3)).corrupt(X_0, DRAWS)
+    difference = offset.target - plain.target
+    assert difference.flatten(2).std(2).max() < 1e-6
+    assert difference.flatten(2).mean(2).std().item() == pytest.approx(0.3, rel=0.2)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_weights_follow_the_levels(prediction_type):
+    config = DiffusionConfig(prediction_type=prediction_type, snr_gamma=5.0)
+    diffusion = Diffusion(config)
+    noisy = diffusion.corrupt(X_0, DRAWS, sampling="uniform")
+    alpha, sigma, _ = diffusion._noise_levels(DRAWS.uniform("time"))
+    snr = (alpha.double() / sigma.double()) ** 2
+    expected = {
+        "epsilon": snr.clamp(max=5) / snr,
+        "sample": snr.clamp(max=5),
+        "v_prediction": snr.clamp(max=5) / (snr + 1),
+        "flow_prediction": snr.clamp(max=5) * sigma.double() ** 2,
+    }[prediction_type]
+    assert noisy.weight.double() == pytest.approx(expected, rel=1e-3)
+    error = torch.ones_like(X_0)
+    assert noisy.loss(noisy.target + error).double() == pytest.approx(expected, rel=1e-3)
+    assert diffusion.trivial_loss is None
+
+
+def test_validation_times_are_uniform_whatever_training_draws():
+    config = DiffusionConfig(timestep_sampling="logit_normal", logit_mean=2.0)
+    diffusion = Diffusion(config)
+    many = Draws(0, "validation", range(4000))
+    x_0 = torch.zeros(4000, 1, 1, 1)
+    times = diffusion.corrupt(x_0, many, sampling="uniform").timesteps / STEPS
+    assert times.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert (diffusion.corrupt(x_0, many).timesteps / STEPS).mean().item() > 0.75
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prediction_type", "noise"),
+        ("beta_schedule", "cosine"),
+        ("timestep_sampling", "normal"),
+        ("cfg_dropout", 1.5),
+        ("snr_gamma", 0.0),
+        ("flow_shift", 0.0),
+        ("noise_offset", -0.1),
+    ],
+)
+def test_values_that_cannot_be(field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        validate_diffusion_config(DiffusionConfig(**{field: value}))
