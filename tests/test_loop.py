@@ -144,15 +144,11 @@ def test_8_bit_adamw_trains_and_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_compile_gives_the_same_losses_and_the_same_names(tmp_path):
-    run(tmp_path / "plain")
-    run(tmp_path / "compiled", "--compile", "true")
+    run(tmp_path / "plain", "--dropout", "0")  # compiled code draws dropout otherwise
+    run(tmp_path / "compiled", "--dropout", "0", "--compile", "true")
     assert tensors(tmp_path / "plain").keys() == tensors(tmp_path / "compiled").keys()
     assert not any("_orig_mod" in name for name in tensors(tmp_path / "compiled"))
-    # Dropout of compiled code draws other numbers.
-    assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=0.2)
-    for name in ("plain-0", "compiled-0"):
-        run(tmp_path / name, "--dropout", "0", "--compile", str(name == "compiled-0").lower())
-    assert column(tmp_path / "compiled-0", "loss") == pytest.approx(column(tmp_path / "plain-0", "loss"), rel=1e-3)
+    assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=5e-3)
 
 
 def test_a_first_phase_that_starts_late(tmp_path):
@@ -322,6 +318,7 @@ def test_wandb_is_the_default_and_needs_neither_key_nor_network(tmp_path):
     flags = ("--output_dir", str(tmp_path / "run"), *COMMON[:-4], "--cpu_threads", "1")
     done = subprocess.run(command(TOY, *flags), capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "wandb" in line.lower()]
+    said = (done.stdout + done.stderr).replace(str(tmp_path), "")
+    lines = [line for line in said.splitlines() if "wandb" in line.lower()]
     assert len(lines) == 1, lines
     assert "wandb sync" in lines[0]
