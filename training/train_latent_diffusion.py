@@ -38,7 +38,7 @@ from training.stage import Batch, MapDataset, Phase, Stage
 from training.text import TextEncoderConfig
 from training.unet import UNetConfig, build_unet, validate_unet_config
 from training.vae_loading import load_vae
-from training.validation import fetch
+from training.validation import fetch, to_device
 from training.weights import load_initial_weights
 
 logger = logging.getLogger("halftone")
@@ -270,9 +270,9 @@ class LatentDiffusionStage(Stage):
         if "pixel_values" in batch:
             references = batch["pixel_values"]
         else:
-            references = decode_latents(
-                self.vae, self.phase.latents(batch, Draws(0, "previews", range(len(batch["mean"]))))
-            )
+            device = next(self.unet.parameters()).device
+            draws = Draws(0, "previews", range(len(batch["mean"])), device)
+            references = decode_latents(self.vae, self.phase.latents(to_device(batch, device), draws))
         return Previews(images, list(captions), [to_pil(image) for image in references])
 
     def _between_steps(self, pipeline, step, timestep, tensors) -> dict:
