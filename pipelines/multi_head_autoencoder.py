@@ -49,6 +49,9 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         ValueError: a patch size below 1.
     """
 
+    encoder: nn.Module
+    decoder: nn.Module
+
     @register_to_config
     def __init__(
         self,

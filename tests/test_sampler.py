@@ -22,7 +22,9 @@ def global_batches(num_samples, steps, batch, processes, accumulation, seed=3):
     return gathered
 
 
-@pytest.mark.parametrize(("batch", "processes", "accumulation"), [(4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("batch", "processes", "accumulation"), [(4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (4, 1, 2)]
+)
 def test_any_split_of_a_global_batch_sees_the_same_samples(batch, processes, accumulation):
     assert global_batches(50, 14, batch, processes, accumulation) == global_batches(50, 14, 8, 1, 1)
 

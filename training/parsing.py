@@ -86,7 +86,8 @@ def _find_preset(preset: str) -> Path:
 def _resolve_annotations(config_class: type) -> None:
     """Inherited fields' types are names of the modules that define them; jsonargparse looks in the subclass's only."""
     hints = get_type_hints(config_class)
-    config_class.__init__.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
+    initializer: Any = config_class.__dict__["__init__"]
+    initializer.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
 
 
 def _parser(config_class: type, description: str | None) -> jsonargparse.ArgumentParser:

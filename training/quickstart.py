@@ -26,7 +26,7 @@ CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
 TITLES = {
     "make_posters.py": ("drawing 2,000 posters with captions", "10 seconds"),
     "train_tokenizer.py": ("learning the captions' words", "10 seconds"),
-    "train_autoencoder.py": ("training an autoencoder: posters to latents and back", "2 minutes"),
+    "train_autoencoder.py": ("training an autoencoder: posters to latents and back", "3 minutes"),
     "precompute_latents.py": ("encoding the posters once", "15 seconds"),
 }
 TINY = {

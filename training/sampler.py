@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 class SampleKey(NamedTuple):
     """What the sampler yields for one position: the dataset row, and the seed of that sample's own randomness."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index
     key: int
 
 

@@ -43,6 +43,7 @@ STATISTICS_BATCH = 32
 INITIAL_LOGVAR = -6.0
 PRINCIPAL_COMPONENTS_IMAGES = 512
 BODY_START = 0.1
+WHITENING = 0.0
 
 
 @dataclass
@@ -176,29 +177,36 @@ def narrow_posterior(autoencoder: Any) -> Any:
 def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
     """Make the linear shortcuts the best linear autoencoder of `images` (N 3 H W), in closed form.
 
-    Latents are then the patches' principal components, whitened; the networks beside them start small and learn the
-    rest. Nothing changes for a model without shortcuts.
+    Latents are then the principal components of patches, rotated at random: all channels have about the same
+    variance, while directions that matter more to the eye keep more of it, and a diffusion model decides them first,
+    as it does with pixels. The networks beside the shortcuts start small and learn the rest. Nothing changes for a
+    model without shortcuts.
     """
     if not getattr(autoencoder.config, "linear_shortcut", False):
         return
-    factor, channels = autoencoder.spatial_compression_ratio, autoencoder.config.latent_channels
+    factor, channels, colors = (
+        autoencoder.spatial_compression_ratio,
+        autoencoder.config.latent_channels,
+        images.shape[1],
+    )
     patches = F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double()
     mean = patches.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # ascending
-    directions, deviations = directions.flip(1)[:, :channels].T, variances.flip(0)[:channels].clamp(min=1e-8).sqrt()
+    variances, directions = variances.flip(0)[:channels].clamp(min=1e-8), directions.flip(1)[:, :channels].T
+    scale = (variances / variances.mean()) ** (WHITENING / 2) * variances.mean().sqrt()
+    rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     into, out_of = autoencoder.encoder.shortcut, autoencoder.decoder.shortcut
-    kernels = directions.reshape(channels, images.shape[1], factor, factor)
-    into.weight[:channels] = (kernels / deviations.reshape(-1, 1, 1, 1)).to(into.weight)
-    into.bias[:channels] = (-(directions @ mean) / deviations).to(into.bias)
-    into.weight[channels:] = 0
-    into.bias[channels:] = 0
-    out_of.weight.copy_(kernels * deviations.reshape(-1, 1, 1, 1))
-    # A transposed convolution has one bias per colour, not per pixel of the patch: the mean colour.
-    out_of.bias.copy_(mean.reshape(images.shape[1], -1).mean(1))
-    channels_in = torch.eye(2 * channels, device=into.weight.device)
-    autoencoder.quant_conv.weight[:channels] = channels_in[:channels].reshape(channels, -1, 1, 1)
+    analysis, synthesis = rotation @ (directions / scale[:, None]), rotation @ (directions * scale[:, None])
+    into.weight.zero_()
+    into.bias.zero_()
+    into.weight[:channels] = analysis.reshape(channels, colors, factor, factor).to(into.weight)
+    into.bias[:channels] = -(analysis @ mean).to(into.bias)
+    out_of.weight.copy_(synthesis.reshape(channels, colors, factor, factor))
+    # A transposed convolution has one bias per colour, not one per pixel of the patch.
+    out_of.bias.copy_(mean.reshape(colors, -1).mean(1))
+    autoencoder.quant_conv.weight[:channels] = torch.eye(2 * channels)[:channels, :, None, None]
     autoencoder.quant_conv.bias[:channels] = 0
-    autoencoder.post_quant_conv.weight.copy_(torch.eye(channels).reshape(channels, channels, 1, 1))
+    autoencoder.post_quant_conv.weight.copy_(torch.eye(channels)[:, :, None, None])
     autoencoder.post_quant_conv.bias.zero_()
     for body in (autoencoder.encoder.body, autoencoder.decoder.body):
         last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
@@ -243,7 +251,7 @@ class AutoencoderPhase(Phase):
         if config.perceptual_weight:
             metrics["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + config.perceptual_weight * metrics["perceptual"]
-        if config.adversarial_weight and draws.step >= config.discriminator_start:
+        if config.adversarial_weight and int(draws.step) >= config.discriminator_start:
             with untrained(self.discriminator):
                 metrics["adversarial"] = hinge_generator_loss(self.discriminator(reconstruction))
             loss = loss + config.adversarial_weight * metrics["adversarial"]
@@ -348,7 +356,8 @@ class AutoencoderStage(Stage):
         """Measure the latents' mean and standard deviation per channel and write them into the model's config."""
         from pipelines.latents import write_latent_statistics
 
-        count, total, squares = 0, 0.0, 0.0
+        count = 0
+        total = squares = torch.zeros(1, dtype=torch.float64)
         rows = min(len(self._train), self.config.latent_statistics_images)
         for start in range(0, rows, STATISTICS_BATCH):
             self.poll()

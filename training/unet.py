@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -27,6 +28,10 @@ class UNetConfig:
     """Groups of the group normalization"""
     dropout: float = 0.0
     """In residual blocks"""
+    text_in_time_embedding: bool = True
+    """The caption as a whole, pooled by attention, joins the time embedding (addition_embed_type text)"""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
+    """How the time embedding acts on residual blocks: added, or as scale and shift"""
 
 
 def validate_unet_config(config: UNetConfig) -> None:
@@ -73,4 +78,12 @@ def build_unet(config: UNetConfig, channels: int, size: int, text_width: int | N
         cross_attention_dim=text_width or config.block_out_channels[0],
         attention_head_dim=tuple(heads) if text_width else (config.attention_head_dim,) * levels,
         num_class_embeds=num_classes + 1 if num_classes else None,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        addition_embed_type="text" if text_width and config.text_in_time_embedding else None,
+        addition_embed_type_num_heads=_pooling_heads(text_width) if text_width else 64,
     )
+
+
+def _pooling_heads(text_width: int) -> int:
+    """Attention heads that pool a caption: of 16 channels where that divides the width."""
+    return text_width // 16 if text_width % 16 == 0 else 1

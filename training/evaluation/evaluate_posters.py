@@ -1,6 +1,6 @@
 """Do generated posters follow their briefs? Held-out briefs, a grid to look at, and figures.
 
-    python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion --dataset_name data/posters_64
+python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion
 """
 
 from __future__ import annotations
