@@ -40,9 +40,16 @@ def test_weights_come_back_even_after_an_exception():
         layer.weight.add_(1)
     live = layer.weight.detach().clone()
     pointer = layer.weight.data_ptr()
-    with pytest.raises(RuntimeError), ema.applied():
-        assert torch.equal(layer.weight, before)
-        raise RuntimeError
+    seen = []
+
+    def look_and_fail():
+        with ema.applied():
+            seen.append(layer.weight.detach().clone())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        look_and_fail()
+    assert torch.equal(seen[0], before)
     assert torch.equal(layer.weight, live)
     assert layer.weight.data_ptr() == pointer  # optimizers and graphs hold on to it
 
