@@ -307,7 +307,7 @@ def test_the_run_folder_is_complete(tmp_path, capsys):
 
 
 def test_a_long_epoch_is_heard_of_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.loop.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("training.reporting.SECONDS_BETWEEN_LINES", 0.0)
     run(tmp_path / "run")
     assert "step 3 of 6: loss" in capsys.readouterr().out
 

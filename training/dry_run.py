@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from .sampler import BatchLayout, Draws, StepSampler
+from .sizes import steps_per_epoch
 from .stage import Stage
 from .validation import evaluating, fetch
 
@@ -33,8 +34,6 @@ def _resolved(config: RunConfig) -> str:
 
 def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     """The resolved config, parameters, tensor shapes per resolution, steps per epoch and a memory estimate."""
-    from .loop import steps_per_epoch
-
     data = stage.train_data()
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
     spe = steps_per_epoch(len(data), layout)

@@ -6,48 +6,38 @@ A step is one optimizer step of every active phase, on the same micro-batches.
 from __future__ import annotations
 
 import logging
-import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from pipelines.cli import UserError
 
 from . import checkpoint, dry_run, resume
-from .advice import EpochSummary, advice
-from .curves import draw_training_curves
 from .ema import EMA
 from .export import Exporter
 from .launch import on_main, start_accelerator
-from .metrics_log import MetricsLog
 from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
 from .prepare import make_missing
-from .previews import save_png
+from .reporting import Reporter
 from .run_config import RunConfig, this_command
 from .run_folder import RunFolder, start_logging
 from .sampler import BatchLayout, Draws, StepSampler
 from .signals import StopSignal, ignore_interrupts
+from .sizes import steps_per_epoch
 from .stage import Batch, Stage
 from .state import RunState, due
-from .tracking import parse_report_to, start_trackers
+from .tracking import parse_report_to
 from .validation import Interrupted, collate_function, evaluating, fetch, gather, to_device, validate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("halftone")
-
-# Without a terminal there is no bar: a line now and then says that it is alive.
-SECONDS_BETWEEN_LINES = 60.0
-# Drawing takes half a second, which short epochs would feel.
-SECONDS_BETWEEN_CURVES = 20.0
 
 
 def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
@@ -118,10 +108,6 @@ class Trainer:
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
         self.state = RunState()
         self.stop_agreed = False
-        self._bar: tqdm | None = None
-        self._clock = time.perf_counter()
-        self._row_seconds, self._row_images = 0.0, 0
-        self._line_said, self._curves_drawn = time.perf_counter(), -math.inf
         stage.poll = self._poll  # type: ignore[method-assign]
 
     # --- a session -------------------------------------------------------------------------------------------------
@@ -129,6 +115,9 @@ class Trainer:
     def run(self) -> int:
         self.exporter = Exporter(self.stage, self.config, self.folder, self.accelerator, self._record)
         resumed_from = self._restore()
+        self.reporter = Reporter(
+            self.stage, self.config, self.folder, self.state, self.steps_per_epoch, self.accelerator.is_main_process
+        )
         if self.config.validate_only:
             return self._validate_only()
         if self._is_complete():
@@ -146,20 +135,10 @@ class Trainer:
 
     def _train(self) -> None:
         factor = learning_rate_factor(self.config, self.state.goal_steps)
-        self._bar = tqdm(
-            total=self.state.goal_steps,
-            initial=self.state.step,
-            unit="step",
-            disable=None if self.accelerator.is_main_process else True,
-            dynamic_ncols=True,
-            desc=f"epoch {self.state.step // self.steps_per_epoch + 1}",
-        )
-        self._clock = time.perf_counter()
         batches = self._micro_batches()
-        with self._bar:
+        with self.reporter.progress():
             while self.state.step < self.state.goal_steps and not self.state.stopped_early and not self.stop_agreed:
                 self._step([next(batches) for _ in range(self.config.gradient_accumulation_steps)], factor)
-                self._count_time()
                 self._events()
 
     def _step(self, batches: list[Batch], factor: Callable[[int], float]) -> None:
@@ -181,8 +160,7 @@ class Trainer:
         state.step += 1
         state.images_seen += self.layout.global_batch_size
         state.pending_events = True
-        self._row_images += self.layout.global_batch_size
-        self._show(values)
+        self.reporter.step_done(values, self.layout.global_batch_size)
         if skipped:
             self._count_skipped()
             return
@@ -218,7 +196,7 @@ class Trainer:
                 state.best_validation = dict(state.last_validation)
             state.stopped_early = self._patience_is_spent()
         if row or epoch_end or last or state.step % config.logging_steps == 0:
-            self._log_row(row, epoch_end)
+            self.reporter.log_row(row, epoch_end)
         state.pending_events = False
         if (
             improved
@@ -227,7 +205,7 @@ class Trainer:
             or due(state.step, config.checkpointing_steps, config.checkpointing_epochs, spe)
         ):
             self._save()
-        self._clock = time.perf_counter()
+        self.reporter.restart_clock()
 
     def _finish(self) -> int:
         try:
@@ -238,8 +216,8 @@ class Trainer:
         if any(gather(self.accelerator, self.stop_agreed)):
             return self._leave()
         if self.accelerator.is_main_process:
-            self.trackers.summary(self._record())
-            self.trackers.finish()
+            self.reporter.trackers.summary(self._record())
+            self.reporter.trackers.finish()
         return 0
 
     def _leave(self) -> int:
@@ -252,7 +230,7 @@ class Trainer:
                 self.state.goal_steps,
                 this_command(),
             )
-            self.trackers.finish()
+            self.reporter.trackers.finish()
             self.exporter.close()
         numbers = [n for n in gather(self.accelerator, self.stop.requested) if n is not None]
         return self.stop.exit_status(numbers[0] if numbers else number)
@@ -346,18 +324,7 @@ class Trainer:
             return
         self.state.sessions += 1
         self.folder.save_config(self.config.to_dict())
-        self.metrics_log = MetricsLog(self.folder.metrics_file, self._last_logged_step())
-        self.trackers = start_trackers(
-            parse_report_to(self.config.report_to),
-            project=self.config.tracker_project_name,
-            run_name=self.config.run_name or self.folder.path.name,
-            run_dir=self.folder.path,
-            config=self.config.to_dict(),
-            previous_id=self.state.tracker_id,
-            first_step=self._last_logged_step() + 1,
-            notify=logger.info,
-        )
-        self.state.tracker_id = self.trackers.run_id
+        self.reporter.start()
         trained = sum(p.numel() for r in self.runners for p in r.parameters)
         logger.info(
             "%s in %s: %s. %d images, %d steps an epoch, batch %d, %.1f M parameters trained, on %d × %s",
@@ -371,10 +338,6 @@ class Trainer:
             self.accelerator.num_processes,
             self.accelerator.device.type,
         )
-
-    def _last_logged_step(self) -> int:
-        """A row of the current step is still to be written when its events are."""
-        return self.state.step - 1 if self.state.pending_events else self.state.step
 
     def _micro_batches(self) -> Iterator[Batch]:
         sampler = self._sampler(self.state.step, self.state.goal_steps)
@@ -428,70 +391,8 @@ class Trainer:
             except Interrupted:
                 interrupted, previews = True, None
             if previews is not None:
-                self._keep_previews(previews)
+                self.reporter.keep_previews(previews)
         return not any(gather(self.accelerator, interrupted))
-
-    def _keep_previews(self, previews) -> None:
-        from .evaluation.collapse import collapse_warnings
-
-        step, spe = self.state.step, self.steps_per_epoch
-        name = f"epoch_{step // spe:04d}.png" if step % spe == 0 else f"step_{step:08d}.png"
-        save_png(previews.grid(), self.folder.samples / name)
-        self.trackers.log_images(previews.images, previews.captions, step)
-        if previews.references:
-            for warning in collapse_warnings(previews.images, previews.references, previews.captions):
-                logger.warning("%s", warning)
-
-    def _log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
-        state = self.state
-        epoch = state.step // self.steps_per_epoch
-        row: dict[str, Any] = {
-            "step": state.step,
-            "epoch": round(state.step / self.steps_per_epoch, 4),
-            "images_seen": state.images_seen,
-            **state.means.means(),
-        }
-        state.means.reset()
-        if epoch_end:
-            row |= state.epoch_loss.summary()
-            self._close_epoch(epoch, row, validated)
-        row |= validated
-        row["elapsed_seconds"] = round(state.elapsed_seconds, 2)
-        row["images_per_second"] = round(self._row_images / max(self._row_seconds, 1e-9), 2)
-        self._row_seconds, self._row_images = 0.0, 0
-        if self.accelerator.is_main_process:
-            self.metrics_log.write(row)
-            self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
-            if validated or epoch_end:
-                self._draw_curves()
-                self._say_row(epoch, row, validated)
-
-    def _draw_curves(self) -> None:
-        ended = self.state.step >= self.state.goal_steps or self.state.stopped_early
-        if ended or time.perf_counter() - self._curves_drawn >= SECONDS_BETWEEN_CURVES:
-            draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
-            self._curves_drawn = time.perf_counter()
-
-    def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
-        state = self.state
-        state.epoch_loss = type(state.epoch_loss)()
-        if "epoch_loss_mean" not in row:  # every step of the epoch was skipped
-            return
-        state.epochs.append(
-            EpochSummary(epoch, row["epoch_loss_mean"], validated.get("val_loss"), row.get("learning_rate", 0.0))
-        )
-        final = state.goal_steps / self.steps_per_epoch
-        for sentence in advice(state.epochs, self.stage.trivial_loss, final):
-            logger.warning("%s", sentence)
-
-    def _say_row(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
-        parts = []
-        if "epoch_loss_mean" in row:
-            low, high = row["epoch_loss_min"], row["epoch_loss_max"]
-            parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
-        parts += [f"{name} {value:.4g}" for name, value in validated.items()]
-        logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
-        self._line_said = time.perf_counter()
 
     def _save(self) -> None:
         """A checkpoint of this moment; on a full disk the earlier ones stay and training goes on."""
@@ -555,27 +456,6 @@ class Trainer:
                 "--learning_rate, use --mixed_precision bf16 or no, or look at the rows named above"
             )
 
-    def _show(self, values: dict[str, float]) -> None:
-        if self._bar is None:
-            return
-        now = time.perf_counter()
-        speed = self._row_images / max(self._row_seconds + now - self._clock, 1e-9)
-        loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
-        if not self._bar.disable:
-            self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
-            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s", refresh=False)
-            self._bar.update()
-        elif now - self._line_said >= SECONDS_BETWEEN_LINES:
-            self._line_said = now
-            logger.info("step %d of %d: %s%.0f images/s", self.state.step, self.state.goal_steps, loss, speed)
-
-    def _count_time(self) -> None:
-        """Training time alone: validation, previews and saving do not count towards images per second."""
-        now = time.perf_counter()
-        self._row_seconds += now - self._clock
-        self.state.elapsed_seconds += now - self._clock
-        self._clock = now
-
     def _record(self) -> dict[str, Any]:
         """The run's own record: what the card and the trackers' summary are made from."""
         state = self.state
@@ -592,15 +472,3 @@ class Trainer:
             "metrics": state.last_validation,
             "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},
         }
-
-
-def steps_per_epoch(num_samples: int, layout: BatchLayout) -> int:
-    """Whole global batches in the data. Raises UserError when there is not one."""
-    steps = num_samples // layout.global_batch_size
-    if steps == 0:
-        raise UserError(
-            f"a batch of {layout.global_batch_size} images (--train_batch_size {layout.train_batch_size} × "
-            f"{layout.num_processes} processes × --gradient_accumulation_steps {layout.gradient_accumulation_steps}) "
-            f"is larger than the data set of {num_samples}; lower --train_batch_size"
-        )
-    return steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pipelines.cli import UserError
 
+from .sampler import BatchLayout
+
 SMALLEST_MAP = 4
 
 
@@ -31,3 +33,15 @@ def check_deepest_feature_map(size: int, divisor: int, levels: int, flag: str, w
             f"the deepest feature map would be {deepest}×{deepest} ({what} {size}, {levels} levels in {flag}); "
             f"it must be at least {SMALLEST_MAP}×{SMALLEST_MAP}: use {fitting} levels, or a larger {what}"
         )
+
+
+def steps_per_epoch(num_samples: int, layout: BatchLayout) -> int:
+    """Whole global batches in the data. Raises UserError when there is not one."""
+    steps = num_samples // layout.global_batch_size
+    if steps == 0:
+        raise UserError(
+            f"a batch of {layout.global_batch_size} images (--train_batch_size {layout.train_batch_size} × "
+            f"{layout.num_processes} processes × --gradient_accumulation_steps {layout.gradient_accumulation_steps}) "
+            f"is larger than the data set of {num_samples}; lower --train_batch_size"
+        )
+    return steps

@@ -1,0 +1,164 @@
+"""What a run tells while it goes: progress bar, rows of metrics, curves, sample grids, trackers and the log.
+
+Every process counts, since counts are part of a checkpoint; only the main one writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from .advice import EpochSummary, advice
+from .curves import draw_training_curves
+from .metrics_log import EpochLoss, MetricsLog
+from .previews import Previews, save_png
+from .run_config import RunConfig
+from .run_folder import RunFolder
+from .state import RunState
+from .tracking import Trackers, parse_report_to, start_trackers
+
+if TYPE_CHECKING:
+    from .stage import Stage
+
+logger = logging.getLogger("halftone")
+
+# Without a terminal there is no bar: a line now and then says that it is alive.
+SECONDS_BETWEEN_LINES = 60.0
+# Drawing takes half a second, which short epochs would feel.
+SECONDS_BETWEEN_CURVES = 20.0
+
+
+class Reporter:
+    """The reports of one session."""
+
+    trackers: Trackers
+    metrics_log: MetricsLog
+
+    def __init__(
+        self, stage: Stage, config: RunConfig, folder: RunFolder, state: RunState, steps_per_epoch: int, is_main: bool
+    ):
+        self.stage, self.config, self.folder, self.state = stage, config, folder, state
+        self.steps_per_epoch, self.is_main = steps_per_epoch, is_main
+        self._bar: tqdm | None = None
+        self._clock = time.perf_counter()
+        self._row_seconds, self._row_images = 0.0, 0
+        self._line_said, self._curves_drawn = time.perf_counter(), -math.inf
+
+    def start(self) -> None:
+        """Open metrics.csv, cut to where the run stands, and the trackers; main process only."""
+        # A row of the current step is still to be written when what falls due after it is.
+        last_row = self.state.step - 1 if self.state.pending_events else self.state.step
+        self.metrics_log = MetricsLog(self.folder.metrics_file, last_row)
+        self.trackers = start_trackers(
+            parse_report_to(self.config.report_to),
+            project=self.config.tracker_project_name,
+            run_name=self.config.run_name or self.folder.path.name,
+            run_dir=self.folder.path,
+            config=self.config.to_dict(),
+            previous_id=self.state.tracker_id,
+            first_step=last_row + 1,
+            notify=logger.info,
+        )
+        self.state.tracker_id = self.trackers.run_id
+
+    def progress(self) -> tqdm:
+        """The progress bar, a context manager."""
+        self._bar = tqdm(
+            total=self.state.goal_steps,
+            initial=self.state.step,
+            unit="step",
+            disable=None if self.is_main else True,
+            dynamic_ncols=True,
+            desc=f"epoch {self.state.step // self.steps_per_epoch + 1}",
+        )
+        self.restart_clock()
+        return self._bar
+
+    def restart_clock(self) -> None:
+        """Validation, previews and saving do not count towards images per second."""
+        self._clock = time.perf_counter()
+
+    def step_done(self, values: dict[str, float], images: int) -> None:
+        """Count a step's time and images, and show it."""
+        now = time.perf_counter()
+        self._row_images += images
+        self._row_seconds += now - self._clock
+        self.state.elapsed_seconds += now - self._clock
+        self._clock = now
+        speed = self._row_images / max(self._row_seconds, 1e-9)
+        loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
+            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s", refresh=False)
+            self._bar.update()
+        elif now - self._line_said >= SECONDS_BETWEEN_LINES:
+            self._line_said = now
+            logger.info("step %d of %d: %s%.0f images/s", self.state.step, self.state.goal_steps, loss, speed)
+
+    def log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
+        """A row of metrics for the step just done: means since the last one, and what was validated."""
+        state = self.state
+        epoch = state.step // self.steps_per_epoch
+        row: dict[str, Any] = {
+            "step": state.step,
+            "epoch": round(state.step / self.steps_per_epoch, 4),
+            "images_seen": state.images_seen,
+            **state.means.means(),
+        }
+        state.means.reset()
+        if epoch_end:
+            row |= state.epoch_loss.summary()
+            self._close_epoch(epoch, row, validated)
+        row |= validated
+        row["elapsed_seconds"] = round(state.elapsed_seconds, 2)
+        row["images_per_second"] = round(self._row_images / max(self._row_seconds, 1e-9), 2)
+        self._row_seconds, self._row_images = 0.0, 0
+        if self.is_main:
+            self.metrics_log.write(row)
+            self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
+            if validated or epoch_end:
+                self._draw_curves()
+                self._say_row(epoch, row, validated)
+
+    def keep_previews(self, previews: Previews) -> None:
+        """Save the grid, send it to the trackers, and warn of a collapse."""
+        from .evaluation.collapse import collapse_warnings
+
+        step, spe = self.state.step, self.steps_per_epoch
+        name = f"epoch_{step // spe:04d}.png" if step % spe == 0 else f"step_{step:08d}.png"
+        save_png(previews.grid(), self.folder.samples / name)
+        self.trackers.log_images(previews.images, previews.captions, step)
+        if previews.references:
+            for warning in collapse_warnings(previews.images, previews.references, previews.captions):
+                logger.warning("%s", warning)
+
+    def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
+        state = self.state
+        state.epoch_loss = EpochLoss()
+        if "epoch_loss_mean" not in row:  # every step of the epoch was skipped
+            return
+        state.epochs.append(
+            EpochSummary(epoch, row["epoch_loss_mean"], validated.get("val_loss"), row.get("learning_rate", 0.0))
+        )
+        final = state.goal_steps / self.steps_per_epoch
+        for sentence in advice(state.epochs, self.stage.trivial_loss, final):
+            logger.warning("%s", sentence)
+
+    def _draw_curves(self) -> None:
+        ended = self.state.step >= self.state.goal_steps or self.state.stopped_early
+        if ended or time.perf_counter() - self._curves_drawn >= SECONDS_BETWEEN_CURVES:
+            draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+            self._curves_drawn = time.perf_counter()
+
+    def _say_row(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
+        parts = []
+        if "epoch_loss_mean" in row:
+            low, high = row["epoch_loss_min"], row["epoch_loss_max"]
+            parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
+        parts += [f"{name} {value:.4g}" for name, value in validated.items()]
+        logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
+        self._line_said = time.perf_counter()
