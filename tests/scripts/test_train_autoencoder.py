@@ -151,7 +151,8 @@ def test_the_generators_loss_gives_the_discriminator_no_gradient(autoencoder_fla
     generator.zero_grad()
     discriminator(batch, Draws(0, 0, range(2)))[0].backward()
     assert all(p.grad is None for p in generator.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in discriminator.parameters())
+    # Weights only: within the hinge's margin the last bias gets -1 from real and +1 from fake pictures.
+    assert all(p.grad is not None and p.grad.any() for p in discriminator.parameters() if p.ndim > 1)
 
 
 def test_the_perceptual_loss_has_a_gradient_and_is_zero_at_the_reference(backbone):
