@@ -55,26 +55,35 @@ def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
     folder = RunFolder(config.output_dir)
     with StopSignal() as stop:
         try:
-            if not config.dry_run:
-                on_main(accelerator, lambda: resume.open_run(folder, config))
-            start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
-            on_main(accelerator, lambda: resume.compare_configs(folder, config))
-            if config.dry_run and (missing := dry_run.missing_inputs(config)):
-                if accelerator.is_main_process:
-                    print(missing)
-                return 0
-            if on_main(accelerator, lambda: _prepare(config, stop)):
-                return stop.exit_status(stop.requested or signal.SIGTERM)
-            stage = build_stage()
-            if config.dry_run:
-                if accelerator.is_main_process:
-                    print(dry_run.report(stage, config, accelerator.num_processes))
-                return 0
-            return Trainer(stage, config, accelerator, folder, stop).run()
+            status = _session(build_stage, config, accelerator, folder, stop)
+            # When one process leaves first, gloo's threads in another now and then abort it, its work done.
+            accelerator.wait_for_everyone()
+            return status
         finally:
             # Without it a distributed script can abort after its work is done.
             accelerator.end_training()
             folder.release()
+
+
+def _session(
+    build_stage: Callable[[], Stage], config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal
+) -> int:
+    if not config.dry_run:
+        on_main(accelerator, lambda: resume.open_run(folder, config))
+    start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
+    on_main(accelerator, lambda: resume.compare_configs(folder, config))
+    if config.dry_run and (missing := dry_run.missing_inputs(config)):
+        if accelerator.is_main_process:
+            print(missing)
+        return 0
+    if on_main(accelerator, lambda: _prepare(config, stop)):
+        return stop.exit_status(stop.requested or signal.SIGTERM)
+    stage = build_stage()
+    if config.dry_run:
+        if accelerator.is_main_process:
+            print(dry_run.report(stage, config, accelerator.num_processes))
+        return 0
+    return Trainer(stage, config, accelerator, folder, stop).run()
 
 
 def _prepare(config: RunConfig, stop: StopSignal) -> bool:
