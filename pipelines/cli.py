@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -39,4 +41,12 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Gloo's threads, still running while the interpreter takes itself apart, now and then abort a process whose
+        # work is done and saved ("terminate called without an active exception"); so it is not taken apart.
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, here or at the other end
+                stream.flush()
+        os._exit(status)
     sys.exit(status)
