@@ -251,7 +251,7 @@ class Trainer:
         config = self.config
         wanted = config.resume_from_checkpoint
         found = None if wanted == "none" else self._agree_on_checkpoint(wanted)
-        if found is None and config.validate_only and not getattr(config, "init_from", None):
+        if found is None and config.validate_only:
             raise UserError(
                 f"--validate_only: there is no checkpoint in {self.folder.path}; name the run with --output_dir, "
                 "or a checkpoint with --resume_from_checkpoint"
