@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data_scripts import make_posters
 from pipelines.cli import UserError
+from training import data_source
 from training.data import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
 from training.data_checks import require_clean, scan
 from training.fingerprints import dataset_fingerprint
@@ -83,6 +86,16 @@ def test_every_kind_of_source_gives_the_same_items(folder: Path, tmp_path: Path)
     for item in items:
         assert item["caption"] == "picture number 5"
         assert torch.equal(item["pixel_values"], items[0]["pixel_values"])
+
+
+def test_files_made_anew_are_read_anew(tmp_path: Path):
+    """`datasets` keeps a cache of its own, which for a folder with a card that lists its files forgets to look."""
+    folder = tmp_path / "posters"
+    for seed in (0, 1):
+        make_posters.main(f"--output_dir {folder} --num_posters 10 --num_workers 1 --seed {seed} --overwrite".split())
+        stored = pyarrow.parquet.read_table(next((folder / "data").glob("train-*.parquet")))["text"].to_pylist()
+        data_source._open_source.cache_clear()
+        assert load_split(DataConfig(dataset_name=str(folder), validation_fraction=0), "train", 0)["text"] == stored
 
 
 def test_class_subfolders_become_labels(tmp_path: Path):

@@ -274,7 +274,21 @@ def _load_local(path: Path, imagefolder: bool, config_name: str | None, only_spl
     if imagefolder or _has_metadata(path):
         files = _imagefolder_splits(path)
         return datasets.load_dataset("imagefolder", config_name, data_dir=str(path), data_files=files)
-    return datasets.load_dataset(str(path), config_name)
+    return datasets.load_dataset(str(path), config_name, cache_dir=_cache_of_these_files(path, config_name))
+
+
+def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
+    """A cache folder of this state of a dataset whose README.md lists its files; None takes the usual one.
+
+    `datasets` (seen with 5.2) knows such a folder by its path alone, and gives the old rows for new files.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    if not (path / "README.md").is_file():
+        return None
+    files = datasets.load_dataset_builder(str(path), config_name).config.data_files
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"files-{Hasher.hash(files)}")
 
 
 def _has_metadata(path: Path) -> bool:

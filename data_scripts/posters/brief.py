@@ -131,7 +131,7 @@ def draw_brief(rng: np.random.Generator) -> PosterBrief:
         pictures=pictures,
         title_position=pick(rng, TITLE_POSITIONS),
         motif=pick(rng, character.motifs),
-        body_blocks=min(body_blocks, 1) if pictures >= 2 else body_blocks,
+        body_blocks=0 if pictures >= 2 else body_blocks,
         title=pick(rng, character.words),
         energy=_near(rng, character.energy + (0.1 if accent else 0.0)),
         formality=_near(rng, character.formality),

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, Shape, TextLines, Title
+from data_scripts.posters.layout import TITLE_BAND
 from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, word_mask
 from data_scripts.posters.pictures import paint_scene
 from data_scripts.posters.textures import cast_shadow, graded, with_grain
@@ -31,7 +32,6 @@ SHADOW = 0.4
 BODY_X_HEIGHT = 0.5
 BODY_FONT_SIZE = 0.7
 GRADED_ROLES = ("background", "primary", "accent")
-TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 
 
 Fill = int | tuple[int, int, int] | Image.Image

@@ -1,7 +1,8 @@
-"""From a brief to boxes: every style's grammar on one grid of 16 × 16 units.
+"""From a brief to boxes: every style's grammar on one modular grid of 8 × 8 modules.
 
-The page has three bands: the title's (4 u high) where the brief says, and two strips of 6 u for the motif and the
-pictures. The title's band carries nothing but the title. At 64 px all of this falls on whole 4 px patches.
+A module is 2 × 2 grid units (u): one cell of the latents that the quickstart's autoencoder makes of 64 px. The page
+has three bands: the title's, 2 modules high, where the brief says, and two strips of 3 modules for the motif and the
+pictures. The title's band carries nothing but the title.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines,
 from data_scripts.posters.motifs import draw_motif
 from data_scripts.posters.pictures import SUBJECTS
 
-TITLE_TOP = {"top": 1.0, "middle": 6.75, "bottom": 12.5}
-"""Where a title's capitals begin; the band around them is 0-4, 6-10 or 12-16."""
+TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
+STRIPS = {"top": ((4, 10), (10, 16)), "middle": ((0, 6), (10, 16)), "bottom": ((0, 6), (6, 12))}
+"""What the title's band leaves (u from the top)."""
 
+MARGIN = 2.0
 BODY_WIDTH = 4.0
 OVERLAP = 2.0
 
 
 @dataclass(frozen=True)
 class StyleGrammar:
-    """How a style sets its title and places its pictures."""
+    """How a style sets its title and places its pictures. Every letter of a title has a cell `pitch` wide (u)."""
 
     font: str
-    title_width: float
+    pitch: float
     cap_height: float
     align: str
     inverted: bool = False
@@ -35,14 +38,14 @@ class StyleGrammar:
 
 
 GRAMMARS = {
-    "swiss": StyleGrammar("DejaVuSans-Bold", 10.0, 2.5, "left"),
-    "minimalist": StyleGrammar("DejaVuSans-Bold", 7.0, 1.75, "left"),
-    "constructivist": StyleGrammar("DejaVuSans-BoldOblique", 12.0, 2.5, "left", inverted=True),
-    "art_deco": StyleGrammar("DejaVuSerif-Bold", 10.0, 2.5, "center", centered_pictures=True),
-    "pop": StyleGrammar("DejaVuSans-BoldOblique", 12.0, 2.75, "center"),
-    "psychedelic": StyleGrammar("DejaVuSerif-BoldItalic", 11.0, 2.5, "center", centered_pictures=True),
-    "brutalist": StyleGrammar("DejaVuSansMono-Bold", 14.0, 2.5, "left", inverted=True),
-    "editorial": StyleGrammar("DejaVuSerif-Bold", 13.0, 2.5, "left"),
+    "swiss": StyleGrammar("DejaVuSans-Bold", 3.0, 2.75, "left"),
+    "minimalist": StyleGrammar("DejaVuSans-Bold", 2.0, 2.0, "left"),
+    "constructivist": StyleGrammar("DejaVuSans-BoldOblique", 4.0, 3.0, "left", inverted=True),
+    "art_deco": StyleGrammar("DejaVuSerif-Bold", 3.0, 2.5, "center", centered_pictures=True),
+    "pop": StyleGrammar("DejaVuSans-BoldOblique", 4.0, 3.0, "center"),
+    "psychedelic": StyleGrammar("DejaVuSerif-BoldItalic", 3.0, 2.75, "center", centered_pictures=True),
+    "brutalist": StyleGrammar("DejaVuSansMono-Bold", 4.0, 3.0, "left", inverted=True),
+    "editorial": StyleGrammar("DejaVuSerif-Bold", 4.0, 2.75, "left"),
 }
 
 
@@ -81,28 +84,15 @@ def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
     """Share out the page. `mirrored` puts small text on the left; `pictures_first` the pictures above the motif."""
     if brief.pictures == 0:
         return _divide_without_pictures(brief)
-    rows = {  # (pictures above?) -> (picture row, motif strip); a strip at the page's edge is a unit higher: it bleeds
-        ("top", True): ((4.5, 9), (10, 16)),
-        ("top", False): ((10, 15), (4, 9)),
-        ("middle", True): ((1, 5.5), (10, 16)),
-        ("middle", False): ((10.5, 15), (0, 6)),
-        ("bottom", True): ((1, 6), (7, 12)),
-        ("bottom", False): ((7, 11.5), (0, 6)),
-    }
-    (top, bottom), (motif_top, motif_bottom) = rows[brief.title_position, pictures_first]
-    body: Box | None = None
-    pictures: Box = (1, top, 15, bottom)
+    first, second = STRIPS[brief.title_position]
+    (top, bottom), (motif_top, motif_bottom) = (first, second) if pictures_first else (second, first)
     motif: Box = (0, motif_top, UNITS, motif_bottom)
-    if brief.body_blocks:
-        left = 1.0 if mirrored else UNITS - 1 - BODY_WIDTH
-        if brief.pictures == 1:
-            body = (left, top, left + BODY_WIDTH, bottom)
-            pictures = (6, top, 15, bottom) if mirrored else (1, top, 10, bottom)
-        else:
-            body_top = motif_top if motif_bottom == 12 else motif_top + 1
-            body = (left, body_top, left + BODY_WIDTH, body_top + 4)
-            motif = (6, motif_top, UNITS, motif_bottom) if mirrored else (0, motif_top, 10, motif_bottom)
-    return Areas((motif,), pictures, body)
+    left, right = MARGIN, UNITS - MARGIN
+    if not brief.body_blocks:
+        return Areas((motif,), (left, top, right, bottom), None)
+    if mirrored:
+        return Areas((motif,), (left + 6, top, right, bottom), (left, top + 1, left + BODY_WIDTH, bottom))
+    return Areas((motif,), (left, top, right - 6, bottom), (right - BODY_WIDTH, top + 1, right, bottom))
 
 
 def _overprint(brief: PosterBrief, rng: np.random.Generator) -> list[Element]:
@@ -128,62 +118,59 @@ def _overlapping(areas: Areas) -> Areas:
 
 
 def _divide_without_pictures(brief: PosterBrief) -> Areas:
+    left, right = MARGIN, UNITS - MARGIN
     if brief.title_position == "middle":
-        upper, lower = (0, 0, UNITS, 6), (0, 10, UNITS, UNITS)
-        return Areas((upper,), None, (1, 11, 15, 15)) if brief.body_blocks else Areas((upper, lower), None, None)
+        upper, lower = ((0, y0, UNITS, y1) for y0, y1 in STRIPS["middle"])
+        return Areas((upper,), None, (left, 11, right, 15)) if brief.body_blocks else Areas((upper, lower), None, None)
     if brief.title_position == "top":
         if brief.body_blocks:
-            return Areas(((0, 4, UNITS, 12),), None, (1, 13, 15, 15))
+            return Areas(((0, 4, UNITS, 12),), None, (left, 12, right, 16))
         return Areas(((0, 4, UNITS, UNITS),), None, None)
     if brief.body_blocks:
-        return Areas(((0, 4, UNITS, 12),), None, (1, 1, 15, 3))
+        return Areas(((0, 4, UNITS, 12),), None, (left, 0, right, 4))
     return Areas(((0, 0, UNITS, 12),), None, None)
 
 
 def _pictures(brief: PosterBrief, row: Box, rng: np.random.Generator) -> list[Element]:
-    """One to three pictures side by side in `row`."""
+    """One to three pictures side by side in `row`, each a little smaller than the modules it stands on."""
     x0, y0, x1, y1 = row
-    width = {2: 6.0, 3: 4.0}.get(brief.pictures) or pick(rng, (6.0, 8.0))
-    if brief.pictures == 1:
-        grammar = GRAMMARS[brief.style]
-        starts = [x0 + (x1 - x0 - width) / 2 if grammar.centered_pictures and x1 - x0 == 14 else x0]
-        if x0 > 1 or (x1 == 15 and not grammar.centered_pictures and rng.random() < 0.5):
-            starts = [x1 - width]
-    else:
-        gap = (x1 - x0 - brief.pictures * width) / (brief.pictures - 1)
-        starts = [x0 + k * (width + gap) for k in range(brief.pictures)]
+    width = {2: 6.0, 3: 4.0}.get(brief.pictures) or min(8.0, x1 - x0)
+    spare = x1 - x0 - brief.pictures * width
+    if spare:
+        spare = spare / 2 if GRAMMARS[brief.style].centered_pictures else pick(rng, (0.0, spare))
+    inset = 0.25 if brief.pictures == 3 else 0.5
     hierarchy = 0.75 if brief.pictures == 1 else 0.65
-    scenes = [Scene(pick(rng, SUBJECTS), int(rng.integers(2**31))) for _ in starts]
+    scenes = [Scene(pick(rng, SUBJECTS), int(rng.integers(2**31))) for _ in range(brief.pictures)]
+    lefts = [x0 + spare + k * width for k in range(brief.pictures)]
     return [
-        Element("picture", "surface", hierarchy, (x, y0, x + width, y1), scene)
-        for x, scene in zip(starts, scenes, strict=True)
+        Element("picture", "surface", hierarchy, (x + inset, y0 + 0.5, x + width - inset, y1 - 0.5), scene)
+        for x, scene in zip(lefts, scenes, strict=True)
     ]
 
 
 def _body(brief: PosterBrief, area: Box, rng: np.random.Generator) -> list[Element]:
     """Blocks of small text: side by side where the area is wide, below each other where it is a column."""
     x0, y0, x1, y1 = area
-    if x1 - x0 > 8:
-        half = (x1 - x0 - 2) / 2
-        boxes = [(x0, y0, x0 + half, y1), (x0 + half + 2, y0, x1, y1)]
-        if brief.body_blocks == 1 and GRAMMARS[brief.style].align == "center":
-            boxes = [(x0 + half / 2 + 1, y0, x0 + 1.5 * half + 1, y1)]
+    centered = GRAMMARS[brief.style].align == "center"
+    if x1 - x0 > BODY_WIDTH:
+        middle = (x0 + x1 - BODY_WIDTH) / 2
+        lefts = [middle] if brief.body_blocks == 1 and centered else [x0, x0 + BODY_WIDTH + MARGIN]
+        boxes = [(left, y0, left + BODY_WIDTH, y0 + 4) for left in lefts]
     else:
-        boxes = [(x0, y0, x1, y0 + 2), (x0, y0 + 3, x1, y0 + 5)] if brief.body_blocks == 2 else [(x0, y0, x1, y0 + 4)]
-    align = "center" if GRAMMARS[brief.style].align == "center" else "left"
+        boxes = [(x0, y0, x1, y0 + 2), (x0, y0 + 2.5, x1, y1)] if brief.body_blocks == 2 else [(x0, y0, x1, y0 + 4)]
     elements = []
     for box in boxes[: brief.body_blocks]:
         lines = int(min(box[3] - box[1], 4))
-        widths = (1.0,) * (lines - 1) + (pick(rng, (0.5, 0.75)),)
+        widths = (1.0,) * (lines - 1) + (0.5,)
         fitted = (box[0], box[1], box[2], box[1] + lines)
-        elements.append(Element("text", "ink", 0.25, fitted, TextLines(widths, align)))
+        elements.append(Element("text", "ink", 0.25, fitted, TextLines(widths, "center" if centered else "left")))
     return elements
 
 
 def _title(brief: PosterBrief) -> Element:
     grammar = GRAMMARS[brief.style]
-    left = {"left": 1.0, "center": (UNITS - grammar.title_width) / 2}[grammar.align]
-    middle = TITLE_TOP[brief.title_position] + 1.25
-    top = middle - grammar.cap_height / 2
-    box = (left, top, left + grammar.title_width, top + grammar.cap_height)
+    width = grammar.pitch * len(brief.title)
+    left = (UNITS - width) / 2 if grammar.align == "center" or width > UNITS - MARGIN else MARGIN
+    top = sum(TITLE_BAND[brief.title_position]) / 2 - grammar.cap_height / 2
+    box = (left, top, left + width, top + grammar.cap_height)
     return Element("title", "ink", 1.0, box, Title(brief.title, grammar.font, grammar.inverted))

@@ -9,6 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.cli import UserError
 
+LETTERS, LETTER_GAP = "ACEGHLMNORSW", 0.08
+"""A cell is as wide as the widest of these and a gap, as a share of that width."""
+
 DRAWN_SIZE = 256
 """Titles are drawn at this size and scaled down to their box."""
 
@@ -39,11 +42,19 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=512)
 def word_mask(word: str, font: str, size: tuple[int, int]) -> Image.Image:
-    """`word` scaled to fill `size` (width, height in px) exactly: an "L" image, 255 where there is ink."""
+    """`word`, each letter in a cell of its own, in `size` (width, height in px): an "L" image, 255 where there is ink.
+
+    Letters keep their relative widths (an I is not as wide as an M) and stand in the middle of their cells.
+    """
     drawn = _font(font, DRAWN_SIZE)
-    left, top, right, bottom = drawn.getbbox(word)
-    mask = Image.new("L", (int(right - left), int(bottom - top)), 0)
-    ImageDraw.Draw(mask).text((-left, -top), word, font=drawn, fill=255)
+    _, top, _, bottom = drawn.getbbox(word)
+    boxes = [drawn.getbbox(letter) for letter in word]
+    widest = max(right - left for left, _, right, _ in (drawn.getbbox(letter) for letter in LETTERS))
+    cell = widest * (1 + LETTER_GAP)
+    mask = Image.new("L", (round(cell * len(word)), int(bottom - top)), 0)
+    for number, (letter, (left, _, right, _)) in enumerate(zip(word, boxes, strict=True)):
+        x = (number + 0.5) * cell - (left + right) / 2
+        ImageDraw.Draw(mask).text((x, -top), letter, font=drawn, fill=255)
     return mask.resize(size, Image.Resampling.BOX if size[0] < mask.width else Image.Resampling.BICUBIC)
 
 

@@ -1,6 +1,7 @@
 """The big shapes, two kinds to a style. Each motif fills a given area (u) and returns the elements in it.
 
-Bleeding motifs run to the area's edges; the others keep one unit from the page's edge.
+Bleeding motifs run to the area's edges; the others keep a distance from them. Sizes and places keep to the modules (2 u)
+where they can, so that one motif looks alike wherever it stands.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from data_scripts.posters.brief import pick
 from data_scripts.posters.elements import UNITS, Box, Element, Point, Shape, circle, polygon, rectangle
 
-MARGIN = 1.0
+SIDE_MARGIN, MARGIN = 2.0, 1.0
 SHAPE_HIERARCHY = 0.5
 
 Motif = Callable[[Box, np.random.Generator], list[Element]]
@@ -25,9 +26,9 @@ def draw_motif(name: str, area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def _inset(area: Box) -> Box:
-    """The part of `area` that keeps the margin from the page's edges."""
+    """The part of `area` that a shape may stand in without touching its neighbours."""
     x0, y0, x1, y1 = area
-    return max(x0, MARGIN), max(y0, MARGIN), min(x1, UNITS - MARGIN), min(y1, UNITS - MARGIN)
+    return max(x0, SIDE_MARGIN), y0 + MARGIN, min(x1, UNITS - SIDE_MARGIN), y1 - MARGIN
 
 
 def _group(area: Box, shapes: list[Shape], role: str = "primary") -> list[Element]:
@@ -40,18 +41,18 @@ def _single(shape: Shape) -> Element:
 
 
 def _aligned(low: float, high: float, size: float, position: str) -> float:
-    """Where a thing of `size` starts between `low` and `high`, on half units."""
+    """Where a thing of `size` starts between `low` and `high`."""
     if position == "left":
         return low
     if position == "right":
         return high - size
-    return low + math.floor(high - low - size) / 2
+    return (low + high - size) / 2
 
 
 def circles(count: int) -> Motif:
     def motif(area: Box, rng: np.random.Generator) -> list[Element]:
         x0, y0, x1, y1 = _inset(area)
-        diameter = math.floor(min(y1 - y0, (x1 - x0) / count))
+        diameter = 2 * math.floor(min(y1 - y0, (x1 - x0) / count) / 2)
         left = _aligned(x0, x1, diameter * count, pick(rng, ("left", "center", "right")))
         top = _aligned(y0, y1, diameter, "center")
         roles = ("primary", "accent", "primary")
@@ -66,7 +67,7 @@ def circles(count: int) -> Motif:
 def lone_shape(kind: str) -> Motif:
     def motif(area: Box, rng: np.random.Generator) -> list[Element]:
         x0, y0, x1, y1 = _inset(area)
-        size = 4.0 if y1 - y0 < 8 else 5.0
+        size = 4.0 if y1 - y0 < 6 else 6.0
         left = _aligned(x0, x1, size, pick(rng, ("left", "center", "right")))
         top = _aligned(y0, y1, size, "center")
         return [_single(Shape(kind, ((left, top), (left + size, top + size)), "primary"))]
@@ -78,7 +79,7 @@ def wedge(area: Box, rng: np.random.Generator) -> list[Element]:
     """El Lissitzky's: a triangle driven in from one side, with a bar of the accent at its back."""
     x0, y0, x1, y1 = area
     middle = (y0 + y1) / 2
-    base, tip = (x0, x1 - MARGIN) if rng.random() < 0.5 else (x1, x0 + MARGIN)
+    base, tip = (x0, x1 - SIDE_MARGIN) if rng.random() < 0.5 else (x1, x0 + SIDE_MARGIN)
     inward = 1.0 if tip > base else -1.0
     triangle = polygon([(base + 2 * inward, y0), (tip, middle), (base + 2 * inward, y1)], "primary")
     left = min(base, base + inward)
@@ -90,7 +91,7 @@ def diagonal_bars(area: Box, rng: np.random.Generator) -> list[Element]:
     height = y1 - y0
     lean = 1.0 if rng.random() < 0.5 else -1.0
     shapes = []
-    for number, left in enumerate(np.arange(x0 - height, x1 + height, 5.0)):
+    for number, left in enumerate(np.arange(x0 - height, x1 + height, 4.0)):
         bottom, top = (left, left + lean * height)
         corners = [(bottom, y1), (bottom + 2, y1), (top + 2, y0), (top, y0)]
         shapes.append(polygon([(float(x), y) for x, y in corners], ("primary", "accent")[number % 2]))
@@ -138,7 +139,7 @@ def star(area: Box, rng: np.random.Generator) -> list[Element]:
     """A comic's burst, with a smaller one of the accent in it."""
     x0, y0, x1, y1 = _inset(area)
     cy = (y0 + y1) / 2
-    height, width = (y1 - y0) / 2, min((x1 - x0) / 2, 0.9 * (y1 - y0))
+    height, width = (y1 - y0) / 2 + 0.5 * MARGIN, 4.0
     cx = _aligned(x0, x1, 2 * width, pick(rng, ("left", "center", "right"))) + width
     shapes = [_burst(cx, cy, width, height, "primary"), _burst(cx, cy, 0.5 * width, 0.5 * height, "accent")]
     return _group((cx - width, cy - height, cx + width, cy + height), shapes)
@@ -180,10 +181,10 @@ def blocks(area: Box, rng: np.random.Generator) -> list[Element]:
     width, height = x1 - x0, y1 - y0
     # Narrow enough that the background stays the poster's most frequent colour.
     wide, side = math.floor(0.4 * width), math.floor(0.3 * width)
-    split = y0 + math.floor(height / 2)
+    split = y0 + 2 * math.floor(height / 4)
     big_left = rng.random() < 0.5
     left = x0 if big_left else x1 - wide
-    beside = x0 + wide + 1 if big_left else x1 - wide - 1 - side
+    beside = x0 + wide + 2 if big_left else x1 - wide - 2 - side
     return [
         _single(rectangle(left, y0, left + wide, y1, "primary")),
         _single(rectangle(beside, split, beside + side, y1, "accent")),
@@ -213,7 +214,7 @@ def stripes(area: Box, rng: np.random.Generator) -> list[Element]:
 def arch(area: Box, rng: np.random.Generator) -> list[Element]:
     """A doorway, and a smaller one of the accent in it."""
     x0, y0, x1, y1 = _inset(area)
-    width = min(6.0 if y1 - y0 < 8 else 8.0, x1 - x0)
+    width = 4.0 if y1 - y0 < 6 else 8.0
     left = _aligned(x0, x1, width, pick(rng, ("left", "center", "right")))
     shapes: list[Shape] = []
     for inset, role in ((0.0, "primary"), (1.0, "background"), (1.5, "accent")):
