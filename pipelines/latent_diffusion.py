@@ -5,8 +5,8 @@ Shapes: B pictures, L tokens, D text width, C latent channels, h w latent cells,
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or absent prompt is the empty prompt. Class labels go through the U-Net's class embedding, whose last index is
 the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model
-predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions` and
-`null_class` of this file, so that it cannot differ from sampling.
+predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions`, `beside`
+ and `null_class` of this file, so that it cannot differ from sampling.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
     return text_encoder(input_ids=input_ids).last_hidden_state
 
 
+def beside(noisy: Tensor, expected: Tensor | None) -> Tensor:
+    """The U-Net's input: noisy latents (B C h w), and beside them what the caption leads to expect (B 2C h w).
+
+    No gradient flows into `expected`: it is learned by regression alone, and so stays an expectation.
+    """
+    return noisy if expected is None else torch.cat([noisy, expected.detach().to(noisy.dtype)], dim=1)
+
+
 def null_class(unet: Any) -> int | None:
     """The index that stands for "no class": the last of the class embedding. None for a model without classes."""
     classes = unet.config.num_class_embeds
@@ -82,13 +90,15 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         prediction_type: epsilon, v_prediction, sample or flow_prediction; by default what the scheduler says.
         id2label: class id -> name, so that `class_labels` may be names.
         max_text_length: tokens of a padded caption; by default what tokenizer and text encoder allow.
+        caption_prior: predicts latents from the text condition alone; the U-Net then takes them beside the noisy ones,
+            in twice as many channels. None for a model without one.
 
     Raises:
         ValueError: components that do not go together.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->caption_prior->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "caption_prior"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     scheduler: Any
 
@@ -102,6 +112,7 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         prediction_type: str | None = None,
         id2label: dict | None = None,
         max_text_length: int | None = None,
+        caption_prior: ModelMixin | None = None,
     ):
         super().__init__()
         if (text_encoder is None) != (tokenizer is None):
@@ -111,9 +122,14 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         prediction_type = prediction_type or prediction_type_of(scheduler)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but is '{prediction_type}'")
+        if caption_prior is not None and text_encoder is None:
+            raise ValueError("`caption_prior` reads captions, but there is no `text_encoder`: pass both")
         if text_encoder is not None and max_text_length is None:
             max_text_length = max_caption_length(tokenizer, text_encoder)
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
+            caption_prior=caption_prior,
+        )  # fmt: skip
         self.register_to_config(
             prediction_type=prediction_type,
             # JSON has no integer keys; ids are strings here, as they are after loading.
@@ -342,8 +358,11 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
                 model_input = latents if guidance_scale is None else torch.cat([latents, latents])
                 if hasattr(scheduler, "scale_model_input"):
                     model_input = scheduler.scale_model_input(model_input, timestep)
+                expected = None
+                if self.caption_prior is not None:
+                    expected = self.caption_prior(prompt_embeds, tuple(latents.shape[-2:]))
                 prediction = self.unet(
-                    model_input.to(self.unet.dtype),
+                    beside(model_input.to(self.unet.dtype), expected),
                     timestep,
                     encoder_hidden_states=prompt_embeds,
                     class_labels=class_labels,

@@ -13,6 +13,7 @@ from diffusers.utils import is_scipy_available
 from transformers import T5Config, T5EncoderModel
 
 from pipelines.latent_diffusion import (
+    beside,
     LatentDiffusionPipeline,
     encode_captions,
     max_caption_length,
@@ -28,7 +29,16 @@ from pipelines.schedulers import (
     suitable_samplers,
     training_scheduler,
 )
-from tests.tiny_models import TEXT_WIDTH, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+from tests.tiny_models import (
+    TEXT_WIDTH,
+    TOKENS,
+    tiny_caption_prior,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_unet,
+    tiny_vae,
+)
 
 
 class PointModel(ModelMixin, ConfigMixin):
@@ -267,6 +277,38 @@ def test_an_unconditional_model():
     assert [image.size for image in images] == [(8, 8), (8, 8)]
 
 
+def test_what_a_caption_leads_to_expect_goes_beside_the_noisy_latents():
+    pipeline = tiny_pipeline(FLOW, prior=True)
+    seen = []
+    forward = pipeline.unet.forward
+    pipeline.unet.forward = lambda x, *args, **kwargs: seen.append(x) or forward(x, *args, **kwargs)
+    pipeline("a red poster", num_inference_steps=2, generator=seeded(), height=12, width=8)
+    words = pipeline.encode_prompt(["", "a red poster"])
+    with torch.no_grad():
+        expected = pipeline.caption_prior(words, seen[0].shape[-2:])
+    assert expected.shape == (2, 4, *seen[0].shape[-2:])
+    for model_input in seen:  # unconditional half first, at every step
+        torch.testing.assert_close(model_input[:, 4:], expected)
+    assert not torch.allclose(expected[0], expected[1])
+
+
+def test_expected_latents_of_another_size_are_interpolated():
+    prior, states = tiny_caption_prior(), torch.randn(2, TOKENS, TEXT_WIDTH)
+    trained = prior(states)
+    assert trained.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(prior(states, (4, 4)), trained)
+    torch.testing.assert_close(prior(states, (8, 2)).mean((2, 3)), trained.mean((2, 3)))
+
+
+def test_the_prior_is_learned_by_regression_alone():
+    expected = torch.ones(1, 4, 4, 4, requires_grad=True)
+    noisy = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    beside(noisy, expected).sum().backward()
+    assert noisy.grad is not None
+    assert expected.grad is None
+    assert beside(noisy, None) is noisy
+
+
 def test_a_t5_text_encoder():
     torch.manual_seed(0)
     config = T5Config(vocab_size=10, d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -386,12 +428,16 @@ def test_conditions_that_the_model_does_not_have_are_refused():
         unconditional(class_labels=1)
     with pytest.raises(ValueError, match="`text_encoder` and `tokenizer` go together"):
         LatentDiffusionPipeline(tiny_vae(), tiny_unet(), training_scheduler("epsilon"), tiny_text_encoder())
+    with pytest.raises(ValueError, match="`caption_prior` reads captions"):
+        LatentDiffusionPipeline(
+            tiny_vae(), tiny_unet(), training_scheduler("epsilon"), caption_prior=tiny_caption_prior()
+        )
 
 
 # --- saving
 
 
-@pytest.mark.parametrize("options", [{"classes": 2, "patch_size": 4}, {"text": False}])
+@pytest.mark.parametrize("options", [{"classes": 2, "patch_size": 4}, {"text": False}, {"prior": True}])
 def test_saved_and_loaded_with_our_own_classes(options, tmp_path):
     pipeline = tiny_pipeline(FLOW, **options)
     pipeline.save_pretrained(tmp_path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.cli import UserError
+from tests.conftest import forget_accelerate
 from training import launch
-from training.launch import on_main, start_accelerator, threads_per_process
+from training.launch import computes_in_bf16, on_main, prefer_plain_attention, start_accelerator, threads_per_process
 from training.run_config import RunConfig
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,6 +48,34 @@ def test_threads_share_the_machine(monkeypatch, omp, launcher, local_processes, 
 def test_cpu_threads_are_set(threads):
     start_accelerator(RunConfig(cpu_threads=1))
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, threads, native):
+    forget_accelerate()
+    monkeypatch.setattr(launch, "computes_in_bf16", lambda: native)
+    assert start_accelerator(RunConfig(mixed_precision="auto", cpu_threads=1)).mixed_precision == ("bf16" if native else "no")
+    forget_accelerate()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="asks Linux about its CPU")
+def test_bf16_arithmetic_is_found():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert computes_in_bf16() == bool({"avx512_bf16", "amx_bf16"}.intersection(flags))
+
+
+@pytest.mark.skipif(launch.has_accelerator_device(), reason="for CPUs")
+def test_attention_over_few_tokens_is_plain_and_the_same():
+    query, key, value = torch.randn(3, 2, 4, 64, 8).unbind()
+    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    try:
+        prefer_plain_attention(launch.PLAIN_ATTENTION_TOKENS + 1)
+        assert torch.backends.cuda.flash_sdp_enabled()
+        prefer_plain_attention(64)
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), fused)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def other_code(folder: Path) -> type:
 def outside(tmp_path_factory):
     """(folder, images, report) of a process without Halftone."""
     here = tmp_path_factory.mktemp("standalone")
-    ours = tiny_pipeline("flow_prediction", patch_size=4)
+    ours = tiny_pipeline("flow_prediction", patch_size=4, prior=True)
     ours.save_pretrained(here / "ours")
     other_code(here)(**ours.components).save_pretrained(here / "other")
     tiny_pipeline().save_pretrained(here / "stock")

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from pipelines.caption_prior import CaptionPrior
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
 from pipelines.schedulers import sampling_scheduler, training_scheduler
@@ -50,7 +51,9 @@ def tiny_text_encoder() -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-def tiny_unet(text: bool = True, classes: int | None = None, in_channels: int = 4) -> UNet2DConditionModel:
+def tiny_unet(
+    text: bool = True, classes: int | None = None, in_channels: int = 4, condition_channels: int = 0
+) -> UNet2DConditionModel:
     """`classes` counts the real ones; the null class is added."""
     torch.manual_seed(2)
     options: dict[str, Any] = {
@@ -66,7 +69,7 @@ def tiny_unet(text: bool = True, classes: int | None = None, in_channels: int = 
         }
     return UNet2DConditionModel(
         sample_size=4,
-        in_channels=in_channels,
+        in_channels=in_channels + condition_channels,
         out_channels=in_channels,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -85,16 +88,27 @@ def tiny_vae(patch_size: int | None = None) -> AutoencoderKL:
     return MultiHeadAutoencoderKL(**TWO_LEVELS, patch_size=patch_size, force_upcast=False).eval()
 
 
+def tiny_caption_prior() -> CaptionPrior:
+    torch.manual_seed(4)
+    return CaptionPrior(TEXT_WIDTH, 4, 4, 4, hidden_size=8).eval()
+
+
 def tiny_pipeline(
-    prediction_type: str = "epsilon", *, text: bool = True, classes: int | None = None, patch_size: int | None = None
+    prediction_type: str = "epsilon",
+    *,
+    text: bool = True,
+    classes: int | None = None,
+    patch_size: int | None = None,
+    prior: bool = False,
 ) -> LatentDiffusionPipeline:
     pipeline = LatentDiffusionPipeline(
         vae=tiny_vae(patch_size),
-        unet=tiny_unet(text, classes),
+        unet=tiny_unet(text, classes, condition_channels=4 if prior else 0),
         scheduler=sampling_scheduler(training_scheduler(prediction_type)),
         text_encoder=tiny_text_encoder() if text else None,
         tokenizer=tiny_tokenizer() if text else None,
         id2label=None if classes is None else {i: f"kind {i}" for i in range(classes)},
+        caption_prior=tiny_caption_prior() if prior else None,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

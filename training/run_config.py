@@ -87,8 +87,8 @@ class RunConfig:
     max_nonfinite_steps: int = option(10, on_resume="free")
     """Stop after this many steps in a row whose loss or gradient was not finite."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None)
-    """Unset: what the Accelerate config says."""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None)
+    """Unset: what the Accelerate config says. auto: bf16 where the device has its arithmetic, else no."""
     compile: bool = option(False)
     """torch.compile each phase."""
     gradient_checkpointing: bool = option(False)

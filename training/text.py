@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from pipelines.cli import UserError
 
 from .run_config import check_at_least
+
+WORD_STD, POSITION_STD = 1.0, 0.2
 
 
 @dataclass
@@ -57,7 +61,7 @@ def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
     """A CLIPTextModel with fresh weights for this tokenizer's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(
+    encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -71,6 +75,11 @@ def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # At CLIP's own 0.02 words are drowned by what the first layers add, and told apart only after thousands of steps.
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=WORD_STD)
+    positions = [p for name, p in encoder.named_parameters() if name.endswith("position_embedding.weight")]
+    nn.init.normal_(positions[0], std=POSITION_STD)
+    return encoder
 
 
 def load_text_encoder(name_or_path: str) -> Any:

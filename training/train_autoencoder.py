@@ -83,7 +83,7 @@ class Config(RunConfig, DataConfig):
     kl_weight: float = option(1e-6)
     """Weight of the posterior's KL divergence to a standard normal; for classes that have a posterior"""
     latent_noise: float = option(0.0)
-    """Standard deviation of noise added to the latents before decoding; makes a latent space smooth without a KL"""
+    """Noise added to the latents before decoding, relative to their own deviation; a decoder that forgives errors"""
     perceptual_weight: float = option(0.0)
     """Weight of the perceptual loss"""
     perceptual_backbone: str | None = option(None)
@@ -236,7 +236,9 @@ class AutoencoderPhase(Phase):
         else:
             latents, kl = encoded.latents, None
         if self.config.latent_noise:
-            latents = latents + self.config.latent_noise * draws.normal("latent_noise", latents.shape[1:])
+            # Relative: from noise of a fixed size the encoder escapes by making its latents larger.
+            spread = latents.detach().float().std(dim=(1, 2, 3), keepdim=True)
+            latents = latents + self.config.latent_noise * spread * draws.normal("latent_noise", latents.shape[1:])
         return self.autoencoder.decode(latents).sample, kl
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 from pipelines.cli import UserError, entry_point
 from training import text
+from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
 from training.data import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
 from training.evaluation.images import to_pil
 from training.latent_cache import LatentCache
+from training.launch import prefer_plain_attention
 from training.loop import train
+from training.objectives import mse_per_sample
 from training.parsing import parse_config
 from training.previews import Previews
 from training.run_config import RunConfig, check_at_least, check_choice, option
@@ -66,6 +69,8 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
     """The U-Net"""
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig, metadata={"on_resume": "error"})
     """The text encoder trained jointly"""
+    caption_prior: CaptionPriorConfig = field(default_factory=CaptionPriorConfig, metadata={"on_resume": "error"})
+    """A prediction of the latents from the caption alone, beside the U-Net's input"""
     init_from: str | None = option(None)
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
@@ -83,6 +88,7 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
         validate_diffusion_config(self)
         validate_unet_config(self.model)
         text.validate_text_encoder_config(self.text_encoder)
+        validate_caption_prior_config(self.caption_prior, "caption" in self.condition_on)
         for condition in self.condition_on:
             check_choice("condition_on", condition, ("caption", "label"))
         check_at_least("num_previews", self.num_previews, 1)
@@ -107,6 +113,7 @@ class LatentDiffusionPhase(Phase):
         super().__init__()
         self.config, self.diffusion, self.unet = config, diffusion, unet
         self.tokenizer: Any = None
+        self.caption_prior: nn.Module | None = None
         self.borrow(vae=vae)
 
     def add_text(self, text_encoder: nn.Module, tokenizer: Any, max_length: int, trained: bool) -> None:
@@ -115,6 +122,9 @@ class LatentDiffusionPhase(Phase):
         else:
             self.borrow(text_encoder=text_encoder)
         self.tokenizer, self.max_length = tokenizer, max_length
+
+    def add_caption_prior(self, caption_prior: nn.Module) -> None:
+        self.caption_prior = caption_prior
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time."""
@@ -140,14 +150,26 @@ class LatentDiffusionPhase(Phase):
             arguments["class_labels"] = torch.where(dropped, null_class(self.unet), batch["label"])
         return arguments
 
-    def losses(self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None) -> Tensor:
-        """Per sample. B."""
-        noisy = self.diffusion.corrupt(self.latents(batch, draws), draws, sampling=sampling)
-        dropped = draws.uniform("cfg_dropout") < dropout
-        return noisy.loss(self.unet(noisy.x_t, noisy.timesteps, **self.condition(batch, dropped)).sample)
+    def losses(
+        self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of denoising, and of the caption prior where there is one; per sample. B each."""
+        from pipelines.latent_diffusion import beside
+
+        x_0 = self.latents(batch, draws)
+        noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
+        condition = self.condition(batch, draws.uniform("cfg_dropout") < dropout)
+        expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
+        loss = noisy.loss(self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample)
+        return loss, None if expected is None else mse_per_sample(expected, x_0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.losses(batch, draws, self.config.cfg_dropout).mean(), {}
+        losses, prior_losses = self.losses(batch, draws, self.config.cfg_dropout)
+        if prior_losses is None:
+            return losses.mean(), {}
+        denoising, prior = losses.mean(), prior_losses.mean()
+        metrics = {"denoising_loss": denoising.detach(), "caption_prior_loss": prior.detach()}
+        return denoising + self.config.caption_prior.weight * prior, metrics
 
 
 class LatentDiffusionStage(Stage):
@@ -164,9 +186,13 @@ class LatentDiffusionStage(Stage):
         channels, height, width = latent_shape(self.vae, config.resolution, config.resolution)
         levels = len(config.model.block_out_channels)
         check_deepest_feature_map(height, 1, levels, "--model.block_out_channels", "the latents' side")
+        prefer_plain_attention(height * width)
         torch.manual_seed(config.seed)
         tokenizer, text_encoder, text_width, max_length = self._text()
-        self.unet = build_unet(config.model, channels, height, text_width, len(self.id2label))
+        with_prior = config.caption_prior.hidden_size > 0
+        self.unet = build_unet(
+            config.model, channels, height, text_width, len(self.id2label), channels if with_prior else 0
+        )
         self.diffusion = Diffusion(config)
         self.trivial_loss = self.diffusion.trivial_loss
         self.phase = LatentDiffusionPhase(config, self.unet, self.diffusion, self.vae)
@@ -179,8 +205,13 @@ class LatentDiffusionStage(Stage):
                 self.frozen.append(text_encoder)
             else:
                 trained["text_encoder"] = text_encoder
-        if config.init_from and not has_checkpoint(config.output_dir):
-            load_initial_weights(config.init_from, trained)
+        if with_prior:
+            trained["caption_prior"] = self._add_caption_prior(text_width, (channels, height, width))  # type: ignore[arg-type]
+        if not has_checkpoint(config.output_dir):
+            if config.init_from:
+                load_initial_weights(config.init_from, trained)
+            elif with_prior and not config.dry_run:
+                self._warm_up_caption_prior()
         self.phases, self.ema_of = [self.phase], trained
 
     def _open_data(self) -> tuple[MapDataset, MapDataset | None, dict[int, str]]:
@@ -225,6 +256,30 @@ class LatentDiffusionStage(Stage):
             limit = min(limit, max_caption_length(tokenizer, encoder))
         return tokenizer, encoder, encoder.config.hidden_size, limit
 
+    def _add_caption_prior(self, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
+        from pipelines.caption_prior import CaptionPrior
+
+        config = self.config.caption_prior
+        prior = CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
+        self.phase.add_caption_prior(prior)
+        self.trivial_loss = self.trivial_loss and self.trivial_loss + config.weight
+        return prior
+
+    def _warm_up_caption_prior(self) -> None:
+        """Before the loop, on every process alike; the latents are those of the first epoch's first pictures."""
+        from pipelines.latent_diffusion import tokenize_captions
+
+        config, phase = self.config.caption_prior, self.phase
+        captions: list[str] = []
+        latents: list[Tensor] = []
+        for start in range(0, min(config.warmup_samples, len(self._train)), config.warmup_batch_size):
+            rows = range(start, min(start + config.warmup_batch_size, len(self._train)))
+            batch = fetch(self._train, [SampleKey(row, 0) for row in rows])
+            captions += batch["caption"]
+            latents.append(phase.latents(batch, Draws(self.config.seed, 0, rows, torch.device("cpu"))))
+        input_ids = tokenize_captions(phase.tokenizer, captions, phase.max_length)
+        warm_up(phase.caption_prior, phase.text_encoder, input_ids, torch.cat(latents), config, self.config.seed)
+
     def train_data(self) -> MapDataset:
         return self._train
 
@@ -232,7 +287,7 @@ class LatentDiffusionStage(Stage):
         return self._validation
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        losses = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")
+        losses, _ = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")
         return {"loss": losses.sum(), "count": torch.tensor(len(losses))}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -292,6 +347,7 @@ class LatentDiffusionStage(Stage):
             tokenizer=phase.tokenizer,
             id2label=self.id2label or None,
             max_text_length=phase.max_length if phase.tokenizer is not None else None,
+            caption_prior=phase.caption_prior,
         )
 
 

@@ -49,12 +49,20 @@ def validate_unet_config(config: UNetConfig) -> None:
         raise UserError(f"--model.attention_levels {config.attention_levels} must lie in 0 to {levels - 1}")
 
 
-def build_unet(config: UNetConfig, channels: int, size: int, text_width: int | None, num_classes: int) -> nn.Module:
+def build_unet(
+    config: UNetConfig,
+    channels: int,
+    size: int,
+    text_width: int | None,
+    num_classes: int,
+    condition_channels: int = 0,
+) -> nn.Module:
     """A U-Net with fresh weights for `channels` × `size` × `size`.
 
     Args:
         text_width: of the text condition; None builds one without text, whose attention is self-attention alone.
         num_classes: 0 for none; else one class more is made, the last, for "no class".
+        condition_channels: of what is put beside the noisy latents.
     """
     import diffusers
 
@@ -65,7 +73,7 @@ def build_unet(config: UNetConfig, channels: int, size: int, text_width: int | N
     heads = [width // config.attention_head_dim for width in config.block_out_channels]
     return diffusers.UNet2DConditionModel(
         sample_size=size,
-        in_channels=channels,
+        in_channels=channels + condition_channels,
         out_channels=channels,
         down_block_types=tuple((with_attention if a else "{}Block2D").format("Down") for a in attends),
         mid_block_type="UNetMidBlock2DCrossAttn" if text_width else "UNetMidBlock2D",

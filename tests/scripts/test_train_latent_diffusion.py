@@ -113,6 +113,7 @@ def pretrained(tmp_path_factory) -> Path:
 CONDITIONS = {
     "caption, encoder trained jointly": ("--condition_on", "[caption]"),
     "caption, encoder frozen": ("--condition_on", "[caption]", "--pretrained_text_encoder", "FOLDER"),
+    "caption with its prior": ("--caption_prior.hidden_size", "8", "--caption_prior.warmup_steps", "2"),
     "label": ("--condition_on", "[label]"),
     "label and caption": ("--condition_on", "[label,caption]"),
     "nothing": ("--condition_on", "[]"),
@@ -132,7 +133,8 @@ def test_what_should_train_trains_and_only_that(tmp_path, diffusion_flags, pretr
     first, last = (load_tensors(folder / f"checkpoints/step-{s:08d}/phase_diffusion.safetensors") for s in (1, 8))
     assert [key for key in first if torch.equal(first[key], last[key])] == []
     parts = {key.split(".")[0] for key in first}
-    assert parts == ({"unet", "text_encoder"} if "caption" in name and not frozen_encoder else {"unet"})
+    wanted = {"unet"} | ({"text_encoder"} if "caption" in name and not frozen_encoder else set())
+    assert parts == wanted | ({"caption_prior"} if "prior" in name else set())
     assert ("unet.class_embedding.weight" in first) == ("label" in name)
     pipeline = load_pipeline(folder)
     vae = load_pipeline(autoencoder).vae.state_dict()
