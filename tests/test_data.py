@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import datasets
-import pyarrow.parquet
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image

@@ -13,8 +13,8 @@ from diffusers.utils import is_scipy_available
 from transformers import T5Config, T5EncoderModel
 
 from pipelines.latent_diffusion import (
-    beside,
     LatentDiffusionPipeline,
+    beside,
     encode_captions,
     max_caption_length,
     null_class,

@@ -54,7 +54,9 @@ def test_cpu_threads_are_set(threads):
 def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, threads, native):
     forget_accelerate()
     monkeypatch.setattr(launch, "computes_in_bf16", lambda: native)
-    assert start_accelerator(RunConfig(mixed_precision="auto", cpu_threads=1)).mixed_precision == ("bf16" if native else "no")
+    assert start_accelerator(RunConfig(mixed_precision="auto", cpu_threads=1)).mixed_precision == (
+        "bf16" if native else "no"
+    )
     forget_accelerate()
 
 

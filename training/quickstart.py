@@ -126,7 +126,8 @@ def _say(summary: dict) -> None:
     print(
         f"\nLook at the posters:  {RUN}/grid.png\n"
         "Draw more:            .venv/bin/python pipelines/sample.py --model runs/quickstart/latent_diffusion "
-        '--prompt "a minimalist poster, blue on cream, one picture, title at the top" --guidance_scale 1.5 --output more.png\n'
+        '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
+        "--guidance_scale 1.5 --output more.png\n"
         f"Go on training:       .venv/bin/accelerate launch training/train_latent_diffusion.py --config {CONFIG} "
         f"--max_train_steps {2 * summary['diffusion_steps']}"
     )

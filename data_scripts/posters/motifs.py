@@ -1,7 +1,7 @@
 """The big shapes, two kinds to a style. Each motif fills a given area (u) and returns the elements in it.
 
-Bleeding motifs run to the area's edges; the others keep a distance from them. Sizes and places keep to the modules (2 u)
-where they can, so that one motif looks alike wherever it stands.
+Bleeding motifs run to the area's edges; the others keep a distance from them. Sizes and places keep to the modules
+(2 u) where they can, so that one motif looks alike wherever it stands.
 """
 
 from __future__ import annotations
