@@ -28,6 +28,8 @@ def entry_point(main: Callable[[], int | None]) -> None:
 
     `main` returns the exit status (None is 0).
     """
+    # Diffusers imports bitsandbytes wherever it is installed, which then complains of kernels that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,8 +35,6 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    # bitsandbytes, where it is installed, is imported by Diffusers and complains of optional kernels.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "auto":
         precision = "bf16" if computes_in_bf16() else "no"

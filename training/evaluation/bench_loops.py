@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from pipelines.cli import UserError, entry_point
 from training.latent_cache import LatentCache
+from training.launch import prefer_plain_attention
 from training.loop import train
 from training.parsing import parse_config
 from training.run_folder import write_atomically
@@ -71,7 +72,8 @@ class BareLoop:
         self.ids = tokenize_captions(tokenizer, batch["caption"], length)
         self.null_ids = tokenize_captions(tokenizer, [""], length)
         self.text_encoder = new_text_encoder(config.text_encoder, tokenizer)
-        channels, height = self.mean.shape[1:3]
+        channels, height, width = self.mean.shape[1:]
+        prefer_plain_attention(height * width)  # as the loop's stage does, so that the two differ in the loop alone
         self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0)
         parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
