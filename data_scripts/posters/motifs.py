@@ -118,7 +118,7 @@ def fan(area: Box, rng: np.random.Generator) -> list[Element]:
     x0, y0, x1, y1 = _inset(area)
     radius = min(y1 - y0, (x1 - x0) / 2)
     cx, cy = (x0 + x1) / 2, (y1 if rng.random() < 0.5 else y0)
-    roles = ("primary", "background", "accent", "background", "primary")
+    roles = ("primary", "background", "accent")
     shapes = [circle(cx, cy, radius * (1 - k / len(roles)), role) for k, role in enumerate(roles)]
     return _group((cx - radius, y0 if cy == y0 else cy - radius, cx + radius, y1 if cy == y1 else cy + radius), shapes)
 
@@ -158,8 +158,8 @@ def rings(area: Box, rng: np.random.Generator) -> list[Element]:
     x0, y0, x1, y1 = area
     cx, cy = pick(rng, (0.25, 0.5, 0.75)) * (x0 + x1), (y0 + y1) / 2
     roles = ("primary", "background", "accent", "background")
-    count = 11
-    shapes = [circle(cx, cy, 1.0 * (count - k), roles[k % 4]) for k in range(count)]
+    count = 6
+    shapes = [circle(cx, cy, 2.0 * (count - k), roles[k % 4]) for k in range(count)]
     return _group(area, shapes)
 
 
@@ -167,11 +167,11 @@ def waves(area: Box, rng: np.random.Generator) -> list[Element]:
     x0, y0, x1, y1 = area
     phase = pick(rng, (0.0, 0.5)) * 2 * math.pi
     xs = np.linspace(x0, x1, 49)
-    swing = 0.75 * np.sin(2 * math.pi * xs / 8 + phase)
+    swing = np.sin(2 * math.pi * xs / 8 + phase)
     shapes = []
-    for number, y in enumerate(np.arange(y0 - 1, y1 + 1, 2.0)):
+    for number, y in enumerate(np.arange(y0 - 2, y1 + 1, 4.0)):
         upper = [(float(x), float(y + dy)) for x, dy in zip(xs, swing, strict=True)]
-        shapes.append(polygon(upper + [(x, py + 1.0) for x, py in reversed(upper)], ("primary", "accent")[number % 2]))
+        shapes.append(polygon(upper + [(x, py + 2.0) for x, py in reversed(upper)], ("primary", "accent")[number % 2]))
     return _group(area, shapes)
 
 
