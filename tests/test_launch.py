@@ -11,7 +11,7 @@ import torch
 from pipelines.cli import UserError
 from tests.conftest import forget_accelerate
 from training import launch
-from training.launch import computes_in_bf16, on_main, prefer_plain_attention, start_accelerator, threads_per_process
+from training.launch import computes_in_bf16, on_main, plain_attention, start_accelerator, threads_per_process
 from training.run_config import RunConfig
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -70,14 +70,12 @@ def test_bf16_arithmetic_is_found():
 def test_attention_over_few_tokens_is_plain_and_the_same():
     query, key, value = torch.randn(3, 2, 4, 64, 8).unbind()
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    try:
-        prefer_plain_attention(launch.PLAIN_ATTENTION_TOKENS + 1)
+    with plain_attention(launch.PLAIN_ATTENTION_TOKENS + 1):
         assert torch.backends.cuda.flash_sdp_enabled()
-        prefer_plain_attention(64)
+    with plain_attention(64):
         assert not torch.backends.cuda.flash_sdp_enabled()
         torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), fused)
-    finally:
-        torch.backends.cuda.enable_flash_sdp(True)
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize(

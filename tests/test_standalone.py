@@ -222,7 +222,14 @@ def test_every_shipped_file_has_its_content_in_its_name(outside):
     here, _, _ = outside
     names = sorted(path.name for path in (here / "ours").rglob("*.py"))
     stems = [name.rsplit("_", 1)[0] for name in names]
-    assert stems == ["latent_diffusion", "latents", "multi_head_autoencoder", "schedulers", "standalone"]
+    assert stems == [
+        "caption_prior",
+        "latent_diffusion",
+        "latents",
+        "multi_head_autoencoder",
+        "schedulers",
+        "standalone",
+    ]
     index = json.loads((here / "ours" / "model_index.json").read_text())
     assert index["_class_name"][1] == "LatentDiffusionPipeline"
     assert f"{index['_class_name'][0]}.py" in names

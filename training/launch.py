@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.cli import UserError
 
@@ -93,13 +95,14 @@ def computes_in_bf16() -> bool:
     return not torch.backends.mps.is_available() and any(getattr(torch.cpu, name, bool)() for name in tests)
 
 
-def prefer_plain_attention(tokens: int) -> None:
-    """On a CPU, compute attention over few `tokens` as matrix products: torch's fused kernel is made for many.
+def plain_attention(tokens: int) -> AbstractContextManager:
+    """Inside, on a CPU, attention over few `tokens` is plain matrix products: torch's fused kernel is made for many.
 
     Forward and backward in bfloat16, measured: 2.0 against 4.7 ms at 64 tokens, equal at 256, 145 against 44 at 1,024.
     """
-    if not has_accelerator_device() and tokens <= PLAIN_ATTENTION_TOKENS:
-        torch.backends.cuda.enable_flash_sdp(False)  # CPUs heed this switch too
+    if has_accelerator_device() or tokens > PLAIN_ATTENTION_TOKENS:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def threads_per_process() -> int:

@@ -28,7 +28,7 @@ from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
 from training.evaluation.images import to_pil
 from training.latent_cache import LatentCache
-from training.launch import prefer_plain_attention
+from training.launch import plain_attention
 from training.loop import train
 from training.objectives import mse_per_sample
 from training.parsing import parse_config
@@ -160,8 +160,11 @@ class LatentDiffusionPhase(Phase):
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         condition = self.condition(batch, draws.uniform("cfg_dropout") < dropout)
         expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
-        loss = noisy.loss(self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample)
-        return loss, None if expected is None else mse_per_sample(expected, x_0)
+        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
+        plain = contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(x_0[0, 0].numel())
+        with plain:
+            prediction = self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample
+        return noisy.loss(prediction), None if expected is None else mse_per_sample(expected, x_0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         losses, prior_losses = self.losses(batch, draws, self.config.cfg_dropout)
@@ -186,7 +189,6 @@ class LatentDiffusionStage(Stage):
         channels, height, width = latent_shape(self.vae, config.resolution, config.resolution)
         levels = len(config.model.block_out_channels)
         check_deepest_feature_map(height, 1, levels, "--model.block_out_channels", "the latents' side")
-        prefer_plain_attention(height * width)
         torch.manual_seed(config.seed)
         tokenizer, text_encoder, text_width, max_length = self._text()
         with_prior = config.caption_prior.hidden_size > 0

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from pipelines.cli import UserError, entry_point
 from training.latent_cache import LatentCache
-from training.launch import prefer_plain_attention
+from training.launch import plain_attention
 from training.loop import train
 from training.parsing import parse_config
 from training.run_folder import write_atomically
@@ -72,8 +72,7 @@ class BareLoop:
         self.ids = tokenize_captions(tokenizer, batch["caption"], length)
         self.null_ids = tokenize_captions(tokenizer, [""], length)
         self.text_encoder = new_text_encoder(config.text_encoder, tokenizer)
-        channels, height, width = self.mean.shape[1:]
-        prefer_plain_attention(height * width)  # as the loop's stage does, so that the two differ in the loop alone
+        channels, height = self.mean.shape[1:3]
         self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0)
         parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
@@ -92,7 +91,9 @@ class BareLoop:
         dropped = torch.rand(len(rows), 1) < self.dropout
         text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
-        loss = F.mse_loss(self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample, noise - x_0)
+        with plain_attention(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
+            prediction = self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample
+        loss = F.mse_loss(prediction, noise - x_0)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
