@@ -43,7 +43,6 @@ STATISTICS_BATCH = 32
 INITIAL_LOGVAR = -6.0
 PRINCIPAL_COMPONENTS_IMAGES = 512
 BODY_START = 0.1
-WHITENING = 0.0
 
 
 @dataclass
@@ -193,10 +192,10 @@ def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
     mean = patches.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # ascending
     variances, directions = variances.flip(0)[:channels].clamp(min=1e-8), directions.flip(1)[:, :channels].T
-    scale = (variances / variances.mean()) ** (WHITENING / 2) * variances.mean().sqrt()
+    scale = variances.mean().sqrt()  # one for all: whitened, a detail would count as much as the page's colour
     rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     into, out_of = autoencoder.encoder.shortcut, autoencoder.decoder.shortcut
-    analysis, synthesis = rotation @ (directions / scale[:, None]), rotation @ (directions * scale[:, None])
+    analysis, synthesis = rotation @ directions / scale, rotation @ directions * scale
     into.weight.zero_()
     into.bias.zero_()
     into.weight[:channels] = analysis.reshape(channels, colors, factor, factor).to(into.weight)

@@ -27,6 +27,7 @@ from training.data import DataConfig, ImageDataset, load_label_map, load_split, 
 from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
 from training.evaluation.images import to_pil
+from training.fingerprints import evenly_spaced
 from training.latent_cache import LatentCache
 from training.launch import plain_attention
 from training.loop import train
@@ -122,9 +123,6 @@ class LatentDiffusionPhase(Phase):
         else:
             self.borrow(text_encoder=text_encoder)
         self.tokenizer, self.max_length = tokenizer, max_length
-
-    def add_caption_prior(self, caption_prior: nn.Module) -> None:
-        self.caption_prior = caption_prior
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time."""
@@ -263,19 +261,20 @@ class LatentDiffusionStage(Stage):
 
         config = self.config.caption_prior
         prior = CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
-        self.phase.add_caption_prior(prior)
+        self.phase.caption_prior = prior
         self.trivial_loss = self.trivial_loss and self.trivial_loss + config.weight
         return prior
 
     def _warm_up_caption_prior(self) -> None:
-        """Before the loop, on every process alike; the latents are those of the first epoch's first pictures."""
+        """Before the loop, on every process alike, on pictures from all over the data."""
         from pipelines.latent_diffusion import tokenize_captions
 
         config, phase = self.config.caption_prior, self.phase
         captions: list[str] = []
         latents: list[Tensor] = []
-        for start in range(0, min(config.warmup_samples, len(self._train)), config.warmup_batch_size):
-            rows = range(start, min(start + config.warmup_batch_size, len(self._train)))
+        sampled = evenly_spaced(len(self._train), config.warmup_samples)
+        for start in range(0, len(sampled), config.warmup_batch_size):
+            rows = sampled[start : start + config.warmup_batch_size]
             batch = fetch(self._train, [SampleKey(row, 0) for row in rows])
             captions += batch["caption"]
             latents.append(phase.latents(batch, Draws(self.config.seed, 0, rows, torch.device("cpu"))))

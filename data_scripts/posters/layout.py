@@ -13,14 +13,13 @@ import numpy as np
 
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, circle, rectangle
-from data_scripts.posters.motifs import draw_motif
+from data_scripts.posters.motifs import SIDE_MARGIN, draw_motif
 from data_scripts.posters.pictures import SUBJECTS
 
 TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 STRIPS = {"top": ((4, 10), (10, 16)), "middle": ((0, 6), (10, 16)), "bottom": ((0, 6), (6, 12))}
 """What the title's band leaves (u from the top)."""
 
-MARGIN = 2.0
 BODY_WIDTH = 4.0
 OVERLAP = 2.0
 
@@ -87,7 +86,7 @@ def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
     first, second = STRIPS[brief.title_position]
     (top, bottom), (motif_top, motif_bottom) = (first, second) if pictures_first else (second, first)
     motif: Box = (0, motif_top, UNITS, motif_bottom)
-    left, right = MARGIN, UNITS - MARGIN
+    left, right = SIDE_MARGIN, UNITS - SIDE_MARGIN
     if not brief.body_blocks:
         return Areas((motif,), (left, top, right, bottom), None)
     if mirrored:
@@ -118,7 +117,7 @@ def _overlapping(areas: Areas) -> Areas:
 
 
 def _divide_without_pictures(brief: PosterBrief) -> Areas:
-    left, right = MARGIN, UNITS - MARGIN
+    left, right = SIDE_MARGIN, UNITS - SIDE_MARGIN
     if brief.title_position == "middle":
         upper, lower = ((0, y0, UNITS, y1) for y0, y1 in STRIPS["middle"])
         return Areas((upper,), None, (left, 11, right, 15)) if brief.body_blocks else Areas((upper, lower), None, None)
@@ -154,7 +153,7 @@ def _body(brief: PosterBrief, area: Box, rng: np.random.Generator) -> list[Eleme
     centered = GRAMMARS[brief.style].align == "center"
     if x1 - x0 > BODY_WIDTH:
         middle = (x0 + x1 - BODY_WIDTH) / 2
-        lefts = [middle] if brief.body_blocks == 1 and centered else [x0, x0 + BODY_WIDTH + MARGIN]
+        lefts = [middle] if brief.body_blocks == 1 and centered else [x0, x0 + BODY_WIDTH + SIDE_MARGIN]
         boxes = [(left, y0, left + BODY_WIDTH, y0 + 4) for left in lefts]
     else:
         boxes = [(x0, y0, x1, y0 + 2), (x0, y0 + 2.5, x1, y1)] if brief.body_blocks == 2 else [(x0, y0, x1, y0 + 4)]
@@ -170,7 +169,7 @@ def _body(brief: PosterBrief, area: Box, rng: np.random.Generator) -> list[Eleme
 def _title(brief: PosterBrief) -> Element:
     grammar = GRAMMARS[brief.style]
     width = grammar.pitch * len(brief.title)
-    left = (UNITS - width) / 2 if grammar.align == "center" or width > UNITS - MARGIN else MARGIN
+    left = (UNITS - width) / 2 if grammar.align == "center" or width > UNITS - SIDE_MARGIN else SIDE_MARGIN
     top = sum(TITLE_BAND[brief.title_position]) / 2 - grammar.cap_height / 2
     box = (left, top, left + width, top + grammar.cap_height)
     return Element("title", "ink", 1.0, box, Title(brief.title, grammar.font, grammar.inverted))
