@@ -76,7 +76,7 @@ class PhaseRunner:
         # Before, not after: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
         losses, metrics = self._accumulate(step, batches)
-        gradient_norm = self._clip()
+        gradient_norm = self._gradient_norm()
         names, row, stop_asked = self._reduce(losses, metrics, gradient_norm, stop)
         values = dict(zip(names, row, strict=True))
         loss, norm = values[f"{self.prefix}loss"], values[f"{self.prefix}grad_norm"]
@@ -84,6 +84,8 @@ class PhaseRunner:
         # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
         if finite:
+            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, gradient_norm)
             optimizers.set_learning_rate(self.optimizer, self.learning_rate * learning_rate_factor)
             self.optimizer.step()
         elif scaler is not None:
@@ -110,15 +112,12 @@ class PhaseRunner:
                 metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)  # type: ignore[assignment]
         return losses, metrics
 
-    def _clip(self) -> Tensor:
-        """The global gradient norm before clipping."""
+    def _gradient_norm(self) -> Tensor:
+        """The global norm of the gradients, unscaled."""
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        return norm
+        return nn.utils.get_total_norm(gradients)
 
     def _reduce(
         self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, stop: bool

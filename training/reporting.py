@@ -6,7 +6,6 @@ Every process counts, since counts are part of a checkpoint; only the main one w
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,9 @@ logger = logging.getLogger("halftone")
 
 # Without a terminal there is no bar: a line now and then says that it is alive.
 SECONDS_BETWEEN_LINES = 60.0
-# Drawing takes half a second, which short epochs would feel.
+# Drawing takes half a second or more, which short epochs would feel.
 SECONDS_BETWEEN_CURVES = 20.0
+MOST_TIME_FOR_CURVES = 0.01
 
 
 class Reporter:
@@ -46,7 +46,8 @@ class Reporter:
         self._bar: tqdm | None = None
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
-        self._line_said, self._curves_drawn = time.perf_counter(), -math.inf
+        self._line_said = time.perf_counter()
+        self._curves_due = self._line_said + SECONDS_BETWEEN_CURVES
 
     def start(self) -> None:
         """Open metrics.csv, cut to where the run stands, and the trackers; main process only."""
@@ -150,9 +151,11 @@ class Reporter:
 
     def _draw_curves(self) -> None:
         ended = self.state.step >= self.state.goal_steps or self.state.stopped_early
-        if ended or time.perf_counter() - self._curves_drawn >= SECONDS_BETWEEN_CURVES:
+        started = time.perf_counter()
+        if ended or started >= self._curves_due:
             draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
-            self._curves_drawn = time.perf_counter()
+            now = time.perf_counter()
+            self._curves_due = now + max(SECONDS_BETWEEN_CURVES, (now - started) / MOST_TIME_FOR_CURVES)
 
     def _say_row(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         parts = []
