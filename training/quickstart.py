@@ -59,7 +59,7 @@ def stages(tiny: bool) -> list[tuple[str, str, str, str | None]]:
     found.append(
         ("drawing 64 posters for captions never trained on, and measuring them", "30 seconds",
          f"training/evaluation/evaluate_posters.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 "
-         f"--guidance_scale 1.5 --grid {RUN}/grid.png --output {RUN}/figures.json", None)
+         f"--guidance_scale 1.75 --grid {RUN}/grid.png --output {RUN}/figures.json", None)
     )  # fmt: skip
     if tiny:
         found = [(t, "seconds", f"{c} {TINY.get(Path(c.split()[0]).name, '')}".strip(), p) for t, _, c, p in found]
@@ -127,7 +127,7 @@ def _say(summary: dict) -> None:
         f"\nLook at the posters:  {RUN}/grid.png\n"
         "Draw more:            .venv/bin/python pipelines/sample.py --model runs/quickstart/latent_diffusion "
         '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
-        "--guidance_scale 1.5 --output more.png\n"
+        "--guidance_scale 1.75 --output more.png\n"
         f"Go on training:       .venv/bin/accelerate launch training/train_latent_diffusion.py --config {CONFIG} "
         f"--max_train_steps {2 * summary['diffusion_steps']}"
     )

@@ -14,7 +14,7 @@ import numpy as np
 from data_scripts.posters.brief import pick
 from data_scripts.posters.elements import UNITS, Box, Element, Point, Shape, circle, polygon, rectangle
 
-SIDE_MARGIN, MARGIN = 2.0, 1.0
+SIDE_MARGIN, MARGIN, GAP = 2.0, 1.0, 1.0
 SHAPE_HIERARCHY = 0.5
 
 Motif = Callable[[Box, np.random.Generator], list[Element]]
@@ -56,9 +56,9 @@ def circles(count: int) -> Motif:
         left = _aligned(x0, x1, diameter * count, pick(rng, ("left", "center", "right")))
         top = _aligned(y0, y1, diameter, "center")
         roles = ("primary", "accent", "primary")
+        radius = (diameter - (GAP if count > 1 else 0)) / 2
         return [
-            _single(circle(left + (i + 0.5) * diameter, top + diameter / 2, diameter / 2, roles[i]))
-            for i in range(count)
+            _single(circle(left + (i + 0.5) * diameter, top + diameter / 2, radius, roles[i])) for i in range(count)
         ]
 
     return motif
@@ -68,7 +68,7 @@ def lone_shape(kind: str) -> Motif:
     def motif(area: Box, rng: np.random.Generator) -> list[Element]:
         x0, y0, x1, y1 = _inset(area)
         size = 4.0 if y1 - y0 < 6 else 6.0
-        left = _aligned(x0, x1, size, pick(rng, ("left", "center", "right")))
+        left = _aligned(x0, x1, size, pick(rng, ("left", "right")))
         top = _aligned(y0, y1, size, "center")
         return [_single(Shape(kind, ((left, top), (left + size, top + size)), "primary"))]
 
@@ -165,9 +165,8 @@ def rings(area: Box, rng: np.random.Generator) -> list[Element]:
 
 def waves(area: Box, rng: np.random.Generator) -> list[Element]:
     x0, y0, x1, y1 = area
-    phase = pick(rng, (0.0, 0.5)) * 2 * math.pi
     xs = np.linspace(x0, x1, 49)
-    swing = np.sin(2 * math.pi * xs / 8 + phase)
+    swing = np.sin(2 * math.pi * xs / 8)
     shapes = []
     for number, y in enumerate(np.arange(y0 - 2, y1 + 1, 4.0)):
         upper = [(float(x), float(y + dy)) for x, dy in zip(xs, swing, strict=True)]
