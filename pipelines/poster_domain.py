@@ -47,6 +47,22 @@ ELEMENT_KINDS = ("title", "text", "picture", "shape")
 F_TENSOR_CHANNELS = ("text_mask", "image_mask", "color_role", "hierarchy")
 """Text boxes {0,1}, pictures {0,1}, class id into COLOR_ROLES, how strongly the element leads the eye [0,1]."""
 
+GRAMMAR = (
+    "balance",
+    "equilibrium",
+    "symmetry",
+    "regularity",
+    "rhythm",
+    "density",
+    "hierarchy_contrast",
+    "image_share",
+)
+"""V_Grammar: what can be said of a layout in numbers, each in [0, 1], computed from the boxes of its elements."""
+
+COUNTS = ("text_blocks", "pictures")
+"""How many blocks of text (the title among them) and pictures a poster has."""
+
+MAX_TEXT_BLOCKS, MAX_PICTURES = 3, 3
 MAX_PALETTE_COLORS = 5
 
 PICTURE_TINT = (0.86, 1.0, 1.18)
