@@ -1,9 +1,13 @@
-"""The U-Net as configured: stock `diffusers.UNet2DConditionModel`, from a few numbers."""
+"""U-Nets as configured: stock `diffusers.UNet2DConditionModel`, from a few numbers.
+
+`build_unet` is for latents and captions, `build_pixel_unet` for pictures and design briefs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,15 +15,13 @@ from pipelines.cli import UserError
 
 
 @dataclass
-class UNetConfig:
+class _UNetShape:
     """Names are those of diffusers.UNet2DConditionModel where it has them."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [128, 192])
     """Channels per resolution; each after the first halves it"""
     layers_per_block: int = 2
     """Residual blocks per resolution on the way down; one more on the way up"""
-    attention_levels: list[int] = field(default_factory=lambda: [0, 1])
-    """Resolutions with attention, 0 the highest; [] for none but the middle's"""
     attention_head_dim: int = 32
     """Channels of one attention head"""
     transformer_layers_per_block: int = 1
@@ -28,15 +30,52 @@ class UNetConfig:
     """Groups of the group normalization"""
     dropout: float = 0.0
     """In residual blocks"""
-    text_in_time_embedding: bool = True
-    """The caption as a whole, pooled by attention, joins the time embedding (addition_embed_type text)"""
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
     """How the time embedding acts on residual blocks: added, or as scale and shift"""
 
 
+@dataclass
+class UNetConfig(_UNetShape):
+    """The U-Net of latents."""
+
+    attention_levels: list[int] = field(default_factory=lambda: [0, 1])
+    """Resolutions with attention, 0 the highest; [] for none but the middle's"""
+    text_in_time_embedding: bool = True
+    """The caption as a whole, pooled by attention, joins the time embedding (addition_embed_type text)"""
+
+
+@dataclass
+class PixelUNetConfig(_UNetShape):
+    """The U-Net of pictures."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 384])
+    """Channels per resolution; each after the first halves it"""
+    attention_resolutions: list[int] = field(default_factory=lambda: [32])
+    """Sides of the feature maps with attention, to themselves and to the brief, down and up; [] for none at all"""
+
+
 def validate_unet_config(config: UNetConfig) -> None:
     """Raises UserError for numbers that do not go together."""
-    widths, levels = config.block_out_channels, len(config.block_out_channels)
+    _validate_shape(config)
+    levels = len(config.block_out_channels)
+    if any(not 0 <= level < levels for level in config.attention_levels):
+        raise UserError(f"--model.attention_levels {config.attention_levels} must lie in 0 to {levels - 1}")
+
+
+def validate_pixel_unet_config(config: PixelUNetConfig, resolution: int) -> None:
+    """Raises UserError for numbers that do not go together in a network for pictures of this side."""
+    _validate_shape(config)
+    there = feature_map_sides(config, resolution)
+    for side in config.attention_resolutions:
+        if side not in there:
+            raise UserError(
+                f"--model.attention_resolutions has {side}, but at --resolution {resolution} the network's "
+                f"resolutions are {', '.join(map(str, there))}; choose among them, or [] for no attention"
+            )
+
+
+def _validate_shape(config: _UNetShape) -> None:
+    widths = config.block_out_channels
     if not widths:
         raise UserError("--model.block_out_channels is empty; give one number per resolution, e.g. '[128,192]'")
     if not 0 <= config.dropout < 1:
@@ -45,8 +84,11 @@ def validate_unet_config(config: UNetConfig) -> None:
         part = getattr(config, flag)
         if part < 1 or any(width % part for width in widths):
             raise UserError(f"--model.block_out_channels {widths} must be multiples of --model.{flag} {part}")
-    if any(not 0 <= level < levels for level in config.attention_levels):
-        raise UserError(f"--model.attention_levels {config.attention_levels} must lie in 0 to {levels - 1}")
+
+
+def feature_map_sides(config: _UNetShape, resolution: int) -> list[int]:
+    """Sides of the network's feature maps, the largest first."""
+    return [resolution // 2**level for level in range(len(config.block_out_channels))]
 
 
 def build_unet(
@@ -64,19 +106,55 @@ def build_unet(
         num_classes: 0 for none; else one class more is made, the last, for "no class".
         condition_channels: of what is put beside the noisy latents.
     """
+    attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+    return _stock_unet(
+        config,
+        attends,
+        middle_attends=bool(text_width),
+        text_width=text_width,
+        sample_size=size,
+        in_channels=channels + condition_channels,
+        out_channels=channels,
+        num_class_embeds=num_classes + 1 if num_classes else None,
+        addition_embed_type="text" if text_width and config.text_in_time_embedding else None,
+        addition_embed_type_num_heads=_pooling_heads(text_width) if text_width else 64,
+    )
+
+
+def build_pixel_unet(config: PixelUNetConfig, resolution: int, token_width: int, global_width: int) -> nn.Module:
+    """A U-Net with fresh weights for RGB pictures of this side, steered by a brief.
+
+    Args:
+        token_width: of the tokens that attention looks at.
+        global_width: of the vector that joins the time embedding, and with it every residual block (the stock
+            class_embed_type "projection"; it is given as `class_labels`).
+    """
+    attends = [side in config.attention_resolutions for side in feature_map_sides(config, resolution)]
+    return _stock_unet(
+        config,
+        attends,
+        middle_attends=attends[-1],  # the middle works at the lowest resolution
+        text_width=token_width,
+        sample_size=resolution,
+        in_channels=3,
+        out_channels=3,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=global_width,
+    )
+
+
+def _stock_unet(
+    config: _UNetShape, attends: Sequence[bool], *, middle_attends: bool, text_width: int | None, **options: Any
+) -> nn.Module:
+    """`attends`: which resolutions have attention, the highest first; `text_width`: of the tokens attended to."""
     import diffusers
 
-    levels = len(config.block_out_channels)
-    attends = [level in config.attention_levels for level in range(levels)]
     with_attention = "CrossAttn{}Block2D" if text_width else "Attn{}Block2D"
     # Diffusers means the number of heads by attention_head_dim where attention is of text, and their width elsewhere.
     heads = [width // config.attention_head_dim for width in config.block_out_channels]
     return diffusers.UNet2DConditionModel(
-        sample_size=size,
-        in_channels=channels + condition_channels,
-        out_channels=channels,
         down_block_types=tuple((with_attention if a else "{}Block2D").format("Down") for a in attends),
-        mid_block_type="UNetMidBlock2DCrossAttn" if text_width else "UNetMidBlock2D",
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle_attends else "UNetMidBlock2D",
         up_block_types=tuple((with_attention if a else "{}Block2D").format("Up") for a in reversed(attends)),
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,
@@ -84,11 +162,9 @@ def build_unet(
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         cross_attention_dim=text_width or config.block_out_channels[0],
-        attention_head_dim=tuple(heads) if text_width else (config.attention_head_dim,) * levels,
-        num_class_embeds=num_classes + 1 if num_classes else None,
+        attention_head_dim=tuple(heads) if text_width else (config.attention_head_dim,) * len(attends),
         resnet_time_scale_shift=config.resnet_time_scale_shift,
-        addition_embed_type="text" if text_width and config.text_in_time_embedding else None,
-        addition_embed_type_num_heads=_pooling_heads(text_width) if text_width else 64,
+        **options,
     )
 
 
