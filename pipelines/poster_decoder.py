@@ -1,0 +1,204 @@
+"""Design brief to poster, in pixels: no latents and no captions.
+
+Shapes: B pictures, L fields of a brief (tokens), D token width, E width of the global vector, H W pixels.
+
+Conventions: pictures are in [-1, 1]; tokens are what attention looks at, the global vector is the U-Net's
+`class_labels` and joins the time embedding; an absent brief is one whose every field is absent. Flow matching is
+rectified flow as in Stable Diffusion 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from .design_brief import DesignBrief, brief_tensors
+from .poster_domain import STYLES  # noqa: F401 - standalone.py wants helpers' helpers named here as well
+from .sampling import denoise, generator_per_picture, guided, initial_noise
+from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
+from .standalone import StandalonePipelineMixin
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+Brief = DesignBrief | Mapping[str, Any]
+
+
+class PosterDecoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
+    """Paints posters from design briefs.
+
+    Args:
+        unet: predicts what `prediction_type` says from noisy pictures, timestep, tokens and global vector.
+        scheduler: sampler that suits the prediction type; `set_scheduler("ddim")` makes another.
+        brief_encoder: brief tensors to tokens (B L D) and global vector (B E).
+        prediction_type: epsilon, v_prediction, sample or flow_prediction; by default what the scheduler says.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+
+    model_cpu_offload_seq = "brief_encoder->unet"
+    _callback_tensor_inputs = ["images"]
+    scheduler: Any
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        brief_encoder: ModelMixin,
+        prediction_type: str | None = None,
+    ):
+        super().__init__()
+        prediction_type = prediction_type or prediction_type_of(scheduler)
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but is '{prediction_type}'")
+        self.register_modules(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder)
+        self.register_to_config(prediction_type=prediction_type)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
+        self._own_scheduler = scheduler
+        self._interrupt = False
+
+    def set_scheduler(self, name: str) -> None:
+        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
+        model's own prediction type and noise schedule.
+
+        Raises:
+            ValueError: one that does not suit the model; the message names those that do.
+        """
+        self.scheduler = make_scheduler(name, self._own_scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        briefs: Brief | Sequence[Brief] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
+    ) -> ImagePipelineOutput | tuple:
+        """Paint posters: `num_images_per_prompt` for each brief, in that order.
+
+        Args:
+            briefs: one or several, as mappings of a brief's fields ({"style": "swiss", "palette": ["#d33", "white"]})
+                or as DesignBrief; fields that are left out are open. None leaves everything open.
+            height, width: pixels; by default the size the model was trained at.
+            guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from the absent brief; both halves run
+                in one batch; nothing is steered at 1 and below, or without a brief.
+            generator: one for all (each picture gets a stream of its own from it, so that the first pictures do not
+                depend on how many are asked for), or one for each picture.
+            output_type: pil; np (B H W 3, in [0, 1]); or pt (B 3 H W, in [0, 1]).
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; what it returns
+                replaces `images` (B 3 H W). It may set `pipeline._interrupt = True` to end early.
+
+        Raises:
+            ValueError: an argument that cannot be used; the message quotes it.
+        """
+        height, width = self._size(height, width)
+        self.check_inputs(
+            briefs, num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
+        device = self._execution_device
+        self._interrupt = False
+        asked = as_briefs(briefs)
+        guidance = guidance_scale if guidance_scale > 1 and any(brief.to_dict() for brief in asked) else None
+        tokens, whole = self.encode_briefs(asked, device, guidance is not None, num_images_per_prompt)
+        pictures = len(asked) * num_images_per_prompt
+        generators = generator_per_picture(generator, pictures)
+
+        def predict(x: Tensor, timestep: Any) -> Tensor:
+            model_input = (x if guidance is None else torch.cat([x, x])).to(self.unet.dtype)
+            prediction = self.unet(
+                model_input, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False
+            )[0]
+            return guided(prediction.float(), guidance)
+
+        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                x = (callback_on_step_end(self, step, timestep, tensors) or {}).get("images", x)
+            return x, self._interrupt
+
+        noise = initial_noise((pictures, 3, height, width), generators, device)
+        x = denoise(self.scheduler, predict, noise, num_inference_steps, generators, self.progress_bar, after_step)
+        images: Any = self.image_processor.postprocess(x, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self,
+        briefs: Any,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
+        check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
+        as_briefs(briefs)
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
+            )
+
+    def encode_briefs(
+        self, briefs: Sequence[DesignBrief], device: torch.device | str | None = None, guided: bool = False,
+        repeats: int = 1,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Tokens (B L D) and global vectors (B E) of each brief `repeats` times, those of absent briefs first where
+        `guided`; in the U-Net's dtype."""
+        absent = [DesignBrief()] * len(briefs) if guided else []
+        tensors = brief_tensors([*absent, *briefs], device or self._execution_device)
+        encoded = self.brief_encoder(**tensors)
+        tokens, whole = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
+        return tokens, whole
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        sample_size = self.unet.config.sample_size
+        sides = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
+        size = {"height": sides[0] if height is None else height, "width": sides[1] if width is None else width}
+        step = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for name, value in size.items():
+            if not isinstance(value, int) or value < step or value % step:
+                raise ValueError(
+                    f"`{name}` must be a multiple of {step} (the U-Net halves it so often), but is {value!r}"
+                )
+        return size["height"], size["width"]
+
+
+def as_briefs(briefs: Any) -> list[DesignBrief]:
+    """Whatever `briefs` may be as a list of DesignBrief; None is one without any field.
+
+    Raises:
+        ValueError: something else, no brief at all, or a field that cannot be.
+    """
+    if briefs is None:
+        return [DesignBrief()]
+    several = list(briefs) if isinstance(briefs, (list, tuple)) else [briefs]
+    if not several:
+        raise ValueError(f"`briefs` must be one brief or more, but is {briefs!r}")
+    # By their fields: a brief made by another copy of design_brief.py is as good.
+    fields = [brief.to_dict() if hasattr(brief, "to_dict") else brief for brief in several]
+    for values in fields:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"`briefs` must be briefs or mappings of their fields, but has {values!r}")
+    return [DesignBrief.from_mapping(values) for values in fields]
