@@ -1,27 +1,36 @@
-"""Pictures from a trained latent diffusion model, as a grid:
+"""Pictures from a trained model, as a grid: from prompts or classes (latent diffusion) or design briefs (posters):
 
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
+    python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
+    python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
 
-Several prompts (or class labels) give one row each. Column k is drawn from seed + k whatever the number of rows,
-columns or pictures per batch, so that any one picture can be had again alone.
+Several prompts (or class labels, or briefs) give one row each. Column k is drawn from seed + k whatever the number of
+rows, columns or pictures per batch, so that any one picture can be had again alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines.cli import UserError, entry_point, nearest
+from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from pipelines.design_brief import DesignBrief
+
 GAP = 4  # pixels between pictures
 PAPER = (255, 255, 255)
 DTYPES = ("float32", "float16", "bfloat16")
+CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
+NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
+BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     output = Path(options.output).expanduser()
     _check_output(output)
+    briefs = read_briefs(options)
     pipeline = _load(options)
+    _check_conditions(pipeline, options)
     started = time.perf_counter()
-    rows = generate(pipeline, options)
+    rows = generate(pipeline, options, briefs)
     elapsed_seconds = time.perf_counter() - started
     picture_grid(rows).save(output)
     sampler = type(pipeline.scheduler).__name__
@@ -59,6 +70,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", nargs="+", action="extend", help="what to draw; several give a row each")
     add("--negative_prompt", help="what to steer away from; needs --guidance_scale above 1")
     add("--class_label", nargs="+", action="extend", help="class ids or names; several give a row each")
+    add("--brief", nargs="+", action="extend", help="a poster's brief: YAML files, or `random` (from --seed)")
+    _add_brief_fields(parser)
     add("--num_images", type=int, default=4, help="pictures in a row (default: 4)")
     add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
     add("--num_inference_steps", type=int, default=25, help="default: 25")
@@ -85,37 +98,108 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def generate(pipeline: Any, options: argparse.Namespace) -> list[list[Image]]:
-    """Rows (one for each prompt or label) of `num_images` pictures.
+def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fields of the brief, each in place of what --brief says")
+    group.add_argument("--style", help=", ".join(STYLES))
+    group.add_argument("--palette", help="'#d33,#fff' or names: background, primary, accent, ink")
+    for name in COUNTS:
+        group.add_argument(f"--{name}", type=int, help="0 to 3")
+    for name in NUMBER_FIELDS:
+        group.add_argument(f"--{name}", type=float, help="0 to 1")
+
+
+def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
+    """The briefs that were asked for: of each --brief, its fields replaced by those on the command line.
+
+    A random one is printed as YAML, so that it can be kept.
+
+    Raises:
+        UserError: a file or field that cannot be.
+    """
+    fields = {name: getattr(options, name) for name in BRIEF_FIELDS if getattr(options, name) is not None}
+    if not options.brief and not fields:
+        return []
+    from pipelines.design_brief import DesignBrief
+
+    briefs, seed = [], options.seed
+    for source in options.brief or [None]:
+        try:
+            if source == "random":
+                brief, seed = DesignBrief.random(seed), seed + 1
+            else:
+                brief = DesignBrief.from_yaml(source) if source else DesignBrief()
+            briefs.append(dataclasses.replace(brief, **fields))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if source == "random":
+            print(briefs[-1].to_yaml(), end="", flush=True)
+    return briefs
+
+
+def takes_briefs(pipeline: Any) -> bool:
+    """Whether it paints from design briefs, rather than from captions and classes."""
+    return hasattr(pipeline, "brief_encoder")
+
+
+def _check_conditions(pipeline: Any, options: argparse.Namespace) -> None:
+    """Raises UserError for what this kind of model knows nothing of."""
+    foreign = CAPTION_OPTIONS if takes_briefs(pipeline) else ("brief", *BRIEF_FIELDS)
+    given = [name for name in foreign if getattr(options, name) is not None]
+    if given:
+        instead = (
+            "a design brief: --brief, --style, --palette, ..."
+            if takes_briefs(pipeline)
+            else "--prompt or --class_label"
+        )
+        raise UserError(
+            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__}; it takes {instead}"
+        )
+
+
+def generate(pipeline: Any, options: argparse.Namespace, briefs: Sequence[DesignBrief] = ()) -> list[list[Image]]:
+    """Rows (one for each prompt, label or brief) of `num_images` pictures.
 
     Raises:
         UserError: what the pipeline finds wrong with the arguments.
     """
     import torch
 
-    count = max(len(options.prompt or []), len(options.class_label or []), 1)
-    prompts = _per_row(options.prompt, count)
-    labels = _per_row([int(x) if x.isdecimal() else x for x in options.class_label or []] or None, count)
+    count = max(len(options.prompt or []), len(options.class_label or []), len(briefs), 1)
     wanted = [(row, column) for row in range(count) for column in range(options.num_images)]
     pictures: list[Image] = []
+
+    def conditions(rows: Sequence[int]) -> dict[str, Any]:
+        if takes_briefs(pipeline):
+            return {"briefs": [briefs[row] if briefs else {} for row in rows]}
+        return _captions(options, rows, count)
+
     for start in range(0, len(wanted), options.batch_size):
         batch = wanted[start : start + options.batch_size]
         try:
             pictures += pipeline(
-                prompt=prompts and [prompts[row] for row, _ in batch],
-                class_labels=labels and [labels[row] for row, _ in batch],
-                negative_prompt=options.negative_prompt,
+                **conditions([row for row, _ in batch]),
                 height=options.height,
                 width=options.width,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
-                # Without prompt and label there is one row, and its pictures are so many images of "nothing".
-                num_images_per_prompt=1 if prompts or labels else len(batch),
                 generator=[torch.Generator().manual_seed(options.seed + column) for _, column in batch],
             ).images
         except ValueError as error:
             raise UserError(str(error)) from error
     return [pictures[start : start + options.num_images] for start in range(0, len(pictures), options.num_images)]
+
+
+def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> dict[str, Any]:
+    """What a pipeline of captions and classes is asked for pictures of these rows, out of `count`."""
+    prompts = _per_row(options.prompt, count)
+    labels = _per_row([int(x) if x.isdecimal() else x for x in options.class_label or []] or None, count)
+    return {
+        "prompt": prompts and [prompts[row] for row in rows],
+        "class_labels": labels and [labels[row] for row in rows],
+        "negative_prompt": options.negative_prompt,
+        # Without prompt and label there is one row, and its pictures are so many images of "nothing".
+        "num_images_per_prompt": 1 if prompts or labels else len(rows),
+    }
 
 
 def picture_grid(rows: Sequence[Sequence[Image]]) -> Image:

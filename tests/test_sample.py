@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from pipelines.cli import UserError
+from pipelines.design_brief import FIELDS, DesignBrief
 from pipelines.loading import find_pipeline, load_pipeline
-from pipelines.sample import GAP, main, picture_grid
+from pipelines.sample import BRIEF_FIELDS, GAP, main, parse_arguments, picture_grid, read_briefs
 from tests.hub_server import HubServer, hub  # noqa: F401  (a fixture)
+from tests.test_poster_decoder import tiny_decoder
 from tests.tiny_models import tiny_pipeline
 
 SIDE = 8  # pixels of a tiny picture
@@ -68,6 +70,92 @@ def test_an_unconditional_model(tmp_path):
     )
     drawn = cells(output, 1, 3)
     assert len({picture.tobytes() for picture in drawn[0]}) == 3
+
+
+# --- design briefs
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder") / "pipeline"
+    tiny_decoder().save_pretrained(folder)
+    return folder
+
+
+def paint(decoder: Path, output: Path, *arguments: str) -> np.ndarray:
+    size = ["--height", str(SIDE), "--width", str(SIDE), "--num_inference_steps", "3", "--device", "cpu"]
+    main(["--model", str(decoder), *size, "--output", str(output), *arguments])
+    side = SIDE + GAP
+    shape = Image.open(output).size
+    return cells(output, (shape[1] - GAP) // side, (shape[0] - GAP) // side).astype(int)
+
+
+def test_a_brief_from_a_file_and_from_flags(decoder, tmp_path):
+    file = tmp_path / "brief.yaml"
+    file.write_text("style: swiss\npalette: ['#d33', '#fff']\npictures: 2\nenergy: 0.8\n")
+    options = ["--num_images", "2", "--scheduler", "ddim", "--guidance_scale", "4"]
+    from_file = paint(decoder, tmp_path / "file.png", "--brief", str(file), *options)
+    fields = ["--style", "swiss", "--palette", "#d33,#fff", "--pictures", "2", "--energy", "0.8"]
+    assert np.abs(paint(decoder, tmp_path / "flags.png", *fields, *options) - from_file).max() <= 1
+    other = paint(decoder, tmp_path / "other.png", "--brief", str(file), "--style", "pop", *options)
+    assert np.abs(other - from_file).max() > 1, "a flag wins over the file"
+    assert from_file.shape[:2] == (1, 2)
+
+
+def test_several_briefs_are_rows_and_none_is_an_open_one(decoder, tmp_path):
+    (tmp_path / "a.yaml").write_text("style: swiss")
+    rows = paint(decoder, tmp_path / "rows.png", "--brief", str(tmp_path / "a.yaml"), "random", "--num_images", "3")
+    assert rows.shape[:2] == (2, 3)
+    assert paint(decoder, tmp_path / "none.png", "--num_images", "2").shape[:2] == (1, 2)
+
+
+def test_a_random_brief_is_that_of_the_seed_and_is_told(decoder, tmp_path, capsys):
+    paint(decoder, tmp_path / "grid.png", "--brief", "random", "--seed", "3", "--pictures", "0", "--num_images", "1")
+    printed = capsys.readouterr().out.split("1 x 1 pictures")[0]
+    (tmp_path / "again.yaml").write_text(printed)
+    again = DesignBrief.from_yaml(tmp_path / "again.yaml")
+    assert again.to_dict() == DesignBrief.random(3).to_dict() | {"pictures": 0}
+
+
+def test_every_field_is_a_flag():
+    assert set(BRIEF_FIELDS) == set(FIELDS)
+    values = dict.fromkeys(FIELDS, "0.5") | {"style": "pop", "palette": "red", "pictures": "1", "text_blocks": "1"}
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    (brief,) = read_briefs(parse_arguments(["--model", "m", *words]))
+    assert set(brief.to_dict()) == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--style", "swis"], "style must be one of swiss, .*, but is 'swis'; did you mean 'swiss'"),
+        (["--palette", "#d33,blurple"], "palette: 'blurple' is no colour"),
+        (["--energy", "1.2"], r"energy must be a number in \[0, 1\], but is 1.2"),
+        (["--pictures", "7"], "pictures must be a whole number from 0 to 3, but is 7"),
+        (["--balance", "high"], "--balance: invalid float value: 'high'"),
+        (["--brief", "none.yaml"], "the brief none.yaml cannot be read: No such file"),
+        (
+            ["--prompt", "a poster"],
+            "--prompt says nothing to .* PosterDecoderPipeline; it takes a design brief",
+        ),
+        (["--class_label", "0"], "--class_label says nothing to"),
+        (["--height", "9"], "`height` must be a multiple of 2"),
+    ],
+)
+def test_bad_briefs(decoder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(["--model", str(decoder), "--num_inference_steps", "1", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--brief", "random"], ["--style", "pop"], ["--pictures", "0"]])
+def test_a_model_of_captions_takes_no_brief(model, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="says nothing to .* LatentDiffusionPipeline; it takes --prompt"):
+        main(["--model", str(model), *arguments])
+
+
+# --- bad input
 
 
 @pytest.mark.parametrize(
