@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipelines.cli import USER_ERROR_STATUS, UserError, entry_point
 from training.data import DataConfig, ImageDataset, LabelMap, load_all_splits, load_label_map, validate_data_config
-from training.data_checks import Problem, chunks, text_problems, verify_reason
+from training.data_checks import Problem, chunks, verify_reason
 from training.data_source import named_split, require_column, undecoded_images
 from training.fingerprints import encoded_bytes
 from training.parsing import parse_config
@@ -147,7 +147,7 @@ def _check_pictures(
 
 
 def _check_texts(report: SplitReport, images: ImageDataset, row: int, record: dict[str, Any]) -> None:
-    problems = text_problems(images, record)
+    problems = images.quick_problems(record)
     report.problems += [Problem(row, images.where(row), problem.column, str(problem)) for problem in problems]
     bad = {problem.column for problem in problems}
     if images.captions and images.config.caption_column not in bad:

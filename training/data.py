@@ -162,6 +162,7 @@ class ImageDataset(torch.utils.data.Dataset):
             require_column(dataset, config.label_column, "label_column")
             columns.append(config.label_column)
         self.dataset = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
+        self.quick_columns = columns[1:]
         # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -242,6 +243,17 @@ class ImageDataset(torch.utils.data.Dataset):
                 f"label {value!r} is none of the {len(self.label_map or ())} classes ({classes})",
             )
         return label
+
+    def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
+        """What is wrong with a row, as far as `quick_columns` tell: what can be checked without decoding pictures."""
+        problems = []
+        for wanted, read in ((self.captions, self.caption_of), (self.label_map is not None, self.label_of)):
+            try:
+                if wanted:
+                    read(row)
+            except BadSample as problem:
+                problems.append(problem)
+        return problems
 
     def where(self, index: int) -> str:
         """The row in words: its number in the stored split, and its file where it has one."""

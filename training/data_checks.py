@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.cli import UserError
-from training.data import BadSample, ImageDataset
+from training.data import ImageDataset
 from training.fingerprints import evenly_spaced
 from training.transforms import BrokenImage, verify_image
 
@@ -68,11 +68,10 @@ def scan(
     rank, processes = shard
     rows = evenly_spaced(len(dataset), max_rows)[rank::processes]
     report = ScanReport(len(rows) if len(dataset) <= max_rows else len(dataset) // processes)
-    columns = [name for name in dataset.dataset.column_names if name != dataset.config.image_column]
-    texts = dataset.dataset.select_columns(columns)
-    for chunk, values in chunks(texts, rows) if columns else ():
+    quick = dataset.dataset.select_columns(dataset.quick_columns)
+    for chunk, values in chunks(quick, rows) if dataset.quick_columns else ():
         for i, row in enumerate(chunk):
-            for problem in text_problems(dataset, {name: column[i] for name, column in values.items()}):
+            for problem in dataset.quick_problems({name: column[i] for name, column in values.items()}):
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
@@ -113,18 +112,6 @@ def require_clean(
             f"Looked at {report.images_checked:,} of {report.rows:,} pictures before starting; "
             "data_scripts/check_dataset.py looks at all of them."
         )
-
-
-def text_problems(dataset: ImageDataset, row: dict[str, Any]) -> list[BadSample]:
-    """What is wrong with a row's caption and label."""
-    problems = []
-    for wanted, read in ((dataset.captions, dataset.caption_of), (dataset.label_map is not None, dataset.label_of)):
-        try:
-            if wanted:
-                read(row)
-        except BadSample as problem:
-            problems.append(problem)
-    return problems
 
 
 def verified_images(

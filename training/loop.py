@@ -22,7 +22,7 @@ from .export import Exporter
 from .launch import on_main, start_accelerator
 from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
-from .prepare import make_missing
+from .prepare import interrupted_while_making
 from .reporting import Reporter
 from .run_config import RunConfig, this_command
 from .run_folder import RunFolder, start_logging
@@ -32,7 +32,18 @@ from .sizes import steps_per_epoch
 from .stage import Batch, Stage
 from .state import RunState, due
 from .tracking import parse_report_to
-from .validation import Interrupted, collate_function, evaluating, fetch, gather, to_device, validate
+from .validation import (
+    Interrupted,
+    collate_function,
+    evaluating,
+    fetch,
+    gather,
+    print_metrics,
+    to_device,
+    validate,
+    validate_only,
+)
+from .weights import load_initial_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,31 +79,27 @@ def train(build_stage: Callable[[], Stage], config: RunConfig) -> int:
 def _session(
     build_stage: Callable[[], Stage], config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal
 ) -> int:
-    if not config.dry_run:
+    own_folder = not (config.dry_run or config.validate_model)
+    if own_folder:
         on_main(accelerator, lambda: resume.open_run(folder, config))
-    start_logging(folder.log_file if accelerator.is_main_process and not config.dry_run else None)
-    on_main(accelerator, lambda: resume.compare_configs(folder, config))
+    start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
+    if not config.validate_model:
+        on_main(accelerator, lambda: resume.compare_configs(folder, config))
     if config.dry_run and (missing := dry_run.missing_inputs(config)):
         if accelerator.is_main_process:
             print(missing)
         return 0
-    if on_main(accelerator, lambda: _prepare(config, stop)):
+    if on_main(accelerator, lambda: interrupted_while_making(config.prepare, lambda: stop.requested)):
         return stop.exit_status(stop.requested or signal.SIGTERM)
     stage = build_stage()
     if config.dry_run:
         if accelerator.is_main_process:
             print(dry_run.report(stage, config, accelerator.num_processes))
         return 0
+    if config.validate_model:
+        load_initial_weights(config.validate_model, stage.ema_of, "--model")
+        return validate_only(stage, accelerator, config.seed, config.validation_batch_size or config.train_batch_size)
     return Trainer(stage, config, accelerator, folder, stop).run()
-
-
-def _prepare(config: RunConfig, stop: StopSignal) -> bool:
-    """Make inputs that are missing; True when a stop came between."""
-    try:
-        make_missing(config.prepare, lambda: stop.requested)
-    except Interrupted:
-        return True
-    return False
 
 
 class Trainer:
@@ -385,9 +392,7 @@ class Trainer:
 
     def _validate_only(self) -> int:
         metrics = self._validate()
-        if self.accelerator.is_main_process:
-            for name, value in (metrics or {}).items():
-                print(f"{name} {value:.6g}")
+        print_metrics(metrics, self.accelerator)
         return 0 if metrics is not None else self.stop.exit_status(self.stop.requested or signal.SIGTERM)
 
     def _previews(self) -> bool:

@@ -49,6 +49,9 @@ def parse_config(
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
     words = _spell_out_switches(words, config_class)
+    if any(field.name == "validate_model" for field in dataclasses.fields(config_class)):
+        # `model` is a group of flags there (--model.x); alone, the word means a model that is there already.
+        words = [re.sub(r"^--model(?==|$)", "--validate_model", word) for word in words]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)

@@ -67,6 +67,15 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
             raise UserError(f"{path} was not made (exit status {status}); run it by itself: python {command}")
 
 
+def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> bool:
+    """`make_missing`, and whether a stop came between."""
+    try:
+        make_missing(recipes, stop_requested)
+    except Interrupted:
+        return True
+    return False
+
+
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
     path = (ROOT / script).resolve()

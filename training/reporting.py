@@ -27,6 +27,7 @@ logger = logging.getLogger("halftone")
 
 # Without a terminal there is no bar: a line now and then says that it is alive.
 SECONDS_BETWEEN_LINES = 60.0
+FIGURES_IN_BAR = 5
 # Drawing takes half a second or more, which short epochs would feel.
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
@@ -94,11 +95,16 @@ class Reporter:
         loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
         if self._bar is not None and not self._bar.disable:
             self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
-            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s", refresh=False)
+            figures = "".join(f", {name.removeprefix('val_')} {value:.3g}" for name, value in self._figures())
+            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s{figures}", refresh=False)
             self._bar.update()
         elif now - self._line_said >= SECONDS_BETWEEN_LINES:
             self._line_said = now
             logger.info("step %d of %d: %s%.0f images/s", self.state.step, self.state.goal_steps, loss, speed)
+
+    def _figures(self) -> list[tuple[str, float]]:
+        """The first of the last validation's figures: what a bar has room for."""
+        return list(self.state.last_validation.items())[:FIGURES_IN_BAR]
 
     def log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
         """A row of metrics for the step just done: means since the last one, and what was validated."""

@@ -43,6 +43,8 @@ class RunConfig:
     """Print the resolved config, sizes, steps per epoch and a memory estimate, and exit."""
     validate_only: bool = option(False, on_resume="free")
     """Load the checkpoint, validate, print the figures, and exit."""
+    validate_model: str | None = option(None, on_resume="free")
+    """With --validate_only: another run, checkpoint or pipeline to validate, and no run folder; --model for short."""
 
     prepare: dict[str, str] = option({}, on_resume="free")
     """Inputs that may be missing: path → the script (and its flags) that makes it; for YAML files"""
@@ -148,6 +150,8 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise UserError for values that cannot be. Subclasses call this first."""
+        if self.validate_model and not self.validate_only:
+            raise UserError(f"--model {self.validate_model} names what to validate; add --validate_only")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
@@ -171,6 +175,11 @@ class RunConfig:
             raise UserError(f"--ema_decay is {self.ema_decay}; it must lie in [0, 1) (0.999 is a usual value)")
         if not (self.num_train_epochs or self.max_train_steps or self.extra_epochs):
             raise UserError("nothing to train: give --num_train_epochs, --max_train_steps or --extra_epochs")
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is a run that trains, rather than a look at a config or a model."""
+        return not (self.dry_run or self.validate_only)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every field, nested ones as dicts; secrets left out."""

@@ -30,10 +30,12 @@ from training.parsing import parse_config
 from training.perceptual import PerceptualLoss
 from training.previews import Previews
 from training.run_config import RunConfig, check_at_least, option
+from training.run_folder import has_checkpoint
 from training.sampler import Draws, SampleKey
 from training.sizes import check_deepest_feature_map
 from training.stage import Batch, Phase, Stage
 from training.validation import fetch
+from training.weights import load_initial_weights
 
 logger = logging.getLogger("halftone")
 
@@ -93,6 +95,8 @@ class Config(RunConfig, DataConfig):
     """The step from which the discriminator trains and counts"""
     discriminator_learning_rate: float | None = option(None)
     """Unset: that of the autoencoder"""
+    init_from: str | None = option(None)
+    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     latent_statistics_images: int = option(4096)
     """Images over which the latents' mean and deviation are measured at the end"""
 
@@ -312,6 +316,8 @@ class AutoencoderStage(Stage):
         self.autoencoder = build_autoencoder(config.model, config.resolution)
         some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self._train)))]
         start_from_principal_components(self.autoencoder, fetch(self._train, some)["pixel_values"])
+        if config.init_from and not has_checkpoint(config.output_dir):
+            load_initial_weights(config.init_from, {"vae": self.autoencoder})
         perceptual = PerceptualLoss(config.perceptual_backbone) if config.perceptual_weight else None  # type: ignore[arg-type]
         self.generator = AutoencoderPhase(self.autoencoder, config, perceptual)
         self.phases = [self.generator]
@@ -320,7 +326,7 @@ class AutoencoderStage(Stage):
             discriminator = PatchDiscriminator()
             self.generator.borrow(discriminator=discriminator)
             self.phases.append(DiscriminatorPhase(discriminator, self.generator.reconstruct, config))
-        self.ema_of = {"autoencoder": self.autoencoder}
+        self.ema_of = {"vae": self.autoencoder}  # as the pipeline calls it
 
     def train_data(self) -> ImageDataset:
         return self._train

@@ -210,7 +210,7 @@ class LatentDiffusionStage(Stage):
         if not has_checkpoint(config.output_dir):
             if config.init_from:
                 load_initial_weights(config.init_from, trained)
-            elif with_prior and not config.dry_run:
+            elif with_prior and config.trains:
                 self._warm_up_caption_prior()
         self.phases, self.ema_of = [self.phase], trained
 

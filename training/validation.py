@@ -94,6 +94,22 @@ def validate(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int)
     return stage.metrics(total)
 
 
+def validate_only(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int) -> int:
+    """Validate the stage's models as they are, outside any run, and print the figures; returns the exit status."""
+    for module in (*stage.frozen, *stage.phases):
+        module.to(accelerator.device)
+    with evaluating([*stage.frozen, *stage.phases], None):
+        print_metrics(validate(stage, accelerator, seed, batch_size), accelerator)
+    return 0
+
+
+def print_metrics(metrics: Mapping[str, float] | None, accelerator: Accelerator) -> None:
+    """One figure a line, on the main process."""
+    if accelerator.is_main_process:
+        for name, value in (metrics or {}).items():
+            print(f"{name} {value:.6g}")
+
+
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     """One small object from each process, in order of rank, on every process."""
     if accelerator.num_processes == 1:

@@ -1,0 +1,201 @@
+"""Read posters and report what they are made of:
+
+    python pipelines/analyze.py poster.png photo.jpg --model runs/posters/abstractor_small --output_dir report
+
+For every picture a PNG (the poster, its text and pictures marked, its colour roles, what leads the eye, its grammar) and
+for all of them report.json. Pictures may have any size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipelines.cli import UserError, entry_point, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+PANEL, MARGIN, GAP = 360, 24, 16
+PAPER, INK, FAINT, BAR = (255, 255, 255), (38, 38, 38), (225, 225, 225), (59, 111, 182)
+FONT_SIZE = 16
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    options = _parse(argv)
+    files = [Path(name).expanduser() for name in options.files]
+    pictures = [_open(path) for path in files]
+    folder = Path(options.output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); name a folder that can") from None
+    pipeline = _load(options.model)
+    report = []
+    for path, picture, sheet_path in zip(files, pictures, _sheet_paths(files, folder), strict=True):
+        reading = pipeline(picture, reading_size=options.reading_size)
+        facts = describe(reading, path)
+        sheet(picture, reading, facts).save(sheet_path)
+        report.append({**facts, "report": str(sheet_path)})
+        print(f"{path}: {_summary(facts)} → {sheet_path}")
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"All figures: {folder / 'report.json'}")
+    return None
+
+
+def describe(reading: Any, path: Path) -> dict[str, Any]:
+    """What was read of one picture, as plain values."""
+    import numpy as np
+
+    from pipelines.poster_domain import COLOR_ROLES
+
+    features = reading.features[0]
+    roles = np.bincount(features[2].astype(int).ravel(), minlength=len(COLOR_ROLES)) / features[2].size
+    facts: dict[str, Any] = {
+        "file": str(path),
+        "width": int(features.shape[2]),
+        "height": int(features.shape[1]),
+        "text_share": round(float(features[0].mean()), 4),
+        "picture_share": round(float(features[1].mean()), 4),
+        "color_role_shares": {name: round(float(share), 4) for name, share in zip(COLOR_ROLES, roles, strict=True)},
+    }
+    if reading.grammar is not None:
+        facts |= reading.counts[0]
+        facts["grammar"] = {name: round(value, 4) for name, value in reading.grammar[0].items()}
+    return facts
+
+
+def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
+    """The report on one picture: four panels and, where there is an abstractor, the grammar as bars."""
+    from PIL import Image as PIL_Image
+    from PIL import ImageDraw, ImageFont, ImageOps
+
+    from pipelines.layout_pictures import feature_picture, hierarchy_picture
+
+    features: np.ndarray = reading.features[0]
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    panels = {
+        "the poster": upright,
+        "text (red), pictures (green)": reading.overlays[0],
+        "colour roles": feature_picture(features),
+        "what leads the eye": hierarchy_picture(features),
+    }
+    font = ImageFont.load_default(FONT_SIZE)
+    scale = PANEL / max(upright.size)
+    width, height = (max(1, round(side * scale)) for side in upright.size)
+    rows = _rows(facts)
+    line = FONT_SIZE + 10
+    total_height = 2 * MARGIN + height + line + (GAP + line * ((len(rows) + 1) // 2))
+    page = PIL_Image.new("RGB", (2 * MARGIN + len(panels) * width + (len(panels) - 1) * GAP, total_height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for number, (title, panel) in enumerate(panels.items()):
+        x = MARGIN + number * (width + GAP)
+        smooth = PIL_Image.Resampling.LANCZOS if number < 2 or scale < 1 else PIL_Image.Resampling.NEAREST
+        draw.text((x, MARGIN), title, fill=INK, font=font)
+        page.paste(panel.resize((width, height), smooth), (x, MARGIN + line))
+        draw.rectangle((x, MARGIN + line, x + width - 1, MARGIN + line + height - 1), outline=FAINT)
+    top, half = MARGIN + line + height + GAP, (page.width - 2 * MARGIN + GAP) // 2
+    for number, (name, text, share) in enumerate(rows):
+        x, y = MARGIN + (number % 2) * half, top + (number // 2) * line
+        _bar(draw, (x, y), half - GAP, name, text, share, font)
+    return page
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str, float | None]]:
+    """(name, value as text, length of its bar or None) of each line below the panels."""
+    rows: list[tuple[str, str, float | None]] = [
+        ("text", f"{facts['text_share']:.0%} of the page", facts["text_share"]),
+        ("pictures", f"{facts['picture_share']:.0%} of the page", facts["picture_share"]),
+    ]
+    if "grammar" in facts:
+        rows[0] = ("text", f"{facts['text_blocks']} blocks, {rows[0][1]}", facts["text_share"])
+        rows[1] = ("pictures", f"{facts['pictures']}, {rows[1][1]}", facts["picture_share"])
+        rows += [(name.replace("_", " "), f"{value:.2f}", value) for name, value in facts["grammar"].items()]
+    return rows
+
+
+def _bar(draw: Any, at: tuple[int, int], width: int, name: str, text: str, share: float | None, font: Any) -> None:
+    x, y = at
+    names, texts = 11 * FONT_SIZE, 13 * FONT_SIZE
+    draw.text((x, y), name, fill=INK, font=font)
+    left, right = x + names, x + width - texts
+    draw.rectangle((left, y + 5, right, y + FONT_SIZE), fill=FAINT)
+    if share:
+        draw.rectangle((left, y + 5, left + max(1, round(share * (right - left))), y + FONT_SIZE), fill=BAR)
+    draw.text((right + GAP, y), text, fill=INK, font=font)
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    if "grammar" not in facts:
+        return f"text on {facts['text_share']:.0%}, pictures on {facts['picture_share']:.0%} of the page"
+    blocks, pictures = facts["text_blocks"], facts["pictures"]
+    return f"{blocks} text block{'s' * (blocks != 1)}, {pictures} picture{'s' * (pictures != 1)}"
+
+
+def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG for each file, named after it; files of one name from several folders are numbered."""
+    paths: list[Path] = []
+    for file in files:
+        path, number = folder / f"{file.stem}_layout.png", 1
+        while path in paths:
+            number += 1
+            path = folder / f"{file.stem}_{number}_layout.png"
+        paths.append(path)
+    return paths
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures of posters")
+    parser.add_argument("--model", required=True, help="a run of train_abstractor.py or train_encoder.py, a pipeline")
+    parser.add_argument("--reading_size", type=int, help="pixels of the shorter side (default: as it was trained)")
+    parser.add_argument("--output_dir", default="layout_report", help="for the PNGs and report.json")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        flag = unknown[0].lstrip("-").split("=")[0]
+        raise UserError(f"unknown argument {unknown[0]}{nearest(flag, known)} (--help lists the options)")
+    if options.reading_size is not None and options.reading_size < 16:
+        raise UserError(f"--reading_size is {options.reading_size}; it must be at least 16 pixels")
+    return options
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image as PIL_Image
+
+    try:
+        picture = PIL_Image.open(path)
+        picture.load()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name pictures of posters") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
+    return picture
+
+
+def _load(model: str) -> Any:
+    from pipelines.layout_analysis import LayoutAnalysisPipeline
+    from pipelines.loading import load_pipeline
+
+    pipeline = load_pipeline(model)
+    if not isinstance(pipeline, LayoutAnalysisPipeline) and type(pipeline).__name__ != "LayoutAnalysisPipeline":
+        raise UserError(
+            f"--model {model} is a {type(pipeline).__name__}, which reads no posters; "
+            "name a run of training/train_abstractor.py or training/train_encoder.py"
+        )
+    if pipeline.encoder is None:
+        raise UserError(f"--model {model} was trained without --encoder and reads no pictures; train it with one")
+    return pipeline
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,211 @@
+"""Train the layout encoder: a poster's picture → its feature tensor (text, pictures, colour roles, hierarchy).
+
+    accelerate launch training/train_encoder.py                           # small posters, made for you
+    accelerate launch training/train_encoder.py --config configs/experiments/posters/encoder_small.yaml
+    accelerate launch training/train_encoder.py --dataset_name data/posters_256 --resolution 256 --output_dir runs/mine
+
+Typed again, a command goes on where the run stood.
+B batch, H W pixels, K colour roles.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.cli import UserError, entry_point
+from pipelines.poster_domain import COLOR_ROLES
+from training.data import load_split
+from training.data_checks import require_clean
+from training.evaluation.images import to_pil
+from training.loop import train
+from training.parsing import parse_config
+from training.poster_data import PosterDataConfig, PosterDataset
+from training.previews import Previews
+from training.run_config import RunConfig, check_at_least, option
+from training.run_folder import has_checkpoint
+from training.sampler import Draws, SampleKey
+from training.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
+from training.sizes import check_deepest_feature_map
+from training.stage import Batch, Phase, Stage
+from training.validation import fetch, to_device
+from training.weights import load_initial_weights
+
+logger = logging.getLogger("halftone")
+
+PRESET = "configs/experiments/posters/encoder_tiny.yaml"
+PREVIEWS = 6
+MASKS = ("text_mask", "image_mask")
+
+
+@dataclass
+class LayoutEncoderConfig:
+    """The model; names are those of LayoutEncoderModel."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])
+    """Channels of each level; the first works on patches, each further one on half the side"""
+    patch_size: int = 1
+    """Side of the pixel patches that the network works on; 2 takes a quarter of the time"""
+    norm_num_groups: int = 8
+    """Groups of the group norms"""
+
+
+@dataclass
+class Config(RunConfig, PosterDataConfig):
+    """Flags of train_encoder.py."""
+
+    output_dir: str = option("runs/encoder", on_resume="free")
+    """The run folder"""
+    model: LayoutEncoderConfig = field(default_factory=LayoutEncoderConfig, metadata={"on_resume": "error"})
+    """The network"""
+    dice_weight: float = option(1.0)
+    """Weight of the Dice losses of masks and colour roles"""
+    ce_weight: float = option(1.0)
+    """Weight of the cross-entropies of masks and colour roles"""
+    mse_weight: float = option(5.0)
+    """Weight of the hierarchy's squared error"""
+    init_from: str | None = option(None)
+    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("dice_weight", "ce_weight", "mse_weight", "photometric_augmentation"):
+            check_at_least(name, getattr(self, name), 0)
+        if not (self.dice_weight or self.ce_weight or self.mse_weight):
+            raise UserError("nothing to learn from: one of --dice_weight, --ce_weight, --mse_weight must be above 0")
+        model = self.model
+        check_at_least("model.patch_size", model.patch_size, 1)
+        if not model.block_out_channels or any(w < 1 or w % model.norm_num_groups for w in model.block_out_channels):
+            raise UserError(
+                f"--model.block_out_channels {model.block_out_channels} must be multiples of "
+                f"--model.norm_num_groups {model.norm_num_groups}"
+            )
+        levels = len(model.block_out_channels)
+        check_deepest_feature_map(self.resolution, model.patch_size, levels, "--model.block_out_channels")
+
+
+class LayoutEncoderPhase(Phase):
+    """Dice and cross-entropy of what is a class, squared error of what is a number."""
+
+    name = "encoder"
+
+    def __init__(self, encoder: Any, config: Config):
+        super().__init__()
+        self.encoder, self.config = encoder, config
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        config, found = self.config, self.encoder(batch["pixel_values"])
+        metrics = {name: torch.stack(losses).sum() for name, losses in _losses(found, batch).items()}
+        weights = {"dice": config.dice_weight, "ce": config.ce_weight, "mse": config.mse_weight}
+        loss = torch.stack([weights[name] * value for name, value in metrics.items()]).sum()
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _losses(found: Any, batch: Batch) -> dict[str, list[Tensor]]:
+    """The terms of each kind, one for each head that has it."""
+    role = found.color_role.float()
+    dice = [dice_loss(role.softmax(1), one_hot(batch["color_role"], role.shape[1]))]
+    cross_entropy = [F.cross_entropy(role, batch["color_role"])]
+    for name in MASKS:
+        logits = found[name].float()
+        dice.append(dice_loss(logits.sigmoid(), batch[name]))
+        cross_entropy.append(F.binary_cross_entropy_with_logits(logits, batch[name]))
+    return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(found.hierarchy.float(), batch["hierarchy"])]}
+
+
+class LayoutEncoderStage(Stage):
+    name = "layout encoder"
+    card_template = "layout_encoder.md.jinja"
+    best_metric, best_is_lower = "val_text_iou", False
+
+    def __init__(self, config: Config):
+        from pipelines.layout_encoder import LayoutEncoderModel
+
+        self.config = config
+        self._train = PosterDataset(load_split(config, "train", config.seed), config)
+        held_out = load_split(config, "validation", config.seed)
+        self._validation = PosterDataset(held_out, config, augment=False) if len(held_out) else None
+        for data in filter(None, (self._train, self._validation)):
+            require_clean(data, tell=logger.info)
+        torch.manual_seed(config.seed)
+        model = config.model
+        self.encoder = LayoutEncoderModel(
+            block_out_channels=tuple(model.block_out_channels),
+            patch_size=model.patch_size,
+            norm_num_groups=model.norm_num_groups,
+            num_color_roles=len(COLOR_ROLES),
+            sample_size=config.resolution,
+        )
+        if config.init_from and not has_checkpoint(config.output_dir):
+            load_initial_weights(config.init_from, {"encoder": self.encoder})
+        self.phases = [LayoutEncoderPhase(self.encoder, config)]
+        self.ema_of = {"encoder": self.encoder}
+
+    def train_data(self) -> PosterDataset:
+        return self._train
+
+    def validation_data(self) -> PosterDataset | None:
+        return self._validation
+
+    def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        found = self.encoder(batch["pixel_values"])
+        count = len(batch["pixel_values"])
+        losses = sum(sum(terms) for terms in _losses(found, batch).values())
+        sums: dict[str, Any] = {"loss": count * losses, "count": torch.tensor(count)}
+        for name in MASKS:
+            both, either = mask_overlap(found[name] > 0, batch[name] > 0.5)
+            sums |= {f"{name}_both": both, f"{name}_either": either}
+        hits, totals = class_hits(found.color_role.argmax(1), batch["color_role"], len(COLOR_ROLES))
+        for role, hit, total in zip(COLOR_ROLES, hits, totals, strict=True):
+            sums |= {f"{role}_hit": hit, f"{role}_total": total}
+        sums["hierarchy"] = (found.hierarchy - batch["hierarchy"]).square().flatten(1).mean(1).sum()
+        return sums
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        hits, totals = ([sums[f"{role}_{what}"] for role in COLOR_ROLES] for what in ("hit", "total"))
+        return {
+            "val_loss": sums["loss"] / sums["count"],
+            "val_text_iou": sums["text_mask_both"] / max(sums["text_mask_either"], 1),
+            "val_image_iou": sums["image_mask_both"] / max(sums["image_mask_either"], 1),
+            "val_color_accuracy": mean_class_accuracy(hits, totals),
+            "val_hierarchy_mse": sums["hierarchy"] / sums["count"],
+        }
+
+    def previews(self) -> Previews:
+        from pipelines.layout_pictures import error_picture, feature_picture
+
+        data = self._validation or self._train
+        batch = fetch(data, [SampleKey(i, 0) for i in range(min(PREVIEWS, len(data)))])
+        found = self.encoder(to_device(batch, self._device)["pixel_values"]).f_tensor().cpu().numpy()
+        masks = [batch[name] for name in MASKS]
+        truth = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).numpy()
+        images, captions = [], []
+        for poster, true, predicted in zip(batch["pixel_values"], truth, found, strict=True):
+            error, share = error_picture(predicted, true)
+            images += [to_pil(poster), feature_picture(true), feature_picture(predicted), error]
+            captions += ["poster", "its features", "as the encoder reads it", f"wrong in {share:.1%} of the pixels"]
+        return Previews(images, captions, columns=4)
+
+    def pipeline(self):
+        from pipelines.layout_analysis import LayoutAnalysisPipeline
+
+        return LayoutAnalysisPipeline(encoder=self.encoder)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    return train(lambda: LayoutEncoderStage(config), config)
+
+
+if __name__ == "__main__":
+    entry_point(main)
