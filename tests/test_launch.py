@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.cli import UserError
-from tests.conftest import forget_accelerate
+from tests.conftest import ROOT, forget_accelerate
 from training import launch
 from training.launch import computes_in_bf16, on_main, plain_attention, start_accelerator, threads_per_process
 from training.run_config import RunConfig
@@ -109,3 +112,23 @@ def test_the_result_and_the_mistake_of_the_main_process():
 
     with pytest.raises(UserError, match="so and so"):
         on_main(accelerator, fail)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept():
+    """Forty blocks of 32 MB, one after another: pages are fetched for the first of them, not for each."""
+    code = (
+        "import os, resource, torch; from training.launch import start_accelerator; "
+        "from training.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"
+        "torch.ones(2**23)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(40): torch.ones(2**23)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**25)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    blocks = {}
+    for kept, environment in ((True, clean), (False, {**clean, "MALLOC_TRIM_THRESHOLD_": "131072"})):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        blocks[kept] = float(done.stdout.split()[-1])
+    assert blocks[True] < 8 < 20 < blocks[False]
