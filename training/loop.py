@@ -24,7 +24,7 @@ from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
 from .prepare import interrupted_while_making
 from .reporting import Reporter
-from .run_config import RunConfig, this_command
+from .run_config import RunConfig
 from .run_folder import RunFolder, start_logging
 from .sampler import BatchLayout, Draws, StepSampler
 from .signals import StopSignal, ignore_interrupts
@@ -234,18 +234,15 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.reporter.trackers.summary(self._record())
             self.reporter.trackers.finish()
+            self.reporter.end_session()
         return 0
 
     def _leave(self) -> int:
         """After a stop: everything is saved; say how to go on."""
         number = self.stop.requested or signal.SIGTERM
         if self.accelerator.is_main_process:
-            logger.info(
-                "stopped at step %d of %d; everything is saved. To go on: %s",
-                self.state.step,
-                self.state.goal_steps,
-                this_command(),
-            )
+            logger.info("stopped at step %d of %d; everything is saved", self.state.step, self.state.goal_steps)
+            self.reporter.end_session()
             self.reporter.trackers.finish()
             self.exporter.close()
         numbers = [n for n in gather(self.accelerator, self.stop.requested) if n is not None]

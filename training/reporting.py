@@ -15,8 +15,9 @@ from .advice import EpochSummary, advice
 from .curves import draw_training_curves
 from .metrics_log import EpochLoss, MetricsLog
 from .previews import Previews, save_png
-from .run_config import RunConfig
-from .run_folder import RunFolder
+from .run_config import RunConfig, this_command
+from .run_folder import RunFolder, write_atomically
+from .sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
 from .state import RunState
 from .tracking import Trackers, parse_report_to, start_trackers
 
@@ -136,12 +137,19 @@ class Reporter:
         from .evaluation.collapse import collapse_warnings
 
         step, spe = self.state.step, self.steps_per_epoch
-        name = f"epoch_{step // spe:04d}.png" if step % spe == 0 else f"step_{step:08d}.png"
-        save_png(previews.grid(), self.folder.samples / name)
+        save_png(previews.grid(), self.folder.samples / grid_name(step, spe))
+        if (strip := progress_strip(self.folder.samples, spe, step)) is not None:
+            save_png(strip, self.folder.samples / STRIP)
         self.trackers.log_images(previews.images, previews.captions, step)
         if previews.references:
             for warning in collapse_warnings(previews.images, previews.references, previews.captions):
                 logger.warning("%s", warning)
+
+    def end_session(self) -> None:
+        """The run so far, on the terminal and in sessions.md."""
+        told = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command())
+        write_atomically(self.folder.path / REPORT, f"# {self.folder.path.name}\n\n{session_report(*told)}\n")
+        logger.info("%s", session_report(*told, most_epochs=MOST_EPOCHS))
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         state = self.state

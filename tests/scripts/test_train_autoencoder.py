@@ -54,7 +54,8 @@ def launched(tmp_path_factory, autoencoder_flags) -> Path:
 def test_the_run_folder_is_complete(launched):
     files = {"config.yaml", "metrics.csv", "training_curves.png", "run.log", "record.json"}
     assert {p.name for p in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
-    assert {p.name for p in (launched / "samples").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+    samples = {"epoch_0001.png", "epoch_0002.png", "progress.png"}
+    assert {p.name for p in (launched / "samples").iterdir()} == samples
     with Image.open(launched / "pipeline/samples.png") as picture:
         assert picture.size > (64, 64)
     last = rows(launched)[-1]

@@ -75,7 +75,9 @@ def launched(tmp_path_factory, flags) -> Path:
 def test_the_run_folder_is_complete(launched):
     files = {"config.yaml", "metrics.csv", "training_curves.png", "run.log", "record.json"}
     assert {path.name for path in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
-    assert {p.name for p in (launched / "samples").iterdir()} >= {"epoch_0001.png", "epoch_0002.png"}
+    samples = {"epoch_0001.png", "epoch_0002.png", "progress.png"}
+    assert {p.name for p in (launched / "samples").iterdir()} == samples
+    assert "2 of 2 epochs (8 steps) in 1 session" in (launched / "sessions.md").read_text()
     card = (launched / "pipeline/README.md").read_text()
     assert "paints posters of 32 × 32 pixels from design briefs" in card
     assert rows(launched)[-1]["val_loss"]

@@ -63,7 +63,8 @@ def cache(tmp_path_factory, posters, autoencoder) -> Path:
 def test_the_run_folder_is_complete(launched):
     files = {"config.yaml", "metrics.csv", "training_curves.png", "run.log", "record.json"}
     assert {p.name for p in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
-    assert {p.name for p in (launched / "samples").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+    samples = {"epoch_0001.png", "epoch_0002.png", "progress.png"}
+    assert {p.name for p in (launched / "samples").iterdir()} == samples
     assert (launched / "pipeline/README.md").is_file()
     assert rows(launched)[-1]["val_loss"]
 
