@@ -75,3 +75,30 @@ def test_settings_are_checked():
     for field, value in (("optimizer", "adamv"), ("lr_scheduler", "cosin"), ("learning_rate", 0.0), ("ema_decay", 1.0)):
         with pytest.raises(UserError, match=field):
             RunConfig(**{field: value}).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_clipped_step_is_a_step_on_scaled_gradients(name, dtype, tmp_path):
+    """In the fused kernels or before them: the same weights as from gradients scaled by hand."""
+    from accelerate import Accelerator
+
+    config = RunConfig(output_dir=str(tmp_path), optimizer=name)
+    weights = []
+    for by_hand in (True, False):
+        parameters = [nn.Parameter(torch.linspace(-1, 1, 50, dtype=dtype)), nn.Parameter(torch.ones(3, 4, dtype=dtype))]
+        optimizer = Accelerator(cpu=True).prepare_optimizer(optimizers.build_optimizer(config, parameters, 0.1))
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if by_hand:
+                for parameter in parameters:
+                    parameter.grad *= 0.5 / norm
+                optimizer.step()
+            else:
+                optimizers.clipped_step(optimizer, parameters, norm, 0.5)
+        weights.append(parameters)
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5), name

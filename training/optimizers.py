@@ -79,6 +79,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def clipped_step(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """`optimizer.step()` on gradients whose global `norm` is scaled down to `max_norm`.
+
+    Args:
+        optimizer: as Accelerate wraps it.
+    """
+    inner = optimizer.optimizer
+    fused = getattr(inner, "_step_supports_amp_scaling", False) and norm.dtype == torch.float32
+    if fused and optimizer.scaler is None:
+        # Fused kernels divide as they read, which spares a pass over all gradients: what a GradScaler asks of them.
+        inner.grad_scale = (norm + 1e-6) / max_norm  # as clip_grads_with_norm_ has it
+        try:
+            optimizer.step()
+        finally:
+            del inner.grad_scale
+        return
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
+
+
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors and a JSON-able rest; bitsandbytes nests quantized states one deeper."""
     state = optimizer.state_dict()

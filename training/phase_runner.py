@@ -84,10 +84,11 @@ class PhaseRunner:
         # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
         if finite:
-            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, gradient_norm)
             optimizers.set_learning_rate(self.optimizer, self.learning_rate * learning_rate_factor)
-            self.optimizer.step()
+            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+                optimizers.clipped_step(self.optimizer, self.parameters, gradient_norm, self.config.max_grad_norm)
+            else:
+                self.optimizer.step()
         elif scaler is not None:
             scaler.update()
         if self.accelerator.scaler is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipelines.cli import UserError
 
 from .run_config import check_at_least
 
 WORD_STD, POSITION_STD = 1.0, 0.2
+MOST_KNOWN_CAPTIONS = 100_000
 
 
 @dataclass
@@ -55,6 +58,25 @@ def load_tokenizer(name_or_path: str) -> Any:
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")
     return tokenizer
+
+
+class CaptionIds:
+    """Token ids of captions, each tokenized once and remembered: B texts → B L, int64."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        from pipelines.latent_diffusion import tokenize_captions
+
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if len(self._known) + len(new) > MOST_KNOWN_CAPTIONS:
+            self._known.clear()
+            new = list(dict.fromkeys(captions))
+        if new:
+            self._known |= zip(new, tokenize_captions(self._tokenizer, new, self._max_length), strict=True)
+        return torch.stack([self._known[caption] for caption in captions])
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:

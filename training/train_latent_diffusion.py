@@ -123,6 +123,7 @@ class LatentDiffusionPhase(Phase):
         else:
             self.borrow(text_encoder=text_encoder)
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.caption_ids = text.CaptionIds(tokenizer, max_length)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time."""
@@ -136,13 +137,13 @@ class LatentDiffusionPhase(Phase):
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor | None]:
         """The U-Net's arguments beside latents and timesteps; `dropped`: B, bool."""
-        from pipelines.latent_diffusion import encode_captions, null_class, tokenize_captions
+        from pipelines.latent_diffusion import encode_captions, null_class
 
         # The stock U-Net wants the argument even where nothing attends to text.
         arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
         if self.tokenizer is not None:
             captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
-            ids = tokenize_captions(self.tokenizer, captions, self.max_length).to(dropped.device)
+            ids = self.caption_ids(captions).to(dropped.device)
             arguments["encoder_hidden_states"] = encode_captions(self.text_encoder, ids)
         if self.unet.config.num_class_embeds:
             arguments["class_labels"] = torch.where(dropped, null_class(self.unet), batch["label"])

@@ -162,10 +162,8 @@ def dropped(stage, data, steps: int, monkeypatch, dropout: float) -> torch.Tenso
     """Which samples lost their caption, steps × 100: seen where the text encoder gets its tokens."""
     stage.config.cfg_dropout = dropout
     captions: list[list[str]] = []
-    import pipelines.latent_diffusion as module
-
-    tokenize = module.tokenize_captions
-    monkeypatch.setattr(module, "tokenize_captions", lambda t, c, n: captions.append(list(c)) or tokenize(t, c, n))
+    ids_of = stage.phase.caption_ids
+    monkeypatch.setattr(stage.phase, "caption_ids", lambda texts: captions.append(list(texts)) or ids_of(texts))
     batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
     assert all(batch["caption"])
     with torch.no_grad():
@@ -228,3 +226,20 @@ def test_a_run_that_was_started_from_another_goes_on_without_it(tmp_path, launch
     train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "1")
     shutil.rmtree(tmp_path / "source")
     assert train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "2") == 0
+
+
+def test_remembered_captions_have_the_ids_of_the_tokenizer(tokenizer, monkeypatch):
+    """In any order, seen before or not, and after the memory was emptied."""
+    from pipelines.latent_diffusion import tokenize_captions
+    from training import text
+
+    words = text.load_tokenizer(str(tokenizer))
+    monkeypatch.setattr(text, "MOST_KNOWN_CAPTIONS", 4)
+    remembered = text.CaptionIds(words, 12)
+    batches = [
+        ["a red poster", "", "blue on cream"],
+        ["blue on cream", "a red poster", "a red poster"],
+        ["x", "y", "title at the top"],
+    ]
+    for captions in [*batches, *batches]:
+        assert torch.equal(remembered(captions), tokenize_captions(words, captions, 12))
