@@ -22,8 +22,8 @@ from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.cli import UserError, entry_point
 from training.parsing import parse_config
 
-FORMAT_VERSION = 1
-"""Raised whenever the same options would give other posters."""
+FORMAT_VERSION = 2
+"""Raised whenever the same options would give other rows."""
 
 CONTACT_SHEET_POSTERS = 18
 HELD_OUT_MINIMUM = 64
@@ -38,8 +38,9 @@ class MakePostersConfig:
     """How many posters, over all splits."""
     resolution: Literal[64, 128, 256] = 64
     """Pixels along each side."""
-    complexity: Literal["plain", "standard"] = "plain"
-    """plain: flat shapes on a grid in palette colours; standard: with textures, gradients and overlaps."""
+    complexity: Literal["plain", "standard", "rich"] = "plain"
+    """plain: flat shapes on a grid in palette colours; standard: with textures, gradients and overlaps; rich: with
+    turned text, photographs and JPEG noise besides."""
     seed: int = 0
     """Another seed gives other posters."""
     validation_fraction: float = 0.05

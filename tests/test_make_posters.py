@@ -21,14 +21,16 @@ from data_scripts.make_posters import MakePostersConfig, main
 from data_scripts.posters.brief import CHARACTERS, PRIMARIES_ON
 from data_scripts.posters.captions import PICTURE_WORDS, TITLE_WORDS
 from data_scripts.posters.dataset import split_indices
+from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import GRAMMARS
 from data_scripts.posters.lettering import font_path
 from data_scripts.posters.motifs import MOTIFS
-from data_scripts.posters.records import PosterOptions, make_row
+from data_scripts.posters.records import COLUMNS, PosterOptions, make_row
 from pipelines.cli import UserError
 from pipelines.poster_domain import (
     COLOR_ROLES,
     COLORS,
+    GRAMMAR,
     STYLES,
     color_distance,
     nearest_color_name,
@@ -86,7 +88,7 @@ def test_fonts_come_with_matplotlib() -> None:
         assert font_path(grammar.font).is_relative_to(matplotlib.get_data_path())
 
 
-@pytest.mark.parametrize("complexity", ["plain", "standard"])
+@pytest.mark.parametrize("complexity", ["plain", "standard", "rich"])
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, complexity: str) -> None:
     for workers in (1, 3):
         main(arguments(tmp_path / str(workers), num_workers=workers, complexity=complexity))
@@ -110,6 +112,11 @@ def test_folder_loads_with_splits_and_features(folder: Path, tmp_path: Path) -> 
     assert {kind["kind"] for kind in row["elements"]} >= {"title"}
     indices = sorted(index for rows in loaded.values() for index in rows["index"])
     assert indices == list(range(40))
+    for row in loaded["train"]:
+        assert {name: np.float32(value) for name, value in design_grammar(row["elements"]).items()} == {
+            name: np.float32(row[name]) for name in GRAMMAR
+        }
+    assert {features[name].dtype for name in GRAMMAR} == {"float32"}
 
 
 def test_folder_says_what_is_in_it(folder: Path) -> None:
@@ -118,6 +125,20 @@ def test_folder_says_what_is_in_it(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "split: validation" in card
     assert "`color_role`" in card
+
+
+@pytest.mark.parametrize("complexity", ["plain", "standard", "rich"])
+def test_grammar_can_be_recomputed_from_the_row(complexity: str) -> None:
+    values = []
+    for index in range(40):
+        row = make_row(PosterOptions(1, 64, complexity), index)
+        assert set(row) == set(COLUMNS)
+        grammar = design_grammar(row["elements"])
+        assert tuple(grammar) == GRAMMAR
+        assert grammar == {name: row[name] for name in GRAMMAR}
+        values.append(list(grammar.values()))
+    # Every number tells posters apart.
+    assert (np.std(values, axis=0) > 0.01).all()
 
 
 def test_caption_names_what_is_measured(plain_rows: list[dict]) -> None:
@@ -142,7 +163,7 @@ def test_palette_is_what_is_drawn(plain_rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 256])
-@pytest.mark.parametrize("complexity", ["plain", "standard"])
+@pytest.mark.parametrize("complexity", ["plain", "standard", "rich"])
 def test_feature_maps_agree_with_the_elements(resolution: int, complexity: str) -> None:
     for index in range(12):
         row = make_row(PosterOptions(3, resolution, complexity), index)
@@ -157,10 +178,16 @@ def test_feature_maps_agree_with_the_elements(resolution: int, complexity: str) 
             if element["kind"] == "picture":
                 expected[y0:y1, x0:x1] = 255
             if element["kind"] == "title":
-                assert (picture(row, "text_mask")[y0:y1, x0:x1] == 255).all()
-                assert (picture(row, "hierarchy")[y0:y1, x0:x1] == 255).all()
+                upright = complexity != "rich"  # the box of a turned title is not full
+                assert (picture(row, "text_mask")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
+                assert (picture(row, "hierarchy")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
                 assert (picture(row, "color_role")[y0:y1, x0:x1] == COLOR_ROLES.index("ink")).any()
-        assert np.array_equal(picture(row, "image_mask"), expected)
+        mask = picture(row, "image_mask")
+        if complexity == "rich" and GRAMMARS[row["style"]].inverted:  # a turned band may lie over a picture's corner
+            assert (mask <= expected).all()
+            assert mask.sum() > 0.75 * expected.sum() or not row["pictures"]
+        else:
+            assert np.array_equal(mask, expected)
         assert set(np.unique(picture(row, "text_mask"))) <= {0, 255}
         assert picture(row, "color_role").max() < len(COLOR_ROLES)
 
@@ -236,7 +263,7 @@ def test_other_contents_are_refused_or_set_aside(tmp_path: Path) -> None:
     [
         ("num_posters", 0, "num_posters is 0"),
         ("resolution", 100, "resolution"),
-        ("complexity", "rich", "complexity"),
+        ("complexity", "baroque", "complexity.*plain.*standard.*rich"),
         ("seed", -1, "seed is -1"),
         ("num_workers", -2, "num_workers is -2"),
         ("test_fraction", 1.5, "test_fraction is 1.5"),
@@ -256,6 +283,18 @@ def test_output_that_cannot_be_made(tmp_path: Path) -> None:
         main(arguments(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written"):
         main(arguments(tmp_path / "file" / "posters"))
+
+
+def test_help_names_the_complexities() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert all(f"{word}: " in " ".join(done.stdout.split()) for word in ("plain", "standard", "rich"))
+
+
+def test_rich_posters_have_a_contact_sheet(tmp_path: Path) -> None:
+    main(arguments(tmp_path / "rich", num_posters=6, complexity="rich"))
+    with Image.open(tmp_path / "rich" / "contact_sheet.png") as sheet:
+        assert len(sheet.getcolors(10**7) or ()) > 5000  # photographs
 
 
 def test_error_of_the_real_command_is_one_message() -> None:
@@ -282,12 +321,12 @@ def test_killed_run_leaves_no_half_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complexity", ["plain", "standard"])
-def test_two_cores_make_forty_posters_a_second(complexity: str) -> None:
-    """At 256 px, in CPU time, which other processes do not spoil: 50 ms a poster on each of two cores."""
+@pytest.mark.parametrize(("complexity", "posters_per_second"), [("plain", 40), ("standard", 40), ("rich", 15)])
+def test_posters_per_second_on_two_cores(complexity: str, posters_per_second: int) -> None:
+    """At 256 px, in CPU time, which other processes do not spoil: forty a second is 50 ms each on each of two cores."""
     options = PosterOptions(0, 256, complexity)
     make_row(options, 0)
     started = time.process_time()
     for index in range(1, 61):
         make_row(options, index)
-    assert (time.process_time() - started) / 60 < 0.05
+    assert (time.process_time() - started) / 60 < 2 / posters_per_second

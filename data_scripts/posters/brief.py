@@ -106,6 +106,10 @@ class PosterBrief:
         name = {"background": self.background, "surface": self.ink, "primary": self.primary, "ink": self.ink}.get(role)
         return COLORS[name or self.accent or self.primary]
 
+    def seen_role(self, role: str) -> str:
+        """The role that a colour is seen to have: where a poster has no accent of its own, "accent" is the primary."""
+        return "primary" if role == "accent" and self.accent is None else role
+
 
 def pick(rng: np.random.Generator, items: Sequence[Item], weights: Sequence[float] | None = None) -> Item:
     """One of `items`, by weight; takes exactly one number from `rng`."""

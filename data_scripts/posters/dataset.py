@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_scripts.posters.records import COLUMNS, PosterOptions, Row, make_row
-from pipelines.poster_domain import STYLES
+from pipelines.poster_domain import GRAMMAR, STYLES
 
 if TYPE_CHECKING:
     import datasets
@@ -49,7 +49,7 @@ def dataset_features() -> datasets.Features:
     box = {name: Value("float32") for name in ("hierarchy", "x0", "y0", "x1", "y1")}
     features: dict[str, Any] = {name: Value("string") for name in COLUMNS}
     features |= {name: Image() for name in IMAGE_COLUMNS}
-    features |= {name: Value("float32") for name in ("energy", "formality", "warmth")}
+    features |= {name: Value("float32") for name in ("energy", "formality", "warmth", *GRAMMAR)}
     features |= {name: Value("int32") for name in ("text_blocks", "pictures")}
     features |= {name: [Value("string")] for name in ("palette", "palette_names")}
     features["index"] = Value("int64")

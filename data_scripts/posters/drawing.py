@@ -1,26 +1,24 @@
-"""From elements to pixels: the poster itself (drawn four times too large, then averaged down) and its feature maps.
+"""From elements to pixels: the poster and, in the same strokes, its feature maps.
 
 Legend: S pixels along one side of the finished poster; u grid units, UNITS along one side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data_scripts.posters.brief import PosterBrief, pick
-from data_scripts.posters.elements import UNITS, Box, Element, Scene, Shape, TextLines, Title
+from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, corners_of, turned
 from data_scripts.posters.layout import TITLE_BAND
-from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, word_mask
+from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, text_width, word_mask
+from data_scripts.posters.photographs import take_photograph
 from data_scripts.posters.pictures import paint_scene
-from data_scripts.posters.textures import cast_shadow, graded, with_grain
+from data_scripts.posters.sheet import SUPERSAMPLING, Color, FeatureMaps, Fill, Sheet
+from data_scripts.posters.textures import cast_shadow, graded, with_grain, with_jpeg_noise
 from pipelines.poster_domain import COLOR_ROLES
-
-SUPERSAMPLING = 4
-"""Averaging 4 × 4 samples keeps flat colours exactly flat and gives edges without the halo of a sharpening filter."""
 
 GREEKED_BELOW = 6
 """Small text whose x-height is under this many pixels is set as bars ("greeked"): letters would be grey mush."""
@@ -31,113 +29,92 @@ KEYLINE = 0.25
 SHADOW = 0.4
 BODY_X_HEIGHT = 0.5
 BODY_FONT_SIZE = 0.7
+BAND_MARGIN = 0.5
+"""Of a turned title's band, above and below the letters (u)."""
 GRADED_ROLES = ("background", "primary", "accent")
 
 
-Fill = int | tuple[int, int, int] | Image.Image
-"""A value, a colour, or a picture as large as the page that shows through where there is a shape."""
-
-
 @dataclass(frozen=True)
-class FeatureMaps:
-    """F_Tensor as uint8 "L" images, S × S: masks {0, 255}, class ids 0..5, hierarchy 0..255."""
+class DrawnPoster:
+    """P_Image ("RGB") and F_Tensor, both S × S."""
 
-    text_mask: Image.Image
-    image_mask: Image.Image
-    color_role: Image.Image
-    hierarchy: Image.Image
-
-
-class Page:
-    """A square of pixels addressed in grid units."""
-
-    def __init__(self, pixels: int, mode: str, fill: Fill):
-        self.scale = pixels / UNITS
-        self.image = fill.copy() if isinstance(fill, Image.Image) else Image.new(mode, (pixels, pixels), fill)
-
-    def pixel_box(self, box: Box) -> tuple[int, int, int, int]:
-        x0, y0, x1, y1 = (round(value * self.scale) for value in box)
-        return x0, y0, x1, y1
-
-    def fill_box(self, box: Box, fill: Fill) -> None:
-        corners = self.pixel_box(box)
-        self.image.paste(fill.crop(corners) if isinstance(fill, Image.Image) else fill, corners)
-
-    def draw_shapes(self, box: Box, shapes: tuple[Shape, ...], fills: Mapping[str, Fill], opacity: float = 1.0) -> None:
-        """Draw `shapes` clipped to `box`; `fills` maps a role to what this page paints it with."""
-        x0, y0, x1, y1 = self.pixel_box(box)
-        # Shapes are drawn as the numbers of their roles; the fills are then laid in where the numbers are.
-        names = list(fills)
-        roles = Image.new("L", (x1 - x0, y1 - y0), 0)
-        draw = ImageDraw.Draw(roles)
-        for shape in shapes:
-            number = names.index(shape.role) + 1
-            points = [(x * self.scale - x0, y * self.scale - y0) for x, y in shape.points]
-            if shape.kind == "polygon":
-                draw.polygon(points, fill=number)
-                continue
-            (left, top), (right, bottom) = points  # Pillow counts the last row and column in
-            corners = (left, top, max(right - 1, left), max(bottom - 1, top))
-            getattr(draw, shape.kind)(corners, fill=number)
-        for number in {names.index(shape.role) + 1 for shape in shapes}:
-            covered = roles.point([round(255 * opacity) if value == number else 0 for value in range(256)])
-            fill = fills[names[number - 1]]
-            inside = fill.crop((x0, y0, x1, y1)) if isinstance(fill, Image.Image) else fill
-            self.image.paste(inside, (x0, y0, x1, y1), covered)
+    image: Image.Image
+    maps: FeatureMaps
 
 
 def draw_poster(
     brief: PosterBrief, elements: list[Element], resolution: int, complexity: str, seed: int
-) -> Image.Image:
-    """The finished poster: RGB, `resolution` px square. `seed` is for textures and the words of the small text."""
+) -> DrawnPoster:
+    """The finished poster, `resolution` px square. `seed` is for textures and the words of the small text."""
     rng = np.random.default_rng(seed)
-    pixels = resolution * SUPERSAMPLING
-    standard = complexity == "standard"
-    fills: dict[str, Fill] = {role: brief.color_of(role) for role in COLOR_ROLES}
-    if standard:
-        graded_fills = {role: graded(brief.color_of(role), resolution, SUPERSAMPLING, rng) for role in GRADED_ROLES}
-        fills |= {**graded_fills, "secondary": graded_fills["accent"]}
-    page = Page(pixels, "RGB", fills["background"])
+    sheet = _blank_sheet(brief, resolution, complexity, rng)
     for element in elements:
         content = element.content
         if isinstance(content, tuple):
-            page.draw_shapes(element.box, content, fills, element.opacity)
+            sheet.print_shapes(element.box, content, round(255 * element.hierarchy), element.opacity)
         elif isinstance(content, Scene):
-            _draw_picture(page, element.box, content, brief.color_of("ink"), shaded=standard)
+            _draw_picture(sheet, element, content, brief.color_of("ink"), complexity)
         elif isinstance(content, TextLines):
-            _draw_lines(page, element.box, content, brief.color_of("ink"), resolution, rng)
+            _draw_lines(sheet, element, content, brief.color_of("ink"), pick(rng, range(len(PHRASES))))
         else:
-            _draw_title(page, brief, element.box, content)
-    poster = page.image.reduce(SUPERSAMPLING)
-    return with_grain(poster, rng) if standard else poster
+            _draw_title(sheet, brief, element, content)
+    image = sheet.poster()
+    if complexity != "plain":
+        image = with_grain(image, rng)
+    if complexity == "rich":
+        image = with_jpeg_noise(image, rng)
+    return DrawnPoster(image, sheet.feature_maps())
 
 
-def _draw_picture(page: Page, box: Box, scene: Scene, ink: tuple[int, int, int], *, shaded: bool) -> None:
-    x0, y0, x1, y1 = page.pixel_box(box)
-    if shaded:
-        cast_shadow(page.image, (x0, y0, x1, y1), round(SHADOW * page.scale))
-    page.fill_box(box, ink)
-    line = max(round(KEYLINE * page.scale), 1)
+def _blank_sheet(brief: PosterBrief, resolution: int, complexity: str, rng: np.random.Generator) -> Sheet:
+    fills: dict[str, Fill] = {role: brief.color_of(role) for role in COLOR_ROLES}
+    if complexity != "plain":
+        graded_fills = {role: graded(brief.color_of(role), resolution, SUPERSAMPLING, rng) for role in GRADED_ROLES}
+        fills |= {**graded_fills, "secondary": graded_fills["accent"]}
+    return Sheet(resolution, fills, {role: COLOR_ROLES.index(brief.seen_role(role)) for role in COLOR_ROLES})
+
+
+def _draw_picture(sheet: Sheet, element: Element, scene: Scene, ink: Color, complexity: str) -> None:
+    """The picture in its keyline of ink; its shadow only darkens what it falls on, so the maps do not know it."""
+    x0, y0, x1, y1 = box = sheet.pixel_box(element.box)
+    if complexity != "plain":
+        cast_shadow(sheet.paper, box, round(SHADOW * sheet.scale))
+    sheet.print_box(element.box, ink, "ink")
+    line = max(round(KEYLINE * sheet.scale), 1)
     size = (x1 - x0 - 2 * line, y1 - y0 - 2 * line)
-    page.image.paste(paint_scene(scene.subject, size, scene.seed, shaded=shaded), (x0 + line, y0 + line))
+    sheet.paper.paste(_picture(sheet, scene, size, complexity), (x0 + line, y0 + line))
+    sheet.mark_box(element.box, image_mask=255, hierarchy=round(255 * element.hierarchy))
+    left, top, right, bottom = element.box
+    sheet.mark_box((left + KEYLINE, top + KEYLINE, right - KEYLINE, bottom - KEYLINE), color_role=_SURFACE)
 
 
-def _draw_lines(
-    page: Page, box: Box, lines: TextLines, ink: tuple[int, int, int], resolution: int, rng: np.random.Generator
-) -> None:
-    first_phrase = pick(rng, range(len(PHRASES)))
-    boxes = line_boxes(box, lines)
-    if BODY_X_HEIGHT * resolution / UNITS < GREEKED_BELOW:
-        for line_box in boxes:
-            page.fill_box(line_box, ink)
-        return
-    font_pixels = round(BODY_FONT_SIZE * page.scale)
-    corners = [page.pixel_box(line_box) for line_box in boxes]
-    texts = flow_text(first_phrase, tuple(x1 - x0 for x0, _, x1, _ in corners), font_pixels)
-    for text, (x0, y0, x1, y1) in zip(texts, corners, strict=True):
-        height = 2 * (y1 - y0)
-        mask = line_mask(text, (x1 - x0, height), font_pixels, lines.align)
-        page.image.paste(ink, (x0, y0 - (y1 - y0) // 2), mask)
+def _picture(sheet: Sheet, scene: Scene, size: tuple[int, int], complexity: str) -> Image.Image:
+    """The scene as an RGB picture of `size` (samples): drawn, or for `rich` posters photographed."""
+    if complexity != "rich":
+        return paint_scene(scene.subject, size, scene.seed, shaded=complexity != "plain")
+    pixels = (-(-size[0] // SUPERSAMPLING), -(-size[1] // SUPERSAMPLING))
+    photograph = take_photograph(scene.subject, pixels, sheet.resolution / UNITS, scene.seed)
+    return photograph.resize(size, Image.Resampling.NEAREST)
+
+
+def _draw_lines(sheet: Sheet, element: Element, lines: TextLines, ink: Color, first_phrase: int) -> None:
+    x0, y0, x1, y1 = sheet.pixel_box(element.box)
+    mask = Image.new("L", (x1 - x0, y1 - y0), 0)
+    boxes = line_boxes(element.box, lines)
+    corners = [sheet.pixel_box(box) for box in boxes]
+    if BODY_X_HEIGHT * sheet.resolution / UNITS < GREEKED_BELOW:
+        for left, top, right, bottom in corners:
+            mask.paste(255, (left - x0, top - y0, right - x0, bottom - y0))
+    else:
+        font_pixels = round(BODY_FONT_SIZE * sheet.scale)
+        texts = flow_text(first_phrase, tuple(right - left for left, _, right, _ in corners), font_pixels)
+        for text, (left, top, right, bottom) in zip(texts, corners, strict=True):
+            line = line_mask(text, (right - left, 2 * (bottom - top)), font_pixels, lines.align)
+            mask.paste(line, (left - x0, top - (bottom - top) // 2 - y0))
+        widths = [text_width(text, font_pixels) / sheet.scale for text in texts]
+        boxes = [_as_wide_as(box, width, lines.align) for box, width in zip(boxes, widths, strict=True) if width]
+    _print_turned(sheet, mask, element, ink, "ink")
+    _mark_text(sheet, element, boxes)
 
 
 def line_boxes(box: Box, lines: TextLines) -> list[Box]:
@@ -152,49 +129,55 @@ def line_boxes(box: Box, lines: TextLines) -> list[Box]:
     return boxes
 
 
-def _draw_title(page: Page, brief: PosterBrief, box: Box, title: Title) -> None:
-    letters = brief.color_of("ink")
+def _as_wide_as(box: Box, width: float, align: str) -> Box:
+    """`box` narrowed to the words that are set in it."""
+    x0, y0, x1, y1 = box
+    left = x0 if align == "left" else (x0 + x1 - width) / 2
+    return (left, y0, left + width, y1)
+
+
+def _draw_title(sheet: Sheet, brief: PosterBrief, element: Element, title: Title) -> None:
+    """The word, in the background's colour on a band of ink where the style has it so."""
+    letters = "ink"
     if title.inverted:
+        _draw_band(sheet, brief, element)
+        letters = "background"
+    x0, y0, x1, y1 = sheet.pixel_box(element.box)
+    mask = word_mask(title.word, title.font, (x1 - x0, y1 - y0))
+    _print_turned(sheet, mask, element, brief.color_of(letters), letters)
+    _mark_text(sheet, element, [element.box])
+
+
+def _draw_band(sheet: Sheet, brief: PosterBrief, element: Element) -> None:
+    """The band of ink behind a title: from edge to edge of the page, however the title is turned."""
+    if not element.angle:
         top, bottom = TITLE_BAND[brief.title_position]
-        page.fill_box((0, top, UNITS, bottom), letters)
-        letters = brief.color_of("background")
-    x0, y0, x1, y1 = page.pixel_box(box)
-    page.image.paste(letters, (x0, y0), word_mask(title.word, title.font, (x1 - x0, y1 - y0)))
+        sheet.print_box((0, top, UNITS, bottom), brief.color_of("ink"), "ink")
+        return
+    _, y0, _, y1 = element.box
+    band = corners_of((-UNITS, y0 - BAND_MARGIN, 2 * UNITS, y1 + BAND_MARGIN))
+    sheet.print_polygon(turned(band, element.center, element.angle), brief.color_of("ink"), "ink")
 
 
-def draw_feature_maps(brief: PosterBrief, elements: list[Element], resolution: int) -> FeatureMaps:
-    """F_Tensor of the poster, each map S × S."""
-    text, image, role, hierarchy = (Page(resolution, "L", 0) for _ in range(4))
-    role_ids = {name: number for number, name in enumerate(COLOR_ROLES)}
-    for element in elements:
-        content = element.content
-        boxes = line_boxes(element.box, content) if isinstance(content, TextLines) else [element.box]
-        for box in boxes:
-            if element.kind in ("title", "text"):
-                text.fill_box(box, 255)
-                hierarchy.fill_box(box, round(255 * element.hierarchy))
-            image.fill_box(box, 255 if element.kind == "picture" else 0)
-        if element.kind == "picture":
-            role.fill_box(element.box, role_ids["surface"])
-            hierarchy.fill_box(element.box, round(255 * element.hierarchy))
-        elif isinstance(content, tuple):
-            role.draw_shapes(element.box, content, role_ids)
-            strength = {name: round(255 * element.hierarchy) for name in COLOR_ROLES} | {"background": 0}
-            hierarchy.draw_shapes(element.box, content, strength)
-        elif isinstance(content, TextLines):
-            for box in boxes:
-                role.fill_box(box, role_ids["ink"])
-        elif isinstance(content, Title):
-            _draw_title_role(role, brief, element.box, content, role_ids)
-    return FeatureMaps(text.image, image.image, role.image, hierarchy.image)
+def _print_turned(sheet: Sheet, mask: Image.Image, element: Element, color: Color, role: str) -> None:
+    """Print what `mask` shows in the element's box, turned as the element is."""
+    x0, y0, _, _ = sheet.pixel_box(element.box)
+    if not element.angle:
+        sheet.print_mask(mask, (x0, y0), color, role)
+        return
+    rotated = mask.rotate(element.angle, Image.Resampling.BICUBIC, expand=True)
+    left, top = x0 + (mask.width - rotated.width) / 2, y0 + (mask.height - rotated.height) / 2
+    sheet.print_mask(rotated, (round(left), round(top)), color, role)
 
 
-def _draw_title_role(role: Page, brief: PosterBrief, box: Box, title: Title, role_ids: dict[str, int]) -> None:
-    letters = role_ids["ink"]
-    if title.inverted:
-        top, bottom = TITLE_BAND[brief.title_position]
-        role.fill_box((0, top, UNITS, bottom), role_ids["ink"])
-        letters = role_ids["background"]
-    x0, y0, x1, y1 = role.pixel_box(box)
-    mask = word_mask(title.word, title.font, (x1 - x0, y1 - y0)).point(lambda v: 255 if v > 127 else 0)
-    role.image.paste(letters, (x0, y0), mask)
+def _mark_text(sheet: Sheet, element: Element, boxes: list[Box]) -> None:
+    """Record lines of text. A picture under them stays a picture: it shows between the letters."""
+    values = {"text_mask": 255, "hierarchy": round(255 * element.hierarchy)}
+    for box in boxes:
+        if element.angle:
+            sheet.mark_polygon(turned(corners_of(box), element.center, element.angle), **values)
+        else:
+            sheet.mark_box(box, **values)
+
+
+_SURFACE = COLOR_ROLES.index("surface")

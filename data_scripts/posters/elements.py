@@ -6,6 +6,7 @@ that boxes on whole units keep to the patches of a small autoencoder. Boxes are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 UNITS = 16
@@ -51,7 +52,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Element:
-    """A box with something in it; whatever is drawn is clipped to the box.
+    """A box with something in it; shapes are clipped to the box.
 
     `hierarchy` in [0, 1]: how strongly it leads the eye; later elements lie above earlier ones.
     """
@@ -63,6 +64,36 @@ class Element:
     content: Title | TextLines | Scene | tuple[Shape, ...]
     opacity: float = 1.0
     """Under 1 for shapes printed over what lies below them."""
+    angle: float = 0.0
+    """Degrees, counterclockwise, by which text is turned about the middle of `box` (the box before it is turned)."""
+
+    @property
+    def center(self) -> Point:
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def bounds(self) -> Box:
+        """The smallest upright box around the element as it stands on the page."""
+        if not self.angle:
+            return self.box
+        xs, ys = zip(*turned(corners_of(self.box), self.center, self.angle), strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
+
+
+def corners_of(box: Box) -> list[Point]:
+    x0, y0, x1, y1 = box
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def turned(points: list[Point], center: Point, degrees: float) -> list[Point]:
+    """`points` turned about `center`, counterclockwise as one looks at the page (y runs downwards)."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    (cx, cy), moved = center, []
+    for x, y in points:
+        dx, dy = x - cx, y - cy
+        moved.append((cx + dx * cosine + dy * sine, cy - dx * sine + dy * cosine))
+    return moved
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float, role: str) -> Shape:

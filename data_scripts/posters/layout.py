@@ -7,6 +7,7 @@ pictures. The title's band carries nothing but the title.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,15 @@ STRIPS = {"top": ((4, 10), (10, 16)), "middle": ((0, 6), (10, 16)), "bottom": ((
 
 BODY_WIDTH = 4.0
 OVERLAP = 2.0
+
+TILTS = (-12.0, -9.0, -6.0, 6.0, 9.0, 12.0)
+"""Degrees by which `rich` posters turn text."""
+TURNED_TEXT = {"title": 0.3, "text": 0.2, "both": 0.3, "none": 0.2}
+"""How often what is turned."""
+TURNED_HEIGHT = 4.75
+"""A turned title may be so much higher than its band (u), and is set smaller where it would be more."""
+EDGE = 0.25
+"""Turned text keeps so far from the page's edges (u)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Areas:
 def lay_out(brief: PosterBrief, rng: np.random.Generator, complexity: str = "plain") -> list[Element]:
     """The poster's elements in the order in which they are drawn (the background is not one of them).
 
-    `complexity` "standard" lets pictures overlap the motif and prints a large transparent shape over it.
+    Any `complexity` but "plain" lets pictures overlap the motif and prints a large transparent shape over it.
     """
     mirrored = rng.random() < 0.5
     areas = _divide(brief, mirrored, pictures_first=rng.random() < 0.5)
@@ -69,7 +79,7 @@ def lay_out(brief: PosterBrief, rng: np.random.Generator, complexity: str = "pla
     motif_seed = int(rng.integers(2**31))
     for area in areas.motif:  # the same draws in each part: a motif cut in two by the title is one motif
         elements += draw_motif(brief.motif, area, np.random.default_rng(motif_seed))
-    if complexity == "standard":
+    if complexity != "plain":
         elements += overprint
         areas = _overlapping(areas)
     if areas.pictures is not None:
@@ -173,3 +183,43 @@ def _title(brief: PosterBrief) -> Element:
     top = sum(TITLE_BAND[brief.title_position]) / 2 - grammar.cap_height / 2
     box = (left, top, left + width, top + grammar.cap_height)
     return Element("title", "ink", 1.0, box, Title(brief.title, grammar.font, grammar.inverted))
+
+
+def turn_text(elements: list[Element], rng: np.random.Generator) -> list[Element]:
+    """What makes a layout a `rich` poster's: the title, the small text, or both turned, and all of it by one angle.
+
+    A lone block as high as it is wide may also stand on its side.
+    """
+    which, tilt = pick(rng, list(TURNED_TEXT), list(TURNED_TEXT.values())), pick(rng, TILTS)
+    on_its_side = rng.random() < 0.4
+    turned_elements = []
+    for element in elements:
+        if isinstance(element.content, Title) and which in ("title", "both"):
+            element = _turned_title(element, tilt)
+        elif isinstance(element.content, TextLines) and which in ("text", "both"):
+            x0, y0, x1, y1 = element.box
+            sideways = which == "text" and on_its_side and x1 - x0 == y1 - y0
+            element = _kept_on_page(replace(element, angle=90.0 if sideways else tilt))
+        turned_elements.append(element)
+    return turned_elements
+
+
+def _turned_title(element: Element, tilt: float) -> Element:
+    """The title at an angle, smaller where it would leave the page or the neighbourhood of its band."""
+    x0, y0, x1, y1 = element.box
+    width, height, (cx, cy) = x1 - x0, y1 - y0, element.center
+    sine, cosine = abs(math.sin(math.radians(tilt))), math.cos(math.radians(tilt))
+    across, down = width * cosine + height * sine, width * sine + height * cosine
+    scale = min(1.0, (UNITS - 2 * EDGE) / across, TURNED_HEIGHT / down)
+    half_width, half_height = scale * width / 2, scale * height / 2
+    box = (cx - half_width, cy - half_height, cx + half_width, cy + half_height)
+    return _kept_on_page(replace(element, box=box, angle=tilt))
+
+
+def _kept_on_page(element: Element) -> Element:
+    """The element moved by as much as its corners are too near to the page's edges."""
+    left, top, right, bottom = element.bounds
+    dx = max(EDGE - left, 0.0) - max(right - (UNITS - EDGE), 0.0)
+    dy = max(EDGE - top, 0.0) - max(bottom - (UNITS - EDGE), 0.0)
+    x0, y0, x1, y1 = element.box
+    return replace(element, box=(x0 + dx, y0 + dy, x1 + dx, y1 + dy))

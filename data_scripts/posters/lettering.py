@@ -68,6 +68,11 @@ def line_mask(text: str, size: tuple[int, int], font_pixels: int, align: str) ->
     return mask
 
 
+def text_width(text: str, font_pixels: int) -> float:
+    """How wide `text` is in small type (px)."""
+    return _font(BODY_FONT, font_pixels).getlength(text)
+
+
 def flow_text(first_phrase: int, widths: tuple[int, ...], font_pixels: int) -> list[str]:
     """Text for lines of these widths (px): the words from phrase `first_phrase` on, less those too long for a line."""
     font = _font(BODY_FONT, font_pixels)

@@ -1,7 +1,8 @@
 """The pictures in the posters: small scenes in a few tones, printed as monochromes.
 
 A scene is drawn as tones (an "L" image, 0 dark .. 255 light) and then inked: `plain` posters use one cool monochrome
-that no mixture of palette colours gives; `standard` ones a duotone of their own, on softly shaded tones.
+that no mixture of palette colours gives; `standard` ones a duotone of their own, on softly shaded tones. `rich` posters
+have photographs of the same subjects instead.
 """
 
 from __future__ import annotations

@@ -9,14 +9,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_scripts.posters.brief import draw_brief
+from data_scripts.posters.brief import PosterBrief, draw_brief
 from data_scripts.posters.captions import write_caption
-from data_scripts.posters.drawing import draw_feature_maps, draw_poster
+from data_scripts.posters.drawing import draw_poster
 from data_scripts.posters.elements import UNITS, Element
-from data_scripts.posters.layout import lay_out
+from data_scripts.posters.grammar import design_grammar
+from data_scripts.posters.layout import lay_out, turn_text
 from pipelines.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
 
 Row = dict[str, Any]
+
+GRAMMAR_MEANINGS = {
+    "balance": "do the sides weigh the same",
+    "equilibrium": "how near the centre of mass is to the page's centre",
+    "symmetry": "do the quadrants mirror each other",
+    "regularity": "how few lines and distances the layout gets by with",
+    "rhythm": "how evenly elements are spread over the quadrants",
+    "density": "how near elements come to filling half of the page",
+    "hierarchy_contrast": "how far apart elements are in hierarchy",
+    "image_share": "share of the page that pictures cover",
+}
 
 COLUMNS = {
     "image": "P_Image: the poster, RGB",
@@ -39,8 +51,14 @@ COLUMNS = {
     "title_position": "one of " + ", ".join(TITLE_POSITIONS),
     "title": "the word that is the title; the caption does not say it",
     "motif": "the big shape, as the caption names it",
-    "elements": "boxes: kind (" + ", ".join(ELEMENT_KINDS) + "), role, hierarchy, x0, y0, x1, y1 in [0, 1]",
+    "elements": "boxes: kind (" + ", ".join(ELEMENT_KINDS) + "), role, hierarchy, x0, y0, x1, y1 in [0, 1]; of turned "
+    "text, the upright box around it",
+    **{name: f"V_Grammar, [0, 1]: {meaning}" for name, meaning in GRAMMAR_MEANINGS.items()},
 }
+
+
+TURNING = 1
+"""Which of a poster's streams of random numbers its text is turned by; its design and textures take the other."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +71,28 @@ class PosterOptions:
 
 
 def make_row(options: PosterOptions, index: int) -> Row:
-    """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what)."""
+    """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what).
+
+    One index has one design at every resolution and complexity; `rich` posters turn some of its text besides.
+    """
     rng = np.random.default_rng([options.seed, index])
     brief = draw_brief(rng)
     elements = lay_out(brief, rng, options.complexity)
     caption = write_caption(brief, rng)
-    texture_seed = int(rng.integers(2**31))  # last, so that one index has one design at every resolution and complexity
-    poster = draw_poster(brief, elements, options.resolution, options.complexity, texture_seed)
-    maps = draw_feature_maps(brief, elements, options.resolution)
+    texture_seed = int(rng.integers(2**31))  # last: nothing of the design hangs on it
+    if options.complexity == "rich":
+        elements = turn_text(elements, np.random.default_rng([options.seed, index, TURNING]))
+    drawn = draw_poster(brief, elements, options.resolution, options.complexity, texture_seed)
+    boxes = [_element_row(element, brief) for element in elements]
     return {
-        "image": _png(poster),
+        "image": _png(drawn.image),
         "text": caption,
         "label": STYLES.index(brief.style),
         "index": index,
-        "text_mask": _png(maps.text_mask),
-        "image_mask": _png(maps.image_mask),
-        "color_role": _png(maps.color_role),
-        "hierarchy": _png(maps.hierarchy),
+        "text_mask": _png(drawn.maps.text_mask),
+        "image_mask": _png(drawn.maps.image_mask),
+        "color_role": _png(drawn.maps.color_role),
+        "hierarchy": _png(drawn.maps.hierarchy),
         "style": brief.style,
         "energy": brief.energy,
         "formality": brief.formality,
@@ -82,20 +105,19 @@ def make_row(options: PosterOptions, index: int) -> Row:
         "title_position": brief.title_position,
         "title": brief.title,
         "motif": brief.motif,
-        "elements": [_element_row(element) for element in elements],
+        "elements": boxes,
+        **design_grammar(boxes),
     }
 
 
-def _element_row(element: Element) -> Row:
-    x0, y0, x1, y1 = (min(max(value / UNITS, 0.0), 1.0) for value in element.box)
+def _element_row(element: Element, brief: PosterBrief) -> Row:
+    """Its numbers are float32 from the start, so that the grammar of a stored row is exactly the one computed here."""
+    numbers = [element.hierarchy, *(min(max(value / UNITS, 0.0), 1.0) for value in element.bounds)]
+    named = zip(("hierarchy", "x0", "y0", "x1", "y1"), numbers, strict=True)
     return {
         "kind": element.kind,
-        "role": element.role,
-        "hierarchy": element.hierarchy,
-        "x0": x0,
-        "y0": y0,
-        "x1": x1,
-        "y1": y1,
+        "role": brief.seen_role(element.role),
+        **{name: float(np.float32(number)) for name, number in named},
     }
 
 

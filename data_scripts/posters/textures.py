@@ -1,6 +1,9 @@
-"""What `standard` posters have and `plain` ones do not: graded colours, shadows, and the grain of paper."""
+"""What `standard` posters have and `plain` ones do not: graded colours, shadows, the grain of paper; and what `rich`
+ones have besides: the noise of a JPEG file."""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 from PIL import Image
@@ -13,6 +16,9 @@ GRADE = 0.16
 """How far a graded colour goes towards black at one corner and white at the other."""
 GRAIN, FIBRE = 3.0, 2.0
 """Standard deviations, in 0..255, of the grain (pixel by pixel) and of the paper's cloudiness (1/16 of the page)."""
+
+JPEG_QUALITY = range(40, 91)
+"""From a much-forwarded scan to a good one."""
 
 
 def graded(color: Color, pixels: int, scale: int, rng: np.random.Generator) -> Image.Image:
@@ -37,6 +43,14 @@ def with_grain(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
     uneven = GRAIN * rng.standard_normal((size, size), dtype=np.float32) + FIBRE * np.asarray(clouds)
     pixels = np.asarray(poster, dtype=np.float32) + uneven[..., None]
     return Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
+
+
+def with_jpeg_noise(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The poster as it comes back from a JPEG file of some quality, colours at half resolution as is usual."""
+    file = io.BytesIO()
+    poster.save(file, format="JPEG", quality=pick(rng, JPEG_QUALITY), subsampling="4:2:0")
+    with Image.open(file) as stored:
+        return stored.convert("RGB")
 
 
 def cast_shadow(page: Image.Image, box: tuple[int, int, int, int], offset: int) -> None:
