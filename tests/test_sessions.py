@@ -90,9 +90,15 @@ def test_a_long_table_is_cut_in_the_middle(tmp_path):
 def test_the_report_says_what_is_done_and_what_to_type(tmp_path):
     file = metrics(tmp_path / "metrics.csv", 2)
     state = RunState(step=4, goal_steps=8, sessions=2, elapsed_seconds=3700)
-    report = session_report(file, state, 2, "python training/train_decoder.py --config a.yaml")
+    report = session_report(file, state, 2, "python training/train_decoder.py --config a.yaml", complete=False)
     assert report.startswith("2 of 4 epochs (4 steps) in 2 sessions, 1:01:40 of training\n\n| epoch |")
     assert report.endswith("\n\nTo go on: python training/train_decoder.py --config a.yaml")
+    # All steps done, but stopped before the export: the same command finishes it.
+    state.step = 8
+    assert session_report(file, state, 2, "python t.py", complete=False).endswith("To go on: python t.py")
+    assert session_report(file, state, 2, "python t.py", complete=True).endswith(
+        "To go on: python t.py --extra_epochs 2"
+    )
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.reporter.trackers.summary(self._record())
             self.reporter.trackers.finish()
-            self.reporter.end_session()
+            self.reporter.end_session(complete=True)
         return 0
 
     def _leave(self) -> int:
@@ -242,7 +242,7 @@ class Trainer:
         number = self.stop.requested or signal.SIGTERM
         if self.accelerator.is_main_process:
             logger.info("stopped at step %d of %d; everything is saved", self.state.step, self.state.goal_steps)
-            self.reporter.end_session()
+            self.reporter.end_session(complete=False)
             self.reporter.trackers.finish()
             self.exporter.close()
         numbers = [n for n in gather(self.accelerator, self.stop.requested) if n is not None]

@@ -145,9 +145,9 @@ class Reporter:
             for warning in collapse_warnings(previews.images, previews.references, previews.captions):
                 logger.warning("%s", warning)
 
-    def end_session(self) -> None:
-        """The run so far, on the terminal and in sessions.md."""
-        told = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command())
+    def end_session(self, complete: bool) -> None:
+        """The run so far, on the terminal and in sessions.md; `complete`: it reached its goal, export included."""
+        told = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
         write_atomically(self.folder.path / REPORT, f"# {self.folder.path.name}\n\n{session_report(*told)}\n")
         logger.info("%s", session_report(*told, most_epochs=MOST_EPOCHS))
 

@@ -53,16 +53,21 @@ def progress_strip(samples: Path, steps_per_epoch: int, last_step: int) -> Image
 
 
 def session_report(
-    metrics_file: Path, state: RunState, steps_per_epoch: int, command: str, most_epochs: int | None = None
+    metrics_file: Path,
+    state: RunState,
+    steps_per_epoch: int,
+    command: str,
+    complete: bool,
+    most_epochs: int | None = None,
 ) -> str:
     """The run so far in Markdown: what is done, a table of its epochs, and what to type next.
 
     Args:
         metrics_file: metrics.csv.
         command: what was typed for the session that ends.
+        complete: whether the run reached its goal, export included, so that only more epochs go on with it.
         most_epochs: of the table; beyond, some in the middle are left out.
     """
-    complete = state.step >= state.goal_steps or state.stopped_early
     done, goal = (f"{step / steps_per_epoch:.4g}" for step in (state.step, state.goal_steps))
     sessions = "1 session" if state.sessions == 1 else f"{state.sessions} sessions"
     lines = [f"{done} of {goal} epochs ({state.step} steps) in {sessions}, {_clock(state.elapsed_seconds)} of training"]
