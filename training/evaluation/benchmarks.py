@@ -46,7 +46,7 @@ FIRST_STEP_LIMIT = 120.0
 class BenchmarkConfig:
     """Flags of benchmarks.py."""
 
-    only: list[str] = field(default_factory=lambda: ["loop", "commands", "first_step", "posters"])
+    only: list[str] = field(default_factory=lambda: ["loop", "commands", "first_step", "posters", "decoder"])
     """What to measure"""
     pairs: int = 3
     """Pairs of whole processes for the loop's speed and memory"""
@@ -166,11 +166,27 @@ def measure_posters(config: BenchmarkConfig) -> list[Figure]:
     return figures
 
 
+def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
+    """Memory of a training step of the poster decoder at its default size, as it grows with the batch."""
+    peaks = []
+    for batch_size in (0, 1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "figures.json")
+            words = f"training/evaluation/bench_decoder.py --batch_size {batch_size} --output {output}"
+            timed([sys.executable, *words.split()])
+            peaks.append(json.loads(output.read_text())["peak_mb"])
+    return [
+        Figure("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
+        Figure("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
+    ]
+
+
 MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
     "loop": measure_loop,
     "commands": measure_commands,
     "first_step": measure_first_step,
     "posters": measure_posters,
+    "decoder": measure_decoder,
 }
 
 

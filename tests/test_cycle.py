@@ -1,0 +1,48 @@
+"""The cycle score against cases whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training.evaluation.cycle import cycle_figures, mean_correlation, palette_distance
+
+
+def test_perfect_readings_score_one_and_stand_out():
+    rng = np.random.default_rng(0)
+    grammar, counts = rng.random((64, 8)), rng.integers(0, 4, 64)
+    distances = rng.uniform(50, 100, (64, 64))
+    np.fill_diagonal(distances, 5)
+    found = cycle_figures(grammar, grammar, counts, counts, distances)
+    assert found["grammar_correlation"] == pytest.approx(1)
+    assert found["picture_count_share"] == 1
+    assert found["palette_distance"] == 5
+    assert all(found[f"{name}_gain"] > 5 for name in ("grammar_correlation", "picture_count_share", "palette_distance"))
+    assert found["grammar_correlation_shuffled"] == pytest.approx(0, abs=0.01)
+    # Of 8 independent correlations of 64 pairs: 1 / √(63 · 8).
+    assert found["grammar_correlation_standard_error"] == pytest.approx(1 / np.sqrt(63 * 8), rel=0.1)
+
+
+def test_readings_of_something_else_do_not():
+    rng = np.random.default_rng(1)
+    found = cycle_figures(
+        rng.random((64, 8)), rng.random((64, 8)), rng.integers(0, 4, 64), rng.integers(0, 4, 64), rng.random((64, 64))
+    )
+    assert all(abs(value) < 4 for name, value in found.items() if name.endswith("_gain"))
+
+
+def test_correlation_of_a_constant_counts_nothing():
+    x = np.stack([np.arange(5.0), np.ones(5)], 1)
+    assert mean_correlation(x, x) == pytest.approx(0.5)
+    assert mean_correlation(x, -x) == pytest.approx(-0.5)
+
+
+def test_palette_distance_goes_both_ways():
+    poster = np.zeros((4, 4, 3), dtype=np.uint8)
+    everywhere = np.ones((4, 4), dtype=bool)
+    assert palette_distance(poster, everywhere, ["#000000"]) == 0
+    # White is asked for too, and nowhere: half of the two colours' mean distance, 441.7 / 2.
+    assert palette_distance(poster, everywhere, ["#000000", "#ffffff"]) == pytest.approx(np.sqrt(3) * 255 / 4)
+    poster[:2] = 255
+    assert palette_distance(poster, everywhere, ["#000000", "#ffffff"]) == 0
+    assert palette_distance(poster, np.arange(16).reshape(4, 4) < 8, ["#ffffff"]) == 0
