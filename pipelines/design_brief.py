@@ -179,16 +179,16 @@ class DesignBrief:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
 
     def describe(self) -> str:
-        """The brief in a line for people: 'swiss, cream/red/black, 1 text, 2 pictures, energy 0.5'."""
+        """The brief in a line for people: 'swiss, cream red black, 1 text, 2 pictures'; numbers if there is no more."""
         parts = [style_words(self.style)] if self.style else []
         if self.palette:
-            parts.append("/".join(nearest_color_name(rgb_color(color)) for color in self.palette))
+            parts.append(" ".join(nearest_color_name(rgb_color(color)) for color in self.palette))
         for name, word in (("text_blocks", "text"), ("pictures", "picture")):
             count = getattr(self, name)
             if count is not None:
                 parts.append(f"{count} {word}{'' if count == 1 else 's'}")
-        parts += [f"{name} {getattr(self, name):.2g}" for name in NUMBERS[:3] if getattr(self, name) is not None]
-        return ", ".join(parts) or "no brief"
+        numbers = [f"{name} {getattr(self, name):.2g}" for name in NUMBERS if getattr(self, name) is not None]
+        return ", ".join(parts or numbers) or "no brief"
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(DesignBrief))

@@ -147,7 +147,8 @@ def test_moods_are_those_of_the_posters():
 def test_a_brief_in_a_line():
     assert DesignBrief().describe() == "no brief"
     brief = DesignBrief(style="art_deco", palette=("#f6ecd6", "#d33"), pictures=1, text_blocks=2, energy=0.5)
-    assert brief.describe() == "art deco, cream/red, 2 texts, 1 picture, energy 0.5"
+    assert brief.describe() == "art deco, cream red, 2 texts, 1 picture"
+    assert DesignBrief(energy=0.5, rhythm=0.25).describe() == "energy 0.5, rhythm 0.25"
 
 
 # --- tensors
