@@ -115,22 +115,11 @@ class PosterDecoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         tokens, whole = self.encode_briefs(asked, device, guidance is not None, num_images_per_prompt)
         pictures = len(asked) * num_images_per_prompt
         generators = generator_per_picture(generator, pictures)
-
-        def predict(x: Tensor, timestep: Any) -> Tensor:
-            model_input = (x if guidance is None else torch.cat([x, x])).to(self.unet.dtype)
-            prediction = self.unet(
-                model_input, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False
-            )[0]
-            return guided(prediction.float(), guidance)
-
-        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
-            if callback_on_step_end is not None:
-                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
-                x = (callback_on_step_end(self, step, timestep, tensors) or {}).get("images", x)
-            return x, self._interrupt
-
         noise = initial_noise((pictures, 3, height, width), generators, device)
-        x = denoise(self.scheduler, predict, noise, num_inference_steps, generators, self.progress_bar, after_step)
+        x = self._denoise(
+            noise, tokens, whole, generators, num_inference_steps, guidance,
+            callback_on_step_end, callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
         images: Any = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -171,6 +160,33 @@ class PosterDecoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         encoded = self.brief_encoder(**tensors)
         tokens, whole = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
         return tokens, whole
+
+    def _denoise(
+        self,
+        noise: Tensor,
+        tokens: Tensor,
+        whole: Tensor,
+        generators: list[torch.Generator] | None,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        callback: Callable[..., dict] | None,
+        callback_tensor_inputs: Sequence[str],
+    ) -> Tensor:
+        """Standard normal noise to pictures in [-1, 1] (B 3 H W); where guided, conditions of 2B, the absent first."""
+
+        def predict(x: Tensor, timestep: Any) -> Tensor:
+            model_input = (x if guidance_scale is None else torch.cat([x, x])).to(self.unet.dtype)
+            prediction = self.unet(
+                model_input, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False
+            )[0]
+            return guided(prediction.float(), guidance_scale)
+
+        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
+            if callback is not None:
+                x = (callback(self, step, timestep, dict.fromkeys(callback_tensor_inputs, x)) or {}).get("images", x)
+            return x, self._interrupt
+
+        return denoise(self.scheduler, predict, noise, num_inference_steps, generators, self.progress_bar, after_step)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         sample_size = self.unet.config.sample_size
