@@ -2,8 +2,8 @@
 
     python pipelines/analyze.py poster.png photo.jpg --model runs/posters/abstractor_small --output_dir report
 
-For every picture a PNG (the poster, its text and pictures marked, its colour roles, what leads the eye, its grammar) and
-for all of them report.json. Pictures may have any size.
+For every picture a PNG (the poster, its text and pictures marked, its colour roles, what leads the eye, its grammar),
+and for all of them report.json. Pictures may have any size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    options = _parse(argv)
+    options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
     pictures = [_open(path) for path in files]
     folder = Path(options.output_dir).expanduser()
@@ -153,7 +153,7 @@ def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
     return paths
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures of posters")
     parser.add_argument("--model", required=True, help="a run of train_abstractor.py or train_encoder.py, a pipeline")

@@ -11,7 +11,6 @@ predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .latents import decode_latents, downsampling_factor, latent_shape
+from .sampling import denoise, generator_per_picture, guided, initial_noise
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
 from .standalone import StandalonePipelineMixin
 
@@ -200,7 +200,7 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
         labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
         pictures = count * num_images_per_prompt
-        generators = _generator_per_picture(generator, pictures)
+        generators = generator_per_picture(generator, pictures)
         latents = self._initial_latents(latents, pictures, height, width, generators, device)
         latents = self._denoise(
             latents, prompt_embeds, labels, generators, num_inference_steps, guidance_scale if guided else None,
@@ -331,10 +331,7 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
             if tuple(latents.shape) != (pictures, *shape):
                 raise ValueError(f"`latents` must have shape {(pictures, *shape)}, but has {tuple(latents.shape)}")
             return latents.to(device=device, dtype=torch.float32)
-        if generators is None:
-            return torch.randn((pictures, *shape), device=device)
-        drawn = [torch.randn(shape, generator=g, device=g.device).to(device) for g in generators]
-        return torch.stack(drawn)
+        return initial_noise((pictures, *shape), generators, device)
 
     def _denoise(
         self,
@@ -348,39 +345,35 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         callback_tensor_inputs: Sequence[str],
     ) -> Tensor:
         """Standard normal noise to latents (B C h w); float32 throughout, only the U-Net's input takes its dtype."""
-        scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_arguments = {"generator": generators} if takes_generator else {}
-        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:
-            for step, timestep in enumerate(scheduler.timesteps):
-                model_input = latents if guidance_scale is None else torch.cat([latents, latents])
-                if hasattr(scheduler, "scale_model_input"):
-                    model_input = scheduler.scale_model_input(model_input, timestep)
-                expected = None
-                if self.caption_prior is not None:
-                    expected = self.caption_prior(prompt_embeds, tuple(latents.shape[-2:]))
-                prediction = self.unet(
-                    beside(model_input.to(self.unet.dtype), expected),
-                    timestep,
-                    encoder_hidden_states=prompt_embeds,
-                    class_labels=class_labels,
-                    return_dict=False,
-                )[0].float()
-                if guidance_scale is not None:
-                    uncond, cond = prediction.chunk(2)
-                    prediction = uncond + guidance_scale * (cond - uncond)
-                latents = scheduler.step(prediction, timestep, latents, return_dict=False, **step_arguments)[0]
-                if callback is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    replaced = callback(self, step, timestep, {name: tensors[name] for name in callback_tensor_inputs})
-                    latents = (replaced or {}).get("latents", latents)
-                    prompt_embeds = (replaced or {}).get("prompt_embeds", prompt_embeds)
-                progress_bar.update()
-                if self._interrupt:
-                    break
-        return latents
+        expected = None
+        if self.caption_prior is not None:
+            expected = self.caption_prior(prompt_embeds, tuple(latents.shape[-2:]))
+
+        def predict(x: Tensor, timestep: Any) -> Tensor:
+            model_input = x if guidance_scale is None else torch.cat([x, x])
+            prediction = self.unet(
+                beside(model_input.to(self.unet.dtype), expected),
+                timestep,
+                encoder_hidden_states=prompt_embeds,
+                class_labels=class_labels,
+                return_dict=False,
+            )[0].float()
+            return guided(prediction, guidance_scale)
+
+        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
+            nonlocal prompt_embeds, expected
+            if callback is not None:
+                tensors = {"latents": x, "prompt_embeds": prompt_embeds}
+                chosen = {name: tensors[name] for name in callback_tensor_inputs}
+                replaced = callback(self, step, timestep, chosen) or {}
+                x = replaced.get("latents", x)
+                if "prompt_embeds" in replaced:
+                    prompt_embeds = replaced["prompt_embeds"]
+                    if self.caption_prior is not None:
+                        expected = self.caption_prior(prompt_embeds, tuple(x.shape[-2:]))
+            return x, self._interrupt
+
+        return denoise(self.scheduler, predict, latents, num_inference_steps, generators, self.progress_bar, after_step)
 
 
 def _as_list(value: Any) -> list:
@@ -393,18 +386,3 @@ def _as_list(value: Any) -> list:
 
 def _broadcast(values: list, count: int) -> list:
     return values * count if len(values) == 1 else values
-
-
-def _generator_per_picture(generator: Any, pictures: int) -> list[torch.Generator] | None:
-    """A stream of noise for each picture: its initial latents and the noise of its own steps.
-
-    Drawn in one tensor for the batch, the second step's noise of the first picture would depend on how many there are.
-    """
-    if generator is None:
-        return None
-    if isinstance(generator, torch.Generator):
-        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(pictures)]
-        return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
-    if len(generator) != pictures:
-        raise ValueError(f"`generator` has {len(generator)} entries, but {pictures} pictures are asked for")
-    return list(generator)

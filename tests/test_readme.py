@@ -15,7 +15,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipelines.cli import UserError
-from pipelines.sample import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,10 +94,10 @@ def _launcher_exists(words: list[str]) -> None:
 
 
 def _parse(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if script == "pipelines/sample.py":
-        parse_arguments(flags)
-        return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if script.startswith("pipelines/"):
+        module.parse_arguments(flags)
+        return
     real = module.parse_config
 
     def only_parse(*arguments, **options):

@@ -227,6 +227,7 @@ def test_every_shipped_file_has_its_content_in_its_name(outside):
         "latent_diffusion",
         "latents",
         "multi_head_autoencoder",
+        "sampling",
         "schedulers",
         "standalone",
     ]
