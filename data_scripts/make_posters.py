@@ -22,7 +22,7 @@ from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.cli import UserError, entry_point
 from training.parsing import parse_config
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same options would give other rows."""
 
 CONTACT_SHEET_POSTERS = 18
@@ -39,8 +39,8 @@ class MakePostersConfig:
     resolution: Literal[64, 128, 256] = 64
     """Pixels along each side."""
     complexity: Literal["plain", "standard", "rich"] = "plain"
-    """plain: flat shapes on a grid in palette colours; standard: with textures, gradients and overlaps; rich: with
-    turned text, photographs and JPEG noise besides."""
+    """plain: flat shapes on a grid in palette colours; standard: with gradients, overlaps, rules, pictures in the
+    poster's own colours and the marks of print and scan; rich: with turned text, photographs and JPEG noise besides."""
     seed: int = 0
     """Another seed gives other posters."""
     validation_fraction: float = 0.05

@@ -1,5 +1,5 @@
 """The poster domain's generator: a brief is drawn, laid out, drawn as pixels and masks, described, and written down.
 
-brief -> layout (motifs) -> drawing (sheet, lettering, pictures, photographs, textures) -> captions, grammar -> dataset
-(Parquet shards), contact_sheet.
+brief -> layout (motifs), finishing -> drawing (sheet, lettering, pictures, photographs, textures) -> captions, grammar
+-> dataset (Parquet shards), contact_sheet.
 """

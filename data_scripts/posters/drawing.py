@@ -8,29 +8,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, corners_of, turned
 from data_scripts.posters.layout import TITLE_BAND
 from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, text_width, word_mask
 from data_scripts.posters.photographs import take_photograph
-from data_scripts.posters.pictures import paint_scene
+from data_scripts.posters.pictures import paint_scene, scene_tones
 from data_scripts.posters.sheet import SUPERSAMPLING, Color, FeatureMaps, Fill, Sheet
-from data_scripts.posters.textures import cast_shadow, graded, with_grain, with_jpeg_noise
+from data_scripts.posters.textures import cast_shadow, graded, printed_and_scanned, with_jpeg_noise
 from pipelines.poster_domain import COLOR_ROLES
 
-GREEKED_BELOW = 6
-"""Small text whose x-height is under this many pixels is set as bars ("greeked"): letters would be grey mush."""
+GREEKED_BELOW = {"plain": 6, "standard": 4, "rich": 4}
+"""Small text whose x-height is under this many pixels is set as bars ("greeked"): `plain` letters must be clean."""
 
 KEYLINE = 0.25
 """Width of the frame around a picture (u)."""
 
 SHADOW = 0.4
+CLIPPED_TONES = 3
+"""Percent of the tones at either end that a duotone in the poster's own colours prints as one."""
 BODY_X_HEIGHT = 0.5
 BODY_FONT_SIZE = 0.7
 BAND_MARGIN = 0.5
 """Of a turned title's band, above and below the letters (u)."""
+SCAN = 1
+"""Which of the textures' streams of random numbers focus and light are drawn from; all else takes the other."""
 GRADED_ROLES = ("background", "primary", "accent")
 
 
@@ -55,12 +59,14 @@ def draw_poster(
         elif isinstance(content, Scene):
             _draw_picture(sheet, element, content, brief.color_of("ink"), complexity)
         elif isinstance(content, TextLines):
-            _draw_lines(sheet, element, content, brief.color_of("ink"), pick(rng, range(len(PHRASES))))
+            color = mixed(brief.color_of("ink"), brief.color_of("background"), content.ink_share)
+            as_bars = BODY_X_HEIGHT * resolution / UNITS < GREEKED_BELOW[complexity]
+            _draw_lines(sheet, element, content, color, pick(rng, range(len(PHRASES))), as_bars=as_bars)
         else:
             _draw_title(sheet, brief, element, content)
     image = sheet.poster()
     if complexity != "plain":
-        image = with_grain(image, rng)
+        image = printed_and_scanned(image, rng, np.random.default_rng([seed, SCAN]))
     if complexity == "rich":
         image = with_jpeg_noise(image, rng)
     return DrawnPoster(image, sheet.feature_maps())
@@ -75,34 +81,59 @@ def _blank_sheet(brief: PosterBrief, resolution: int, complexity: str, rng: np.r
 
 
 def _draw_picture(sheet: Sheet, element: Element, scene: Scene, ink: Color, complexity: str) -> None:
-    """The picture in its keyline of ink; its shadow only darkens what it falls on, so the maps do not know it."""
+    """The picture, with a keyline of ink or without; its shadow only darkens what it falls on: no map knows it."""
     x0, y0, x1, y1 = box = sheet.pixel_box(element.box)
-    if complexity != "plain":
+    if complexity != "plain" and scene.mount != "bare":
         cast_shadow(sheet.paper, box, round(SHADOW * sheet.scale))
     sheet.print_box(element.box, ink, "ink")
-    line = max(round(KEYLINE * sheet.scale), 1)
-    size = (x1 - x0 - 2 * line, y1 - y0 - 2 * line)
-    sheet.paper.paste(_picture(sheet, scene, size, complexity), (x0 + line, y0 + line))
+    width = KEYLINE if scene.mount == "keyline" else 0.0  # u
+    line = max(round(width * sheet.scale), 1) if width else 0
+    inner = (x0 + line, y0 + line, x1 - line, y1 - line)
+    sheet.paper.paste(_picture(sheet, scene, inner, complexity), inner)
     sheet.mark_box(element.box, image_mask=255, hierarchy=round(255 * element.hierarchy))
     left, top, right, bottom = element.box
-    sheet.mark_box((left + KEYLINE, top + KEYLINE, right - KEYLINE, bottom - KEYLINE), color_role=_SURFACE)
+    sheet.mark_box((left + width, top + width, right - width, bottom - width), color_role=_SURFACE)
 
 
-def _picture(sheet: Sheet, scene: Scene, size: tuple[int, int], complexity: str) -> Image.Image:
-    """The scene as an RGB picture of `size` (samples): drawn, or for `rich` posters photographed."""
-    if complexity != "rich":
-        return paint_scene(scene.subject, size, scene.seed, shaded=complexity != "plain")
+def _picture(sheet: Sheet, scene: Scene, corners: tuple[int, int, int, int], complexity: str) -> Image.Image:
+    """The scene as an RGB picture for `corners` (samples): drawn, or for `rich` posters photographed.
+
+    Between two of the poster's own colours it is the paper itself that shows in a picture's light (or dark) parts.
+    """
+    x0, y0, x1, y1 = corners
+    size = (x1 - x0, y1 - y0)
+    if complexity == "rich":
+        picture = _photograph(sheet, scene, size)
+    elif scene.duotone is None:
+        picture = paint_scene(scene.subject, size, scene.seed, shaded=complexity != "plain")
+    else:
+        picture = scene_tones(scene.subject, size, scene.seed)
+    if scene.duotone is None:
+        return picture
+    dark, light = (sheet.swatch(role, corners) for role in scene.duotone)
+    return Image.composite(light, dark, ImageOps.autocontrast(picture.convert("L"), cutoff=CLIPPED_TONES))
+
+
+def _photograph(sheet: Sheet, scene: Scene, size: tuple[int, int]) -> Image.Image:
     pixels = (-(-size[0] // SUPERSAMPLING), -(-size[1] // SUPERSAMPLING))
     photograph = take_photograph(scene.subject, pixels, sheet.resolution / UNITS, scene.seed)
     return photograph.resize(size, Image.Resampling.NEAREST)
 
 
-def _draw_lines(sheet: Sheet, element: Element, lines: TextLines, ink: Color, first_phrase: int) -> None:
+def mixed(ink: Color, ground: Color, share: float) -> Color:
+    """`share` of `ink` in `ground`."""
+    red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(ink, ground, strict=True))
+    return red, green, blue
+
+
+def _draw_lines(
+    sheet: Sheet, element: Element, lines: TextLines, color: Color, first_phrase: int, *, as_bars: bool
+) -> None:
     x0, y0, x1, y1 = sheet.pixel_box(element.box)
     mask = Image.new("L", (x1 - x0, y1 - y0), 0)
     boxes = line_boxes(element.box, lines)
     corners = [sheet.pixel_box(box) for box in boxes]
-    if BODY_X_HEIGHT * sheet.resolution / UNITS < GREEKED_BELOW:
+    if as_bars:
         for left, top, right, bottom in corners:
             mask.paste(255, (left - x0, top - y0, right - x0, bottom - y0))
     else:
@@ -113,7 +144,7 @@ def _draw_lines(sheet: Sheet, element: Element, lines: TextLines, ink: Color, fi
             mask.paste(line, (left - x0, top - (bottom - top) // 2 - y0))
         widths = [text_width(text, font_pixels) / sheet.scale for text in texts]
         boxes = [_as_wide_as(box, width, lines.align) for box, width in zip(boxes, widths, strict=True) if width]
-    _print_turned(sheet, mask, element, ink, "ink")
+    _print_turned(sheet, mask, element, color, "ink")
     _mark_text(sheet, element, boxes)
 
 

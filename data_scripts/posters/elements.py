@@ -40,14 +40,20 @@ class TextLines:
 
     widths: tuple[float, ...]
     align: str
+    ink_share: float = 1.0
+    """How much of its colour is ink; the rest is the background's."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture: what it shows, and the seed of its details."""
+    """A picture: what it shows, the seed of its details, and how it is printed."""
 
     subject: str
     seed: int
+    mount: str = "keyline"
+    """"keyline": in a frame of ink; "shadow" and "bare" have none. All but "bare" throw a shadow, if not `plain`."""
+    duotone: tuple[str, str] | None = None
+    """The roles whose colours are its darkest and its lightest tone; None for colours of its own."""
 
 
 @dataclass(frozen=True)

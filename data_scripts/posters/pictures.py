@@ -1,8 +1,8 @@
 """The pictures in the posters: small scenes in a few tones, printed as monochromes.
 
 A scene is drawn as tones (an "L" image, 0 dark .. 255 light) and then inked: `plain` posters use one cool monochrome
-that no mixture of palette colours gives; `standard` ones a duotone of their own, on softly shaded tones. `rich` posters
-have photographs of the same subjects instead.
+that no mixture of palette colours gives; `standard` ones a duotone, of their own or of the poster's colours, on softly
+shaded tones. `rich` posters have photographs of the same subjects instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DUOTONES = (
     ((44, 30, 74), (246, 196, 190)),
     ((30, 30, 34), (232, 228, 220)),
 )
-"""Dark and light ends of `standard` pictures."""
+"""Dark and light ends of `standard` pictures that are not in the poster's own colours."""
 
 Painter = Callable[[ImageDraw.ImageDraw, float, float, np.random.Generator], None]
 
@@ -33,14 +33,29 @@ Painter = Callable[[ImageDraw.ImageDraw, float, float, np.random.Generator], Non
 def paint_scene(subject: str, size: tuple[int, int], seed: int, *, shaded: bool) -> Image.Image:
     """The scene as an RGB picture of `size` (width, height in px); `shaded` for gradients and a duotone."""
     rng = np.random.default_rng(seed)
+    tones = _flat_tones(subject, size, rng)
+    if not shaded:
+        return _ink(tones, [(0, 0, 0), tuple(255 * tint for tint in PICTURE_TINT)])
+    return _ink(_shaded(tones), pick(rng, DUOTONES))
+
+
+def scene_tones(subject: str, size: tuple[int, int], seed: int) -> Image.Image:
+    """The shaded scene before it is inked: an "L" image of `size` (width, height in px), 0 dark .. 255 light."""
+    return _shaded(_flat_tones(subject, size, np.random.default_rng(seed)))
+
+
+def _flat_tones(subject: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     width, height = size
     tones = Image.new("L", size, LIGHT)
     SCENES[subject](ImageDraw.Draw(tones), float(width), float(height), rng)
-    if not shaded:
-        return _ink(tones, [(0, 0, 0), tuple(255 * tint for tint in PICTURE_TINT)])
-    fall = Image.linear_gradient("L").resize(size)  # 0 at the top .. 255 at the bottom
-    shaded_tones = Image.blend(tones, Image.eval(fall, lambda v: 255 - v), 0.22)
-    return _ink(Image.eval(shaded_tones, lambda v: int(min(max((v - 60) * 1.7, 0), 255))), pick(rng, DUOTONES))
+    return tones
+
+
+def _shaded(tones: Image.Image) -> Image.Image:
+    """Lighter at the top, darker at the bottom, over the whole range."""
+    fall = Image.linear_gradient("L").resize(tones.size)  # 0 at the top .. 255 at the bottom
+    blended = Image.blend(tones, Image.eval(fall, lambda v: 255 - v), 0.22)
+    return Image.eval(blended, lambda v: int(min(max((v - 60) * 1.7, 0), 255)))
 
 
 def _ink(tones: Image.Image, ends: object) -> Image.Image:

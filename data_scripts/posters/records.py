@@ -13,6 +13,7 @@ from data_scripts.posters.brief import PosterBrief, draw_brief
 from data_scripts.posters.captions import write_caption
 from data_scripts.posters.drawing import draw_poster
 from data_scripts.posters.elements import UNITS, Element
+from data_scripts.posters.finishing import finish
 from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import lay_out, turn_text
 from pipelines.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
@@ -57,8 +58,9 @@ COLUMNS = {
 }
 
 
-TURNING = 1
-"""Which of a poster's streams of random numbers its text is turned by; its design and textures take the other."""
+TURNING, FINISHING = 1, 2
+"""Which of a poster's streams of random numbers its text is turned by, and its pictures, small text and rules are
+finished by; its design and textures take one of their own, so that a `plain` poster knows nothing of either."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,16 @@ class PosterOptions:
 def make_row(options: PosterOptions, index: int) -> Row:
     """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what).
 
-    One index has one design at every resolution and complexity; `rich` posters turn some of its text besides.
+    One index has one design at every resolution and complexity; all but `plain` ones have rules, `rich` ones
+    turn some text besides.
     """
     rng = np.random.default_rng([options.seed, index])
     brief = draw_brief(rng)
     elements = lay_out(brief, rng, options.complexity)
     caption = write_caption(brief, rng)
     texture_seed = int(rng.integers(2**31))  # last: nothing of the design hangs on it
+    if options.complexity != "plain":
+        elements = finish(brief, elements, np.random.default_rng([options.seed, index, FINISHING]))
     if options.complexity == "rich":
         elements = turn_text(elements, np.random.default_rng([options.seed, index, TURNING]))
     drawn = draw_poster(brief, elements, options.resolution, options.complexity, texture_seed)

@@ -54,6 +54,12 @@ class Sheet:
         x0, y0, x1, y1 = (round(value * self.scale) for value in box)
         return x0, y0, x1, y1
 
+    def swatch(self, role: str, corners: tuple[int, int, int, int]) -> Image.Image:
+        """What `role` is printed with at `corners` (x0, y0, x1, y1 in px), as a picture of that size."""
+        x0, y0, x1, y1 = corners
+        fill = self.fills[role]
+        return fill.crop(corners) if isinstance(fill, Image.Image) else Image.new("RGB", (x1 - x0, y1 - y0), fill)
+
     def print_mask(self, mask: Image.Image, corner: Corner, color: Color, role: str) -> None:
         """Print `color` through `mask` ("L"), its upper left at `corner` (px), and record `role` where it prevails."""
         self.paper.paste(color, corner, mask)

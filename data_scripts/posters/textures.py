@@ -1,12 +1,12 @@
-"""What `standard` posters have and `plain` ones do not: graded colours, shadows, the grain of paper; and what `rich`
-ones have besides: the noise of a JPEG file."""
+"""What `standard` posters have and `plain` ones do not: graded colours, shadows, the marks of print and scan; and what
+`rich` ones have besides: the noise of a JPEG file."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data_scripts.posters.brief import pick
 
@@ -14,8 +14,14 @@ Color = tuple[int, int, int]
 
 GRADE = 0.16
 """How far a graded colour goes towards black at one corner and white at the other."""
-GRAIN, FIBRE = 3.0, 2.0
+GRAIN, FIBRE = 5.0, 2.0
 """Standard deviations, in 0..255, of the grain (pixel by pixel) and of the paper's cloudiness (1/16 of the page)."""
+DIMMEST, BRIGHTEST = 0.8, 1.1
+"""How much of its light a place on the page may get."""
+LIGHT_POINTS = 3
+"""Along each side of the page; between them the light changes smoothly."""
+MOST_BLUR = 0.8
+"""Standard deviation of the blur (px of the finished poster)."""
 
 JPEG_QUALITY = range(40, 91)
 """From a much-forwarded scan to a good one."""
@@ -34,15 +40,25 @@ def graded(color: Color, pixels: int, scale: int, rng: np.random.Generator) -> I
     return smooth.resize((pixels * scale, pixels * scale), Image.Resampling.NEAREST)
 
 
-def with_grain(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The poster as if printed on paper: the same unevenness in all three channels."""
+def printed_and_scanned(poster: Image.Image, rng: np.random.Generator, scan: np.random.Generator) -> Image.Image:
+    """The poster a little out of focus, under uneven light, on paper: grain is alike in all three channels.
+
+    Args:
+        rng: for the paper.
+        scan: for focus and light, which are the same at every resolution.
+    """
     size = poster.width
-    clouds = Image.fromarray(rng.standard_normal((16, 16)).astype(np.float32)).resize(
-        (size, size), Image.Resampling.BICUBIC
-    )
-    uneven = GRAIN * rng.standard_normal((size, size), dtype=np.float32) + FIBRE * np.asarray(clouds)
-    pixels = np.asarray(poster, dtype=np.float32) + uneven[..., None]
+    blurred = poster.filter(ImageFilter.GaussianBlur(MOST_BLUR * scan.random()))
+    light = np.clip(_smooth(scan.uniform(DIMMEST, BRIGHTEST, (LIGHT_POINTS,) * 2), size), DIMMEST, BRIGHTEST)
+    clouds = _smooth(rng.standard_normal((16, 16)), size)
+    uneven = GRAIN * rng.standard_normal((size, size), dtype=np.float32) + FIBRE * clouds
+    pixels = np.asarray(blurred, dtype=np.float32) * light[..., None] + uneven[..., None]
     return Image.fromarray(np.clip(pixels.round(), 0, 255).astype(np.uint8))
+
+
+def _smooth(points: np.ndarray, size: int) -> np.ndarray:
+    """A few values spread over `size` × `size` px, as float32."""
+    return np.asarray(Image.fromarray(points.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def with_jpeg_noise(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
