@@ -43,7 +43,7 @@ def cycle_figures(
     }
     generator = np.random.default_rng(seed)
     shuffles = [generator.permutation(len(asked)) for _ in range(SHUFFLES)]
-    figures = {}
+    figures: dict[str, float] = {}
     for name, (score, better) in scores.items():
         true, shuffled = score(order), np.array([score(rows) for rows in shuffles])
         spread = float(shuffled.std())
