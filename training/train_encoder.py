@@ -24,6 +24,7 @@ from pipelines.poster_domain import COLOR_ROLES
 from training.data import load_split
 from training.data_checks import require_clean
 from training.evaluation.images import to_pil
+from training.fingerprints import evenly_spaced
 from training.loop import train
 from training.parsing import parse_config
 from training.poster_data import PosterDataConfig, PosterDataset
@@ -41,6 +42,7 @@ logger = logging.getLogger("halftone")
 
 PRESET = "configs/experiments/posters/encoder_tiny.yaml"
 PREVIEWS = 6
+ROLE_POSTERS = 256
 MASKS = ("text_mask", "image_mask")
 
 
@@ -70,12 +72,14 @@ class Config(RunConfig, PosterDataConfig):
     """Weight of the cross-entropies of masks and colour roles"""
     mse_weight: float = option(5.0)
     """Weight of the hierarchy's squared error"""
+    role_balance: float = option(0.5)
+    """How much more rare colour roles count in the cross-entropy: their share of the pixels to the power of minus this"""
     init_from: str | None = option(None)
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
 
     def validate(self) -> None:
         super().validate()
-        for name in ("dice_weight", "ce_weight", "mse_weight", "photometric_augmentation"):
+        for name in ("dice_weight", "ce_weight", "mse_weight", "role_balance", "photometric_augmentation"):
             check_at_least(name, getattr(self, name), 0)
         if not (self.dice_weight or self.ce_weight or self.mse_weight):
             raise UserError("nothing to learn from: one of --dice_weight, --ce_weight, --mse_weight must be above 0")
@@ -95,28 +99,31 @@ class LayoutEncoderPhase(Phase):
 
     name = "encoder"
 
-    def __init__(self, encoder: Any, config: Config):
+    role_weights: Tensor
+
+    def __init__(self, encoder: Any, config: Config, role_weights: Tensor):
         super().__init__()
         self.encoder, self.config = encoder, config
+        self.register_buffer("role_weights", role_weights, persistent=False)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         config, found = self.config, self.encoder(batch["pixel_values"])
-        metrics = {name: torch.stack(losses).sum() for name, losses in _losses(found, batch).items()}
+        metrics = {name: torch.stack(losses).sum() for name, losses in self.losses(found, batch).items()}
         weights = {"dice": config.dice_weight, "ce": config.ce_weight, "mse": config.mse_weight}
         loss = torch.stack([weights[name] * value for name, value in metrics.items()]).sum()
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-
-def _losses(found: Any, batch: Batch) -> dict[str, list[Tensor]]:
-    """The terms of each kind, one for each head that has it."""
-    role = found.color_role.float()
-    dice = [dice_loss(role.softmax(1), one_hot(batch["color_role"], role.shape[1]))]
-    cross_entropy = [F.cross_entropy(role, batch["color_role"])]
-    for name in MASKS:
-        logits = found[name].float()
-        dice.append(dice_loss(logits.sigmoid(), batch[name]))
-        cross_entropy.append(F.binary_cross_entropy_with_logits(logits, batch[name]))
-    return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(found.hierarchy.float(), batch["hierarchy"])]}
+    def losses(self, found: Any, batch: Batch) -> dict[str, list[Tensor]]:
+        """The terms of each kind, one for each head that has it."""
+        role, true_role = found.color_role.float(), batch["color_role"]
+        dice = [dice_loss(role.softmax(1), one_hot(true_role, role.shape[1]))]
+        # The weighted mean that PyTorch offers would make a sample's share hang on the others of its micro-batch.
+        cross_entropy = [(self.role_weights[true_role] * F.cross_entropy(role, true_role, reduction="none")).mean()]
+        for name in MASKS:
+            logits = found[name].float()
+            dice.append(dice_loss(logits.sigmoid(), batch[name]))
+            cross_entropy.append(F.binary_cross_entropy_with_logits(logits, batch[name]))
+        return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(found.hierarchy.float(), batch["hierarchy"])]}
 
 
 class LayoutEncoderStage(Stage):
@@ -144,8 +151,17 @@ class LayoutEncoderStage(Stage):
         )
         if config.init_from and not has_checkpoint(config.output_dir):
             load_initial_weights(config.init_from, {"encoder": self.encoder})
-        self.phases = [LayoutEncoderPhase(self.encoder, config)]
+        self.phase = LayoutEncoderPhase(self.encoder, config, self._role_weights())
+        self.phases = [self.phase]
         self.ema_of = {"encoder": self.encoder}
+
+    def _role_weights(self) -> Tensor:
+        """Of each colour role, by its share of the pixels of posters from all over the data; 1 on average. K."""
+        keys = [SampleKey(row, 0) for row in evenly_spaced(len(self._train), ROLE_POSTERS)]
+        roles = torch.stack([self._train[key]["color_role"] for key in keys])
+        shares = (torch.bincount(roles.flatten(), minlength=len(COLOR_ROLES)) / roles.numel()).clamp(min=1e-4)
+        weights = shares**-self.config.role_balance
+        return weights / (weights * shares).sum()
 
     def train_data(self) -> PosterDataset:
         return self._train
@@ -156,7 +172,7 @@ class LayoutEncoderStage(Stage):
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         found = self.encoder(batch["pixel_values"])
         count = len(batch["pixel_values"])
-        losses = sum(sum(terms) for terms in _losses(found, batch).values())
+        losses = sum(sum(terms) for terms in self.phase.losses(found, batch).values())
         sums: dict[str, Any] = {"loss": count * losses, "count": torch.tensor(count)}
         for name in MASKS:
             both, either = mask_overlap(found[name] > 0, batch[name] > 0.5)

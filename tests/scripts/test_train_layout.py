@@ -21,7 +21,6 @@ from training.data import load_split
 from training.parsing import parse_config
 from training.poster_data import PosterDataset
 from training.sampler import Draws, SampleKey
-from training.train_encoder import LayoutEncoderPhase
 from training.validation import fetch
 
 COMMON = (
@@ -105,7 +104,7 @@ def test_loss_weights_switch_their_terms_off(data):
     for dice, ce, mse in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
         config.dice_weight, config.ce_weight, config.mse_weight = dice, ce, mse
         stage.encoder.zero_grad()
-        LayoutEncoderPhase(stage.encoder, config)(batch, Draws(0, 0, range(4)))[0].backward()
+        stage.phase(batch, Draws(0, 0, range(4)))[0].backward()
         gradients[dice, ce, mse] = {
             n: p.grad.clone() for n, p in stage.encoder.named_parameters() if p.grad is not None
         }
@@ -115,6 +114,19 @@ def test_loss_weights_switch_their_terms_off(data):
     assert gradients[0, 0, 1]["heads.hierarchy.weight"].abs().sum() > 0
     assert gradients[0, 0, 1]["heads.text_mask.weight"].abs().sum() == 0
     assert gradients[0, 1, 0]["heads.hierarchy.weight"].abs().sum() == 0
+
+
+def test_rare_roles_count_more(data):
+    """Weights fall with a role's share of the pixels, and are 1 on average; at 0 they are all 1."""
+    words = [*flags_of(data), "--output_dir", "unused"]
+    even = train_encoder.LayoutEncoderStage(parse_config(train_encoder.Config, [*words, "--role_balance", "0"]))
+    assert torch.allclose(even.phase.role_weights, torch.ones(6))
+    stage = train_encoder.LayoutEncoderStage(parse_config(train_encoder.Config, words))
+    roles = torch.stack([stage.train_data()[SampleKey(row, 0)]["color_role"] for row in range(32)])
+    shares = torch.bincount(roles.flatten(), minlength=6) / roles.numel()
+    weights = stage.phase.role_weights
+    assert (weights * shares).sum().item() == pytest.approx(1, rel=1e-3)
+    assert weights.argsort().tolist() == shares.argsort(descending=True).tolist()
 
 
 def test_maps_are_cut_and_mirrored_as_their_poster(data):
