@@ -73,7 +73,7 @@ class Config(RunConfig, PosterDataConfig):
     mse_weight: float = option(5.0)
     """Weight of the hierarchy's squared error"""
     role_balance: float = option(0.5)
-    """How much more rare colour roles count in the cross-entropy: their share of the pixels to the power of minus this"""
+    """How much more rare colour roles count in the cross-entropy: their share of pixels to the power of minus this"""
     init_from: str | None = option(None)
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
 
