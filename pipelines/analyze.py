@@ -12,9 +12,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import UserError, entry_point, nearest
+from pipelines.cli import Options, UserError, entry_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 PANEL, MARGIN, GAP = 360, 24, 16
 PAPER, INK, FAINT, BAR = (255, 255, 255), (38, 38, 38), (225, 225, 225), (59, 111, 182)
 FONT_SIZE = 16
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -154,16 +149,12 @@ def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Options(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="pictures of posters")
     parser.add_argument("--model", required=True, help="a run of train_abstractor.py or train_encoder.py, a pipeline")
     parser.add_argument("--reading_size", type=int, help="pixels of the shorter side (default: as it was trained)")
     parser.add_argument("--output_dir", default="layout_report", help="for the PNGs and report.json")
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        flag = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown argument {unknown[0]}{nearest(flag, known)} (--help lists the options)")
+    options = parser.parse(argv)
     if options.reading_size is not None and options.reading_size < 16:
         raise UserError(f"--reading_size is {options.reading_size}; it must be at least 16 pixels")
     return options

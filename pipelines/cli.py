@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -21,6 +23,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the known word nearest to `name` (`'; did you mean X?'`), or nothing when none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+class Options(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors; an unknown option's names the nearest known one."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options in `argv`, or in the process's own arguments for None. Raises UserError."""
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            flag = unknown[0].lstrip("-").split("=")[0]
+            self.error(f"unknown argument {unknown[0]}{nearest(flag, known)}")
+        return options
 
 
 def entry_point(main: Callable[[], int | None]) -> None:

@@ -15,9 +15,9 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import UserError, entry_point, nearest
+from pipelines.cli import Options, UserError, entry_point
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
@@ -31,11 +31,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
 NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
 BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -63,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: an unknown option, with the nearest known one, or a value out of range.
     """
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Options(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a pipeline folder, a run, a checkpoint of a run, or a Hub id")
     add("--checkpoint", help="of a run: best, latest or a folder's name (default: the finished pipeline, else best)")
@@ -84,11 +79,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=16, help="pictures made at once; the pictures do not depend on it")
     add("--output", default="grid.png", help="PNG to write (default: grid.png)")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model of a class we do not have")
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        flag = unknown[0].lstrip("-").split("=")[0]
-        raise UserError(f"unknown argument {unknown[0]}{nearest(flag, known)} (--help lists the options)")
+    options = parser.parse(argv)
     for name in ("num_images", "num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
