@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .latents import decode_latents, downsampling_factor, latent_shape
 from .sampling import denoise, generator_per_picture, guided, initial_noise
-from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
+from .schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
 from .standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -79,7 +79,7 @@ def null_class(unet: Any) -> int | None:
     return None if classes is None else int(classes) - 1
 
 
-class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
+class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
     """Generates images from prompts, class labels, both, or nothing.
 
     Args:
@@ -141,15 +141,6 @@ class LatentDiffusionPipeline(StandalonePipelineMixin, DiffusionPipeline):
         # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
         self._interrupt = False
-
-    def set_scheduler(self, name: str) -> None:
-        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
-        model's own prediction type and noise schedule.
-
-        Raises:
-            ValueError: one that does not suit the model; the message names those that do.
-        """
-        self.scheduler = make_scheduler(name, self._own_scheduler)
 
     @torch.no_grad()
     def __call__(

@@ -20,7 +20,7 @@ from torch import Tensor
 from .design_brief import DesignBrief, brief_tensors
 from .poster_domain import STYLES  # noqa: F401 - standalone.py wants helpers' helpers named here as well
 from .sampling import denoise, generator_per_picture, guided, initial_noise
-from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
+from .schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
 from .standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -28,7 +28,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 Brief = DesignBrief | Mapping[str, Any]
 
 
-class PosterDecoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
+class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
     """Paints posters from design briefs.
 
     Args:
@@ -62,15 +62,6 @@ class PosterDecoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
         self._interrupt = False
-
-    def set_scheduler(self, name: str) -> None:
-        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
-        model's own prediction type and noise schedule.
-
-        Raises:
-            ValueError: one that does not suit the model; the message names those that do.
-        """
-        self.scheduler = make_scheduler(name, self._own_scheduler)
 
     @torch.no_grad()
     def __call__(

@@ -14,10 +14,11 @@ import pytest
 
 from pipelines.cli import UserError
 from tests.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
+from tests.toy import ToyConfig, ToyStage
 from tests.toy_runs import run, state_of
 from training import prepare
-from training.signals import REQUEUE_STATUS, StopSignal
-from training.validation import Interrupted
+from training.signals import REQUEUE_STATUS, Interrupted, StopSignal
+from training.validation import validate_only
 
 FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
 
@@ -139,3 +140,19 @@ def test_only_the_projects_own_scripts_are_run(tmp_path):
     for command_line in ("/bin/rm -rf x", "../outside.py", "tests/toy.py", "data_scripts/../tests/toy.py"):
         with pytest.raises(UserError, match="own scripts"):
             prepare.make_missing({str(tmp_path / "x"): command_line}, lambda: None)
+
+
+def test_a_stop_is_heard_in_a_validation_outside_any_run(tmp_path, capsys):
+    """`--validate_only --model DIR` polls as a run does: a real signal ends it, and no figures are printed."""
+    from accelerate import Accelerator
+
+    stage = ToyStage(ToyConfig(output_dir=str(tmp_path / "run")))
+    accelerator = Accelerator(cpu=True)
+    with StopSignal() as stop:
+        stage.poll = stop.check
+        assert validate_only(stage, accelerator, 0, 4)
+        assert "val_loss" in capsys.readouterr().out
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not validate_only(stage, accelerator, 0, 4)
+        assert "val_loss" not in capsys.readouterr().out
+        assert stop.exit_status(stop.requested) == REQUEUE_STATUS

@@ -27,13 +27,12 @@ from .reporting import Reporter
 from .run_config import RunConfig
 from .run_folder import RunFolder, start_logging
 from .sampler import BatchLayout, Draws, StepSampler
-from .signals import StopSignal, ignore_interrupts
+from .signals import Interrupted, StopSignal, ignore_interrupts
 from .sizes import steps_per_epoch
 from .stage import Batch, Stage
 from .state import RunState, due
 from .tracking import parse_report_to
 from .validation import (
-    Interrupted,
     collate_function,
     evaluating,
     fetch,
@@ -92,13 +91,16 @@ def _session(
     if on_main(accelerator, lambda: interrupted_while_making(config.prepare, lambda: stop.requested)):
         return stop.exit_status(stop.requested or signal.SIGTERM)
     stage = build_stage()
+    stage.poll = stop.check  # type: ignore[method-assign]
     if config.dry_run:
         if accelerator.is_main_process:
             print(dry_run.report(stage, config, accelerator.num_processes))
         return 0
     if config.validate_model:
         load_initial_weights(config.validate_model, stage.ema_of, "--model")
-        return validate_only(stage, accelerator, config.seed, config.validation_batch_size or config.train_batch_size)
+        batch_size = config.validation_batch_size or config.train_batch_size
+        done = validate_only(stage, accelerator, config.seed, batch_size)
+        return 0 if done else stop.exit_status(stop.requested or signal.SIGTERM)
     return Trainer(stage, config, accelerator, folder, stop).run()
 
 
@@ -124,7 +126,6 @@ class Trainer:
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
         self.state = RunState()
         self.stop_agreed = False
-        stage.poll = self._poll  # type: ignore[method-assign]
 
     # --- a session -------------------------------------------------------------------------------------------------
 
@@ -436,10 +437,6 @@ class Trainer:
         checkpoint.save_json(self.state.to_json(), folder / "trainer_state.json")
 
     # --- small things ----------------------------------------------------------------------------------------------
-
-    def _poll(self) -> None:
-        if self.stop.requested is not None:
-            raise Interrupted
 
     def _stop_in_events(self) -> None:
         self.stop_agreed = True

@@ -19,8 +19,7 @@ from pathlib import Path
 from pipelines.cli import USER_ERROR_STATUS, UserError
 
 from .parsing import ROOT
-from .signals import REQUEUE_STATUS
-from .validation import Interrupted
+from .signals import REQUEUE_STATUS, Interrupted
 
 logger = logging.getLogger("halftone")
 

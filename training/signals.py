@@ -16,6 +16,10 @@ REQUEUE_STATUS = 75
 _HANDLED = (signal.SIGTERM, signal.SIGINT) + ((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ())
 
 
+class Interrupted(Exception):
+    """A stop was asked for in the middle of validation, previews or the like."""
+
+
 class StopSignal:
     """Remembers that somebody asked this process to stop; a context manager that restores the handlers it found.
 
@@ -44,6 +48,11 @@ class StopSignal:
         if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
             self._signal = signal.SIGTERM
         return self._signal
+
+    def check(self) -> None:
+        """Raise Interrupted when a stop was asked for."""
+        if self.requested is not None:
+            raise Interrupted
 
     @staticmethod
     def exit_status(number: int) -> int:

@@ -129,7 +129,6 @@ class LayoutEncoderPhase(Phase):
 class LayoutEncoderStage(Stage):
     name = "layout encoder"
     card_template = "layout_encoder.md.jinja"
-    best_metric, best_is_lower = "val_text_iou", False
 
     def __init__(self, config: Config):
         from pipelines.layout_encoder import LayoutEncoderModel

@@ -12,14 +12,11 @@ from torch.utils.data import default_collate
 
 from .ema import EMA
 from .sampler import Draws, SampleKey, mix
+from .signals import Interrupted
 from .stage import Batch, MapDataset, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Interrupted(Exception):
-    """A stop was asked for in the middle of validation, previews or the like."""
 
 
 @contextmanager
@@ -94,13 +91,14 @@ def validate(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int)
     return stage.metrics(total)
 
 
-def validate_only(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int) -> int:
-    """Validate the stage's models as they are, outside any run, and print the figures; returns the exit status."""
+def validate_only(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int) -> bool:
+    """Validate the stage's models as they are, outside any run, and print the figures; False after a stop."""
     for module in (*stage.frozen, *stage.phases):
         module.to(accelerator.device)
     with evaluating([*stage.frozen, *stage.phases], None):
-        print_metrics(validate(stage, accelerator, seed, batch_size), accelerator)
-    return 0
+        metrics = validate(stage, accelerator, seed, batch_size)
+    print_metrics(metrics, accelerator)
+    return metrics is not None
 
 
 def print_metrics(metrics: Mapping[str, float] | None, accelerator: Accelerator) -> None:
