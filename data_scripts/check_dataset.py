@@ -117,7 +117,9 @@ def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: Lab
 
 def _companions(dataset: Dataset, config: CheckConfig) -> dict[str, str]:
     """Columns of masks and control images, where the dataset has them, and the flags that name them."""
-    names = ((config.mask_column, "mask_column"), (config.conditioning_image_column, "conditioning_image_column"))
+    controls = config.conditioning_image_column
+    names = [(config.mask_column, "mask_column")]
+    names += [(name, "conditioning_image_column") for name in ([controls] if isinstance(controls, str) else controls)]
     found = {}
     for name, flag in names:
         if name not in dataset.column_names and name == getattr(DataConfig(), flag):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.cli import UserError
+from training.companions import Companion, ControlImage, SegmentationMask
 from training.data_source import (
     DataConfig,
     column_values,
@@ -26,12 +27,14 @@ from training.data_source import (
 )
 from training.sampler import SampleKey
 from training.transforms import (
+    BadSample,
     BrokenImage,
     apply_geometry,
     crop_geometry,
     load_rgb,
     pick_caption,
     to_tensor,
+    verify_image,
 )
 
 if TYPE_CHECKING:
@@ -56,14 +59,6 @@ logger = logging.getLogger(__name__)
 
 # More class ids than this times the number of classes seen: the column holds ids of something else.
 _SPARSE_LABELS = 100
-
-
-class BadSample(Exception):
-    """A row that cannot be trained on: which column, and why."""
-
-    def __init__(self, column: str, reason: str):
-        super().__init__(reason)
-        self.column = column
 
 
 class BadRow(UserError):
@@ -119,14 +114,18 @@ class LabelMap:
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Rows of a split as `{"pixel_values", "caption", "label", "index"}`.
+    """Rows of a split as `{"pixel_values", "caption", "label", "mask", "conditioning_pixel_values", "index"}`.
 
-    `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str and `label` an int, each only if asked for; `index` the
-    row that was used. Crop, flip and the choice among several captions are functions of `SampleKey.key` alone.
+    `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str, `label` an int, `mask` int64 R R of class ids and
+    `conditioning_pixel_values` float32 C R R in [0, 1], each only if asked for; `index` the row that was used. Crop,
+    flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control images are cut
+    and mirrored as their pictures.
 
     Args:
         dataset: from `load_split`.
         captions, labels: whether items have them; their columns must then exist.
+        num_mask_classes: classes of `mask_column`; 0 for no masks.
+        control: what `conditioning_pixel_values` is made of (`training.companions.control_of`).
         label_map: from `load_label_map`, the same for all splits; None reads the classes from `dataset`.
         augment: False for validation: the middle crop and no flip, whatever the config says.
         every_caption: items carry all captions of a row that has several, instead of the one drawn.
@@ -142,6 +141,8 @@ class ImageDataset(torch.utils.data.Dataset):
         *,
         captions: bool = True,
         labels: bool = False,
+        num_mask_classes: int = 0,
+        control: ControlImage | SegmentationMask | None = None,
         label_map: LabelMap | None = None,
         augment: bool = True,
         every_caption: bool = False,
@@ -161,10 +162,27 @@ class ImageDataset(torch.utils.data.Dataset):
             self.label_map = label_map or LabelMap.of(dataset, config.label_column)
             require_column(dataset, config.label_column, "label_column")
             columns.append(config.label_column)
-        self.dataset = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
         self.quick_columns = columns[1:]
+        self.companions: dict[str, Companion] = {}
+        if num_mask_classes:
+            self.companions["mask"] = SegmentationMask(config.mask_column, num_mask_classes)
+        if control is not None:
+            self.companions["conditioning_pixel_values"] = control
+        self.dataset = self._undecoded(dataset, columns)
         # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+
+    def _undecoded(self, dataset: Dataset, columns: Sequence[str]) -> Dataset:
+        """`columns` and those of masks and control images, whose pictures are decoded here and not by `datasets`."""
+        pictures = {self.config.image_column: "image_column"}
+        for companion in self.companions.values():
+            pictures |= dict(zip(companion.columns, companion.flags, strict=True))
+        for column, flag in pictures.items():
+            require_column(dataset, column, flag)
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *pictures])))
+        for column, flag in pictures.items():
+            dataset = undecoded_images(dataset, column, flag)
+        return dataset
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -199,22 +217,24 @@ class ImageDataset(torch.utils.data.Dataset):
             item["caption"] = captions if self.every_caption else pick_caption(captions, key.key)
         if self.label_map is not None:
             item["label"] = self.label_of(row)
-        item["pixel_values"] = to_tensor(self.crop(row, key.key))
+        item |= self._pictures(row, key.key)
         item["index"] = key.index
         return item
 
-    def crop(self, row: dict[str, Any], key: int):
-        """The row's picture, cut to R × R pixels (RGB).
-
-        Raises:
-            BadSample: it cannot be decoded.
-        """
+    def _pictures(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
+        """The row's picture and what goes with it, all cut to R × R pixels at one place."""
+        mode, resolution = self.config.image_interpolation_mode, self.config.resolution
         try:
             image = load_rgb(row[self.config.image_column])
         except BrokenImage as error:
             raise BadSample(self.config.image_column, str(error)) from error
-        geometry = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
-        return apply_geometry(image, geometry, self.config.resolution, self.config.image_interpolation_mode)
+        place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
+        tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
+        for name, companion in self.companions.items():
+            stored = companion.load(row, image.size)
+            cut = [apply_geometry(one, place, resolution, companion.resampling or mode) for one in stored]
+            tensors[name] = companion.tensor(cut)
+        return tensors
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
         """The row's caption or captions.
@@ -254,6 +274,25 @@ class ImageDataset(torch.utils.data.Dataset):
             except BadSample as problem:
                 problems.append(problem)
         return problems
+
+    def picture_problems(self, row: dict[str, Any]) -> list[BadSample]:
+        """What is wrong with a row's pictures, masks and control images; all are decoded."""
+        try:
+            size = verify_image(row[self.config.image_column])
+        except BrokenImage as error:
+            return [BadSample(self.config.image_column, str(error))]
+        problems = []
+        for companion in self.companions.values():
+            try:
+                companion.load(row, size)
+            except BadSample as problem:
+                problems.append(problem)
+        return problems
+
+    @property
+    def picture_columns(self) -> list[str]:
+        """What `picture_problems` looks at."""
+        return [self.config.image_column, *(name for c in self.companions.values() for name in c.columns)]
 
     def where(self, index: int) -> str:
         """The row in words: its number in the stored split, and its file where it has one."""

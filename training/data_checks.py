@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.cli import UserError
-from training.data import ImageDataset
+from training.data import BadSample, ImageDataset
 from training.fingerprints import evenly_spaced
 from training.transforms import BrokenImage, verify_image
 
@@ -75,10 +75,10 @@ def scan(
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
-    for row, _, reason in verified_images(dataset, shuffled, lambda: time.monotonic() > deadline):
+    for row, problems in checked_pictures(dataset, shuffled, lambda: time.monotonic() > deadline):
         report.images_checked += 1
-        if reason is not None:
-            report.problems.append(Problem(row, dataset.where(row), dataset.config.image_column, reason))
+        for problem in problems:
+            report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     report.problems.sort(key=lambda problem: problem.row)
     return report
 
@@ -114,16 +114,15 @@ def require_clean(
         )
 
 
-def verified_images(
+def checked_pictures(
     dataset: ImageDataset, rows: Sequence[int], stop: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[int, tuple[int, int] | None, str | None]]:
-    """(row, (width, height) or None, what is wrong or None), decoded on all cores, until `stop` says so."""
-    column = dataset.config.image_column
-    images = dataset.dataset.select_columns([column])
+) -> Iterator[tuple[int, list[BadSample]]]:
+    """(row, what is wrong with its pictures), decoded on all cores, until `stop` says so."""
+    pictures = dataset.dataset.select_columns(dataset.picture_columns)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk, values in chunks(images, rows):
-            for row, (size, reason) in zip(chunk, pool.map(verify_reason, values[column]), strict=True):
-                yield row, size, reason
+        for chunk, values in chunks(pictures, rows):
+            records = [{name: column[i] for name, column in values.items()} for i in range(len(chunk))]
+            yield from zip(chunk, pool.map(dataset.picture_problems, records), strict=True)
             if stop():
                 return
 

@@ -55,9 +55,9 @@ class DataConfig:
     label_column: str = option("label", on_resume="error")
     """Column with the classes: class names, or numbers from 0"""
     mask_column: str = option("mask", on_resume="error")
-    """Column with segmentation masks, the size of their pictures"""
-    conditioning_image_column: str = option("conditioning_image", on_resume="error")
-    """Column with control images, the size of their pictures"""
+    """Column with segmentation masks (8-bit grey, a class id per pixel), the size of their pictures"""
+    conditioning_image_column: list[str] | str = option("conditioning_image", on_resume="error")
+    """Column with control images, the size of their pictures; a list of columns gives one grey channel each"""
     train_split: str = option("train", on_resume="error")
     """Split to train on"""
     validation_split: str = option("validation", on_resume="error")

@@ -30,6 +30,14 @@ class BrokenImage(Exception):
     """A picture that cannot be decoded; the message says why."""
 
 
+class BadSample(Exception):
+    """A row that cannot be trained on: which column, and why."""
+
+    def __init__(self, column: str, reason: str):
+        super().__init__(reason)
+        self.column = column
+
+
 class CropGeometry(NamedTuple):
     """Where a training picture is cut from its source; masks and control images of the same sample share it."""
 

@@ -1,0 +1,116 @@
+"""Masks and control images: cut with their pictures, read as what they are, refused when they cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.cli import UserError
+from training.companions import IGNORE_INDEX, control_of
+from training.data import DataConfig, ImageDataset, load_split
+from training.data_checks import require_clean
+from training.sampler import SampleKey
+
+ROWS, WIDTH, HEIGHT = 4, 40, 24
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures whose red is the class id × 60, masks with the ids, and controls that are the pictures' negatives."""
+    path = tmp_path / "pictures"
+    path.mkdir()
+    lines = []
+    for row in range(ROWS):
+        ids = np.random.default_rng(row).integers(0, 4, (HEIGHT, WIDTH)).astype(np.uint8)
+        pixels = np.stack([ids * 60, np.full_like(ids, 10), np.full_like(ids, 200)], -1)
+        Image.fromarray(pixels).save(path / f"{row}.png")
+        Image.fromarray(255 - pixels).save(path / f"{row}_control.png")
+        Image.fromarray(ids).save(path / f"{row}_mask.png")
+        names = {"file_name": "", "mask_file_name": "_mask", "conditioning_image_file_name": "_control"}
+        lines.append({name: f"{row}{end}.png" for name, end in names.items()})
+    (path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def opened(folder: Path, **flags: object) -> ImageDataset:
+    config = DataConfig(train_data_dir=str(folder), resolution=HEIGHT, center_crop=False, random_flip=True)
+    config.validation_fraction = 0
+    return ImageDataset(load_split(config, "train", 0), config, captions=False, **flags)  # type: ignore[arg-type]
+
+
+def test_masks_and_controls_are_cut_and_mirrored_with_their_pictures(folder: Path):
+    data = opened(folder, num_mask_classes=4, control=control_of("conditioning_image", 0))
+    seen = set()
+    for key in range(12):
+        item = data[SampleKey(key % ROWS, key)]
+        red = ((item["pixel_values"][0] + 1) * 127.5).round().long()
+        assert item["mask"].dtype == torch.int64
+        assert torch.equal(item["mask"] * 60, red)
+        control = item["conditioning_pixel_values"]
+        torch.testing.assert_close(1 - control, (item["pixel_values"] + 1) / 2, atol=1e-6, rtol=0)
+        seen.add(tuple(red.flatten()[:8].tolist()))
+    assert len(seen) > 8  # another place in each draw, or this would have tested one crop
+
+
+def test_several_columns_are_grey_channels_and_class_ids_are_one_hot(folder: Path):
+    grey = opened(folder, control=control_of(["mask", "mask"], 0))[SampleKey(0, 0)]["conditioning_pixel_values"]
+    assert grey.shape == (2, HEIGHT, HEIGHT)
+    assert torch.equal(grey[0], grey[1])
+    control = control_of("mask", 5)
+    item = opened(folder, num_mask_classes=4, control=control)[SampleKey(0, 0)]
+    hot = item["conditioning_pixel_values"]
+    assert control.channels == len(hot) == 5
+    assert torch.equal(hot.sum(0), torch.ones(HEIGHT, HEIGHT))
+    assert torch.equal(hot.argmax(0), item["mask"])
+
+
+def test_palettes_are_ids_and_unlabelled_pixels_have_no_class(folder: Path):
+    ids = np.zeros((HEIGHT, WIDTH), np.uint8)
+    ids[:, 20:] = IGNORE_INDEX
+    ids[:4] = 3
+    mask = Image.fromarray(ids, "P")
+    mask.putpalette([7 * i % 256 for i in range(768)])
+    for row in range(ROWS):
+        mask.save(folder / f"{row}_mask.png")
+    item = opened(folder, num_mask_classes=4, control=control_of("mask", 4))[SampleKey(0, 5)]
+    assert set(item["mask"].unique().tolist()) <= {0, 3, IGNORE_INDEX}
+    assert torch.equal(item["conditioning_pixel_values"].sum(0) == 0, item["mask"] == IGNORE_INDEX)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: Image.fromarray(np.full((HEIGHT, WIDTH), 9, np.uint8)).save(path), "class id 9 is beyond the 4"),
+        (
+            lambda path: Image.new("L", (WIDTH, 7)).save(path),
+            f"it is {WIDTH}×7 pixels and its picture {WIDTH}×{HEIGHT}",
+        ),
+        (lambda path: Image.new("RGB", (WIDTH, HEIGHT)).save(path), "it has colours"),
+        (lambda path: path.write_bytes(b"no picture"), "not a readable picture"),
+    ],
+)
+def test_masks_that_cannot_be_are_found_before_training(folder: Path, spoil, message: str):
+    spoil(folder / "2_mask.png")
+    with pytest.raises(UserError, match=r"(?s)1 of 4 rows cannot.*row 2.*column 'mask': ") as error:
+        require_clean(opened(folder, num_mask_classes=4))
+    assert message in str(error.value)
+
+
+def test_a_control_of_another_size_is_found_before_training(folder: Path):
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(folder / "1_control.png")
+    with pytest.raises(UserError, match="row 1.*column 'conditioning_image': it is 41×24"):
+        require_clean(opened(folder, control=control_of("conditioning_image", 0)))
+
+
+def test_a_column_that_is_not_there_is_named_with_its_flag(folder: Path):
+    with pytest.raises(UserError, match="no column 'edges'.*--conditioning_image_column"):
+        opened(folder, control=control_of(["mask", "edges"], 0))
+    rows = [json.dumps({"file_name": f"{row}.png"}) for row in range(ROWS)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="no column 'mask'.*--mask_column"):
+        opened(folder, num_mask_classes=2)
