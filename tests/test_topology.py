@@ -117,6 +117,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, processes):
     assert_same_state(parts, whole)
 
 
+def test_balanced_samples_are_the_same_on_two_processes_and_after_a_resume(tmp_path, reference):
+    """One row in eight is rare and drawn half of the time, wherever it is drawn."""
+    balanced = ("--balance_by", "kind")
+    train(tmp_path / "one", "1×8", "true", *balanced)
+    train(tmp_path / "two", "2×4", "true", *balanced)
+    assert relative_difference(tmp_path / "two", tmp_path / "one") <= LIMITS["true"]
+    assert relative_difference(tmp_path / "one", reference["true"]) > 1e-2
+    forget_accelerate()
+    shape = ("--train_batch_size", "8", "--double", "true", "--cpu_threads", "1", "--report_to", "none")
+    flags = ["--output_dir", str(tmp_path / "parts"), *TWENTY, *shape, *balanced]
+    assert toy_main([*flags, "--signal_step", "10"]) == 75
+    forget_accelerate()
+    assert toy_main(flags) == 0
+    assert_same_state(tmp_path / "parts", tmp_path / "one")
+
+
 def test_torchrun_passes_a_sigterm_on_and_everything_is_saved(tmp_path):
     """The signal goes to torchrun alone, at no chosen moment, while the trainers are at work."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

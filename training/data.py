@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.cli import UserError
+from training.balance import RowClasses, column_classes
 from training.companions import Companion, ControlImage, SegmentationMask
 from training.data_source import (
     DataConfig,
@@ -169,6 +170,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if control is not None:
             self.companions["conditioning_pixel_values"] = control
         self.dataset = self._undecoded(dataset, columns)
+        self._every_column = dataset
         # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -188,6 +190,10 @@ class ImageDataset(torch.utils.data.Dataset):
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty without labels."""
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
+
+    def classes(self, column: str) -> RowClasses:
+        """The class of each row by any column, for `--balance_by`. Raises UserError."""
+        return column_classes(self._every_column, column)
 
     def __len__(self) -> int:
         return len(self.dataset)

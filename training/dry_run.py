@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from .balance import balanced_strata
 from .sampler import BatchLayout, Draws, StepSampler
 from .sizes import steps_per_epoch
 from .stage import Stage
@@ -40,6 +41,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     total = config.max_train_steps or config.num_train_epochs * spe
     lines = [_resolved(config)]
     lines.append(f"{len(data)} images, {spe} steps an epoch of {layout.global_batch_size} images, {total} steps in all")
+    balanced_strata(data, config.balance_by, config.balance_power)
     state_bytes = 0
     activations = 0
     for phase in stage.phases:

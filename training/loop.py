@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from pipelines.cli import UserError
 
 from . import checkpoint, dry_run, resume
+from .balance import balanced_strata
 from .ema import EMA
 from .export import Exporter
-from .launch import on_main, start_accelerator
+from .launch import on_main, peak_memory_mib, start_accelerator
 from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
 from .prepare import interrupted_while_making
@@ -42,7 +43,7 @@ from .validation import (
     validate,
     validate_only,
 )
-from .weights import load_initial_weights
+from .weights import freeze_parameters, load_initial_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,6 +93,7 @@ def _session(
         return stop.exit_status(stop.requested or signal.SIGTERM)
     stage = build_stage()
     stage.poll = stop.check  # type: ignore[method-assign]
+    freeze_parameters(stage, config.freeze_parameters)
     if config.dry_run:
         if accelerator.is_main_process:
             print(dry_run.report(stage, config, accelerator.num_processes))
@@ -110,6 +112,7 @@ class Trainer:
     def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal):
         self.stage, self.config, self.accelerator, self.folder, self.stop = stage, config, accelerator, folder, stop
         self.data = stage.train_data()
+        self.strata = balanced_strata(self.data, config.balance_by, config.balance_power)
         self.layout = BatchLayout(
             config.train_batch_size,
             accelerator.num_processes,
@@ -123,6 +126,7 @@ class Trainer:
             PhaseRunner(phase, config, accelerator, self.layout, "" if i == 0 else f"{phase.name}_")
             for i, phase in enumerate(stage.phases)
         ]
+        self.trained_parameters = sum(p.numel() for r in self.runners for p in r.parameters)
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
         self.state = RunState()
         self.stop_agreed = False
@@ -339,7 +343,6 @@ class Trainer:
         self.state.sessions += 1
         self.folder.save_config(self.config.to_dict())
         self.reporter.start()
-        trained = sum(p.numel() for r in self.runners for p in r.parameters)
         logger.info(
             "%s in %s: %s. %d images, %d steps an epoch, batch %d, %.1f M parameters trained, on %d × %s",
             self.stage.name,
@@ -348,7 +351,7 @@ class Trainer:
             len(self.data),
             self.steps_per_epoch,
             self.layout.global_batch_size,
-            trained / 1e6,
+            self.trained_parameters / 1e6,
             self.accelerator.num_processes,
             self.accelerator.device.type,
         )
@@ -368,7 +371,7 @@ class Trainer:
             yield to_device(batch, self.accelerator.device)
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
-        return StepSampler(len(self.data), self.layout, self.config.seed, start, stop)
+        return StepSampler(len(self.data), self.layout, self.config.seed, start, stop, self.strata)
 
     def _first_batch(self) -> tuple[Batch, Draws]:
         batch = fetch(self.data, self._sampler(0, 1).keys(0, 0))
@@ -476,6 +479,8 @@ class Trainer:
             "global_batch_size": self.layout.global_batch_size,
             "elapsed_seconds": round(state.elapsed_seconds, 1),
             "skipped_steps": state.skipped_steps,
+            "trained_parameters": self.trained_parameters,
+            "peak_memory_mib": peak_memory_mib(self.accelerator.device),
             "hardware": f"{self.accelerator.num_processes} × {self.accelerator.device.type}",
             "metrics": state.last_validation,
             "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},

@@ -62,6 +62,13 @@ class RunConfig:
     max_train_steps: int = option(0, on_resume="free")
     """The total in steps; 0 counts epochs."""
 
+    balance_by: str | None = option(None, on_resume="error")
+    """Column of classes: samples of rare ones are drawn more often, as --balance_power says."""
+    balance_power: float = option(1.0, on_resume="error")
+    """A sample of a class of n rows has the weight n^-power: 0 draws rows as they are, 1 all classes equally often."""
+    freeze_parameters: list[str] = option([], on_resume="error")
+    """Patterns of parameters that stay as they are, e.g. '[unet.down_blocks.*]'; names are the pipeline's."""
+
     learning_rate: float = option(1e-4)
     """The highest rate of the schedule."""
     lr_scheduler: str = option("constant_with_warmup")
@@ -169,6 +176,8 @@ class RunConfig:
             check_at_least(name, getattr(self, name), 1)
         for name in _NOT_NEGATIVE:
             check_at_least(name, getattr(self, name), 0)
+        if not 0 <= self.balance_power <= 1:
+            raise UserError(f"--balance_power is {self.balance_power}; it must lie in [0, 1] (1 makes classes equal)")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must be above 0 (1e-4 is a usual value)")
         if not 0 <= self.ema_decay < 1:

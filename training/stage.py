@@ -24,7 +24,8 @@ Batch = Mapping[str, Any]
 class MapDataset(Protocol):
     """A map-style dataset whose items may depend on a key of their own, and on nothing else that is random.
 
-    It may also implement `__getitems__(list[SampleKey])` (one call a batch) and `collate(list) -> Batch`.
+    It may also implement `__getitems__(list[SampleKey])` (one call a batch), `collate(list) -> Batch`, and, for
+    `--balance_by`, `classes(column) -> balance.RowClasses`: the class of each row.
     """
 
     def __len__(self) -> int: ...

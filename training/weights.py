@@ -1,14 +1,18 @@
-"""Starting from the weights of another run, or building on its models."""
+"""Starting from the weights of another run, building on its models, and keeping parts of one as they are."""
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipelines.cli import UserError
+from pipelines.cli import UserError, nearest
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 logger = logging.getLogger("halftone")
 
@@ -50,3 +54,32 @@ def load_component(path: str, name: str, flag: str) -> Any:
         has = ", ".join(key for key, value in components.items() if value is not None)
         raise UserError(f"{flag} {path} has no {name} (it holds {has}); name a run that trained one")
     return components[name].requires_grad_(False).eval()
+
+
+def freeze_parameters(stage: Stage, patterns: Sequence[str]) -> None:
+    """Keep the parameters that match one of the shell-style `patterns` as they are, from now on.
+
+    Names are those of the stage's components in its pipeline: `unet.down_blocks.0.resnets.0.conv1.weight`. They are
+    given to no optimizer, so neither updates nor weight decay move them.
+
+    Raises:
+        UserError: a pattern that matches nothing, or a phase with nothing left to train.
+    """
+    named = {f"{name}.{key}": p for name, module in stage.ema_of.items() for key, p in module.named_parameters()}
+    for pattern in patterns:
+        matched = fnmatch.filter(named, pattern)
+        if not matched:
+            modules = {key.rsplit(".", depth)[0] + ".*" for key in named for depth in range(1, key.count(".") + 1)}
+            raise UserError(
+                f"--freeze_parameters: '{pattern}' matches none of the {len(named)} parameters"
+                f"{nearest(pattern, modules)} (they begin with {', '.join(stage.ema_of)}; as in 'unet.down_blocks.*')"
+            )
+        for key in matched:
+            named[key].requires_grad_(False)
+    if not patterns:
+        return
+    for phase in stage.phases:
+        if not any(p.requires_grad for p in phase.parameters()):
+            raise UserError(f"--freeze_parameters {list(patterns)} leaves nothing to train in phase '{phase.name}'")
+    frozen = sum(p.numel() for p in named.values() if not p.requires_grad)
+    logger.info("%s of %s parameters stay as they are", f"{frozen:,}", f"{sum(p.numel() for p in named.values()):,}")
