@@ -110,7 +110,8 @@ def test_a_control_of_another_size_is_found_before_training(folder: Path):
 def test_a_column_that_is_not_there_is_named_with_its_flag(folder: Path):
     with pytest.raises(UserError, match="no column 'edges'.*--conditioning_image_column"):
         opened(folder, control=control_of(["mask", "edges"], 0))
-    rows = [json.dumps({"file_name": f"{row}.png"}) for row in range(ROWS)]
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    plain = folder.with_name("plain")
+    plain.mkdir()
+    (folder / "0.png").rename(plain / "0.png")
     with pytest.raises(UserError, match="no column 'mask'.*--mask_column"):
-        opened(folder, num_mask_classes=2)
+        opened(plain, num_mask_classes=2)
