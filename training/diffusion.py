@@ -22,8 +22,8 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 
 @dataclass
-class DiffusionConfig:
-    """Flags of the objective."""
+class NoiseScheduleConfig:
+    """Flags that make a model what it is: one that is built on it takes them over."""
 
     prediction_type: str = option("flow_prediction", on_resume="error")
     """epsilon, v_prediction, sample, or flow_prediction (rectified flow)"""
@@ -39,6 +39,12 @@ class DiffusionConfig:
     """Zero terminal SNR (Lin et al. 2024); for v_prediction and sample"""
     flow_shift: float = option(1.0, on_resume="error")
     """Shift of the flow's times towards noise, in training and sampling; above 1 for large latents"""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Flags of how it is trained."""
+
     timestep_sampling: str = option("logit_normal")
     """uniform or logit_normal"""
     logit_mean: float = option(0.0)
@@ -51,6 +57,11 @@ class DiffusionConfig:
     """Strength of offset noise"""
     cfg_dropout: float = option(0.1)
     """Share of samples trained without their condition, for classifier-free guidance"""
+
+
+@dataclass
+class DiffusionConfig(ObjectiveConfig, NoiseScheduleConfig):
+    """All flags of the objective."""
 
 
 def validate_diffusion_config(config: DiffusionConfig) -> None:
@@ -85,6 +96,22 @@ class NoisyBatch:
     def loss(self, prediction: Tensor) -> Tensor:
         """Weighted mean squared error per sample. B."""
         return self.weight * objectives.mse_per_sample(prediction, self.target)
+
+
+def noise_schedule_of_pipeline(pipeline: Any) -> NoiseScheduleConfig:
+    """The schedule that the model of `pipeline` was trained with."""
+    scheduler = pipeline.scheduler.config
+    found = {
+        name: scheduler[name]
+        for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        if scheduler.get(name) is not None
+    }
+    return NoiseScheduleConfig(
+        prediction_type=pipeline.config.prediction_type,
+        rescale_betas_zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        flow_shift=scheduler.get("shift") or scheduler.get("flow_shift") or 1.0,
+        **found,
+    )
 
 
 class Diffusion:

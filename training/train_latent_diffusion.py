@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipelines.cli import UserError, entry_point
 from training import text
 from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
+from training.conditions import batch_latents, caption_and_class
 from training.data import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
@@ -126,28 +127,14 @@ class LatentDiffusionPhase(Phase):
         self.caption_ids = text.CaptionIds(tokenizer, max_length)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
-        """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time."""
-        from pipelines.latents import encode_latents, latents_from_moments
-
-        with torch.no_grad():
-            if "pixel_values" in batch:
-                return encode_latents(self.vae, batch["pixel_values"], draws.normal("posterior", self.latent_shape))
-            noise = draws.normal("posterior", self.latent_shape)
-            return latents_from_moments(self.vae, batch["mean"], batch.get("logvar"), noise)
+        """B C h w, scaled."""
+        return batch_latents(self.vae, batch, draws, self.latent_shape)
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor | None]:
         """The U-Net's arguments beside latents and timesteps; `dropped`: B, bool."""
-        from pipelines.latent_diffusion import encode_captions, null_class
-
-        # The stock U-Net wants the argument even where nothing attends to text.
-        arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
-        if self.tokenizer is not None:
-            captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
-            ids = self.caption_ids(captions).to(dropped.device)
-            arguments["encoder_hidden_states"] = encode_captions(self.text_encoder, ids)
-        if self.unet.config.num_class_embeds:
-            arguments["class_labels"] = torch.where(dropped, null_class(self.unet), batch["label"])
-        return arguments
+        if self.tokenizer is None:
+            return caption_and_class(self.unet, None, None, batch, dropped)
+        return caption_and_class(self.unet, self.text_encoder, self.caption_ids, batch, dropped)
 
     def losses(
         self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
@@ -225,10 +212,10 @@ class LatentDiffusionStage(Stage):
                 raise UserError(f"the latent cache {config.latent_cache} has no captions; make it with captions")
             if self.with_labels and not cache.id2label:
                 raise UserError(f"the latent cache {config.latent_cache} has no labels; make it with labels")
-            cached = cache.split("train", random_flip=config.random_flip)
+            cached = cache.split("train", random_flip=config.random_flip, config=config)
             validation = cache.split("validation") if "validation" in cache.splits else None
             return cached, validation, cache.id2label if self.with_labels else {}
-        flags = {"captions": self.with_captions, "labels": self.with_labels}
+        flags: dict[str, Any] = {"captions": self.with_captions, "labels": self.with_labels}
         label_map = load_label_map(config) if self.with_labels else None  # of all splits: one may lack a class
         train_data = ImageDataset(load_split(config, "train", config.seed), config, **flags, label_map=label_map)
         require_clean(train_data, tell=logger.info)
