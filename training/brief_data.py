@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.design_brief import FIELDS, DesignBrief, brief_tensors
 from pipelines.poster_domain import GRAMMAR
 from training.data import BadSample, ImageDataset, collate_items
-from training.data_source import DataConfig, undecoded_images
+from training.data_source import DataConfig
 from training.poster_data import require_poster_columns
 from training.sampler import Draws, SampleKey
 
@@ -27,22 +27,21 @@ PARTS = ("style", "numbers", "counts", "palette")
 
 
 class BriefedPosters(ImageDataset):
-    """Rows of a poster dataset as `{"pixel_values", "brief", "index"}`.
+    """Rows of a poster dataset as `{"pixel_values", "brief", "index"}`, with `control` also a control image.
 
     `pixel_values` is float32 3 R R in [-1, 1]; `brief` what `brief_tensors` makes of the row's V_Meta, without its
-    first dimension. Numbers of the grammar that the dataset lacks are absent.
+    first dimension. Numbers of the grammar that the dataset lacks are absent. The control is that of `ImageDataset`.
 
     Raises:
         UserError: no poster dataset, at once; `BadRow` when a row is read that cannot be used.
     """
 
-    def __init__(self, dataset: Dataset, config: DataConfig, *, augment: bool = True):
+    def __init__(self, dataset: Dataset, config: DataConfig, *, control: Any = None, augment: bool = True):
         name = str(config.dataset_name or config.train_data_dir)
         require_poster_columns(dataset, [config.image_column, *BRIEF_COLUMNS], name)
-        super().__init__(dataset, config, captions=False, augment=augment)
+        super().__init__(dataset, config, captions=False, control=control, augment=augment)
         self.quick_columns = [name for name in FIELDS if name in dataset.column_names]
-        columns = [config.image_column, *self.quick_columns]
-        self.dataset = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
+        self.dataset = self._undecoded(dataset, self.quick_columns)
 
     def brief(self, index: int) -> DesignBrief:
         """The brief of a row. Raises BadSample."""

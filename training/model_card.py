@@ -101,6 +101,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "pretrained_text_encoder": config.get("pretrained_text_encoder"),
         "data": _data(record, config),
         "training": _training(record),
+        "config": config,
         "config_yaml": _yaml(config) if config else "",
         "metrics": [(_cell(_figure_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
         "best": _best(record.get("best") or {}),
