@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pipelines.cli import UserError, entry_point
 from pipelines.latents import latent_shape, posterior_moments
+from training.companions import IGNORE_INDEX, SegmentationMask
 from training.data import (
     DataConfig,
     ImageDataset,
@@ -37,7 +38,7 @@ from training.data import (
     validate_data_config,
 )
 from training.data_checks import require_clean
-from training.data_source import named_split
+from training.data_source import named_split, undecoded_images
 from training.fingerprints import dataset_fingerprint, vae_fingerprint
 from training.latent_cache import (
     FORMAT_VERSION,
@@ -53,7 +54,11 @@ from training.launch import has_accelerator_device, threads_per_process
 from training.parsing import parse_config
 from training.sampler import SampleKey
 from training.signals import StopSignal, ignore_interrupts
+from training.transforms import BadSample, BrokenImage, open_image
 from training.vae_loading import load_vae
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _BYTES = {"float32": 4, "float16": 2}
 _FREE_SPACE_MARGIN = 1.05
@@ -74,6 +79,8 @@ class PrecomputeConfig(DataConfig):
     """Of the rows held out when there is no validation split, and of max_train_samples"""
     labels: Literal["auto", "yes", "no"] = "auto"
     """Cache label_column: auto does if it is there and has at least two rows per class"""
+    masks: Literal["auto", "yes", "no"] = "auto"
+    """Cache mask_column, at the pictures' resolution: auto does if it is there and holds class ids, not colours"""
     encode_batch_size: int = 16
     """Pictures encoded at once"""
     shard_rows: int = 512
@@ -162,6 +169,8 @@ class Encoder:
             captions = [caption for part in columns.pop("caption", []) for caption in part]
             tensors = {name: torch.cat(parts) for name, parts in columns.items()}
             tensors["row"] = tensors.pop("index")
+            if "mask" in tensors:
+                tensors["mask"] = tensors["mask"].to(torch.uint8)
             write_shard(self.file(work.name, number), tensors, captions if work.images.captions else None, work.request)
             if stop.requested is not None and position + 1 < len(numbers):
                 return False
@@ -254,13 +263,15 @@ def _plan(
     config: PrecomputeConfig, vae: nn.Module, shape: tuple[int, int, int]
 ) -> tuple[dict[str, Any], list[SplitWork]]:
     """What the manifest will say of the whole cache, and the work of each split."""
-    columns = named_split(config, load_all_splits(config), config.train_split).column_names
+    stored = named_split(config, load_all_splits(config), config.train_split)
+    columns = stored.column_names
     captions = bool(config.caption_column) and (
         config.caption_column in columns or config.caption_column != DataConfig().caption_column
     )
-    label_map = _labels(config, columns)
+    label_map, masks = _labels(config, stored), _masks(config, stored)
     images = {
-        name: open_images(config, name, config.seed, captions=captions, label_map=label_map) for name in config.splits
+        name: open_images(config, name, config.seed, captions=captions, label_map=label_map, masks=masks)
+        for name in config.splits
     }
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -275,6 +286,9 @@ def _plan(
         "seed": config.seed,
         "captions": captions,
         "label_names": label_map.names if label_map else [],
+        # Said only where they are not as in caches from before there were masks.
+        **({"masks": True} if masks else {}),
+        **({"label_column": config.label_column} if label_map and config.label_column != "label" else {}),
     }
     # Renaming or moving the VAE's folder changes nothing in a shard.
     decisive = {**facts, "vae": facts["vae"]["fingerprint"], "on_bad_sample": config.on_bad_sample}
@@ -287,14 +301,25 @@ def _plan(
     return facts, works
 
 
-def _labels(config: PrecomputeConfig, columns: Sequence[str]) -> LabelMap | None:
+def _labels(config: PrecomputeConfig, stored: Dataset) -> LabelMap | None:
     """The classes to cache, if any: see `PrecomputeConfig.labels`."""
-    if config.labels == "no" or (config.labels == "auto" and config.label_column not in columns):
+    if config.labels == "no" or (config.labels == "auto" and config.label_column not in stored.column_names):
         return None
-    rows = len(named_split(config, load_all_splits(config), config.train_split))
     label_map = load_label_map(config)
     # Where nearly every row has a value of its own, it names rows, not classes.
-    return label_map if config.labels == "yes" or len(label_map) * _ROWS_PER_CLASS <= rows else None
+    return label_map if config.labels == "yes" or len(label_map) * _ROWS_PER_CLASS <= len(stored) else None
+
+
+def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
+    """Whether to cache masks: see `PrecomputeConfig.masks`."""
+    if config.masks != "auto" or config.mask_column not in stored.column_names:
+        return config.masks == "yes"
+    try:
+        first = undecoded_images(stored.select_columns([config.mask_column]), config.mask_column, "mask_column")[0]
+        SegmentationMask(config.mask_column, IGNORE_INDEX).load(first, open_image(first[config.mask_column]).size)
+    except (UserError, BadSample, BrokenImage):
+        return False
+    return True
 
 
 def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> None:
@@ -327,10 +352,10 @@ def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequenc
         differences.append(
             f"VAE {there['name']} ({there['fingerprint'][:12]}) there, {here['name']} ({here['fingerprint'][:12]}) here"
         )
-    for name, value in facts.items():
-        if name != "vae" and manifest.get(name) != value:
-            values = f" {manifest.get(name)} there, {value} here" if name != "label_names" else " differ"
-            differences.append(f"{name}{values}")
+    for name in {**manifest, **facts}:
+        there, here = manifest.get(name), facts.get(name)
+        if name not in ("vae", "splits") and there != here:
+            differences.append(f"{name} differ" if name == "label_names" else f"{name} {there} there, {here} here")
     for work in works:
         there = manifest["splits"].get(work.name)
         if there and there["dataset"] != work.fingerprint:
@@ -354,7 +379,8 @@ def _check_disk(config: PrecomputeConfig, pictures: int, facts: dict[str, Any]) 
     channels, height, width = facts["latent_shape"]
     # Mean and log-variance, and the mirrored ones.
     numbers = channels * height * width * 2 * (2 if config.random_flip else 1)
-    needed = pictures * numbers * _BYTES[config.storage_dtype] * _FREE_SPACE_MARGIN
+    bytes_each = numbers * _BYTES[config.storage_dtype] + (config.resolution**2 if facts.get("masks") else 0)
+    needed = pictures * bytes_each * _FREE_SPACE_MARGIN
     free = shutil.disk_usage(config.output_dir).free
     if needed > free:
         raise UserError(

@@ -15,7 +15,7 @@ from tests.toy_runs import LAYOUT, assert_equal, run, tensors_of
 from training.balance import RowClasses, balanced_strata, column_classes
 from training.data import DataConfig, ImageDataset
 from training.data_source import load_split
-from training.sampler import BatchLayout, StepSampler, StratifiedDraw, Strata, _permutation
+from training.sampler import BatchLayout, StepSampler, Strata, StratifiedDraw, _permutation
 
 COUNTS = (600, 300, 75, 20, 5)  # 1,000 rows in five classes
 # Of the chi-square distribution with 4 degrees of freedom: exceeded by one draw in 1,000.

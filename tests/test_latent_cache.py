@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.cli import UserError
 from pipelines.latents import posterior_moments
 from tests.conftest import ROOT
 from tests.tiny_models import tiny_vae
+from training.balance import balanced_strata
 from training.data import DataConfig, ImageDataset, load_split
 from training.fingerprints import vae_fingerprint
 from training.latent_cache import LatentCache, read_shard
@@ -37,23 +39,37 @@ ROWS, VALIDATION_ROWS, SHARD_ROWS = 62, 5, 4
 LATENTS = (4, 8, 8)  # of tiny_vae at 16 px
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parquet with captions (one row has two), classes, and pictures of the training size."""
-    folder = tmp_path_factory.mktemp("pictures")
+def save_pictures(folder: Path, *, mask_seed: int | None = None) -> Path:
+    """Parquet with captions (one row has two), classes, and pictures of the training size.
+
+    With `mask_seed` also masks of four classes with some unlabelled pixels, and a second column of classes.
+    """
     generator = np.random.default_rng(0)
-    features = datasets.Features(
-        image=datasets.Image(), text=datasets.Value("string"), label=datasets.ClassLabel(names=["even", "odd"])
-    )
+    features: dict[str, Any] = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["even", "odd"]),
+    }
     for split, rows in (("train", ROWS), ("validation", VALIDATION_ROWS)):
         images = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(rows)]
-        columns = {
+        columns: dict[str, list] = {
             "image": images,
             "text": [f"{split} {i} – café" for i in range(rows)],
             "label": [i % 2 for i in range(rows)],
         }
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        if mask_seed is not None:
+            ids = np.random.default_rng(mask_seed).choice([0, 1, 2, 3, 255], (rows, 16, 16)).astype(np.uint8)
+            columns |= {"mask": [Image.fromarray(mask) for mask in ids]}
+            columns |= {"source": ["rare" if i % 10 == 3 else "common" for i in range(rows)]}
+            features |= {"mask": datasets.Image(), "source": datasets.Value("string")}
+        dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +138,75 @@ def test_flips_of_cached_latents_are_not_frozen(cache_folder: Path):
     )
     steady = LatentCache(cache_folder).split("train")
     assert len({steady[SampleKey(3, key)]["mean"].numpy().tobytes() for key in range(30)}) == 1
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("masked"), mask_seed=1)
+
+
+@pytest.fixture(scope="module")
+def masked_cache(masked: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "masked"
+    assert precompute(*flags(masked, vae_folder, folder)) == 0
+    return folder
+
+
+def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache: Path, vae_folder: Path):
+    cache, config = LatentCache(masked_cache), config_of(masked)
+    assert cache.has_masks
+    cached = cache.split("train", random_flip=True, num_mask_classes=4)
+    live = ImageDataset(load_split(config, "train", 0), config, labels=True, num_mask_classes=4)
+    keys = [SampleKey(i, 1000 + i) for i in range(len(live))]
+    for one, other in zip(cached.__getitems__(keys), live.__getitems__(keys)):
+        assert one["mask"].dtype == other["mask"].dtype == torch.int64
+        assert torch.equal(one["mask"], other["mask"])
+        assert one["label"] == other["label"]
+    assert {flips(key.key) for key in keys} == {True, False}
+    assert cached.collate([cached[keys[0]], cached[keys[1]]])["mask"].shape == (2, 16, 16)
+    assert "mask" not in cache.split("train")[keys[0]]
+    cache.check(load_vae(str(vae_folder)), str(vae_folder), config)
+
+
+def test_masks_that_are_not_there_or_do_not_fit_are_refused(
+    data: Path, masked: Path, masked_cache: Path, cache_folder: Path, vae_folder: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match="no masks; make it again with --masks yes"):
+        LatentCache(cache_folder).split("train", num_mask_classes=4)
+    with pytest.raises(UserError, match=r"class id 3 of a mask in split 'train'.*beyond the 3 classes"):
+        LatentCache(masked_cache).split("train", num_mask_classes=3)
+    (tmp_path / "changed").mkdir()
+    changed = save_pictures(tmp_path / "changed", mask_seed=2)
+    with pytest.raises(UserError, match="dataset: split 'train'"):
+        LatentCache(masked_cache).check(load_vae(str(vae_folder)), "v", config_of(changed))
+    copy = tmp_path / "copy"
+    shutil.copytree(masked_cache, copy)
+    with pytest.raises(UserError, match="masks True there, None here"):
+        precompute(*flags(masked, vae_folder, copy, "--masks", "no"))
+    with pytest.raises(UserError, match="no column 'mask'.*--mask_column"):
+        precompute(*flags(data, vae_folder, tmp_path / "new", "--masks", "yes"))
+
+
+def test_a_cache_without_masks_is_the_file_it_always_was(
+    masked: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
+):
+    """Caches made before there were masks stay readable, and the command that made one finds it complete."""
+    assert precompute(*flags(masked, vae_folder, tmp_path / "latents", "--masks", "no")) == 0
+    assert contents(tmp_path / "latents") == contents(cache_folder)
+    assert set(LatentCache(cache_folder).manifest) & {"masks", "label_column"} == set()
+
+
+def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictures(masked: Path, masked_cache: Path):
+    cache = LatentCache(masked_cache)
+    alone, named = cache.split("train"), cache.split("train", config=config_of(masked))
+    for dataset in (alone, named):
+        strata = balanced_strata(dataset, "label", 1.0)
+        assert strata.group_of_row.tolist() == [i % 2 for i in range(ROWS)]
+    strata = balanced_strata(named, "source", 0.5)
+    assert strata.group_of_row.tolist() == [int(i % 10 == 3) for i in range(ROWS)]
+    assert float(strata.shares[1]) == pytest.approx(6**0.5 / (6**0.5 + 56**0.5))
+    with pytest.raises(UserError, match="holds 'label'.*--dataset_name.*--label_column source"):
+        balanced_strata(alone, "source", 1.0)
 
 
 def test_workers_read_the_same_batches(cache_folder: Path):

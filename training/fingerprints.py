@@ -36,7 +36,8 @@ _VAE_CONFIG_KEYS = (
 
 
 def dataset_fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 over the number of rows, every caption and label, and the bytes of up to `SAMPLED_IMAGES` pictures.
+    """SHA-256 over the number of rows, every caption and label, and the bytes of up to `SAMPLED_IMAGES` pictures and
+    of the masks that go with them, where the dataset has any.
 
     Independent of paths and of how the rows are stored (files, Parquet, Arrow). Of a dataset with more rows than that,
     a change to pictures alone is seen only if it touches a sampled one.
@@ -50,11 +51,13 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
         digest.update(json.dumps(dataset.label_map.names).encode())
         for label in column_values(dataset.dataset, config.label_column):
             digest.update(f"{label}\n".encode())
-    images = dataset.dataset.select_columns([config.image_column])
+    images = dataset.dataset.select_columns(dataset.picture_columns)
     sampled = evenly_spaced(rows, SAMPLED_IMAGES)
     for start in range(0, len(sampled), _IMAGES_PER_READ):
-        for source in images[sampled[start : start + _IMAGES_PER_READ]][config.image_column]:
-            digest.update(hashlib.sha256(encoded_bytes(source)).digest())
+        columns = images[sampled[start : start + _IMAGES_PER_READ]]
+        for sources in zip(*(columns[name] for name in dataset.picture_columns), strict=True):
+            for source in sources:
+                digest.update(hashlib.sha256(encoded_bytes(source)).digest())
     return digest.hexdigest()
 
 

@@ -1,10 +1,11 @@
-"""Latents computed once: posterior moments in memory-mapped shards, with captions and labels beside them.
+"""Latents computed once: posterior moments in memory-mapped shards, with captions, labels and masks beside them.
 
-N rows, V variants (1, or 2 with the mirrored picture), C latent channels, h w latent cells, B batch. `mean` and
+N rows, V variants (1, or 2 with the mirrored picture), C latent channels, h w latent cells, R resolution. `mean` and
 `logvar` are in the VAE's raw units: noise is drawn, and latents are scaled, at every step and by the VAE's own config.
 
     PATH/cache.json                            what it was made from, and every shard with its size and SHA-256
-    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; captions (UTF-8) and their offsets
+    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; mask N R R (uint8; its mirrored one
+                                               is made when it is read); captions (UTF-8) and their offsets
     PATH/<split>/shard-00000.json              says that the shard beside it is complete
 """
 
@@ -25,6 +26,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.cli import UserError, nearest
+from training.balance import RowClasses, column_classes
+from training.companions import IGNORE_INDEX
 from training.data import (
     DataConfig,
     ImageDataset,
@@ -38,6 +41,8 @@ from training.fingerprints import dataset_fingerprint, vae_fingerprint
 from training.sampler import SampleKey
 from training.transforms import flips, pick_caption
 
+# Masks and the label column's name came later, and are named only where they are not what they always were: caches
+# without them are the same files as ever.
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
 SCRIPT = "data_scripts/precompute_latents.py"
@@ -96,11 +101,27 @@ class LatentCache:
         """Class names by id; empty when no labels were cached."""
         return dict(enumerate(self.manifest["label_names"]))
 
-    def split(self, name: str, *, random_flip: bool = False) -> LatentCacheDataset:
+    @property
+    def label_column(self) -> str:
+        """The column that the labels were read from."""
+        return self.manifest.get("label_column", DataConfig().label_column)
+
+    @property
+    def has_masks(self) -> bool:
+        return self.manifest.get("masks", False)
+
+    def split(
+        self, name: str, *, random_flip: bool = False, num_mask_classes: int = 0, config: DataConfig | None = None
+    ) -> LatentCacheDataset:
         """One split as a map-style dataset.
 
+        Args:
+            num_mask_classes: items have masks of so many classes; 0 for no masks, though the cache may have some.
+            config: may name the pictures that were encoded (see `check`); `classes` then knows all of their columns.
+
         Raises:
-            UserError: no such split, or flips wanted from a cache without mirrored latents.
+            UserError: no such split, flips wanted from a cache without mirrored latents, or masks that the cache has
+                not, or that have more classes.
         """
         if name not in self.splits:
             raise UserError(
@@ -111,7 +132,9 @@ class LatentCache:
             raise UserError(
                 self._no_flips() + "; leave out --random_flip, or make it again with it and --overwrite true"
             )
-        return LatentCacheDataset(self, name, random_flip=random_flip)
+        if num_mask_classes:
+            self._check_masks(name, num_mask_classes)
+        return LatentCacheDataset(self, name, random_flip=random_flip, masks=num_mask_classes > 0, config=config)
 
     def check(self, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
         """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
@@ -144,7 +167,14 @@ class LatentCache:
         differences = []
         label_map = load_label_map(config) if self.manifest["label_names"] else None
         for name, split in self.manifest["splits"].items():
-            data = open_images(config, name, self.manifest["seed"], captions=self.has_captions, label_map=label_map)
+            data = open_images(
+                config,
+                name,
+                self.manifest["seed"],
+                captions=self.has_captions,
+                label_map=label_map,
+                masks=self.has_masks,
+            )
             fingerprint = dataset_fingerprint(data)
             if fingerprint != split["dataset"]:
                 differences.append(
@@ -176,6 +206,18 @@ class LatentCache:
                 words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
 
+    def _check_masks(self, split: str, num_classes: int) -> None:
+        if not self.has_masks:
+            raise UserError(
+                f"the latent cache '{self.path}' has no masks; make it again with --masks yes --overwrite true"
+            )
+        there = max(shard["mask_classes"] for shard in self.manifest["splits"][split]["shards"])
+        if there > num_classes:
+            raise UserError(
+                f"class id {there - 1} of a mask in split '{split}' of the latent cache '{self.path}' is beyond the "
+                f"{num_classes} classes (0 to {num_classes - 1}, and {IGNORE_INDEX} for unlabelled pixels)"
+            )
+
     def _no_flips(self) -> str:
         return f"the latent cache '{self.path}' has no mirrored pictures"
 
@@ -192,15 +234,27 @@ class LatentCache:
 
 
 class LatentCacheDataset(torch.utils.data.Dataset):
-    """Rows of a split as `{"mean", "logvar", "caption", "label", "index"}`: an `ImageDataset` with moments for pixels.
+    """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: an `ImageDataset` with moments for
+    pixels.
 
     `mean` and `logvar`: float32 C h w, raw VAE units; no `logvar` for a VAE without a posterior; `caption` and `label`
-    where the cache has them. Flips and the choice among several captions are functions of `SampleKey.key`.
+    where the cache has them; `mask`: int64 R R of class ids, if asked for. Flips and the choice among several captions
+    are functions of `SampleKey.key`.
     """
 
     collate = staticmethod(collate_items)
 
-    def __init__(self, cache: LatentCache, split: str, *, random_flip: bool = False):
+    def __init__(
+        self,
+        cache: LatentCache,
+        split: str,
+        *,
+        random_flip: bool = False,
+        masks: bool = False,
+        config: DataConfig | None = None,
+    ):
+        self.name, self.masks, self.config = split, masks, config
+        self.path, self.label_column, self.seed = cache.path, cache.label_column, cache.manifest["seed"]
         self.id2label = cache.id2label
         self.captions = cache.has_captions
         self.random_flip = random_flip
@@ -229,24 +283,58 @@ class LatentCacheDataset(torch.utils.data.Dataset):
             item["caption"] = pick_caption(text.split(_CAPTION_SEPARATOR), key.key) if several else text
         if "label" in shard:
             item["label"] = int(shard["label"][row])
+        if self.masks:
+            mask = shard["mask"][row].to(torch.int64)
+            item["mask"] = mask.flip(-1) if variant else mask
         item["index"] = key.index
         return item
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
         return [self[key] for key in keys]
 
+    def classes(self, column: str) -> RowClasses:
+        """The class of each row, for `--balance_by`: by any column of the pictures where they are named, or the labels.
+
+        Raises:
+            UserError: neither has this column.
+        """
+        if self.config and (self.config.dataset_name or self.config.train_data_dir):
+            return column_classes(load_split(self.config, self.name, self.seed), column)
+        if column == self.label_column and self.id2label:
+            ids = torch.cat([read_shard(file)["label"] for file in self._files])
+            return _without_unnamed(ids, list(self.id2label.values()))
+        cached = f"'{self.label_column}'" if self.id2label else "no classes"
+        raise UserError(
+            f"--balance_by {column}: the latent cache '{self.path}' holds {cached}; name the pictures it was made from "
+            "as well (--dataset_name or --train_data_dir), or make it again with "
+            f"--label_column {column} --labels yes --overwrite true"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # workers map the files themselves
 
 
+def _without_unnamed(ids: Tensor, names: list[str]) -> RowClasses:
+    """The classes there are, where names are no names but the numbers up to the largest one seen (`LabelMap.of`)."""
+    if names != [str(i) for i in range(len(names))]:
+        return RowClasses(ids, names)
+    used, ids = ids.unique(return_inverse=True)
+    return RowClasses(ids, [names[i] for i in used.tolist()])
+
+
 def open_images(
-    config: DataConfig, split: str, seed: int, *, captions: bool, label_map: LabelMap | None
+    config: DataConfig, split: str, seed: int, *, captions: bool, label_map: LabelMap | None, masks: bool = False
 ) -> ImageDataset:
-    """The pictures of a split as a cache holds them: unflipped, with every caption."""
-    dataset = load_split(config, split, seed)
-    labels = label_map is not None
+    """The pictures of a split as a cache holds them: unflipped, with every caption, and masks of any class."""
     return ImageDataset(
-        dataset, config, captions=captions, labels=labels, label_map=label_map, augment=False, every_caption=True
+        load_split(config, split, seed),
+        config,
+        captions=captions,
+        labels=label_map is not None,
+        label_map=label_map,
+        num_mask_classes=IGNORE_INDEX if masks else 0,
+        augment=False,
+        every_caption=True,
     )
 
 
@@ -289,6 +377,9 @@ def write_shard(
         os.fsync(handle.fileno())
     note = {"file": file.name, "rows": len(tensors["row"]), "bytes": len(content)}
     note["sha256"] = hashlib.sha256(content).hexdigest()
+    if "mask" in tensors:
+        labelled = tensors["mask"][tensors["mask"] != IGNORE_INDEX]
+        note["mask_classes"] = int(labelled.max()) + 1 if labelled.numel() else 0
     os.replace(temporary, file)
     write_json(file.with_suffix(".json"), {"request": request, **note})
 
