@@ -25,10 +25,12 @@ class GrammarAbstractorOutput(BaseOutput):
 
     Args:
         grammar: B × (numbers), in [0, 1].
+        standardized: the same in units of the training data's deviation from its mean, not clipped.
         counts: one B × (largest count + 1) of logits for each thing that is counted.
     """
 
     grammar: Tensor
+    standardized: Tensor
     counts: tuple[Tensor, ...]
 
     def counted(self) -> Tensor:
@@ -49,6 +51,8 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
         num_grammar: numbers to predict.
         largest_counts: for each thing that is counted, the most there can be.
         sample_size: S; features of another size are averaged (or enlarged) to it.
+        patch_size: p; the network works on p × p patches of the S × S cells, of which it sees every one.
+        grammar_mean, grammar_std: of each number over the training posters; the network predicts in these units.
         dropout: before the last layers, while training.
     """
 
@@ -63,10 +67,13 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
         sample_size: int = 64,
         norm_num_groups: int = 8,
         dropout: float = 0.1,
+        patch_size: int = 1,
+        grammar_mean: Sequence[float] | None = None,
+        grammar_std: Sequence[float] | None = None,
     ):
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = in_channels + 2
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        channels = (in_channels + 2) * patch_size**2
         for width in block_out_channels:
             layers += [
                 nn.Conv2d(channels, width, 3, padding=1),
@@ -78,7 +85,7 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
             ]
             channels = width
         self.body = nn.Sequential(*layers)
-        cells = (sample_size // 2 ** len(block_out_channels)) ** 2
+        cells = (sample_size // patch_size // 2 ** len(block_out_channels)) ** 2
         self.reader = nn.Sequential(
             nn.Flatten(), nn.Linear(channels * cells, hidden_size), nn.SiLU(), nn.Dropout(dropout),
             nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Dropout(dropout),
@@ -95,6 +102,23 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
         down, across = torch.meshgrid(place, place, indexing="ij")
         places = torch.stack([down, across]).expand(len(features), -1, -1, -1)
         hidden = self.reader(self.body(torch.cat([features, places], 1)))
+        standardized = self.grammar(hidden).float()
         return GrammarAbstractorOutput(
-            grammar=self.grammar(hidden).float().sigmoid(), counts=tuple(count(hidden).float() for count in self.counts)
+            grammar=self.in_own_units(standardized).clamp(0, 1),
+            standardized=standardized,
+            counts=tuple(count(hidden).float() for count in self.counts),
         )
+
+    def in_own_units(self, standardized: Tensor) -> Tensor:
+        """Standardized numbers (B × numbers) as they are in the training data, about [0, 1]."""
+        mean, std = (standardized.new_tensor(numbers) for numbers in self._scale())
+        return mean + std * standardized
+
+    def standardize(self, grammar: Tensor) -> Tensor:
+        """The inverse of `in_own_units`."""
+        mean, std = (grammar.new_tensor(numbers) for numbers in self._scale())
+        return (grammar - mean) / std
+
+    def _scale(self) -> tuple[list[float], list[float]]:
+        count = self.config.num_grammar
+        return list(self.config.grammar_mean or [0.5] * count), list(self.config.grammar_std or [0.25] * count)

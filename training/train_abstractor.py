@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,6 +44,7 @@ logger = logging.getLogger("halftone")
 
 PRESET = "configs/experiments/posters/abstractor_tiny.yaml"
 PREVIEW_POSTERS = 256
+SMALLEST_DEVIATION = 1e-3
 LARGEST_COUNTS = {"text_blocks": MAX_TEXT_BLOCKS, "pictures": MAX_PICTURES}
 
 
@@ -56,6 +58,8 @@ class AbstractorConfig:
     """Width of the layers that read the last feature map"""
     sample_size: int = 64
     """Side that features are brought to"""
+    patch_size: int = 1
+    """Side of the patches of features that the network works on; 2 reads finer features at the same cost"""
     norm_num_groups: int = 8
     """Groups of the group norms"""
     dropout: float = 0.1
@@ -82,6 +86,7 @@ class Config(RunConfig, PosterDataConfig):
     def validate(self) -> None:
         super().validate()
         check_at_least("counts_weight", self.counts_weight, 0)
+        check_at_least("model.patch_size", self.model.patch_size, 1)
         if not 0 <= self.predicted_share <= 1:
             raise UserError(f"--predicted_share is {self.predicted_share}; it is a share in [0, 1]")
         if not 0 <= self.model.dropout < 1:
@@ -92,8 +97,9 @@ class Config(RunConfig, PosterDataConfig):
                 f"--model.block_out_channels {widths} must be multiples of "
                 f"--model.norm_num_groups {self.model.norm_num_groups}"
             )
+        first = 2 * self.model.patch_size  # its own level halves the side as well
         check_deepest_feature_map(
-            self.model.sample_size, 2, len(widths), "--model.block_out_channels", "--model.sample_size"
+            self.model.sample_size, first, len(widths), "--model.block_out_channels", "--model.sample_size"
         )
 
 
@@ -104,7 +110,8 @@ def true_features(batch: Batch) -> Tensor:
 
 
 class AbstractorPhase(Phase):
-    """Squared error of the numbers, cross-entropy of the counts."""
+    """Squared error of the numbers, in units of their own deviation (some vary a hundred times less than others), and
+    cross-entropy of the counts."""
 
     name = "abstractor"
 
@@ -124,10 +131,10 @@ class AbstractorPhase(Phase):
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         said = self.abstractor(self.features(batch, draws.uniform("predicted") < self.config.predicted_share))
-        numbers = F.mse_loss(said.grammar, batch["grammar"])
+        numbers = F.mse_loss(said.standardized, self.abstractor.standardize(batch["grammar"]))
         counted = batch["counts"].long().unbind(1)
         counts = torch.stack([F.cross_entropy(x, y) for x, y in zip(said.counts, counted, strict=True)]).mean()
-        metrics = {"grammar_mse": numbers.detach(), "counts_ce": counts.detach()}
+        metrics = {"grammar_loss": numbers.detach(), "counts_ce": counts.detach()}
         return numbers + self.config.counts_weight * counts, metrics
 
 
@@ -157,12 +164,19 @@ class AbstractorStage(Stage):
             sample_size=model.sample_size,
             norm_num_groups=model.norm_num_groups,
             dropout=model.dropout,
+            patch_size=model.patch_size,
+            **self._grammar_scale(),
         )
         if config.init_from and not has_checkpoint(config.output_dir):
             load_initial_weights(config.init_from, {"abstractor": self.abstractor})
         self.phase = AbstractorPhase(self.abstractor, config, self.encoder)
         self.phases, self.ema_of = [self.phase], {"abstractor": self.abstractor}
         self.frozen = [self.encoder] if self.encoder is not None else []
+
+    def _grammar_scale(self) -> dict[str, list[float]]:
+        """Mean and deviation of each number over the training posters."""
+        numbers = np.array([self._train.dataset[name] for name in GRAMMAR])
+        return {"grammar_mean": numbers.mean(1).tolist(), "grammar_std": (numbers.std(1) + SMALLEST_DEVIATION).tolist()}
 
     def train_data(self) -> PosterDataset:
         return self._train
