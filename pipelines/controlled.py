@@ -24,15 +24,13 @@ class ControlledMixin:
     unet: Any
     scheduler: Any
 
-    def add_controlnet(self, controlnet: Any, downsampling: int) -> None:
-        """Register a FusionControlNetModel, FusionControlNets, or a list of the former.
-
-        Args:
-            downsampling: pixels per cell of the U-Net's input, along a side.
+    def set_controlnet(self, controlnet: Any) -> None:
+        """Put a FusionControlNetModel, FusionControlNets, or a list of the former in the place of what is there.
 
         Raises:
             ValueError: a ControlNet of another U-Net or VAE.
         """
+        downsampling = getattr(self, "vae_scale_factor", 1)  # a base of pixels has no VAE
         if isinstance(controlnet, (list, tuple)):
             controlnet = FusionControlNets.of(list(controlnet))
         for net in as_nets(controlnet):

@@ -17,7 +17,7 @@ from .control_images import control_tensor  # noqa: F401
 from .controlled import ControlledMixin
 from .fusion_controlnet import FUSION_MODES  # noqa: F401
 from .latent_diffusion import LatentDiffusionPipeline
-from .latents import downsampling_factor
+from .latents import decode_latents  # noqa: F401
 from .sampling import denoise  # noqa: F401
 from .schedulers import PREDICTION_TYPES  # noqa: F401
 from .standalone import StandalonePipelineMixin  # noqa: F401
@@ -55,7 +55,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
             prediction_type=prediction_type, id2label=id2label, max_text_length=max_text_length,
             caption_prior=caption_prior,
         )  # fmt: skip
-        self.add_controlnet(controlnet, downsampling_factor(vae))
+        self.set_controlnet(controlnet)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]

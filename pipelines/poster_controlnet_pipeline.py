@@ -46,7 +46,7 @@ class PosterControlNetPipeline(ControlledMixin, PosterDecoderPipeline):
         prediction_type: str | None = None,
     ):
         super().__init__(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder, prediction_type=prediction_type)
-        self.add_controlnet(controlnet, downsampling=1)
+        self.set_controlnet(controlnet)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]

@@ -113,13 +113,10 @@ class ControlNetPhase(Phase):
         found = []
         for control in controls:
             # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-            plain = (
-                contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(x_0[0, 0].numel())
-            )
-            steered = (
-                steering(self.unet, [self.controlnet], [control]) if control is not None else contextlib.nullcontext()
-            )  # type: ignore[list-item]
-            with plain, steered:
+            checkpointing = self.config.gradient_checkpointing
+            plain = contextlib.nullcontext() if checkpointing else plain_attention(x_0[0, 0].numel())
+            nets, given = ([], []) if control is None else ([self.controlnet], [control])
+            with plain, steering(self.unet, nets, given):
                 found.append(self.unet(model_input, noisy.timesteps, **condition).sample)
         return noisy, found
 
