@@ -27,7 +27,7 @@ from training.data import DataConfig, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
 from training.evaluation.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
-from training.evaluation.images import to_pil
+from training.evaluation.images import control_picture, to_pil
 from training.launch import plain_attention
 from training.loop import train
 from training.parsing import parse_config
@@ -269,17 +269,6 @@ class ControlNetStage(Stage):
 
     def card_facts(self) -> dict[str, Any]:
         return {"base_model": self.config.base_model, "fusion_mode": self.config.fusion_mode}
-
-
-def control_picture(control: Tensor):
-    """C H W in [0, 1] as a picture: three channels as colours, fewer in grey and red, more by their strongest."""
-    channels = len(control)
-    if channels != 3:
-        colors = torch.tensor([[1, 1, 1], [0.9, 0.3, 0.2], [0.2, 0.5, 0.9], [0.95, 0.8, 0.2], [0.3, 0.7, 0.4],
-                               [0.6, 0.4, 0.8]])  # fmt: skip
-        colors = colors[torch.arange(channels) % len(colors)]
-        control = (control.cpu()[:, None] * colors[:, :, None, None]).amax(0)
-    return to_pil(control * 2 - 1)
 
 
 def main(argv: list[str] | None = None) -> int:
