@@ -41,7 +41,7 @@ from training.weights import load_initial_weights
 
 logger = logging.getLogger("halftone")
 
-PRESET = "configs/experiments/controlnet/quickstart.yaml"
+PRESET = "configs/experiments/controlnet/fusion_add.yaml"
 MODES = ("add", "gated", "concat", "film", "cross_attention")
 
 
