@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from pipelines.cli import UserError
 from training import prepare
+from training.run_config import RunConfig
+
+
+@dataclass
+class LoopConfig(RunConfig):
+    output_dir: str = ""
+    dataset: str = ""
 
 
 def nobody():
@@ -49,3 +57,17 @@ def test_no_arguments_say_what_to_type_for_ones_own_pictures(tmp_path, monkeypat
         prepare.make_missing({str(tmp_path / "new"): posters(tmp_path / "new")}, nobody)
     assert "--train_data_dir FOLDER" in caplog.text
     assert "is missing; making it (1 of 1)" in caplog.text
+
+
+def test_only_what_the_settings_name_is_made():
+    recipes = {
+        "data/posters": "data_scripts/make_posters.py --output_dir data/posters",
+        "runs/reader/pipeline": "training/train_encoder.py --dataset_name data/posters --output_dir runs/reader",
+        "data/others": "data_scripts/make_posters.py --output_dir data/others",
+    }
+    config = LoopConfig(output_dir="runs/x", prepare=recipes, dataset="data/others")
+    assert list(config.recipes()) == ["data/others"]
+    config.dataset = "runs/reader"  # a folder of what is made, and through it what that is made from
+    assert list(config.recipes()) == ["data/posters", "runs/reader/pipeline"]
+    config.dataset = "data/post"
+    assert config.recipes() == {}

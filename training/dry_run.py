@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def missing_inputs(config: RunConfig) -> str | None:
     """What a run would make before anything else, and could not be looked at without; None when all is there."""
-    missing = {path: command for path, command in config.prepare.items() if not Path(path).exists()}
+    missing = {path: command for path, command in config.recipes().items() if not Path(path).exists()}
     if not missing:
         return None
     lines = [_resolved(config), "inputs that are missing; the run would make them first, and so can you:"]

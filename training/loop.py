@@ -89,7 +89,7 @@ def _session(
         if accelerator.is_main_process:
             print(missing)
         return 0
-    if on_main(accelerator, lambda: interrupted_while_making(config.prepare, lambda: stop.requested)):
+    if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
         return stop.exit_status(stop.requested or signal.SIGTERM)
     stage = build_stage()
     stage.poll = stop.check  # type: ignore[method-assign]

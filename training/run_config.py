@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,17 @@ class RunConfig:
         values.pop("hub_token")
         return values
 
+    def recipes(self) -> dict[str, str]:
+        """The entries of `prepare` that are needed: made for a path that these settings name, or another such entry."""
+        settings = self.to_dict()
+        named = set(_strings({name: value for name, value in settings.items() if name != "prepare"}))
+        needed: dict[str, str] = {}
+        for path, command in reversed(self.prepare.items()):  # what is made from others comes after them
+            if any(path == name or path.startswith(f"{name}/") for name in named):
+                needed[path] = command
+                named |= set(command.split())
+        return dict(reversed(needed.items()))
+
     def changes_from(self, saved: dict[str, Any]) -> dict[str, list[str]]:
         """What differs from a run's saved config: {"error": ["seed: 0 → 1"], "warn": […]}."""
         found: dict[str, list[str]] = {"error": [], "warn": []}
@@ -251,3 +263,12 @@ def this_command() -> str:
         shown = str(script)
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
     return " ".join([launcher, shown, *map(shlex.quote, sys.argv[1:])])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested dicts and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
