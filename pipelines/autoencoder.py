@@ -1,6 +1,6 @@
-"""Images to latents and back, with any Diffusers autoencoder.
+"""Images to latents and back, with any Diffusers autoencoder; and what its heads read in them, where it has any.
 
-Shapes: B pictures, H W pixels, C latent channels, h w latent cells.
+Shapes: B pictures, H W pixels, C latent channels, h w latent cells, K classes of pixels.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from .latents import decode_latents, downsampling_factor, encode_latents, latent_shape
+from .class_colors import class_picture
+from .latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
 from .standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MASK_OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
     """Reconstructs pictures, and gives their latents in the scaled units that a diffusion model sees.
+
+    With an autoencoder that has heads, it also says what every pixel shows (`segment`) and what a picture is
+    (`classify`); the names of the classes are in `pipeline.vae.config`.
 
     Pictures go in as PIL images, a list of them, arrays (B H W 3, in [0, 1]) or tensors (B 3 H W, in [0, 1]).
 
@@ -85,6 +90,51 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         """Scaled latents (B C h w) to pictures of `output_type` (pil, np or pt)."""
         images = decode_latents(self.vae, latents.to(self._execution_device))
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    @torch.no_grad()
+    def segment(self, images: Any, output_type: str = "pil") -> Any:
+        """What every pixel of `images` shows, read from their latents.
+
+        Args:
+            output_type: pil (a list of pictures with a palette: their pixels are class ids, shown in the colours of
+                `class_colors`); np (B H W, uint8 class ids); or pt (B K H W, float32 probabilities).
+
+        Raises:
+            ValueError: no segmentation head, an unknown output type, or a side that is no multiple of the downsampling.
+        """
+        if output_type not in MASK_OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(MASK_OUTPUT_TYPES)}, but is {output_type!r}")
+        z = self._raw_latents(images, "num_mask_classes", "segmentation")
+        logits = self.vae.segment(z)
+        self.maybe_free_model_hooks()
+        if output_type == "pt":
+            return logits.float().softmax(1)
+        ids = logits.argmax(1).to(torch.uint8).cpu().numpy()
+        return ids if output_type == "np" else [class_picture(mask) for mask in ids]
+
+    @torch.no_grad()
+    def classify(self, images: Any) -> list[dict[str, float]]:
+        """The classes of each picture, read from its latents: name to probability, the most probable first.
+
+        Raises:
+            ValueError: no classification head, or a side that is no multiple of the downsampling.
+        """
+        z = self._raw_latents(images, "num_classes", "classification")
+        logits = self.vae.classify(z)
+        self.maybe_free_model_hooks()
+        names = self.vae.config.id2label or {}
+        shares, ids = logits.float().softmax(1).sort(descending=True)
+        return [
+            {names.get(str(id_), str(id_)): share for id_, share in zip(*row)}
+            for row in zip(ids.tolist(), shares.tolist())
+        ]
+
+    def _raw_latents(self, images: Any, number: str, head: str) -> Tensor:
+        """The posterior's mode of `images` in the autoencoder's own units and precision, B C h w."""
+        if not self.vae.config.get(number):
+            raise ValueError(f"`vae` has no {head} head: `{number}` is not in its config, or 0")
+        pixels = self._pixels(images).to(self._execution_device)
+        return posterior_moments(self.vae, pixels)[0].to(self.vae.dtype)
 
     def _pixels(self, images: Any) -> Tensor:
         """B 3 H W in [-1, 1], float32."""

@@ -1,20 +1,45 @@
-"""An AutoencoderKL that may work on patches of pixels.
+"""An AutoencoderKL that may work on patches of pixels, and may have heads that read what is in a picture.
 
 Shapes: B batch, H W pixels, p patch side, C latent channels, h w latent cells; h = H / (p * 2 ** (levels - 1)).
+K classes of pixels, N classes of pictures.
 
 At `patch_size` p the network sees an image of H/p x W/p cells with 3 p^2 channels (pixel unshuffle on the way in, pixel
 shuffle on the way out) and spends nothing on full-resolution convolutions, where a stock autoencoder spends most of its
 time. Images in, images out: callers never see the patches.
+
+The segmentation head reads the decoder's last features, the classification head the latents. Both answer for latents,
+so what can be read in a picture can be read in generated latents as well. All latents here are in the autoencoder's own
+(raw) units.
 
 This file is shipped beside the weights of published models, so it imports nothing of ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+NO_HEADS = {"num_mask_classes": 0, "num_classes": 0, "id2mask_class": None, "id2label": None}
+
+
+@dataclass
+class MaskedDecoderOutput(BaseOutput):
+    """Pictures, and what their pixels show.
+
+    Args:
+        sample: B 3 H W.
+        mask_logits: B K H W.
+    """
+
+    sample: Tensor
+    mask_logits: Tensor
 
 
 class WithShortcut(nn.Module):
@@ -29,12 +54,42 @@ class WithShortcut(nn.Module):
         self.body = body
         self.shortcut = shortcut
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return self.body(x, *args, **kwargs) + self.shortcut(x)
 
 
+def segmentation_head(channels: int, num_classes: int, patch_size: int) -> nn.Sequential:
+    """Features B channels H/p W/p to logits B num_classes H W."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(channels, num_classes * patch_size**2, 3, padding=1),
+        nn.PixelShuffle(patch_size),
+    )
+
+
+def classification_head(latent_channels: int, channels: int, norm_num_groups: int, num_classes: int) -> nn.Sequential:
+    """Latents B latent_channels h w to logits B num_classes, at any h and w.
+
+    The norms come after convolutions: a norm of the latents themselves would hide their size from the head.
+    """
+    return nn.Sequential(
+        nn.Conv2d(latent_channels, channels, 3, padding=1),
+        nn.GroupNorm(norm_num_groups, channels),
+        nn.SiLU(),
+        nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+        nn.GroupNorm(norm_num_groups, channels),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, num_classes),
+    )
+
+
 class MultiHeadAutoencoderKL(AutoencoderKL):
-    """`AutoencoderKL` with pixel patches; its other arguments, methods and outputs are those of `AutoencoderKL`.
+    """`AutoencoderKL` with pixel patches and heads; its other arguments, methods and outputs are its parent's.
+
+    Without heads (the default) its weights are those of the parent class by name, patches and shortcut aside.
 
     Args:
         patch_size: side of the pixel patches that the network works on; 1 is the stock architecture.
@@ -44,9 +99,12 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         sample_size: side of an image in pixels; tiles of that size where tiling is enabled.
         scaling_factor: 1 by default, because an autoencoder of ours gets its latents' statistics measured
             (`latents_mean`, `latents_std`).
+        num_mask_classes: K, with a segmentation head; 0 for none.
+        num_classes: N, with a classification head; 0 for none.
+        id2mask_class, id2label: names by class id; the config keeps the ids as strings, as JSON does.
 
     Raises:
-        ValueError: a patch size below 1.
+        ValueError: a patch size below 1, a head of one class, or names that are not one for each class.
     """
 
     encoder: nn.Module
@@ -75,9 +133,15 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         mid_block_add_attention: bool = True,
         patch_size: int = 1,
         linear_shortcut: bool = False,
+        num_mask_classes: int = 0,
+        num_classes: int = 0,
+        id2mask_class: Mapping[int | str, str] | None = None,
+        id2label: Mapping[int | str, str] | None = None,
     ):
         if patch_size < 1:
             raise ValueError(f"`patch_size` must be at least 1, but is {patch_size}")
+        mask_names = _class_names("num_mask_classes", num_mask_classes, "id2mask_class", id2mask_class)
+        label_names = _class_names("num_classes", num_classes, "id2label", id2label)
         super().__init__(
             in_channels=in_channels * patch_size**2,
             out_channels=out_channels * patch_size**2,
@@ -100,6 +164,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         )
         # super().__init__ registered the patches' channels; from_config would multiply them a second time.
         self.register_to_config(in_channels=in_channels, out_channels=out_channels)
+        self.register_to_config(id2mask_class=mask_names, id2label=label_names)
         if patch_size > 1:
             # Inside the encoder and decoder rather than around them, so that tiling and slicing see pixels, as they
             # do in the parent class.
@@ -112,22 +177,101 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
             self.encoder = WithShortcut(self.encoder, into)
             self.decoder = WithShortcut(self.decoder, out_of)
         self.tile_latent_min_size: int = max(1, sample_size // self.spatial_compression_ratio)
+        if num_mask_classes:
+            self.segmentation_head = segmentation_head(block_out_channels[0], num_mask_classes, patch_size)
+        if num_classes:
+            self.classification_head = classification_head(
+                latent_channels, block_out_channels[-1], norm_num_groups, num_classes
+            )
 
     @property
     def spatial_compression_ratio(self) -> int:
         """Pixels per latent cell along a side, patches included."""
         return 2 ** (len(self.config.block_out_channels) - 1) * self.config.patch_size
 
+    @apply_forward_hook
+    def decode_with_masks(self, z: Tensor) -> MaskedDecoderOutput:
+        """The pictures of latents and the class logits of their pixels, from one pass through the decoder.
+
+        z: B C h w. Tiling and slicing are for `decode` alone.
+
+        Raises:
+            ValueError: there is no segmentation head.
+        """
+        z, features = self._decoder_features(z)
+        sample = self._decoder_body.conv_out(features)
+        if self.config.linear_shortcut:
+            sample = sample + self.decoder.shortcut(z)
+        return MaskedDecoderOutput(sample=sample, mask_logits=self.segmentation_head(features))
+
+    @apply_forward_hook
+    def segment(self, z: Tensor) -> Tensor:
+        """Class logits of every pixel, B K H W, of latents B C h w.
+
+        Raises:
+            ValueError: there is no segmentation head.
+        """
+        _, features = self._decoder_features(z)
+        return self.segmentation_head(features)
+
+    @apply_forward_hook
+    def classify(self, z: Tensor) -> Tensor:
+        """Class logits of the pictures, B N, of latents B C h w.
+
+        Raises:
+            ValueError: there is no classification head.
+        """
+        if not self.config.num_classes:
+            raise ValueError("this autoencoder has no classification head (`num_classes` is 0)")
+        return self.classification_head(z)
+
     def autoencoder(self) -> AutoencoderKL:
         """The model without heads, sharing this one's weights: what a diffusion pipeline carries.
 
         Where `patch_size` is 1, and without a shortcut, that is a stock `AutoencoderKL`, which loads without this file.
         """
-        if self.config.patch_size > 1 or self.config.linear_shortcut:
+        own = self.config.patch_size > 1 or self.config.linear_shortcut
+        if own and not (self.config.num_mask_classes or self.config.num_classes):
             return self
-        names = AutoencoderKL._get_init_keys(AutoencoderKL) - {"self"}
+        model_class = MultiHeadAutoencoderKL if own else AutoencoderKL
+        names = model_class._get_init_keys(model_class) - {"self"}
+        arguments = {name: NO_HEADS[name] if name in NO_HEADS else self.config[name] for name in names}
         with torch.device("meta"):
-            stock = AutoencoderKL(**{name: self.config[name] for name in names})
+            bare = model_class(**arguments)
         for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
-            setattr(stock, name, getattr(self, name))
-        return stock.train(self.training)
+            setattr(bare, name, getattr(self, name))
+        return bare.train(self.training)
+
+    @property
+    def _decoder_body(self) -> nn.Module:
+        return self.decoder.body if isinstance(self.decoder, WithShortcut) else self.decoder
+
+    def _decoder_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder takes (B C h w), and what it has before its last convolution (B channels H/p W/p).
+
+        The parent class has no way to ask for the features; these are the steps of its decoder's `forward`.
+        """
+        if not self.config.num_mask_classes:
+            raise ValueError("this autoencoder has no segmentation head (`num_mask_classes` is 0)")
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        decoder = self._decoder_body
+        sample = decoder.conv_in(z)
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            if torch.is_grad_enabled() and decoder.gradient_checkpointing:
+                sample = decoder._gradient_checkpointing_func(block, sample)
+            else:
+                sample = block(sample)
+        return z, decoder.conv_act(decoder.conv_norm_out(sample))
+
+
+def _class_names(
+    number_name: str, number: int, names_name: str, names: Mapping[int | str, str] | None
+) -> dict[str, str] | None:
+    """`names` with their ids as strings, which must be those from 0 to `number` - 1."""
+    if number < 0 or number == 1:
+        raise ValueError(f"`{number_name}` must be 0 (no head) or at least 2, but is {number}")
+    by_id = {str(id_): str(name) for id_, name in (names or {}).items()}
+    if by_id and set(by_id) != {str(id_) for id_ in range(number)}:
+        raise ValueError(f"`{names_name}` must name the classes 0 to {number - 1}, but names {', '.join(by_id)}")
+    return by_id or None

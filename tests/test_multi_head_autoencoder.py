@@ -1,7 +1,9 @@
-"""The patch autoencoder: round trips, shapes, equality with the stock class, tiling, gradient checkpointing.
+"""The patch autoencoder: round trips, shapes, equality with the stock class, tiling, gradient checkpointing, heads.
 
 Shapes: B batch, H W pixels, h w latent cells, p patch side.
 """
+
+import json
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers import AutoencoderKL
 from pipelines.latents import decode_latents, downsampling_factor, encode_latents, latent_shape
 from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
 
+HEADS = {"num_mask_classes": 3, "num_classes": 4, "id2mask_class": {0: "page", 1: "text", 2: "picture"}}
 TWO_LEVELS = {
     "block_out_channels": (8, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -136,3 +139,105 @@ def test_it_learns_to_reconstruct():
 def test_a_patch_size_of_zero_is_refused():
     with pytest.raises(ValueError, match="`patch_size` must be at least 1, but is 0"):
         tiny(patch_size=0)
+
+
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 4}, {"patch_size": 2, "linear_shortcut": True}])
+def test_heads_answer_for_every_pixel_and_picture_and_change_no_reconstruction(options):
+    vae = tiny(**options, **HEADS)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    z = vae.encode(images).latent_dist.mean
+    decoded = vae.decode_with_masks(z)
+    assert torch.equal(decoded.sample, vae.decode(z).sample)
+    assert decoded.mask_logits.shape == (2, 3, 32, 48)
+    assert torch.equal(decoded.mask_logits, vae.segment(z))
+    assert vae.classify(z).shape == (2, 4)
+    assert torch.allclose(vae.classify(z)[1], vae.classify(z[1:])[0], atol=1e-6), "a picture's class hangs on another"
+
+
+def test_a_patch_of_mask_logits_lies_at_its_own_place():
+    """Pixel (y, x) of a class's patch is its channel y p + x of the cell."""
+    head = tiny(**HEADS).segmentation_head
+    cells = torch.arange(3 * 16.0).reshape(1, 48, 1, 1).expand(1, 48, 2, 2)
+    mask = head[-1](cells)
+    assert mask.shape == (1, 3, 8, 8)
+    assert [mask[0, 2, 0, 0], mask[0, 2, 1, 0], mask[0, 2, 4, 7]] == [32, 36, 35]
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 4}, {"patch_size": 2, "linear_shortcut": True}])
+def test_without_heads_the_same_weights_give_the_same_pictures(tmp_path, options):
+    vae = tiny(**options, **HEADS, latents_mean=[0.1] * 5, latents_std=[2.0] * 5)
+    bare = vae.autoencoder()
+    assert (type(bare) is AutoencoderKL) == (options == {"patch_size": 1})
+    assert bare.config.get("num_mask_classes", 0) == bare.config.get("num_classes", 0) == 0
+    assert bare.config.get("id2mask_class") is None
+    assert bare.config.latents_std == [2.0] * 5
+    own = vae.state_dict()
+    assert all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in bare.state_dict().items())
+    assert own.keys() - bare.state_dict().keys() == {n for n in own if "ation_head." in n}
+    assert bare.state_dict().keys() == tiny(**options).state_dict().keys()
+    bare.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(type(bare).from_pretrained(tmp_path)(images).sample, vae(images).sample)
+
+
+def test_models_saved_before_there_were_heads_still_load(tmp_path):
+    vae = tiny(linear_shortcut=True)
+    vae.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_mask_classes", "num_classes", "id2mask_class", "id2label"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(MultiHeadAutoencoderKL.from_pretrained(tmp_path)(images).sample, vae(images).sample)
+
+
+def test_heads_and_names_round_trip(tmp_path):
+    vae = tiny(**HEADS)
+    assert vae.config.id2mask_class == {"0": "page", "1": "text", "2": "picture"}
+    vae.save_pretrained(tmp_path)
+    loaded = MultiHeadAutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.config.id2mask_class == vae.config.id2mask_class
+    z = torch.randn(1, 5, 4, 4)
+    assert torch.equal(loaded.segment(z), vae.segment(z))
+    assert torch.equal(loaded.classify(z), vae.classify(z))
+    again = MultiHeadAutoencoderKL.from_config(vae.config)
+    assert again.state_dict().keys() == vae.state_dict().keys()
+
+
+def test_gradient_checkpointing_of_the_masks_gives_the_same_gradients():
+    z = torch.randn(2, 5, 4, 4)
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        vae = tiny(**HEADS).train()
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae.segment(z).square().mean().backward()
+        return {name: p.grad for name, p in vae.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert any(name.startswith("decoder.mid_block") for name in plain)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_mask_classes": 1}, "`num_mask_classes` must be 0 .* but is 1"),
+        ({"num_classes": -2}, "`num_classes` must be 0 .* but is -2"),
+        ({"num_classes": 3, "id2label": {0: "a", 1: "b"}}, "`id2label` must name the classes 0 to 2, but names 0, 1"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_a_head_that_is_not_there_says_so():
+    vae, z = tiny(), torch.zeros(1, 5, 4, 4)
+    for ask, head in ((vae.segment, "segmentation"), (vae.decode_with_masks, "segmentation"), (vae.classify, "class")):
+        with pytest.raises(ValueError, match=f"no {head}"):
+            ask(z)

@@ -14,7 +14,7 @@ _SUBFOLDERS = (None, "vae", "pipeline/vae")
 
 
 def load_vae(name_or_path: str) -> torch.nn.Module:
-    """The VAE in float32, in eval mode, frozen.
+    """The VAE in float32, in eval mode, frozen, without heads: what a diffusion pipeline carries.
 
     Args:
         name_or_path: a VAE folder or Hub id (any autoencoder class of Diffusers, or `MultiHeadAutoencoderKL`), a
@@ -29,6 +29,8 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
         vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the VAE '{name_or_path}' cannot be loaded ({_one_line(error)}); check --vae") from error
+    if hasattr(vae, "autoencoder"):
+        vae = vae.autoencoder()
     return vae.eval().requires_grad_(False)
 
 
