@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from training.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
+from training.companions import IGNORE_INDEX
+from training.segmentation import (
+    class_areas,
+    class_hits,
+    dice_loss,
+    mask_overlap,
+    mean_class_accuracy,
+    mean_iou,
+    one_hot,
+    pixel_accuracy,
+    segmentation_cross_entropy,
+)
 
 
 def test_dice_is_nought_for_the_truth_and_nearly_one_for_its_opposite():
@@ -48,3 +59,45 @@ def test_one_hot_puts_the_classes_first():
     ids = torch.tensor([[[0, 2], [1, 1]]])
     assert one_hot(ids, 3).shape == (1, 3, 2, 2)
     assert torch.equal(one_hot(ids, 3).argmax(1), ids)
+
+
+def test_areas_give_iou_and_accuracy_and_skip_unlabelled_pixels():
+    true = torch.tensor([[0, 0, 0, 1], [1, 1, IGNORE_INDEX, IGNORE_INDEX]])
+    read = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 2]])
+    areas = [area.tolist() for area in class_areas(read, true, 3)]
+    assert areas == [[2, 2, 0], [3, 3, 0], [2, 3, 1]]
+    # Class 0: 2 of 3 ∪ 2; class 1: 2 of 3 ∪ 3 with 2 in both. Class 2 is nowhere true, and no class of the mean.
+    assert mean_iou(*areas) == pytest.approx((2 / 3 + 2 / 4) / 2)
+    assert pixel_accuracy(*areas[:2]) == pytest.approx(4 / 6)
+    assert math.isnan(mean_iou([0.0], [0.0], [3.0]))
+    assert math.isnan(pixel_accuracy([0.0], [0.0]))
+
+
+def test_iou_is_of_all_pictures_together():
+    """Sums over pictures first: 1 of 2 pixels here and 6 of 6 there are 7 of 8, not the mean of 1/2 and 1."""
+    first = class_areas(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
+    second = class_areas(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), 2)
+    assert mean_iou(*((a + b).tolist() for a, b in zip(first, second, strict=True))) == pytest.approx(7 / 8)
+
+
+def test_cross_entropy_is_each_pictures_own():
+    logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(0, 4, (3, 5, 6), generator=torch.Generator().manual_seed(1))
+    target[1, :3] = IGNORE_INDEX
+    target[2] = IGNORE_INDEX
+    by_hand = -logits.log_softmax(1)
+    first = by_hand[0].gather(0, target[:1]).mean()
+    second = by_hand[1, :, 3:].gather(0, target[1:2, 3:]).mean()
+    assert segmentation_cross_entropy(logits, target).item() == pytest.approx(((first + second) / 3).item())
+    alone = [segmentation_cross_entropy(logits[i : i + 1], target[i : i + 1]).item() for i in range(3)]
+    assert segmentation_cross_entropy(logits, target).item() == pytest.approx(sum(alone) / 3)
+
+
+def test_unlabelled_pixels_get_no_gradient():
+    logits = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    target = torch.tensor([[[0, 1], [IGNORE_INDEX, 1]]])
+    segmentation_cross_entropy(logits, target).backward()
+    assert logits.grad is not None
+    touched = logits.grad.abs().sum(1)[0]
+    assert touched[1, 0] == 0
+    assert (touched > 0).sum() == 3

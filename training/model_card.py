@@ -10,12 +10,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipelines.class_colors import class_color
 from pipelines.cli import UserError, nearest
+from pipelines.poster_domain import hex_color
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "model_cards"
 CARD_NAME = "README.md"
@@ -36,6 +38,9 @@ FIGURE_NAMES = {
     "val_loss": "validation loss",
     "val_psnr": "PSNR on validation pictures (dB)",
     "val_ssim": "SSIM on validation pictures",
+    "val_pixel_accuracy": "pixels of validation pictures whose class was read right",
+    "val_mean_iou": "mean IoU of the classes of pixels on validation pictures",
+    "val_top1_accuracy": "validation pictures whose class was read right",
     "fid": "FID",
     "kid": "KID",
 }
@@ -106,9 +111,16 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": [(_cell(_figure_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
         "best": _best(record.get("best") or {}),
         "memorization": _memorization(record.get("memorization")),
+        "mask_classes": mask_legend(record.get("mask_classes") or []),
+        "classes": [_one_line(name) for name in record.get("classes") or []],
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
         "halftone": _own_version(),
     }
+
+
+def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
+    """(class id, name, colour as #rrggbb) of the classes of pixels."""
+    return [(id_, _cell(_one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
 
 
 def needs_remote_code(folder: Path) -> bool:

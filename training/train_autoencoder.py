@@ -1,10 +1,11 @@
-"""Train an autoencoder: image ⇄ latents.
+"""Train an autoencoder: image ⇄ latents, and what its heads read in them: masks and classes.
 
     accelerate launch training/train_autoencoder.py                       # the quickstart's posters
     accelerate launch training/train_autoencoder.py --train_data_dir my_pictures --resolution 128 --output_dir runs/ae
-    accelerate launch training/train_autoencoder.py --config configs/experiments/autoencoder/quickstart.yaml
+    accelerate launch training/train_autoencoder.py --config configs/experiments/autoencoder/posters_64_heads.yaml
 
 Typed again, a command goes on where the run stood. images: B 3 H W in [-1, 1]; latents: B C h w.
+B batch, K classes of pixels, N classes of pictures.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.cli import UserError, entry_point
+from training.autoencoder_heads import Heads, HeadsConfig
+from training.autoencoders import AutoencoderModelConfig, build_autoencoder, start_from_principal_components
 from training.data import DataConfig, ImageDataset, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.discriminator import PatchDiscriminator
 from training.evaluation.images import psnr, ssim, to_pil
 from training.loop import train
+from training.loss_weights import LearnedLossWeights
 from training.objectives import gaussian_kl, hinge_discriminator_loss, hinge_generator_loss
 from training.parsing import parse_config
 from training.perceptual import PerceptualLoss
@@ -32,9 +36,9 @@ from training.previews import Previews
 from training.run_config import RunConfig, check_at_least, option
 from training.run_folder import has_checkpoint
 from training.sampler import Draws, SampleKey
-from training.sizes import check_deepest_feature_map
+from training.segmentation import segmentation_cross_entropy
 from training.stage import Batch, Phase, Stage
-from training.validation import fetch
+from training.validation import fetch, to_device
 from training.weights import load_initial_weights
 
 logger = logging.getLogger("halftone")
@@ -42,35 +46,14 @@ logger = logging.getLogger("halftone")
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
 PREVIEWS = 8
 STATISTICS_BATCH = 32
-INITIAL_LOGVAR = -6.0
 PRINCIPAL_COMPONENTS_IMAGES = 512
-BODY_START = 0.1
+# What a learned weight takes as one loss of its own; the others keep the weights they are given.
+RECONSTRUCTION = ("l1", "l2", "perceptual")
+HEAD_LOSSES = ("segmentation", "classification")
 
 
 @dataclass
-class AutoencoderModelConfig:
-    """The network; names are those of the Diffusers classes."""
-
-    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = "MultiHeadAutoencoderKL"
-    """MultiHeadAutoencoderKL (may work on pixel patches), AutoencoderKL or AutoencoderTiny"""
-    block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
-    """Channels per resolution; each after the first halves it"""
-    latent_channels: int = 16
-    """Channels of the latents"""
-    layers_per_block: int = 1
-    """Residual blocks per resolution"""
-    patch_size: int = 4
-    """Side of the pixel patches the network works on (MultiHeadAutoencoderKL); 1 is the stock layout"""
-    linear_shortcut: bool = True
-    """A linear map beside encoder and decoder (MultiHeadAutoencoderKL); learns much faster"""
-    norm_num_groups: int = 32
-    """Groups of the group normalization"""
-    mid_block_add_attention: bool = False
-    """Self-attention in the middle, at the lowest resolution"""
-
-
-@dataclass
-class Config(RunConfig, DataConfig):
+class Config(RunConfig, DataConfig, HeadsConfig):
     """Flags of train_autoencoder.py."""
 
     output_dir: str = option("runs/autoencoder", on_resume="free")
@@ -111,114 +94,36 @@ class Config(RunConfig, DataConfig):
             )
         if self.perceptual_weight and not self.perceptual_backbone:
             raise UserError("--perceptual_weight needs --perceptual_backbone, e.g. microsoft/resnet-18")
-        model = self.model
-        if not model.block_out_channels or min(model.block_out_channels) < 1:
-            raise UserError(
-                f"--model.block_out_channels is {model.block_out_channels}; "
-                "give a number per resolution, e.g. '[96,128]'"
-            )
-        for name in ("latent_channels", "layers_per_block", "patch_size", "norm_num_groups"):
-            check_at_least(f"model.{name}", getattr(model, name), 1)
-        if model.patch_size != 1 and model.class_name != "MultiHeadAutoencoderKL":
-            raise UserError(
-                f"--model.patch_size {model.patch_size} is for MultiHeadAutoencoderKL; "
-                f"set it to 1 for {model.class_name}"
-            )
-        if any(width % model.norm_num_groups for width in model.block_out_channels):
-            raise UserError(
-                f"--model.block_out_channels {model.block_out_channels} must be multiples of "
-                f"--model.norm_num_groups {model.norm_num_groups}"
-            )
-        levels = len(model.block_out_channels)
-        check_deepest_feature_map(self.resolution, model.patch_size, levels, "--model.block_out_channels")
+        self.model.check(self.resolution)
+        self.validate_heads(self.model.class_name)
 
 
-def build_autoencoder(config: AutoencoderModelConfig, resolution: int) -> torch.nn.Module:
-    """A Diffusers autoencoder with fresh weights."""
-    import diffusers
+@dataclass
+class Answers:
+    """What an autoencoder says of latents.
 
-    from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
-
-    widths, levels = tuple(config.block_out_channels), len(config.block_out_channels)
-    if config.class_name == "AutoencoderTiny":
-        return diffusers.AutoencoderTiny(
-            encoder_block_out_channels=widths,
-            decoder_block_out_channels=widths[::-1],
-            num_encoder_blocks=(config.layers_per_block,) * levels,
-            num_decoder_blocks=(config.layers_per_block,) * levels,
-            latent_channels=config.latent_channels,
-        )
-    arguments = {
-        "block_out_channels": widths,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": config.layers_per_block,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "mid_block_add_attention": config.mid_block_add_attention,
-        "sample_size": resolution,
-        "force_upcast": False,
-        "scaling_factor": 1.0,
-    }
-    if config.class_name == "AutoencoderKL":
-        return narrow_posterior(diffusers.AutoencoderKL(**arguments))
-    return narrow_posterior(
-        MultiHeadAutoencoderKL(**arguments, patch_size=config.patch_size, linear_shortcut=config.linear_shortcut)
-    )
-
-
-@torch.no_grad()
-def narrow_posterior(autoencoder: Any) -> Any:
-    """Start with a posterior of deviation 0.05: at 1, where fresh weights put it, noise drowns the first latents."""
-    channels = autoencoder.config.latent_channels
-    autoencoder.quant_conv.weight[channels:] *= 0.1
-    autoencoder.quant_conv.bias[channels:] = INITIAL_LOGVAR
-    return autoencoder
-
-
-@torch.no_grad()
-def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
-    """Make the linear shortcuts the best linear autoencoder of `images` (N 3 H W), in closed form.
-
-    Latents are then the principal components of patches, rotated at random: all channels have about the same
-    variance, while directions that matter more to the eye keep more of it, and a diffusion model decides them first,
-    as it does with pixels. The networks beside the shortcuts start small and learn the rest. Nothing changes for a
-    model without shortcuts.
+    Args:
+        images: B 3 H W.
+        mask_logits: B K H W, and class_logits: B N; None without such a head.
     """
-    if not getattr(autoencoder.config, "linear_shortcut", False):
-        return
-    factor, channels, colors = (
-        autoencoder.spatial_compression_ratio,
-        autoencoder.config.latent_channels,
-        images.shape[1],
-    )
-    patches = F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double()
-    mean = patches.mean(0)
-    variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # ascending
-    variances, directions = variances.flip(0)[:channels].clamp(min=1e-8), directions.flip(1)[:, :channels].T
-    scale = variances.mean().sqrt()  # one for all: whitened, a detail would count as much as the page's colour
-    rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
-    into, out_of = autoencoder.encoder.shortcut, autoencoder.decoder.shortcut
-    analysis, synthesis = rotation @ directions / scale, rotation @ directions * scale
-    into.weight.zero_()
-    into.bias.zero_()
-    into.weight[:channels] = analysis.reshape(channels, colors, factor, factor).to(into.weight)
-    into.bias[:channels] = -(analysis @ mean).to(into.bias)
-    out_of.weight.copy_(synthesis.reshape(channels, colors, factor, factor))
-    # A transposed convolution has one bias per colour, not one per pixel of the patch.
-    out_of.bias.copy_(mean.reshape(colors, -1).mean(1))
-    autoencoder.quant_conv.weight[:channels] = torch.eye(2 * channels)[:channels, :, None, None]
-    autoencoder.quant_conv.bias[:channels] = 0
-    autoencoder.post_quant_conv.weight.copy_(torch.eye(channels)[:, :, None, None])
-    autoencoder.post_quant_conv.bias.zero_()
-    for body in (autoencoder.encoder.body, autoencoder.decoder.body):
-        last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
-        last.weight *= BODY_START
-        last.bias *= BODY_START
+
+    images: Tensor
+    mask_logits: Tensor | None = None
+    class_logits: Tensor | None = None
+
+
+def answers_of(autoencoder: Any, latents: Tensor) -> Answers:
+    """Everything there is to be had from latents (B C h w), the decoder run once."""
+    config = autoencoder.config
+    class_logits = autoencoder.classify(latents) if config.get("num_classes") else None
+    if not config.get("num_mask_classes"):
+        return Answers(autoencoder.decode(latents).sample, None, class_logits)
+    decoded = autoencoder.decode_with_masks(latents)
+    return Answers(decoded.sample, decoded.mask_logits, class_logits)
 
 
 class AutoencoderPhase(Phase):
-    """Reconstruction, KL, and what a perceptual backbone and a discriminator add."""
+    """Reconstruction, KL and heads, and what a perceptual backbone and a discriminator add."""
 
     name = "autoencoder"
 
@@ -226,11 +131,15 @@ class AutoencoderPhase(Phase):
         super().__init__()
         self.autoencoder = autoencoder
         self.config = config
+        self.loss_weights = None
+        if config.learned_loss_weights:
+            start = {"reconstruction": 1.0} | {head: getattr(config, f"{head}_weight") for head in config.heads}
+            self.loss_weights = LearnedLossWeights(start, regression=("reconstruction",))
         if perceptual is not None:
             self.borrow(perceptual=perceptual)
 
-    def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """The reconstruction, and the KL per sample (None for a class without a posterior)."""
+    def latents(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """A draw from the posterior, with noise added, and the KL per sample (None for a class without a posterior)."""
         encoded = self.autoencoder.encode(images)
         if hasattr(encoded, "latent_dist"):
             mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
@@ -242,25 +151,51 @@ class AutoencoderPhase(Phase):
             # Relative: from noise of a fixed size the encoder escapes by making its latents larger.
             spread = latents.detach().float().std(dim=(1, 2, 3), keepdim=True)
             latents = latents + self.config.latent_noise * spread * draws.normal("latent_noise", latents.shape[1:])
-        return self.autoencoder.decode(latents).sample, kl
+        return latents, kl
+
+    def reconstruct(self, images: Tensor, draws: Draws) -> Tensor:
+        """B 3 H W, as it is trained."""
+        return self.autoencoder.decode(self.latents(images, draws)[0]).sample
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self.losses(batch, draws)
+        loss = self.weighted_sum(losses)
+        metrics = {name: value.detach() for name, value in losses.items()}
+        if self.loss_weights is not None:
+            metrics |= {f"weight_{name}": value for name, value in self.loss_weights.weights().items()}
+        return loss, metrics
+
+    def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Every loss that counts, before weighting: scalars by name."""
         config, images = self.config, batch["pixel_values"]
-        reconstruction, kl = self.reconstruct(images, draws)
-        error = reconstruction - images
-        metrics = {"l1": error.abs().mean()}
-        loss = config.l1_weight * metrics["l1"] + config.l2_weight * error.square().mean()
+        latents, kl = self.latents(images, draws)
+        answers = answers_of(self.autoencoder, latents)
+        error = answers.images - images
+        losses = {"l1": error.abs().mean()}
+        if config.l2_weight:
+            losses["l2"] = error.square().mean()
         if kl is not None:
-            metrics["kl"] = kl.mean()
-            loss = loss + config.kl_weight * metrics["kl"]
+            losses["kl"] = kl.mean()
         if config.perceptual_weight:
-            metrics["perceptual"] = self.perceptual(reconstruction, images)
-            loss = loss + config.perceptual_weight * metrics["perceptual"]
+            losses["perceptual"] = self.perceptual(answers.images, images)
         if config.adversarial_weight and int(draws.step) >= config.discriminator_start:
             with untrained(self.discriminator):
-                metrics["adversarial"] = hinge_generator_loss(self.discriminator(reconstruction))
-            loss = loss + config.adversarial_weight * metrics["adversarial"]
-        return loss, {name: value.detach() for name, value in metrics.items()}
+                losses["adversarial"] = hinge_generator_loss(self.discriminator(answers.images))
+        if answers.mask_logits is not None:
+            losses["segmentation"] = segmentation_cross_entropy(answers.mask_logits, batch["mask"])
+        if answers.class_logits is not None:
+            losses["classification"] = F.cross_entropy(answers.class_logits.float(), batch["label"])
+        return losses
+
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """What is minimized: each loss by the flag of its name, or by what has been learned."""
+        weighted = {name: getattr(self.config, f"{name}_weight") * value for name, value in losses.items()}
+        if self.loss_weights is None:
+            return torch.stack(list(weighted.values())).sum()
+        tasks = {"reconstruction": torch.stack([weighted.pop(n) for n in RECONSTRUCTION if n in weighted]).sum()}
+        tasks |= {name: losses[name] for name in HEAD_LOSSES if name in losses}
+        fixed = [value for name, value in weighted.items() if name not in tasks]
+        return torch.stack([self.loss_weights(tasks), *fixed]).sum()
 
 
 @contextmanager
@@ -293,7 +228,7 @@ class DiscriminatorPhase(Phase):
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            fake, _ = self._reconstruct(batch["pixel_values"], draws)
+            fake = self._reconstruct(batch["pixel_values"], draws)
         real_score, fake_score = self.discriminator(batch["pixel_values"]), self.discriminator(fake)
         loss = hinge_discriminator_loss(real_score, fake_score)
         return loss, {"real": real_score.detach().mean(), "fake": fake_score.detach().mean()}
@@ -306,14 +241,15 @@ class AutoencoderStage(Stage):
 
     def __init__(self, config: Config):
         self.config = config
-        self._train = ImageDataset(load_split(config, "train", config.seed), config, captions=False)
-        validation = load_split(config, "validation", config.seed)
-        self._validation = ImageDataset(validation, config, captions=False, augment=False) if len(validation) else None
-        require_clean(self._train, tell=logger.info)
-        if self._validation is not None:
-            require_clean(self._validation, tell=logger.info)
+        self.heads = Heads.of(config)
+        columns = {"captions": False, **self.heads.data_arguments()}
+        self._train = ImageDataset(load_split(config, "train", config.seed), config, **columns)
+        held_out = load_split(config, "validation", config.seed)
+        self._validation = ImageDataset(held_out, config, augment=False, **columns) if len(held_out) else None
+        for data in filter(None, (self._train, self._validation)):
+            require_clean(data, tell=logger.info)
         torch.manual_seed(config.seed)
-        self.autoencoder = build_autoencoder(config.model, config.resolution)
+        self.autoencoder = build_autoencoder(config.model, config.resolution, **self.heads.model_arguments())
         some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self._train)))]
         start_from_principal_components(self.autoencoder, fetch(self._train, some)["pixel_values"])
         if config.init_from and not has_checkpoint(config.output_dir):
@@ -336,27 +272,36 @@ class AutoencoderStage(Stage):
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         images = batch["pixel_values"]
-        reconstruction = self._reconstruct(images)
+        found = self._answers(images)
         return {
-            "l1": (reconstruction - images).abs().flatten(1).mean(1).sum(),
-            "psnr": psnr(reconstruction, images).sum(),
-            "ssim": ssim(reconstruction, images).sum(),
+            "l1": (found.images - images).abs().flatten(1).mean(1).sum(),
+            "psnr": psnr(found.images, images).sum(),
+            "ssim": ssim(found.images, images).sum(),
             "count": torch.tensor(len(images)),
+            **self.heads.sums(batch, found.mask_logits, found.class_logits),
         }
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         names = {"val_loss": "l1", "val_psnr": "psnr", "val_ssim": "ssim"}
-        return {name: sums[key] / sums["count"] for name, key in names.items()}
+        return {name: sums[key] / sums["count"] for name, key in names.items()} | self.heads.metrics(sums)
 
     def previews(self) -> Previews:
         data = self._validation or self._train
         rows = [SampleKey(i, 0) for i in range(min(PREVIEWS, len(data)))]
-        images = fetch(data, rows)["pixel_values"].to(self._device)
-        reconstruction = self._reconstruct(images)
-        decibels = psnr(reconstruction, images).tolist()
-        pairs = [image for pair in zip(images, reconstruction, strict=True) for image in pair]
-        captions = [text for value in decibels for text in ("original", f"reconstruction, {value:.1f} dB")]
-        return Previews([to_pil(image) for image in pairs], captions, columns=4)
+        batch = to_device(fetch(data, rows), self._device)
+        images = batch["pixel_values"]
+        found = self._answers(images)
+        decibels = psnr(found.images, images).tolist()
+        words = self.heads.class_words(batch, found.class_logits)
+        masks = self.heads.mask_cells(batch, found.mask_logits)
+        cells = []
+        for row in range(len(images)):
+            true, read = words[row]
+            cells.append((to_pil(images[row]), f"original{true}"))
+            cells.append((to_pil(found.images[row]), f"reconstruction, {decibels[row]:.1f} dB{read}"))
+            cells += masks[row]
+        cells += self.heads.legend(images.shape[-1])
+        return Previews([picture for picture, _ in cells], [caption for _, caption in cells], columns=4)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -369,8 +314,7 @@ class AutoencoderStage(Stage):
         for start in range(0, rows, STATISTICS_BATCH):
             self.poll()
             keys = [SampleKey(i, 0) for i in range(start, min(start + STATISTICS_BATCH, rows))]
-            encoded = self.autoencoder.encode(fetch(self._train, keys)["pixel_values"].to(self._device))
-            latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+            latents = latents_of(self.autoencoder.encode(fetch(self._train, keys)["pixel_values"].to(self._device)))
             values = latents.cpu().double().movedim(1, 0).flatten(1)
             count += values.shape[1]
             total = total + values.sum(1)
@@ -382,17 +326,27 @@ class AutoencoderStage(Stage):
     def pipeline(self):
         from pipelines.autoencoder import AutoencoderPipeline
 
-        strip = getattr(self.autoencoder, "autoencoder", None)
-        return AutoencoderPipeline(vae=strip() if strip else self.autoencoder)
+        vae: Any = self.autoencoder
+        # Without heads it is a stock class wherever it can be; what a diffusion model takes of it never has heads.
+        bare = hasattr(vae, "autoencoder") and not self.heads.model_arguments()
+        return AutoencoderPipeline(vae=vae.autoencoder() if bare else vae)
+
+    def card_facts(self) -> dict[str, Any]:
+        return self.heads.card_facts()
 
     @property
     def _device(self) -> torch.device:
         return next(self.autoencoder.parameters()).device
 
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        encoded = self.autoencoder.encode(images)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return self.autoencoder.decode(latents).sample
+    def _answers(self, images: Tensor) -> Answers:
+        """Of the posterior's mode."""
+        encoded: Any = self.autoencoder.encode(images)  # type: ignore[operator]
+        return answers_of(self.autoencoder, latents_of(encoded))
+
+
+def latents_of(encoded: Any) -> Tensor:
+    """What `encode` of any autoencoder gives, as latents B C h w: the posterior's mode, where there is a posterior."""
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def main(argv: list[str] | None = None) -> int:

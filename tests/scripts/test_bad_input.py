@@ -56,6 +56,7 @@ def write_captions(folder: Path, captions: list[str | None]) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+SEGMENTATION = ("--heads", "[segmentation]", "--mask_column", "color_role")
 # Words to add to a run that would train, and what the message must name.
 AUTOENCODER = {
     "missing dataset": (["--dataset_name", "nowhere/at-all-of-it/x"], ["nowhere", "--dataset_name"]),
@@ -76,6 +77,17 @@ AUTOENCODER = {
     "no backbone": (["--perceptual_weight", "1"], ["--perceptual_backbone"]),
     "backbone that is none": (["--perceptual_weight", "1", "--perceptual_backbone", "/nowhere"], ["/nowhere"]),
     "patches for a stock class": (["--model.class_name", "AutoencoderKL"], ["--model.patch_size 4"]),
+    "no masks": (["--heads", "[segmentation]"], ["'mask'", "--mask_column"]),
+    "masks that are no classes": ([*SEGMENTATION, "--mask_column", "text_mask"], ["'text_mask'", "two at least"]),
+    "mask ids beyond the head": ([*SEGMENTATION, "--num_mask_classes", "3"], ["'color_role'", "beyond the 3 classes"]),
+    "too few names": ([*SEGMENTATION, "--num_mask_classes", "6", "--mask_class_names", "[a,b]"], ["2 names", "is 6"]),
+    "unknown head": (["--heads", "[segmentaton]"], ["--heads", "segmentaton"]),
+    "no labels": (["--heads", "[classification]", "--label_column", "genre"], ["'genre'", "--label_column"]),
+    "heads of a stock class": (
+        [*SEGMENTATION, "--model.class_name", "AutoencoderKL", "--model.patch_size", "1"],
+        ["--heads '[segmentation]'", "MultiHeadAutoencoderKL"],
+    ),
+    "learned weights of one loss": (["--learned_loss_weights", "true"], ["--learned_loss_weights", "--heads"]),
     "disk too small": (["--checkpoints_total_limit", "1000000000"], ["GiB free", "--checkpoints_total_limit"]),
     "folder not writable": (["--output_dir", "/proc/halftone"], ["/proc/halftone", "--output_dir"]),
 }

@@ -1,0 +1,50 @@
+"""Learned loss weights: the published terms, their start, and where they come to rest."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from training.loss_weights import LearnedLossWeights, classification_term, regression_term
+
+
+def test_the_terms_are_those_of_the_paper():
+    """With variance v = exp(s): L / (2 v) + log(v) / 2 and L / v + log(v) / 2."""
+    loss, s = torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    variance = math.exp(0.7)
+    assert regression_term(loss, s).item() == pytest.approx(3 / (2 * variance) + math.log(variance) / 2)
+    assert classification_term(loss, s).item() == pytest.approx(3 / variance + math.log(variance) / 2)
+
+
+def test_they_start_as_the_weights_given():
+    weights = LearnedLossWeights({"reconstruction": 1.0, "segmentation": 0.1}, regression=["reconstruction"])
+    found = {name: value.item() for name, value in weights.weights().items()}
+    assert found == pytest.approx({"reconstruction": 1.0, "segmentation": 0.1})
+    losses = {
+        name: torch.tensor(value, requires_grad=True)
+        for name, value in (("reconstruction", 2.0), ("segmentation", 3.0))
+    }
+    weights(losses).backward()
+    assert [loss.grad.item() for loss in losses.values()] == pytest.approx([1.0, 0.1])
+
+
+def test_each_weight_learns_from_its_own_loss():
+    """d/ds of a term is (1 - 2 w L) / 2 with w the weight at present, for both kinds."""
+    weights = LearnedLossWeights({"reconstruction": 0.5, "a": 0.2, "b": 0.3}, regression=["reconstruction"])
+    weights({"reconstruction": torch.tensor(2.0), "a": torch.tensor(4.0), "b": torch.tensor(0.0)}).backward()
+    found = {name: s.grad.item() for name, s in weights.log_variances.items()}
+    assert found == pytest.approx({"reconstruction": 0.5 - 0.5 * 2, "a": 0.5 - 0.2 * 4, "b": 0.5})
+
+
+def test_at_rest_a_weight_is_one_over_its_loss():
+    weights = LearnedLossWeights({"reconstruction": 1.0, "segmentation": 1.0}, regression=["reconstruction"])
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.05)
+    losses = {"reconstruction": torch.tensor(0.02), "segmentation": torch.tensor(0.25)}
+    for _ in range(600):
+        optimizer.zero_grad()
+        weights(losses).backward()
+        optimizer.step()
+    found = {name: value.item() for name, value in weights.weights().items()}
+    assert found == pytest.approx({"reconstruction": 1 / (2 * 0.02), "segmentation": 1 / (2 * 0.25)}, rel=0.02)

@@ -1,0 +1,61 @@
+"""Weights of several losses that training finds by itself.
+
+Kendall, Gal and Cipolla (2018), "Multi-task learning using uncertainty to weigh losses for scene geometry and
+semantics", section 3.2: each task i has an observation noise of variance exp(s_i), and the negative log-likelihood of
+all tasks together is
+
+    sum over regression tasks      exp(-s_i) L_i / 2 + s_i / 2      (eq. 7; L_i a squared error)
+    sum over classification tasks  exp(-s_i) L_i     + s_i / 2      (eq. 10; L_i a cross-entropy)
+
+At its minimum over s_i a term is as large as log L_i, whatever the unit of L_i: the sum may be negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def regression_term(loss: Tensor, log_variance: Tensor) -> Tensor:
+    """exp(-s) L / 2 + s / 2."""
+    return 0.5 * (torch.exp(-log_variance) * loss + log_variance)
+
+
+def classification_term(loss: Tensor, log_variance: Tensor) -> Tensor:
+    """exp(-s) L + s / 2."""
+    return torch.exp(-log_variance) * loss + 0.5 * log_variance
+
+
+class LearnedLossWeights(nn.Module):
+    """One log-variance per loss, a trained parameter; the module gives the weighted sum.
+
+    Args:
+        start: the weight each loss begins with, above 0.
+        regression: which of them are squared errors; the others are cross-entropies.
+    """
+
+    def __init__(self, start: Mapping[str, float], regression: Collection[str]):
+        super().__init__()
+        self.regression = frozenset(regression)
+        # One element each rather than none: FSDP takes no scalar parameters.
+        self.log_variances = nn.ParameterDict(
+            {name: torch.tensor([-math.log(self._halves(name) * weight)]) for name, weight in start.items()}
+        )
+
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum of all terms, a scalar; `losses` has a scalar for each name of `start`."""
+        terms = []
+        for name, loss in losses.items():
+            term = regression_term if name in self.regression else classification_term
+            terms.append(term(loss.float(), self.log_variances[name]))
+        return torch.stack(terms).sum()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What each loss is multiplied with at present."""
+        return {name: (-s.detach()[0]).exp() / self._halves(name) for name, s in self.log_variances.items()}
+
+    def _halves(self, name: str) -> float:
+        return 2.0 if name in self.regression else 1.0
