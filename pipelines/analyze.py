@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     report = []
     for path, picture, sheet_path in zip(files, pictures, _sheet_paths(files, folder), strict=True):
         reading = pipeline(picture, reading_size=options.reading_size)
-        facts = describe(reading, path)
+        facts = describe(picture, reading, path)
         sheet(picture, reading, facts).save(sheet_path)
         report.append({**facts, "report": str(sheet_path)})
         print(f"{path}: {_summary(facts)} → {sheet_path}")
@@ -47,13 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def describe(reading: Any, path: Path) -> dict[str, Any]:
-    """What was read of one picture, as plain values."""
+def describe(picture: Image, reading: Any, path: Path) -> dict[str, Any]:
+    """What was read of one picture, as plain values; a role's colour is the median of its pixels."""
     import numpy as np
+    from PIL import ImageOps
 
     from pipelines.poster_domain import COLOR_ROLES
 
     features = reading.features[0]
+    pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    of_role = {name: pixels[features[2] == number] for number, name in enumerate(COLOR_ROLES)}
+    medians = {name: np.median(found, axis=0).astype(int).tolist() for name, found in of_role.items() if len(found)}
     roles = np.bincount(features[2].astype(int).ravel(), minlength=len(COLOR_ROLES)) / features[2].size
     facts: dict[str, Any] = {
         "file": str(path),
@@ -62,6 +66,7 @@ def describe(reading: Any, path: Path) -> dict[str, Any]:
         "text_share": round(float(features[0].mean()), 4),
         "picture_share": round(float(features[1].mean()), 4),
         "color_role_shares": {name: round(float(share), 4) for name, share in zip(COLOR_ROLES, roles, strict=True)},
+        "color_role_colors": {name: "#{:02x}{:02x}{:02x}".format(*color) for name, color in medians.items()},
     }
     if reading.grammar is not None:
         facts |= reading.counts[0]
@@ -70,7 +75,8 @@ def describe(reading: Any, path: Path) -> dict[str, Any]:
 
 
 def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
-    """The report on one picture: four panels and, where there is an abstractor, the grammar as bars."""
+    """The report on one picture: four panels, the colours by role, and, where there is an abstractor, the grammar as
+    bars."""
     from PIL import Image as PIL_Image
     from PIL import ImageDraw, ImageFont, ImageOps
 
@@ -89,7 +95,7 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
     width, height = (max(1, round(side * scale)) for side in upright.size)
     rows = _rows(facts)
     line = FONT_SIZE + 10
-    total_height = 2 * MARGIN + height + line + (GAP + line * ((len(rows) + 1) // 2))
+    total_height = 2 * MARGIN + height + 2 * line + (2 * GAP + line * ((len(rows) + 1) // 2))
     page = PIL_Image.new("RGB", (2 * MARGIN + len(panels) * width + (len(panels) - 1) * GAP, total_height), PAPER)
     draw = ImageDraw.Draw(page)
     for number, (title, panel) in enumerate(panels.items()):
@@ -99,6 +105,8 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
         page.paste(panel.resize((width, height), smooth), (x, MARGIN + line))
         draw.rectangle((x, MARGIN + line, x + width - 1, MARGIN + line + height - 1), outline=FAINT)
     top, half = MARGIN + line + height + GAP, (page.width - 2 * MARGIN + GAP) // 2
+    _swatches(draw, top, page.width, facts, font)
+    top += line + GAP
     for number, (name, text, share) in enumerate(rows):
         x, y = MARGIN + (number % 2) * half, top + (number // 2) * line
         _bar(draw, (x, y), half - GAP, name, text, share, font)
@@ -112,10 +120,28 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str, float | None]]:
         ("pictures", f"{facts['picture_share']:.0%} of the page", facts["picture_share"]),
     ]
     if "grammar" in facts:
-        rows[0] = ("text", f"{facts['text_blocks']} blocks, {rows[0][1]}", facts["text_share"])
+        blocks = facts["text_blocks"]
+        rows[0] = ("text", f"{blocks} block{'s' * (blocks != 1)}, {rows[0][1]}", facts["text_share"])
         rows[1] = ("pictures", f"{facts['pictures']}, {rows[1][1]}", facts["picture_share"])
         rows += [(name.replace("_", " "), f"{value:.2f}", value) for name, value in facts["grammar"].items()]
     return rows
+
+
+def _swatches(draw: Any, top: int, page_width: int, facts: dict[str, Any], font: Any) -> None:
+    """A row of the roles: the colour that stands for it in its panel, its colour in the picture, its share."""
+    from pipelines.layout_pictures import ROLE_COLORS
+
+    shares, found = facts["color_role_shares"], facts["color_role_colors"]
+    step = (page_width - 2 * MARGIN) // len(shares)
+    for number, (name, share) in enumerate(shares.items()):
+        x = MARGIN + number * step
+        code = tuple(int(channel) for channel in ROLE_COLORS[number])
+        for place, color in enumerate((code, found.get(name))):
+            left = x + place * (FONT_SIZE + 2)
+            if color:
+                draw.rectangle((left, top, left + FONT_SIZE, top + FONT_SIZE), fill=color, outline=FAINT)
+        words = f"{name} {share:.0%}" if name in found else f"no {name}"
+        draw.text((x + 2 * FONT_SIZE + 12, top - 2), words, fill=INK, font=font)
 
 
 def _bar(draw: Any, at: tuple[int, int], width: int, name: str, text: str, share: float | None, font: Any) -> None:
