@@ -95,7 +95,7 @@ def _launcher_exists(words: list[str]) -> None:
 
 def _parse(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if script.startswith("pipelines/"):
+    if hasattr(module, "parse_arguments"):
         module.parse_arguments(flags)
         return
     real = module.parse_config

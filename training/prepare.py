@@ -57,7 +57,7 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
         logger.info("no arguments: this is the quickstart. %s", OWN_PICTURES)
     for number, (path, command) in enumerate(missing.items(), 1):
         logger.info("%s is missing; making it (%d of %d): python %s", path, number, len(missing), command)
-        status = _run(_checked(command), stop_requested)
+        status = run_script(_checked(command), stop_requested)
         if stop_requested() or status in (130, REQUEUE_STATUS):
             raise Interrupted
         if status == USER_ERROR_STATUS:
@@ -84,7 +84,8 @@ def _checked(command: str) -> list[str]:
     return [sys.executable, str(path), *arguments]
 
 
-def _run(command: list[str], stop_requested: Callable[[], int | None]) -> int:
+def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> int:
+    """Run a command of its own, outside any launcher, and pass a request to stop on to it; returns its exit status."""
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -1,0 +1,199 @@
+"""Run a series of experiments one after another, and compare them: a table, and a row of samples from each.
+
+    python training/run_experiments.py configs/experiments/latent_diffusion/ablation/capacity_*.yaml
+    python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml --print_commands
+    python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml -- --max_train_steps 20
+
+Each is started as a user would, in a process of its own; what stands after -- goes to all of them. What has finished is
+skipped, what was stopped goes on, a failure is told and the others go on: the same command finishes a series. The
+exit status is 1 if any has failed, and that of the signal (see docs/runs.md) if the series was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.cli import Options, UserError, entry_point
+from training.comparison import Samples, comparison_table, draw_samples, write_comparison
+from training.parsing import parse_config
+from training.prepare import run_script
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+from training.scripts import config_class, script_path, stage_of
+from training.signals import Interrupted, StopSignal
+
+
+@dataclass
+class Experiment:
+    """One config file, as its script would read it with the flags of the series."""
+
+    name: str
+    file: str
+    stage: str
+    config: RunConfig
+    flags: list[str]
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config.output_dir)
+
+    @property
+    def words(self) -> list[str]:
+        """Script and flags, without the interpreter."""
+        script = script_path(self.stage)
+        shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+        return [str(shown), "--config", self.file, *self.flags]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    experiments = plan(options.configs, options.flags)
+    if options.print_commands:
+        for experiment in experiments:
+            done = "  # finished" if is_finished(experiment) else ""
+            print(f"python {shlex.join(experiment.words)}{done}")
+        return 0
+    folder = Path(options.output_dir) if options.output_dir else common_folder(experiments)
+    with StopSignal() as stop:
+        outcomes = run_series(experiments, stop)
+        runs = {experiment.name: (experiment.stage, experiment.folder, experiment.config) for experiment in experiments}
+        table = comparison_table(runs, outcomes)
+        picture = None
+        with contextlib.suppress(Interrupted):
+            stop.check()
+            picture = draw_samples(runs, Samples(options.prompt, options.num_samples, options.seed), stop.check)
+        written = write_comparison(folder, table, picture)
+        print("\n".join(["", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), *map(str, written)]))
+        if stop.requested is not None:
+            print("the series was stopped; the same command goes on with it")
+            return stop.exit_status(stop.requested)
+    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, and as `flags` what stands after `--`. Raises UserError."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = Options(__doc__)
+    add = parser.add_argument
+    add("configs", nargs="+", help="YAML files of training scripts, of any stage; patterns with * too")
+    add("--print_commands", "--dry_run", action="store_true", help="print what would be run, and run nothing")
+    add("--output_dir", help="of comparison.csv, .md and .png (default: the folder that the runs' folders share)")
+    add("--prompt", nargs="+", help="of the samples (default: the first experiment's preview prompts)")
+    add("--num_samples", type=int, default=6, help="in each row of the picture (default: 6)")
+    add("--seed", type=int, default=0, help="of the first column; the next ones count up (default: 0)")
+    options = parser.parse(words[:cut])
+    options.flags = words[cut + 1 :]
+    if options.num_samples < 1:
+        raise UserError(f"--num_samples is {options.num_samples}; it must be at least 1")
+    return options
+
+
+def plan(configs: Sequence[str], flags: Sequence[str]) -> list[Experiment]:
+    """The experiments of these files, all of them checked before the first one starts.
+
+    Raises:
+        UserError: a file that is not there or wrong in itself, or two that write to the same run folder.
+    """
+    experiments: list[Experiment] = []
+    for file in _expanded(configs):
+        try:
+            stage = stage_of(file)
+            config = parse_config(config_class(stage), ["--config", file, *flags])
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        experiments.append(Experiment(Path(file).stem, file, stage, config, list(flags)))
+    folders: dict[Path, str] = {}
+    for experiment in experiments:
+        path = experiment.folder.path.resolve()
+        if path in folders:
+            raise UserError(
+                f"{folders[path]} and {experiment.file} have the same output_dir {experiment.config.output_dir}; "
+                "give each one of its own"
+            )
+        folders[path] = experiment.file
+    if len({experiment.name for experiment in experiments}) < len(experiments):
+        for experiment in experiments:
+            experiment.name = f"{Path(experiment.file).parent.name}/{experiment.name}"
+    return experiments
+
+
+def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str, str]:
+    """Run what is not finished; returns in a few words how each one ended, until a stop."""
+    outcomes: dict[str, str] = {}
+    for number, experiment in enumerate(experiments, 1):
+        if stop.requested is not None:
+            outcomes[experiment.name] = "not begun" if not experiment.folder.saved_config() else "unfinished"
+            continue
+        title = f"[{number}/{len(experiments)}] {experiment.name}"
+        if is_finished(experiment):
+            outcomes[experiment.name] = "finished" + _changed_since(experiment)
+            print(f"{title}: {outcomes[experiment.name]} before, in {experiment.folder.path}", flush=True)
+            continue
+        print(f"{title}\n      python {shlex.join(experiment.words)}", flush=True)
+        status = run_script([sys.executable, *experiment.words], lambda: stop.requested)
+        outcomes[experiment.name] = _outcome(status, stop.requested is not None)
+        print(f"{title}: {outcomes[experiment.name]}", flush=True)
+    return outcomes
+
+
+def is_finished(experiment: Experiment) -> bool:
+    """Whether the run has all the steps that are asked for, or was stopped early, and its pipeline is exported."""
+    folder, config = experiment.folder, experiment.config
+    if config.overwrite or config.extra_epochs or not folder.record_file.is_file():
+        return False
+    saved = folder.saved_config()
+    if saved is None or config.changes_from(saved)["error"]:
+        return False  # its script says what is wrong
+    record = json.loads(folder.record_file.read_text())
+    state_file = folder.checkpoints / "latest" / "trainer_state.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
+        return False
+    steps_per_epoch = record["num_train_images"] // record["global_batch_size"]
+    asked = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    return record["steps"] >= asked or state.get("stopped_early", False)
+
+
+def common_folder(experiments: Sequence[Experiment]) -> Path:
+    """The nearest folder that holds all run folders."""
+    common = Path(os.path.commonpath([experiment.folder.path.resolve().parent for experiment in experiments]))
+    return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
+
+
+def _expanded(patterns: Sequence[str]) -> list[str]:
+    """Files in the order given; patterns that the shell left alone, sorted."""
+    files = []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        if not found:
+            raise UserError(f"no config file '{pattern}'; check its path")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _changed_since(experiment: Experiment) -> str:
+    """Settings that are asked for now and were others in the finished run."""
+    saved: dict[str, Any] = experiment.folder.saved_config() or {}
+    changes = experiment.config.changes_from(saved)["warn"]
+    return f" with other settings ({'; '.join(changes)}; -- --overwrite true runs all anew)" if changes else ""
+
+
+def _outcome(status: int, stopped: bool) -> str:
+    if status == 0:
+        return "finished"
+    return "unfinished" if stopped else f"failed with exit status {status}"
+
+
+if __name__ == "__main__":
+    entry_point(main)
