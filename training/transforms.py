@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from pipelines.control_images import to_rgb
 from training.sampler import mix
 
 RESAMPLING = {
@@ -124,7 +125,7 @@ def load_rgb(source: Any) -> Image.Image:
     image = open_image(source)
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except (
         Exception
     ) as error:  # Pillow's decoders raise whatever a damaged file leads them to, struct.error to IndexError
@@ -154,29 +155,6 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB picture of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep_gray(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layers = image.convert("RGBA")
-    white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layers).convert("RGB")
-
-
-def _from_deep_gray(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey to RGB. Pillow's own `convert` clips them at 255, which turns scans white."""
-    values = np.asarray(image).astype(np.float64)
-    brightest = values.max(initial=0)
-    if image.mode == "F":
-        scale = 255.0 if brightest <= 1 else 255 / 65535 if brightest > 255 else 1.0
-    else:
-        scale = 255 / 65535 if image.mode.startswith("I;16") or brightest > 255 else 1.0
-    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _first_line(error: BaseException) -> str:
