@@ -1,11 +1,14 @@
-"""Pictures from a trained model, as a grid: from prompts or classes (latent diffusion) or design briefs (posters):
+"""Pictures from a trained model, as a grid: from prompts or classes (latent diffusion) or design briefs (posters), with
+control images where the model has a ControlNet:
 
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
     python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
     python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
+    python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
 
-Several prompts (or class labels, or briefs) give one row each. Column k is drawn from seed + k whatever the number of
-rows, columns or pictures per batch, so that any one picture can be had again alone.
+Several prompts (or class labels, briefs, controls) give one row each; a row begins with its control. Column k is drawn
+from seed + k whatever the number of rows, columns or pictures per batch, so that any one picture can be had again
+alone. Pictures smaller than 128 pixels are shown enlarged by a whole factor.
 """
 
 from __future__ import annotations
@@ -18,19 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import Options, UserError, entry_point
+from pipelines.control_files import controls_of, open_controls
+from pipelines.picture_grid import control_picture, enlarged, picture_grid
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from pipelines.design_brief import DesignBrief
 
-GAP = 4  # pixels between pictures
-PAPER = (255, 255, 255)
+    Controls = list[list[Tensor]]
+    """For each row and each ControlNet: C H W in [0, 1]"""
+
 DTYPES = ("float32", "float16", "bfloat16")
 CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
 NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
 BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
+STEERING = {
+    "controlnet_conditioning_scale": "how strongly it steers; 0 not at all (default: 1)",
+    "control_guidance_start": "share of the steps before it steers (default: 0)",
+    "control_guidance_end": "share of the steps after which it no longer does (default: 1)",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -38,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     output = Path(options.output).expanduser()
     _check_output(output)
     briefs = read_briefs(options)
+    control_files = open_controls(options.control_image or [])
     pipeline = _load(options)
     _check_conditions(pipeline, options)
+    controls = controls_of(pipeline, control_files, options.height, options.width) if control_files else []
     started = time.perf_counter()
-    rows = generate(pipeline, options, briefs)
+    rows = generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
-    picture_grid(rows).save(output)
+    shown = [[control_picture(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
+    picture_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
     sampler = type(pipeline.scheduler).__name__
     print(
         f"{len(rows)} x {len(rows[0])} pictures, {options.num_inference_steps} steps of {sampler}, "
@@ -67,6 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--class_label", nargs="+", action="extend", help="class ids or names; several give a row each")
     add("--brief", nargs="+", action="extend", help="a poster's brief: YAML files, or `random` (from --seed)")
     _add_brief_fields(parser)
+    _add_control_options(parser)
     add("--num_images", type=int, default=4, help="pictures in a row (default: 4)")
     add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
     add("--num_inference_steps", type=int, default=25, help="default: 25")
@@ -97,6 +113,14 @@ def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int, help="0 to 3")
     for name in NUMBER_FIELDS:
         group.add_argument(f"--{name}", type=float, help="0 to 1")
+
+
+def _add_control_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("control, for models with a ControlNet; several values: one for each of its nets")
+    files = "files of a control, in the order of the model's nets and channels; several controls give a row each"
+    group.add_argument("--control_image", nargs="+", action="extend", help=files)
+    for name, text in STEERING.items():
+        group.add_argument(f"--{name}", nargs="+", type=float, help=text)
 
 
 def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
@@ -145,24 +169,48 @@ def _check_conditions(pipeline: Any, options: argparse.Namespace) -> None:
         raise UserError(
             f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__}; it takes {instead}"
         )
+    given = [name for name in ("control_image", *STEERING) if getattr(options, name) is not None]
+    if given and not takes_controls(pipeline):
+        raise UserError(
+            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__} without a ControlNet; "
+            "name a run of train_controlnet.py"
+        )
+    if given and options.control_image is None:
+        raise UserError(f"--{given[0]} says how a control steers, but there is none; give --control_image")
+    if takes_controls(pipeline) and options.control_image is None:
+        print("Without --control_image the base model alone paints.")
 
 
-def generate(pipeline: Any, options: argparse.Namespace, briefs: Sequence[DesignBrief] = ()) -> list[list[Image]]:
-    """Rows (one for each prompt, label or brief) of `num_images` pictures.
+def takes_controls(pipeline: Any) -> bool:
+    """Whether it has a ControlNet."""
+    return hasattr(pipeline, "control_tensors")
+
+
+def generate(
+    pipeline: Any,
+    options: argparse.Namespace,
+    briefs: Sequence[DesignBrief] = (),
+    controls: Controls | None = None,
+) -> list[list[Image]]:
+    """Rows (one for each prompt, label, brief or control) of `num_images` pictures.
 
     Raises:
         UserError: what the pipeline finds wrong with the arguments.
     """
     import torch
 
-    count = max(len(options.prompt or []), len(options.class_label or []), len(briefs), 1)
+    count = _row_count(options, briefs, controls or [])
     wanted = [(row, column) for row in range(count) for column in range(options.num_images)]
+    row_briefs, row_controls = _per_row(list(briefs), count), _per_row(controls or [], count)
     pictures: list[Image] = []
 
     def conditions(rows: Sequence[int]) -> dict[str, Any]:
+        steering = _steering(options, [row_controls[row] for row in rows]) if row_controls else {}
         if takes_briefs(pipeline):
-            return {"briefs": [briefs[row] if briefs else {} for row in rows]}
-        return _captions(options, rows, count)
+            return {"briefs": [row_briefs[row] if row_briefs else {} for row in rows], **steering}
+        captions = _captions(options, rows, count)
+        # With neither prompt nor label the controls say how many pictures there are.
+        return captions | steering | ({"num_images_per_prompt": 1} if steering else {})
 
     for start in range(0, len(wanted), options.batch_size):
         batch = wanted[start : start + options.batch_size]
@@ -180,6 +228,28 @@ def generate(pipeline: Any, options: argparse.Namespace, briefs: Sequence[Design
     return [pictures[start : start + options.num_images] for start in range(0, len(pictures), options.num_images)]
 
 
+def _row_count(options: argparse.Namespace, briefs: Sequence[Any], controls: Sequence[Any]) -> int:
+    """Raises UserError for several prompts (or labels, briefs) and another number of controls."""
+    entries = {"--prompt": options.prompt, "--class_label": options.class_label, "--brief": briefs}
+    name, others = max(((n, len(values or [])) for n, values in entries.items()), key=lambda entry: entry[1])
+    if len(controls) > 1 and others > 1 and len(controls) != others:
+        raise UserError(
+            f"--control_image has {len(controls)} controls and {name} {others} entries; give one of either, or equally "
+            "many"
+        )
+    return max(others, len(controls), 1)
+
+
+def _steering(options: argparse.Namespace, controls: Controls) -> dict[str, Any]:
+    """A pipeline's arguments for these controls: for each ControlNet a batch, B C H W."""
+    import torch
+
+    batches = [torch.stack(of_net) for of_net in zip(*controls, strict=True)]
+    given = {name: getattr(options, name) for name in STEERING if getattr(options, name) is not None}
+    strengths = {name: values[0] if len(values) == 1 else values for name, values in given.items()}
+    return {"control_image": batches if len(batches) > 1 else batches[0], **strengths}
+
+
 def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> dict[str, Any]:
     """What a pipeline of captions and classes is asked for pictures of these rows, out of `count`."""
     prompts = _per_row(options.prompt, count)
@@ -191,19 +261,6 @@ def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> d
         # Without prompt and label there is one row, and its pictures are so many images of "nothing".
         "num_images_per_prompt": 1 if prompts or labels else len(rows),
     }
-
-
-def picture_grid(rows: Sequence[Sequence[Image]]) -> Image:
-    """Rows of pictures of one size on white, with a small gap."""
-    from PIL import Image as PILImage
-
-    width, height = rows[0][0].size
-    columns = max(len(row) for row in rows)
-    sheet = PILImage.new("RGB", (columns * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP), PAPER)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (GAP + x * (width + GAP), GAP + y * (height + GAP)))
-    return sheet
 
 
 def best_device() -> str:
@@ -259,7 +316,8 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
 
 
-def _per_row(values: list | None, count: int) -> list | None:
+def _per_row(values: Any, count: int) -> Any:
+    """A list with an entry for each row: of a single one its repetition; nothing as it is."""
     return values * count if values and len(values) == 1 else values
 
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli import UserError, entry_point
+from pipelines.picture_grid import control_picture
 from training.companions import control_of
 from training.control_base import ControlBase, load_base
 from training.data import DataConfig, load_split, validate_data_config
 from training.data_checks import require_clean
 from training.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
 from training.evaluation.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
-from training.evaluation.images import control_picture, to_pil
+from training.evaluation.images import to_pil
 from training.launch import plain_attention
 from training.loop import train
 from training.parsing import parse_config
@@ -83,6 +84,16 @@ class Config(ObjectiveConfig, RunConfig, DataConfig):
         check_at_least("num_previews", self.num_previews, 1)
         if not 0 <= self.control_dropout <= 1:
             raise UserError(f"--control_dropout is {self.control_dropout}; it is a share in [0, 1] (0.1 is usual)")
+        columns = self.conditioning_image_column
+        if not columns:
+            raise UserError(
+                "--conditioning_image_column names no column; give one of control images, or a list of masks"
+            )
+        if self.conditioning_classes and not isinstance(columns, str) and len(columns) > 1:
+            raise UserError(
+                f"--conditioning_classes {self.conditioning_classes} reads class ids of one column, but "
+                f"--conditioning_image_column names {', '.join(columns)}"
+            )
         if not self.base_model:
             raise UserError(
                 "no base model was named; give --base_model: a run of train_latent_diffusion.py or train_decoder.py"
@@ -145,7 +156,7 @@ class ControlNetStage(Stage):
         self._validation = self.base.dataset(held_out, config, control, augment=False) if len(held_out) else None
         for data in filter(None, (self._train, self._validation)):
             require_clean(data, tell=logger.info)
-        self.reader = ControlReader(config.reader, kind, names) if config.reader else None
+        self.reader = ControlReader(config.reader, kind, names, control.channels) if config.reader else None
         torch.manual_seed(config.seed)
         try:
             self.controlnet = FusionControlNetModel.from_unet(

@@ -36,7 +36,7 @@ def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str 
             first = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
             raise UserError(
                 f"{flag} {path}: its {name} is another model than the one configured ({first}); "
-                "make the --model.… settings equal, e.g. with --config and the config.yaml of its run"
+                "make the settings of the model equal, e.g. with --config and the config.yaml of its run"
             ) from None
     logger.info("weights of %s taken from %s", ", ".join(modules), path)
 

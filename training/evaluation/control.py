@@ -25,26 +25,28 @@ class ControlReader:
     Args:
         path: a run, checkpoint or pipeline of train_encoder.py (or train_abstractor.py), or of train_autoencoder.py
             with a segmentation head.
-        kind, names: of the control channels.
+        kind, names, channels: of the control.
 
     Raises:
         UserError: no such model, or one that does not read these channels.
     """
 
-    def __init__(self, path: str, kind: str, names: Sequence[str]):
+    def __init__(self, path: str, kind: str, names: Sequence[str], channels: int):
         from pipelines.loading import load_pipeline
 
         components = load_pipeline(path).components
         self.module = components.get("encoder") or components.get("vae")
         self.kind, self.names = kind, list(names)
         reads_layout = components.get("encoder") is not None
-        readable = reads_layout and (kind == "masks" and set(names) <= set(MASKS) or kind == "classes")
-        segments = not reads_layout and kind == "classes" and getattr(self.module, "segment", None) is not None
-        if not (readable or segments):
+        of_classes = "num_color_roles" if reads_layout else "num_mask_classes"
+        known = getattr(getattr(self.module, "config", None), of_classes, 0)
+        readable = reads_layout and set(names) <= set(MASKS) if kind == "masks" else kind == "classes"
+        if not readable or kind == "classes" and known != channels:
             raise UserError(
-                f"--reader {path} does not read this control ({kind}: {', '.join(names) or 'pictures'}); "
-                f"a layout encoder reads {' and '.join(MASKS)} or colour roles, an autoencoder with a segmentation "
-                "head class ids"
+                f"--reader {path} does not read this control ({channels} channels of kind {kind}: "
+                f"{', '.join(names) or 'pictures'}); a layout encoder reads {' and '.join(MASKS)} or its colour roles, "
+                "an autoencoder with a segmentation head as many class ids as it knows"
+                + (f" (this one {known})" if known and kind == "classes" else "")
             )
         self._read = self._layout if reads_layout else self._segments
         self.module.requires_grad_(False).eval()

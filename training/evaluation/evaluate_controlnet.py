@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pipelines.cli import UserError, entry_point
+from pipelines.picture_grid import control_picture
 from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
-from training.evaluation.images import control_picture, to_pil
+from training.evaluation.images import to_pil
 from training.launch import threads_per_process
 from training.parsing import parse_config
 from training.previews import comparison_grid, save_png
@@ -85,7 +86,7 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
         pipeline.set_progress_bar_config(desc=name)
         net = pipeline.controlnet.config
         real, controls = _data(config, net, pipeline)
-        reader = ControlReader(config.reader, net.control_kind, net.control_names)
+        reader = ControlReader(config.reader, net.control_kind, net.control_names, net.conditioning_channels)
         if not pictures:
             pictures["base"] = _paint(pipeline, controls, config, scale=0.0)
         own, wrong = (_paint(pipeline, c, config) for c in (controls, others(controls)))

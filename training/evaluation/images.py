@@ -12,7 +12,6 @@ from torch import Tensor
 
 WINDOW = 11
 WINDOW_SIGMA = 1.5
-CHANNEL_COLORS = [[1, 1, 1], [0.9, 0.3, 0.2], [0.2, 0.5, 0.9], [0.95, 0.8, 0.2], [0.3, 0.7, 0.4], [0.6, 0.4, 0.8]]
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
@@ -53,11 +52,3 @@ def to_pil(image: Tensor) -> Image.Image:
     """One image, 3 H W in [-1, 1], as a picture; values outside are clamped."""
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def control_picture(control: Tensor) -> Image.Image:
-    """A control (C H W, in [0, 1]) to look at: three channels as colours, else a colour for each."""
-    if len(control) != 3:
-        colors = torch.tensor(CHANNEL_COLORS)[torch.arange(len(control)) % len(CHANNEL_COLORS)]
-        control = (control.cpu()[:, None] * colors[:, :, None, None]).amax(0)
-    return to_pil(control * 2 - 1)
