@@ -169,7 +169,7 @@ class Heads:
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """val_pixel_accuracy, val_mean_iou (of areas summed over all pictures) and val_top1_accuracy."""
-        found = {}
+        found: dict[str, float] = {}
         if self.mask_classes:
             ids = range(len(self.mask_classes))
             hit, total, taken = ([sums[f"{name}_{id_}"] for id_ in ids] for name in AREAS)
