@@ -128,7 +128,8 @@ class LatentBase(ControlBase):
         words = [f"sample {row + 1}" for row in rows]
         if self.unet.config.num_class_embeds:
             arguments["class_labels"] = [int(batch["label"][row]) for row in rows]
-            words = [self.pipeline.config.id2label[str(label)] for label in arguments["class_labels"]]
+            names = self.pipeline.config.id2label or {}
+            words = [names.get(str(label), f"class {label}") for label in arguments["class_labels"]]
         if self.caption_ids is not None:
             arguments["prompt"] = words = [batch["caption"][row] for row in rows]
         return arguments, words
@@ -141,6 +142,10 @@ class PosterBase(ControlBase):
 
     def __init__(self, pipeline: Any, resolution: int):
         super().__init__(pipeline)
+        try:
+            pipeline._size(resolution, resolution)
+        except ValueError as error:
+            raise UserError(f"--resolution {resolution} does not suit the base model: {error}") from None
         self.input_shape = (3, resolution, resolution)
 
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:

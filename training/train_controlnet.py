@@ -264,6 +264,8 @@ class ControlNetStage(Stage):
         return pipeline(
             **prompts,
             control_image=batch["conditioning_pixel_values"][rows],
+            height=config.resolution,  # the base may have been trained at another
+            width=config.resolution,
             generator=[torch.Generator().manual_seed(config.seed + int(batch["index"][row])) for row in rows],
             guidance_scale=config.preview_guidance_scale,
             num_inference_steps=config.preview_inference_steps,
