@@ -47,7 +47,7 @@ def _separated(kind: str, channels: int, control: Any) -> list[Any]:
     """The controls of a list, each as its pictures."""
     if isinstance(control, Image.Image):
         return [[control]]
-    if not isinstance(control, Sequence) or not control:
+    if not isinstance(control, Sequence) or isinstance(control, str) or not control:
         raise ValueError(f"`control_image` must be a picture, a list of them or a tensor, but is {control!r}")
     if all(isinstance(one, Image.Image) for one in control):
         return [list(control)] if kind == "masks" and channels > 1 else [[one] for one in control]

@@ -65,6 +65,9 @@ class FusionControlNetModel(ControlNetModel):
         ValueError: an unknown mode or kind.
     """
 
+    controlnet_down_blocks: nn.ModuleList
+    controlnet_mid_block: Any
+
     @register_to_config
     def __init__(
         self,

@@ -110,4 +110,4 @@ def _for_each(controls: int, prompt: Any, class_labels: Any) -> tuple[Any, Any, 
         raise ValueError(f"`control_image` has {controls} controls for {count} prompts or labels")
     if controls > 1 and count == 1:
         lists = [None if v is None else [v[0]] * controls for v in lists]
-    return *lists, max(count, controls) if count else 0
+    return lists[0], lists[1], max(count, controls) if count else 0

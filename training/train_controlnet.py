@@ -149,7 +149,8 @@ class ControlNetStage(Stage):
         self.config = config
         self.base = load_base(config.base_model, config.resolution)
         control = control_of(config.conditioning_image_column, config.conditioning_classes)
-        kind = "classes" if config.conditioning_classes else "image" if control.in_color else "masks"
+        in_color = isinstance(config.conditioning_image_column, str)
+        kind = "classes" if config.conditioning_classes else "image" if in_color else "masks"
         names = [] if kind == "image" else list(control.columns)
         self._train = self.base.dataset(load_split(config, "train", config.seed), config, control, augment=True)
         held_out = load_split(config, "validation", config.seed)
