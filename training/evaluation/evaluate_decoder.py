@@ -101,7 +101,7 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     if config.grid:
         shown = [[row["image"], image, mark] for row, image, mark in zip(posters, painted, read.overlays)][:GRID_BRIEFS]
         titles = ["a real poster of this brief", "painted", "as it is read"]
-        save_png(comparison_grid(shown, titles, row_titles=[row["text"] for row in posters[:GRID_BRIEFS]]), config.grid)
+        save_png(comparison_grid(shown, titles, row_titles=[brief.describe() for brief in briefs[:GRID_BRIEFS]]), config.grid)
     if config.output:
         write_atomically(Path(config.output), json.dumps(figures, indent=2) + "\n")
     return figures
