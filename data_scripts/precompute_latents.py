@@ -287,7 +287,7 @@ def _plan(
         "captions": captions,
         "label_names": label_map.names if label_map else [],
         # Said only where they are not as in caches from before there were masks.
-        **({"masks": True} if masks else {}),
+        **({"mask_column": config.mask_column} if masks else {}),
         **({"label_column": config.label_column} if label_map and config.label_column != "label" else {}),
     }
     # Renaming or moving the VAE's folder changes nothing in a shard.
@@ -379,7 +379,7 @@ def _check_disk(config: PrecomputeConfig, pictures: int, facts: dict[str, Any]) 
     channels, height, width = facts["latent_shape"]
     # Mean and log-variance, and the mirrored ones.
     numbers = channels * height * width * 2 * (2 if config.random_flip else 1)
-    bytes_each = numbers * _BYTES[config.storage_dtype] + (config.resolution**2 if facts.get("masks") else 0)
+    bytes_each = numbers * _BYTES[config.storage_dtype] + (config.resolution**2 if "mask_column" in facts else 0)
     needed = pictures * bytes_each * _FREE_SPACE_MARGIN
     free = shutil.disk_usage(config.output_dir).free
     if needed > free:

@@ -154,7 +154,7 @@ def masked_cache(masked: Path, vae_folder: Path, tmp_path_factory: pytest.TempPa
 
 def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache: Path, vae_folder: Path):
     cache, config = LatentCache(masked_cache), config_of(masked)
-    assert cache.has_masks
+    assert cache.mask_column == "mask"
     cached = cache.split("train", random_flip=True, num_mask_classes=4)
     live = ImageDataset(load_split(config, "train", 0), config, labels=True, num_mask_classes=4)
     keys = [SampleKey(i, 1000 + i) for i in range(len(live))]
@@ -165,7 +165,11 @@ def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache:
     assert {flips(key.key) for key in keys} == {True, False}
     assert cached.collate([cached[keys[0]], cached[keys[1]]])["mask"].shape == (2, 16, 16)
     assert "mask" not in cache.split("train")[keys[0]]
-    cache.check(load_vae(str(vae_folder)), str(vae_folder), config)
+    # A run that wants no masks need not name their column.
+    for column in ("mask", "other"):
+        cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(masked, mask_column=column))
+    with pytest.raises(UserError, match="those of column 'mask', and this run wants 'other'; say --mask_column mask"):
+        cache.split("train", num_mask_classes=4, config=config_of(masked, mask_column="other"))
 
 
 def test_masks_that_are_not_there_or_do_not_fit_are_refused(
@@ -181,7 +185,7 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(
         LatentCache(masked_cache).check(load_vae(str(vae_folder)), "v", config_of(changed))
     copy = tmp_path / "copy"
     shutil.copytree(masked_cache, copy)
-    with pytest.raises(UserError, match="masks True there, None here"):
+    with pytest.raises(UserError, match="mask_column mask there, None here"):
         precompute(*flags(masked, vae_folder, copy, "--masks", "no"))
     with pytest.raises(UserError, match="no column 'mask'.*--mask_column"):
         precompute(*flags(data, vae_folder, tmp_path / "new", "--masks", "yes"))
@@ -193,7 +197,7 @@ def test_a_cache_without_masks_is_the_file_it_always_was(
     """Caches made before there were masks stay readable, and the command that made one finds it complete."""
     assert precompute(*flags(masked, vae_folder, tmp_path / "latents", "--masks", "no")) == 0
     assert contents(tmp_path / "latents") == contents(cache_folder)
-    assert set(LatentCache(cache_folder).manifest) & {"masks", "label_column"} == set()
+    assert set(LatentCache(cache_folder).manifest) & {"mask_column", "label_column"} == set()
 
 
 def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictures(masked: Path, masked_cache: Path):

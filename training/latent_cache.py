@@ -16,7 +16,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,9 @@ class LatentCache:
         return self.manifest.get("label_column", DataConfig().label_column)
 
     @property
-    def has_masks(self) -> bool:
-        return self.manifest.get("masks", False)
+    def mask_column(self) -> str | None:
+        """The column that the masks were read from; None without masks."""
+        return self.manifest.get("mask_column")
 
     def split(
         self, name: str, *, random_flip: bool = False, num_mask_classes: int = 0, config: DataConfig | None = None
@@ -133,7 +134,7 @@ class LatentCache:
                 self._no_flips() + "; leave out --random_flip, or make it again with it and --overwrite true"
             )
         if num_mask_classes:
-            self._check_masks(name, num_mask_classes)
+            self._check_masks(name, num_mask_classes, config)
         return LatentCacheDataset(self, name, random_flip=random_flip, masks=num_mask_classes > 0, config=config)
 
     def check(self, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
@@ -166,6 +167,9 @@ class LatentCache:
     def _dataset_differences(self, config: DataConfig) -> list[str]:
         differences = []
         label_map = load_label_map(config) if self.manifest["label_names"] else None
+        config = replace(
+            config, mask_column=self.mask_column or config.mask_column
+        )  # whether this run wants them or not
         for name, split in self.manifest["splits"].items():
             data = open_images(
                 config,
@@ -173,7 +177,7 @@ class LatentCache:
                 self.manifest["seed"],
                 captions=self.has_captions,
                 label_map=label_map,
-                masks=self.has_masks,
+                masks=self.mask_column is not None,
             )
             fingerprint = dataset_fingerprint(data)
             if fingerprint != split["dataset"]:
@@ -206,8 +210,13 @@ class LatentCache:
                 words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
         return shlex.join(words)
 
-    def _check_masks(self, split: str, num_classes: int) -> None:
-        if not self.has_masks:
+    def _check_masks(self, split: str, num_classes: int, config: DataConfig | None) -> None:
+        if config and self.mask_column not in (None, config.mask_column):
+            raise UserError(
+                f"the masks in the latent cache '{self.path}' are those of column '{self.mask_column}', and this run "
+                f"wants '{config.mask_column}'; say --mask_column {self.mask_column}, or make the cache again"
+            )
+        if not self.mask_column:
             raise UserError(
                 f"the latent cache '{self.path}' has no masks; make it again with --masks yes --overwrite true"
             )

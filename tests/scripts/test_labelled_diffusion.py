@@ -69,7 +69,7 @@ def test_fine_tuning_in_parts(tmp_path, base, cache_flags):
 
 
 MISTAKES = {
-    "no such column": (["--balance_by", "stile"], ["stile", "did you mean 'style'", "--balance_by"]),
+    "no such column": (["--balance_by", "stile"], ["no column 'stile'", "style", "--balance_by"]),
     "a class without a sample": (["--balance_by", "label", "--max_train_samples", "8"], ["no sample", "8 classes"]),
     "a power out of range": (["--balance_by", "label", "--balance_power", "2"], ["--balance_power is 2"]),
     "a pattern without a match": (
