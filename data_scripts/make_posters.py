@@ -9,15 +9,15 @@ number of processes. The folder loads with `datasets.load_dataset("data/posters_
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from data_scripts.posters.contact_sheet import contact_sheet
-from data_scripts.posters.dataset import SPLITS, read_settings, split_indices, write_card, write_dataset, write_manifest
+from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.cli import UserError, entry_point
 from training.parsing import parse_config
@@ -92,18 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     kind = f"{config.complexity} posters at {config.resolution} px"
     print(f"Drawing {config.num_posters:,} {kind} with {workers} process(es); a few thousand take under a minute.")
     started = time.perf_counter()
-    partial_folder = _start_folder(folder)
-    try:
+    with partial_folder(folder) as partial:
         parts = split_indices(config.num_posters, config.split_sizes(), config.seed)
         options = PosterOptions(config.seed, config.resolution, config.complexity)
-        write_dataset(partial_folder, options, parts, workers)
+        write_dataset(partial, options, parts, workers)
         shown = [make_row(options, index) for index in parts["train"][:CONTACT_SHEET_POSTERS]]
-        contact_sheet(shown).save(partial_folder / "contact_sheet.png")
-        write_card(partial_folder, config.settings(), parts)
-        write_manifest(partial_folder, config.settings())
-        _put_in_place(partial_folder, folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        contact_sheet(shown).save(partial / "contact_sheet.png")
+        write_card(partial, config.settings(), parts)
+        write_manifest(partial, config.settings())
+        aside = put_in_place(partial, folder)
+    if aside:
+        print(f"The earlier posters are now in {aside}.")
     _report(folder, config, parts, time.perf_counter() - started)
     return 0
 
@@ -131,27 +130,6 @@ def _already_made(folder: Path, config: MakePostersConfig) -> bool:
         + ", ".join(f"{name} {settings.get(name)} there, {config.settings()[name]} asked" for name in different)
         + "); name another folder, or add --overwrite to set them aside"
     )
-
-
-def _start_folder(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be renamed when all is written: a killed run leaves no half dataset."""
-    partial_folder = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    try:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); name a folder that can") from None
-    return partial_folder
-
-
-def _put_in_place(partial_folder: Path, folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}_old_{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        print(f"The earlier posters are now in {aside}.")
-    partial_folder.rename(folder)
 
 
 def _report(folder: Path, config: MakePostersConfig, parts: dict[str, list[int]], seconds: float) -> None:

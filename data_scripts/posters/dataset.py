@@ -1,11 +1,10 @@
-"""Rows on disk: Parquet shards that `datasets.load_dataset` reads, a dataset card, and a manifest to know them by.
+"""Rows on disk: Parquet shards that `datasets.load_dataset` reads, and a dataset card.
 
 Rows are made by several processes and written in one order, so the bytes depend on the options alone.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ ROWS_PER_SHARD = 5_000
 ROWS_PER_GROUP = 500
 """Rows held in memory before they are written; fixed, because the file's bytes depend on it."""
 
-MANIFEST = "manifest.json"
 IMAGE_COLUMNS = ("image", "text_mask", "image_mask", "color_role", "hierarchy")
 
 
@@ -96,27 +94,6 @@ def _rows(options: PosterOptions, indices: list[int], num_workers: int) -> Itera
     # Fresh interpreters rather than forks: a fork of a process with threads (pyarrow's) can hang.
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         yield pool.imap(make, indices, chunksize=16)
-
-
-def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
-    """Record what the dataset was made from, and its files' sizes: written last, so its presence means completeness."""
-    sizes = {f"data/{path.name}": path.stat().st_size for path in sorted((folder / "data").iterdir())}
-    (folder / MANIFEST).write_text(
-        json.dumps({"settings": settings, "files": sizes}, indent=2) + "\n", encoding="utf-8"
-    )
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the poster dataset in `folder` was made from; None when there is no complete one."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        return manifest["settings"] if whole else None
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
-        return None  # some other manifest, or a file is gone: not a dataset of ours that can be used
 
 
 def write_card(folder: Path, settings: dict[str, Any], parts: dict[str, list[int]]) -> None:

@@ -1,0 +1,162 @@
+"""A dataset with control images beside its own columns, as Parquet shards with a card; never held in memory."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from pipelines.cli import UserError
+from training.transforms import BrokenImage, load_rgb
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+ROWS_AT_ONCE = 100
+"""In memory, and in a row group of the files"""
+ROWS_PER_SHARD, BYTES_PER_SHARD = 5_000, 500_000_000
+
+Draw = Callable[[Image.Image], list[Image.Image]]
+"""From a picture to its controls, one for each new column"""
+
+
+class ControlWriter:
+    """Writes splits with their controls.
+
+    Args:
+        folder: where `data/<split>-<shard>.parquet` go.
+        image_column: of the pictures.
+        columns: names of the new ones.
+        draw: what makes them of a picture, called on the threads of `pool`.
+        skip_broken: leave out rows with broken pictures instead of raising.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        image_column: str,
+        columns: Sequence[str],
+        draw: Draw,
+        pool: ThreadPoolExecutor,
+        *,
+        skip_broken: bool,
+    ):
+        self.folder, self.image_column, self.columns = folder / "data", image_column, list(columns)
+        self.draw, self.pool, self.skip_broken = draw, pool, skip_broken
+        self.folder.mkdir(exist_ok=True)
+
+    def write(self, name: str, split: Dataset) -> int:
+        """Write the split, its pictures undecoded; the number of rows written.
+
+        Raises:
+            UserError: a broken picture, with its row; or nothing but broken ones.
+        """
+        features, shard, written = self.features(split), 0, 0
+        with tqdm(total=len(split), unit="picture", desc=name) as bar:
+            while bar.n < len(split):
+                path = self.folder / f"{name}-{shard:05d}.parquet"
+                written += self._write_shard(path, split, bar, features)
+                shard += 1
+        if not written:
+            raise UserError(
+                f"all pictures of split '{name}' are broken; data_scripts/check_dataset.py says in what way"
+            )
+        return written
+
+    def features(self, split: Dataset) -> Features:
+        """The columns' types: those of the source, and of the new ones."""
+        import datasets
+
+        pictures = {name: datasets.Image() for name in (self.image_column, *self.columns)}
+        return datasets.Features({**split.features, **pictures})
+
+    def _write_shard(self, path: Path, split: Dataset, bar: tqdm, features: Features) -> int:
+        """Some rows from where `bar` stands, until there are no more or the file is large enough."""
+        import pyarrow.parquet
+
+        written, first = 0, int(bar.n)
+        with pyarrow.parquet.ParquetWriter(path, features.arrow_schema, compression="zstd") as writer:
+            while bar.n == first or (
+                bar.n < len(split) and written < ROWS_PER_SHARD and path.stat().st_size < BYTES_PER_SHARD
+            ):
+                rows = range(int(bar.n), min(int(bar.n) + ROWS_AT_ONCE, len(split)))
+                table = self._with_controls(split, rows, features)
+                try:
+                    writer.write_table(table)
+                except OSError as error:
+                    raise UserError(
+                        f"--output_dir: {path.name} cannot be written ({error.strerror or error}); name a folder that "
+                        "can take it"
+                    ) from error
+                written += len(table)
+                bar.update(len(rows))
+        return written
+
+    def _with_controls(self, split: Dataset, rows: range, features: Features) -> Any:
+        """These rows as a table (pyarrow) that holds every picture's bytes."""
+        import datasets
+        import pyarrow
+
+        stored = split.with_format("arrow")[rows.start : rows.stop]
+        sources = stored[self.image_column].to_pylist()
+        drawn = list(self.pool.map(functools.partial(_controls_or_problem, self.draw), sources))
+        problems = {row: found for row, found in zip(rows, drawn, strict=True) if isinstance(found, str)}
+        if problems and not self.skip_broken:
+            row, reason = next(iter(problems.items()))
+            raise UserError(
+                f"row {row} of the dataset: {reason}; mend or remove it (data_scripts/check_dataset.py lists all such "
+                "rows), or leave it out: --on_bad_sample skip"
+            )
+        if problems:
+            stored = stored.filter(pyarrow.array([row not in problems for row in rows]))
+        kept = [found for found in drawn if not isinstance(found, str)]
+        for number, name in enumerate(self.columns):
+            values = [{"bytes": found[number], "path": None} for found in kept]
+            stored = stored.append_column(name, pyarrow.array(values, type=datasets.Image().pa_type))
+        # Pictures that are files so far (imagefolder) are read into the table.
+        return datasets.table.embed_table_storage(datasets.table.table_cast(stored, features.arrow_schema))
+
+
+def _controls_or_problem(draw: Draw, source: Any) -> list[bytes] | str:
+    """A picture's controls as PNG files, or what is wrong with it."""
+    try:
+        return [_png(control) for control in draw(load_rgb(source))]
+    except BrokenImage as error:
+        return str(error)
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_card(
+    folder: Path, source: str, counts: Mapping[str, int], columns: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """README.md: where the splits are (for `load_dataset`), what was added, and how.
+
+    Args:
+        source: the dataset's name.
+        counts: rows of each split.
+        columns: what each new column shows.
+        settings: what it was made with.
+    """
+    data_files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in counts)
+    splits = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    table = "".join(f"| `{name}` | {meaning} |\n" for name, meaning in columns.items())
+    made_with = "".join(f"- {name}: {value}\n" for name, value in settings.items())
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{data_files}---\n\n# Controls for {source}\n\n"
+        f"All rows and columns of {source}, whose licence holds here too, and control images that "
+        "`data_scripts/make_controls.py` of Halftone drew from its pictures, of the same sizes.\n\n"
+        f"Splits: {splits}.\n\n| new column | shows |\n|---|---|\n{table}\nMade with:\n\n{made_with}\n"
+        "![pictures beside their controls](contact_sheet.png)\n",
+        encoding="utf-8",
+    )
