@@ -38,6 +38,8 @@ FUSION_MODES = ("add", "gated", "concat", "film", "cross_attention")
 CONTROL_KINDS = ("image", "masks", "classes")
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
 _TOKEN_SIDE = 16
+# How strongly a query prefers its own place at the start: over 16 × 16 tokens, most of its attention falls there.
+_NEARNESS = 4.0
 # What a ControlNet takes over from the U-Net's config; the rest of it is the trunk's own.
 _FROM_UNET = (
     "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention",
@@ -362,7 +364,11 @@ class FilmFusion(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """Every cell of h attends to tokens of r; both carry sinusoidal places, so that a cell finds its own."""
+    """Every cell of h attends to tokens of r.
+
+    Queries and keys carry sinusoidal places, in each head, so that a cell looks at its own place at the start; from
+    there it learns where else to look. Without that, all cells get the mean of all tokens, and it takes long to leave.
+    """
 
     def __init__(self, width: int, time_width: int, groups: int):
         super().__init__()
@@ -370,14 +376,15 @@ class CrossAttentionFusion(nn.Module):
         self.query, self.key, self.value = (nn.Conv2d(width, width, 1) for _ in range(3))
         self.output = _zero(nn.Conv2d(width, width, 1))
         self.heads = next(heads for heads in (width // 32, width // 16, width // 8, 1) if heads and width % heads == 0)
+        self.nearness = nn.Parameter(torch.full((self.heads, 1, 1), _NEARNESS))
 
     def forward(self, h: Tensor, r: Tensor, time: Tensor) -> Tensor:
-        sides = [min(side, _TOKEN_SIDE) for side in r.shape[-2:]]
-        tokens = self.norm_r(F.adaptive_avg_pool2d(r, sides)).to(h.dtype)
-        cells = self.norm_h(h).to(h.dtype)
-        query = self._heads(self.query(cells + places(cells)))
-        key, value = self._heads(self.key(tokens + places(tokens))), self._heads(self.value(tokens))
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(2, 3).reshape(h.shape)
+        tokens = self.norm_r(F.adaptive_avg_pool2d(r, [min(side, _TOKEN_SIDE) for side in r.shape[-2:]])).to(h.dtype)
+        query = self._heads(self.query(self.norm_h(h).to(h.dtype)))
+        key, value = self._heads(self.key(tokens)), self._heads(self.value(tokens))
+        of_cells, of_tokens = (places(query.shape[-1], x.shape[-2:], query) for x in (h, tokens))
+        query = query + self.nearness.to(query.dtype) * of_cells
+        attended = F.scaled_dot_product_attention(query, key + of_tokens, value).transpose(2, 3).reshape(h.shape)
         return self.output(attended)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -385,17 +392,17 @@ class CrossAttentionFusion(nn.Module):
         return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
 
 
-def places(x: Tensor) -> Tensor:
-    """Sinusoidal encoding of the cells' places, in [-1, 1]; c h w, the same for maps of another size.
+def places(channels: int, size: Sequence[int], like: Tensor) -> Tensor:
+    """Sinusoidal encoding of the places of h × w cells, in [-1, 1]; (h w) × channels, on the device of `like`.
 
     A quarter of the channels each for sin and cos of row and column; frequencies from half a period over the picture
-    up to one every two of 16 cells.
+    up to one every two of 16 cells. Places alike in maps of another size are alike.
     """
-    channels, height, width = x.shape[-3:]
     count = max(1, channels // 4)
-    frequencies = math.pi * _TOKEN_SIDE ** torch.linspace(0, 1, count, device=x.device)
-    rows, columns = ((torch.arange(n, device=x.device) + 0.5) / n for n in (height, width))
-    angles_y = (frequencies[:, None] * rows)[:, :, None].expand(-1, -1, width)
-    angles_x = (frequencies[:, None] * columns)[:, None, :].expand(-1, height, -1)
-    encoded = torch.cat([angles_y.sin(), angles_y.cos(), angles_x.sin(), angles_x.cos()])[:channels]
-    return F.pad(encoded, (0, 0, 0, 0, 0, channels - len(encoded))).to(x.dtype)
+    frequencies = math.pi * _TOKEN_SIDE ** torch.linspace(0, 1, count, device=like.device)
+    height, width = size
+    rows, columns = ((torch.arange(n, device=like.device) + 0.5) / n for n in (height, width))
+    angles_y = (rows[:, None] * frequencies)[:, None].expand(-1, width, -1)
+    angles_x = (columns[:, None] * frequencies)[None].expand(height, -1, -1)
+    encoded = torch.cat([angles_y.sin(), angles_y.cos(), angles_x.sin(), angles_x.cos()], -1).flatten(0, 1)
+    return F.pad(encoded[:, :channels], (0, max(0, channels - 4 * count))).to(like.dtype)

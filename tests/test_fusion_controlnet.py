@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelines.fusion_controlnet import (
     FUSION_MODES,
+    CrossAttentionFusion,
     FusionControlNetModel,
     FusionControlNets,
     embedding_channels,
@@ -170,10 +171,29 @@ def test_gates_depend_on_the_timestep():
 
 
 def test_places_are_the_same_for_maps_of_another_size():
-    coarse, fine = places(torch.zeros(1, 16, 4, 4)), places(torch.zeros(1, 16, 12, 12))
-    torch.testing.assert_close(fine[:, 1::3, 1::3], coarse)  # the middle of three cells lies where one cell does
-    flat = coarse.flatten(1)
-    assert (torch.cdist(flat.T, flat.T) + 10 * torch.eye(16)).min() > 0.5  # no two cells look alike
+    like = torch.zeros(1)
+    coarse = places(16, (4, 4), like)
+    fine = places(16, (12, 12), like).reshape(12, 12, 16)
+    torch.testing.assert_close(fine[1::3, 1::3].flatten(0, 1), coarse)  # the middle of three cells is where one is
+    assert (torch.cdist(coarse, coarse) + 10 * torch.eye(16)).min() > 0.5  # no two cells look alike
+
+
+@pytest.mark.parametrize("side", [8, 16, 32])
+def test_a_cell_looks_at_its_own_place_at_the_start(side: int):
+    torch.manual_seed(0)
+    fusion = CrossAttentionFusion(128, 32, 8)
+    torch.nn.init.dirac_(fusion.value.weight)
+    torch.nn.init.zeros_(fusion.value.bias)
+    torch.nn.init.dirac_(fusion.output.weight)
+    h, r = torch.randn(1, 128, side, side), torch.randn(1, 128, side, side)
+    tokens = torch.nn.functional.adaptive_avg_pool2d(r, min(side, 16))
+    there = torch.nn.functional.interpolate(fusion.norm_r(tokens), (side, side))
+    with torch.no_grad():
+        seen = fusion(h, r, None)
+    similarity = torch.nn.functional.cosine_similarity(seen.flatten(2), there.flatten(2), dim=1)
+    elsewhere = torch.nn.functional.cosine_similarity(seen.flatten(2), there.flip(-1).flatten(2), dim=1)
+    assert similarity.mean() > 0.6  # of 32 × 32 cells, four share the 16 × 16 tokens
+    assert elsewhere.mean() < 0.3
 
 
 def test_nets_fuse_one_after_another():

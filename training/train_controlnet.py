@@ -281,9 +281,6 @@ class ControlNetStage(Stage):
     def pipeline(self):
         return self.base.controlled(self.controlnet)
 
-    def card_facts(self) -> dict[str, Any]:
-        return {"base_model": self.config.base_model, "fusion_mode": self.config.fusion_mode}
-
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(Config, argv, description=__doc__, preset=PRESET)

@@ -101,7 +101,8 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     if config.grid:
         shown = [[row["image"], image, mark] for row, image, mark in zip(posters, painted, read.overlays)][:GRID_BRIEFS]
         titles = ["a real poster of this brief", "painted", "as it is read"]
-        save_png(comparison_grid(shown, titles, row_titles=[brief.describe() for brief in briefs[:GRID_BRIEFS]]), config.grid)
+        words = [brief.describe() for brief in briefs[:GRID_BRIEFS]]
+        save_png(comparison_grid(shown, titles, row_titles=words), config.grid)
     if config.output:
         write_atomically(Path(config.output), json.dumps(figures, indent=2) + "\n")
     return figures
