@@ -165,23 +165,33 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         # super().__init__ registered the patches' channels; from_config would multiply them a second time.
         self.register_to_config(in_channels=in_channels, out_channels=out_channels)
         self.register_to_config(id2mask_class=mask_names, id2label=label_names)
+        self._take_patches()
+        self._add_heads()
+        self.tile_latent_min_size: int = max(1, sample_size // self.spatial_compression_ratio)
+
+    def _take_patches(self) -> None:
+        """Patches at both ends of the network, and the linear shortcuts past it, as the config says."""
+        config, patch_size = self.config, self.config.patch_size
         if patch_size > 1:
             # Inside the encoder and decoder rather than around them, so that tiling and slicing see pixels, as they
             # do in the parent class.
             self.encoder.conv_in = nn.Sequential(nn.PixelUnshuffle(patch_size), self.encoder.conv_in)
             self.decoder.conv_out = nn.Sequential(self.decoder.conv_out, nn.PixelShuffle(patch_size))
-        if linear_shortcut:
-            factor = self.spatial_compression_ratio
-            into = nn.Conv2d(in_channels, 2 * latent_channels, factor, stride=factor)
-            out_of = nn.ConvTranspose2d(latent_channels, out_channels, factor, stride=factor)
+        if config.linear_shortcut:
+            factor, channels = self.spatial_compression_ratio, config.latent_channels
+            into = nn.Conv2d(config.in_channels, 2 * channels, factor, stride=factor)
+            out_of = nn.ConvTranspose2d(channels, config.out_channels, factor, stride=factor)
             self.encoder = WithShortcut(self.encoder, into)
             self.decoder = WithShortcut(self.decoder, out_of)
-        self.tile_latent_min_size: int = max(1, sample_size // self.spatial_compression_ratio)
-        if num_mask_classes:
-            self.segmentation_head = segmentation_head(block_out_channels[0], num_mask_classes, patch_size)
-        if num_classes:
+
+    def _add_heads(self) -> None:
+        config = self.config
+        first, last = config.block_out_channels[0], config.block_out_channels[-1]
+        if config.num_mask_classes:
+            self.segmentation_head = segmentation_head(first, config.num_mask_classes, config.patch_size)
+        if config.num_classes:
             self.classification_head = classification_head(
-                latent_channels, block_out_channels[-1], norm_num_groups, num_classes
+                config.latent_channels, last, config.norm_num_groups, config.num_classes
             )
 
     @property

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.class_colors import class_color, class_picture
+from pipelines.class_colors import class_picture
 from pipelines.cli import UserError
 from training.companions import IGNORE_INDEX, SegmentationMask
 from training.data import BadSample, LabelMap, load_label_map
@@ -197,10 +197,13 @@ class Heads:
         return cells
 
     def legend(self, size: int) -> list[tuple[Image.Image, str]]:
-        """A patch of each mask class's colour with its name; nothing where there are too many to be told apart."""
-        if len(self.mask_classes) > MOST_LEGEND_COLORS:
+        """Stripes in the colours of the mask classes, with their names; nothing where there are too many of them."""
+        number = len(self.mask_classes)
+        if not 0 < number <= MOST_LEGEND_COLORS:
             return []
-        return [(Image.new("RGB", (size, size), class_color(id_)), name) for id_, name in enumerate(self.mask_classes)]
+        stripes = np.arange(size) * number // size
+        picture = class_picture(np.repeat(stripes[:, None], size, axis=1)).convert("RGB")
+        return [(picture, f"from the top: {', '.join(self.mask_classes)}")]
 
     def card_facts(self) -> dict[str, Any]:
         """What the model card says of the heads."""
