@@ -36,7 +36,8 @@ def test_the_stage_of_a_file(file):
 def test_every_experiment_belongs_to_one_script(path):
     assert stage_of(path) in stage_names()
     folder = path.relative_to(EXPERIMENTS).parts[0]
-    assert folder not in stage_names() or path.parent.name == "inputs" or stage_of(path) == folder
+    elsewhere = path.parent.name == "inputs" or path.stem == "stage3_controlnet"  # what a series of others takes along
+    assert folder not in stage_names() or elsewhere or stage_of(path) == folder
 
 
 def test_every_script_has_its_config_and_its_stage():
