@@ -7,13 +7,26 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.cli import UserError
 from tests.conftest import ROOT
+from tests.tiny_models import tiny_pipeline
 from training import run_experiments
-from training.comparison import Table, comparison_table, differing_settings, table_csv, table_markdown, write_comparison
+from training.comparison import (
+    Samples,
+    Table,
+    comparison_table,
+    differing_settings,
+    draw_samples,
+    table_csv,
+    table_markdown,
+    write_comparison,
+)
 from training.parsing import parse_config
+from training.previews import save_png
 from training.run_experiments import common_folder, is_finished, parse_arguments, plan
 from training.run_folder import RunFolder
 from training.scripts import config_class
@@ -81,10 +94,8 @@ def test_files_hold_the_same_figures(runs, tmp_path):
     leave_behind(runs["narrow"][1], runs["narrow"][2])
     leave_behind(runs["wide"][1], runs["wide"][2])
     table = comparison_table(runs, {"narrow": "finished", "wide": "finished"})
-    assert [path.name for path in write_comparison(tmp_path / "out", table, None)] == [
-        "comparison.csv",
-        "comparison.md",
-    ]
+    written = write_comparison(tmp_path / "out", table, None)
+    assert [path.name for path in written] == ["comparison.csv", "comparison.md"]
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out/comparison.csv").read_text())))
     assert [row["name"] for row in rows] == ["narrow", "wide"]
     assert float(rows[0]["best_val_loss"]) == 0.52
@@ -107,6 +118,37 @@ def test_losses_that_cannot_be_compared_are_said_to_be():
 def test_settings_that_differ():
     assert differing_settings([{"a": 1, "b": [1]}, {"a": 1, "b": [2], "c": None}, {"a": 1, "b": [1]}]) == ["b"]
     assert differing_settings([{"a": 1}, {"a": 1, "c": 3}]) == ["c"]
+
+
+def save_tiny_run(folder: Path, **options):
+    """A run whose pipeline draws: (stage, folder, config)."""
+    tiny_pipeline("flow_prediction", **options).save_pretrained(folder / "pipeline")
+    return "latent_diffusion", RunFolder(folder), latent_config(folder, "--preview_inference_steps", "2")
+
+
+def test_rows_of_samples_are_from_the_same_seeds_and_prompts(tmp_path):
+    runs = {
+        "one": save_tiny_run(tmp_path / "one"),
+        "the same": save_tiny_run(tmp_path / "two"),
+        "with classes": save_tiny_run(tmp_path / "three", classes=3),
+    }
+    runs["not there"] = ("latent_diffusion", RunFolder(tmp_path / "four"), runs["one"][2])
+    asked = Samples(["red poster", "blue circles"], 3, seed=5)
+    polled = []
+    picture = draw_samples(runs, asked, lambda: polled.append(1))
+    assert len(polled) == 3
+    alone = [draw_samples({name: runs[name]}, asked) for name in ("one", "the same")]
+    assert alone[0].tobytes() != draw_samples({"one": runs["one"]}, Samples(asked.prompts, 3, seed=6)).tobytes()
+    pixels = [np.asarray(sheet.crop((100, 0, *sheet.size))) for sheet in alone]  # their titles aside
+    width = min(part.shape[1] for part in pixels)
+    assert np.array_equal(*(part[:, -width:] for part in pixels))
+    # Previews of a pipeline that draws nothing from noise stand below.
+    autoencoder = RunFolder(tmp_path / "five")
+    save_png(Image.new("RGB", (300, 111)), autoencoder.pipeline / "samples.png")
+    (autoencoder.pipeline / "model_index.json").write_text('{"_class_name": ["autoencoder", "AutoencoderPipeline"]}')
+    mixed = draw_samples({**runs, "autoencoder": ("autoencoder", autoencoder, runs["one"][2])}, asked)
+    assert mixed.height > picture.height + 111
+    assert draw_samples({"not there": runs["not there"]}, asked) is None
 
 
 # --- the series ------------------------------------------------------------------------------------------------------

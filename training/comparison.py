@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.api import get_device
 from training.metrics_log import read_metrics
-from training.previews import image_grid, save_png
+from training.previews import PAPER, image_grid, save_png
 from training.run_config import RunConfig
 from training.run_folder import RunFolder, write_atomically
 from training.scripts import config_class, stage_class
@@ -106,7 +106,8 @@ def run_figures(stage: str, folder: RunFolder) -> dict[str, Any]:
 def draw_samples(runs: Runs, samples: Samples, poll: Callable[[], None] = lambda: None) -> Image | None:
     """A row of pictures per run with a pipeline, from the same seeds and conditions; None where there is no run.
 
-    Pipelines that draw nothing from noise show the previews of their runs instead, which are of the same data.
+    Pipelines that want more than that, or draw nothing from noise, show the previews of their runs instead, which are
+    of the same data; below the others.
 
     Args:
         poll: called between runs.
@@ -114,8 +115,16 @@ def draw_samples(runs: Runs, samples: Samples, poll: Callable[[], None] = lambda
     there = {name: run for name, run in runs.items() if (run[1].pipeline / "model_index.json").is_file()}
     if not there:
         return None
-    if any(_pipeline_class(folder) not in DRAWN_FROM_NOISE for _, folder, _ in there.values()):
-        return _previews_of(there)
+    drawn = {name: run for name, run in there.items() if _pipeline_class(run[1]) in DRAWN_FROM_NOISE}
+    sheets = [_rows_of(drawn, samples, poll)] if drawn else []
+    for name, (_, folder, _) in there.items():
+        file = folder.pipeline / "samples.png"
+        if name not in drawn and file.is_file():
+            sheets.append(image_grid([_opened(file)], columns=1, row_titles=[name]))
+    return _stacked(sheets) if sheets else None
+
+
+def _rows_of(there: Runs, samples: Samples, poll: Callable[[], None]) -> Image:
     first = next(iter(there.values()))[2]
     prompts = _prompts(there, samples)
     images: list[Image] = []
@@ -231,15 +240,22 @@ def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> 
     return arguments or {"num_images_per_prompt": len(seeds)}, titles
 
 
-def _previews_of(runs: Runs) -> Image | None:
+def _opened(file: Path) -> Image:
     from PIL import Image as PILImage
 
-    files = {name: folder.pipeline / "samples.png" for name, (_, folder, _) in runs.items()}
-    there = {name: file for name, file in files.items() if file.is_file()}
-    if not there:
-        return None
-    images = [PILImage.open(file).convert("RGB") for file in there.values()]
-    return image_grid(images, columns=1, row_titles=list(there))
+    return PILImage.open(file)
+
+
+def _stacked(sheets: Sequence[Image]) -> Image:
+    """One below the other on white."""
+    from PIL import Image as PILImage
+
+    whole = PILImage.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
 
 
 def _pipeline_class(folder: RunFolder) -> str:

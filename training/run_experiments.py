@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = run_series(experiments, stop)
         runs = {experiment.name: (experiment.stage, experiment.folder, experiment.config) for experiment in experiments}
         table = comparison_table(runs, outcomes)
-        picture = None
+        written = write_comparison(folder, table, None)
         with contextlib.suppress(Interrupted):
             stop.check()
             picture = draw_samples(runs, Samples(options.prompt, options.num_samples, options.seed), stop.check)
-        written = write_comparison(folder, table, picture)
+            written = write_comparison(folder, table, picture)
         print("\n".join(["", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), *map(str, written)]))
         if stop.requested is not None:
             print("the series was stopped; the same command goes on with it")

@@ -87,11 +87,8 @@ def test_a_stop_reaches_the_run_and_the_same_command_goes_on(tmp_path, configs):
         command(SCRIPT, *flags), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    metrics = tmp_path / "runs/base/metrics.csv"
-    deadline = time.monotonic() + 300
-    while not metrics.is_file():
+    while not (tmp_path / "runs/base/metrics.csv").is_file():
         assert series.poll() is None, series.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     series.send_signal(signal.SIGTERM)
     output, errors = series.communicate(timeout=300)
