@@ -45,9 +45,9 @@ class HeadsConfig:
     """Classes of the masks; 0 counts them in the training data"""
     mask_class_names: list[str] = option([], on_resume="error")
     """Names of the classes of the masks, from id 0 on; they are saved with the model"""
-    segmentation_weight: float = option(0.1)
+    segmentation_weight: float = option(0.01)
     """Weight of the cross-entropy per pixel; a fresh head's is some ten times the reconstruction's error"""
-    classification_weight: float = option(0.1)
+    classification_weight: float = option(0.01)
     """Weight of the cross-entropy per picture"""
     learned_loss_weights: bool = option(False, on_resume="error")
     """Train the weights of reconstruction and heads (Kendall et al. 2018); they start as the weights given"""
