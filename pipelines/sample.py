@@ -3,6 +3,7 @@
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
     python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
     python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
+    python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
 
 Several prompts (or class labels, or briefs) give one row each. Column k is drawn from seed + k whatever the number of
 rows, columns or pictures per batch, so that any one picture can be had again alone.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import Options, UserError, entry_point
+from pipelines.pairs import sample_pairs
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     _check_output(output)
     briefs = read_briefs(options)
     pipeline = _load(options)
+    if options.pairs is not None:
+        return sample_pairs(pipeline, options, output)
     _check_conditions(pipeline, options)
     started = time.perf_counter()
     rows = generate(pipeline, options, briefs)
@@ -67,6 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--class_label", nargs="+", action="extend", help="class ids or names; several give a row each")
     add("--brief", nargs="+", action="extend", help="a poster's brief: YAML files, or `random` (from --seed)")
     _add_brief_fields(parser)
+    add("--pairs", type=int, help="new pictures with their captions, so many: for a model of both")
     add("--num_images", type=int, default=4, help="pictures in a row (default: 4)")
     add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
     add("--num_inference_steps", type=int, default=25, help="default: 25")
