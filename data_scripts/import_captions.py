@@ -2,9 +2,9 @@
 
     python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
 
-The file is a list of records ({"file_name": …, "caption": …}), one record a line, a mapping from file names to captions or
-records, or COCO's ("images" and "annotations"). Several captions of one picture are kept as a list, of which training
-draws one each time. Pictures are linked where the file system can, else copied.
+The file is a list of records ({"file_name": …, "caption": …}), one record a line, a mapping from file names to captions
+or records, or COCO's ("images" and "annotations"). Several captions of one picture are kept as a list, of which
+training draws one each time. Pictures are linked where the file system can, else copied.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(ImportConfig, words, description=__doc__)
     target = config.target
     if (target / "metadata.jsonl").exists() and not config.overwrite:
-        raise UserError(
-            f"there is a dataset in {target}; choose another --output_dir, or replace it: --overwrite true"
-        )
+        raise UserError(f"there is a dataset in {target}; choose another --output_dir, or replace it: --overwrite true")
     captions, problems = read_captions(config)
     pictures = _find_pictures(captions, Path(config.image_dir).expanduser(), problems)
     _report(problems, config)
@@ -147,7 +145,9 @@ def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         content = _coco(content, config.caption_field)
     elif isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         if len(lists) == 1 and len(content) <= 3:
             content = lists[0]
         else:
@@ -167,7 +167,9 @@ def _read(path: Path) -> Any:
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError:
-            raise UserError(f"{path} is no JSON (line {error.lineno}: {error.msg}); mend it, or export it anew") from None
+            raise UserError(
+                f"{path} is no JSON (line {error.lineno}: {error.msg}); mend it, or export it anew"
+            ) from None
 
 
 def _coco(content: Mapping[str, Any], caption_field: str) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 Shapes: B pictures or captions, R side of a picture in pixels, D latent vector, L tokens, V vocabulary.
 
-Conventions: pictures are in [-1, 1]; a caption is `<START>`, its tokens, `<END>`, padded on the right; a posterior's mean
-stands for a picture or a caption wherever nothing is drawn. The prior is a rectified flow.
+Conventions: pictures are in [-1, 1]; a caption is `<START>`, its tokens, `<END>`, padded on the right; a posterior's
+mean stands for a picture or a caption wherever nothing is drawn. The prior is a rectified flow.
 """
 
 from __future__ import annotations

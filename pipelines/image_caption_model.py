@@ -297,6 +297,7 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
             do_sample=False,
             logits_processor=list(logits_processor),
             suppress_tokens=sorted(never),
+            renormalize_logits=True,  # of what is left: beams are compared by their likelihoods
             eos_token_id=config.end_token_id,
             pad_token_id=config.pad_token_id,
         )

@@ -7,7 +7,6 @@ This file is shipped beside the weights of published models, so it imports nothi
 
 from __future__ import annotations
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps

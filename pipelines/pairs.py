@@ -50,9 +50,7 @@ def invented(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], l
         numbers = range(start, min(start + options.batch_size, options.pairs))
         generators = [torch.Generator().manual_seed(options.seed + number) for number in numbers]
         try:
-            found = pipeline.sample(
-                len(numbers), generator=generators, num_inference_steps=options.num_inference_steps
-            )
+            found = pipeline.sample(len(numbers), generator=generators, num_inference_steps=options.num_inference_steps)
         except ValueError as error:
             raise UserError(str(error)) from error
         images += found.images

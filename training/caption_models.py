@@ -81,7 +81,7 @@ def model_summary(modules: Mapping[str, nn.Module]) -> str:
     """What there is to train, in one line: parts and millions of parameters."""
     parts = []
     for name, module in modules.items():
-        own = {key: child for key, child in module.named_children()} if name == "model" else {name: module}
+        own = dict(module.named_children()) if name == "model" else {name: module}
         parts += [f"{key} {_millions(child)}" for key, child in own.items()]
     total = sum(p.numel() for module in modules.values() for p in module.parameters())
     return f"model of {total / 1e6:.1f} M parameters: {', '.join(parts)}"

@@ -132,7 +132,8 @@ def round_trip(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
     """A caption, its ids and what they decode to, for people to look at."""
     ids = tokenizer(caption, truncation=True).input_ids
     unknown = ids.count(tokenizer.unk_token_id)
-    return f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}" + (f"   ({unknown} unknown)" if unknown else "")
+    ending = f"   ({unknown} unknown)" if unknown else ""
+    return f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}{ending}"
 
 
 def _word_level(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
     accelerate launch training/train_image_caption.py                     # the quickstart's posters, made for you
     accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/emoji_64.yaml
-    accelerate launch training/train_image_caption.py --train_data_dir my_pictures --resolution 128 --output_dir runs/mine
+    accelerate launch training/train_image_caption.py --train_data_dir my_pictures --output_dir runs/mine
 
 The tokenizer is built from the captions, unless one is named. Typed again, a command goes on where the run stood.
 B pairs, D latent vector, L tokens, R resolution.
