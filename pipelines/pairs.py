@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import UserError
+from .cli import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

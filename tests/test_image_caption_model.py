@@ -137,11 +137,13 @@ def test_generation_ends_at_end_and_never_says_padding_start_or_unknown(model):
 
 def test_beam_search_finds_what_is_at_least_as_likely_as_greedy():
     model = tiny_caption_model(seed=6).double()
-    torch.nn.init.normal_(model.caption_decoder.body.lm_head.weight, std=1.0)
-    latents = torch.randn(4, MODEL["latent_size"], generator=torch.Generator().manual_seed(7)).double()
+    for parameter in model.caption_decoder.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.4)
+    latents = torch.randn(16, MODEL["latent_size"], generator=torch.Generator().manual_seed(7)).double()
 
     def log_likelihoods(ids: torch.Tensor) -> torch.Tensor:
-        whole = torch.cat([torch.ones(4, 1, dtype=torch.long), ids], 1)
+        whole = torch.cat([torch.ones(16, 1, dtype=torch.long), ids], 1)
         logits = model.caption_logits(latents, whole)[:, :-1].clone()
         logits[..., :4] = float("-inf")  # <END> too, which may not come so soon
         return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].sum(1)
@@ -161,7 +163,7 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
         assert torch.allclose(own.mean, other.mean, atol=1e-6)
     latents = torch.randn(1, MODEL["latent_size"])
     for own, other in zip(*((m.caption_logits(latents, IDS[:1]), m.decode_image(latents)) for m in (model, loaded))):
-        assert torch.allclose(own, other, atol=1e-6)
+        assert torch.allclose(own, other, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -21,7 +21,9 @@ def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> t
         Sums (B, float32) and counts (B).
     """
     counted = attention_mask[:, 1:].float()
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+    # Flat, because log_softmax over the last dimension is several times as fast as over one in the middle.
+    said, true = logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten()
+    losses = F.cross_entropy(said, true, reduction="none").view_as(counted)
     return (losses * counted).sum(1), counted.sum(1)
 
 
