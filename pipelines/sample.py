@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     briefs = read_briefs(options)
     pipeline = _load(options)
     if options.pairs is not None:
-        return sample_pairs(pipeline, options, output)
+        sample_pairs(pipeline, options, output)
+        return None
     _check_conditions(pipeline, options)
     started = time.perf_counter()
     rows = generate(pipeline, options, briefs)

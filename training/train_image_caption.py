@@ -227,20 +227,19 @@ class ImageCaptionStage(Stage):
         tokens = CaptionTokens(self.tokenizer, config.model.max_length)
         self.phase = ImageCaptionPhase(self.model, config, tokens, pixel_variance(self._train, VARIANCE_PICTURES))
         self.phases, self.ema_of = [self.phase], {"model": self.model}
-        self.prior = self._add_prior() if config.prior.hidden_size else None
+        self.prior = self._new_prior() if config.prior.hidden_size else None
+        if self.prior is not None:
+            self.prior_phase = LatentPriorPhase(self.prior, config.prior, self.phase.image_latents)
+            self.phases, self.ema_of = [self.phase, self.prior_phase], {"model": self.model, "prior": self.prior}
         if config.init_from and not has_checkpoint(config.output_dir):
             load_initial_weights(config.init_from, self.ema_of)
         logger.info("%s", model_summary(self.ema_of))
 
-    def _add_prior(self) -> Any:
+    def _new_prior(self) -> Any:
         from pipelines.latent_prior import LatentPriorModel
 
         config = self.config.prior
-        prior = LatentPriorModel(self.config.model.latent_size, config.hidden_size, config.num_layers)
-        self.prior_phase = LatentPriorPhase(prior, config, self.phase.image_latents)
-        self.phases.append(self.prior_phase)
-        self.ema_of["prior"] = prior
-        return prior
+        return LatentPriorModel(self.config.model.latent_size, config.hidden_size, config.num_layers)
 
     def train_data(self) -> CaptionedPictures:
         return self._train

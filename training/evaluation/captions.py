@@ -68,7 +68,7 @@ def retrieval_figures(similarity: np.ndarray, captions: Sequence[str]) -> dict[s
     """
     texts = np.array(captions)
     right = texts[:, None] == texts[None]
-    figures = {}
+    figures: dict[str, float] = {}
     for name, scores, answers in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
         # The rank of the best right answer: how many wrong ones are at least as near, ties counting against it.
         best = np.where(answers, scores, -np.inf).max(1, keepdims=True)
