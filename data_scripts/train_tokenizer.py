@@ -10,33 +10,30 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.cli import UserError, entry_point
-from training.data_source import DataConfig, column_values, load_split, require_column, validate_data_config
+from training.caption_data import captions_of
+from training.data_source import DataConfig, load_split, require_column, validate_data_config
 from training.parsing import parse_config
 from training.tokenization import (
+    MANY_UNKNOWN,
+    SMALLEST_BPE,
     SPECIAL_TOKENS,
-    UNKNOWN_ID,
     TokenizerReport,
-    decode,
     report_on,
+    round_trip,
     save_tokenizer,
     train_tokenizer,
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 EXAMPLES = 3
-# Above this share of unknown words a text encoder misses much of what prompts say.
-_MANY_UNKNOWN = 0.05
-# With a byte alphabet and the special tokens there is no smaller BPE vocabulary.
-_SMALLEST_BPE = 260
 
 
 @dataclass
@@ -69,7 +66,7 @@ class TokenizerConfig(DataConfig):
         validate_data_config(self)
         if not self.output_dir:
             raise UserError("--output_dir is missing; it is the folder the tokenizer is written to")
-        smallest = _SMALLEST_BPE if self.model == "bpe" else len(SPECIAL_TOKENS) + 1
+        smallest = SMALLEST_BPE if self.model == "bpe" else len(SPECIAL_TOKENS) + 1
         if self.vocab_size < smallest:
             raise UserError(
                 f"vocab_size is {self.vocab_size}; --vocab_size must be at least {smallest} for {self.model}"
@@ -106,25 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             "or choose another --caption_column"
         )
     seen, name = (validation, "validation") if len(validation) else (train, "training")
-    _show_round_trips(tokenizer, list(itertools.islice(captions_of(seen, config.caption_column), EXAMPLES)))
+    for caption in itertools.islice(captions_of(seen, config.caption_column), EXAMPLES):
+        print(round_trip(tokenizer, caption))
     report = report_on(tokenizer, captions_of(seen, config.caption_column))
     print(describe(report, name, tokenizer.model_max_length))
     _save(tokenizer, Path(config.output_dir))
     print(f"The tokenizer, {len(tokenizer):,} entries, is in {config.output_dir}")
     print(f"Train with it: --tokenizer {config.output_dir}")
     return 0
-
-
-def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
-    """Every caption that there is, read a few thousand rows at a time."""
-    for value in column_values(dataset, column):
-        for caption in value if isinstance(value, list) else [value]:
-            if not isinstance(caption, str | None):
-                raise UserError(
-                    f"column '{column}' holds {type(caption).__name__}, not texts; choose another with --caption_column"
-                )
-            if caption:
-                yield caption
 
 
 def describe(report: TokenizerReport, name: str, limit: int) -> str:
@@ -135,18 +121,11 @@ def describe(report: TokenizerReport, name: str, limit: int) -> str:
         f"The longest has {report.longest} tokens"
         + (f"; {report.cut:,} are cut at {limit} (--model_max_length)." if report.cut else "."),
     ]
-    if report.unknown_share > _MANY_UNKNOWN:
+    if report.unknown_share > MANY_UNKNOWN:
         sentences.append(
             "That is much: try a larger --vocab_size, a lower --min_frequency, or --model bpe, which knows everything."
         )
     return "\n".join(sentences)
-
-
-def _show_round_trips(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> None:
-    for caption in captions:
-        ids = tokenizer(caption, truncation=True).input_ids
-        unknown = f"   ({ids.count(UNKNOWN_ID)} unknown)" if UNKNOWN_ID in ids else ""
-        print(f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}{unknown}")
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

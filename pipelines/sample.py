@@ -5,6 +5,7 @@ control images where the model has a ControlNet:
     python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
     python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
     python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
+    python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
 
 Several prompts (or class labels, briefs, controls) give one row each; a row begins with its control. Column k is drawn
 from seed + k whatever the number of rows, columns or pictures per batch, so that any one picture can be had again
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.cli import Options, UserError, entry_point
 from pipelines.control_files import controls_of, open_controls
 from pipelines.picture_grid import control_picture, enlarged, picture_grid
+from pipelines.pairs import sample_pairs
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     briefs = read_briefs(options)
     control_files = open_controls(options.control_image or [])
     pipeline = _load(options)
+    if options.pairs is not None:
+        sample_pairs(pipeline, options, output)
+        return None
     _check_conditions(pipeline, options)
     controls = controls_of(pipeline, control_files, options.height, options.width) if control_files else []
     started = time.perf_counter()
@@ -83,6 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--brief", nargs="+", action="extend", help="a poster's brief: YAML files, or `random` (from --seed)")
     _add_brief_fields(parser)
     _add_control_options(parser)
+    add("--pairs", type=int, help="new pictures with their captions, so many: for a model of both")
     add("--num_images", type=int, default=4, help="pictures in a row (default: 4)")
     add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
     add("--num_inference_steps", type=int, default=25, help="default: 25")

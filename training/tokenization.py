@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<PAD>", "<START>", "<END>", "<UNK>")
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
+# With a byte alphabet and the special tokens there is no smaller BPE vocabulary.
+SMALLEST_BPE = 260
+# Above this share of unknown words a text encoder misses much of what prompts say.
+MANY_UNKNOWN = 0.05
 # Words keep their hyphens and apostrophes ("medium-light", "don't"); every other sign is a word of its own.
 _WORD = r"[\p{L}\p{M}\p{N}]+(?:['’-][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]"
 _CAPTIONS_PER_CALL = 1000
@@ -99,26 +103,37 @@ def report_on(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> To
     """Encode and decode `captions` and count what is lost."""
     report = TokenizerReport()
     for batch in _batches(captions):
-        encoded = tokenizer(batch, truncation=False, verbose=False).input_ids
+        encoded = tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False).input_ids
         for caption, ids in zip(batch, encoded, strict=True):
+            length = len(ids) + 2  # between <START> and <END>
             report.captions += 1
-            report.words += len(ids) - 2
-            report.unknown_words += ids.count(UNKNOWN_ID)
-            report.longest = max(report.longest, len(ids))
-            report.cut += len(ids) > tokenizer.model_max_length
+            report.words += len(ids)
+            report.unknown_words += ids.count(tokenizer.unk_token_id)
+            report.longest = max(report.longest, length)
+            report.cut += length > tokenizer.model_max_length
             report.round_trips += decode(tokenizer, ids) == normalized(tokenizer, caption)
     return report
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """Token ids to text, without the special tokens but with `<UNK>` where a word was not known."""
-    kept = [i for i in ids if i not in (PAD_ID, START_ID, END_ID)]
+    ends = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    kept = [i for i in ids if i not in ends]
     return " ".join(tokenizer.decode(kept).split())
 
 
 def normalized(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
     """What `caption` should decode to: normalized as the tokenizer does it, with single spaces."""
-    return " ".join(tokenizer.backend_tokenizer.normalizer.normalize_str(caption).split())
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return " ".join((normalizer.normalize_str(caption) if normalizer else caption).split())
+
+
+def round_trip(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
+    """A caption, its ids and what they decode to, for people to look at."""
+    ids = tokenizer(caption, truncation=True).input_ids
+    unknown = ids.count(tokenizer.unk_token_id)
+    ending = f"   ({unknown} unknown)" if unknown else ""
+    return f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}{ending}"
 
 
 def _word_level(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:

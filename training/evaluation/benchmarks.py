@@ -37,6 +37,7 @@ QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml
 NUM_POSTERS = 700
 DRAWN_POSTERS = 800
 REPETITIONS = 5
+CAPTION_BATCHES = {"tiny": (0, 16, 64, 128), "default": (0, 1, 2, 4)}
 TRAINERS = ("train_latent_diffusion", "train_autoencoder")
 FIRST_STEP_LIMIT = 120.0
 """Seconds after which the first step is given up for lost."""
@@ -46,7 +47,9 @@ FIRST_STEP_LIMIT = 120.0
 class BenchmarkConfig:
     """Flags of benchmarks.py."""
 
-    only: list[str] = field(default_factory=lambda: ["loop", "commands", "first_step", "posters", "decoder"])
+    only: list[str] = field(
+        default_factory=lambda: ["loop", "commands", "first_step", "posters", "decoder", "captions"]
+    )
     """What to measure"""
     pairs: int = 3
     """Pairs of whole processes for the loop's speed and memory"""
@@ -181,12 +184,40 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
     ]
 
 
+def measure_captions(config: BenchmarkConfig) -> list[Figure]:
+    """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
+    found = _side_of("bench_captions.py", "--side generation --batch_size 8 --tokens 100")
+    figures = [
+        Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
+        Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
+        Figure("captions: the cache's speed over the loop's", found["speedup"], "", 5),
+        Figure("captions: share of tokens that are the same", found["equal_tokens"], "", 1),
+    ]
+    for preset, batch_sizes in CAPTION_BATCHES.items():
+        for size in batch_sizes:
+            found = _side_of("bench_captions.py", f"--side memory --preset {preset} --batch_size {size}")
+            name = f"image_caption/{preset}.yaml, batch {size}"
+            figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
+            if size:
+                figures.append(Figure(f"{name}: training", found["pairs_per_second"], "images/s"))
+    return figures
+
+
+def _side_of(script: str, words: str) -> dict[str, float]:
+    """The figures that a script beside this one measures in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "figures.json")
+        timed([sys.executable, f"training/evaluation/{script}", *words.split(), "--output", str(output)])
+        return json.loads(output.read_text())
+
+
 MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
     "loop": measure_loop,
     "commands": measure_commands,
     "first_step": measure_first_step,
     "posters": measure_posters,
     "decoder": measure_decoder,
+    "captions": measure_captions,
 }
 
 

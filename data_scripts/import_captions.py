@@ -1,0 +1,243 @@
+"""Captions in a JSON file, pictures in a folder: make an imagefolder of them, which all training scripts read.
+
+    python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
+
+The file is a list of records ({"file_name": …, "caption": …}), one record a line, a mapping from file names to captions
+or records, or COCO's ("images" and "annotations"). Several captions of one picture are kept as a list, of which
+training draws one each time. Pictures are linked where the file system can, else copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pipelines.cli import UserError, entry_point, nearest
+from training.parsing import parse_config
+
+FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp")
+SHOWN = 10
+
+
+@dataclass
+class ImportConfig:
+    """Flags of this script; the first word may be the file."""
+
+    metadata: str = ""
+    """JSON or JSON lines file with the captions"""
+    image_dir: str = ""
+    """Folder with the pictures that the file names"""
+    output_dir: str | None = None
+    """Folder to write; unset: beside the pictures' folder, its name with _captioned"""
+    caption_field: str = "caption"
+    """Field of a record that holds the caption, or a list of them"""
+    file_field: str | None = None
+    """Field that holds the picture's file name; unset takes the first of the usual ones"""
+    on_missing: Literal["error", "skip"] = "error"
+    """A picture that is not there, or a record without a caption: stop and list them, or leave them out"""
+    overwrite: bool = False
+    """Replace a folder that this script made"""
+
+    def validate(self) -> None:
+        """Raises UserError for a missing flag, file or folder."""
+        if not self.metadata:
+            raise UserError("no metadata file was named: python data_scripts/import_captions.py metadata.json …")
+        if not Path(self.metadata).expanduser().is_file():
+            raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
+        if not self.image_dir:
+            raise UserError("--image_dir is missing; it is the folder with the pictures")
+        if not Path(self.image_dir).expanduser().is_dir():
+            raise UserError(f"--image_dir {self.image_dir} is no folder; check its path")
+
+    @property
+    def target(self) -> Path:
+        images = Path(self.image_dir).expanduser()
+        return Path(self.output_dir).expanduser() if self.output_dir else images.with_name(f"{images.name}_captioned")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--metadata", *words]
+    config = parse_config(ImportConfig, words, description=__doc__)
+    target = config.target
+    if (target / "metadata.jsonl").exists() and not config.overwrite:
+        raise UserError(f"there is a dataset in {target}; choose another --output_dir, or replace it: --overwrite true")
+    captions, problems = read_captions(config)
+    pictures = _find_pictures(captions, Path(config.image_dir).expanduser(), problems)
+    _report(problems, config)
+    if not pictures:
+        raise UserError(f"none of the {len(captions):,} pictures of {config.metadata} is left to import")
+    try:
+        write_imagefolder(pictures, captions, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --output_dir") from error
+    several = sum(len(captions[name]) > 1 for name in pictures)
+    print(f"{len(pictures):,} captioned pictures ({several:,} with several captions) are in {target}")
+    print(f"Train with them: --train_data_dir {target}")
+    return 0
+
+
+def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """File name → captions, in the file's order, and what is wrong with its records.
+
+    Raises:
+        UserError: no JSON, or no record with a caption.
+    """
+    captions: dict[str, list[str]] = {}
+    problems: list[str] = []
+    fields: set[str] = set()
+    for number, record in enumerate(_records(config), 1):
+        fields |= record.keys()
+        name = _file_name(record, config.file_field)
+        if name is None:
+            problems.append(f"record {number}: no file name (it has {', '.join(record) or 'no fields'})")
+            continue
+        own = _texts(record.get(config.caption_field))
+        if own:
+            captions.setdefault(name, []).extend(text for text in own if text not in captions.get(name, []))
+        else:
+            problems.append(f"record {number} ({name}): no caption")
+    if not captions:
+        if config.caption_field in fields:
+            raise UserError(f"{config.metadata} has no captions: every '{config.caption_field}' is empty")
+        raise UserError(
+            f"{config.metadata} has no captions: no record has a field '{config.caption_field}'"
+            f"{nearest(config.caption_field, fields)} (they have {', '.join(sorted(fields)) or 'no fields'}); "
+            "name the field with --caption_field, and the pictures' with --file_field"
+        )
+    return captions, problems
+
+
+def write_imagefolder(pictures: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> None:
+    """`target` with the pictures and metadata.jsonl, complete or not at all."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # A column holds texts or lists of them, never both.
+    several = any(len(captions[name]) > 1 for name in pictures)
+    lines = []
+    for name, source in pictures.items():
+        # Names without an ending get that of the picture that was found.
+        stored = name if PurePosixPath(name).suffix.lower() == source.suffix.lower() else f"{name}{source.suffix}"
+        place = temporary / stored
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(source, place)
+        text: Any = captions[name] if several else captions[name][0]
+        lines.append(json.dumps({"file_name": stored, "text": text}, ensure_ascii=False))
+    (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
+    """Every record of the file, whatever its form."""
+    path = Path(config.metadata).expanduser()
+    content = _read(path)
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        content = _coco(content, config.caption_field)
+    elif isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) == 1 and len(content) <= 3:
+            content = lists[0]
+        else:
+            content = [_keyed(name, value, config.caption_field) for name, value in content.items()]
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds a {type(content).__name__}; it should be a list of records with captions")
+    for record in content:
+        yield record if isinstance(record, dict) else {}
+
+
+def _read(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError:
+            raise UserError(
+                f"{path} is no JSON (line {error.lineno}: {error.msg}); mend it, or export it anew"
+            ) from None
+
+
+def _coco(content: Mapping[str, Any], caption_field: str) -> list[dict[str, Any]]:
+    names = {image.get("id"): image.get("file_name") for image in content.get("images") or []}
+    return [
+        {"file_name": names.get(note.get("image_id")), caption_field: note.get(caption_field)}
+        for note in content["annotations"]
+        if isinstance(note, dict)
+    ]
+
+
+def _keyed(name: str, value: Any, caption_field: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {"file_name": name, **value}
+    return {"file_name": name, caption_field: value}
+
+
+def _file_name(record: Mapping[str, Any], file_field: str | None) -> str | None:
+    """The picture's path relative to the folder, with forward slashes; nothing above the folder."""
+    for field in [file_field] if file_field else FILE_FIELDS:
+        value = record.get(field)
+        if isinstance(value, (str, int)) and str(value).strip():
+            path = PurePosixPath(str(value).replace("\\", "/"))
+            return path.name if path.is_absolute() or ".." in path.parts else str(path)
+    return None
+
+
+def _texts(value: Any) -> list[str]:
+    several = value if isinstance(value, list) else [value]
+    return [" ".join(text.split()) for text in several if isinstance(text, str) and text.strip()]
+
+
+def _find_pictures(captions: Mapping[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
+    """Name → file, of the pictures that are there; a name without an ending takes the first that is."""
+    found: dict[str, Path] = {}
+    for name in list(captions):
+        endings = ("",) if PurePosixPath(name).suffix.lower() in SUFFIXES else ("", *SUFFIXES)
+        file = next((folder / f"{name}{end}" for end in endings if (folder / f"{name}{end}").is_file()), None)
+        if file is None:
+            problems.append(f"{name}: the picture is not in {folder}")
+        else:
+            found[name] = file
+    return found
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    try:
+        os.link(source.resolve(), place)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, place)
+
+
+def _report(problems: Sequence[str], config: ImportConfig) -> None:
+    """Raises UserError when there are problems that are not to be skipped; says how many are."""
+    if not problems:
+        return
+    if config.on_missing == "skip":
+        print(f"{len(problems):,} records are left out, the first: {problems[0]}")
+        return
+    shown = [f"  {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        shown.append(f"  and {len(problems) - SHOWN:,} more")
+    raise UserError(
+        "\n".join(
+            [f"{len(problems):,} records cannot be used:", *shown, "mend them, or leave them out: --on_missing skip"]
+        )
+    )
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,325 @@
+"""train_image_caption.py as users start it: what should train does, what is switched off does not, and it resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from pipelines.cli import UserError
+from pipelines.loading import load_pipeline
+from tests.conftest import forget_accelerate
+from tests.runs import ROOT, assert_same_state, launch, rows
+from tests.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
+from training import train_image_caption
+from training.checkpoint import load_tensors
+from training.parsing import parse_config
+from training.sampler import Draws, SampleKey
+from training.validation import fetch
+
+SCRIPT = ROOT / "training/train_image_caption.py"
+CONFIGS = sorted((ROOT / "configs/experiments/image_caption").glob("*.yaml"))
+TINY = (
+    *("--report_to", "none", "--cpu_threads", "1", "--logging_steps", "1", "--resolution", str(RESOLUTION)),
+    *MODEL_FLAGS,
+    *("--prior.hidden_size", "16", "--prior.num_layers", "1", "--prior.repeats", "2"),
+    *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
+    *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2"),
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """48 captioned pictures: 43 to train on, 5 steps an epoch."""
+    return draw_folder(tmp_path_factory.mktemp("captioned") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def flags(pictures) -> tuple[str, ...]:
+    return (*TINY, "--train_data_dir", str(pictures))
+
+
+def train(folder: Path, flags, *more: str) -> int:
+    forget_accelerate()
+    return train_image_caption.main([*flags, "--output_dir", str(folder), "--num_train_epochs", "1", *more])
+
+
+def stage_of(flags, *more: str) -> train_image_caption.ImageCaptionStage:
+    return train_image_caption.ImageCaptionStage(parse_config(train_image_caption.Config, [*flags, *more]))
+
+
+def gradients(stage, rows_=range(6)) -> dict[str, torch.Tensor]:
+    """Of the model's parameters after one backward pass, 0 where none arrives."""
+    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in rows_])
+    stage.phase.zero_grad()
+    stage.phase(batch, Draws(0, 0, range(len(rows_))))[0].backward()
+    named = stage.model.named_parameters()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, flags) -> Path:
+    """`python training/train_image_caption.py …`, two epochs, from another folder."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    done = launch(SCRIPT, *flags, "--output_dir", str(folder), "--num_train_epochs", "2", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return folder
+
+
+def test_the_run_folder_is_complete(launched):
+    files = {"config.yaml", "metrics.csv", "training_curves.png", "run.log", "record.json"}
+    assert {path.name for path in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
+    for row in rows(launched):
+        assert {"image_loss", "caption_loss", "alignment_loss", "kl", "prior_loss"} <= row.keys()
+    last = rows(launched)[-1]
+    validated = ("loss", "image_loss", "caption_loss", "alignment_loss", "perplexity", "psnr", "ssim", "prior_loss")
+    assert all(float(last[f"val_{name}"]) >= 0 for name in validated)
+    assert (launched / "checkpoints/best").exists()
+    assert (launched / "checkpoints/latest").exists()
+    card = (launched / "pipeline/README.md").read_text()
+    assert "it captions a picture, draws a caption" in card
+
+
+def test_the_log_tells_of_tokenizer_and_model(launched):
+    log = (launched / "run.log").read_text()
+    assert "come back whole" in log
+    assert "-> [1," in log
+    assert "model of" in log
+    assert "caption_decoder" in log
+    assert "are cut" not in log
+
+
+def test_the_pipeline_works_here_and_as_remote_code_alike(launched):
+    ours = load_pipeline(launched)
+    theirs = DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True)
+    pixels = [pipeline.draw("a red circle", output_type="pt").images for pipeline in (ours, theirs)]
+    assert torch.allclose(*pixels, atol=1e-6)
+    assert ours.caption(picture(0)) == theirs.caption(picture(0))
+    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+    for part in ("model", "prior"):
+        found = load_tensors(launched / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, average[f"{part}.{name}"]) for name, tensor in found.items())
+
+
+def test_every_parameter_trains(tmp_path, flags):
+    more = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "99", "--preview_epochs", "0")
+    train(tmp_path / "run", flags, *more, "--weight_decay", "0", "--num_train_epochs", "2", "--learning_rate", "1e-2")
+    for phase in ("image_caption", "prior"):
+        first, last = (
+            load_tensors(tmp_path / f"run/checkpoints/step-{step:08d}/phase_{phase}.safetensors") for step in (1, 10)
+        )
+        still = {key for key in first if torch.equal(first[key], last[key])}
+        assert still == set()
+
+
+def test_both_decoders_read_both_latents(flags):
+    """All pictures from captions and all captions from pictures: each encoder is then taught by the other's decoder."""
+    one_way = stage_of(
+        flags, "--cross_share", "1", "--caption_weight", "0", "--alignment_weight", "0", "--kl_weight", "0"
+    )
+    found = gradients(one_way)
+    assert found["caption_encoder.out.weight"].abs().sum() > 0
+    assert found["image_encoder.out.weight"].abs().sum() == 0
+    other_way = stage_of(
+        flags, "--cross_share", "1", "--image_weight", "0", "--alignment_weight", "0", "--kl_weight", "0"
+    )
+    found = gradients(other_way)
+    assert found["image_encoder.out.weight"].abs().sum() > 0
+    assert found["caption_encoder.out.weight"].abs().sum() == 0
+
+
+def test_each_weight_at_zero_switches_exactly_that_gradient_off(flags):
+    """The gradient is the sum of its terms' (times their weights), and without a weight the sum lacks that term."""
+    weights = {"image_weight": 1.0, "caption_weight": 1.0, "alignment_weight": 0.5, "kl_weight": 0.1}
+
+    def found(values: dict[str, float]) -> dict[str, torch.Tensor]:
+        return gradients(
+            stage_of(flags, *(word for name, value in values.items() for word in (f"--{name}", str(value))))
+        )
+
+    whole = found(weights)
+    names = {"image_weight": "image_loss", "caption_weight": "caption_loss", "alignment_weight": "alignment_loss"}
+    assert list(names) == list(weights)[:3]
+    for weight in weights:
+        without = found(weights | {weight: 0.0})
+        alone = found(
+            dict.fromkeys(weights, 0.0)
+            | {weight: weights[weight]}
+            | ({} if weight in names else {"alignment_weight": 1e-30})
+        )
+        assert max(float(g.abs().max()) for g in alone.values()) > 0
+        for name, gradient in whole.items():
+            assert torch.allclose(without[name] + alone[name], gradient, atol=2e-6, rtol=1e-4), (weight, name)
+        owned = {
+            "image_weight": "image_decoder",
+            "caption_weight": "caption_decoder",
+            "alignment_weight": "logit_scale",
+        }
+        if weight in owned:
+            own = {name for name in whole if name.startswith(owned[weight])}
+            assert own
+            assert all(not without[name].any() for name in own)
+
+
+def test_a_switched_off_decoder_stays_as_it_is(tmp_path, flags):
+    """Weight decay too leaves it alone."""
+    more = ("--image_weight", "0", "--weight_decay", "0.5", "--preview_epochs", "0")
+    train(tmp_path / "run", flags, *more, "--max_train_steps", "2", "--checkpointing_steps", "1")
+    first = dict(stage_of(flags, "--image_weight", "0").model.named_parameters())
+    last = load_tensors(tmp_path / "run/checkpoints/latest/phase_image_caption.safetensors")
+    same = {name for name in first if torch.equal(first[name], last[f"model.{name}"])}
+    assert same == {name for name in first if name.startswith("image_decoder")}
+
+
+def test_padding_never_enters_the_loss(flags):
+    """Wider padding, and whatever ids stand there, change no loss and no gradient."""
+    stage = stage_of(flags)
+    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in range(4)])
+    before = gradients(stage, range(4))
+    tokens = stage.phase.tokens
+
+    class Wider:
+        def __call__(self, captions, device):
+            ids, mask = tokens(captions, device)
+            extra = torch.full((len(ids), 3), 5)
+            return torch.cat([ids.masked_fill(mask == 0, 6), extra], 1), torch.cat([mask, extra * 0], 1)
+
+    stage.phase.tokens = Wider()
+    assert len(batch["caption"]) == 4
+    after = gradients(stage, range(4))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_sessions_add_up(tmp_path, launched, flags):
+    """Two epochs in two sessions of one: weights and rows equal two at once, bit for bit."""
+    for _ in range(2):
+        assert train(tmp_path / "run", flags, "--extra_epochs", "1", "--lr_scheduler", "constant") == 0
+    assert train(tmp_path / "once", flags, "--num_train_epochs", "2", "--lr_scheduler", "constant") == 0
+    assert_same_state(tmp_path / "run", tmp_path / "once")
+
+
+def test_a_prior_that_starts_late(tmp_path, flags):
+    train(tmp_path / "run", flags, "--prior.start", "3", "--preview_epochs", "0", "--max_train_steps", "4")
+    assert [bool(row.get("prior_loss")) for row in rows(tmp_path / "run")] == [False, False, False, True]
+
+
+def test_without_a_prior(tmp_path, flags):
+    assert train(tmp_path / "run", flags, "--prior.hidden_size", "0", "--max_train_steps", "2") == 0
+    pipeline = load_pipeline(tmp_path / "run")
+    assert pipeline.prior is None
+    with pytest.raises(ValueError, match="no latent prior"):
+        pipeline.sample(2)
+
+
+def test_a_start_from_other_weights(tmp_path, launched, flags):
+    more = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
+    train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
+    found = load_tensors(tmp_path / "run/checkpoints/latest/phase_image_caption.safetensors")
+    source = load_tensors(launched / "pipeline/model/diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(found[f"model.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
+
+
+def test_losses_fall_and_captions_are_learned(tmp_path, flags):
+    """Twenty-four different pairs, learned by heart in a minute."""
+    more = ("--num_train_epochs", "60", "--learning_rate", "1e-2", "--validation_epochs", "0", "--preview_epochs", "0")
+    more += ("--model.latent_size", "32", "--model.text_hidden_size", "32", "--gradient_accumulation_steps", "1")
+    train(tmp_path / "run", flags, *more, "--train_batch_size", "12", "--logging_steps", "10", "--ema_decay", "0.9")
+    found = rows(tmp_path / "run")
+    assert float(found[-1]["caption_loss"]) < 0.25 * float(found[0]["caption_loss"])
+    assert float(found[-1]["image_loss"]) < 0.7 * float(found[0]["image_loss"])
+    pipeline = load_pipeline(tmp_path / "run")
+    told = pipeline.caption([picture(i) for i in range(24)])
+    assert sum(words == caption(i) for i, words in enumerate(told)) >= 12
+    similar = pipeline.similarity([picture(i) for i in range(24)], [caption(i) for i in range(24)])
+    assert (similar.argmax(0) == torch.arange(24)).float().mean() >= 0.5
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--image_weight", "0", "--caption_weight", "0", "--alignment_weight", "0"), "nothing to learn from"),
+        (("--train_batch_size", "1"), "no other pair"),
+        (("--cross_share", "2"), "share in \\[0, 1\\]"),
+        (("--kl_weight", "-1"), "at least 0"),
+        (("--model.num_attention_heads", "3"), "multiple of"),
+        (("--model.norm_num_groups", "5"), "multiples of"),
+        (("--model.max_length", "2"), "at least 3"),
+        (("--resolution", "16"), "deepest feature map"),
+        (("--vocab_size", "3"), "at least 5"),
+        (("--image_fit", "squeeze"), "image_fit"),
+        (("--prior.repeats", "0"), "at least 1"),
+    ],
+)
+def test_values_that_cannot_be(flags, more, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(train_image_caption.Config, [*flags, *more])
+
+
+def test_an_empty_caption_is_told_before_training(tmp_path, pictures, flags):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({"file_name": "003.png", "text": "  "})
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="the caption is empty"):
+        stage_of(flags, "--train_data_dir", str(folder))
+
+
+def test_long_captions_are_cut_and_counted_once(caplog, flags):
+    with caplog.at_level(logging.INFO, logger="halftone"):
+        stage = stage_of(flags, "--model.max_length", "5")
+    told = [record.message for record in caplog.records if "are cut" in record.message]
+    assert len(told) == 1
+    assert "more than 5 tokens" in told[0]
+    ids, mask = stage.phase.tokens(["a red circle, big"])
+    assert ids.shape == (1, 5)
+    assert (ids[0, 0], ids[0, -1], mask.sum()) == (1, 2, 5)
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path, launched, flags):
+    """Of another vocabulary than the weights to start from."""
+    with pytest.raises(UserError, match="another model than the one configured"):
+        stage_of(flags, "--init_from", str(launched), "--vocab_size", "6", "--output_dir", str(tmp_path / "new"))
+
+
+def test_a_tokenizer_without_ends(tmp_path, flags):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<PAD>": 0, "a": 1}, unk_token="<PAD>")), pad_token="<PAD>"
+    ).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="no token for a caption's start"):
+        stage_of(flags, "--tokenizer", str(tmp_path / "tokenizer"))
+
+
+def test_a_tokenizer_that_is_named_is_used(launched, flags):
+    tokenizer = launched / "pipeline/tokenizer"
+    stage = stage_of(flags, "--tokenizer", str(tokenizer))
+    own = stage_of(flags).tokenizer
+    assert stage.tokenizer.get_vocab() == own.get_vocab()
+    assert stage.tokenizer("a red circle, big").input_ids == own("a red circle, big").input_ids
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_parse(path):
+    config = parse_config(train_image_caption.Config, ["--config", str(path), "--dataset_name", "data/x"])
+    assert config.lr_scheduler == "cosine"
+    assert config.max_grad_norm == 1.0
+
+
+def test_dry_run_prints_sizes(flags, capsys, tmp_path):
+    forget_accelerate()
+    assert train_image_caption.main([*flags, "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "phase 'image_caption'" in out
+    assert "phase 'prior'" in out

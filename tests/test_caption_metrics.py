@@ -1,0 +1,100 @@
+"""Figures of captions, retrieval and alignment on cases whose answers are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from training.evaluation.captions import (
+    alignment_figures,
+    best_constant_caption,
+    caption_scores,
+    perplexity,
+    retrieval_figures,
+)
+
+TEXTS = ["a red circle on a table", "a blue square on a chair", "two green birds in a tree"]
+
+
+def test_equal_captions_score_100_whatever_the_case():
+    found = caption_scores([text.upper() for text in TEXTS], TEXTS)
+    assert found.keys() == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "chrf"}
+    assert all(value == pytest.approx(100) for value in found.values())
+
+
+def test_bleu_in_closed_form():
+    """'a b c x' for 'a b c d': precisions 3/4, 2/3, 1/2 and, smoothed, 1/(2·1)."""
+    found = caption_scores(["a b c x"], ["a b c d"])
+    assert found["bleu_1"] == pytest.approx(75)
+    assert found["bleu_2"] == pytest.approx(100 * math.sqrt(3 / 4 * 2 / 3))
+    assert found["bleu_3"] == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
+    assert found["bleu_4"] == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** (1 / 4))
+
+
+def test_short_captions_are_punished():
+    """Brevity: exp(1 - 6/3)."""
+    assert caption_scores(["a red circle"], ["a red circle on a table"])["bleu_1"] == pytest.approx(100 * math.exp(-1))
+
+
+def test_counts_must_agree():
+    with pytest.raises(ValueError, match="2 captions for 3"):
+        caption_scores(TEXTS[:2], TEXTS)
+
+
+def test_the_best_constant_caption_is_the_best_of_them():
+    truth = ["a red circle on paper"] * 5 + ["a blue square on paper"] * 3
+    best, score = best_constant_caption([*TEXTS, *truth], truth)
+    assert best == "a red circle on paper"
+    assert score == pytest.approx(caption_scores([best] * 8, truth)["bleu_4"])
+    assert all(score >= caption_scores([text] * 8, truth)["bleu_4"] for text in TEXTS)
+
+
+def test_perplexity_of_uniform_guesses_is_their_number():
+    assert perplexity(10 * math.log(7), 10) == pytest.approx(7)
+
+
+def test_recall():
+    similarity = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.5], [0.1, 0.2, 0.6]])
+    found = retrieval_figures(similarity, ["a", "b", "c"])
+    assert found["image_to_text_recall_1"] == pytest.approx(2 / 3)  # picture 1 finds caption 0
+    assert found["text_to_image_recall_1"] == 1
+    assert found["image_to_text_recall_5"] == found["text_to_image_recall_10"] == 1
+
+
+def test_recall_of_chance_and_of_ties():
+    generator = np.random.default_rng(0)
+    found = retrieval_figures(generator.normal(size=(400, 400)), [str(i) for i in range(400)])
+    assert found["text_to_image_recall_10"] == pytest.approx(10 / 400, abs=0.02)
+    # A model that says the same of everything has found nothing.
+    assert retrieval_figures(np.ones((20, 20)), [str(i) for i in range(20)])["text_to_image_recall_10"] == 0
+
+
+def test_any_picture_of_the_caption_is_a_right_answer():
+    similarity = np.array([[0.1, 0.9, 0.0], [0.8, 0.2, 0.0], [0.3, 0.3, 0.5]])
+    assert retrieval_figures(similarity, ["a", "b", "c"])["text_to_image_recall_1"] == pytest.approx(1 / 3)
+    assert retrieval_figures(similarity, ["a", "a", "c"])["text_to_image_recall_1"] == 1
+
+
+def test_alignment_of_true_and_shuffled_pairs():
+    generator = np.random.default_rng(1)
+    similarity = generator.normal(0.1, 0.2, size=(300, 300))
+    similarity[np.diag_indices(300)] += 0.5
+    found = alignment_figures(similarity, [str(i) for i in range(300)])
+    assert found["alignment"] == pytest.approx(0.6, abs=0.05)
+    assert found["alignment_shuffled"] == pytest.approx(0.1, abs=0.05)
+    assert found["alignment_standard_error"] == pytest.approx(0.2 / math.sqrt(300), rel=0.15)
+    assert found["alignment_gap"] == pytest.approx(0.5 / (0.2 * math.sqrt(2 / 300)), rel=0.2)
+
+
+def test_alignment_of_chance_is_no_gap():
+    similarity = np.random.default_rng(2).normal(size=(300, 300))
+    assert abs(alignment_figures(similarity, [str(i) for i in range(300)])["alignment_gap"]) < 4
+
+
+def test_shuffled_pairs_with_the_true_words_are_left_out():
+    """Two captions in turn: what a shuffle pairs with equal words is no wrong pair."""
+    texts = ["a", "b"] * 20
+    similarity = np.array([[0.9 if one == other else 0.0 for other in texts] for one in texts])
+    assert alignment_figures(similarity, texts)["alignment_shuffled"] == pytest.approx(0)

@@ -1,0 +1,103 @@
+"""How good captions are, and how well pictures and captions find each other; pure functions.
+
+N pairs, D latent vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+ORDERS = (1, 2, 3, 4)
+RANKS = (1, 5, 10)
+
+
+def caption_scores(told: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002) and chrF (Popović 2015) of N captions, 0 to 100, by sacrebleu.
+
+    Upper and lower case are the same.
+
+    Raises:
+        ValueError: another number of captions than of references.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if len(told) != len(truth) or not told:
+        raise ValueError(f"{len(told)} captions for {len(truth)} references")
+    scores = {
+        f"bleu_{order}": BLEU(lowercase=True, max_ngram_order=order).corpus_score(list(told), [list(truth)]).score
+        for order in ORDERS
+    }
+    return scores | {"chrf": CHRF(lowercase=True).corpus_score(list(told), [list(truth)]).score}
+
+
+def best_constant_caption(candidates: Sequence[str], truth: Sequence[str], at_most: int = 1000) -> tuple[str, float]:
+    """The one caption that, said of every picture, has the highest BLEU-4, and its BLEU-4.
+
+    It is chosen by the references themselves: no constant does better.
+
+    Args:
+        candidates: of these; where they are more than `at_most`, of those that share most words with the references.
+    """
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU(lowercase=True)
+    words = Counter(word for text in truth for word in set(text.lower().split()))
+    distinct = sorted(set(candidates))
+    shared = {text: sum(words[word] for word in text.lower().split()) / (3 + len(text.split())) for text in distinct}
+    tried = sorted(distinct, key=lambda text: -shared[text])[:at_most]
+    scores = {text: metric.corpus_score([text] * len(truth), [list(truth)]).score for text in tried}
+    best = max(scores, key=lambda text: scores[text])
+    return best, scores[best]
+
+
+def perplexity(total_loss: float, tokens: float) -> float:
+    """exp of the mean cross-entropy per token."""
+    return math.exp(total_loss / tokens)
+
+
+def retrieval_figures(similarity: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+    """Recall at 1, 5 and 10, from pictures to captions and back: whether a right answer is among the first so many.
+
+    Args:
+        similarity: N × N, of picture i with caption j.
+        captions: N; where several pictures have one caption, each of them is a right answer to it.
+    """
+    texts = np.array(captions)
+    right = texts[:, None] == texts[None]
+    figures: dict[str, float] = {}
+    for name, scores, answers in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
+        # The rank of the best right answer: how many wrong ones are at least as near, ties counting against it.
+        best = np.where(answers, scores, -np.inf).max(1, keepdims=True)
+        ahead = ((scores >= best) & ~answers).sum(1)
+        figures |= {f"{name}_recall_{k}": float((ahead < k).mean()) for k in RANKS}
+    return figures
+
+
+def alignment_figures(similarity: np.ndarray, captions: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """Mean cosine of true pairs and of shuffled ones, with standard errors of the means.
+
+    Args:
+        similarity: N × N cosines, of picture i with caption j.
+        captions: N; a shuffled pair with the true words is left out.
+
+    Returns:
+        alignment, alignment_shuffled, each with _standard_error; and alignment_gap, their difference in standard errors
+        of the difference.
+    """
+    true = np.diag(similarity)
+    order = np.random.default_rng(seed).permutation(len(true))
+    texts = np.array(captions)
+    wrong = texts[order] != texts
+    shuffled = similarity[np.arange(len(true)), order][wrong]
+    means = {"alignment": true, "alignment_shuffled": shuffled}
+    figures: dict[str, float] = {}
+    for name, values in means.items():
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        figures |= {name: float(values.mean()) if len(values) else math.nan, f"{name}_standard_error": error}
+    spread = math.hypot(figures["alignment_standard_error"], figures["alignment_shuffled_standard_error"])
+    gap = figures["alignment"] - figures["alignment_shuffled"]
+    return figures | {"alignment_gap": gap / spread if spread > 0 else math.nan}

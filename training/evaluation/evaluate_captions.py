@@ -1,0 +1,209 @@
+"""How well does a model of pictures and captions tell, draw and find? Figures on its training or held-out pairs.
+
+    python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split validation
+    python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\
+        --output train.json --pictures docs/images
+
+Data, split and seed are those of the run, unless they are named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from pipelines.cli import UserError, entry_point
+from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, load_captioned
+from training.caption_objectives import token_losses
+from training.evaluation.captions import (
+    alignment_figures,
+    best_constant_caption,
+    caption_scores,
+    perplexity,
+    retrieval_figures,
+)
+from training.evaluation.images import psnr, ssim, to_pil
+from training.launch import threads_per_process
+from training.parsing import parse_config
+from training.previews import image_grid, save_png
+from training.run_config import check_at_least, check_choice
+from training.run_folder import write_atomically
+from training.sampler import SampleKey
+from training.validation import fetch
+
+BATCH = 64
+SHOWN = 8
+
+
+@dataclass
+class CaptionEvaluationConfig:
+    """Flags of evaluate_captions.py."""
+
+    model: str = ""
+    """A run of train_image_caption.py, a checkpoint or a pipeline"""
+    split: str = "validation"
+    """validation (held-out pairs) or train"""
+    dataset_name: str | None = None
+    """Other data than the run's: a folder, file or Hub id"""
+    max_samples: int = 0
+    """Look at so many pairs only, the first ones; 0 looks at all"""
+    num_beams: int = 1
+    """Of the captions; 1 is greedy"""
+    num_pairs: int = 8
+    """Invented pairs in the picture of them"""
+    seed: int = 0
+    """Of the shuffled and the invented pairs"""
+    pictures: str | None = None
+    """Folder for PNGs of reconstructions, drawings and invented pairs; unset: none"""
+    output: str | None = None
+    """Where the figures go (JSON); unset: only printed"""
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("--model is missing; name a run of train_image_caption.py, a checkpoint or a pipeline")
+        check_choice("split", self.split, ("train", "validation"))
+        check_at_least("max_samples", self.max_samples, 0)
+        check_at_least("num_beams", self.num_beams, 1)
+
+
+def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
+    """Captions, perplexity, retrieval, alignment and reconstruction of one split.
+
+    Raises:
+        UserError: no such model or data.
+    """
+    from pipelines.caption import load_captioner
+
+    torch.set_num_threads(threads_per_process())
+    pipeline = load_captioner(config.model, None)
+    pipeline.set_progress_bar_config(disable=True)
+    train, held_out = data_of(config, pipeline)
+    data = train if config.split == "train" else held_out
+    if data is None:
+        raise UserError(f"the data of {config.model} has no held-out pairs; look at --split train")
+    count = min(len(data), config.max_samples or len(data))
+    found = _over_batches(pipeline, data, count, config)
+    truth, told = found.pop("truth"), found.pop("told")
+    similarity = found.pop("similarity")
+    constant, constant_bleu = best_constant_caption(_captions(train), truth)
+    figures: dict[str, Any] = {
+        "pairs": count,
+        **caption_scores(told, truth),
+        "constant_caption": constant,
+        "constant_caption_bleu_4": constant_bleu,
+        "exact_captions": sum(a == " ".join(b.lower().split()) for a, b in zip(told, truth)) / count,
+        **found,
+        **retrieval_figures(similarity, truth),
+        **alignment_figures(similarity, truth, config.seed),
+    }
+    if config.pictures:
+        _save_pictures(pipeline, data, told, config)
+    if config.output:
+        write_atomically(Path(config.output), json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    return figures
+
+
+def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPictures, CaptionedPictures | None]:
+    """The pairs that the run trained on and those that it held out. Raises UserError."""
+    run = next((f for f in _folders(Path(config.model).expanduser()) if (f / "config.yaml").is_file()), None)
+    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text()) if run else {}
+    if not (config.dataset_name or settings):
+        raise UserError(f"{config.model} is no run that tells its data; name them with --dataset_name")
+    known = CaptionDataConfig.__dataclass_fields__
+    chosen = {name: value for name, value in settings.items() if name in known}
+    if config.dataset_name:
+        chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
+    chosen |= {"resolution": pipeline.model.config.sample_size, "image_fit": pipeline.config.image_fit}
+    return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0))
+
+
+def _folders(path: Path) -> list[Path]:
+    """A run's folder, whether it or something in it was named."""
+    return [path, *path.parents[:4]]
+
+
+def _captions(data: CaptionedPictures) -> list[str]:
+    from training.caption_data import captions_of
+
+    return list(captions_of(data.captioned, data.config.caption_column))
+
+
+@torch.no_grad()
+def _over_batches(
+    pipeline: Any, data: CaptionedPictures, count: int, config: CaptionEvaluationConfig
+) -> dict[str, Any]:
+    """Captions, latents' similarities and sums over the first `count` pairs."""
+    model, device = pipeline.model, pipeline._execution_device
+    tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length)
+    truth: list[str] = []
+    told: list[str] = []
+    latents: dict[str, list[torch.Tensor]] = {"image": [], "caption": []}
+    sums = {"told": 0.0, "repeated": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
+    for start in range(0, count, BATCH):
+        batch = fetch(data, [SampleKey(row, 0) for row in range(start, min(start + BATCH, count))])
+        pixels = batch["pixel_values"].to(device)
+        ids, mask = tokens(batch["caption"], device)
+        image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
+        truth += batch["caption"]
+        told += pipeline.caption((pixels + 1) / 2, num_beams=config.num_beams)
+        for name, own in (("told", image), ("repeated", caption)):
+            losses, lengths = token_losses(model.caption_logits(own, ids), ids, mask)
+            sums[name] += float(losses.sum())
+        sums["tokens"] += float(lengths.sum())
+        decoded, drawn = model.decode_image(image), model.decode_image(caption)
+        sums["psnr"] += float(psnr(decoded, pixels).sum())
+        sums["ssim"] += float(ssim(decoded, pixels).sum())
+        sums["drawn_psnr"] += float(psnr(drawn, pixels).sum())
+        for name, own in (("image", image), ("caption", caption)):
+            latents[name].append(torch.nn.functional.normalize(own.float(), dim=1).cpu())
+    similarity = torch.cat(latents["image"]) @ torch.cat(latents["caption"]).T
+    return {
+        "truth": truth,
+        "told": told,
+        "similarity": similarity.numpy().astype(np.float64),
+        "caption_loss": sums["told"] / sums["tokens"],
+        "perplexity": perplexity(sums["told"], sums["tokens"]),
+        "repeated_perplexity": perplexity(sums["repeated"], sums["tokens"]),
+        **{name: sums[name] / count for name in ("psnr", "ssim", "drawn_psnr")},
+    }
+
+
+def _save_pictures(
+    pipeline: Any, data: CaptionedPictures, told: Sequence[str], config: CaptionEvaluationConfig
+) -> None:
+    """reconstructions, drawings and pairs, as PNGs named after the split."""
+    folder = Path(config.pictures or "")
+    shown = min(SHOWN, len(told))
+    step = len(told) // shown
+    rows = [i * step for i in range(shown)]  # from all over the data, where neighbours are often alike
+    batch = fetch(data, [SampleKey(row, 0) for row in rows])
+    originals = pipeline.in_proportion([to_pil(image) for image in batch["pixel_values"]])
+    latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
+    restored: list[Image.Image] = pipeline.decode_latents(latents)
+    words = [f"truth: {text}" for text in batch["caption"]] + [f"as told: {told[row]}" for row in rows]
+    save_png(image_grid([*originals, *restored], words, columns=shown), folder / f"{config.split}_reconstructions.png")
+    drawn = pipeline.draw(batch["caption"]).images
+    words = [*batch["caption"], *["the picture of it"] * shown]
+    save_png(image_grid([*drawn, *originals], words, columns=shown), folder / f"{config.split}_drawings.png")
+    if pipeline.prior is not None:
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_pairs)]
+        pairs = pipeline.sample(config.num_pairs, generator=generators)
+        save_png(image_grid(pairs.images, pairs.captions), folder / "invented_pairs.png")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(CaptionEvaluationConfig, argv, description=__doc__)
+    for name, value in evaluate(config).items():
+        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,70 @@
+"""A latent prior trained beside the autoencoder whose latents it draws: flow matching over latent vectors.
+
+B samples, D latent vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .diffusion import Diffusion, DiffusionConfig
+from .run_config import check_at_least
+from .sampler import Draws
+from .stage import Batch, Phase
+
+
+@dataclass
+class LatentPriorConfig:
+    """The prior; names are those of LatentPriorModel, where it has them."""
+
+    hidden_size: int = 512
+    """Width; 0 trains no prior, and the pipeline invents no pairs"""
+    num_layers: int = 4
+    """Residual perceptrons"""
+    repeats: int = 4
+    """Noise levels that each latent is seen at in a step: the prior is cheap, and the latents are not"""
+    start: int = 0
+    """The step from which it learns; before, it costs nothing"""
+    learning_rate: float | None = None
+    """Unset: that of the autoencoder"""
+
+
+def validate_latent_prior_config(config: LatentPriorConfig) -> None:
+    """Raises UserError for numbers that cannot be."""
+    for name, least in (("hidden_size", 0), ("num_layers", 1), ("repeats", 1), ("start", 0)):
+        check_at_least(f"prior.{name}", getattr(config, name), least)
+
+
+class LatentPriorPhase(Phase):
+    """The flow-matching loss on latents that are drawn from their encoder's posteriors; the encoder learns nothing."""
+
+    name = "prior"
+
+    def __init__(self, prior: nn.Module, config: LatentPriorConfig, latents: Callable[[Batch, Draws], Tensor]):
+        super().__init__()
+        self.prior, self.config = prior, config
+        self.learning_rate = config.learning_rate
+        self.diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction"))
+        self._latents = latents
+
+    def active(self, step: int) -> bool:
+        return step >= self.config.start
+
+    def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
+        """Of each latent vector (B D), the mean over `repeats` noise levels. B."""
+        seen = []
+        for repeat in range(repeats):
+            own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)
+            seen.append(self.diffusion.corrupt(latents, own, sampling=sampling))
+        predicted = self.prior(torch.cat([noisy.x_t for noisy in seen]), torch.cat([noisy.timesteps for noisy in seen]))
+        losses = [noisy.loss(part) for noisy, part in zip(seen, predicted.chunk(repeats), strict=True)]
+        return torch.stack(losses).mean(0)
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            latents = self._latents(batch, draws)
+        return self.losses(latents, draws, self.config.repeats).mean(), {}

@@ -1,0 +1,322 @@
+"""Train a joint model of captioned pictures: it captions a picture, draws a caption, and invents pairs of both.
+
+    accelerate launch training/train_image_caption.py                     # the quickstart's posters, made for you
+    accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/emoji_64.yaml
+    accelerate launch training/train_image_caption.py --train_data_dir my_pictures --output_dir runs/mine
+
+The tokenizer is built from the captions, unless one is named. Typed again, a command goes on where the run stood.
+B pairs, D latent vector, L tokens, R resolution.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.cli import UserError, entry_point
+from training.caption_data import (
+    CaptionDataConfig,
+    CaptionedPictures,
+    CaptionTokens,
+    load_captioned,
+    pixel_variance,
+    tell_round_trips,
+    tokenizer_for,
+    validate_caption_data_config,
+)
+from training.caption_models import ImageCaptionModelConfig, build_model, model_summary, validate_model_config
+from training.caption_objectives import (
+    contrastive_losses,
+    cosine_distances,
+    same_captions,
+    scaled_errors,
+    token_losses,
+)
+from training.caption_previews import caption_previews
+from training.data import validate_data_config
+from training.data_checks import require_clean
+from training.evaluation.images import psnr, ssim
+from training.latent_prior import LatentPriorConfig, LatentPriorPhase, validate_latent_prior_config
+from training.launch import plain_attention
+from training.loop import train
+from training.objectives import gaussian_kl
+from training.parsing import parse_config
+from training.previews import Previews
+from training.run_config import RunConfig, check_at_least, option
+from training.run_folder import has_checkpoint
+from training.sampler import Draws
+from training.stage import Batch, Phase, Stage
+from training.weights import load_initial_weights
+
+logger = logging.getLogger("halftone")
+
+PRESET = "configs/experiments/image_caption/tiny.yaml"
+VARIANCE_PICTURES = 256
+WEIGHTS = ("image_weight", "caption_weight", "alignment_weight", "kl_weight")
+
+
+@dataclass
+class Config(RunConfig, CaptionDataConfig):
+    """Flags of train_image_caption.py."""
+
+    output_dir: str = option("runs/image_caption", on_resume="free")
+    """The run folder"""
+    lr_scheduler: str = option("cosine")
+    """Constant, linear, cosine, ...: see docs/runs.md"""
+    model: ImageCaptionModelConfig = field(default_factory=ImageCaptionModelConfig, metadata={"on_resume": "error"})
+    """Encoders and decoders of pictures and captions"""
+    prior: LatentPriorConfig = field(default_factory=LatentPriorConfig, metadata={"on_resume": "error"})
+    """The latent prior that invents pairs"""
+    image_weight: float = option(1.0)
+    """Weight of the picture's squared error, in units of the pictures' variance"""
+    caption_weight: float = option(1.0)
+    """Weight of the caption's cross-entropy per token"""
+    alignment_weight: float = option(0.5)
+    """Weight of the symmetric InfoNCE loss and the cosine distance between a pair's two latents"""
+    kl_weight: float = option(1e-3)
+    """Weight of the posteriors' KL divergence to a standard normal, per latent number"""
+    cross_share: float = option(0.5)
+    """Share of pictures that are decoded from their caption's latent, and of captions from their picture's"""
+    init_from: str | None = option(None)
+    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
+    preview_prompts: list[str] | None = option(None, on_resume="free")
+    """Captions that the previews draw; unset takes those of the first validation pictures"""
+    preview_inference_steps: int = option(25, on_resume="free")
+    """Sampling steps of the previews' invented pairs"""
+    num_previews: int = option(6, on_resume="free")
+    """Pictures in a row of the previews"""
+
+    def validate(self) -> None:
+        super().validate()
+        validate_data_config(self)
+        validate_caption_data_config(self)
+        validate_model_config(self.model, self.resolution)
+        validate_latent_prior_config(self.prior)
+        for name in WEIGHTS:
+            check_at_least(name, getattr(self, name), 0)
+        check_at_least("num_previews", self.num_previews, 1)
+        if not (self.image_weight or self.caption_weight or self.alignment_weight):
+            raise UserError(
+                "nothing to learn from: one of --image_weight, --caption_weight, --alignment_weight must be above 0"
+            )
+        if self.alignment_weight and self.train_batch_size < 2:
+            raise UserError(
+                "--train_batch_size 1 has no other pair to tell a pair from, which --alignment_weight "
+                f"{self.alignment_weight} needs; raise the batch size, or set the weight to 0"
+            )
+        if not 0 <= self.cross_share <= 1:
+            raise UserError(f"--cross_share is {self.cross_share}; it is a share in [0, 1]")
+
+
+class ImageCaptionPhase(Phase):
+    """Reconstruction of pictures and captions from either latent, alignment of the two, and KL."""
+
+    name = "image_caption"
+
+    def __init__(self, model: Any, config: Config, tokens: CaptionTokens, variance: float):
+        super().__init__()
+        self.model, self.config, self.tokens = model, config, tokens
+        self.register_buffer("variance", torch.tensor(variance), persistent=False)
+        # Parameters that no gradient reaches: DDP would wait for it, and weight decay would shrink them.
+        unused = {
+            "image_weight": model.image_decoder.parameters(),
+            "caption_weight": model.caption_decoder.parameters(),
+            "alignment_weight": [model.logit_scale],
+        }
+        for weight, parameters in unused.items():
+            for parameter in parameters if not getattr(config, weight) else ():
+                parameter.requires_grad_(False)
+
+    def plain(self, tokens: int) -> contextlib.AbstractContextManager:
+        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
+        return contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(tokens)
+
+    def caption_ids(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids and mask, B L each."""
+        return self.tokens(batch["caption"], batch["pixel_values"].device)
+
+    def posteriors(self, batch: Batch, ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
+        """Of pictures and of captions."""
+        with self.plain(ids.shape[1]):
+            return self.model.encode_image(batch["pixel_values"]), self.model.encode_caption(ids, mask)
+
+    def image_latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Drawn from the pictures' posteriors. B D."""
+        posterior = self.model.encode_image(batch["pixel_values"])
+        return posterior.sample(draws.normal("prior_latents", posterior.mean.shape[1:]))
+
+    def image_losses(self, latents: Tensor, batch: Batch) -> Tensor:
+        """B."""
+        return scaled_errors(self.model.decode_image(latents), batch["pixel_values"], self.variance)
+
+    def caption_losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over each caption's tokens, and their counts. B each."""
+        with self.plain(ids.shape[1] + self.model.config.prefix_length):
+            return token_losses(self.model.caption_logits(latents, ids), ids, mask)
+
+    def alignment_losses(self, image: Tensor, caption: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """InfoNCE and cosine distance of posterior means. B."""
+        contrast = contrastive_losses(image, caption, self.model.similarity_scale(), same_captions(ids, mask))
+        return contrast + cosine_distances(image, caption)
+
+    def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The loss's terms by the name of their weight; one whose weight is 0 carries no gradient."""
+        ids, mask = self.caption_ids(batch)
+        image, caption = self.posteriors(batch, ids, mask)
+        drawn = [part.sample(draws.normal(name, part.mean.shape[1:])) for name, part in _named(image, caption)]
+        shown = _either(drawn[0], drawn[1], draws.uniform("image_route") < self.config.cross_share)
+        told = _either(drawn[1], drawn[0], draws.uniform("caption_route") < self.config.cross_share)
+
+        def caption_loss() -> Tensor:
+            sums, counts = self.caption_losses(told, ids, mask)
+            return sums.sum() / counts.sum()
+
+        def kl() -> Tensor:
+            return 0.5 * sum(gaussian_kl(part.mean, part.logvar).mean() for part in (image, caption))
+
+        compute: dict[str, Callable[[], Tensor]] = {
+            "image_weight": lambda: self.image_losses(shown, batch).mean(),
+            "caption_weight": caption_loss,
+            "alignment_weight": lambda: self.alignment_losses(image.mean, caption.mean, ids, mask).mean(),
+            "kl_weight": kl,
+        }
+        found = {}
+        for weight, term in compute.items():
+            with contextlib.nullcontext() if getattr(self.config, weight) else torch.no_grad():
+                found[weight] = term()
+        return found
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.terms(batch, draws)
+        weighted = [getattr(self.config, w) * value for w, value in terms.items() if getattr(self.config, w)]
+        names = {"image_weight": "image_loss", "caption_weight": "caption_loss", "alignment_weight": "alignment_loss"}
+        metrics = {names.get(weight, "kl"): value.detach() for weight, value in terms.items()}
+        return torch.stack(weighted).sum(), metrics
+
+
+def _named(image: Any, caption: Any) -> list[tuple[str, Any]]:
+    return [("image_posterior", image), ("caption_posterior", caption)]
+
+
+def _either(own: Tensor, other: Tensor, crossed: Tensor) -> Tensor:
+    """Rows of `other` where `crossed` (B, bool), else of `own`. B D."""
+    return torch.where(crossed[:, None], other, own)
+
+
+class ImageCaptionStage(Stage):
+    name = "image caption"
+    card_template = "image_caption.md.jinja"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._train, self._validation = load_captioned(config, config.seed)
+        for data in filter(None, (self._train, self._validation)):
+            require_clean(data, tell=logger.info)
+        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length)
+        seen, which = (self._validation, "validation") if self._validation else (self._train, "training")
+        tell_round_trips(self.tokenizer, seen.captioned, self._train.captioned, config.caption_column, which)
+        self.aspect_ratio = self._train.aspect_ratio()
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, config.resolution, self.tokenizer)
+        tokens = CaptionTokens(self.tokenizer, config.model.max_length)
+        self.phase = ImageCaptionPhase(self.model, config, tokens, pixel_variance(self._train, VARIANCE_PICTURES))
+        self.phases, self.ema_of = [self.phase], {"model": self.model}
+        self.prior = self._new_prior() if config.prior.hidden_size else None
+        if self.prior is not None:
+            self.prior_phase = LatentPriorPhase(self.prior, config.prior, self.phase.image_latents)
+            self.phases, self.ema_of = [self.phase, self.prior_phase], {"model": self.model, "prior": self.prior}
+        if config.init_from and not has_checkpoint(config.output_dir):
+            load_initial_weights(config.init_from, self.ema_of)
+        logger.info("%s", model_summary(self.ema_of))
+
+    def _new_prior(self) -> Any:
+        from pipelines.latent_prior import LatentPriorModel
+
+        config = self.config.prior
+        return LatentPriorModel(self.config.model.latent_size, config.hidden_size, config.num_layers)
+
+    def train_data(self) -> CaptionedPictures:
+        return self._train
+
+    def validation_data(self) -> CaptionedPictures | None:
+        return self._validation
+
+    def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """By posterior means, each of picture and caption decoded from both."""
+        phase, pixels = self.phase, batch["pixel_values"]
+        ids, mask = phase.caption_ids(batch)
+        image, caption = (posterior.mean for posterior in phase.posteriors(batch, ids, mask))
+        count = len(pixels)
+        told, tokens = phase.caption_losses(image, ids, mask)
+        repeated, _ = phase.caption_losses(caption, ids, mask)
+        decoded = self.model.decode_image(image).float()
+        similar = torch.nn.functional.cosine_similarity
+        sums = {
+            "count": torch.tensor(count),
+            "tokens": tokens.sum(),
+            "told": told.sum(),
+            "repeated": repeated.sum(),
+            "shown": scaled_errors(decoded, pixels, phase.variance).sum(),
+            "drawn": phase.image_losses(caption, batch).sum(),
+            "alignment": phase.alignment_losses(image, caption, ids, mask).sum(),
+            "psnr": psnr(decoded, pixels).sum(),
+            "ssim": ssim(decoded, pixels).sum(),
+            "true": similar(image, caption).sum(),
+            # A batch of one has nothing to be shuffled with.
+            "shuffled": similar(image, caption.roll(1, 0)).sum() * (count > 1),
+            "shuffled_count": torch.tensor(count * (count > 1)),
+        }
+        if self.prior is not None:
+            latents = phase.image_latents(batch, draws)
+            sums["prior"] = self.prior_phase.losses(latents, draws, 1, sampling="uniform").sum()
+        return sums
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        config, count, tokens = self.config, sums["count"], sums["tokens"]
+        share = config.cross_share
+        image_loss = ((1 - share) * sums["shown"] + share * sums["drawn"]) / count
+        caption_loss = ((1 - share) * sums["repeated"] + share * sums["told"]) / tokens
+        weighted = config.image_weight * image_loss + config.caption_weight * caption_loss
+        found = {
+            "val_loss": weighted + config.alignment_weight * sums["alignment"] / count,
+            "val_image_loss": image_loss,
+            "val_caption_loss": caption_loss,
+            "val_alignment_loss": sums["alignment"] / count,
+            "val_perplexity": float(torch.tensor(sums["told"] / tokens, dtype=torch.float64).exp()),
+            "val_psnr": sums["psnr"] / count,
+            "val_ssim": sums["ssim"] / count,
+            "val_alignment_score": sums["true"] / count,
+            "val_alignment_score_shuffled": sums["shuffled"] / max(sums["shuffled_count"], 1),
+        }
+        return found | ({"val_prior_loss": sums["prior"] / count} if "prior" in sums else {})
+
+    def previews(self) -> Previews:
+        return caption_previews(self.pipeline(), self._validation or self._train, self.config, self.poll)
+
+    def pipeline(self):
+        from pipelines.image_caption import ImageCaptionPipeline
+        from pipelines.schedulers import sampling_scheduler, training_scheduler
+
+        return ImageCaptionPipeline(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            scheduler=sampling_scheduler(training_scheduler("flow_prediction")),
+            prior=self.prior,
+            image_fit=self.config.image_fit,
+            aspect_ratio=self.aspect_ratio,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    return train(lambda: ImageCaptionStage(config), config)
+
+
+if __name__ == "__main__":
+    entry_point(main)
