@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import Options, UserError, entry_point
 from pipelines.control_files import controls_of, open_controls
-from pipelines.picture_grid import control_picture, enlarged, picture_grid
 from pipelines.pairs import sample_pairs
+from pipelines.picture_grid import control_picture, enlarged, picture_grid
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
 if TYPE_CHECKING:
