@@ -46,13 +46,16 @@ class ImportConfig:
     """Replace a folder that this script made"""
 
     def validate(self) -> None:
-        """Raises UserError for a missing flag, file or folder."""
+        """Raises UserError for a missing flag."""
         if not self.metadata:
             raise UserError("no metadata file was named: python data_scripts/import_captions.py metadata.json …")
-        if not Path(self.metadata).expanduser().is_file():
-            raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
         if not self.image_dir:
             raise UserError("--image_dir is missing; it is the folder with the pictures")
+
+    def require_sources(self) -> None:
+        """Raises UserError for a file or folder that is not there."""
+        if not Path(self.metadata).expanduser().is_file():
+            raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
         if not Path(self.image_dir).expanduser().is_dir():
             raise UserError(f"--image_dir {self.image_dir} is no folder; check its path")
 
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if words and not words[0].startswith("-"):
         words = ["--metadata", *words]
     config = parse_config(ImportConfig, words, description=__doc__)
+    config.require_sources()
     target = config.target
     if (target / "metadata.jsonl").exists() and not config.overwrite:
         raise UserError(f"there is a dataset in {target}; choose another --output_dir, or replace it: --overwrite true")
