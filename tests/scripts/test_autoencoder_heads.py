@@ -162,7 +162,7 @@ def test_metrics_have_the_total_each_part_and_each_weight(run):
     parts = {"loss", "l1", "kl", "adversarial", "segmentation", "classification"}
     weights = {f"weight_{name}" for name in ("reconstruction", "segmentation", "classification")}
     assert all(row[name] for row in found for name in parts | weights)
-    assert float(found[0]["weight_segmentation"]) == pytest.approx(0.1, rel=0.05)
+    assert float(found[0]["weight_segmentation"]) == pytest.approx(0.01, rel=0.05)
     validated = {name: float(value) for name, value in found[-1].items() if name.startswith("val_")}
     figures = {"val_psnr", "val_ssim", "val_pixel_accuracy", "val_mean_iou", "val_top1_accuracy"}
     assert figures <= validated.keys()
