@@ -34,9 +34,25 @@ def partial_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_replaceable(folder: Path, kind: str, pattern: str, overwrite: bool) -> None:
+    """Whether `folder` may be written: it is empty, or holds what `pattern` finds, and is to be set aside.
+
+    Raises:
+        UserError: it holds something else, or --overwrite was not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not any(folder.glob(pattern)):
+        raise UserError(f"--output_dir {folder} holds something that is not {kind}; name another folder")
+    if not overwrite:
+        raise UserError(f"--output_dir {folder} holds {kind}; name another folder, or set it aside: --overwrite true")
+
+
 def put_in_place(partial: Path, folder: Path) -> Path | None:
     """Rename `partial` to `folder`; what was there is renamed, not deleted. Its new name, if there was anything."""
-    aside: Path | None = None
+    aside, folder = None, folder.absolute()
     if folder.is_dir() and any(folder.iterdir()):
         names = (folder.with_name(f"{folder.name}_old_{number}") for number in itertools.count(1))
         aside = folder.rename(next(name for name in names if not name.exists()))

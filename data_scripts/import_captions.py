@@ -15,9 +15,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from PIL import Image
+
+from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.cli import UserError, entry_point, nearest
 from training.parsing import parse_config
 
@@ -43,7 +46,7 @@ class ImportConfig:
     on_missing: Literal["error", "skip"] = "error"
     """A picture that is not there, or a record without a caption: stop and list them, or leave them out"""
     overwrite: bool = False
-    """Replace a folder that this script made"""
+    """Set aside a dataset that is there"""
 
     def validate(self) -> None:
         """Raises UserError for a missing flag."""
@@ -56,12 +59,17 @@ class ImportConfig:
         """Raises UserError for a file or folder that is not there."""
         if not Path(self.metadata).expanduser().is_file():
             raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
-        if not Path(self.image_dir).expanduser().is_dir():
+        images = Path(self.image_dir).expanduser()
+        if not images.is_dir():
             raise UserError(f"--image_dir {self.image_dir} is no folder; check its path")
+        if images.resolve().is_relative_to(self.target.resolve()):
+            raise UserError(f"--output_dir {self.target} holds the pictures that are imported; name another folder")
 
     @property
     def target(self) -> Path:
         images = Path(self.image_dir).expanduser()
+        if images.name in ("", ".."):
+            images = images.resolve()  # `.` has no name to add to
         return Path(self.output_dir).expanduser() if self.output_dir else images.with_name(f"{images.name}_captioned")
 
 
@@ -72,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(ImportConfig, words, description=__doc__)
     config.require_sources()
     target = config.target
-    if (target / "metadata.jsonl").exists() and not config.overwrite:
-        raise UserError(f"there is a dataset in {target}; choose another --output_dir, or replace it: --overwrite true")
+    check_replaceable(target, "an imagefolder", "metadata.jsonl", config.overwrite)
     captions, problems = read_captions(config)
     pictures = _find_pictures(captions, Path(config.image_dir).expanduser(), problems)
     _report(problems, config)
     if not pictures:
         raise UserError(f"none of the {len(captions):,} pictures of {config.metadata} is left to import")
     try:
-        write_imagefolder(pictures, captions, target)
+        aside = write_imagefolder(pictures, captions, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another --output_dir") from error
+    if aside:
+        print(f"The earlier dataset is now in {aside}.")
     several = sum(len(captions[name]) > 1 for name in pictures)
     print(f"{len(pictures):,} captioned pictures ({several:,} with several captions) are in {target}")
     print(f"Train with them: --train_data_dir {target}")
@@ -100,7 +109,7 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
     fields: set[str] = set()
     for number, record in enumerate(_records(config), 1):
         fields |= record.keys()
-        name = _file_name(record, config.file_field)
+        name = _file_name(record, config.file_field, Path(config.image_dir).expanduser())
         if name is None:
             problems.append(f"record {number}: no file name (it has {', '.join(record) or 'no fields'})")
             continue
@@ -120,26 +129,22 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
     return captions, problems
 
 
-def write_imagefolder(pictures: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> None:
-    """`target` with the pictures and metadata.jsonl, complete or not at all."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def write_imagefolder(pictures: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> Path | None:
+    """`target` with the pictures and metadata.jsonl, complete or not at all. Where what was there is now, if it was."""
     # A column holds texts or lists of them, never both.
     several = any(len(captions[name]) > 1 for name in pictures)
     lines = []
-    for name, source in pictures.items():
-        # Names without an ending get that of the picture that was found.
-        stored = name if PurePosixPath(name).suffix.lower() == source.suffix.lower() else f"{name}{source.suffix}"
-        place = temporary / stored
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(source, place)
-        text: Any = captions[name] if several else captions[name][0]
-        lines.append(json.dumps({"file_name": stored, "text": text}, ensure_ascii=False))
-    (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    with partial_folder(target) as partial:
+        for name, source in pictures.items():
+            # Names without an ending get that of the picture that was found.
+            stored = name if PurePosixPath(name).suffix.lower() == source.suffix.lower() else f"{name}{source.suffix}"
+            place = partial / stored
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source, place)
+            text: Any = captions[name] if several else captions[name][0]
+            lines.append(json.dumps({"file_name": stored, "text": text}, ensure_ascii=False))
+        (partial / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return put_in_place(partial, target)
 
 
 def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
@@ -148,6 +153,8 @@ def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
     content = _read(path)
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         content = _coco(content, config.caption_field)
+    elif isinstance(content, dict) and _is_record(content, config):
+        content = [content]
     elif isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -162,8 +169,17 @@ def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
         yield record if isinstance(record, dict) else {}
 
 
+def _is_record(content: Mapping[str, Any], config: ImportConfig) -> bool:
+    """Whether it tells one picture and its caption, rather than many by name."""
+    return config.caption_field in content and _file_value(content, config.file_field) is not None
+
+
 def _read(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    raw = path.read_bytes()
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}: {error.reason}); save it as UTF-8") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -191,14 +207,26 @@ def _keyed(name: str, value: Any, caption_field: str) -> dict[str, Any]:
     return {"file_name": name, caption_field: value}
 
 
-def _file_name(record: Mapping[str, Any], file_field: str | None) -> str | None:
-    """The picture's path relative to the folder, with forward slashes; nothing above the folder."""
-    for field in [file_field] if file_field else FILE_FIELDS:
-        value = record.get(field)
-        if isinstance(value, (str, int)) and str(value).strip():
-            path = PurePosixPath(str(value).replace("\\", "/"))
-            return path.name if path.is_absolute() or ".." in path.parts else str(path)
-    return None
+def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) -> str | None:
+    """The picture's path relative to the folder, with forward slashes; nothing above the folder.
+
+    Of a path on the machine where the file was written, the longest end that is in the folder.
+    """
+    value = _file_value(record, file_field)
+    if value is None:
+        return None
+    path = PurePosixPath(value.replace("\\", "/"))
+    if not (path.is_absolute() or PureWindowsPath(value).drive or ".." in path.parts):
+        return str(path)
+    parts = [part for part in path.parts if part not in ("/", "..") and not part.endswith(":")]
+    ends = (PurePosixPath(*parts[first:]) for first in range(len(parts)))
+    return str(next((end for end in ends if (folder / end).is_file()), path.name))
+
+
+def _file_value(record: Mapping[str, Any], file_field: str | None) -> str | None:
+    """What the record calls its picture."""
+    values = (record.get(field) for field in ([file_field] if file_field else FILE_FIELDS))
+    return next((str(value) for value in values if isinstance(value, (str, int)) and str(value).strip()), None)
 
 
 def _texts(value: Any) -> list[str]:
@@ -206,16 +234,29 @@ def _texts(value: Any) -> list[str]:
     return [" ".join(text.split()) for text in several if isinstance(text, str) and text.strip()]
 
 
-def _find_pictures(captions: Mapping[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
-    """Name → file, of the pictures that are there; a name without an ending takes the first that is."""
+def _find_pictures(captions: dict[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
+    """Name → file, of the pictures that are there; a name without an ending takes the first that is.
+
+    Captions of a file that has two names go to the first.
+    """
+    known = Image.registered_extensions()
+    readable = {ending for ending, kind in known.items() if kind in Image.OPEN}
     found: dict[str, Path] = {}
+    names: dict[Path, str] = {}
     for name in list(captions):
-        endings = ("",) if PurePosixPath(name).suffix.lower() in SUFFIXES else ("", *SUFFIXES)
-        file = next((folder / f"{name}{end}" for end in endings if (folder / f"{name}{end}").is_file()), None)
+        ending = PurePosixPath(name).suffix.lower()
+        endings = ("",) if ending in readable else ("", *SUFFIXES, *map(str.upper, SUFFIXES))
+        files = [folder / f"{name}{end}" for end in endings]
+        file = next((f for f in files if f.is_file() and f.suffix.lower() in readable), None)
         if file is None:
-            problems.append(f"{name}: the picture is not in {folder}")
-        else:
+            there = "is no picture" if files[0].is_file() else f"the picture is not in {folder}"
+            problems.append(f"{name}: {there}")
+            continue
+        first = names.setdefault(file.resolve(), name)
+        if first == name:
             found[name] = file
+        else:
+            captions[first].extend(text for text in captions[name] if text not in captions[first])
     return found
 
 

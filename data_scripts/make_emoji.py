@@ -8,7 +8,6 @@ The folder loads with datasets.load_dataset("data/emoji_64"). The same font and 
 from __future__ import annotations
 
 import random
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
+from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.cli import UserError, entry_point
 from training.parsing import parse_config
 from training.sampler import mix
@@ -98,7 +98,7 @@ class MakeEmojiConfig:
     seed: int = 0
     """Decides which emoji are held out"""
     overwrite: bool = False
-    """Replace a dataset that is there"""
+    """Set aside a dataset that is there"""
 
     def validate(self) -> None:
         """Raises UserError for impossible values."""
@@ -108,10 +108,6 @@ class MakeEmojiConfig:
             raise UserError(
                 f"validation_fraction is {self.validation_fraction}; "
                 "--validation_fraction must be at least 0 and below 1"
-            )
-        if any(Path(self.output_dir).glob("data/*.parquet")) and not self.overwrite:
-            raise UserError(
-                f"there is a dataset in {self.output_dir}; choose another --output_dir, or replace it: --overwrite true"
             )
 
 
@@ -129,6 +125,8 @@ class Emoji(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(MakeEmojiConfig, argv, description=__doc__)
+    folder = Path(config.output_dir)
+    check_replaceable(folder, "a dataset", "data/*.parquet", config.overwrite)
     path = find_font(config.font)
     font = open_font(path)
     print(f"Drawing the emoji of {path} at {config.resolution} px.")
@@ -142,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not drawn:
         raise UserError(f"{path} draws no emoji; name a colour emoji font with --font FILE")
     splits = split_by_base(drawn, config.validation_fraction, config.seed)
-    folder = Path(config.output_dir)
-    _write(splits, contact_sheet(drawn), folder)
+    aside = _write(splits, contact_sheet(drawn), folder)
+    if aside:
+        print(f"The earlier emoji are now in {aside}.")
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
     classes = len({emoji.label for emoji, _ in drawn})
     print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {folder}.")
@@ -325,18 +324,16 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
     return list(codepoints), ligatures
 
 
-def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> None:
-    """The tables appear all at once, when everything is written."""
+def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> Path | None:
+    """The tables appear all at once, when everything is written. Where an earlier dataset is now, if there was one."""
     labels = sorted({emoji.label for rows in splits.values() for emoji, _ in rows})
-    temporary = folder / "data.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, rows in splits.items():
-            _table(rows, labels).to_parquet(temporary / f"{name}-00000-of-00001.parquet")
-        sheet.save(folder / "contact_sheet.png")
-        shutil.rmtree(folder / "data", ignore_errors=True)
-        temporary.rename(folder / "data")
+        with partial_folder(folder) as partial:
+            (partial / "data").mkdir()
+            for name, rows in splits.items():
+                _table(rows, labels).to_parquet(partial / "data" / f"{name}-00000-of-00001.parquet")
+            sheet.save(partial / "contact_sheet.png")
+            return put_in_place(partial, folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
 

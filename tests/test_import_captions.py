@@ -145,7 +145,37 @@ def test_an_import_is_not_overwritten_unasked(tmp_path, scans):
     main(words)
     with pytest.raises(UserError, match="--overwrite"):
         main(words)
+    (tmp_path / "out/mine.txt").write_text("keep")
     main([*words, "--overwrite", "true"])
+    assert (tmp_path / "out_old_1/mine.txt").read_text() == "keep"
+    assert len(rows(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_folders_that_hold_something_else_are_left_alone(tmp_path, scans, overwrite):
+    words = [str(write(tmp_path, PLAIN)), "--image_dir", str(scans), "--overwrite", overwrite]
+    with pytest.raises(UserError, match="holds the pictures that are imported"):
+        main([*words, "--output_dir", str(scans)])
+    with pytest.raises(UserError, match="holds the pictures that are imported"):
+        main([*words, "--output_dir", str(tmp_path)])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "diary.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds something that is not an imagefolder"):
+        main([*words, "--output_dir", str(other)])
+    assert (other / "diary.txt").read_text() == "keep"
+    assert (scans / "not_named.png").is_file()
+
+
+def test_paths_of_another_machine_keep_what_the_folder_has_of_them(tmp_path, scans):
+    (scans / "else").mkdir()
+    picture(7).save(scans / "else/3.png")
+    content = [
+        {"file_name": "/home/her/scans/sub/3.png", "caption": "one"},
+        {"file_name": "C:\\scans\\..\\scans\\else\\3.png", "caption": "another"},
+    ]
+    main([str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")])
+    assert rows(tmp_path / "out") == {"sub/3.png": "one", "else/3.png": "another"}
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path, scans):
@@ -153,3 +183,52 @@ def test_nothing_outside_the_folder_is_read(tmp_path, scans):
     content = [{"file_name": "../../0.png", "caption": "x"}, {"file_name": "/etc/1.png", "caption": "y"}]
     main([str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")])
     assert rows(tmp_path / "out") == {"0.png": "x", "1.png": "y"}
+
+
+def test_one_record_is_no_mapping(tmp_path, scans):
+    for content in (PLAIN[0], json.dumps(PLAIN[0]) + "\n"):
+        main([str(write(tmp_path, content)), "--image_dir", str(scans), "--overwrite", "true"])
+        assert rows(tmp_path / "scans_captioned") == {"0.png": caption(0)}
+
+
+def test_two_names_of_one_file_and_endings_in_capitals(tmp_path, scans):
+    picture(5).save(scans / "5.JPG")
+    content = [
+        {"name": "5", "caption": "from a scanner"},
+        {"name": "1", "caption": "one"},
+        {"name": "1.png", "caption": "two"},
+        {"name": "1.png", "caption": "one"},
+    ]
+    main([str(write(tmp_path, content)), "--image_dir", str(scans)])
+    assert rows(tmp_path / "scans_captioned") == {"5.JPG": ["from a scanner"], "1.png": ["one", "two"]}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "letter.pdf"])
+def test_files_that_are_no_pictures_are_not_touched(tmp_path, scans, name):
+    (scans / name).write_text("mine")
+    words = [str(write(tmp_path, [*PLAIN, {"file_name": name, "caption": "a letter"}])), "--image_dir", str(scans)]
+    with pytest.raises(UserError, match=f"{name}: is no picture"):
+        main(words)
+    main([*words, "--on_missing", "skip"])
+    assert (scans / name).read_text() == "mine"
+
+
+def test_other_encodings(tmp_path, scans):
+    path = tmp_path / "captions.json"
+    words = [str(path), "--image_dir", str(scans)]
+    text = json.dumps([{"file_name": "0.png", "caption": "ein grüner Käfer"}], ensure_ascii=False)
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(UserError, match="is not UTF-8 .*save it as UTF-8"):
+        main(words)
+    path.write_bytes(text.encode("utf-16"))
+    main(words)
+    assert rows(tmp_path / "scans_captioned") == {"0.png": "ein grüner Käfer"}
+
+
+def test_the_pictures_folder_may_be_the_current_one(tmp_path, scans, monkeypatch):
+    monkeypatch.chdir(scans)
+    main([str(write(tmp_path, PLAIN)), "--image_dir", "."])
+    assert len(rows(tmp_path / "scans_captioned")) == 4
+    monkeypatch.chdir(scans / "sub")
+    with pytest.raises(UserError, match="--overwrite"):
+        main([str(write(tmp_path, PLAIN)), "--image_dir", ".."])
