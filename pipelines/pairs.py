@@ -1,4 +1,4 @@
-"""New pictures with their captions printed below: what `sample.py --pairs` does with a model of both."""
+"""What `sample.py` does with a model of pictures and captions: new pairs of both, and drawings of prompts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .captioned_grid import image_grid
 from .cli import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MARGIN, GAP, LINE = 12, 10, 16  # pixels
-PAPER, INK = (255, 255, 255), (38, 38, 38)
-CELL = 160  # smaller pictures are enlarged towards this width
-FONT_SIZE, MOST_LINES = 13, 4
+
+def makes_pairs(pipeline: Any) -> bool:
+    """Whether it is a model of pictures and captions."""
+    return hasattr(pipeline, "caption")
 
 
 def sample_pairs(pipeline: Any, options: argparse.Namespace, output: Path) -> None:
@@ -25,14 +26,9 @@ def sample_pairs(pipeline: Any, options: argparse.Namespace, output: Path) -> No
     Raises:
         UserError: a model that invents no pairs, or options that cannot be.
     """
-    if not hasattr(pipeline, "caption"):
-        raise UserError(
-            f"--pairs wants a model of pictures and captions (training/train_image_caption.py), and {options.model} "
-            f"is a {type(pipeline).__name__}"
-        )
     started = time.perf_counter()
     images, captions = invented(pipeline, options)
-    pair_sheet(images, captions).save(output)
+    image_grid(images, captions).save(output)
     for caption in captions:
         print(caption)
     print(f"{len(images)} pairs, {time.perf_counter() - started:.1f} s: {output}")
@@ -42,8 +38,6 @@ def invented(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], l
     """Pictures and captions. Raises UserError."""
     import torch
 
-    if options.pairs < 1:
-        raise UserError(f"--pairs must be at least 1, but is {options.pairs}")
     images: list[Image] = []
     captions: list[str] = []
     for start in range(0, options.pairs, options.batch_size):
@@ -58,39 +52,17 @@ def invented(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], l
     return images, captions
 
 
-def pair_sheet(images: Sequence[Image], captions: Sequence[str]) -> Image:
-    """Pictures of one size in rows, each with its caption under it."""
-    from PIL import Image as PIL_Image
-    from PIL import ImageDraw, ImageFont
+def drawings(pipeline: Any, prompts: Sequence[str], options: argparse.Namespace) -> list[list[Image]]:
+    """A row of `num_images` pictures for each prompt; column k is drawn from seed + k. Raises UserError."""
+    import torch
 
-    font = ImageFont.load_default(FONT_SIZE)
-    factor = max(1, round(CELL / images[0].width))
-    width, height = images[0].width * factor, images[0].height * factor
-    columns = next((c for c in (4, 3, 2) if len(images) >= c and width * c <= 1600), 1)
-    texts = [_wrapped(caption, width, font) for caption in captions]
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    text_heights = [LINE * max(len(texts[i]) for i in row) for row in rows]
-    sheet_height = 2 * MARGIN + sum(height + GAP + text for text in text_heights) + GAP * (len(rows) - 1)
-    sheet = PIL_Image.new("RGB", (2 * MARGIN + columns * width + (columns - 1) * GAP, sheet_height), PAPER)
-    draw, y = ImageDraw.Draw(sheet), MARGIN
-    for row, text_height in zip(rows, text_heights, strict=True):
-        for column, i in enumerate(row):
-            x = MARGIN + column * (width + GAP)
-            sheet.paste(images[i].resize((width, height), PIL_Image.Resampling.NEAREST), (x, y))
-            for number, line in enumerate(texts[i]):
-                draw.text((x, y + height + 4 + number * LINE), line, fill=INK, font=font)
-        y += height + 2 * GAP + text_height
-    return sheet
-
-
-def _wrapped(text: str, width: int, font: Any) -> list[str]:
-    """`text` in at most MOST_LINES lines of `width` pixels; what does not fit is cut short with dots."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] = f"{lines[-1]} {word}"
-        else:
-            lines.append(word)
-    if len(lines) > MOST_LINES:
-        lines = [*lines[: MOST_LINES - 1], f"{lines[MOST_LINES - 1]} ..."]
-    return lines or [""]
+    wanted = [(prompt, column) for prompt in prompts for column in range(options.num_images)]
+    pictures: list[Image] = []
+    for start in range(0, len(wanted), options.batch_size):
+        batch = wanted[start : start + options.batch_size]
+        generators = [torch.Generator().manual_seed(options.seed + column) for _, column in batch]
+        try:
+            pictures += pipeline.draw([prompt for prompt, _ in batch], generator=generators).images
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return [pictures[start : start + options.num_images] for start in range(0, len(pictures), options.num_images)]

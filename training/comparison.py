@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.captioned_grid import PAPER, image_grid
 from training.api import get_device
 from training.metrics_log import read_metrics
-from training.previews import PAPER, image_grid, save_png
+from training.previews import save_png
 from training.run_config import RunConfig
 from training.run_folder import RunFolder, write_atomically
 from training.scripts import config_class, stage_class

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.captioned_grid import image_grid
+
 from .metrics_log import read_metrics
-from .previews import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

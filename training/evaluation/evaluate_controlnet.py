@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.captioned_grid import comparison_grid
 from pipelines.cli import UserError, entry_point
 from pipelines.picture_grid import control_picture
 from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
 from training.evaluation.images import to_pil
 from training.launch import threads_per_process
 from training.parsing import parse_config
-from training.previews import comparison_grid, save_png
+from training.previews import save_png
 from training.run_config import check_at_least
 from training.run_folder import write_atomically
 

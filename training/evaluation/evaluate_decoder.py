@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipelines.captioned_grid import comparison_grid
 from pipelines.cli import UserError, entry_point
 from pipelines.poster_domain import GRAMMAR
 from training.evaluation.cycle import cycle_figures, palette_distance
 from training.launch import threads_per_process
 from training.parsing import parse_config
-from training.previews import comparison_grid, save_png
+from training.previews import save_png
 from training.run_config import check_at_least
 from training.run_folder import write_atomically
 

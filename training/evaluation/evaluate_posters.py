@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines.captioned_grid import comparison_grid
 from pipelines.cli import UserError, entry_point
 from training.evaluation.posters import measure_posters
 from training.launch import threads_per_process
 from training.parsing import parse_config
-from training.previews import comparison_grid, save_png
+from training.previews import save_png
 from training.run_folder import write_atomically
 
 
