@@ -9,8 +9,10 @@ One line for each picture; pictures may have any size. --top_p draws captions in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +25,25 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
-    pictures = [_open(path) for path in files]
+    for path in files:
+        _check_picture(path)  # a file that is no picture is told before the model is loaded
     output = Path(options.output).expanduser() if options.output else None
     if output is not None:
-        _check_output(output)
+        _check_output(output, options.overwrite)
     pipeline = load_captioner(options.model, options.device)
-    captions: list[str] = []
-    for start in range(0, len(files), options.batch_size):
-        captions += _captions(pipeline, pictures[start : start + options.batch_size], options, start)
-    for path, caption in zip(files, captions, strict=True):
-        print(f"{path}: {caption}")
-    if output is not None:
-        # The form that an imagefolder's metadata.jsonl has.
-        pairs = zip(files, captions, strict=True)
-        lines = [json.dumps({"file_name": str(path), "text": text}, ensure_ascii=False) for path, text in pairs]
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{len(lines)} captions: {output}")
+    # What is done is printed and written at once: a picture that cannot be decoded must not cost the others.
+    with output.open("w", encoding="utf-8") if output else contextlib.nullcontext() as lines:
+        for start in range(0, len(files), options.batch_size):
+            paths = files[start : start + options.batch_size]
+            captions = _captions(pipeline, [_read(path) for path in paths], options, start)
+            for path, caption in zip(paths, captions, strict=True):
+                print(f"{path}: {caption}", flush=True)
+                if output and lines:
+                    # The form of an imagefolder's metadata.jsonl, where names are relative to its folder.
+                    record = {"file_name": _relative(path, output.parent), "text": caption}
+                    print(json.dumps(record, ensure_ascii=False), file=lines, flush=True)
+    if output:
+        print(f"{len(files)} captions: {output}")
     return None
 
 
@@ -51,13 +56,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_beams", type=int, default=1, help="1 takes the likeliest word each time; more is beam search")
     add("--top_p", type=float, help="draw words among the likeliest that together have this probability")
     add("--temperature", type=float, default=1.0, help="of the draws (default: 1)")
+    add("--num_candidates", type=int, default=1, help="draw so many captions and take the one most like all of them")
     add("--max_length", type=int, help="tokens at most (default: what the model was trained on)")
     add("--seed", type=int, default=0, help="of the first picture's draws; the next ones count up (default: 0)")
     add("--batch_size", type=int, default=16, help="pictures read at once; the captions do not depend on it")
     add("--device", help="cpu, cuda, mps, ... (default: the best there is)")
     add("--output", help="JSON lines to write: file_name and text")
+    add("--overwrite", action="store_true", help="replace the file of --output")
     options = parser.parse(argv)
-    for name in ("num_beams", "batch_size"):
+    for name in ("num_beams", "batch_size", "num_candidates"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
     return options
@@ -98,26 +105,55 @@ def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namesp
             temperature=options.temperature,
             generator=generators,
             max_length=options.max_length,
+            num_candidates=options.num_candidates,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _open(path: Path) -> Image:
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What Pillow finds wrong with a file, as a UserError."""
     from PIL import Image as PIL_Image
 
     try:
-        picture = PIL_Image.open(path)
-        picture.load()
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name pictures to caption") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, PIL_Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
-    return picture
 
 
-def _check_output(output: Path) -> None:
+def _check_picture(path: Path) -> None:
+    """By its header alone. Raises UserError."""
+    from PIL import Image as PIL_Image
+
+    with _told(path):
+        PIL_Image.open(path).close()
+
+
+def _read(path: Path) -> Image:
+    """The picture with its pixels. Raises UserError."""
+    from PIL import Image as PIL_Image
+
+    with _told(path):
+        picture = PIL_Image.open(path)
+        picture.load()
+        return picture
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path as seen from `folder`, with forward slashes."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive
+        return path.resolve().as_posix()
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     """Found out before the model is loaded rather than after."""
+    if output.is_file() and output.stat().st_size and not overwrite:
+        raise UserError(f"--output {output} is there already; name another file, or replace it: --overwrite")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab"):

@@ -8,6 +8,7 @@ mean stands for a picture or a caption wherever nothing is drawn. The prior is a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,17 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .control_images import to_rgb
 from .sampling import denoise, generator_per_picture, initial_noise
 from .schedulers import FLOW, SamplersByName, check_scheduler
 from .standalone import StandalonePipelineMixin
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_FITS = ("crop", "stretch")
@@ -54,6 +58,31 @@ class GumbelNoise(LogitsProcessor):
             rows = [torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators]
             uniform = torch.stack(rows).to(scores.device)
         return scores - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+
+
+def consensus(captions: Sequence[str]) -> str:
+    """The caption that shares most n-grams (one to four words) with all of them, on average over pairs.
+
+    It is the one of least expected loss, as far as these are drawn as they should be (minimum Bayes risk: Kumar & Byrne
+    2004). The likeliest caption is not, where a picture can be said many ways, each of them unlikely.
+    """
+    if len(captions) == 1:
+        return captions[0]
+    counts = Counter(captions)
+    grams = {text: [Counter(_grams(text.split(), size)) for size in (1, 2, 3, 4)] for text in counts}
+
+    def likeness(one: str, other: str) -> float:
+        found = 0.0
+        for a, b in zip(grams[one], grams[other]):
+            total = a.total() + b.total()
+            found += 2 * (a & b).total() / total if total else 1.0  # F1; of two without such n-grams, all
+        return found
+
+    return max(counts, key=lambda text: sum(likeness(text, other) * many for other, many in counts.items()))
+
+
+def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[list[int]]:
@@ -89,18 +118,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         )
 
 
-def fitted(image: Image.Image, size: int, image_fit: str) -> Tensor:
-    """A picture as 3 R R in [-1, 1], on white where it is transparent, as in training.
+def fitted(image: Image.Image, size: int, image_fit: str, interpolation_mode: str = "lanczos") -> Tensor:
+    """A picture of any mode and size as 3 R R in [-1, 1], on white where it is transparent, as in training.
 
     Args:
         size: R.
         image_fit: crop, to the middle square; or stretch, the whole picture into the square.
+        interpolation_mode: nearest, bilinear, bicubic or lanczos.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layers.size, (255, 255, 255, 255)), layers)
-    image = image.convert("RGB")
+    image = to_rgb(ImageOps.exif_transpose(image))
     width, height = image.size
     side = min(width, height)
     left, top = (width - side + 1) // 2, (height - side + 1) // 2
@@ -108,7 +134,7 @@ def fitted(image: Image.Image, size: int, image_fit: str) -> Tensor:
     if (box[2] - box[0], box[3] - box[1]) == (size, size):
         image = image.crop(box)
     else:
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+        image = image.resize((size, size), Image.Resampling[interpolation_mode.upper()], box=box)
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().mul_(2 / 255).sub_(1)
 
 
@@ -122,6 +148,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         prior: noise to latent vectors; None for a model that invents nothing.
         image_fit: how pictures that are not square become so: crop (their middle) or stretch.
         aspect_ratio: width over height that drawings are given; pictures that were stretched come back.
+        image_interpolation_mode: how pictures are resized: nearest, bilinear, bicubic or lanczos.
 
     Raises:
         ValueError: a tokenizer, prior or fit that does not suit.
@@ -139,6 +166,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         prior: ModelMixin | None = None,
         image_fit: str = "crop",
         aspect_ratio: float = 1.0,
+        image_interpolation_mode: str = "lanczos",
     ):
         super().__init__()
         check_tokenizer(tokenizer, model.config)
@@ -150,7 +178,9 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
                 f"{model.config.latent_size}"
             )
         self.register_modules(model=model, tokenizer=tokenizer, scheduler=scheduler, prior=prior)
-        self.register_to_config(image_fit=image_fit, aspect_ratio=aspect_ratio)
+        self.register_to_config(
+            image_fit=image_fit, aspect_ratio=aspect_ratio, image_interpolation_mode=image_interpolation_mode
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         # Samplers are built from this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
@@ -168,26 +198,41 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         temperature: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_length: int | None = None,
+        num_candidates: int = 1,
     ) -> list[str]:
         """A caption for each picture.
 
         Args:
-            images: a picture or a list of them, of any size; or a tensor, B 3 R R in [0, 1].
+            images: a picture or a sequence of them, of any size; or all as a tensor, B 3 R R, or an array, B R R 3, in
+                [0, 1].
             num_beams: 1 takes the likeliest token each time (greedy); more is beam search.
             top_p: draw among the likeliest tokens that together have this probability (nucleus sampling, Holtzman et
                 al. 2020); 1 draws among all.
-            temperature: of the draws; below 1 keeps closer to the likeliest.
+            temperature: of the draws that `top_p` makes; below 1 keeps closer to the likeliest.
             generator: of the draws; one for all, from which each picture gets a stream of its own, or one each.
             max_length: tokens at most, `<START>` and `<END>` included; by default what the model was trained on.
+            num_candidates: more than 1 draws so many captions (with `top_p` 1, unless it is given) and takes the one
+                that is most like all of them (`consensus`): for pictures that can be said many ways.
 
         Raises:
             ValueError: an argument that cannot be used.
         """
+        if not isinstance(num_candidates, int) or num_candidates < 1:
+            raise ValueError(f"`num_candidates` must be a positive integer, but is {num_candidates!r}")
+        top_p = 1.0 if num_candidates > 1 and top_p is None else top_p
         self._check_decoding(num_beams, top_p, temperature, max_length)
         latents = self.encode_images(images)
-        captions = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
+        streams: list[Any] = [generator] * num_candidates
+        if num_candidates > 1 and generator is not None:
+            # Streams of their own for all draws: one goes on for as long as the longest caption of the batch.
+            of_pictures = [
+                generator_per_picture(one, num_candidates)
+                for one in generator_per_picture(generator, len(latents)) or []
+            ]
+            streams = [list(own) for own in zip(*of_pictures, strict=True)]
+        drawn = [self._captions(latents, num_beams, top_p, temperature, stream, max_length) for stream in streams]
         self.maybe_free_model_hooks()
-        return captions
+        return [consensus(candidates) for candidates in zip(*drawn, strict=True)]
 
     @torch.no_grad()
     def draw(
@@ -201,7 +246,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         """Pictures of captions: `num_images_per_prompt` for each, in that order.
 
         Args:
-            generator: draws from each caption's posterior; None takes its mean, always the same picture.
+            generator: draws from each caption's posterior; one for all, or one for each picture. Without one the first
+                picture is the posterior's mean, always the same, and the others are drawn.
             output_type: pil; np (B R R 3, in [0, 1]); or pt (B 3 R R, in [0, 1]).
 
         Raises:
@@ -212,8 +258,10 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}")
         posterior = self._caption_posterior(prompts)
         latents = posterior.mean.repeat_interleave(num_images_per_prompt, dim=0)
-        if generator is not None:
+        if generator is not None or num_images_per_prompt > 1:
             spread = torch.exp(0.5 * posterior.logvar).repeat_interleave(num_images_per_prompt, dim=0)
+            if generator is None:
+                spread[::num_images_per_prompt] = 0
             generators = generator_per_picture(generator, len(latents))
             latents = latents + spread * initial_noise(latents.shape, generators, latents.device)
         images = self.decode_latents(latents, output_type)
@@ -282,8 +330,27 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"captions must be texts that say something, but are {texts!r}")
         ids = caption_ids(self.tokenizer, texts, self.model.config.max_length)
+        self._warn_of_lost_words(texts, ids)
         input_ids, mask = (t.to(self._execution_device) for t in padded_ids(ids, self.model.config.pad_token_id))
         return self.model.encode_caption(input_ids, mask)
+
+    def _warn_of_lost_words(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        """Says what of the texts the model does not read."""
+        longest = self.model.config.max_length
+        # What is as long as may be was cut, or just fits.
+        cut = [text for text, own in zip(texts, ids) if len(own) == longest and not self._fits(text)]
+        if cut:
+            logger.warning(
+                f"{len(cut)} of {len(texts)} captions have more than {longest} tokens and are cut there: {cut[0]!r}"
+            )
+        unknown = self.tokenizer.unk_token_id
+        strange = [text for text, own in zip(texts, ids) if set(own[1:-1]) <= {unknown}]
+        if strange:
+            logger.warning(f"the model knows none of the words of {strange[0]!r}, and cannot tell it from others such")
+
+    def _fits(self, text: str) -> bool:
+        longest = self.model.config.max_length
+        return len(caption_ids(self.tokenizer, [text], longest + 1)[0]) <= longest
 
     def _captions(
         self,
@@ -339,10 +406,18 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
                 raise ValueError(f"`images` must have shape (B, 3, {size}, {size}), but has {tuple(images.shape)}")
             return images.float() * 2 - 1
-        several = list(images) if isinstance(images, (list, tuple)) else [images]
+        if isinstance(images, np.ndarray):
+            if images.shape[1:] != (size, size, 3) or not np.issubdtype(images.dtype, np.floating):
+                raise ValueError(
+                    f"`images` must be floats of shape (B, {size}, {size}, 3), but are {images.dtype} of {images.shape}"
+                )
+            return torch.from_numpy(images).permute(0, 3, 1, 2).float() * 2 - 1
+        single = isinstance(images, (Image.Image, str)) or not hasattr(images, "__iter__")
+        several = [images] if single else list(images)
         if not several or not all(isinstance(image, Image.Image) for image in several):
-            raise ValueError("`images` must be a picture, a list of pictures, or a tensor")
-        return torch.stack([fitted(image, size, self.config.image_fit) for image in several])
+            raise ValueError("`images` must be a picture, a sequence of pictures, a tensor or an array")
+        fit, mode = self.config.image_fit, self.config.image_interpolation_mode
+        return torch.stack([fitted(image, size, fit, mode) for image in several])
 
     def _check_decoding(self, num_beams: int, top_p: float | None, temperature: float, max_length: int | None) -> None:
         """Raises ValueError for what cannot be."""
@@ -354,6 +429,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             raise ValueError(f"`top_p` draws and `num_beams` {num_beams} searches; choose one of them")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, but is {temperature}")
+        if temperature != 1 and top_p is None:
+            raise ValueError(f"`temperature` {temperature} is of draws, and there are none; `top_p` 1 draws among all")
         longest = self.model.config.max_length
         if max_length is not None and not 2 <= max_length <= longest:
             raise ValueError(f"`max_length` must be from 2 to {longest}, what the model knows, but is {max_length}")

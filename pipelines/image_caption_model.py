@@ -45,7 +45,8 @@ class LatentPosterior(NamedTuple):
 class ImageEncoder(nn.Module):
     """B 3 H W in [-1, 1] to the posterior's numbers, B 2D: convolutions on patches, and a linear map beside them.
 
-    The linear map is learned within a few hundred steps; what is not linear is left to the network.
+    The linear map is learned within a few hundred steps; what is not linear is left to the network. Each channel's
+    largest value anywhere is told as well: what a picture shows, wherever it is, which is what captions speak of.
     """
 
     def __init__(self, patch_size: int, map_channels: int, cells: int, latent_size: int, **blocks: Any):
@@ -62,11 +63,13 @@ class ImageEncoder(nn.Module):
             **blocks,
         )
         self.shortcut = nn.Conv2d(3, map_channels, factor, stride=factor)
-        self.out = nn.Linear(map_channels * cells**2, 2 * latent_size)
+        self.out = nn.Linear(map_channels * (cells**2 + 1), 2 * latent_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        latent_map = self.body(self.patches(pixel_values)) + self.shortcut(pixel_values)
-        return self.out(latent_map.flatten(1))
+        latent_map = self.body(self.patches(pixel_values))
+        anywhere = latent_map.amax((2, 3))
+        latent_map = latent_map + self.shortcut(pixel_values)
+        return self.out(torch.cat([latent_map.flatten(1), anywhere], dim=1))
 
 
 class ImageDecoder(nn.Module):
@@ -223,7 +226,8 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
             attn_pdrop=0.0,
             bos_token_id=config.start_token_id,
             eos_token_id=config.end_token_id,
-            pad_token_id=config.pad_token_id,
+            # Ended captions are fed padding while others go on; a padding token here would have GPT-2 warn of that.
+            pad_token_id=None,
             tie_word_embeddings=False,  # Diffusers does not save weights that share memory
         )
         self.caption_encoder = CaptionEncoder(encoder, config.latent_size)
@@ -260,7 +264,9 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def similarity_scale(self) -> Tensor:
         """The learned inverse temperature of the contrastive loss, capped as in CLIP."""
-        return self.logit_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+        # The gradient passes the cap: `clamp` alone would have none there, and the scale would never come down again.
+        above = (self.logit_scale - math.log(LARGEST_SCALE)).clamp(min=0).detach()
+        return (self.logit_scale - above).exp()
 
     @apply_forward_hook
     @torch.no_grad()

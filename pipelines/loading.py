@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,30 @@ def load_pipeline(
         )
     options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
     try:
-        return (pipeline_class or diffusers.DiffusionPipeline).from_pretrained(
-            folder, dtype=dtype or torch.float32, **options
-        )
+        with without_loading_bars():
+            return (pipeline_class or diffusers.DiffusionPipeline).from_pretrained(
+                folder, dtype=dtype or torch.float32, **options
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         # What a half-copied or foreign folder does to diffusers is of these kinds.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """A bar for each of a handful of small files tells nothing; those of sampling steps stay."""
+    import diffusers
+    import transformers
+
+    libraries = [library.utils.logging for library in (diffusers, transformers)]
+    shown = [logging for logging in libraries if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
 
 
 def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cli import Options, UserError, entry_point
 from pipelines.control_files import controls_of, open_controls
-from pipelines.pairs import sample_pairs
+from pipelines.pairs import drawings, makes_pairs, sample_pairs
 from pipelines.picture_grid import control_picture, enlarged, picture_grid
 from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     """For each row and each ControlNet: C H W in [0, 1]"""
 
 DTYPES = ("float32", "float16", "bfloat16")
+NUM_IMAGES = 4
 CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
 NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
 BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
@@ -54,21 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     briefs = read_briefs(options)
     control_files = open_controls(options.control_image or [])
     pipeline = _load(options)
+    _check_conditions(pipeline, options)
     if options.pairs is not None:
         sample_pairs(pipeline, options, output)
         return None
-    _check_conditions(pipeline, options)
     controls = controls_of(pipeline, control_files, options.height, options.width) if control_files else []
     started = time.perf_counter()
-    rows = generate(pipeline, options, briefs, controls)
+    both = makes_pairs(pipeline)
+    rows = drawings(pipeline, options.prompt, options) if both else generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
     shown = [[control_picture(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
     picture_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
-    sampler = type(pipeline.scheduler).__name__
-    print(
-        f"{len(rows)} x {len(rows[0])} pictures, {options.num_inference_steps} steps of {sampler}, "
-        f"{elapsed_seconds:.1f} s: {output}"
-    )
+    steps = "" if both else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
+    print(f"{len(rows)} x {len(rows[0])} pictures, {steps}{elapsed_seconds:.1f} s: {output}")
     return None
 
 
@@ -89,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_brief_fields(parser)
     _add_control_options(parser)
     add("--pairs", type=int, help="new pictures with their captions, so many: for a model of both")
-    add("--num_images", type=int, default=4, help="pictures in a row (default: 4)")
+    add("--num_images", type=int, default=NUM_IMAGES, help=f"pictures in a row (default: {NUM_IMAGES})")
     add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
     add("--num_inference_steps", type=int, default=25, help="default: 25")
     add("--guidance_scale", type=float, default=2.5, help="1 is no guidance (default: 2.5)")
@@ -102,8 +101,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", default="grid.png", help="PNG to write (default: grid.png)")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model of a class we do not have")
     options = parser.parse(argv)
-    for name in ("num_images", "num_inference_steps", "batch_size"):
-        if getattr(options, name) < 1:
+    for name in ("num_images", "num_inference_steps", "batch_size", "pairs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
     prompts, labels = len(options.prompt or []), len(options.class_label or [])
     if prompts > 1 and labels > 1 and prompts != labels:
@@ -164,6 +163,9 @@ def takes_briefs(pipeline: Any) -> bool:
 
 def _check_conditions(pipeline: Any, options: argparse.Namespace) -> None:
     """Raises UserError for what this kind of model knows nothing of."""
+    if makes_pairs(pipeline) or options.pairs is not None:
+        _check_pair_options(pipeline, options)
+        return
     foreign = CAPTION_OPTIONS if takes_briefs(pipeline) else ("brief", *BRIEF_FIELDS)
     given = [name for name in foreign if getattr(options, name) is not None]
     if given:
@@ -185,6 +187,29 @@ def _check_conditions(pipeline: Any, options: argparse.Namespace) -> None:
         raise UserError(f"--{given[0]} says how a control steers, but there is none; give --control_image")
     if takes_controls(pipeline) and options.control_image is None:
         print("Without --control_image the base model alone paints.")
+
+
+def _check_pair_options(pipeline: Any, options: argparse.Namespace) -> None:
+    """Raises UserError for what a model of pictures and captions knows nothing of, and for --pairs with another."""
+    if not makes_pairs(pipeline):
+        raise UserError(
+            f"--pairs wants a model of pictures and captions (training/train_image_caption.py), and {options.model} "
+            f"is a {type(pipeline).__name__}"
+        )
+    if (options.pairs is None) == (options.prompt is None):
+        raise UserError(
+            f"{options.model} is a model of pictures and captions; give it --pairs 8 to invent as many pairs, or "
+            "--prompt to draw what it says"
+        )
+    known = ("class_label", "negative_prompt", "height", "width", "brief", *BRIEF_FIELDS, "control_image", *STEERING)
+    given = [name for name in known if getattr(options, name) is not None]
+    if options.pairs is not None and options.num_images != NUM_IMAGES:
+        given.append("num_images")
+    if given:
+        raise UserError(
+            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__}, "
+            f"with {'--prompt' if options.pairs is None else '--pairs'}; leave it out"
+        )
 
 
 def takes_controls(pipeline: Any) -> bool:
@@ -284,7 +309,6 @@ def _load(options: argparse.Namespace) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(options.model, options.checkpoint)
-    _quiet_loading()
     dtype = getattr(torch, options.dtype)
     pipeline = load_pipeline(folder, dtype=dtype, trust_remote_code=options.trust_remote_code)
     if not hasattr(pipeline, "set_scheduler"):
@@ -299,15 +323,6 @@ def _load(options: argparse.Namespace) -> Any:
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _quiet_loading() -> None:
-    """A bar for each of a handful of small files tells nothing; the one of the sampling steps stays."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _check_output(output: Path) -> None:

@@ -19,8 +19,10 @@ from training.caption_objectives import (
     contrastive_losses,
     cosine_distances,
     same_captions,
+    same_pictures,
     scaled_errors,
     token_losses,
+    with_unknown_words,
 )
 from training.evaluation.bench_captions import loop_of_forwards
 from training.latent_prior import LatentPriorConfig, LatentPriorPhase
@@ -224,6 +226,34 @@ def test_rows_with_one_caption_are_no_wrong_answers():
     assert same_captions(ids, mask).all()
 
 
+def test_rows_with_one_picture_are_told_by_their_pixels():
+    images = torch.rand(4, 3, 16, 16)
+    images[2] = images[0]
+    images[3] = images[1]
+    images[3, 2, 15, 15] += 1 / 127
+    expected = torch.eye(4, dtype=torch.bool)
+    expected[0, 2] = expected[2, 0] = True
+    assert torch.equal(same_pictures(images), expected)
+
+
+def test_the_contrastive_loss_is_exact_under_autocast():
+    image = torch.nn.functional.normalize(torch.randn(16, 32), dim=1)
+    caption = image + 0.05 * torch.randn(16, 32)
+    same = torch.eye(16, dtype=torch.bool)
+    exact = contrastive_losses(image, caption, torch.tensor(100.0), same)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(contrastive_losses(image, caption, torch.tensor(100.0), same), exact, atol=1e-5)
+
+
+def test_unknown_words_spare_ends_and_padding():
+    everything = torch.ones(2, 9, dtype=torch.bool)
+    expected = torch.tensor([[1, 3, 3, 3, 2], [1, 3, 3, 2, 0]])
+    assert torch.equal(with_unknown_words(IDS, MASK, everything, 3), expected)
+    one = torch.zeros(2, 9, dtype=torch.bool)
+    one[0, 2] = one[1, 3] = one[1, 4] = True
+    assert with_unknown_words(IDS, MASK, one, 3).tolist() == [[1, 5, 3, 7, 2], [1, 8, 9, 2, 0]]
+
+
 def test_cosine_distances_and_scaled_errors():
     one, other = torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([[2.0, 0], [0, 3], [-1, 0]])
     assert torch.allclose(cosine_distances(one, other), torch.tensor([0.0, 1.0, 2.0]))
@@ -234,10 +264,13 @@ def test_cosine_distances_and_scaled_errors():
 
 def test_the_similarity_scale_is_capped():
     model = tiny_caption_model()
-    assert float(model.similarity_scale()) == pytest.approx(1 / 0.07)
+    assert model.similarity_scale().item() == pytest.approx(1 / 0.07)
     with torch.no_grad():
         model.logit_scale.fill_(20.0)
-    assert float(model.similarity_scale()) == pytest.approx(100.0)
+    scale = model.similarity_scale()
+    assert scale.item() == pytest.approx(100.0)
+    scale.backward()
+    assert float(model.logit_scale.grad) == pytest.approx(100.0)  # or it would stay above for good
 
 
 # --- the prior

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,9 @@ from PIL import Image
 from pipelines import caption as caption_script
 from pipelines import sample as sample_script
 from pipelines.cli import UserError
-from pipelines.image_caption import GumbelNoise, ImageCaptionPipeline, fitted
+from pipelines.image_caption import GumbelNoise, ImageCaptionPipeline, consensus, fitted
 from pipelines.latent_prior import LatentPriorModel
 from pipelines.loading import load_pipeline
-from pipelines.pairs import pair_sheet
 from tests.conftest import ROOT
 from tests.tiny_captions import (
     MODEL,
@@ -75,6 +75,21 @@ def test_gumbel_noise_draws_from_the_softmax():
     assert torch.allclose(shares, probabilities, atol=0.03)
 
 
+def test_the_consensus_is_most_like_all_of_them():
+    """The likeliest single caption of these is another one."""
+    captions = ["odd one", "odd one", "a red ball on grass", "a red ball on sand", "a blue ball on grass"]
+    assert consensus(captions) == "a red ball on grass"
+    assert consensus(["x"]) == "x"
+    assert consensus(["a", "b", "b"]) == "b"
+
+
+def test_candidates_do_not_depend_on_the_batch(pipeline):
+    options = {"num_candidates": 5, "temperature": 3.0}
+    together = pipeline.caption([picture(0), picture(1)], generator=generators(3, 4), **options)
+    assert together[1] == pipeline.caption(picture(1), generator=generators(4), **options)[0]
+    assert together != pipeline.caption([picture(0), picture(1)], generator=generators(5, 6), **options)
+
+
 def test_top_p_leaves_the_unlikely_out(pipeline):
     """Of a nucleus of one token, the draw is greedy."""
     drawn = pipeline.caption([picture(i) for i in range(3)], top_p=1e-6, generator=generators(7, 8, 9))
@@ -87,6 +102,9 @@ def test_drawings(pipeline):
     assert (one.min(), one.max()) >= (0, 0)
     assert one.max() <= 1
     assert np.allclose(one[:1], pipeline("a red circle", output_type="np").images, atol=1e-5)
+    unseeded = pipeline.draw("a red circle", 2, output_type="np").images
+    assert np.allclose(unseeded[0], one[0], atol=1e-5)
+    assert not np.array_equal(*unseeded)
     several = pipeline.draw("a red circle", 2, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert not np.array_equal(several[0], several[1])
     assert np.abs(several - one[0]).max() < 0.5  # the posterior is narrow
@@ -127,6 +145,39 @@ def test_pictures_are_read_as_in_training(tmp_path, fit, size):
     data = CaptionedPictures(load_split(config, "train", 0), config)
     pixels = data[SampleKey(1, 0)]["pixel_values"]
     assert torch.equal(fitted(Image.open(folder / "001.png"), RESOLUTION, fit), pixels)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F", "LA", "P", "CMYK"])
+def test_modes_of_pictures(mode):
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    if mode == "I;16":
+        image = Image.fromarray((ramp * 257).astype(np.uint16))
+    elif mode == "F":
+        image = Image.fromarray((ramp / 255).astype(np.float32))
+    else:
+        image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+    assert image.mode == mode
+    expected = fitted(Image.fromarray(ramp.astype(np.uint8)), 32, "crop")
+    assert (fitted(image, 32, "crop") - expected).abs().max() < 0.03
+
+
+def test_pictures_as_arrays_and_sequences(pipeline):
+    pictures = [picture(i, (RESOLUTION, RESOLUTION)) for i in range(2)]
+    expected = pipeline.encode_images(pictures)
+    array = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in pictures])
+    assert torch.allclose(pipeline.encode_images(array), expected, atol=1e-5)
+    assert torch.allclose(pipeline.encode_images(iter(pictures)), expected)
+
+
+def test_words_that_are_not_read_are_told(pipeline, caplog):
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        pipeline.draw(["a red circle", "a red circle, " * 9, "quux plugh"])
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "1 of 3 captions have more than 12 tokens" in told
+    assert "none of the words of 'quux plugh'" in told
 
 
 def test_stretched_pictures_come_back_in_proportion(tmp_path):
@@ -200,6 +251,11 @@ def test_half_precision(saved):
         (lambda p: p.caption(picture(0), top_p=0.9, num_beams=2), "choose one"),
         (lambda p: p.caption(picture(0), top_p=1.5), "must lie in"),
         (lambda p: p.caption(picture(0), top_p=0.5, temperature=0), "above 0"),
+        (lambda p: p.caption(picture(0), num_candidates=0), "positive integer"),
+        (lambda p: p.caption(picture(0), num_candidates=2, num_beams=2), "choose one"),
+        (lambda p: p.caption(picture(0), temperature=2.0), "`top_p` 1 draws among all"),
+        (lambda p: p.caption(np.zeros((1, 8, 8, 3))), "must be floats of shape"),
+        (lambda p: p.caption(np.zeros((1, 32, 32, 3), dtype=np.uint8)), "must be floats of shape"),
         (lambda p: p.caption(picture(0), max_length=99), "from 2 to 12"),
         (lambda p: p.draw(""), "say something"),
         (lambda p: p.draw(["a red circle", "  "]), "say something"),
@@ -240,8 +296,8 @@ def test_caption_command(saved, tmp_path, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     written = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert [row["file_name"] for row in written] == files
-    assert lines[:3] == [f"{row['file_name']}: {row['text']}" for row in written]
+    assert [row["file_name"] for row in written] == ["0.png", "1.png", "2.png"]
+    assert lines[:3] == [f"{file}: {row['text']}" for file, row in zip(files, written, strict=True)]
 
 
 def test_pairs_command(saved, tmp_path, capsys):
@@ -255,13 +311,54 @@ def test_pairs_command(saved, tmp_path, capsys):
     assert sheet.height > 160
 
 
-def test_captions_are_printed_under_the_pictures():
-    plain, printed = (pair_sheet([picture(0)], [text]) for text in ("", "a long caption of many words, " * 9))
-    assert plain.width == printed.width
-    assert printed.height > plain.height
-    below = np.asarray(printed)[-60:]
-    assert (below < 128).any()
-    assert np.array_equal(np.asarray(plain)[:150], np.asarray(printed)[:150])
+def test_prompts_are_drawn(saved, tmp_path, capsys):
+    words = ["--model", str(saved), "--device", "cpu", "--output", str(tmp_path / "grid.png")]
+    sample_script.main([*words, "--prompt", "a red circle", "a blue square", "--num_images", "3"])
+    assert "2 x 3 pictures" in capsys.readouterr().out
+    assert Image.open(tmp_path / "grid.png").width > 3 * RESOLUTION
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--pairs 8 to invent"),
+        (["--prompt", "a", "--pairs", "2"], "--pairs 8 to invent"),
+        (["--prompt", "a", "--class_label", "3"], "--class_label says nothing"),
+        (["--pairs", "2", "--height", "64"], "--height says nothing"),
+        (["--pairs", "2", "--num_images", "9"], "--num_images says nothing"),
+        (["--pairs", "0"], "--pairs must be at least 1"),
+    ],
+)
+def test_sample_options_that_say_nothing_to_it(saved, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        sample_script.main(["--model", str(saved), "--output", str(tmp_path / "x.png"), *words])
+
+
+def test_captions_written_beside_the_pictures_are_an_imagefolder(saved, tmp_path, capsys):
+    (tmp_path / "scans").mkdir()
+    picture(0).save(tmp_path / "scans/0.png")
+    output = tmp_path / "scans/metadata.jsonl"
+    words = [str(tmp_path / "scans/0.png"), "--model", str(saved), "--output", str(output)]
+    caption_script.main(words)
+    assert json.loads(output.read_text())["file_name"] == "0.png"
+    output.write_text("by hand")
+    with pytest.raises(UserError, match="is there already"):
+        caption_script.main(words)
+    assert output.read_text() == "by hand"
+    caption_script.main([*words, "--overwrite"])
+    assert json.loads(output.read_text())["file_name"] == "0.png"
+
+
+def test_a_picture_that_breaks_off_costs_no_other_its_caption(saved, tmp_path, capsys):
+    files = []
+    for i in range(3):
+        files.append(tmp_path / f"{i}.png")
+        Image.effect_noise((64, 64), 90).convert("RGB").save(files[-1])
+    files[2].write_bytes(files[2].read_bytes()[:2000])
+    words = [*map(str, files), "--model", str(saved), "--output", str(tmp_path / "c.jsonl"), "--batch_size", "2"]
+    with pytest.raises(UserError, match="2.png is no readable picture"):
+        caption_script.main(words)
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -290,10 +387,6 @@ def test_pairs_of_a_model_without_captions(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "other")
     words = ["--model", str(tmp_path / "other"), "--pairs", "2", "--output", str(tmp_path / "x.png")]
     with pytest.raises(UserError, match="model of pictures and captions"):
-        sample_script.main(words)
-    tiny_caption_pipeline().save_pretrained(tmp_path / "own")
-    words = ["--model", str(tmp_path / "own"), "--pairs", "0", "--output", str(tmp_path / "x.png")]
-    with pytest.raises(UserError, match="--pairs must be at least 1"):
         sample_script.main(words)
 
 

@@ -10,6 +10,7 @@ import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -119,17 +120,25 @@ def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
                 yield caption
 
 
-def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int) -> Any:
+def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, pipeline: Path | None = None) -> Any:
     """The tokenizer that is named, or one trained on the captions of `dataset`: the same for the same captions.
 
     Args:
         max_length: L at most.
+        pipeline: of weights that are there already. Its tokenizer is taken: with another one ids mean other words.
 
     Raises:
-        UserError: no captions, or a tokenizer that cannot mark a caption's start, end and padding.
+        UserError: no captions, a tokenizer that cannot mark a caption's start, end and padding, or not the pipeline's.
     """
     require_column(dataset, config.caption_column, "caption_column")
-    if config.tokenizer:
+    if pipeline is not None:
+        tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
+        if config.tokenizer and load_tokenizer(config.tokenizer).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"the tokenizer '{config.tokenizer}' is not that of the weights in {pipeline}: its ids mean other "
+                "words; leave --tokenizer unset, and theirs is taken"
+            )
+    elif config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
         for name, token in (("start", tokenizer.bos_token), ("end", tokenizer.eos_token)):
             if token is None:

@@ -33,10 +33,12 @@ def contrastive_losses(image_latents: Tensor, caption_latents: Tensor, scale: Te
     Args:
         image_latents, caption_latents: B D; row i of one belongs to row i of the other.
         scale: the inverse temperature that cosines are multiplied by.
-        same: B B, bool: rows with one and the same caption, which are no wrong answers and are left out.
+        same: B B, bool: rows with one and the same caption or picture, which are no wrong answers and are left out.
     """
     images, captions = F.normalize(image_latents.float(), dim=1), F.normalize(caption_latents.float(), dim=1)
-    logits = scale * images @ captions.T
+    # Autocast would round cosines to three digits, and `scale` is up to a hundred.
+    with torch.autocast(images.device.type, enabled=False):
+        logits = scale.float() * images @ captions.T
     others = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     logits = logits.masked_fill(others, float("-inf"))
     own = torch.arange(len(logits), device=logits.device)
@@ -54,6 +56,31 @@ def same_captions(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Which rows are the same caption. B B, bool."""
     ids = input_ids.masked_fill(attention_mask == 0, -1)
     return (ids[:, None] == ids[None]).all(-1)
+
+
+def same_pictures(pixel_values: Tensor) -> Tensor:
+    """Which rows are the same picture, by two weighted sums of its numbers. B B, bool.
+
+    Args:
+        pixel_values: B 3 H W.
+    """
+    pixels = pixel_values.float().flatten(1)
+    places = torch.arange(1, pixels.shape[1] + 1, device=pixels.device, dtype=torch.float32)
+    # Sums along rows, not a product of matrices, which may add up one row in another order than the next.
+    sums = torch.stack([(pixels * weights).sum(1) for weights in (places.sin(), places.cos())], dim=1)
+    return (sums[:, None] == sums[None]).all(-1)
+
+
+def with_unknown_words(input_ids: Tensor, attention_mask: Tensor, chosen: Tensor, unknown_token_id: int) -> Tensor:
+    """Ids with `chosen` words read as unknown; a caption's first and last token and its padding stay. B L.
+
+    Args:
+        chosen: B M, bool, M at least L.
+    """
+    length = input_ids.shape[1]
+    places = torch.arange(length, device=input_ids.device)
+    words = (places > 0) & (places < attention_mask.sum(1, keepdim=True) - 1)
+    return input_ids.masked_fill(words & chosen[:, :length], unknown_token_id)
 
 
 def scaled_errors(images: Tensor, references: Tensor, variance: Tensor) -> Tensor:

@@ -23,17 +23,16 @@ def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Calla
         poll: called between the rows; it raises when the run is asked to stop.
     """
     pipeline.set_progress_bar_config(disable=True)
-    count = min(config.num_previews, len(data))
+    columns = max(config.num_previews, len(config.preview_prompts or []))
+    count = min(columns, len(data))
     batch = fetch(data, [SampleKey(row, 0) for row in range(count)])
-    prompts = (config.preview_prompts or batch["caption"])[: config.num_previews]
+    prompts = config.preview_prompts or batch["caption"]
     images, captions = list(pipeline.draw(prompts).images), list(prompts)
-    _fill_row(images, captions, config.num_previews)
+    _fill_row(images, captions, columns)
     poll()
     if pipeline.prior is not None:
-        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_previews)]
-        pairs = pipeline.sample(
-            config.num_previews, generator=generators, num_inference_steps=config.preview_inference_steps
-        )
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(columns)]
+        pairs = pipeline.sample(columns, generator=generators, num_inference_steps=config.preview_inference_steps)
         images += pairs.images
         captions += [f"invented: {caption}" for caption in pairs.captions]
         poll()
@@ -43,8 +42,8 @@ def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Calla
     for row, words in ((originals, batch["caption"]), (pipeline.decode_latents(latents), told)):
         images += row
         captions += [f"{'truth' if row is originals else 'as told'}: {caption}" for caption in words]
-        _fill_row(images, captions, config.num_previews)
-    return Previews(images, captions, columns=config.num_previews)
+        _fill_row(images, captions, columns)
+    return Previews(images, captions, columns=columns)
 
 
 def _fill_row(images: list[Any], captions: list[str], columns: int) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ from training.caption_objectives import (
     contrastive_losses,
     cosine_distances,
     same_captions,
+    same_pictures,
     scaled_errors,
     token_losses,
+    with_unknown_words,
 )
 from training.caption_previews import caption_previews
 from training.data import validate_data_config
@@ -76,13 +79,15 @@ class Config(RunConfig, CaptionDataConfig):
     image_weight: float = option(1.0)
     """Weight of the picture's squared error, in units of the pictures' variance"""
     caption_weight: float = option(1.0)
-    """Weight of the caption's cross-entropy per token"""
+    """Weight of the caption's cross-entropy, the mean over its tokens"""
     alignment_weight: float = option(0.5)
     """Weight of the symmetric InfoNCE loss and the cosine distance between a pair's two latents"""
     kl_weight: float = option(1e-3)
     """Weight of the posteriors' KL divergence to a standard normal, per latent number"""
     cross_share: float = option(0.5)
     """Share of pictures that are decoded from their caption's latent, and of captions from their picture's"""
+    word_dropout: float = option(0.1)
+    """Share of its words that a caption's encoder reads as <UNK> in training, so that unknown words mean something"""
     init_from: str | None = option(None)
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
@@ -101,6 +106,8 @@ class Config(RunConfig, CaptionDataConfig):
         for name in WEIGHTS:
             check_at_least(name, getattr(self, name), 0)
         check_at_least("num_previews", self.num_previews, 1)
+        if not all(prompt.strip() for prompt in self.preview_prompts or []):
+            raise UserError(f"--preview_prompts {self.preview_prompts} has an empty caption; each must say something")
         if not (self.image_weight or self.caption_weight or self.alignment_weight):
             raise UserError(
                 "nothing to learn from: one of --image_weight, --caption_weight, --alignment_weight must be above 0"
@@ -110,8 +117,9 @@ class Config(RunConfig, CaptionDataConfig):
                 "--train_batch_size 1 has no other pair to tell a pair from, which --alignment_weight "
                 f"{self.alignment_weight} needs; raise the batch size, or set the weight to 0"
             )
-        if not 0 <= self.cross_share <= 1:
-            raise UserError(f"--cross_share is {self.cross_share}; it is a share in [0, 1]")
+        for name in ("cross_share", "word_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it is a share in [0, 1]")
 
 
 class ImageCaptionPhase(Phase):
@@ -141,6 +149,14 @@ class ImageCaptionPhase(Phase):
         """Ids and mask, B L each."""
         return self.tokens(batch["caption"], batch["pixel_values"].device)
 
+    def read_ids(self, ids: Tensor, mask: Tensor, draws: Draws) -> Tensor:
+        """What the caption's encoder reads in training: `--word_dropout` of the words are unknown. B L."""
+        unknown = self.model.config.unknown_token_id
+        if not self.config.word_dropout or unknown is None:
+            return ids
+        chosen = draws.uniform("words", (self.model.config.max_length,)) < self.config.word_dropout
+        return with_unknown_words(ids, mask, chosen, unknown)
+
     def posteriors(self, batch: Batch, ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
         """Of pictures and of captions."""
         with self.plain(ids.shape[1]):
@@ -160,22 +176,25 @@ class ImageCaptionPhase(Phase):
         with self.plain(ids.shape[1] + self.model.config.prefix_length):
             return token_losses(self.model.caption_logits(latents, ids), ids, mask)
 
-    def alignment_losses(self, image: Tensor, caption: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """InfoNCE and cosine distance of posterior means. B."""
-        contrast = contrastive_losses(image, caption, self.model.similarity_scale(), same_captions(ids, mask))
+    def alignment_losses(self, image: Tensor, caption: Tensor, same: Tensor) -> Tensor:
+        """InfoNCE and cosine distance of posterior means; `same` (B B) are no wrong answers to each other. B."""
+        contrast = contrastive_losses(image, caption, self.model.similarity_scale(), same)
         return contrast + cosine_distances(image, caption)
 
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The loss's terms by the name of their weight; one whose weight is 0 carries no gradient."""
         ids, mask = self.caption_ids(batch)
-        image, caption = self.posteriors(batch, ids, mask)
+        image, caption = self.posteriors(batch, self.read_ids(ids, mask, draws), mask)
         drawn = [part.sample(draws.normal(name, part.mean.shape[1:])) for name, part in _named(image, caption)]
         shown = _either(drawn[0], drawn[1], draws.uniform("image_route") < self.config.cross_share)
         told = _either(drawn[1], drawn[0], draws.uniform("caption_route") < self.config.cross_share)
 
+        same = same_captions(ids, mask) | same_pictures(batch["pixel_values"])
+
         def caption_loss() -> Tensor:
+            # Each caption counts the same, however many its tokens: any split into micro-batches is the same loss.
             sums, counts = self.caption_losses(told, ids, mask)
-            return sums.sum() / counts.sum()
+            return (sums / counts).mean()
 
         def kl() -> Tensor:
             return 0.5 * sum(gaussian_kl(part.mean, part.logvar).mean() for part in (image, caption))
@@ -183,7 +202,7 @@ class ImageCaptionPhase(Phase):
         compute: dict[str, Callable[[], Tensor]] = {
             "image_weight": lambda: self.image_losses(shown, batch).mean(),
             "caption_weight": caption_loss,
-            "alignment_weight": lambda: self.alignment_losses(image.mean, caption.mean, ids, mask).mean(),
+            "alignment_weight": lambda: self.alignment_losses(image.mean, caption.mean, same).mean(),
             "kl_weight": kl,
         }
         found = {}
@@ -218,7 +237,7 @@ class ImageCaptionStage(Stage):
         self._train, self._validation = load_captioned(config, config.seed)
         for data in filter(None, (self._train, self._validation)):
             require_clean(data, tell=logger.info)
-        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length)
+        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length, self._weights())
         seen, which = (self._validation, "validation") if self._validation else (self._train, "training")
         tell_round_trips(self.tokenizer, seen.captioned, self._train.captioned, config.caption_column, which)
         self.aspect_ratio = self._train.aspect_ratio()
@@ -235,6 +254,17 @@ class ImageCaptionStage(Stage):
             load_initial_weights(config.init_from, self.ema_of)
         logger.info("%s", model_summary(self.ema_of))
 
+    def _weights(self) -> Path | None:
+        """The pipeline whose weights are gone on with: the run's own, or what was named."""
+        from pipelines.loading import find_pipeline
+
+        config = self.config
+        if config.validate_model:
+            return find_pipeline(config.validate_model)
+        if has_checkpoint(config.output_dir):
+            return find_pipeline(config.output_dir, "latest")
+        return find_pipeline(config.init_from) if config.init_from else None
+
     def _new_prior(self) -> Any:
         from pipelines.latent_prior import LatentPriorModel
 
@@ -249,28 +279,28 @@ class ImageCaptionStage(Stage):
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """By posterior means, each of picture and caption decoded from both."""
-        phase, pixels = self.phase, batch["pixel_values"]
+        phase, pixels, share = self.phase, batch["pixel_values"], self.config.cross_share
         ids, mask = phase.caption_ids(batch)
         image, caption = (posterior.mean for posterior in phase.posteriors(batch, ids, mask))
-        count = len(pixels)
+        same = same_captions(ids, mask) | same_pictures(pixels)
         told, tokens = phase.caption_losses(image, ids, mask)
         repeated, _ = phase.caption_losses(caption, ids, mask)
         decoded = self.model.decode_image(image).float()
-        similar = torch.nn.functional.cosine_similarity
+        cosines = torch.nn.functional.cosine_similarity(image[:, None], caption[None], dim=2)
         sums = {
-            "count": torch.tensor(count),
+            "count": torch.tensor(len(pixels)),
             "tokens": tokens.sum(),
             "told": told.sum(),
-            "repeated": repeated.sum(),
+            "caption": ((1 - share) * repeated / tokens + share * told / tokens).sum(),
             "shown": scaled_errors(decoded, pixels, phase.variance).sum(),
             "drawn": phase.image_losses(caption, batch).sum(),
-            "alignment": phase.alignment_losses(image, caption, ids, mask).sum(),
+            "alignment": phase.alignment_losses(image, caption, same).sum(),
             "psnr": psnr(decoded, pixels).sum(),
             "ssim": ssim(decoded, pixels).sum(),
-            "true": similar(image, caption).sum(),
-            # A batch of one has nothing to be shuffled with.
-            "shuffled": similar(image, caption.roll(1, 0)).sum() * (count > 1),
-            "shuffled_count": torch.tensor(count * (count > 1)),
+            "true": cosines.diagonal().sum(),
+            # Of each picture with every other caption of the batch; a batch of one has none.
+            "shuffled": cosines.masked_fill(same, 0).sum(),
+            "shuffled_count": (~same).sum(),
         }
         if self.prior is not None:
             latents = phase.image_latents(batch, draws)
@@ -281,7 +311,7 @@ class ImageCaptionStage(Stage):
         config, count, tokens = self.config, sums["count"], sums["tokens"]
         share = config.cross_share
         image_loss = ((1 - share) * sums["shown"] + share * sums["drawn"]) / count
-        caption_loss = ((1 - share) * sums["repeated"] + share * sums["told"]) / tokens
+        caption_loss = sums["caption"] / count
         weighted = config.image_weight * image_loss + config.caption_weight * caption_loss
         found = {
             "val_loss": weighted + config.alignment_weight * sums["alignment"] / count,
@@ -310,6 +340,7 @@ class ImageCaptionStage(Stage):
             prior=self.prior,
             image_fit=self.config.image_fit,
             aspect_ratio=self.aspect_ratio,
+            image_interpolation_mode=self.config.image_interpolation_mode,
         )
 
 

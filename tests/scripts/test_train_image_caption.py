@@ -17,7 +17,10 @@ from tests.conftest import forget_accelerate
 from tests.runs import ROOT, assert_same_state, launch, rows
 from tests.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
 from training import train_image_caption
+from training.caption_data import CaptionTokens
 from training.checkpoint import load_tensors
+from training.evaluation import evaluate_captions
+from training.evaluation.captions import caption_scores
 from training.parsing import parse_config
 from training.sampler import Draws, SampleKey
 from training.validation import fetch
@@ -57,7 +60,7 @@ def gradients(stage, rows_=range(6)) -> dict[str, torch.Tensor]:
     """Of the model's parameters after one backward pass, 0 where none arrives."""
     batch = fetch(stage.train_data(), [SampleKey(row, row) for row in rows_])
     stage.phase.zero_grad()
-    stage.phase(batch, Draws(0, 0, range(len(rows_))))[0].backward()
+    stage.phase(batch, Draws(0, 0, rows_))[0].backward()
     named = stage.model.named_parameters()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
@@ -240,6 +243,20 @@ def test_losses_fall_and_captions_are_learned(tmp_path, flags):
     assert (similar.argmax(0) == torch.arange(24)).float().mean() >= 0.5
 
 
+def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
+    """By the pair's place in the global batch, and only what the encoder reads: captions are learned whole."""
+    phase = stage_of(flags, "--word_dropout", "0.25").phase
+    ids, mask = phase.tokens([caption(i) for i in range(24)], "cpu")
+    words = mask.sum().item() - 2 * len(ids)
+    changed = torch.stack([phase.read_ids(ids, mask, Draws(0, step, range(24))) != ids for step in range(100)])
+    deviation = (0.25 * 0.75 / (100 * words)) ** 0.5
+    assert abs(changed.sum().item() / (100 * words) - 0.25) < 4 * deviation
+    assert not changed[:, :, 0].any()
+    second_half = phase.read_ids(ids[12:], mask[12:], Draws(0, 0, range(12, 24)))
+    assert torch.equal(second_half, phase.read_ids(ids, mask, Draws(0, 0, range(24)))[12:])
+    assert torch.equal(stage_of(flags, "--word_dropout", "0").phase.read_ids(ids, mask, Draws(0, 0, range(24))), ids)
+
+
 # --- bad input
 
 
@@ -249,7 +266,9 @@ def test_losses_fall_and_captions_are_learned(tmp_path, flags):
         (("--image_weight", "0", "--caption_weight", "0", "--alignment_weight", "0"), "nothing to learn from"),
         (("--train_batch_size", "1"), "no other pair"),
         (("--cross_share", "2"), "share in \\[0, 1\\]"),
+        (("--word_dropout", "-0.1"), "share in \\[0, 1\\]"),
         (("--kl_weight", "-1"), "at least 0"),
+        (("--preview_prompts", '["a cat", " "]'), "an empty caption"),
         (("--model.num_attention_heads", "3"), "multiple of"),
         (("--model.norm_num_groups", "5"), "multiples of"),
         (("--model.max_length", "2"), "at least 3"),
@@ -285,10 +304,93 @@ def test_long_captions_are_cut_and_counted_once(caplog, flags):
     assert (ids[0, 0], ids[0, -1], mask.sum()) == (1, 2, 5)
 
 
-def test_a_tokenizer_that_does_not_fit(tmp_path, launched, flags):
-    """Of another vocabulary than the weights to start from."""
-    with pytest.raises(UserError, match="another model than the one configured"):
-        stage_of(flags, "--init_from", str(launched), "--vocab_size", "6", "--output_dir", str(tmp_path / "new"))
+@pytest.fixture
+def other_words(tmp_path, pictures) -> Path:
+    """The same pictures with as many other words, in whose tokenizer the same ids mean these."""
+    folder = tmp_path / "other_words"
+    shutil.copytree(pictures, folder)
+    text = (folder / "metadata.jsonl").read_text()
+    for word, other in {"red": "zebra", "blue": "aardvark", "circle": "alps"}.items():
+        text = text.replace(word, other)
+    (folder / "metadata.jsonl").write_text(text)
+    return folder
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path, launched, flags, other_words):
+    """Of other words than the weights to start from."""
+    stage = stage_of(flags, "--train_data_dir", str(other_words))
+    stage.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = ("--init_from", str(launched), "--tokenizer", str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match="its ids mean other words"):
+        stage_of(flags, *words, "--output_dir", str(tmp_path / "new"))
+
+
+def test_weights_keep_their_tokenizer(tmp_path, launched, flags, other_words):
+    """Whatever captions are trained on: started from, gone on with, or validated."""
+    own = stage_of(flags).tokenizer.get_vocab()
+    there = ("--train_data_dir", str(other_words))
+    assert stage_of(flags, *there).tokenizer.get_vocab() != own
+    new = ("--init_from", str(launched), "--output_dir", str(tmp_path / "new"))
+    for more in (new, ("--output_dir", str(launched)), ("--validate_only", "true", "--validate_model", str(launched))):
+        assert stage_of(flags, *there, *more).tokenizer.get_vocab() == own
+
+
+def test_captions_may_be_in_any_column(tmp_path, pictures, flags):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    text = (folder / "metadata.jsonl").read_text().replace('"text"', '"title"')
+    (folder / "metadata.jsonl").write_text(text)
+    stage = stage_of(flags, "--train_data_dir", str(folder), "--caption_column", "title")
+    assert stage.tokenizer.get_vocab() == stage_of(flags).tokenizer.get_vocab()
+    assert stage.train_data()[SampleKey(0, 0)]["caption"] == stage_of(flags).train_data()[SampleKey(0, 0)]["caption"]
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_split(flags):
+    """But for the alignment, whose wrong answers are those of the micro-batch."""
+    stage = stage_of(flags, "--alignment_weight", "0")
+    some = range(7, 17)
+    lengths = [len(text.split()) for text in fetch(stage.train_data(), [SampleKey(i, i) for i in some])["caption"]]
+    assert sum(lengths[:5]) != sum(lengths[5:])
+    halves = [gradients(stage, some[:5]), gradients(stage, some[5:])]
+    for name, gradient in gradients(stage, some).items():
+        assert torch.allclose(gradient, (halves[0][name] + halves[1][name]) / 2, rtol=1e-4, atol=1e-6), name
+
+
+def test_the_evaluation_script(tmp_path, launched, pictures):
+    """Its figures are those of the pipeline, and pairs whose picture was trained on are left out."""
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data / "train")
+    (data / "validation").mkdir()
+    lines = []
+    for i in range(6):
+        name = f"{i}.png"
+        image = picture(i)
+        if i != 3:
+            image.putpixel((0, 0), (9 * i, 90, 9))  # as no picture trained on has it
+        image.save(data / "validation" / name)
+        lines.append(json.dumps({"file_name": name, "text": caption(i)}))
+    (data / "validation/metadata.jsonl").write_text("\n".join(lines))
+
+    words = ["--model", str(launched), "--dataset_name", str(data), "--pictures", str(tmp_path / "png")]
+    evaluate_captions.main([*words, "--output", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["pairs"], figures["left_out"]) == (5, 1)
+    pipeline = load_pipeline(launched)
+    config = evaluate_captions.CaptionEvaluationConfig(model=str(launched), dataset_name=str(data))
+    held_out = evaluate_captions.data_of(config, pipeline)[1]
+    batch = fetch(held_out, [SampleKey(row, 0) for row in (0, 1, 2, 4, 5)])
+    images = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
+    captions = pipeline.encode_captions(batch["caption"])
+    assert figures["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
+    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length)(batch["caption"])
+    for name, latents in (("perplexity", images), ("repeated_perplexity", captions)):
+        logits = pipeline.model.caption_logits(latents, ids)[:, :-1]
+        chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][mask[:, 1:] == 1]
+        assert figures[name] == pytest.approx((-chosen.mean()).exp().item(), rel=1e-4)
+    assert figures["perplexity"] != pytest.approx(figures["repeated_perplexity"], rel=1e-4)
+    told = pipeline.caption((batch["pixel_values"] + 1) / 2)
+    assert figures["bleu_2"] == pytest.approx(caption_scores(told, batch["caption"])["bleu_2"])
+    assert len(list((tmp_path / "png").glob("*.png"))) == 3
 
 
 def test_a_tokenizer_without_ends(tmp_path, flags):

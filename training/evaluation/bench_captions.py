@@ -122,10 +122,11 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
 
 
 def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any) -> tuple[Callable[[int], None], int]:
-    """A step of model and prior as the loop does it, and how many parameters it trains."""
+    """A step of model and prior as the loop does it, EMA included, and how many parameters it trains."""
     from pipelines.latent_prior import LatentPriorModel
     from training.caption_data import CaptionTokens
     from training.caption_models import build_model
+    from training.ema import EMA
     from training.latent_prior import LatentPriorPhase
 
     torch.manual_seed(0)
@@ -138,6 +139,7 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
     prior = LatentPriorModel(settings.model.latent_size, settings.prior.hidden_size, settings.prior.num_layers)
     phases = [phase.to(device), LatentPriorPhase(prior, settings.prior, phase.image_latents).to(device)]
     parameters = [[p for p in one.parameters() if p.requires_grad] for one in phases]
+    ema = EMA({"model": phase.model, "prior": prior}, settings.ema_decay, settings.ema_update_every)
     optimizers = [torch.optim.AdamW(own, fused=True) for own in parameters]
     for own, optimizer in zip(parameters, optimizers):
         if not batch_size:
@@ -149,12 +151,14 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
 
     def step(number: int) -> None:
         batch = {"pixel_values": pixels, "caption": captions}
-        for one, optimizer in zip(phases, optimizers):
+        for one, own, optimizer in zip(phases, parameters, optimizers):
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):
                 loss, _ = one(batch, Draws(0, number, range(batch_size), device))
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(own, settings.max_grad_norm)
             optimizer.step()
+        ema.update(number + 1)
 
     return step, sum(p.numel() for own in parameters for p in own)
 

@@ -60,30 +60,42 @@ def perplexity(total_loss: float, tokens: float) -> float:
     return math.exp(total_loss / tokens)
 
 
-def retrieval_figures(similarity: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+def same_pairs(captions: Sequence[str], pictures: Sequence[str] | None = None) -> np.ndarray:
+    """Which pairs have one caption or one picture. N × N, bool.
+
+    Args:
+        captions: N.
+        pictures: N, something that is equal for equal pictures; None where all are different.
+    """
+    same = np.zeros((len(captions), len(captions)), dtype=bool)
+    for names in filter(None, (list(captions), list(pictures or []))):
+        values = np.array(names)
+        same |= values[:, None] == values[None]
+    return same
+
+
+def retrieval_figures(similarity: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """Recall at 1, 5 and 10, from pictures to captions and back: whether a right answer is among the first so many.
 
     Args:
         similarity: N × N, of picture i with caption j.
-        captions: N; where several pictures have one caption, each of them is a right answer to it.
+        right: N × N, bool: which captions are right answers to which pictures (`same_pairs`).
     """
-    texts = np.array(captions)
-    right = texts[:, None] == texts[None]
     figures: dict[str, float] = {}
     for name, scores, answers in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
         # The rank of the best right answer: how many wrong ones are at least as near, ties counting against it.
         best = np.where(answers, scores, -np.inf).max(1, keepdims=True)
-        ahead = ((scores >= best) & ~answers).sum(1)
+        ahead = (~(scores < best) & ~answers).sum(1)  # so that what is no number is never found
         figures |= {f"{name}_recall_{k}": float((ahead < k).mean()) for k in RANKS}
     return figures
 
 
-def alignment_figures(similarity: np.ndarray, captions: Sequence[str], seed: int = 0) -> dict[str, float]:
+def alignment_figures(similarity: np.ndarray, right: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean cosine of true pairs and of shuffled ones, with standard errors of the means.
 
     Args:
         similarity: N × N cosines, of picture i with caption j.
-        captions: N; a shuffled pair with the true words is left out.
+        right: N × N, bool, as in `retrieval_figures`; a shuffled pair that is right is left out.
 
     Returns:
         alignment, alignment_shuffled, each with _standard_error; and alignment_gap, their difference in standard errors
@@ -91,8 +103,7 @@ def alignment_figures(similarity: np.ndarray, captions: Sequence[str], seed: int
     """
     true = np.diag(similarity)
     order = np.random.default_rng(seed).permutation(len(true))
-    texts = np.array(captions)
-    wrong = texts[order] != texts
+    wrong = ~right[np.arange(len(true)), order]
     shuffled = similarity[np.arange(len(true)), order][wrong]
     means = {"alignment": true, "alignment_shuffled": shuffled}
     figures: dict[str, float] = {}

@@ -4,13 +4,15 @@
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\
         --output train.json --pictures docs/images
 
-Data, split and seed are those of the run, unless they are named.
+Data, split and seed are those of the run, unless they are named. Held-out pairs whose picture was trained on as well,
+under another caption, are left out and counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
+from pipelines.captioned_grid import image_grid
 from pipelines.cli import UserError, entry_point
 from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, load_captioned
 from training.caption_objectives import token_losses
@@ -29,11 +32,12 @@ from training.evaluation.captions import (
     caption_scores,
     perplexity,
     retrieval_figures,
+    same_pairs,
 )
 from training.evaluation.images import psnr, ssim, to_pil
 from training.launch import threads_per_process
 from training.parsing import parse_config
-from training.previews import image_grid, save_png
+from training.previews import save_png
 from training.run_config import check_at_least, check_choice
 from training.run_folder import write_atomically
 from training.sampler import SampleKey
@@ -57,6 +61,8 @@ class CaptionEvaluationConfig:
     """Look at so many pairs only, the first ones; 0 looks at all"""
     num_beams: int = 1
     """Of the captions; 1 is greedy"""
+    num_candidates: int = 1
+    """Captions that are drawn for each picture, of which the one most like all of them is taken; 1 draws none"""
     num_pairs: int = 8
     """Invented pairs in the picture of them"""
     seed: int = 0
@@ -71,7 +77,8 @@ class CaptionEvaluationConfig:
             raise UserError("--model is missing; name a run of train_image_caption.py, a checkpoint or a pipeline")
         check_choice("split", self.split, ("train", "validation"))
         check_at_least("max_samples", self.max_samples, 0)
-        check_at_least("num_beams", self.num_beams, 1)
+        for name in ("num_beams", "num_candidates"):
+            check_at_least(name, getattr(self, name), 1)
 
 
 def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
@@ -89,23 +96,31 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     data = train if config.split == "train" else held_out
     if data is None:
         raise UserError(f"the data of {config.model} has no held-out pairs; look at --split train")
-    count = min(len(data), config.max_samples or len(data))
-    found = _over_batches(pipeline, data, count, config)
+    rows = list(range(len(data)))
+    if data is held_out:
+        known = {name for batch in _batches(train, range(len(train))) for name in picture_names(batch)}
+        seen = [name in known for batch in _batches(data, rows) for name in picture_names(batch)]
+        rows = [row for row in rows if not seen[row]]
+        if not rows:
+            raise UserError(f"all {len(data):,} held-out pictures of {config.model} are among those it trained on")
+    rows = rows[: config.max_samples or None]
+    found = _over_batches(pipeline, data, rows, config)
     truth, told = found.pop("truth"), found.pop("told")
-    similarity = found.pop("similarity")
+    similarity, right = found.pop("similarity"), same_pairs(truth, found.pop("pictures"))
     constant, constant_bleu = best_constant_caption(_captions(train), truth)
     figures: dict[str, Any] = {
-        "pairs": count,
+        "pairs": len(rows),
+        **({"left_out": sum(seen)} if data is held_out else {}),
         **caption_scores(told, truth),
         "constant_caption": constant,
         "constant_caption_bleu_4": constant_bleu,
-        "exact_captions": sum(a == " ".join(b.lower().split()) for a, b in zip(told, truth)) / count,
+        "exact_captions": sum(a == " ".join(b.lower().split()) for a, b in zip(told, truth)) / len(rows),
         **found,
-        **retrieval_figures(similarity, truth),
-        **alignment_figures(similarity, truth, config.seed),
+        **retrieval_figures(similarity, right),
+        **alignment_figures(similarity, right, config.seed),
     }
     if config.pictures:
-        _save_pictures(pipeline, data, told, config)
+        _save_pictures(pipeline, data, rows, told, config)
     if config.output:
         write_atomically(Path(config.output), json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     return figures
@@ -122,7 +137,20 @@ def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPi
     if config.dataset_name:
         chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
     chosen |= {"resolution": pipeline.model.config.sample_size, "image_fit": pipeline.config.image_fit}
+    chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
+    # No picture is flipped or cut elsewhere than in its middle: they are looked at as the pipeline would.
+    chosen |= {"random_flip": False, "center_crop": True}
     return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0))
+
+
+def picture_names(batch: Mapping[str, Any]) -> list[str]:
+    """A name for each picture of a batch: equal ones have the same."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["pixel_values"].contiguous()]
+
+
+def _batches(data: CaptionedPictures, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    for start in range(0, len(rows), BATCH):
+        yield fetch(data, [SampleKey(row, 0) for row in rows[start : start + BATCH]])
 
 
 def _folders(path: Path) -> list[Path]:
@@ -138,22 +166,29 @@ def _captions(data: CaptionedPictures) -> list[str]:
 
 @torch.no_grad()
 def _over_batches(
-    pipeline: Any, data: CaptionedPictures, count: int, config: CaptionEvaluationConfig
+    pipeline: Any, data: CaptionedPictures, rows: Sequence[int], config: CaptionEvaluationConfig
 ) -> dict[str, Any]:
-    """Captions, latents' similarities and sums over the first `count` pairs."""
+    """Captions, latents' similarities and means over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
     tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length)
     truth: list[str] = []
     told: list[str] = []
+    pictures: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"image": [], "caption": []}
     sums = {"told": 0.0, "repeated": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
-    for start in range(0, count, BATCH):
-        batch = fetch(data, [SampleKey(row, 0) for row in range(start, min(start + BATCH, count))])
+    for batch in _batches(data, rows):
         pixels = batch["pixel_values"].to(device)
         ids, mask = tokens(batch["caption"], device)
         image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
         truth += batch["caption"]
-        told += pipeline.caption((pixels + 1) / 2, num_beams=config.num_beams)
+        pictures += picture_names(batch)
+        generators = [torch.Generator().manual_seed(config.seed + len(told) + i) for i in range(len(pixels))]
+        told += pipeline.caption(
+            (pixels + 1) / 2,
+            num_beams=config.num_beams,
+            num_candidates=config.num_candidates,
+            generator=generators,
+        )
         for name, own in (("told", image), ("repeated", caption)):
             losses, lengths = token_losses(model.caption_logits(own, ids), ids, mask)
             sums[name] += float(losses.sum())
@@ -168,27 +203,32 @@ def _over_batches(
     return {
         "truth": truth,
         "told": told,
+        "pictures": pictures,
         "similarity": similarity.numpy().astype(np.float64),
         "caption_loss": sums["told"] / sums["tokens"],
         "perplexity": perplexity(sums["told"], sums["tokens"]),
         "repeated_perplexity": perplexity(sums["repeated"], sums["tokens"]),
-        **{name: sums[name] / count for name in ("psnr", "ssim", "drawn_psnr")},
+        **{name: sums[name] / len(rows) for name in ("psnr", "ssim", "drawn_psnr")},
     }
 
 
 def _save_pictures(
-    pipeline: Any, data: CaptionedPictures, told: Sequence[str], config: CaptionEvaluationConfig
+    pipeline: Any,
+    data: CaptionedPictures,
+    rows: Sequence[int],
+    told: Sequence[str],
+    config: CaptionEvaluationConfig,
 ) -> None:
     """reconstructions, drawings and pairs, as PNGs named after the split."""
     folder = Path(config.pictures or "")
     shown = min(SHOWN, len(told))
     step = len(told) // shown
-    rows = [i * step for i in range(shown)]  # from all over the data, where neighbours are often alike
-    batch = fetch(data, [SampleKey(row, 0) for row in rows])
+    places = [i * step for i in range(shown)]  # from all over the data, where neighbours are often alike
+    batch = fetch(data, [SampleKey(rows[place], 0) for place in places])
     originals = pipeline.in_proportion([to_pil(image) for image in batch["pixel_values"]])
     latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
     restored: list[Image.Image] = pipeline.decode_latents(latents)
-    words = [f"truth: {text}" for text in batch["caption"]] + [f"as told: {told[row]}" for row in rows]
+    words = [f"truth: {text}" for text in batch["caption"]] + [f"as told: {told[place]}" for place in places]
     save_png(image_grid([*originals, *restored], words, columns=shown), folder / f"{config.split}_reconstructions.png")
     drawn = pipeline.draw(batch["caption"]).images
     words = [*batch["caption"], *["the picture of it"] * shown]
