@@ -81,6 +81,7 @@ def test_the_consensus_is_most_like_all_of_them():
     assert consensus(captions) == "a red ball on grass"
     assert consensus(["x"]) == "x"
     assert consensus(["a", "b", "b"]) == "b"
+    assert consensus(["a red dog", "a red dog on grass", "a red dog on mud"]) != "a red dog"  # or the shortest win
 
 
 def test_candidates_do_not_depend_on_the_batch(pipeline):
