@@ -58,6 +58,11 @@ class LatentPriorModel(ModelMixin, ConfigMixin):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
+    @property
+    def has_learned(self) -> bool:
+        """False as long as the weights are those of a new model, whose velocity is zero everywhere."""
+        return bool(self.out_of.weight.any() or self.share_of_x.weight.any())
+
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: B D; timesteps: B, from 0 (latents) to 1000 (noise). B D."""
         time = F.silu(self.time_embedding(self.time_features(timesteps).to(self.into.weight.dtype)))

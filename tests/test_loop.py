@@ -27,7 +27,7 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
     norms = []
     for step in range(steps):
         for phase, optimizer in zip(stage.phases, optimizers, strict=True):
-            if not phase.active(step):
+            if step < phase.first_step(steps):
                 continue
             for parameter in [p for each in stage.phases for p in each.parameters()]:
                 parameter.grad = None

@@ -73,8 +73,8 @@ class DenoisePhase(Phase):
         super().__init__()
         self.unet, self.config = unet, config
 
-    def active(self, step: int) -> bool:
-        return step >= self.config.denoiser_start
+    def first_step(self, total_steps: int) -> int:
+        return self.config.denoiser_start
 
     def denoised(self, batch, draws: Draws) -> torch.Tensor:
         image = batch["image"]
@@ -100,8 +100,8 @@ class CriticPhase(Phase):
         super().__init__()
         self.critic, self._denoised = critic, denoised
 
-    def active(self, step: int) -> bool:
-        return step >= 2
+    def first_step(self, total_steps: int) -> int:
+        return 2
 
     def forward(self, batch, draws):
         with torch.no_grad():

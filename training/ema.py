@@ -25,6 +25,7 @@ class EMA:
         self._average = [tensor.detach().clone() for tensor in self._live]
         # Frozen tensors never move: nothing to average.
         self._moving = [i for i, t in enumerate(self._live) if t.requires_grad or not isinstance(t, nn.Parameter)]
+        self.plan({})
 
     def _named_live(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._modules.items():
@@ -32,18 +33,29 @@ class EMA:
                 if tensor.is_floating_point():
                     yield f"{prefix}.{name}", tensor
 
+    def plan(self, first_steps: Mapping[Tensor, int]) -> None:
+        """Let each average begin at the step (from 0) that its tensor is first trained at; those not named begin at 0.
+
+        Steps are counted from there, or the initial weights would be a large part of an average that begins late.
+        """
+        self._since: dict[int, list[int]] = {}
+        for i in self._moving:
+            self._since.setdefault(first_steps.get(self._live[i], 0), []).append(i)
+
     def decay_at(self, step: int) -> float:
-        """The decay of one step; `step` counts from 1."""
+        """The decay of one step; `step` counts from 1, at the average's beginning."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the live weights after optimizer step `step` (from 1)."""
-        if step % self.update_every or not self._moving:
+        if step % self.update_every:
             return
-        average = [self._average[i] for i in self._moving]
-        live = [self._live[i].detach() for i in self._moving]
-        torch._foreach_lerp_(average, live, 1 - self.decay_at(step) ** self.update_every)
+        for first, tensors in self._since.items():
+            if step > first:
+                average = [self._average[i] for i in tensors]
+                live = [self._live[i].detach() for i in tensors]
+                torch._foreach_lerp_(average, live, 1 - self.decay_at(step - first) ** self.update_every)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipelines.cli import UserError
+
 from .diffusion import Diffusion, DiffusionConfig
 from .run_config import check_at_least
 from .sampler import Draws
@@ -27,16 +29,18 @@ class LatentPriorConfig:
     """Residual perceptrons"""
     repeats: int = 4
     """Noise levels that each latent is seen at in a step: the prior is cheap, and the latents are not"""
-    start: int = 0
-    """The step from which it learns; before, it costs nothing"""
+    start: float = 0.6
+    """Share of the run after which it learns: before, the latents move, and who has followed them learns badly after"""
     learning_rate: float | None = None
     """Unset: that of the autoencoder"""
 
 
 def validate_latent_prior_config(config: LatentPriorConfig) -> None:
     """Raises UserError for numbers that cannot be."""
-    for name, least in (("hidden_size", 0), ("num_layers", 1), ("repeats", 1), ("start", 0)):
+    for name, least in (("hidden_size", 0), ("num_layers", 1), ("repeats", 1)):
         check_at_least(f"prior.{name}", getattr(config, name), least)
+    if not 0 <= config.start < 1:
+        raise UserError(f"--prior.start is {config.start}; it is a share of the run in [0, 1), such as 0.6")
 
 
 class LatentPriorPhase(Phase):
@@ -51,8 +55,8 @@ class LatentPriorPhase(Phase):
         self.diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction"))
         self._latents = latents
 
-    def active(self, step: int) -> bool:
-        return step >= self.config.start
+    def first_step(self, total_steps: int) -> int:
+        return int(self.config.start * total_steps)
 
     def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
         """Of each latent vector (B D), the mean over `repeats` noise levels. B."""

@@ -21,7 +21,6 @@ from .balance import balanced_strata
 from .ema import EMA
 from .export import Exporter
 from .launch import on_main, peak_memory_mib, start_accelerator
-from .optimizers import learning_rate_factor
 from .phase_runner import PhaseRunner, StepOutcome
 from .prepare import interrupted_while_making
 from .reporting import Reporter
@@ -155,21 +154,24 @@ class Trainer:
         return self._finish()
 
     def _train(self) -> None:
-        factor = learning_rate_factor(self.config, self.state.goal_steps)
+        for runner in self.runners:
+            runner.plan(self.state.goal_steps)
+        if self.ema is not None:
+            self.ema.plan({p: runner.first_step for runner in reversed(self.runners) for p in runner.parameters})
         batches = self._micro_batches()
         with self.reporter.progress():
             while self.state.step < self.state.goal_steps and not self.state.stopped_early and not self.stop_agreed:
-                self._step([next(batches) for _ in range(self.config.gradient_accumulation_steps)], factor)
+                self._step([next(batches) for _ in range(self.config.gradient_accumulation_steps)])
                 self._events()
 
-    def _step(self, batches: list[Batch], factor: Callable[[int], float]) -> None:
+    def _step(self, batches: list[Batch]) -> None:
         state = self.state
         values: dict[str, float] = {}
         skipped = False
         for runner in self.runners:
-            if not runner.phase.active(state.step):
+            if state.step < runner.first_step:
                 continue
-            outcome = runner.step(state.step, batches, factor(state.step), stop=self.stop.requested is not None)
+            outcome = runner.step(state.step, batches, stop=self.stop.requested is not None)
             self.stop_agreed |= outcome.stop
             values |= outcome.values
             if not outcome.finite:
@@ -177,7 +179,7 @@ class Trainer:
                 self._report_nonfinite(runner, outcome)
         if self.ema is not None and not skipped:
             self.ema.update(state.step + 1)
-        values["learning_rate"] = self.runners[0].learning_rate * factor(state.step)
+        values["learning_rate"] = self.runners[0].learning_rate_at(state.step)
         state.step += 1
         state.images_seen += self.layout.global_batch_size
         state.pending_events = True

@@ -58,6 +58,15 @@ class PhaseRunner:
             self.wrapped = accelerator.prepare_model(phase)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
+    def plan(self, total_steps: int) -> None:
+        """Where the phase begins in a run of `total_steps`, and its learning rate from there to the run's end."""
+        self.first_step = self.phase.first_step(total_steps)
+        self._factor = optimizers.learning_rate_factor(self.config, max(1, total_steps - self.first_step))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of `step` (from 0) of the run."""
+        return self.learning_rate * self._factor(max(0, step - self.first_step))
+
     def settle_buckets(self, batch: Batch, draws: Draws) -> None:
         """Two backward passes whose gradients are thrown away, under DDP only.
 
@@ -71,7 +80,7 @@ class PhaseRunner:
             loss.backward()
         self.optimizer.zero_grad()
 
-    def step(self, step: int, batches: Sequence[Batch], learning_rate_factor: float, stop: bool) -> StepOutcome:
+    def step(self, step: int, batches: Sequence[Batch], stop: bool) -> StepOutcome:
         """One optimizer step, unless a loss or gradient is not finite on any process: then nothing changes."""
         # Before, not after: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
@@ -84,7 +93,7 @@ class PhaseRunner:
         # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
         if finite:
-            optimizers.set_learning_rate(self.optimizer, self.learning_rate * learning_rate_factor)
+            optimizers.set_learning_rate(self.optimizer, self.learning_rate_at(step))
             if self.config.max_grad_norm and norm > self.config.max_grad_norm:
                 optimizers.clipped_step(self.optimizer, self.parameters, gradient_norm, self.config.max_grad_norm)
             else:

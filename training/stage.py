@@ -49,9 +49,12 @@ class Phase(nn.Module):
         for name, module in modules.items():
             object.__setattr__(self, name, module)
 
-    def active(self, step: int) -> bool:
-        """Whether this phase takes part in `step` (from 0); a discriminator may start late."""
-        return True
+    def first_step(self, total_steps: int) -> int:
+        """The step (from 0) of a run of `total_steps` from which this phase takes part; a discriminator starts late.
+
+        Its learning-rate schedule and the averages of what it alone trains begin there.
+        """
+        return 0
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss is a mean over the micro-batch; metrics are detached scalars."""

@@ -223,8 +223,8 @@ class DiscriminatorPhase(Phase):
         self.learning_rate = config.discriminator_learning_rate
         self._reconstruct = reconstruct
 
-    def active(self, step: int) -> bool:
-        return step >= self.config.discriminator_start
+    def first_step(self, total_steps: int) -> int:
+        return self.config.discriminator_start
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():

@@ -302,7 +302,7 @@ class ImageCaptionStage(Stage):
             "shuffled": cosines.masked_fill(same, 0).sum(),
             "shuffled_count": (~same).sum(),
         }
-        if self.prior is not None:
+        if self.prior is not None and self.prior.has_learned:
             latents = phase.image_latents(batch, draws)
             sums["prior"] = self.prior_phase.losses(latents, draws, 1, sampling="uniform").sum()
         return sums
@@ -337,7 +337,8 @@ class ImageCaptionStage(Stage):
             model=self.model,
             tokenizer=self.tokenizer,
             scheduler=sampling_scheduler(training_scheduler("flow_prediction")),
-            prior=self.prior,
+            # Before `--prior.start` there is none that anybody could draw from.
+            prior=self.prior if self.prior is not None and self.prior.has_learned else None,
             image_fit=self.config.image_fit,
             aspect_ratio=self.aspect_ratio,
             image_interpolation_mode=self.config.image_interpolation_mode,

@@ -208,7 +208,7 @@ def test_sessions_add_up(tmp_path, launched, flags):
 
 
 def test_a_prior_that_starts_late(tmp_path, flags):
-    train(tmp_path / "run", flags, "--prior.start", "3", "--preview_epochs", "0", "--max_train_steps", "4")
+    train(tmp_path / "run", flags, "--prior.start", "0.75", "--preview_epochs", "0", "--max_train_steps", "4")
     assert [bool(row.get("prior_loss")) for row in rows(tmp_path / "run")] == [False, False, False, True]
 
 

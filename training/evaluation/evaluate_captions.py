@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +229,30 @@ def _save_pictures(
     originals = pipeline.in_proportion([to_pil(image) for image in batch["pixel_values"]])
     latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
     restored: list[Image.Image] = pipeline.decode_latents(latents)
-    words = [f"truth: {text}" for text in batch["caption"]] + [f"as told: {told[place]}" for place in places]
-    save_png(image_grid([*originals, *restored], words, columns=shown), folder / f"{config.split}_reconstructions.png")
+    said = [f"as told: {told[place]}" for place in places]
+    truth = [f"truth: {text}" for text in batch["caption"]]
+    save_png(_one_above_the_other(originals, truth, restored, said), folder / f"{config.split}_reconstructions.png")
     drawn = pipeline.draw(batch["caption"]).images
-    words = [*batch["caption"], *["the picture of it"] * shown]
-    save_png(image_grid([*drawn, *originals], words, columns=shown), folder / f"{config.split}_drawings.png")
+    of_it = ["the picture of it"] * shown
+    save_png(_one_above_the_other(drawn, batch["caption"], originals, of_it), folder / f"{config.split}_drawings.png")
     if pipeline.prior is not None:
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_pairs)]
         pairs = pipeline.sample(config.num_pairs, generator=generators)
         save_png(image_grid(pairs.images, pairs.captions), folder / "invented_pairs.png")
+
+
+def _one_above_the_other(
+    above: Sequence[Image.Image], words: Sequence[str], below: Sequence[Image.Image], words_below: Sequence[str]
+) -> Image.Image:
+    """Pictures above others, each with its words; wide ones in shorter rows."""
+    columns = len(above) if above[0].width < 2 * above[0].height else math.ceil(len(above) / 2)
+    images: list[Image.Image] = []
+    captions: list[str] = []
+    for start in range(0, len(above), columns):
+        row = slice(start, start + columns)
+        images += [*above[row], *below[row]]
+        captions += [*words[row], *words_below[row]]
+    return image_grid(images, captions, columns=columns)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
