@@ -40,18 +40,23 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
             if config.max_grad_norm and norm > config.max_grad_norm:
                 for gradient in gradients:
                     gradient.mul_(config.max_grad_norm / (norm + 1e-6))  # as PyTorch does
+            if config.lr_scheduler == "linear":  # to zero, from the step at which the phase begins
+                optimizer.param_groups[0]["lr"] = (
+                    config.learning_rate * (steps - step) / (steps - phase.first_step(steps))
+                )
             optimizer.step()
             if phase is stage.phases[0]:
                 norms.append(norm.item())
     return stage, norms
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
-def test_a_step_is_the_one_written_out_by_hand(tmp_path, max_grad_norm):
-    """Accumulation, clipping, and no gradient of one phase in another: the critic gets none of the denoiser's."""
-    flags = {"learning_rate": 1e-2, "max_grad_norm": max_grad_norm, "dropout": 0.0}
+@pytest.mark.parametrize(("max_grad_norm", "lr_scheduler"), [(0.0, "constant"), (0.05, "constant"), (0.0, "linear")])
+def test_a_step_is_the_one_written_out_by_hand(tmp_path, max_grad_norm, lr_scheduler):
+    """Accumulation, clipping, each phase's schedule, and no gradient of one phase in another: the critic gets none of
+    the denoiser's."""
+    flags = {"learning_rate": 1e-2, "max_grad_norm": max_grad_norm, "dropout": 0.0, "lr_scheduler": lr_scheduler}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    run(tmp_path / "run", "--critic", "true", "--double", "true", "--lr_scheduler", "constant", *words)
+    run(tmp_path / "run", "--critic", "true", "--double", "true", *words)
     stage, norms = reference_run(ToyConfig(critic=True, double=True, **flags), 6)
     assert column(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-6)
     found = tensors(tmp_path / "run", "phase_*.safetensors")

@@ -201,15 +201,33 @@ def test_padding_never_enters_the_loss(flags):
 
 def test_sessions_add_up(tmp_path, launched, flags):
     """Two epochs in two sessions of one: weights and rows equal two at once, bit for bit."""
+    steady = ("--lr_scheduler", "constant", "--prior.start", "0")
     for _ in range(2):
-        assert train(tmp_path / "run", flags, "--extra_epochs", "1", "--lr_scheduler", "constant") == 0
-    assert train(tmp_path / "once", flags, "--num_train_epochs", "2", "--lr_scheduler", "constant") == 0
+        assert train(tmp_path / "run", flags, "--extra_epochs", "1", *steady) == 0
+    assert train(tmp_path / "once", flags, "--num_train_epochs", "2", *steady) == 0
     assert_same_state(tmp_path / "run", tmp_path / "once")
 
 
 def test_a_prior_that_starts_late(tmp_path, flags):
     train(tmp_path / "run", flags, "--prior.start", "0.75", "--preview_epochs", "0", "--max_train_steps", "4")
     assert [bool(row.get("prior_loss")) for row in rows(tmp_path / "run")] == [False, False, False, True]
+    assert load_pipeline(tmp_path / "run").prior is not None
+
+
+def test_before_its_start_there_is_no_prior_to_draw_from(tmp_path, flags):
+    """Not one that gives noise."""
+    more = ("--prior.start", "0.75", "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "2")
+    train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
+    early, late = (load_pipeline(tmp_path / "run/checkpoints" / name) for name in ("step-00000002", "step-00000004"))
+    assert early.prior is None
+    assert late.prior is not None
+    assert [bool(row.get("val_prior_loss")) for row in rows(tmp_path / "run")] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("start", ["1", "-0.1", "2000"])
+def test_a_prior_that_would_never_start(start, flags, tmp_path, capsys):
+    with pytest.raises(UserError, match="share of the run"):
+        parse_config(train_image_caption.Config, [*flags, "--prior.start", start]).validate()
 
 
 def test_without_a_prior(tmp_path, flags):
