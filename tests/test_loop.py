@@ -54,7 +54,13 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
 def test_a_step_is_the_one_written_out_by_hand(tmp_path, max_grad_norm, lr_scheduler):
     """Accumulation, clipping, each phase's schedule, and no gradient of one phase in another: the critic gets none of
     the denoiser's."""
-    flags = {"learning_rate": 1e-2, "max_grad_norm": max_grad_norm, "dropout": 0.0, "lr_scheduler": lr_scheduler}
+    flags = {
+        "learning_rate": 1e-2,
+        "max_grad_norm": max_grad_norm,
+        "dropout": 0.0,
+        "lr_scheduler": lr_scheduler,
+        "lr_warmup_steps": 0,
+    }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     run(tmp_path / "run", "--critic", "true", "--double", "true", *words)
     stage, norms = reference_run(ToyConfig(critic=True, double=True, **flags), 6)
