@@ -237,7 +237,8 @@ class ImageCaptionStage(Stage):
         self._train, self._validation = load_captioned(config, config.seed)
         for data in filter(None, (self._train, self._validation)):
             require_clean(data, tell=logger.info)
-        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length, self._weights())
+        weights = self._weights()
+        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length, weights)
         seen, which = (self._validation, "validation") if self._validation else (self._train, "training")
         tell_round_trips(self.tokenizer, seen.captioned, self._train.captioned, config.caption_column, which)
         self.aspect_ratio = self._train.aspect_ratio()
@@ -246,12 +247,15 @@ class ImageCaptionStage(Stage):
         tokens = CaptionTokens(self.tokenizer, config.model.max_length)
         self.phase = ImageCaptionPhase(self.model, config, tokens, pixel_variance(self._train, VARIANCE_PICTURES))
         self.phases, self.ema_of = [self.phase], {"model": self.model}
-        self.prior = self._new_prior() if config.prior.hidden_size else None
+        # Weights from before `--prior.start` have no prior: a run that starts from them makes a new one.
+        no_prior = weights is not None and not (weights / "prior").is_dir()
+        wanted = config.prior.hidden_size and not (no_prior and config.validate_model)
+        self.prior = self._new_prior() if wanted else None
         if self.prior is not None:
             self.prior_phase = LatentPriorPhase(self.prior, config.prior, self.phase.image_latents)
             self.phases, self.ema_of = [self.phase, self.prior_phase], {"model": self.model, "prior": self.prior}
         if config.init_from and not has_checkpoint(config.output_dir):
-            load_initial_weights(config.init_from, self.ema_of)
+            load_initial_weights(config.init_from, {"model": self.model} if no_prior else self.ema_of)
         logger.info("%s", model_summary(self.ema_of))
 
     def _weights(self) -> Path | None:

@@ -221,6 +221,10 @@ def test_before_its_start_there_is_no_prior_to_draw_from(tmp_path, flags):
     early, late = (load_pipeline(tmp_path / "run/checkpoints" / name) for name in ("step-00000002", "step-00000004"))
     assert early.prior is None
     assert late.prior is not None
+    weights = str(tmp_path / "run/checkpoints/step-00000002")
+    assert stage_of(flags, "--init_from", weights).prior is not None  # a new one
+    validated = train(tmp_path / "other", flags, "--validate_only", "true", "--validate_model", weights)
+    assert validated == 0
     assert [bool(row.get("val_prior_loss")) for row in rows(tmp_path / "run")] == [False, False, False, True]
 
 
