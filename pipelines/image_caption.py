@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_FITS = ("crop", "stretch")
+CANDIDATES_AT_ONCE = 256  # bounds the memory of keys and values
 
 
 @dataclass
@@ -223,17 +224,23 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         top_p = 1.0 if num_candidates > 1 and top_p is None else top_p
         self._check_decoding(num_beams, top_p, temperature, max_length)
         latents = self.encode_images(images)
-        streams: list[Any] = [generator] * num_candidates
-        if num_candidates > 1 and generator is not None:
+        if num_candidates == 1:
+            told = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
+        else:
             # Streams of their own for all draws: one goes on for as long as the longest caption of the batch.
-            of_pictures = [
-                generator_per_picture(one, num_candidates)
+            streams = [
+                stream
                 for one in generator_per_picture(generator, len(latents)) or []
+                for stream in generator_per_picture(one, num_candidates) or []
             ]
-            streams = [list(own) for own in zip(*of_pictures, strict=True)]
-        drawn = [self._captions(latents, num_beams, top_p, temperature, stream, max_length) for stream in streams]
+            rows = latents.repeat_interleave(num_candidates, dim=0)
+            drawn: list[str] = []
+            for start in range(0, len(rows), CANDIDATES_AT_ONCE):
+                part = slice(start, start + CANDIDATES_AT_ONCE)
+                drawn += self._captions(rows[part], num_beams, top_p, temperature, streams[part] or None, max_length)
+            told = [consensus(drawn[start : start + num_candidates]) for start in range(0, len(rows), num_candidates)]
         self.maybe_free_model_hooks()
-        return [consensus(candidates) for candidates in zip(*drawn, strict=True)]
+        return told
 
     @torch.no_grad()
     def draw(
