@@ -38,7 +38,7 @@ QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml
 NUM_POSTERS = 700
 DRAWN_POSTERS = 800
 REPETITIONS = 5
-CAPTION_BATCHES = {"tiny": (0, 16, 64, 128), "default": (0, 1, 2, 4)}
+CAPTION_BATCHES = {"tiny": (0, 16, 64, 128), "default": (0, 1, 2, 4, 8)}
 TRAINERS = ("train_latent_diffusion", "train_autoencoder")
 FIRST_STEP_LIMIT = 120.0
 """Seconds after which the first step is given up for lost."""
