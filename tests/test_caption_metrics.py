@@ -19,15 +19,20 @@ from training.evaluation.captions import (
 TEXTS = ["a red circle on a table", "a blue square on a chair", "two green birds in a tree"]
 
 
+def alone(texts):
+    """Each as a picture's only reference."""
+    return [[text] for text in texts]
+
+
 def test_equal_captions_score_100_whatever_the_case():
-    found = caption_scores([text.upper() for text in TEXTS], TEXTS)
+    found = caption_scores([text.upper() for text in TEXTS], alone(TEXTS))
     assert found.keys() == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "chrf"}
     assert all(value == pytest.approx(100) for value in found.values())
 
 
 def test_bleu_in_closed_form():
     """'a b c x' for 'a b c d': precisions 3/4, 2/3, 1/2 and, smoothed, 1/(2·1)."""
-    found = caption_scores(["a b c x"], ["a b c d"])
+    found = caption_scores(["a b c x"], [["a b c d"]])
     assert found["bleu_1"] == pytest.approx(75)
     assert found["bleu_2"] == pytest.approx(100 * math.sqrt(3 / 4 * 2 / 3))
     assert found["bleu_3"] == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
@@ -36,20 +41,33 @@ def test_bleu_in_closed_form():
 
 def test_short_captions_are_punished():
     """Brevity: exp(1 - 6/3)."""
-    assert caption_scores(["a red circle"], ["a red circle on a table"])["bleu_1"] == pytest.approx(100 * math.exp(-1))
+    found = caption_scores(["a red circle"], [["a red circle on a table"]])
+    assert found["bleu_1"] == pytest.approx(100 * math.exp(-1))
+
+
+def test_several_references():
+    """Words that any of them has count, however many a picture has; the nearest length is the right one."""
+    told = ["a b c d", "x y"]
+    found = caption_scores(told, [["a b e f g", "q c d r"], ["x z"]])
+    assert found["bleu_1"] == pytest.approx(100 * (4 + 1) / 6)
+    assert found["bleu_2"] == pytest.approx(100 * math.sqrt(5 / 6 * 2 / 4))  # "a b" and "c d", of four pairs of words
+    assert caption_scores(told, [["x", "A b c d"], ["x y"]])["chrf"] == pytest.approx(100)
+    assert best_constant_caption(["a b", "x y"], [["q r", "x y"], ["x y"], ["a b", "a c"]])[0] == "x y"
 
 
 def test_counts_must_agree():
-    with pytest.raises(ValueError, match="2 captions for 3"):
-        caption_scores(TEXTS[:2], TEXTS)
+    with pytest.raises(ValueError, match="2 captions for the references of 3"):
+        caption_scores(TEXTS[:2], alone(TEXTS))
+    with pytest.raises(ValueError, match="1 of 2 pictures have no reference"):
+        caption_scores(TEXTS[:2], [["a"], []])
 
 
 def test_the_best_constant_caption_is_the_best_of_them():
     truth = ["a red circle on paper"] * 5 + ["a blue square on paper"] * 3
-    best, score = best_constant_caption([*TEXTS, *truth], truth)
+    best, score = best_constant_caption([*TEXTS, *truth], alone(truth))
     assert best == "a red circle on paper"
-    assert score == pytest.approx(caption_scores([best] * 8, truth)["bleu_4"])
-    assert all(score >= caption_scores([text] * 8, truth)["bleu_4"] for text in TEXTS)
+    assert score == pytest.approx(caption_scores([best] * 8, alone(truth))["bleu_4"])
+    assert all(score >= caption_scores([text] * 8, alone(truth))["bleu_4"] for text in TEXTS)
 
 
 def test_perplexity_of_uniform_guesses_is_their_number():

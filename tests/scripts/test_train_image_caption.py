@@ -379,9 +379,12 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_split(flags):
 
 
 def test_the_evaluation_script(tmp_path, launched, pictures):
-    """Its figures are those of the pipeline, and pairs whose picture was trained on are left out."""
+    """Its figures are those of the pipeline, by all captions of a picture; pairs trained on are left out."""
     data = tmp_path / "data"
     shutil.copytree(pictures, data / "train")
+    trained = [json.loads(line) for line in (data / "train/metadata.jsonl").read_text().splitlines()]
+    several = [json.dumps(record | {"text": [record["text"]]}) for record in trained]
+    (data / "train/metadata.jsonl").write_text("\n".join(several))
     (data / "validation").mkdir()
     lines = []
     for i in range(6):
@@ -390,7 +393,7 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
         if i != 3:
             image.putpixel((0, 0), (9 * i, 90, 9))  # as no picture trained on has it
         image.save(data / "validation" / name)
-        lines.append(json.dumps({"file_name": name, "text": caption(i)}))
+        lines.append(json.dumps({"file_name": name, "text": [caption(i), *["a picture", "it"][: i % 3]]}))
     (data / "validation/metadata.jsonl").write_text("\n".join(lines))
 
     words = ["--model", str(launched), "--dataset_name", str(data), "--pictures", str(tmp_path / "png")]
@@ -402,9 +405,11 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
     held_out = evaluate_captions.data_of(config, pipeline)[1]
     batch = fetch(held_out, [SampleKey(row, 0) for row in (0, 1, 2, 4, 5)])
     images = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
-    captions = pipeline.encode_captions(batch["caption"])
+    assert [len(own) for own in batch["caption"]] == [1, 2, 3, 2, 3]
+    first = [own[0] for own in batch["caption"]]
+    captions = pipeline.encode_captions(first)
     assert figures["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
-    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length)(batch["caption"])
+    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length)(first)
     for name, latents in (("perplexity", images), ("repeated_perplexity", captions)):
         logits = pipeline.model.caption_logits(latents, ids)[:, :-1]
         chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][mask[:, 1:] == 1]

@@ -5,9 +5,11 @@ N pairs, D latent vector.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,41 +18,55 @@ RANKS = (1, 5, 10)
 COMPARISONS = 1_000_000
 
 
-def caption_scores(told: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+def caption_scores(told: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU-1 to BLEU-4 (Papineni et al. 2002) and chrF (Popović 2015) of N captions, 0 to 100, by sacrebleu.
 
     Upper and lower case are the same.
 
+    Args:
+        references: N times what is right, one caption or several: an n-gram counts that any of them has, and chrF is
+            that of the nearest.
+
     Raises:
-        ValueError: another number of captions than of references.
+        ValueError: another number of captions than of references, or a picture without any.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    if len(told) != len(truth) or not told:
-        raise ValueError(f"{len(told)} captions for {len(truth)} references")
+    if len(told) != len(references) or not told:
+        raise ValueError(f"{len(told)} captions for the references of {len(references)} pictures")
+    streams = _streams(references)
     scores = {
-        f"bleu_{order}": BLEU(lowercase=True, max_ngram_order=order).corpus_score(list(told), [list(truth)]).score
+        f"bleu_{order}": BLEU(lowercase=True, max_ngram_order=order).corpus_score(list(told), streams).score
         for order in ORDERS
     }
-    return scores | {"chrf": CHRF(lowercase=True).corpus_score(list(told), [list(truth)]).score}
+    return scores | {"chrf": CHRF(lowercase=True).corpus_score(list(told), streams).score}
 
 
-def best_constant_caption(candidates: Sequence[str], truth: Sequence[str]) -> tuple[str, float]:
+def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """As sacrebleu wants them: the first of each picture, the second of each, and so on; None where it has no more."""
+    if not all(references):
+        raise ValueError(f"{sum(not own for own in references)} of {len(references)} pictures have no reference")
+    return [list(stream) for stream in itertools.zip_longest(*references)]
+
+
+def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[str, float]:
     """The one caption that, said of every picture, has the highest BLEU-4, and its BLEU-4.
 
     It is chosen by the references themselves, so that no other of those tried does better.
 
     Args:
         candidates: of all these, or where that would take minutes, of those that share most words with the references.
+        references: of each picture, as in `caption_scores`.
     """
     from sacrebleu.metrics import BLEU
 
     metric = BLEU(lowercase=True)
-    words = Counter(word for text in truth for word in set(text.lower().split()))
+    streams = _streams(references)
+    words = Counter(word for own in references for word in {word for text in own for word in text.lower().split()})
     distinct = sorted(set(candidates))
     shared = {text: sum(words[word] for word in text.lower().split()) / (3 + len(text.split())) for text in distinct}
-    tried = sorted(distinct, key=lambda text: -shared[text])[: max(100, COMPARISONS // len(truth))]
-    scores = {text: metric.corpus_score([text] * len(truth), [list(truth)]).score for text in tried}
+    tried = sorted(distinct, key=lambda text: -shared[text])[: max(100, COMPARISONS // len(references))]
+    scores = {text: metric.corpus_score([text] * len(references), streams).score for text in tried}
     best = max(scores, key=lambda text: scores[text])
     return best, scores[best]
 

@@ -5,7 +5,8 @@
         --output train.json --pictures docs/images
 
 Data, split and seed are those of the run, unless they are named. Held-out pairs whose picture was trained on as well,
-under another caption, are left out and counted.
+under another caption, are left out and counted. Where a picture has several captions, BLEU and chrF are by all of them,
+everything else by the first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 
 from pipelines.captioned_grid import image_grid
 from pipelines.cli import UserError, entry_point
-from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, load_captioned
+from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
 from training.caption_objectives import token_losses
 from training.evaluation.captions import (
     alignment_figures,
@@ -106,16 +107,18 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
             raise UserError(f"all {len(data):,} held-out pictures of {config.model} are among those it trained on")
     rows = rows[: config.max_samples or None]
     found = _over_batches(pipeline, data, rows, config)
-    truth, told = found.pop("truth"), found.pop("told")
-    similarity, right = found.pop("similarity"), same_pairs(truth, found.pop("pictures"))
-    constant, constant_bleu = best_constant_caption(_captions(train), truth)
+    references, told = found.pop("references"), found.pop("told")
+    first = [own[0] for own in references]
+    similarity, right = found.pop("similarity"), same_pairs(first, found.pop("pictures"))
+    candidates = list(captions_of(train.captioned, train.config.caption_column))
+    constant, constant_bleu = best_constant_caption(candidates, references)
     figures: dict[str, Any] = {
         "pairs": len(rows),
         **({"left_out": sum(seen)} if data is held_out else {}),
-        **caption_scores(told, truth),
+        **caption_scores(told, references),
         "constant_caption": constant,
         "constant_caption_bleu_4": constant_bleu,
-        "exact_captions": sum(a == " ".join(b.lower().split()) for a, b in zip(told, truth)) / len(rows),
+        "exact_captions": sum(a in map(_plain, own) for a, own in zip(told, references)) / len(rows),
         **found,
         **retrieval_figures(similarity, right),
         **alignment_figures(similarity, right, config.seed),
@@ -141,7 +144,10 @@ def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPi
     chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
     # No picture is flipped or cut elsewhere than in its middle: they are looked at as the pipeline would.
     chosen |= {"random_flip": False, "center_crop": True}
-    return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0))
+    train, held_out = load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0))
+    for data in filter(None, (train, held_out)):
+        data.every_caption = True
+    return train, held_out
 
 
 def picture_names(batch: Mapping[str, Any]) -> list[str]:
@@ -159,10 +165,14 @@ def _folders(path: Path) -> list[Path]:
     return [path, *path.parents[:4]]
 
 
-def _captions(data: CaptionedPictures) -> list[str]:
-    from training.caption_data import captions_of
+def _references(batch: Mapping[str, Any]) -> list[list[str]]:
+    """All captions of each picture."""
+    return [own if isinstance(own, list) else [own] for own in batch["caption"]]
 
-    return list(captions_of(data.captioned, data.config.caption_column))
+
+def _plain(text: str) -> str:
+    """As captions are told: lower case, single spaces."""
+    return " ".join(text.lower().split())
 
 
 @torch.no_grad()
@@ -172,16 +182,17 @@ def _over_batches(
     """Captions, latents' similarities and means over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
     tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length)
-    truth: list[str] = []
+    references: list[list[str]] = []
     told: list[str] = []
     pictures: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"image": [], "caption": []}
     sums = {"told": 0.0, "repeated": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
     for batch in _batches(data, rows):
         pixels = batch["pixel_values"].to(device)
-        ids, mask = tokens(batch["caption"], device)
+        own_references = _references(batch)
+        ids, mask = tokens([own[0] for own in own_references], device)
         image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
-        truth += batch["caption"]
+        references += own_references
         pictures += picture_names(batch)
         generators = [torch.Generator().manual_seed(config.seed + len(told) + i) for i in range(len(pixels))]
         told += pipeline.caption(
@@ -202,7 +213,7 @@ def _over_batches(
             latents[name].append(torch.nn.functional.normalize(own.float(), dim=1).cpu())
     similarity = torch.cat(latents["image"]) @ torch.cat(latents["caption"]).T
     return {
-        "truth": truth,
+        "references": references,
         "told": told,
         "pictures": pictures,
         "similarity": similarity.numpy().astype(np.float64),
@@ -230,11 +241,12 @@ def _save_pictures(
     latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
     restored: list[Image.Image] = pipeline.decode_latents(latents)
     said = [f"as told: {told[place]}" for place in places]
-    truth = [f"truth: {text}" for text in batch["caption"]]
+    captions = [own[0] for own in _references(batch)]
+    truth = [f"truth: {text}" for text in captions]
     save_png(_one_above_the_other(originals, truth, restored, said), folder / f"{config.split}_reconstructions.png")
-    drawn = pipeline.draw(batch["caption"]).images
+    drawn = pipeline.draw(captions).images
     of_it = ["the picture of it"] * shown
-    save_png(_one_above_the_other(drawn, batch["caption"], originals, of_it), folder / f"{config.split}_drawings.png")
+    save_png(_one_above_the_other(drawn, captions, originals, of_it), folder / f"{config.split}_drawings.png")
     if pipeline.prior is not None:
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_pairs)]
         pairs = pipeline.sample(config.num_pairs, generator=generators)
