@@ -418,6 +418,9 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
     told = pipeline.caption((batch["pixel_values"] + 1) / 2)
     assert figures["bleu_2"] == pytest.approx(caption_scores(told, batch["caption"])["bleu_2"])
     assert len(list((tmp_path / "png").glob("*.png"))) == 3
+    pairs = pipeline.sample(64, generator=[torch.Generator().manual_seed(i) for i in range(64)], output_type="pt")
+    drawn = [pipeline.similarity(image[None], text).item() for image, text in zip(*pairs.values()) if text]
+    assert figures["invented_alignment"] == pytest.approx(sum(drawn) / len(drawn), abs=1e-5)
 
 
 def test_a_tokenizer_without_ends(tmp_path, flags):

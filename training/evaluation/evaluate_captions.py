@@ -47,6 +47,7 @@ from training.validation import fetch
 
 BATCH = 64
 SHOWN = 8
+INVENTED = 64
 
 
 @dataclass
@@ -122,6 +123,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
         **found,
         **retrieval_figures(similarity, right),
         **alignment_figures(similarity, right, config.seed),
+        **_invented(pipeline, config.seed),
     }
     if config.pictures:
         _save_pictures(pipeline, data, rows, told, config)
@@ -221,6 +223,22 @@ def _over_batches(
         "perplexity": perplexity(sums["told"], sums["tokens"]),
         "repeated_perplexity": perplexity(sums["repeated"], sums["tokens"]),
         **{name: sums[name] / len(rows) for name in ("psnr", "ssim", "drawn_psnr")},
+    }
+
+
+def _invented(pipeline: Any, seed: int) -> dict[str, float]:
+    """How well the captions of invented pairs fit their pictures: the mean cosine, both encoded anew."""
+    if pipeline.prior is None:
+        return {}
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(INVENTED)]
+    pairs = pipeline.sample(INVENTED, generator=generators, output_type="pt")
+    fits = [i for i, caption in enumerate(pairs.captions) if caption]
+    if len(fits) < 2:
+        return {}
+    cosines = pipeline.similarity(pairs.images[fits], [pairs.captions[i] for i in fits]).diag()
+    return {
+        "invented_alignment": float(cosines.mean()),
+        "invented_alignment_standard_error": float(cosines.std() / math.sqrt(len(fits))),
     }
 
 
