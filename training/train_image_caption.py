@@ -82,9 +82,8 @@ class Config(RunConfig, CaptionDataConfig):
     """Weight of the caption's cross-entropy, the mean over its tokens"""
     alignment_weight: float = option(0.5)
     """Weight of the symmetric InfoNCE loss and the cosine distance between a pair's two latents"""
-    kl_weight: float = option(0.1)
-    """Weight of the posteriors' KL divergence to a standard normal, per latent number; more makes better invented
-    pairs, less makes sharper reconstructions"""
+    kl_weight: float = option(1e-3)
+    """Weight of the posteriors' KL divergence to a standard normal, per latent number"""
     cross_share: float = option(0.5)
     """Share of pictures that are decoded from their caption's latent, and of captions from their picture's"""
     word_dropout: float = option(0.1)
