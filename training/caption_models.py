@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from pipelines.cli import UserError
-
-from .run_config import check_at_least
-from .sizes import check_deepest_feature_map
+from training.run_config import check_at_least
+from training.sizes import check_deepest_feature_map
 
 
 @dataclass

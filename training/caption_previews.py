@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .data import ImageDataset
-from .evaluation.images import to_pil
-from .previews import Previews
-from .sampler import SampleKey
-from .validation import fetch
+from training.data import ImageDataset
+from training.evaluation.images import to_pil
+from training.previews import Previews
+from training.sampler import SampleKey
+from training.validation import fetch
 
 
 def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Callable[[], None]) -> Previews:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli import UserError
-
-from .run_config import check_at_least
+from training.run_config import check_at_least
 
 logger = logging.getLogger("halftone")
 

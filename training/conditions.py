@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sampler import Draws
-from .stage import Batch
-from .text import CaptionIds
+from training.sampler import Draws
+from training.stage import Batch
+from training.text import CaptionIds
 
 
 def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:

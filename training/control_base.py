@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli import UserError
-
-from .brief_data import BriefedPosters
-from .conditions import batch_latents, caption_and_class
-from .data import DataConfig, ImageDataset, load_label_map
-from .diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
-from .sampler import Draws
-from .stage import Batch
-from .text import CaptionIds
+from training.brief_data import BriefedPosters
+from training.conditions import batch_latents, caption_and_class
+from training.data import DataConfig, ImageDataset, load_label_map
+from training.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
+from training.sampler import Draws
+from training.stage import Batch
+from training.text import CaptionIds
 
 
 class ControlBase(ABC):

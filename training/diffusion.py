@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pipelines.cli import UserError
-
-from . import objectives
-from .run_config import check_at_least, check_choice, option
-from .sampler import Draws
+from training import objectives
+from training.run_config import check_at_least, check_choice, option
+from training.sampler import Draws
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from .balance import balanced_strata
-from .sampler import BatchLayout, Draws, StepSampler
-from .sizes import steps_per_epoch
-from .stage import Stage
-from .validation import evaluating, fetch
+from training.balance import balanced_strata
+from training.sampler import BatchLayout, Draws, StepSampler
+from training.sizes import steps_per_epoch
+from training.stage import Stage
+from training.validation import evaluating, fetch
 
 if TYPE_CHECKING:
-    from .run_config import RunConfig
+    from training.run_config import RunConfig
 
 
 def missing_inputs(config: RunConfig) -> str | None:

@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .previews import save_png
-from .publish import Publisher
-from .run_config import RunConfig
-from .run_folder import RunFolder
-from .stage import Stage
+from training.previews import save_png
+from training.publish import Publisher
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+from training.stage import Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,7 +84,7 @@ class Exporter:
             self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     def _write(self) -> None:
-        from .model_card import write_model_card
+        from training.model_card import write_model_card
 
         temporary = self.folder.path / ".writing-pipeline"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli import UserError
-
-from .diffusion import Diffusion, DiffusionConfig
-from .run_config import check_at_least
-from .sampler import Draws
-from .stage import Batch, Phase
+from training.diffusion import Diffusion, DiffusionConfig
+from training.run_config import check_at_least
+from training.sampler import Draws
+from training.stage import Batch, Phase
 
 
 @dataclass

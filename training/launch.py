@@ -17,9 +17,8 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.cli import UserError
-
-from .run_config import RunConfig
-from .signals import launcher_command
+from training.run_config import RunConfig
+from training.signals import launcher_command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

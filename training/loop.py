@@ -15,24 +15,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipelines.cli import UserError
-
-from . import checkpoint, dry_run, resume
-from .balance import balanced_strata
-from .ema import EMA
-from .export import Exporter
-from .launch import on_main, peak_memory_mib, start_accelerator
-from .phase_runner import PhaseRunner, StepOutcome
-from .prepare import interrupted_while_making
-from .reporting import Reporter
-from .run_config import RunConfig
-from .run_folder import RunFolder, start_logging
-from .sampler import BatchLayout, Draws, StepSampler
-from .signals import Interrupted, StopSignal, ignore_interrupts
-from .sizes import steps_per_epoch
-from .stage import Batch, Stage
-from .state import RunState, due
-from .tracking import parse_report_to
-from .validation import (
+from training import checkpoint, dry_run, resume
+from training.balance import balanced_strata
+from training.ema import EMA
+from training.export import Exporter
+from training.launch import on_main, peak_memory_mib, start_accelerator
+from training.phase_runner import PhaseRunner, StepOutcome
+from training.prepare import interrupted_while_making
+from training.reporting import Reporter
+from training.run_config import RunConfig
+from training.run_folder import RunFolder, start_logging
+from training.sampler import BatchLayout, Draws, StepSampler
+from training.signals import Interrupted, StopSignal, ignore_interrupts
+from training.sizes import steps_per_epoch
+from training.stage import Batch, Stage
+from training.state import RunState, due
+from training.tracking import parse_report_to
+from training.validation import (
     collate_function,
     evaluating,
     fetch,
@@ -42,7 +41,7 @@ from .validation import (
     validate,
     validate_only,
 )
-from .weights import freeze_parameters, load_initial_weights
+from training.weights import freeze_parameters, load_initial_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

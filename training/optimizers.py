@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipelines.cli import UserError
 
 if TYPE_CHECKING:
-    from .run_config import RunConfig
+    from training.run_config import RunConfig
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
 LR_SCHEDULERS = (

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, optimizers
-from .run_config import RunConfig
-from .sampler import BatchLayout, Draws, mix
-from .stage import Batch, Phase
+from training import checkpoint, optimizers
+from training.run_config import RunConfig
+from training.sampler import BatchLayout, Draws, mix
+from training.stage import Batch, Phase
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

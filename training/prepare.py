@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipelines.cli import USER_ERROR_STATUS, UserError
-
-from .parsing import ROOT
-from .signals import REQUEUE_STATUS, Interrupted
+from training.parsing import ROOT
+from training.signals import REQUEUE_STATUS, Interrupted
 
 logger = logging.getLogger("halftone")
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .advice import EpochSummary, advice
-from .curves import draw_training_curves
-from .metrics_log import EpochLoss, MetricsLog
-from .previews import Previews, save_png
-from .run_config import RunConfig, this_command
-from .run_folder import RunFolder, write_atomically
-from .sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
-from .state import RunState
-from .tracking import Trackers, parse_report_to, start_trackers
+from training.advice import EpochSummary, advice
+from training.curves import draw_training_curves
+from training.metrics_log import EpochLoss, MetricsLog
+from training.previews import Previews, save_png
+from training.run_config import RunConfig, this_command
+from training.run_folder import RunFolder, write_atomically
+from training.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
+from training.state import RunState
+from training.tracking import Trackers, parse_report_to, start_trackers
 
 if TYPE_CHECKING:
-    from .stage import Stage
+    from training.stage import Stage
 
 logger = logging.getLogger("halftone")
 
@@ -134,7 +134,7 @@ class Reporter:
 
     def keep_previews(self, previews: Previews) -> None:
         """Save the grid, send it to the trackers, and warn of a collapse."""
-        from .evaluation.collapse import collapse_warnings
+        from training.evaluation.collapse import collapse_warnings
 
         step, spe = self.state.step, self.steps_per_epoch
         save_png(previews.grid(), self.folder.samples / grid_name(step, spe))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from pipelines.cli import UserError
 
 if TYPE_CHECKING:
-    from .run_config import RunConfig
-    from .run_folder import RunFolder
-    from .state import RunState
+    from training.run_config import RunConfig
+    from training.run_folder import RunFolder
+    from training.state import RunState
 
 logger = logging.getLogger("halftone")
 

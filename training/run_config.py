@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.cli import UserError, nearest
-
-from .optimizers import LR_SCHEDULERS, OPTIMIZERS
+from training.optimizers import LR_SCHEDULERS, OPTIMIZERS
 
 
 def option(default: Any, *, on_resume: Literal["free", "warn", "error"] = "warn") -> Any:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.captioned_grid import image_grid
-
-from .metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .state import RunState
+    from training.state import RunState
 
 STRIP = "progress.png"
 REPORT = "sessions.md"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pipelines.cli import UserError
-
-from .sampler import BatchLayout
+from training.sampler import BatchLayout
 
 SMALLEST_MAP = 4
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from .previews import Previews
-from .sampler import Draws, SampleKey
+from training.previews import Previews
+from training.sampler import Draws, SampleKey
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .advice import EpochSummary
-from .metrics_log import EpochLoss, RunningMeans
+from training.advice import EpochSummary
+from training.metrics_log import EpochLoss, RunningMeans
 
 
 @dataclass

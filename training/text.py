@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.cli import UserError
-
-from .run_config import check_at_least
+from training.run_config import check_at_least
 
 WORD_STD, POSITION_STD = 1.0, 0.2
 MOST_KNOWN_CAPTIONS = 100_000

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from .ema import EMA
-from .sampler import Draws, SampleKey, mix
-from .signals import Interrupted
-from .stage import Batch, MapDataset, Stage
+from training.ema import EMA
+from training.sampler import Draws, SampleKey, mix
+from training.signals import Interrupted
+from training.stage import Batch, MapDataset, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,7 +12,7 @@ from torch import nn
 from pipelines.cli import UserError, nearest
 
 if TYPE_CHECKING:
-    from .stage import Stage
+    from training.stage import Stage
 
 logger = logging.getLogger("halftone")
 

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.cli import UserError
 from tests.conftest import ROOT, forget_accelerate
-from tests.runs import rows
+from tests.support.runs import rows
 from training import api, train_autoencoder
 from training.launch import has_accelerator_device
 from training.sampler import BatchLayout, SampleKey, StepSampler

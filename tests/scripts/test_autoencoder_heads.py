@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.loading import load_pipeline
 from pipelines.poster_domain import COLOR_ROLES, STYLES
 from tests.conftest import forget_accelerate
-from tests.runs import rows
+from tests.support.runs import rows
 from training import train_autoencoder
 from training.autoencoder_heads import count_mask_classes
 from training.checkpoint import load_tensors

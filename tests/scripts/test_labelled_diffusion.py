@@ -9,8 +9,8 @@ import torch
 
 from data_scripts import precompute_latents
 from tests.conftest import forget_accelerate
-from tests.runs import rows
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
+from tests.support.runs import rows
 from training import train_latent_diffusion
 from training.checkpoint import load_tensors
 from training.parsing import parse_config

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.runs import ROOT, command, environment, launch
+from tests.support.runs import ROOT, command, environment, launch
 from training.parsing import parse_config
 from training.scripts import config_class
 

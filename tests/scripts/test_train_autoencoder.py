@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.loading import load_pipeline
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows, tensors
+from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from training import train_autoencoder
 from training.checkpoint import load_tensors
 from training.data import ImageDataset, load_split
@@ -185,7 +185,7 @@ def test_stock_classes_train(tmp_path, autoencoder_flags, class_name):
 def test_started_by_accelerate_launch(tmp_path, autoencoder_flags):
     import subprocess
 
-    from tests.runs import environment
+    from tests.support.runs import environment
 
     launcher = str(Path(sys.executable).with_name("accelerate"))
     config = str(ROOT / "configs/accelerate/cpu.yaml")

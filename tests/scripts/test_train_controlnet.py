@@ -25,10 +25,10 @@ from pipelines.layout_encoder import LayoutEncoderModel
 from pipelines.loading import load_pipeline
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows, tensors
 from tests.scripts.conftest import COMMON
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
+from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from training import train_controlnet, train_decoder, train_latent_diffusion
 from training.checkpoint import load_tensors
 from training.data import load_split

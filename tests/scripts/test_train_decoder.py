@@ -20,7 +20,7 @@ from pipelines.design_brief import DesignBrief, brief_tensors
 from pipelines.loading import load_pipeline
 from pipelines.poster_domain import GRAMMAR
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows
+from tests.support.runs import ROOT, assert_same_state, launch, rows
 from training import train_decoder
 from training.brief_data import PARTS, drop_fields
 from training.checkpoint import load_tensors

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from pipelines.cli import UserError
 from pipelines.loading import load_pipeline
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows
-from tests.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
+from tests.support.runs import ROOT, assert_same_state, launch, rows
+from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
 from training import train_image_caption
 from training.caption_data import CaptionTokens
 from training.checkpoint import load_tensors

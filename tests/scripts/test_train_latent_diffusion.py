@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from data_scripts import precompute_latents
 from pipelines.loading import load_pipeline
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows, tensors
-from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
+from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
+from tests.support.tiny_models import tiny_text_encoder, tiny_tokenizer
 from training import train_latent_diffusion
 from training.checkpoint import load_tensors
 from training.parsing import parse_config

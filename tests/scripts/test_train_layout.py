@@ -14,8 +14,8 @@ from data_scripts import make_posters
 from pipelines.loading import load_pipeline
 from pipelines.poster_domain import COUNTS, GRAMMAR
 from tests.conftest import forget_accelerate
-from tests.runs import ROOT, assert_same_state, launch, rows
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
+from tests.support.runs import ROOT, assert_same_state, launch, rows
 from training import train_abstractor, train_encoder
 from training.data import load_split
 from training.parsing import parse_config

@@ -1,0 +1,97 @@
+"""Captioned pictures: the tokenizer that is built from them, ids and masks, and real collections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.cli import UserError
+from tests.support.tiny_captions import RESOLUTION, caption, draw_folder, tiny_caption_tokenizer
+from training.caption_data import (
+    CaptionDataConfig,
+    CaptionedPictures,
+    CaptionTokens,
+    captions_of,
+    load_captioned,
+    pixel_variance,
+    tokenizer_for,
+)
+from training.data import load_split
+from training.sampler import SampleKey
+from training.tokenization import report_on
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> CaptionDataConfig:
+    folder = draw_folder(tmp_path_factory.mktemp("data") / "pictures")
+    return CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION)
+
+
+def test_one_pair_in_ten_is_held_out_by_seed(config):
+    train, held_out = load_captioned(config, 0)
+    assert (len(train), len(held_out)) == (43, 5)
+    again, other = load_captioned(config, 0)[1], load_captioned(config, 1)[1]
+    kept = [data.dataset[:]["image"] for data in (held_out, again, other)]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_a_tokenizer_is_built_from_the_training_captions(config):
+    train, _ = load_captioned(config, 0)
+    one, again = (tokenizer_for(config, train.captioned, 12) for _ in range(2))
+    assert one.get_vocab() == again.get_vocab()
+    assert one.convert_tokens_to_ids(["<PAD>", "<START>", "<END>", "<UNK>"]) == [0, 1, 2, 3]
+    assert one.model_max_length == 12
+    assert one("a red zebra").input_ids[-2] == 3
+
+
+def test_ids_are_padded_to_the_batch_and_masked():
+    tokenizer = tiny_caption_tokenizer()
+    tokens = CaptionTokens(tokenizer, 12)
+    ids, mask = tokens(["a red circle", "a red circle, big"])
+    assert ids.shape == mask.shape == (2, 7)
+    assert mask.tolist() == [[1] * 5 + [0] * 2, [1] * 7]
+    assert ids[0].tolist() == [*tokenizer("a red circle").input_ids, 0, 0]
+    assert torch.equal(tokens(["a red circle"])[0], ids[:1, :5])
+
+
+def test_lists_of_captions(tmp_path, config):
+    folder = draw_folder(tmp_path / "pictures", 4)
+    rows = [json.dumps({"file_name": f"{i:03d}.png", "text": [caption(i), "a picture"]}) for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    several = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, validation_fraction=0)
+    data = CaptionedPictures(load_split(several, "train", 0), several)
+    assert list(captions_of(data.captioned, "text"))[:2] == [caption(0), "a picture"]
+    assert {data[SampleKey(0, key)]["caption"] for key in range(20)} == {caption(0), "a picture"}
+
+
+def test_a_column_of_numbers_has_no_captions(tmp_path):
+    folder = draw_folder(tmp_path / "pictures", 4)
+    rows = [json.dumps({"file_name": f"{i:03d}.png", "text": i}) for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    config = CaptionDataConfig(train_data_dir=str(folder), validation_fraction=0)
+    with pytest.raises(UserError, match="holds int, not texts"):
+        tokenizer_for(config, load_split(config, "train", 0), 12)
+
+
+def test_pixel_variance_is_what_the_mean_picture_costs(config):
+    train, _ = load_captioned(config, 0)
+    pixels = torch.stack([train[SampleKey(i, 0)]["pixel_values"] for i in range(len(train))])
+    cost = (pixels - pixels.mean(0)).square().mean()
+    assert pixel_variance(train, 1000) == pytest.approx(float(cost), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "fit", "ratio"), [("noto_emoji", "crop", 1.0), ("nlvr_shapes", "stretch", 4.0)])
+def test_real_captions(shared_dir: Path, name, fit, ratio):
+    """Words that were seen come back; what was not is <UNK>, and little."""
+    config = CaptionDataConfig(dataset_name=str(shared_dir / "data" / name), image_fit=fit)
+    train, held_out = load_captioned(config, 0)
+    tokenizer = tokenizer_for(config, train.captioned, 40)
+    own = report_on(tokenizer, captions_of(train.captioned, "text"))
+    other = report_on(tokenizer, captions_of(held_out.captioned, "text"))
+    assert (own.unknown_words, own.cut) == (0, 0)
+    assert own.round_trips > 0.9 * own.captions
+    assert other.unknown_share < 0.1
+    assert train.aspect_ratio() == ratio

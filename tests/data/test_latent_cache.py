@@ -1,0 +1,443 @@
+"""The latent cache: equal to encoding on the fly; killed and resumed; shared over processes; refused elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from data_scripts import precompute_latents
+from pipelines.cli import UserError
+from pipelines.latents import posterior_moments
+from tests.conftest import ROOT
+from tests.support.tiny_models import tiny_vae
+from training.balance import balanced_strata
+from training.data import DataConfig, ImageDataset, load_split
+from training.fingerprints import vae_fingerprint
+from training.latent_cache import LatentCache, read_shard
+from training.sampler import SampleKey
+from training.transforms import flips
+from training.vae_loading import load_vae
+
+ROWS, VALIDATION_ROWS, SHARD_ROWS = 62, 5, 4
+LATENTS = (4, 8, 8)  # of tiny_vae at 16 px
+
+
+def save_pictures(folder: Path, *, mask_seed: int | None = None) -> Path:
+    """Parquet with captions (one row has two), classes, and pictures of the training size.
+
+    With `mask_seed` also masks of four classes with some unlabelled pixels, and a second column of classes.
+    """
+    generator = np.random.default_rng(0)
+    features: dict[str, Any] = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["even", "odd"]),
+    }
+    for split, rows in (("train", ROWS), ("validation", VALIDATION_ROWS)):
+        images = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(rows)]
+        columns: dict[str, list] = {
+            "image": images,
+            "text": [f"{split} {i} – café" for i in range(rows)],
+            "label": [i % 2 for i in range(rows)],
+        }
+        if mask_seed is not None:
+            ids = np.random.default_rng(mask_seed).choice([0, 1, 2, 3, 255], (rows, 16, 16)).astype(np.uint8)
+            columns |= {"mask": [Image.fromarray(mask) for mask in ids]}
+            columns |= {"source": ["rare" if i % 10 == 3 else "common" for i in range(rows)]}
+            features |= {"mask": datasets.Image(), "source": datasets.Value("string")}
+        dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+def flags(data: Path, vae: Path, output: Path, *more: str) -> list[str]:
+    words = f"--dataset_name {data} --vae {vae} --output_dir {output} --resolution 16 --shard_rows {SHARD_ROWS}"
+    return [*words.split(), "--encode_batch_size", "3", "--cpu_threads", "1", "--random_flip", "true", *more]
+
+
+def precompute(*arguments: str) -> int | None:
+    return precompute_latents.main(list(arguments))
+
+
+@pytest.fixture(scope="module")
+def cache_folder(data: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    assert precompute(*flags(data, vae_folder, folder)) == 0
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def config_of(data: Path, **settings: object) -> DataConfig:
+    return DataConfig(**{"dataset_name": str(data), "resolution": 16, "random_flip": True, **settings})  # type: ignore[arg-type]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cached_equals_encoding_on_the_fly(data: Path, vae_folder: Path, cache_folder: Path):
+    torch.set_num_threads(1)
+    vae = load_vae(str(vae_folder))
+    cache = LatentCache(cache_folder)
+    assert cache.splits == ["train", "validation"]
+    assert cache.latent_shape == LATENTS
+    assert cache.id2label == {0: "even", 1: "odd"}
+    config = config_of(data)
+    for split, augment in (("train", True), ("validation", False)):
+        cached = cache.split(split, random_flip=augment)
+        live = ImageDataset(load_split(config, split, 0), config, labels=True, augment=augment)
+        assert len(cached) == len(live)
+        keys = [SampleKey(i, 1000 + i) for i in range(len(live))]
+        assert {flips(key.key) for key in keys} == {True, False}
+        for one, other in zip(cached.__getitems__(keys), live.__getitems__(keys)):
+            mean, logvar = posterior_moments(vae, other["pixel_values"][None])
+            torch.testing.assert_close(one["mean"], mean[0], atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(one["logvar"], logvar[0], atol=2e-6, rtol=1e-5)
+            assert (one["caption"], one["label"], one["index"]) == (other["caption"], other["label"], other["index"])
+
+
+def test_flips_of_cached_latents_are_not_frozen(cache_folder: Path):
+    dataset = LatentCache(cache_folder).split("train", random_flip=True)
+    means = [dataset[SampleKey(3, key)]["mean"] for key in range(30)]
+    variants = {mean.numpy().tobytes() for mean in means}
+    assert len(variants) == 2
+    assert all(
+        torch.equal(mean, means[[flips(k) for k in range(30)].index(flips(key))]) for key, mean in enumerate(means)
+    )
+    steady = LatentCache(cache_folder).split("train")
+    assert len({steady[SampleKey(3, key)]["mean"].numpy().tobytes() for key in range(30)}) == 1
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("masked"), mask_seed=1)
+
+
+@pytest.fixture(scope="module")
+def masked_cache(masked: Path, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "masked"
+    assert precompute(*flags(masked, vae_folder, folder)) == 0
+    return folder
+
+
+def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache: Path, vae_folder: Path):
+    cache, config = LatentCache(masked_cache), config_of(masked)
+    assert cache.mask_column == "mask"
+    cached = cache.split("train", random_flip=True, num_mask_classes=4)
+    live = ImageDataset(load_split(config, "train", 0), config, labels=True, num_mask_classes=4)
+    keys = [SampleKey(i, 1000 + i) for i in range(len(live))]
+    for one, other in zip(cached.__getitems__(keys), live.__getitems__(keys)):
+        assert one["mask"].dtype == other["mask"].dtype == torch.int64
+        assert torch.equal(one["mask"], other["mask"])
+        assert one["label"] == other["label"]
+    assert {flips(key.key) for key in keys} == {True, False}
+    assert cached.collate([cached[keys[0]], cached[keys[1]]])["mask"].shape == (2, 16, 16)
+    assert "mask" not in cache.split("train")[keys[0]]
+    # A run that wants no masks need not name their column.
+    for column in ("mask", "other"):
+        cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(masked, mask_column=column))
+    with pytest.raises(UserError, match="those of column 'mask', and this run wants 'other'; say --mask_column mask"):
+        cache.split("train", num_mask_classes=4, config=config_of(masked, mask_column="other"))
+
+
+def test_masks_that_are_not_there_or_do_not_fit_are_refused(
+    data: Path, masked: Path, masked_cache: Path, cache_folder: Path, vae_folder: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match="no masks; make it again with --masks yes"):
+        LatentCache(cache_folder).split("train", num_mask_classes=4)
+    with pytest.raises(UserError, match=r"class id 3 of a mask in split 'train'.*beyond the 3 classes"):
+        LatentCache(masked_cache).split("train", num_mask_classes=3)
+    (tmp_path / "changed").mkdir()
+    changed = save_pictures(tmp_path / "changed", mask_seed=2)
+    with pytest.raises(UserError, match="dataset: split 'train'"):
+        LatentCache(masked_cache).check(load_vae(str(vae_folder)), "v", config_of(changed))
+    copy = tmp_path / "copy"
+    shutil.copytree(masked_cache, copy)
+    with pytest.raises(UserError, match="mask_column mask there, None here"):
+        precompute(*flags(masked, vae_folder, copy, "--masks", "no"))
+    with pytest.raises(UserError, match="no column 'mask'.*--mask_column"):
+        precompute(*flags(data, vae_folder, tmp_path / "new", "--masks", "yes"))
+
+
+def test_a_cache_without_masks_is_the_file_it_always_was(
+    masked: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
+):
+    """Caches made before there were masks stay readable, and the command that made one finds it complete."""
+    assert precompute(*flags(masked, vae_folder, tmp_path / "latents", "--masks", "no")) == 0
+    assert contents(tmp_path / "latents") == contents(cache_folder)
+    assert set(LatentCache(cache_folder).manifest) & {"mask_column", "label_column"} == set()
+
+
+def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictures(masked: Path, masked_cache: Path):
+    cache = LatentCache(masked_cache)
+    alone, named = cache.split("train"), cache.split("train", config=config_of(masked))
+    for dataset in (alone, named):
+        strata = balanced_strata(dataset, "label", 1.0)
+        assert strata.group_of_row.tolist() == [i % 2 for i in range(ROWS)]
+    strata = balanced_strata(named, "source", 0.5)
+    assert strata.group_of_row.tolist() == [int(i % 10 == 3) for i in range(ROWS)]
+    assert float(strata.shares[1]) == pytest.approx(6**0.5 / (6**0.5 + 56**0.5))
+    with pytest.raises(UserError, match="holds 'label'.*--dataset_name.*--label_column source"):
+        balanced_strata(alone, "source", 1.0)
+
+
+def test_workers_read_the_same_batches(cache_folder: Path):
+    dataset = LatentCache(cache_folder).split("train", random_flip=True)
+    keys = [[SampleKey(i, i) for i in range(start, start + 5)] for start in (0, 5)]
+    loaders = [DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=n) for n in (0, 1)]
+    for one, other in zip(*map(list, loaders)):
+        assert one["mean"].shape == (5, *LATENTS)
+        assert torch.equal(one["mean"], other["mean"])
+        assert torch.equal(one["label"], other["label"])
+        assert one["caption"] == other["caption"]
+
+
+def test_shards_are_mapped_and_not_loaded(tmp_path: Path):
+    save_file({"mean": torch.zeros(25_000_000)}, tmp_path / "large.safetensors")
+    process = psutil.Process()
+    before = process.memory_info().rss
+    shard = read_shard(tmp_path / "large.safetensors")
+    assert float(shard["mean"][12345:12350].sum()) == 0
+    assert process.memory_info().rss - before < 20e6
+
+
+# --- what it belongs to ----------------------------------------------------------------------------------------------
+
+
+def test_the_right_vae_and_data_are_accepted(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
+    shutil.copytree(data, tmp_path / "moved")
+    cache = LatentCache(cache_folder)
+    cache.check(load_vae(str(vae_folder)), str(vae_folder))
+    cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(data))
+    cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(tmp_path / "moved", random_flip=False))
+
+
+def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
+    vae, cache = load_vae(str(vae_folder)), LatentCache(cache_folder)
+    other = load_vae(str(vae_folder))
+    with torch.no_grad():
+        next(other.parameters()).flatten()[0] += 1e-3
+    rescaled = load_vae(str(vae_folder))
+    rescaled.register_to_config(scaling_factor=0.5)
+    for changed in (other, rescaled):
+        with pytest.raises(UserError, match="VAE: the cache is of") as error:
+            cache.check(changed, "other/vae", config_of(data))
+        assert vae_fingerprint(changed)[:12] in str(error.value)
+        assert vae_fingerprint(vae)[:12] in str(error.value)
+        assert "--vae other/vae" in str(error.value)
+        assert "--overwrite true" in str(error.value)
+    with pytest.raises(UserError, match="transform: the cache has 'v1 16px.*this run 'v1 32px") as error:
+        cache.check(vae, "v", config_of(data, resolution=32))
+    assert "--resolution 32" in str(error.value)
+    changed_data = tmp_path / "changed"
+    shutil.copytree(data, changed_data)
+    rows = datasets.Dataset.from_parquet(str(changed_data / "train-00000-of-00001.parquet"))
+    rows.map(lambda row, i: {"text": "other" if i == 7 else row["text"]}, with_indices=True).to_parquet(
+        changed_data / "train-00000-of-00001.parquet"
+    )
+    with pytest.raises(UserError, match="dataset: split 'train'") as error:
+        cache.check(vae, "v", config_of(changed_data))
+    assert "split 'validation'" not in str(error.value)
+
+
+def test_flips_want_a_cache_with_mirrored_latents(data: Path, vae_folder: Path, tmp_path: Path):
+    precompute(*flags(data, vae_folder, tmp_path / "plain", "--random_flip", "false", "--splits", "[validation]"))
+    cache = LatentCache(tmp_path / "plain")
+    with pytest.raises(UserError, match="no mirrored pictures"):
+        cache.split("validation", random_flip=True)
+    with pytest.raises(UserError, match="no mirrored pictures"):
+        cache.check(load_vae(str(vae_folder)), "v", config_of(data))
+    with pytest.raises(UserError, match="no split 'train'"):
+        cache.split("train")
+
+
+def test_a_cache_that_is_absent_unfinished_or_damaged_is_refused(cache_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        LatentCache(tmp_path / "nowhere")
+    copy = tmp_path / "copy"
+    shutil.copytree(cache_folder, copy)
+    shard = copy / "train" / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=f"{len(whole) - 1} bytes instead of {len(whole)}"):
+        LatentCache(copy)
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        LatentCache(copy)
+    (copy / "cache.json").unlink()
+    with pytest.raises(UserError, match="has not been finished"):
+        LatentCache(copy)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_made_again(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache_folder, copy)
+    before = contents(copy)
+    shard = copy / "train" / "shard-00002.safetensors"
+    broken = bytearray(shard.read_bytes())
+    broken[-1] ^= 1  # the same size
+    shard.write_bytes(broken)
+    untouched = (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns
+    assert precompute(*flags(data, vae_folder, copy)) == 0
+    assert contents(copy) == before
+    assert (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns == untouched
+
+
+def launch(arguments: list[str], *launcher: str) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(ROOT / "data_scripts" / "precompute_latents.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def wait_for_shards(folder: Path, count: int, process: subprocess.Popen) -> None:
+    while len(list(folder.rglob("shard-*.json"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path, number: signal.Signals
+):
+    folder = tmp_path / "latents"
+    arguments = flags(data, vae_folder, folder)
+    process = launch(arguments)
+    wait_for_shards(folder, 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGINT: 130}
+    assert process.returncode == expected[number], output
+    assert not (folder / "cache.json").exists()
+    assert number == signal.SIGKILL or "the same command goes on" in output
+    assert precompute(*arguments) == 0
+    assert contents(folder) == contents(cache_folder)
+
+
+def test_two_processes_give_the_same_bytes(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
+    folder = tmp_path / "latents"
+    process = launch(
+        flags(data, vae_folder, folder), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    )
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert contents(folder) == contents(cache_folder)
+    assert output.count("Latents are in") >= 1
+
+
+def test_a_cache_of_something_else_is_not_written_over(
+    data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache_folder, copy)
+    before = contents(copy)
+    other = flags(data, vae_folder, copy, "--storage_dtype", "float16")
+    with pytest.raises(UserError, match="storage_dtype float32 there, float16 here"):
+        precompute(*other)
+    assert contents(copy) == before
+    assert precompute(*other, "--overwrite", "true") == 0
+    small, exact = LatentCache(copy).split("train"), LatentCache(cache_folder).split("train")
+    mean = small[SampleKey(0, 0)]["mean"]
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, exact[SampleKey(0, 0)]["mean"], atol=1e-3, rtol=1e-3)
+    assert (copy / "train" / "shard-00000.safetensors").stat().st_size < 0.6 * len(
+        before["train/shard-00000.safetensors"]
+    )
+
+
+def test_a_vae_without_a_posterior_and_rows_without_captions(tmp_path: Path, data: Path):
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path / "pipeline" / "vae")
+    arguments = flags(data, tmp_path / "pipeline", tmp_path / "latents", "--caption_column", "", "--labels", "no")
+    assert precompute(*arguments, "--splits", "[validation]") == 0
+    item = LatentCache(tmp_path / "latents").split("validation")[SampleKey(1, 0)]
+    assert sorted(item) == ["index", "mean"]
+    assert item["mean"].shape == LATENTS
+
+
+def test_several_captions_are_all_kept(tmp_path: Path, vae_folder: Path, data: Path):
+    rows = datasets.load_dataset(str(data), split="validation").remove_columns("text")
+    rows = rows.add_column("text", [["one", "two", "three"]] * len(rows))
+    rows.to_parquet(tmp_path / "train.parquet")
+    arguments = flags(tmp_path / "train.parquet", vae_folder, tmp_path / "latents", "--splits", "[train]")
+    assert precompute(*arguments, "--validation_fraction", "0") == 0
+    dataset = LatentCache(tmp_path / "latents").split("train")
+    assert {dataset[SampleKey(0, key)]["caption"] for key in range(50)} == {"one", "two", "three"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--center_crop", "false"], "--center_crop true"),
+        (["--resolution", "17"], "--resolution"),
+        (["--vae", "nowhere/at/all"], "check --vae"),
+        (["--vae", "DATA"], "no VAE in"),
+        (["--caption_column", "txt"], "did you mean 'text'"),
+        (["--shard_rows", "0"], "--shard_rows"),
+        (["--output_dir", "/proc/nothing"], "--output_dir"),
+        (["--vea", "x"], "did you mean 'vae'"),
+    ],
+)
+def test_mistakes_are_user_errors(data: Path, vae_folder: Path, tmp_path: Path, changed: list[str], message: str):
+    words = [str(data) if word == "DATA" else word for word in changed]
+    with pytest.raises(UserError, match=message):
+        precompute(*flags(data, vae_folder, tmp_path / "latents", *words))
+
+
+def test_broken_pictures_are_named_before_encoding_starts(tmp_path: Path, vae_folder: Path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (i, i, i)).save(folder / f"{i}.png")
+    (folder / "2.png").write_bytes(b"broken")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": "" if i == 1 else "a"}) for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    arguments = flags(folder, vae_folder, tmp_path / "latents", "--validation_fraction", "0")
+    with pytest.raises(UserError, match="2 of 4 rows"):
+        precompute(*arguments)
+    assert precompute(*arguments, "--on_bad_sample", "skip") == 0
+    dataset = LatentCache(tmp_path / "latents").split("train")
+    torch.testing.assert_close(dataset[SampleKey(1, 0)]["mean"], dataset[SampleKey(3, 0)]["mean"])

@@ -1,0 +1,313 @@
+"""make_controls.py: what is drawn, by closed forms; that datasets keep their rows and columns; what is refused.
+
+H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_scripts import check_dataset, control_dataset, make_controls
+from data_scripts.control_kinds import edges, palette, soft_edges
+from pipelines.cli import UserError
+from pipelines.layout_analysis import LayoutAnalysisPipeline
+from pipelines.layout_encoder import LayoutEncoderModel
+from tests.support.runs import ROOT, launch
+from training.companions import control_of
+from training.data import DataConfig, ImageDataset, load_split
+from training.sampler import SampleKey
+
+SCRIPT = ROOT / "data_scripts/make_controls.py"
+HEIGHT, WIDTH = 24, 40
+
+
+def halves(left: tuple[int, int, int], right: tuple[int, int, int], width: int = WIDTH) -> Image.Image:
+    """Two colours, side by side."""
+    pixels = np.full((HEIGHT, width, 3), left, dtype=np.uint8)
+    pixels[:, width // 2 :] = right
+    return Image.fromarray(pixels)
+
+
+def grey(share: float) -> tuple[int, int, int]:
+    return (round(255 * share),) * 3
+
+
+# --- what is drawn
+
+
+def test_edges_are_lines_where_colour_changes_and_nowhere_else():
+    found = np.asarray(edges(halves(grey(0), grey(1)), sigma=1.0, low=0.03, high=0.1))
+    assert found.shape == (HEIGHT, WIDTH)
+    assert set(np.unique(found)) == {0, 255}
+    assert set(np.argwhere(found[2:-2])[:, 1]) == {WIDTH // 2 - 1, WIDTH // 2}, "the pixels on either side of it"
+    assert (found[2:-2, WIDTH // 2] == 255).all()
+    assert not np.asarray(edges(Image.new("RGB", (WIDTH, HEIGHT), "red"), 1.0, 0.03, 0.1)).any(), "none at the borders"
+
+
+def test_thresholds_are_shares_of_black_to_white():
+    """Without a blur a step of 0.2 has a gradient of 0.2."""
+    step = halves(grey(0.4), grey(0.6))
+    assert np.asarray(edges(step, 0.0, 0.1, 0.18)).any()
+    assert not np.asarray(edges(step, 0.0, 0.1, 0.22)).any()
+
+
+def test_soft_edges_grow_with_the_root_of_the_contrast():
+    strengths = [np.asarray(soft_edges(halves(grey(0), grey(share)), 1.0)).max() for share in (0.0, 0.25, 1.0)]
+    assert strengths == pytest.approx([0, 128, 255], abs=1)
+    found = np.asarray(soft_edges(halves(grey(0), grey(1)), 1.0))
+    assert (found[:, WIDTH // 2 - 1 : WIDTH // 2 + 1] == 255).all()
+    assert not found[:, : WIDTH // 4].any()
+
+
+def test_edges_of_both_kinds_see_colours_of_one_brightness():
+    red, green = (200, 0, 0), (0, 102, 0)
+    step = halves(red, green)
+    assert len(np.unique(np.asarray(step.convert("L")))) == 1
+    assert np.asarray(soft_edges(step, 1.0)).max() > 200
+    assert (np.asarray(edges(step, 1.0, 0.03, 0.1))[2:-2] > 0).any(1).all()
+
+
+def test_a_wider_blur_leaves_less_detail():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    counts = [(np.asarray(edges(noise, sigma, 0.03, 0.1)) > 0).sum() for sigma in (1.0, 3.0)]
+    assert counts[1] < counts[0]
+
+
+def test_a_palette_has_the_colour_of_most_of_each_cell():
+    pixels = np.zeros((24, 24, 3), dtype=np.uint8)
+    pixels[:, :14] = (200, 30, 40)  # of the middle column of cells (8 to 16) three quarters
+    found = np.asarray(palette(Image.fromarray(pixels), colors=2, cells=3))
+    assert (found[:, :16] == (200, 30, 40)).all()
+    assert (found[:, 16:] == 0).all()
+
+
+@pytest.mark.parametrize(("size", "cells"), [((30, 50), (4, 7)), ((50, 30), (7, 4)), ((3, 3), (3, 3))])
+def test_a_palette_has_few_colours_in_square_cells(size: tuple[int, int], cells: tuple[int, int]):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    found = np.asarray(palette(Image.fromarray(pixels), colors=5, cells=4))
+    assert found.shape == pixels.shape
+    assert 1 < len(np.unique(found.reshape(-1, 3), axis=0)) <= 5
+    for axis, count in ((1, cells[0]), (0, cells[1])):
+        changes = np.any(np.diff(found.astype(int), axis=axis), axis=(1 - axis, 2)).sum()
+        assert changes <= count - 1
+
+
+# --- datasets
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """An imagefolder of two splits, with captions and masks; its pictures are of several sizes, one lies on its side
+    and one is transparent."""
+    folder = tmp_path / "pictures"
+    for split, count in (("train", 7), ("validation", 3)):
+        (folder / split).mkdir(parents=True)
+        lines = []
+        for row in range(count):
+            picture = halves(grey(row / 10), grey(1 - row / 20), width=WIDTH + row)
+            if row == 1:
+                picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+            exif = Image.Exif()
+            exif[0x0112] = 6 if row == 2 else 1
+            picture.save(folder / split / f"{row}.png", exif=exif)
+            upright = picture.size[::-1] if row == 2 else picture.size
+            Image.new("L", upright, row).save(folder / split / f"{row}_mask.png")
+            names = {"file_name": f"{row}.png", "mask_file_name": f"{row}_mask.png"}
+            lines.append(json.dumps({**names, "text": f"number {row}"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def make(source: Path, folder: Path, *flags: str) -> Path:
+    assert make_controls.main(["--train_data_dir", str(source), "--output_dir", str(folder), *flags]) == 0
+    return folder
+
+
+def opened(folder: Path, split: str = "train"):
+    return load_split(DataConfig(dataset_name=str(folder)), split, 0)
+
+
+def test_all_rows_and_columns_are_kept_and_the_control_goes_with_its_picture(pictures, tmp_path, capsys):
+    made = make(pictures, tmp_path / "made", "--kind", "soft_edges")
+    assert {path.name for path in made.iterdir()} == {"README.md", "data", "manifest.json", "contact_sheet.png"}
+    for split, count in (("train", 7), ("validation", 3)):
+        rows = opened(made, split)
+        assert len(rows) == count
+        assert rows.column_names == ["image", "mask", "text", "conditioning_image"]
+        for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
+            assert row["text"] == f"number {number}"
+            assert row["image"]["bytes"] == (pictures / split / f"{number}.png").read_bytes()
+            assert row["mask"].getextrema() == (number, number)
+    config = DataConfig(dataset_name=str(made), resolution=16)
+    data = ImageDataset(opened(made), config, captions=True, control=control_of("conditioning_image", 0))
+    batch = data.collate(data.__getitems__([SampleKey(i, 0) for i in range(7)]))
+    assert batch["conditioning_pixel_values"].shape == (7, 3, 16, 16)
+    assert check_dataset.main(["--dataset_name", str(made)]) == 0, "sizes match, those of turned ones too"
+    said = capsys.readouterr().out
+    assert f"--dataset_name {made} --conditioning_image_column conditioning_image" in said
+    assert str(made / "contact_sheet.png") in said
+
+
+def test_transparent_pictures_are_laid_on_white(pictures, tmp_path):
+    rows = opened(make(pictures, tmp_path / "made", "--kind", "palette", "--colors", "8"))
+    control = np.asarray(rows[1]["conditioning_image"]).astype(int)
+    assert control[0].mean() > 200, "the upper edge is transparent"
+
+
+def test_several_kinds_are_columns(pictures, tmp_path):
+    made = make(pictures, tmp_path / "made", "--kind", "[edges, palette]", "--columns", "[lines, colours]")
+    row = opened(made)[3]
+    assert row["lines"].mode == "L"
+    assert row["colours"].mode == "RGB"
+    assert row["lines"].size == row["colours"].size == row["image"].size
+    expected = edges(row["image"].convert("RGB"), 0.7, 0.03, 0.1)
+    assert np.array_equal(np.asarray(row["lines"]), np.asarray(expected))
+    card = (made / "README.md").read_text()
+    assert "| `lines` | white lines where colour changes" in card
+    assert "- colors: 6" in card
+    assert str(tmp_path) not in card + (made / "manifest.json").read_text()
+
+
+def test_layouts_are_what_the_encoder_reads(pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    reader = LayoutAnalysisPipeline(encoder=LayoutEncoderModel((8, 16), sample_size=16).eval())
+    reader.save_pretrained(tmp_path / "reader")
+    made = make(pictures, tmp_path / "made", "--kind", "layout", "--encoder", str(tmp_path / "reader"))
+    row = opened(made)[4]
+    features = reader(row["image"], overlays=False).features[0]
+    for number, name in enumerate(("text_mask", "image_mask")):
+        assert np.array_equal(np.asarray(row[name]), features[number] * 255)
+    assert "--conditioning_image_column '[text_mask,image_mask]'" in capsys.readouterr().out
+
+
+def test_rows_go_to_disk_as_they_are_made(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(control_dataset, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(control_dataset, "ROWS_PER_SHARD", 4)
+    made = make(pictures, tmp_path / "made", "--kind", "edges")
+    files = sorted(path.name for path in (made / "data").iterdir())
+    assert files == ["train-00000.parquet", "train-00001.parquet", "validation-00000.parquet"]
+    assert opened(made)["text"][:] == [f"number {i}" for i in range(7)]
+    monkeypatch.setattr(control_dataset, "BYTES_PER_SHARD", 1)
+    by_size = make(pictures, tmp_path / "by_size", "--kind", "edges")
+    assert len(list((by_size / "data").glob("train-*"))) >= 4
+
+
+def test_classes_stay_classes_whatever_holds_them(tmp_path):
+    """From folders of classes, and from the Parquet files that a first pass has made."""
+    for name in ("cat", "dog"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for row in range(2):
+            halves(grey(0.2), grey(0.9)).save(tmp_path / "classes" / name / f"{row}.png")
+    once = make(tmp_path / "classes", tmp_path / "once", "--kind", "edges", "--columns", "[lines]")
+    flags = ["--dataset_name", str(once), "--output_dir", str(tmp_path / "twice"), "--kind", "palette"]
+    assert make_controls.main(flags) == 0
+    rows = opened(tmp_path / "twice")
+    assert rows.features["label"].names == ["cat", "dog"]
+    assert {"lines", "conditioning_image"} <= set(rows.column_names)
+
+
+def test_the_sheet_shows_each_picture_beside_its_controls(pictures, tmp_path):
+    made = make(pictures, tmp_path / "made", "--kind", "[edges, palette]")
+    with Image.open(made / "contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 128
+        assert sheet.height > 128
+
+
+# --- half-written and earlier folders
+
+
+@pytest.fixture
+def broken(pictures) -> Path:
+    file = pictures / "train/5.png"
+    file.write_bytes(file.read_bytes()[:60])
+    return pictures
+
+
+def test_a_broken_picture_is_named_and_nothing_is_left(broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(control_dataset, "ROWS_AT_ONCE", 2)
+    with pytest.raises(UserError, match="row 5 of the dataset: .*--on_bad_sample skip"):
+        make(broken, tmp_path / "made", "--kind", "edges")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+
+
+def test_a_broken_picture_is_left_out_where_asked(broken, tmp_path, capsys):
+    made = make(broken, tmp_path / "made", "--kind", "edges", "--on_bad_sample", "skip")
+    assert "1 rows with broken pictures were left out" in capsys.readouterr().out
+    assert opened(made)["text"][:] == [f"number {i}" for i in (0, 1, 2, 3, 4, 6)]
+
+
+def test_earlier_controls_are_set_aside_only_when_asked(pictures, tmp_path, capsys):
+    made = make(pictures, tmp_path / "made", "--kind", "edges")
+    with pytest.raises(UserError, match="holds controls already .edges of pictures.; .* add --overwrite"):
+        make(pictures, made, "--kind", "palette")
+    make(pictures, made, "--kind", "palette", "--overwrite")
+    assert "The earlier controls are now in" in capsys.readouterr().out
+    assert (tmp_path / "made_old_1/data").is_dir()
+    assert opened(made)[0]["conditioning_image"].mode == "RGB"
+    (made / "data/train-00000.parquet").unlink()
+    with pytest.raises(UserError, match="is not empty and holds no complete controls"):
+        make(pictures, made, "--kind", "palette", "--overwrite")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--kind is missing: one or more of edges, soft_edges, palette, layout"),
+        (["--kind", "edge"], "--kind edge is none of .*; did you mean 'edges'"),
+        (["--kind", "[edges, edges]"], "--kind names one twice"),
+        (["--kind", "layout"], "a layout is read by a layout encoder; --kind layout and --encoder RUN"),
+        (["--kind", "edges", "--encoder", "x"], "a layout is not asked for, but --encoder x"),
+        (["--kind", "layout", "--encoder", "/nowhere/x"], "no pipeline, run or checkpoint at '/nowhere/x'"),
+        (["--kind", "edges", "--columns", "[a, b]"], r"give 1 different names, in place of conditioning_image"),
+        (["--kind", "edges", "--columns", "[mask]"], "the dataset has a column 'mask' already; .*--columns"),
+        (["--kind", "edges", "--sigma", "-1"], "--sigma is -1.0; give 0 or more"),
+        (["--kind", "edges", "--low_threshold", "0.5"], "--low_threshold 0.5 and --high_threshold 0.1"),
+        (["--kind", "palette", "--colors", "0"], "--colors is 0; give 1 to 256"),
+        (["--kind", "edges", "--image_column", "imag"], "no column 'imag'; did you mean 'image'"),
+        (
+            ["--kind", "edges", "--image_column", "text", "--on_bad_sample", "error"],
+            "row 0 of the dataset: file 'number",
+        ),
+        (["--kind", "edges", "--dataset_name", "x"], "both dataset_name .* and train_data_dir"),
+        (["--kind", "edges", "--train_data_dir", "/nowhere/x"], "'/nowhere/x' does not exist"),
+        (["--kind", "edges", "--output_dir", ""], "--output_dir is missing"),
+        (["--kind", "edges", "--output_dir", "/proc/x/y"], "--output_dir /proc/x/y cannot be written"),
+        (["--kind", "edges", "--kinds", "edges"], "--kinds"),
+    ],
+)
+def test_bad_input(pictures, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        make(pictures, tmp_path / "made", *flags)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_source_itself_is_never_written_over(pictures):
+    with pytest.raises(UserError, match="is not empty and holds no complete controls"):
+        make(pictures, pictures, "--kind", "edges", "--overwrite")
+
+
+def test_edges_without_scikit_image_and_palettes_without_it(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(UserError, match=r"--kind edges needs scikit-image, .*: pip install -e '\.\[controls\]'"):
+        make(pictures, tmp_path / "made", "--kind", "[palette, edges]")
+    make(pictures, tmp_path / "made", "--kind", "palette")
+
+
+def test_as_a_program_bad_input_is_one_line_and_status_2(tmp_path):
+    done = launch(
+        SCRIPT, "--train_data_dir", str(tmp_path / "none"), "--kind", "edges", "--output_dir", "x", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: dataset ")

@@ -1,0 +1,71 @@
+"""SIGKILL at any moment, while a checkpoint is written above all: the next start goes on from a whole one."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_topology import start
+from tests.support.runs import ROOT, TOY, assert_same_state, command, environment
+from training import checkpoint
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+# A checkpoint at every step: most of the time is spent writing, linking and pruning them.
+FLAGS = (
+    "--train_batch_size", "4", "--critic", "true", "--num_train_epochs", "9", "--checkpointing_steps", "1",
+    "--checkpoints_total_limit", "2", "--validation_steps", "7", "--preview_epochs", "0", "--logging_steps", "3",
+)  # fmt: skip
+
+
+def words(folder: Path) -> list[str]:
+    return ["--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS]
+
+
+def kill_after(folder: Path, seconds: float) -> bool:
+    """Start the run, and kill it `seconds` after its first new checkpoint; False when it was done before that."""
+    process = subprocess.Popen(
+        command(TOY, *words(folder)), env=environment(), cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    latest = folder / "checkpoints/latest"
+    before = latest.resolve().name
+    while latest.resolve().name == before and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    alive = process.poll() is None
+    process.kill()
+    process.wait()
+    return alive
+
+
+def test_killed_at_twenty_moments(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start(whole, *FLAGS, processes=1)
+    moments = random.Random(0)
+    steps, in_writing, kills = [], 0, 0
+    while kills < KILLS:
+        if not kill_after(killed, moments.uniform(0.0, 0.2)):
+            break
+        kills += 1
+        leftovers = [p.name for p in (killed / "checkpoints").glob(".*")]
+        in_writing += bool(leftovers)
+        found = checkpoint.find_checkpoint(killed / "checkpoints", "latest")
+        if found is not None:
+            checkpoint.verify(found)
+            checkpoint.verify(killed / "checkpoints" / "latest")
+            steps.append(int(found.name.removeprefix("step-")))
+    assert kills == KILLS, "the run is too short for so many kills"
+    assert steps == sorted(steps), "a start went on from an older checkpoint than the one before"
+    print(f"checkpoints after each kill: {steps}; {in_writing} kills while one was written, linked or pruned")
+    assert in_writing >= 3
+    assert steps[-1] > 5
+    start(killed, *FLAGS, processes=1)
+    assert_same_state(killed, whole)
+    assert (killed / "checkpoints/best").resolve().name == (whole / "checkpoints/best").resolve().name
+    assert [p.name for p in (killed / "checkpoints").glob(".*")] == []

@@ -1,0 +1,163 @@
+"""Asked to stop, wherever it happens to be: the step is finished, everything saved, and the exit status says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.cli import UserError
+from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
+from tests.support.toy import ToyConfig, ToyStage
+from tests.support.toy_runs import run, state_of
+from training import prepare
+from training.signals import REQUEUE_STATUS, Interrupted, StopSignal
+from training.validation import validate_only
+
+FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
+
+
+def started(folder: Path, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """A run in a process of its own, in the middle of training."""
+    words = ["--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS, *flags]
+    process = subprocess.Popen(
+        [*before, *command(TOY, *words)] if not before else [*before, str(TOY), *words],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(lambda: (folder / "metrics.csv").is_file(), process)
+    return process
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(tmp_path, number):
+    process = started(tmp_path / "run", "--slow_seconds", "0.05", "--logging_steps", "1")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS), errors
+    assert "Traceback" not in errors
+    assert f"stopped at step {state_of(tmp_path / 'run')['step']} of 24; everything is saved" in output
+    assert f"To go on: python tests/support/toy.py --output_dir {tmp_path}/run" in output
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    process = started(tmp_path / "run", "--slow_seconds", "1", "--logging_steps", "1", "--checkpointing_epochs", "0")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "press Ctrl-C again" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run/checkpoints/latest").exists()
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "previews", "finish"])
+def test_a_stop_anywhere_loses_nothing(tmp_path, where):
+    common = ("--num_train_epochs", "2", "--validation_steps", "4", "--preview_epochs", "1", "--critic", "true")
+    run(tmp_path / "whole", *common)
+    stop = ("--signal_step", "5") if where == "training" else ("--signal_at", where)
+    assert run(tmp_path / "run", *common, *stop) == REQUEUE_STATUS
+    assert not (tmp_path / "run/pipeline").exists()
+    assert "everything is saved" in (tmp_path / "run/run.log").read_text()
+    assert run(tmp_path / "run", *common) == 0
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_stop_while_an_input_is_made(tmp_path, number):
+    """The script that makes it is told, and the run ends with the status of the signal."""
+    target = tmp_path / "posters"
+    (tmp_path / "c.yaml").write_text(
+        f"prepare:\n  {target}: data_scripts/make_posters.py --output_dir {target} --num_posters 50000\n"
+    )
+    words = ("--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "run"), "--report_to", "none")
+    process = subprocess.Popen(command(TOY, *words), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: psutil.Process(process.pid).children(), process)
+    time.sleep(0.5)
+    process.send_signal(number)  # to the trainer alone: a scheduler's or `kill`'s, not a terminal's
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS), errors
+    assert not (target / "data").exists()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(target) in (p.info["cmdline"] or [])]
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_between_two_inputs_makes_no_more(tmp_path):
+    asked: list[int] = []
+    recipes = {str(tmp_path / name): "data_scripts/make_posters.py --help" for name in "ab"}
+
+    def stop_requested() -> int | None:
+        asked.append(1)
+        return signal.SIGTERM if len(asked) > 1 else None
+
+    with pytest.raises(Interrupted):
+        prepare.make_missing(recipes, stop_requested)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_dies_of_a_sigterm_stops_the_trainer(tmp_path):
+    """`accelerate launch` does not pass it on: the trainer notices that its parent is gone, saves and ends."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    toy(whole, *FLAGS)
+    launcher = str(Path(sys.executable).with_name("accelerate"))
+    process = started(parts, "--slow_seconds", "0.2", before=(launcher, "launch", "--cpu"))
+    (trainer,) = psutil.Process(process.pid).children()
+    process.terminate()
+    process.wait(30)
+    trainer.wait(60)
+    log = (parts / "run.log").read_text()
+    assert "everything is saved" in log
+    assert "To go on: accelerate launch tests/support/toy.py" in log
+    toy(parts, *FLAGS)
+    assert rows(parts) == rows(whole)
+    assert_same_state(parts, whole)
+
+
+def test_only_the_projects_own_scripts_are_run(tmp_path):
+    for command_line in (
+        "/bin/rm -rf x",
+        "../outside.py",
+        "tests/support/toy.py",
+        "data_scripts/../tests/support/toy.py",
+    ):
+        with pytest.raises(UserError, match="own scripts"):
+            prepare.make_missing({str(tmp_path / "x"): command_line}, lambda: None)
+
+
+def test_a_stop_is_heard_in_a_validation_outside_any_run(tmp_path, capsys):
+    """`--validate_only --model DIR` polls as a run does: a real signal ends it, and no figures are printed."""
+    from accelerate import Accelerator
+
+    stage = ToyStage(ToyConfig(output_dir=str(tmp_path / "run")))
+    accelerator = Accelerator(cpu=True)
+    with StopSignal() as stop:
+        stage.poll = stop.check
+        assert validate_only(stage, accelerator, 0, 4)
+        assert "val_loss" in capsys.readouterr().out
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not validate_only(stage, accelerator, 0, 4)
+        assert "val_loss" not in capsys.readouterr().out
+        assert stop.exit_status(stop.requested) == REQUEUE_STATUS

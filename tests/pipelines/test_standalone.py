@@ -1,0 +1,275 @@
+"""Published folders load where Halftone is not: in an environment with torch, diffusers and transformers alone.
+
+One process without Halftone does all that is to be shown (loading costs seconds), and writes what it saw; the tests
+read that.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import pipelines.standalone
+from pipelines.latent_diffusion import LatentDiffusionPipeline
+from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.standalone import ship
+from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
+from tests.support.tiny_models import tiny_pipeline
+
+PROMPT = "a red poster"
+
+OUTSIDE = """
+import importlib.util, json, sys
+from pathlib import Path
+
+for name in ("pipelines", "training", "data_scripts", "accelerate", "datasets"):
+    assert importlib.util.find_spec(name) is None, name
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+here = Path(sys.argv[1])
+
+
+def load(name):
+    pipeline = DiffusionPipeline.from_pretrained(here / name, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a red poster", num_inference_steps=3, generator=generator, output_type="np").images
+
+
+images = {}
+if sys.argv[2:]:  # from a Hub
+    ours, other = (
+        DiffusionPipeline.from_pretrained(repo, trust_remote_code=True) for repo in ("ada/ours", "ada/other")
+    )
+    np.savez(here / "from_hub.npz", ours=draw(ours), other=draw(other))
+    sys.exit()
+ours, other, stock = load("ours"), load("other"), load("stock")
+images["other"], images["ours"] = draw(other), draw(ours)  # the first one after the second was loaded
+images["stock"] = draw(stock)
+ours.save_pretrained(here / "again")
+ours.set_scheduler("dpm")
+images["dpm"] = draw(ours)
+images["again"] = draw(load("again"))
+np.savez(here / "images.npz", **images)
+vae_class = type(stock.vae)
+report = {
+    "stock_vae": vae_class is AutoencoderKL,
+    "module": type(ours).__module__,
+    "refused": "",
+    "without_trust": "",
+}
+try:
+    ours.set_scheduler("ddim")
+except ValueError as error:
+    report["refused"] = str(error)
+try:
+    DiffusionPipeline.from_pretrained(here / "ours")
+except ValueError as error:
+    report["without_trust"] = str(error)
+(here / "report.json").write_text(json.dumps(report))
+"""
+
+
+def draw(pipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(PROMPT, num_inference_steps=3, generator=generator, output_type="np").images
+
+
+def environment_without_halftone(folder: Path) -> str:
+    """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    for name in required_packages("torch", "diffusers", "transformers"):
+        package = importlib.metadata.distribution(name)
+        for top_level in {path.parts[0] for path in package.files or () if path.parts[0] not in ("..", "__pycache__")}:
+            link = site_packages / top_level
+            if not link.exists():
+                link.symlink_to(package.locate_file(top_level))
+    return str(folder / "bin" / "python")
+
+
+def required_packages(*names: str) -> set[str]:
+    """`names` and all that they require without extras, as far as it is installed here."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        found.add(name)
+        parsed = [Requirement(requirement) for requirement in requirements]
+        waiting += [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def other_code(folder: Path) -> type:
+    """Our pipeline with one helper changed (pictures come out inverted), as another version of Halftone would be."""
+    package = folder / "other_version"
+    shutil.copytree(Path(pipelines.standalone.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    latents = (package / "latents.py").read_text()
+    changed = latents.replace("images.float().clamp(-1, 1)", "-images.float().clamp(-1, 1)")
+    assert changed != latents
+    (package / "latents.py").write_text(changed)
+    sys.path.insert(0, str(folder))
+    try:
+        import other_version.latent_diffusion  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(folder))
+    return other_version.latent_diffusion.LatentDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """(folder, images, report) of a process without Halftone."""
+    here = tmp_path_factory.mktemp("standalone")
+    ours = tiny_pipeline("flow_prediction", patch_size=4, prior=True)
+    ours.save_pretrained(here / "ours")
+    other_code(here)(**ours.components).save_pretrained(here / "other")
+    tiny_pipeline().save_pretrained(here / "stock")
+    python = environment_without_halftone(here / "venv")
+    script = here / "outside.py"
+    script.write_text(textwrap.dedent(OUTSIDE))
+    environment = {**os.environ, "HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    result = subprocess.run([python, script, here], cwd=here, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return here, dict(np.load(here / "images.npz")), json.loads((here / "report.json").read_text())
+
+
+def test_it_loads_without_halftone_and_gives_the_same_pictures(outside):
+    here, images, report = outside
+    assert report["module"].startswith("diffusers_modules.")
+    assert np.array_equal(images["ours"], draw(LatentDiffusionPipeline.from_pretrained(here / "ours")))
+    stock = LatentDiffusionPipeline.from_pretrained(here / "stock")
+    assert np.array_equal(images["stock"], draw(stock))
+    assert report["stock_vae"]
+
+
+def test_two_repositories_in_one_process_keep_their_own_code(outside):
+    """Same weights, other helper: each must have its own, whichever was loaded last."""
+    _, images, _ = outside
+    assert np.allclose(images["other"], 1 - images["ours"], atol=1e-6)
+    assert not np.allclose(images["other"], images["ours"], atol=1e-2)
+
+
+def test_loaded_so_and_saved_again_it_loads_again(outside):
+    here, images, _ = outside
+    assert np.array_equal(images["again"], images["ours"])
+    # The same source files; our own classes load it too.
+    sources = [{p.relative_to(here / name) for p in (here / name).rglob("*.py")} for name in ("ours", "again")]
+    assert sources[0] == sources[1]
+    again = LatentDiffusionPipeline.from_pretrained(here / "again")
+    assert type(again.vae) is MultiHeadAutoencoderKL
+    assert np.array_equal(draw(again), images["ours"])
+    for config in (here / "again").rglob("*.json"):
+        assert str(here) not in config.read_text(), f"{config} tells where the pipeline lay on this machine"
+
+
+def test_from_a_hub_with_an_empty_cache(outside, hub: HubServer, tmp_path, monkeypatch):  # noqa: F811
+    from huggingface_hub import HfApi, constants
+
+    here, images, _ = outside
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("ours", "other"):
+        HfApi().create_repo(f"ada/{name}")
+        HfApi().upload_folder(repo_id=f"ada/{name}", folder_path=here / name)
+    environment = {
+        **os.environ,
+        **hub.env(home=tmp_path / "elsewhere"),
+        "PYTHONPATH": "",
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [here / "venv" / "bin" / "python", here / "outside.py", here, "hub"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from_hub = np.load(here / "from_hub.npz")
+    assert np.array_equal(from_hub["ours"], images["ours"])
+    assert np.array_equal(from_hub["other"], images["other"])
+
+
+def test_samplers_are_built_and_refused_there_too(outside):
+    _, images, report = outside
+    assert not np.array_equal(images["dpm"], images["ours"])
+    assert "use one of dpm" in report["refused"]
+
+
+def test_code_is_not_run_unasked(outside):
+    assert "trust_remote_code=True" in outside[2]["without_trust"]
+
+
+def test_every_shipped_file_has_its_content_in_its_name(outside):
+    here, _, _ = outside
+    names = sorted(path.name for path in (here / "ours").rglob("*.py"))
+    stems = [name.rsplit("_", 1)[0] for name in names]
+    assert stems == [
+        "caption_prior",
+        "latent_diffusion",
+        "latents",
+        "multi_head_autoencoder",
+        "sampling",
+        "schedulers",
+        "standalone",
+    ]
+    index = json.loads((here / "ours" / "model_index.json").read_text())
+    assert index["_class_name"][1] == "LatentDiffusionPipeline"
+    assert f"{index['_class_name'][0]}.py" in names
+    assert f"{index['vae'][0]}.py" in names
+    theirs = {path.name for path in (here / "other").rglob("*.py")}
+    shared = theirs & set(names)
+    assert {name.rsplit("_", 1)[0] for name in theirs - shared} == {"latent_diffusion", "latents"}
+
+
+def test_saving_over_an_older_version_leaves_no_old_source(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "latents_00000000.py").write_text("raise RuntimeError\n")
+    (tmp_path / "notes.py").write_text("# the user's own\n")
+    pipeline.save_pretrained(tmp_path)
+    assert not (tmp_path / "latents_00000000.py").exists()
+    assert (tmp_path / "notes.py").exists()
+
+
+def test_push_to_hub_from_here_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="save first, then upload"):
+        tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_a_helper_that_the_pipeline_does_not_name_is_refused(tmp_path, monkeypatch):
+    """diffusers would copy the helper, but not what it imports."""
+    package = tmp_path / "hidden_helper"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "b.py").write_text("")
+    (package / "a.py").write_text("from .b import *\n")
+    (package / "pipe.py").write_text(
+        "from diffusers import DiffusionPipeline\nfrom .a import *\n\n\nclass Pipe(DiffusionPipeline):\n"
+        "    def __init__(self):\n        self.register_to_config(size=1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from hidden_helper.pipe import Pipe  # type: ignore[import-not-found]
+
+    pipeline = Pipe()
+    pipeline.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"pipe.py must itself import b"):
+        ship(pipeline, tmp_path / "out")

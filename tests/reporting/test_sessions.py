@@ -1,0 +1,132 @@
+"""The strip and the table that a run shows between sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import forget_accelerate
+from tests.support.runs import toy
+from training.metrics_log import MetricsLog
+from training.previews import save_png
+from training.sessions import (
+    GRID_WIDTH,
+    MOST_GRIDS,
+    epoch_table,
+    grid_name,
+    next_command,
+    progress_strip,
+    session_report,
+)
+from training.state import RunState
+
+COLORS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#00ffff", "#ff00ff", "#808080", "#800000", "#008000", "#000080"]
+
+
+def colors_in(strip: Image.Image) -> list[str]:
+    """Of the grids, from left to right."""
+    found: list[str] = []
+    y = strip.height // 2
+    for x in range(strip.width):
+        color = "#{:02x}{:02x}{:02x}".format(*strip.getpixel((x, y)))
+        if color in COLORS and (not found or found[-1] != color):
+            found.append(color)
+    return found
+
+
+def save_grids(samples: Path, steps: list[int], steps_per_epoch: int) -> None:
+    for step, color in zip(steps, COLORS):
+        save_png(Image.new("RGB", (1000, 500), color), samples / grid_name(step, steps_per_epoch))
+
+
+def test_grids_stand_in_the_order_of_their_steps(tmp_path):
+    save_grids(tmp_path, [4, 8, 10, 12], 4)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "epoch_0001.png", "epoch_0002.png", "step_00000010.png", "epoch_0003.png",
+    }  # fmt: skip
+    strip = progress_strip(tmp_path, 4, 12)
+    assert colors_in(strip) == COLORS[:4]
+    assert 4 * GRID_WIDTH < strip.width < 4 * (GRID_WIDTH + 20)
+    save_png(strip, tmp_path / "progress.png")
+    assert colors_in(progress_strip(tmp_path, 4, 12)) == COLORS[:4], "the strip is none of the grids"
+    assert colors_in(progress_strip(tmp_path, 4, 9)) == COLORS[:2], "nor are those of steps undone"
+
+
+def test_no_grids_no_strip_and_of_many_the_first_and_the_last_stay(tmp_path):
+    assert progress_strip(tmp_path, 4, 12) is None
+    save_grids(tmp_path, [4 * i for i in range(1, 11)], 4)
+    shown = colors_in(progress_strip(tmp_path, 4, 40))
+    assert len(shown) == MOST_GRIDS
+    assert (shown[0], shown[-1]) == (COLORS[0], COLORS[9])
+
+
+def metrics(path: Path, epochs: int) -> Path:
+    log = MetricsLog(path)
+    for step in range(1, 2 * epochs + 1):
+        row = {"step": step, "epoch": step / 2, "images_seen": 8 * step, "loss": 1.0 / step}
+        if step % 2 == 0:
+            row |= {"epoch_loss_mean": 1.5 / step, "val_loss": 2.0 / step}
+        log.write(row | {"elapsed_seconds": 40.0 * step, "images_per_second": 5.0})
+    return path
+
+
+def test_the_table_has_losses_and_time_of_each_epoch(tmp_path):
+    assert epoch_table(metrics(tmp_path / "metrics.csv", 2)) == [
+        "| epoch |  loss | val loss | time |",
+        "| ----: | ----: | -------: | ---: |",
+        "|     1 |  0.75 |        1 | 1:20 |",
+        "|     2 | 0.375 |      0.5 | 1:20 |",
+    ]
+    assert epoch_table(tmp_path / "none.csv") == []
+
+
+def test_a_long_table_is_cut_in_the_middle(tmp_path):
+    table = epoch_table(metrics(tmp_path / "metrics.csv", 30), most_epochs=5)
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "…", "28", "29", "30"]
+
+
+def test_the_report_says_what_is_done_and_what_to_type(tmp_path):
+    file = metrics(tmp_path / "metrics.csv", 2)
+    state = RunState(step=4, goal_steps=8, sessions=2, elapsed_seconds=3700)
+    report = session_report(file, state, 2, "python training/train_decoder.py --config a.yaml", complete=False)
+    assert report.startswith("2 of 4 epochs (4 steps) in 2 sessions, 1:01:40 of training\n\n| epoch |")
+    assert report.endswith("\n\nTo go on: python training/train_decoder.py --config a.yaml")
+    # All steps done, but stopped before the export: the same command finishes it.
+    state.step = 8
+    assert session_report(file, state, 2, "python t.py", complete=False).endswith("To go on: python t.py")
+    assert session_report(file, state, 2, "python t.py", complete=True).endswith(
+        "To go on: python t.py --extra_epochs 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "complete", "expected"),
+    [
+        ("python t.py --config a.yaml", False, "python t.py --config a.yaml"),
+        ("python t.py --config a.yaml", True, "python t.py --config a.yaml --extra_epochs 2"),
+        ("python t.py --extra_epochs 3", True, "python t.py --extra_epochs 3"),
+        ("python t.py --extra_epochs=3", True, "python t.py --extra_epochs=3"),
+        ("python t.py --overwrite --seed 1", False, "python t.py --seed 1"),
+        ("python t.py --overwrite true --seed 1", False, "python t.py --seed 1"),
+        ("python t.py --overwrite=true", False, "python t.py"),
+        ("python t.py --model.widths '[8, 16]'", False, "python t.py --model.widths '[8, 16]'"),
+    ],
+)
+def test_the_next_command_goes_on_and_never_starts_anew(command, complete, expected):
+    assert next_command(command, complete) == expected
+
+
+def test_a_run_shows_its_sessions(tmp_path):
+    """The toy stage, as any other: a session of two epochs and one of one more."""
+    forget_accelerate()
+    first = toy(tmp_path / "run", "--num_train_epochs", "2")
+    assert "2 of 2 epochs" in first.stdout
+    assert "--extra_epochs 2" in first.stdout.splitlines()[-1]
+    toy(tmp_path / "run", "--extra_epochs", "1")
+    told = (tmp_path / "run/sessions.md").read_text()
+    assert "3 of 3 epochs" in told
+    assert "in 2 sessions" in told
+    assert [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("|")][2:] == ["1", "2", "3"]
+    assert "To go on: python tests/support/toy.py" in told

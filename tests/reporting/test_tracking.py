@@ -1,0 +1,332 @@
+"""Trackers: the real W&B client (offline), the real TensorBoard, read back from their files."""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines.cli import UserError
+from training.tracking import Trackers, flatten_config, parse_report_to, plain, start_trackers
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclass
+class Nested:
+    depth: int = 2
+    channels: tuple[int, ...] = (64, 128)
+
+
+AWKWARD_CONFIG = {
+    "learning_rate": 1e-4,
+    "block_out_channels": [64, 128],
+    "nested": {"none": None, "list": [{"deep": (1, 2)}], "empty": {}},
+    "dataclass": Nested(),
+    "path": Path("runs/x"),
+    "enum": Color.RED,
+    "set": {3},
+    "nan": float("nan"),
+    "none": None,
+    "text": "a: 'quoted' = text\nwith a newline",
+}
+
+
+def red_pictures(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (16, 16), (255, 0, 0)) for _ in range(count)]
+
+
+@pytest.fixture
+def no_wandb_login(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("wandb,tensorboard", ["wandb", "tensorboard"]),
+        ("wandb, wandb", ["wandb"]),
+        (["wandb"], ["wandb"]),
+        (["tensorboard,wandb"], ["tensorboard", "wandb"]),
+        ("WandB", ["wandb"]),
+        ("none", []),
+        ("", []),
+        (None, []),
+        ([], []),
+    ],
+)
+def test_report_to_is_split_into_known_names(given, names):
+    assert parse_report_to(given) == names
+
+
+def test_report_to_all_is_what_is_installed():
+    assert {"wandb", "tensorboard"} <= set(parse_report_to("all"))
+
+
+def test_an_unknown_tracker_is_named_with_the_nearest_known_one():
+    with pytest.raises(UserError, match=r"tensorbord.*did you mean 'tensorboard'"):
+        parse_report_to("wandb,tensorbord")
+    with pytest.raises(UserError, match="stands alone"):
+        parse_report_to("wandb,none")
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_that_names_the_package(monkeypatch, tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed here")
+    # A folder of that name in the working directory (trackio and wandb both make one) is not the package.
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="pip install trackio"):
+        parse_report_to("trackio")
+
+
+# --- configs -------------------------------------------------------------------------------------------------------
+
+
+def test_any_config_becomes_plain_and_flat():
+    config = plain(AWKWARD_CONFIG)
+    assert config["dataclass"] == {"depth": 2, "channels": [64, 128]}
+    assert config["path"] == "runs/x"
+    assert config["none"] is None
+    flat = flatten_config(AWKWARD_CONFIG)
+    assert flat["block_out_channels"] == "[64, 128]"
+    assert flat["nested.none"] == "none"
+    assert flat["dataclass.depth"] == 2
+    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
+
+
+def test_numpy_and_torch_scalars_become_numbers():
+    import numpy as np
+    import torch
+
+    assert plain(np.float32(0.5)) == 0.5
+    assert plain(torch.tensor(3)) == 3
+
+
+# --- W&B, offline --------------------------------------------------------------------------------------------------
+
+
+def wandb_records(run_dir: Path) -> list[Any]:
+    """Every record of every offline run under `run_dir`, in order (W&B's files are LevelDB logs of protobufs)."""
+    from wandb.proto import wandb_internal_pb2
+
+    records = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
+        data, position, pending = path.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            left_in_block = 32768 - position % 32768
+            if left_in_block < 7:
+                position += left_in_block
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, position)
+            pending += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # whole record, or its last part
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(pending)
+                records.append(record)
+                pending = b""
+    return records
+
+
+def wandb_history(run_dir: Path) -> list[dict[str, Any]]:
+    import json
+
+    rows = []
+    for record in wandb_records(run_dir):
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append(items)
+    return rows
+
+
+@pytest.mark.usefixtures("no_wandb_login")
+def test_wandb_without_a_login_records_offline_in_the_run_folder_and_continues_when_resumed(tmp_path):
+    run_dir, lines = tmp_path / "run", []
+    common = {"project": "p", "run_name": "r", "run_dir": run_dir, "config": AWKWARD_CONFIG, "notify": lines.append}
+    first = start_trackers(["wandb"], **common)
+    for step in range(1, 6):
+        first.log({"loss": 1 / step, "text": "no number"}, step)
+    first.log_images(red_pictures(2), ["a red square"], 5)
+    first.summary({"psnr": 30.5, "best": {"step": 3}})
+    first.finish()
+    time.sleep(1.1)  # W&B names its folders by the second
+    second = start_trackers(["wandb"], previous_id=first.run_id, **common)
+    second.log({"loss": 9.0}, 3)  # behind what was logged before: W&B drops such steps unless told otherwise
+    second.finish()
+
+    assert len(lines) == 2
+    assert "no W&B key and no login" in lines[0]
+    assert f"wandb sync {run_dir}" in lines[0] or "wandb sync ../" in lines[0]
+    assert second.run_id == first.run_id
+    assert len(list(run_dir.glob(f"wandb/offline-run-*-{first.run_id}"))) == 2
+    rows = wandb_history(run_dir)
+    assert [row["loss"] for row in rows if "loss" in row] == [1.0, 0.5, 1 / 3, 0.25, 0.2, 9.0]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 3]
+    assert all("text" not in row for row in rows)
+    assert len(list(run_dir.glob("wandb/*/files/media/images/*.png"))) >= 1
+    metrics = [r.metric for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "metric"]
+    assert any(m.step_metric == "step" for m in metrics)
+
+
+@pytest.mark.usefixtures("no_wandb_login")
+def test_wandb_with_a_key_but_no_network_goes_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing answers
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    lines = []
+    trackers = start_trackers(
+        ["wandb"], project="p", run_name="r", run_dir=tmp_path / "run", config={}, notify=lines.append
+    )
+    trackers.log({"loss": 0.25}, 1)
+    trackers.finish()
+    assert "could not be reached" in lines[0]
+    assert wandb_history(tmp_path / "run")[0]["loss"] == 0.25
+
+
+@pytest.mark.usefixtures("no_wandb_login")
+def test_wandb_mode_disabled_is_honoured(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    lines = []
+    trackers = start_trackers(["wandb"], project="p", run_name="r", run_dir=tmp_path, config={}, notify=lines.append)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    assert lines == []
+    assert not list(tmp_path.glob("wandb/*"))
+
+
+@pytest.mark.usefixtures("no_wandb_login")
+def test_wandb_never_asks_even_at_a_terminal(tmp_path):
+    """In a pseudo-terminal, where W&B would ask for a key: no question, and one line of output."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from training.tracking import start_trackers
+        trackers = start_trackers(["wandb"], project="p", run_name="r", run_dir=Path(sys.argv[1]), config={})
+        trackers.log({"loss": 1.0}, 1)
+        trackers.finish()
+        """
+    )
+    runner = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+    done = subprocess.run(
+        [sys.executable, "-c", runner, sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.strip("\r\n\x04\x08^D ")]
+    assert done.returncode == 0, done.stdout
+    assert len(lines) == 1, done.stdout
+    assert "wandb sync" in lines[0]
+
+
+# --- TensorBoard ---------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_files_hold_metrics_pictures_config_and_summary(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    common = {"project": "p", "run_name": "r", "run_dir": tmp_path, "config": AWKWARD_CONFIG}
+    first = start_trackers(["tensorboard"], **common)
+    for step in range(1, 6):
+        first.log({"loss": 1 / step}, step)
+    first.log_images(red_pictures(3), ["one", "two", "three"], 5)
+    first.finish()
+    second = start_trackers(["tensorboard"], previous_id=first.run_id, first_step=3, **common)
+    for step in range(3, 7):
+        second.log({"loss": 2 / step}, step)
+    second.summary({"psnr": 30.5, "note": "done", "nothing": None})
+    second.finish()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("loss")}
+    assert losses == pytest.approx({1: 1.0, 2: 0.5, 3: 2 / 3, 4: 0.5, 5: 0.4, 6: 1 / 3})
+    assert len(events.Scalars("loss")) == 6  # what the interrupted run wrote from step 3 on is gone
+    assert [event.value for event in events.Scalars("summary/psnr")] == [30.5]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+# --- failures ------------------------------------------------------------------------------------------------------
+
+
+class BrokenService:
+    """Stands for a service, not for a part of ours: it worked, then stopped answering."""
+
+    name, run_id = "service", "abc"
+
+    def __init__(self):
+        self.calls = 0
+
+    def _fail(self, *_args):
+        self.calls += 1
+        raise ConnectionError("gone\naway")
+
+    log = log_images = summary = finish = _fail
+
+
+def test_a_tracker_that_fails_warns_once_is_given_up_and_never_raises():
+    lines: list[str] = []
+    service = BrokenService()
+    trackers = Trackers(notify=lines.append)
+    trackers.add(service)  # type: ignore[arg-type]
+    for step in range(10):
+        trackers.log({"loss": math.inf}, step)
+    trackers.log_images(red_pictures(1), [], 3)
+    trackers.summary({})
+    trackers.finish()
+    assert len(lines) == 1
+    assert "ConnectionError: gone away" in lines[0]
+    assert service.calls == 3
+    assert trackers.names == []
+
+
+def test_a_tracker_that_cannot_start_costs_one_warning(tmp_path):
+    lines: list[str] = []
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder is wanted")
+    trackers = start_trackers(
+        ["tensorboard"], project="p", run_name="r", run_dir=blocked, config={}, notify=lines.append
+    )
+    trackers.log({"loss": 1.0}, 1)
+    assert len(lines) == 1
+    assert "tensorboard could not be started" in lines[0]
+
+
+def test_no_trackers_at_all(tmp_path):
+    trackers = start_trackers([], project="p", run_name="r", run_dir=tmp_path, config={}, previous_id="kept")
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    assert trackers.run_id == "kept"
+
+
+def test_importing_the_module_is_cheap():
+    code = "import sys, training.tracking, training.previews, training.curves; print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for heavy in ("wandb", "torch", "accelerate", "matplotlib", "tensorboard", "huggingface_hub"):
+        assert f"'{heavy}'" not in modules

@@ -1,0 +1,220 @@
+"""What README.md and docs/ tell people to type: every script is there, every flag parses, and the walkthrough runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from pipelines.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Commands that are not ours; only those named here may stand in a guide.
+FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill"}
+TINY = {
+    "train_tokenizer": [],
+    "check_dataset": [],
+    "train_autoencoder": ["--max_train_steps", "6", "--report_to", "none", "--cpu_threads", "1"],
+    "precompute_latents": ["--cpu_threads", "1"],
+    "train_latent_diffusion": (
+        ["--max_train_steps", "4", "--report_to", "none", "--cpu_threads", "1", "--train_batch_size", "8"]
+        + ["--model.block_out_channels", "[32,64]", "--model.layers_per_block", "1", "--preview_inference_steps", "2"]
+    ),
+    "sample": ["--num_images", "2", "--num_inference_steps", "2"],
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(document.read_text()) if kind == language]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a shell block; continued lines joined, comments left out."""
+    found = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [_without_variables(words) for words in found if words]
+
+
+def _without_variables(words: list[str]) -> list[str]:
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return words
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
+    """(script, its words) of a command that starts one of ours, whatever launches it; None for other commands."""
+    for position, word in enumerate(words):
+        if word.endswith(".py"):
+            return word, words[position + 1 :]
+    return None
+
+
+EVERY = [
+    pytest.param(words, id=f"{document.name}: {' '.join(words)[:70]}")
+    for document in DOCUMENTS
+    for block in blocks(document, "bash")
+    for words in commands(block)
+]
+
+
+class _Parsed(Exception):
+    """Thrown once the flags were accepted, so that nothing of the script runs."""
+
+
+@pytest.mark.parametrize("words", EVERY)
+def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = script_and_flags(words)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif found is None:
+        assert words[0] in FOREIGN
+    else:
+        _launcher_exists(words)
+        script, flags = found
+        assert (ROOT / script).is_file()
+        # Away from the checkout: what lies in its data/ and runs/ must make no difference.
+        (tmp_path / "configs").symlink_to(ROOT / "configs")
+        monkeypatch.chdir(tmp_path)
+        _parse(script, flags, monkeypatch)
+
+
+def _launcher_exists(words: list[str]) -> None:
+    assert words[0] in ("python", "accelerate", "torchrun", "srun")
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+def _parse(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "parse_arguments"):
+        module.parse_arguments(flags)
+        return
+    real = module.parse_config
+
+    def only_parse(*arguments, **options):
+        real(*arguments, **options)
+        raise _Parsed
+
+    monkeypatch.setattr(module, "parse_config", only_parse)
+    with pytest.raises(_Parsed):
+        module.main(flags)
+
+
+def test_a_wrong_flag_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="learning_rate"):
+        _parse("training/train_autoencoder.py", ["--learning_rte", "1e-3"], monkeypatch)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_python_blocks_compile() -> None:
+    sources = [block for document in DOCUMENTS for block in blocks(document, "python")]
+    assert sources
+    for source in sources:
+        compile(source, "README.md", "exec")
+
+
+def section(title: str) -> str:
+    text = (ROOT / "README.md").read_text()
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def draw_pictures(folder: Path, number: int = 60) -> None:
+    """Captioned circles and squares, with metadata.jsonl."""
+    folder.mkdir()
+    lines = []
+    for i in range(number):
+        colour, shape = ("red", "blue", "green")[i % 3], ("circle", "square")[i % 2]
+        picture = Image.new("RGB", (72 + i, 80), "white")
+        draw = ImageDraw.Draw(picture)
+        (draw.ellipse if shape == "circle" else draw.rectangle)((10, 10, 50 + i % 9, 50 + i % 9), fill=colour)
+        picture.save(folder / f"{i:04d}.png")
+        lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": f"a {colour} {shape}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def draw_classes(folder: Path, number: int = 60) -> None:
+    """One subfolder per class, no captions."""
+    for i in range(number):
+        colour = ("red", "blue", "green")[i % 3]
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64 + i), colour).save(folder / colour / f"{i}.png")
+
+
+def type_it(words: list[str], folder: Path, extra: list[str]) -> None:
+    """Run one command of the guide in `folder`, at a tiny size."""
+    script, flags = script_and_flags(words) or ("", [])
+    launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / script), *flags, *extra],
+        cwd=folder, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+
+
+def walk(shell: str, folder: Path, extra: list[str] | None = None) -> None:
+    for words in commands(shell):
+        script, _ = script_and_flags(words) or ("", [])
+        type_it(words, folder, TINY[Path(script).stem] + (extra or []))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_walkthrough_with_captions(workplace: Path) -> None:
+    draw_pictures(workplace / "my_pictures")
+    captioned = FENCE.findall(section("Your own pictures"))
+    shell = next(body for kind, body in captioned if kind == "bash")
+    assert len(commands(shell)) == 6
+    walk(shell, workplace)
+    assert (workplace / "grid.png").is_file()
+    run = workplace / "runs/own/latent_diffusion"
+    assert (run / "pipeline/README.md").is_file()
+    assert (run / "training_curves.png").is_file()
+    assert list((run / "samples").glob("*.png"))
+    _friend_loads(run / "pipeline", workplace)
+    going_on = next(body for kind, body in FENCE.findall(section("Stop, and go on")) if kind == "bash")
+    walk(going_on.replace("--extra_epochs 20", "--extra_epochs 1"), workplace)
+    assert json.loads((run / "record.json").read_text())["steps"] > 4
+
+
+def _friend_loads(pipeline: Path, folder: Path) -> None:
+    """The three lines of the README, on a folder instead of the Hub."""
+    source = blocks(ROOT / "README.md", "python")[0].replace("you/your-model", str(pipeline))
+    done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Image.open(folder / "picture.png").size == (64, 64)
+
+
+@pytest.mark.slow
+def test_walkthrough_without_captions(workplace: Path) -> None:
+    draw_classes(workplace / "my_pictures")
+    captioned, classes = (body for kind, body in FENCE.findall(section("Your own pictures")) if kind == "bash")
+    needed = [line for line in captioned.splitlines() if "train_autoencoder" in line or "precompute" in line]
+    walk("\n".join(needed), workplace)
+    by_label, by_nothing = classes.splitlines()
+    walk(by_label + " --output_dir runs/by_label", workplace)
+    walk(by_nothing + " --output_dir runs/by_nothing", workplace)
+    walk("python pipelines/sample.py --model runs/by_label --class_label green --output label.png", workplace)
+    walk("python pipelines/sample.py --model runs/by_nothing --output nothing.png", workplace)
+    assert (workplace / "label.png").is_file()
+    assert (workplace / "nothing.png").is_file()

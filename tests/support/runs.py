@@ -1,0 +1,93 @@
+"""Launching runs as users do, and comparing what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from training.metrics_log import TIMING_COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TOY = ROOT / "tests" / "support" / "toy.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
+
+
+def launch(script: Path, *flags: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    """`python script flags`, or under torchrun for several processes; output as text."""
+    return subprocess.run(
+        command(script, *flags, processes=processes),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=kwargs.pop("cwd", ROOT),
+        **kwargs,
+    )
+
+
+def command(script: Path, *flags: str, processes: int = 1) -> list[str]:
+    if processes == 1:
+        return [sys.executable, str(script), *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, str(script), *flags]
+
+
+def toy(output_dir: Path, *flags: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    done = launch(
+        TOY, "--output_dir", str(output_dir), "--report_to", "none", "--cpu_threads", "1", *flags, processes=processes
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"toy run failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def tensors(run: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """Every tensor of the run's latest checkpoint, by file and name."""
+    folder = run / "checkpoints" / "latest"
+    found = {}
+    for file in sorted(folder.glob(pattern)):
+        found |= {f"{file.name}:{name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, averages and optimizer bit for bit, and the same rows of metrics, timing columns aside."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    assert a
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
+    assert rows(one) == rows(other)
+    scaled = [json.loads((r / "checkpoints/latest/trainer_state.json").read_text()) for r in (one, other)]
+    for state in scaled:
+        for name in ("elapsed_seconds", "sessions", "tracker_id"):
+            state.pop(name)
+    assert scaled[0] == scaled[1]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert found
+    return [{name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in found]
+
+
+def relative_difference(one: Path, other: Path, files: Sequence[str] = ("phase_*.safetensors",)) -> float:
+    """|a - b| / |b| over all weights together."""
+    a = {k: v for pattern in files for k, v in tensors(one, pattern).items()}
+    b = {k: v for pattern in files for k, v in tensors(other, pattern).items()}
+    assert a.keys() == b.keys()
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
+    return float(difference / sum(b[k].double().square().sum() for k in b) ** 0.5)

@@ -1,0 +1,185 @@
+"""A small real stage for testing the loop: a U-Net that denoises, and optionally a critic as a second phase.
+
+Runs as a script too: python tests/support/toy.py --output_dir … (or under torchrun, for topologies).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipelines.cli import entry_point
+from training.balance import RowClasses
+from training.loop import train
+from training.parsing import parse_config
+from training.run_config import RunConfig, option
+from training.sampler import Draws, SampleKey
+from training.stage import Phase, Stage
+
+
+@dataclass
+class ToyConfig(RunConfig):
+    output_dir: str = option("runs/toy", on_resume="free")
+    num_samples: int = option(48)
+    critic: bool = option(False, on_resume="error")
+    double: bool = option(False, on_resume="error")
+    dropout: float = option(0.1, on_resume="error")
+    bad_rows: list[int] = option([])
+    slow_seconds: float = option(0.0, on_resume="free")
+    """Longer micro-batches, validations and so on, so that signals can be sent in time."""
+    signal_at: str = option("", on_resume="free")
+    """Where this process asks itself to stop by SIGUSR1: validation, previews or finish."""
+    signal_step: int = option(0, on_resume="free")
+    """The step (from 1) during which this process sends itself a SIGTERM."""
+    signal_rank: int = option(-1, on_resume="free")
+    """The only process that does so; -1 is all of them."""
+    denoiser_start: int = option(0)
+
+    def is_signalled(self) -> bool:
+        return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
+
+
+class ToyData(torch.utils.data.Dataset):
+    """Row i is a fixed 8×8 pattern, shifted by an augmentation that is a function of the key."""
+
+    def __init__(self, config: ToyConfig, size: int, augment: bool):
+        self.config, self.size, self.augment = config, size, augment
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(key.index)).tanh()
+        if self.augment:
+            image = image.roll(key.key % 8, dims=2)
+        if key.index in self.config.bad_rows and self.augment:
+            image = image * float("nan")
+        return {"image": image.double() if self.config.double else image, "index": key.index}
+
+    def classes(self, column: str) -> RowClasses:
+        """One row in eight is rare, whatever the column."""
+        return RowClasses((torch.arange(self.size) % 8 == 0).long(), ["common", "rare"])
+
+
+class DenoisePhase(Phase):
+    name = "denoiser"
+
+    def __init__(self, unet: nn.Module, config: ToyConfig):
+        super().__init__()
+        self.unet, self.config = unet, config
+
+    def first_step(self, total_steps: int) -> int:
+        return self.config.denoiser_start
+
+    def denoised(self, batch, draws: Draws) -> torch.Tensor:
+        image = batch["image"]
+        noise = draws.normal("noise", image.shape[1:]).to(image.dtype)
+        return self.unet(image + 0.5 * noise, torch.zeros(len(image), device=image.device)).sample
+
+    def forward(self, batch, draws):
+        time.sleep(self.config.slow_seconds)
+        if draws.step == self.config.signal_step - 1 and self.config.is_signalled():
+            signal.raise_signal(signal.SIGTERM)
+        denoised = self.denoised(batch, draws)
+        loss = (denoised - batch["image"]).square().mean()
+        metrics = {"error": loss.detach()}
+        if self.config.critic:
+            loss = loss - 0.1 * self.critic(denoised).mean()
+        return loss, metrics
+
+
+class CriticPhase(Phase):
+    name = "critic"
+
+    def __init__(self, critic: nn.Module, denoised):
+        super().__init__()
+        self.critic, self._denoised = critic, denoised
+
+    def first_step(self, total_steps: int) -> int:
+        return 2
+
+    def forward(self, batch, draws):
+        with torch.no_grad():
+            fake = self._denoised(batch, draws)
+        return torch.relu(1 - self.critic(batch["image"])).mean() + torch.relu(1 + self.critic(fake)).mean(), {}
+
+
+class ToyStage(Stage):
+    name = "toy"
+    card_template = "autoencoder.md.jinja"
+
+    def __init__(self, config: ToyConfig):
+        import diffusers
+
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.unet = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            dropout=config.dropout,
+            attention_head_dim=8,
+        )
+        denoise = DenoisePhase(self.unet, config)
+        self.phases = [denoise]
+        if config.critic:
+            critic = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 3))
+            denoise.borrow(critic=critic)
+            self.phases.append(CriticPhase(critic, denoise.denoised))
+        if config.double:
+            for phase in self.phases:
+                phase.double()
+        self.ema_of = {"unet": self.unet}
+
+    def train_data(self):
+        return ToyData(self.config, self.config.num_samples, augment=True)
+
+    def validation_data(self):
+        return ToyData(self.config, 7, augment=False)
+
+    def validation_step(self, batch, draws):
+        self._wait("validation")
+        loss = (self.phases[0].denoised(batch, draws) - batch["image"]).square().flatten(1).mean(1)
+        return {"loss": loss.sum(), "count": torch.tensor(len(loss))}
+
+    def metrics(self, sums):
+        return {"val_loss": sums["loss"] / sums["count"]}
+
+    def previews(self):
+        self._wait("previews")
+        return None
+
+    def finish(self):
+        self._wait("finish")
+
+    def pipeline(self):
+        import diffusers
+
+        return diffusers.DDPMPipeline(self.unet, diffusers.DDPMScheduler())
+
+    def _wait(self, where: str) -> None:
+        """Ask this process to stop, when the test wants it to be asked here."""
+        if self.config.signal_at == where and self.config.is_signalled():
+            signal.raise_signal(signal.SIGUSR1)
+        for _ in range(10):
+            time.sleep(self.config.slow_seconds)
+            self.poll()
+
+
+def main(argv=None) -> int:
+    config = parse_config(ToyConfig, argv)
+    return train(lambda: ToyStage(config), config)
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,62 @@
+"""Short runs of tests/support/toy.py within the test's own process, and looking into what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from tests.conftest import forget_accelerate
+from tests.support.runs import rows
+from tests.support.toy import main as toy_main
+from training.checkpoint import load_tensors
+from training.sampler import BatchLayout
+
+# 48 samples in batches of 4, twice: 6 steps an epoch.
+LAYOUT = BatchLayout(4, gradient_accumulation_steps=2)
+COMMON = (
+    "--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--num_train_epochs", "1",
+    "--report_to", "none", "--cpu_threads", "1",
+)  # fmt: skip
+EVERY_STEP = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "50")
+
+
+def run(folder: Path, *flags: str) -> int:
+    forget_accelerate()
+    return toy_main(["--output_dir", str(folder), *COMMON, *flags])
+
+
+def at_step(folder: Path, step: int, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    return tensors_of(folder / "checkpoints" / f"step-{step:08d}", pattern)
+
+
+def tensors_of(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    return {f"{f.name}:{k}": v for f in sorted(folder.glob(pattern)) for k, v in load_tensors(f).items()}
+
+
+def state_of(folder: Path, name: str = "latest") -> dict:
+    return json.loads((folder / "checkpoints" / name / "trainer_state.json").read_text())
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def column(folder: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows(folder) if row.get(name)]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def cut_after(folder: Path, step: int) -> None:
+    """Make it a run that was killed before its next checkpoint was there."""
+    for saved in (folder / "checkpoints").glob("step-*"):
+        if int(saved.name.removeprefix("step-")) > step:
+            shutil.rmtree(saved)
+    shutil.rmtree(folder / "pipeline", ignore_errors=True)
