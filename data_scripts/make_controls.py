@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_scripts import control_kinds
-from data_scripts.control_dataset import ControlWriter, Draw, write_card
-from data_scripts.control_kinds import KINDS, LAYOUT_MASKS
-from data_scripts.control_sheet import sheet_of
+from data_scripts.controls import kinds as control_kinds
+from data_scripts.controls.dataset import ControlWriter, Draw, write_card
+from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
+from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.cli import UserError, entry_point, nearest
 from training.data_source import DataConfig, load_all_splits, require_column, undecoded_images

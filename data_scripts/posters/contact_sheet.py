@@ -7,7 +7,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_scripts.posters.lettering import font_path
+from data_scripts.posters.painting.lettering import font_path
 from data_scripts.posters.records import Row
 
 PICTURE_PIXELS = 256

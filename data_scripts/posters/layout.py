@@ -14,8 +14,8 @@ import numpy as np
 
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, circle, rectangle
-from data_scripts.posters.motifs import SIDE_MARGIN, draw_motif
-from data_scripts.posters.pictures import SUBJECTS
+from data_scripts.posters.painting.motifs import SIDE_MARGIN, draw_motif
+from data_scripts.posters.painting.pictures import SUBJECTS
 
 TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 STRIPS = {"top": ((4, 10), (10, 16)), "middle": ((0, 6), (10, 16)), "bottom": ((0, 6), (6, 12))}

@@ -11,11 +11,11 @@ from PIL import Image
 
 from data_scripts.posters.brief import PosterBrief, draw_brief
 from data_scripts.posters.captions import write_caption
-from data_scripts.posters.drawing import draw_poster
 from data_scripts.posters.elements import UNITS, Element
-from data_scripts.posters.finishing import finish
 from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import lay_out, turn_text
+from data_scripts.posters.painting.drawing import draw_poster
+from data_scripts.posters.painting.finishing import finish
 from pipelines.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
 
 Row = dict[str, Any]

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image, features
 
 from data_scripts.posters.brief import PosterBrief, draw_brief
-from data_scripts.posters.drawing import KEYLINE, draw_poster
 from data_scripts.posters.elements import UNITS, Element, Scene, TextLines
-from data_scripts.posters.finishing import MOUNTS, finish
 from data_scripts.posters.layout import lay_out
+from data_scripts.posters.painting.drawing import KEYLINE, draw_poster
+from data_scripts.posters.painting.finishing import MOUNTS, finish
+from data_scripts.posters.painting.textures import printed_and_scanned
 from data_scripts.posters.records import PosterOptions, Row, make_row
-from data_scripts.posters.textures import printed_and_scanned
 from pipelines.poster_domain import COLOR_ROLES, COLORS, F_TENSOR_CHANNELS
 
 ROLE = {name: number for number, name in enumerate(COLOR_ROLES)}

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data_scripts import check_dataset, control_dataset, make_controls
-from data_scripts.control_kinds import edges, palette, soft_edges
+from data_scripts import check_dataset, make_controls
+from data_scripts.controls import dataset as control_dataset
+from data_scripts.controls.kinds import edges, palette, soft_edges
 from pipelines.cli import UserError
 from pipelines.layout_analysis import LayoutAnalysisPipeline
 from pipelines.layout_encoder import LayoutEncoderModel

@@ -23,8 +23,8 @@ from data_scripts.posters.captions import PICTURE_WORDS, TITLE_WORDS
 from data_scripts.posters.dataset import split_indices
 from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import GRAMMARS
-from data_scripts.posters.lettering import font_path
-from data_scripts.posters.motifs import MOTIFS
+from data_scripts.posters.painting.lettering import font_path
+from data_scripts.posters.painting.motifs import MOTIFS
 from data_scripts.posters.records import COLUMNS, PosterOptions, make_row
 from pipelines.cli import UserError
 from pipelines.poster_domain import (

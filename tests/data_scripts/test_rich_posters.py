@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from data_scripts.posters.brief import draw_brief
-from data_scripts.posters.drawing import DrawnPoster, draw_poster
 from data_scripts.posters.elements import UNITS, Element, Scene, TextLines, Title
 from data_scripts.posters.layout import EDGE, TITLE_BAND, lay_out, turn_text
-from data_scripts.posters.photographs import SHOTS, take_photograph
-from data_scripts.posters.pictures import SUBJECTS
+from data_scripts.posters.painting.drawing import DrawnPoster, draw_poster
+from data_scripts.posters.painting.pictures import SUBJECTS
+from data_scripts.posters.painting.textures import with_jpeg_noise
+from data_scripts.posters.photographs.gallery import SHOTS, take_photograph
 from data_scripts.posters.records import PosterOptions, Row, make_row
-from data_scripts.posters.textures import with_jpeg_noise
 from pipelines.poster_domain import COLOR_ROLES, COLORS, GRAMMAR
 
 INK = COLOR_ROLES.index("ink")

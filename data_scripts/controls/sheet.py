@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data_scripts.posters.lettering import font_path
+from data_scripts.posters.painting.lettering import font_path
 
 CELL = 128  # pixels of a picture's longer side
 GAP, MARGIN, BETWEEN, HEADER = 4, 20, 18, 40

@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, Title, corners_of, turned
 from data_scripts.posters.layout import TITLE_BAND
-from data_scripts.posters.lettering import PHRASES, flow_text, line_mask, text_width, word_mask
-from data_scripts.posters.photographs import take_photograph
-from data_scripts.posters.pictures import paint_scene, scene_tones
-from data_scripts.posters.sheet import SUPERSAMPLING, Color, FeatureMaps, Fill, Sheet
-from data_scripts.posters.textures import cast_shadow, graded, printed_and_scanned, with_jpeg_noise
+from data_scripts.posters.painting.lettering import PHRASES, flow_text, line_mask, text_width, word_mask
+from data_scripts.posters.painting.pictures import paint_scene, scene_tones
+from data_scripts.posters.painting.sheet import SUPERSAMPLING, Color, FeatureMaps, Fill, Sheet
+from data_scripts.posters.painting.textures import cast_shadow, graded, printed_and_scanned, with_jpeg_noise
+from data_scripts.posters.photographs.gallery import take_photograph
 from pipelines.poster_domain import COLOR_ROLES
 
 GREEKED_BELOW = {"plain": 6, "standard": 4, "rich": 4}

@@ -10,7 +10,7 @@ import numpy as np
 from data_scripts.posters.brief import PosterBrief, pick
 from data_scripts.posters.elements import UNITS, Box, Element, Scene, TextLines, rectangle
 from data_scripts.posters.layout import BODY_WIDTH, GRAMMARS, STRIPS, TITLE_BAND
-from data_scripts.posters.motifs import SIDE_MARGIN
+from data_scripts.posters.painting.motifs import SIDE_MARGIN
 
 MOUNTS = ("keyline", "shadow", "bare")
 OWN_COLORS = 0.5

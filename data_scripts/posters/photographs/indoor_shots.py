@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_scripts.posters.brief import pick
-from data_scripts.posters.optics import (
+from data_scripts.posters.photographs.optics import (
     Direction,
     Surface,
     ball,

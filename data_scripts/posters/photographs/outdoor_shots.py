@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_scripts.posters.brief import pick
-from data_scripts.posters.optics import blurred, color, fractal, mixed, sampled, smooth_step, view
+from data_scripts.posters.photographs.optics import blurred, color, fractal, mixed, sampled, smooth_step, view
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data_scripts.posters.indoor_shots import portrait, still_life
-from data_scripts.posters.optics import camera
-from data_scripts.posters.outdoor_shots import city, landscape, seascape
+from data_scripts.posters.photographs.indoor_shots import portrait, still_life
+from data_scripts.posters.photographs.optics import camera
+from data_scripts.posters.photographs.outdoor_shots import city, landscape, seascape
 
 PIXELS_PER_UNIT = 16
 """A photograph's own pixels to a grid unit: those of a poster at 256 px."""
