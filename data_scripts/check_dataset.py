@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.cli import USER_ERROR_STATUS, UserError, entry_point
+from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point
 from training.data import DataConfig, ImageDataset, LabelMap, load_all_splits, load_label_map, validate_data_config
 from training.data_checks import Problem, chunks, verify_reason
 from training.data_source import named_split, require_column, undecoded_images

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 MANIFEST = "manifest.json"
 

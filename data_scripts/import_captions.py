@@ -21,7 +21,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
-from pipelines.cli import UserError, entry_point, nearest
+from pipelines.tools.cli import UserError, entry_point, nearest
 from training.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")

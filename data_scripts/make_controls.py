@@ -24,7 +24,8 @@ from data_scripts.controls.dataset import ControlWriter, Draw, write_card
 from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
-from pipelines.cli import UserError, entry_point, nearest
+from pipelines.tools.cli import UserError, entry_point, nearest
+from pipelines.tools.devices import move_to_device
 from training.data_source import DataConfig, load_all_splits, require_column, undecoded_images
 from training.fingerprints import evenly_spaced
 from training.parsing import parse_config
@@ -238,18 +239,14 @@ def drawer(config: MakeControlsConfig) -> Draw:
 
 def _reader(path: str, device: str | None) -> Any:
     """The LayoutAnalysisPipeline at `path`, on its device."""
-    from pipelines.loading import load_pipeline
-    from pipelines.sample import best_device
+    from pipelines.tools.loading import load_pipeline
 
     pipeline = load_pipeline(path)
     if getattr(pipeline, "encoder", None) is None:
         raise UserError(
             f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; name a run that has one"
         )
-    try:
-        return pipeline.to(device or best_device())
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return move_to_device(pipeline, device)
 
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.parsing import parse_config
 from training.sampler import mix
 

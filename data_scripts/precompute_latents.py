@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipelines.cli import UserError, entry_point
-from pipelines.latents import latent_shape, posterior_moments
+from pipelines.common.latents import latent_shape, posterior_moments
+from pipelines.tools.cli import UserError, entry_point
 from training.companions import IGNORE_INDEX, SegmentationMask
 from training.data import (
     DataConfig,

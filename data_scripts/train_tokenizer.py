@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.caption_data import captions_of
 from training.data_source import DataConfig, load_split, require_column, validate_data_config
 from training.parsing import parse_config

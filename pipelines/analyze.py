@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import Options, UserError, entry_point
+from pipelines.tools.cli import Options, UserError, entry_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ def describe(picture: Image, reading: Any, path: Path) -> dict[str, Any]:
     import numpy as np
     from PIL import ImageOps
 
-    from pipelines.poster_domain import COLOR_ROLES
+    from pipelines.common.poster_domain import COLOR_ROLES
 
     features = reading.features[0]
     pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
@@ -80,7 +80,7 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
     from PIL import Image as PIL_Image
     from PIL import ImageDraw, ImageFont, ImageOps
 
-    from pipelines.layout_pictures import feature_picture, hierarchy_picture
+    from pipelines.common.layout_pictures import feature_picture, hierarchy_picture
 
     features: np.ndarray = reading.features[0]
     upright = ImageOps.exif_transpose(picture).convert("RGB")
@@ -129,7 +129,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str, float | None]]:
 
 def _swatches(draw: Any, top: int, page_width: int, facts: dict[str, Any], font: Any) -> None:
     """A row of the roles: the colour that stands for it in its panel, its colour in the picture, its share."""
-    from pipelines.layout_pictures import ROLE_COLORS
+    from pipelines.common.layout_pictures import ROLE_COLORS
 
     shares, found = facts["color_role_shares"], facts["color_role_colors"]
     step = (page_width - 2 * MARGIN) // len(shares)
@@ -201,7 +201,7 @@ def _open(path: Path) -> Image:
 
 def _load(model: str) -> Any:
     from pipelines.layout_analysis import LayoutAnalysisPipeline
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
 
     pipeline = load_pipeline(model)
     if not isinstance(pipeline, LayoutAnalysisPipeline) and type(pipeline).__name__ != "LayoutAnalysisPipeline":

@@ -14,9 +14,9 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from .class_colors import class_picture
-from .latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
-from .standalone import StandalonePipelineMixin
+from .common.class_colors import class_picture
+from .common.latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
+from .common.standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MASK_OUTPUT_TYPES = ("pil", "np", "pt")

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import Options, UserError, entry_point
+from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.devices import move_to_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,8 +77,7 @@ def load_captioner(model: str, device: str | None) -> Any:
     Raises:
         UserError: no such model, one that knows no captions of pictures, or no such device.
     """
-    from pipelines.loading import find_pipeline, load_pipeline
-    from pipelines.sample import best_device
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(model)
@@ -87,10 +87,7 @@ def load_captioner(model: str, device: str | None) -> Any:
             f"--model {model} is a {type(pipeline).__name__}, which captions no pictures; "
             "name a run of training/train_image_caption.py"
         )
-    try:
-        return pipeline.to(device or best_device())
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return move_to_device(pipeline, device)
 
 
 def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:

@@ -12,15 +12,8 @@ import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# standalone.py wants helpers' helpers named here as well.
-from .control_images import control_tensor  # noqa: F401
-from .controlled import ControlledMixin
-from .fusion_controlnet import FUSION_MODES  # noqa: F401
+from .common.controlled import ControlledMixin
 from .latent_diffusion import LatentDiffusionPipeline
-from .latents import decode_latents  # noqa: F401
-from .sampling import denoise  # noqa: F401
-from .schedulers import PREDICTION_TYPES  # noqa: F401
-from .standalone import StandalonePipelineMixin  # noqa: F401
 
 
 class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):

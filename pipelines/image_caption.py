@@ -22,10 +22,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .control_images import to_rgb
-from .sampling import denoise, generator_per_picture, initial_noise
-from .schedulers import FLOW, SamplersByName, check_scheduler
-from .standalone import StandalonePipelineMixin
+from .common.control_images import to_rgb
+from .common.sampling import denoise, generator_per_picture, initial_noise
+from .common.schedulers import FLOW, SamplersByName, check_scheduler
+from .common.standalone import StandalonePipelineMixin
 
 logger = logging.get_logger(__name__)
 

@@ -20,10 +20,10 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .latents import decode_latents, downsampling_factor, latent_shape
-from .sampling import denoise, generator_per_picture, guided, initial_noise
-from .schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
-from .standalone import StandalonePipelineMixin
+from .common.latents import decode_latents, downsampling_factor, latent_shape
+from .common.sampling import denoise, generator_per_picture, guided, initial_noise
+from .common.schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
+from .common.standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

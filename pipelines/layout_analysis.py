@@ -17,9 +17,9 @@ from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .layout_pictures import overlay_picture
-from .poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
-from .standalone import StandalonePipelineMixin
+from .common.layout_pictures import overlay_picture
+from .common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
+from .common.standalone import StandalonePipelineMixin
 
 
 @dataclass

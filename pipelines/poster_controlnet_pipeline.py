@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 
-# standalone.py wants helpers' helpers named here as well.
-from .control_images import control_tensor  # noqa: F401
-from .controlled import ControlledMixin
-from .design_brief import DesignBrief  # noqa: F401
-from .fusion_controlnet import FUSION_MODES  # noqa: F401
+from .common.controlled import ControlledMixin
 from .poster_decoder import PosterDecoderPipeline, as_briefs
-from .poster_domain import STYLES  # noqa: F401
-from .sampling import denoise  # noqa: F401
-from .schedulers import PREDICTION_TYPES  # noqa: F401
-from .standalone import StandalonePipelineMixin  # noqa: F401
 
 
 class PosterControlNetPipeline(ControlledMixin, PosterDecoderPipeline):

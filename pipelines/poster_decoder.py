@@ -17,11 +17,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .design_brief import DesignBrief, brief_tensors
-from .poster_domain import STYLES  # noqa: F401 - standalone.py wants helpers' helpers named here as well
-from .sampling import denoise, generator_per_picture, guided, initial_noise
-from .schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
-from .standalone import StandalonePipelineMixin
+from .common.design_brief import DesignBrief, brief_tensors
+from .common.sampling import denoise, generator_per_picture, guided, initial_noise
+from .common.schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
+from .common.standalone import StandalonePipelineMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 

@@ -21,17 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli import Options, UserError, entry_point
-from pipelines.control_files import controls_of, open_controls
-from pipelines.pairs import drawings, makes_pairs, sample_pairs
-from pipelines.picture_grid import control_picture, enlarged, picture_grid
-from pipelines.poster_domain import COUNTS, GRAMMAR, STYLES
+from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
+from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.control_files import controls_of, open_controls
+from pipelines.tools.devices import move_to_device
+from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
+from pipelines.tools.picture_grid import control_picture, enlarged, picture_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from pipelines.design_brief import DesignBrief
+    from pipelines.common.design_brief import DesignBrief
 
     Controls = list[list[Tensor]]
     """For each row and each ControlNet: C H W in [0, 1]"""
@@ -139,7 +140,7 @@ def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
     fields = {name: getattr(options, name) for name in BRIEF_FIELDS if getattr(options, name) is not None}
     if not options.brief and not fields:
         return []
-    from pipelines.design_brief import DesignBrief
+    from pipelines.common.design_brief import DesignBrief
 
     briefs, seed = [], options.seed
     for source in options.brief or [None]:
@@ -294,18 +295,10 @@ def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> d
     }
 
 
-def best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _load(options: argparse.Namespace) -> Any:
     import torch
 
-    from pipelines.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(options.model, options.checkpoint)
@@ -318,11 +311,7 @@ def _load(options: argparse.Namespace) -> Any:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
-    device = options.device or best_device()
-    try:
-        return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it has not
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return move_to_device(pipeline, options.device)
 
 
 def _check_output(output: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import optimizers
 from training.launch import has_accelerator_device
 from training.parsing import parse_config

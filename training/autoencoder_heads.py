@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.class_colors import class_picture
-from pipelines.cli import UserError
+from pipelines.common.class_colors import class_picture
+from pipelines.tools.cli import UserError
 from training.companions import IGNORE_INDEX, SegmentationMask
 from training.data import BadSample, LabelMap, load_label_map
 from training.data_checks import chunks

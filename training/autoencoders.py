@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.run_config import check_at_least
 from training.sizes import check_deepest_feature_map
 
@@ -68,7 +68,7 @@ def build_autoencoder(config: AutoencoderModelConfig, resolution: int, **heads: 
     """
     import diffusers
 
-    from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+    from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 
     widths, levels = tuple(config.block_out_channels), len(config.block_out_channels)
     if config.class_name == "AutoencoderTiny":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.data_source import column_values, require_column
 from training.sampler import Strata
 

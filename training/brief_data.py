@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.design_brief import FIELDS, DesignBrief, brief_tensors
-from pipelines.poster_domain import GRAMMAR
+from pipelines.common.design_brief import FIELDS, DesignBrief, brief_tensors
+from pipelines.common.poster_domain import GRAMMAR
 from training.data import BadSample, ImageDataset, collate_items
 from training.data_source import DataConfig
 from training.poster_data import require_poster_columns

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.data import DataConfig, ImageDataset, load_split
 from training.data_source import column_values, require_column
 from training.fingerprints import evenly_spaced

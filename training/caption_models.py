@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.run_config import check_at_least
 from training.sizes import check_deepest_feature_map
 
@@ -63,7 +63,7 @@ def validate_model_config(config: ImageCaptionModelConfig, resolution: int) -> N
 
 def build_model(config: ImageCaptionModelConfig, resolution: int, tokenizer: Any) -> Any:
     """An ImageCaptionModel with fresh weights for this tokenizer's vocabulary."""
-    from pipelines.image_caption_model import ImageCaptionModel
+    from pipelines.models.image_caption_model import ImageCaptionModel
 
     return ImageCaptionModel(
         **asdict(config) | {"block_out_channels": tuple(config.block_out_channels)},

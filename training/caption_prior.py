@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.run_config import check_at_least
 
 logger = logging.getLogger("halftone")

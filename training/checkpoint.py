@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 logger = logging.getLogger("halftone")
 

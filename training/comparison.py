@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.captioned_grid import PAPER, image_grid
+from pipelines.tools.captioned_grid import PAPER, image_grid
 from training.api import get_device
 from training.metrics_log import read_metrics
 from training.previews import save_png
@@ -207,7 +207,7 @@ def _draw(
     """
     import torch
 
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
 
     pipeline = load_pipeline(folder.pipeline).to(get_device())
     pipeline.set_progress_bar_config(disable=True)
@@ -224,7 +224,7 @@ def _draw(
 
 def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
     """What steers each column, and its title."""
-    from pipelines.design_brief import DesignBrief
+    from pipelines.common.design_brief import DesignBrief
 
     if hasattr(pipeline, "brief_encoder"):
         briefs = [DesignBrief.random(seed) for seed in seeds]

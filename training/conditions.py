@@ -18,7 +18,7 @@ from training.text import CaptionIds
 
 def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
     """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time. `shape`: C, h, w."""
-    from pipelines.latents import encode_latents, latents_from_moments
+    from pipelines.common.latents import encode_latents, latents_from_moments
 
     noise = draws.normal("posterior", shape)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.brief_data import BriefedPosters
 from training.conditions import batch_latents, caption_and_class
 from training.data import DataConfig, ImageDataset, load_label_map
@@ -72,7 +72,7 @@ class LatentBase(ControlBase):
     """A LatentDiffusionPipeline."""
 
     def __init__(self, pipeline: Any, resolution: int):
-        from pipelines.latents import latent_shape
+        from pipelines.common.latents import latent_shape
 
         super().__init__(pipeline)
         self.downsampling = pipeline.vae_scale_factor
@@ -182,8 +182,8 @@ def load_base(path: str, resolution: int) -> ControlBase:
         UserError: no pipeline there, or one that no ControlNet steers; a resolution that does not suit it.
     """
     from pipelines.latent_diffusion import LatentDiffusionPipeline
-    from pipelines.loading import load_pipeline
     from pipelines.poster_decoder import PosterDecoderPipeline
+    from pipelines.tools.loading import load_pipeline
 
     pipeline = load_pipeline(path)
     for pipeline_class, base in ((LatentDiffusionPipeline, LatentBase), (PosterDecoderPipeline, PosterBase)):

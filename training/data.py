@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.balance import RowClasses, column_classes
 from training.companions import Companion, ControlImage, SegmentationMask
 from training.data_source import (

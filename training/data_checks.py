@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.data import BadSample, ImageDataset
 from training.fingerprints import evenly_spaced
 from training.transforms import BrokenImage, verify_image

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 from training.run_config import option
 from training.sampler import mix
 from training.transforms import RESAMPLING, TRANSFORM_VERSION

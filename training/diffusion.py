@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import objectives
 from training.run_config import check_at_least, check_choice, option
 from training.sampler import Draws
@@ -117,7 +117,7 @@ class Diffusion:
     """Corrupts batches, and carries the scheduler that pipelines sample with."""
 
     def __init__(self, config: DiffusionConfig):
-        from pipelines.schedulers import noise_schedule_of, training_scheduler
+        from pipelines.common.schedulers import noise_schedule_of, training_scheduler
 
         self.config = config
         self.scheduler: Any = training_scheduler(

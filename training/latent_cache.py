@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 from training.balance import RowClasses, column_classes
 from training.companions import IGNORE_INDEX
 from training.data import (

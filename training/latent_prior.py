@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.diffusion import Diffusion, DiffusionConfig
 from training.run_config import check_at_least
 from training.sampler import Draws

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.run_config import RunConfig
 from training.signals import launcher_command
 

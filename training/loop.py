@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import checkpoint, dry_run, resume
 from training.balance import balanced_strata
 from training.ema import EMA

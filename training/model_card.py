@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipelines.class_colors import class_color
-from pipelines.cli import UserError, nearest
-from pipelines.poster_domain import hex_color
+from pipelines.common.class_colors import class_color
+from pipelines.common.poster_domain import hex_color
+from pipelines.tools.cli import UserError, nearest
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "model_cards"
 CARD_NAME = "README.md"

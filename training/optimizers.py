@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 if TYPE_CHECKING:
     from training.run_config import RunConfig

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import jsonargparse
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.cli import UserError
-from pipelines.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
+from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
+from pipelines.tools.cli import UserError
 from training.data import BadSample, ImageDataset
 from training.data_source import DataConfig, undecoded_images
 from training.run_config import option

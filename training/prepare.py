@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipelines.cli import USER_ERROR_STATUS, UserError
+from pipelines.tools.cli import USER_ERROR_STATUS, UserError
 from training.parsing import ROOT
 from training.signals import REQUEUE_STATUS, Interrupted
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.captioned_grid import image_grid
+from pipelines.tools.captioned_grid import image_grid
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 
 # What a run uploads, and when; as in the Transformers Trainer.
 HUB_STRATEGIES = {

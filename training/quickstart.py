@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.parsing import ROOT, parse_config
 from training.run_folder import write_atomically
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 if TYPE_CHECKING:
     from training.run_config import RunConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 from training.optimizers import LR_SCHEDULERS, OPTIMIZERS
 
 

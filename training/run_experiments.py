@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import Options, UserError, entry_point
+from pipelines.tools.cli import Options, UserError, entry_point
 from training.comparison import Samples, comparison_table, draw_samples, write_comparison
 from training.parsing import parse_config
 from training.prepare import run_script

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 try:
     import fcntl

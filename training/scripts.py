@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 from training.parsing import known_names
 from training.run_config import RunConfig
 from training.stage import Stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.sampler import BatchLayout
 
 SMALLEST_MAP = 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.run_config import check_at_least
 
 WORD_STD, POSITION_STD = 1.0, 0.2

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -395,7 +395,7 @@ def _with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> li
 
 
 def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    from pipelines.captioned_grid import image_grid
+    from pipelines.tools.captioned_grid import image_grid
 
     return image_grid(images, captions)
 

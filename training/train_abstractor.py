@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.cli import UserError, entry_point
-from pipelines.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR, MAX_PICTURES, MAX_TEXT_BLOCKS
+from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR, MAX_PICTURES, MAX_TEXT_BLOCKS
+from pipelines.tools.cli import UserError, entry_point
 from training.data import load_split
 from training.data_checks import require_clean
 from training.evaluation.regression import regression_figures, regression_sums, scatter_plots
@@ -144,7 +144,7 @@ class AbstractorStage(Stage):
     best_metric, best_is_lower = "val_r2", False
 
     def __init__(self, config: Config):
-        from pipelines.grammar_abstractor import GrammarAbstractorModel
+        from pipelines.models.grammar_abstractor import GrammarAbstractorModel
 
         self.config = config
         self._train = PosterDataset(load_split(config, "train", config.seed), config, numbers=True)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.autoencoder_heads import Heads, HeadsConfig
 from training.autoencoders import AutoencoderModelConfig, build_autoencoder, start_from_principal_components
 from training.data import DataConfig, ImageDataset, load_split, validate_data_config
@@ -306,7 +306,7 @@ class AutoencoderStage(Stage):
     @torch.no_grad()
     def finish(self) -> None:
         """Measure the latents' mean and standard deviation per channel and write them into the model's config."""
-        from pipelines.latents import write_latent_statistics
+        from pipelines.common.latents import write_latent_statistics
 
         count = 0
         total = squares = torch.zeros(1, dtype=torch.float64)

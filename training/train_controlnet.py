@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError, entry_point
-from pipelines.picture_grid import control_picture
+from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.picture_grid import control_picture
 from training.companions import control_of
 from training.control_base import ControlBase, load_base
 from training.data import DataConfig, load_split, validate_data_config
@@ -115,7 +115,7 @@ class ControlNetPhase(Phase):
         self, batch: Batch, draws: Draws, dropped: Tensor, controls: list[Tensor | None], sampling: str | None = None
     ) -> tuple[Any, list[Tensor]]:
         """One noisy batch, and what is predicted of it under each of `controls` (None: the base model alone)."""
-        from pipelines.fusion_controlnet import steering
+        from pipelines.models.fusion_controlnet import steering
 
         x_0 = self.base.clean(batch, draws)
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
@@ -144,7 +144,7 @@ class ControlNetStage(Stage):
     card_template = "controlnet.md.jinja"
 
     def __init__(self, config: Config):
-        from pipelines.fusion_controlnet import FusionControlNetModel
+        from pipelines.models.fusion_controlnet import FusionControlNetModel
 
         self.config = config
         self.base = load_base(config.base_model, config.resolution)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.brief_data import BriefedPosters, drop_fields
 from training.data import DataConfig, load_split, validate_data_config
 from training.data_checks import require_clean
@@ -118,7 +118,7 @@ class PosterDecoderStage(Stage):
     card_template = "poster_decoder.md.jinja"
 
     def __init__(self, config: Config):
-        from pipelines.design_brief_encoder import DesignBriefEncoder
+        from pipelines.models.design_brief_encoder import DesignBriefEncoder
 
         self.config = config
         self._train = BriefedPosters(load_split(config, "train", config.seed), config)
@@ -173,8 +173,8 @@ class PosterDecoderStage(Stage):
         return {}
 
     def pipeline(self):
+        from pipelines.common.schedulers import sampling_scheduler
         from pipelines.poster_decoder import PosterDecoderPipeline
-        from pipelines.schedulers import sampling_scheduler
 
         return PosterDecoderPipeline(
             unet=self.unet, scheduler=sampling_scheduler(self.diffusion.scheduler), brief_encoder=self.brief_encoder

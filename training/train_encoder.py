@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.cli import UserError, entry_point
-from pipelines.poster_domain import COLOR_ROLES
+from pipelines.common.poster_domain import COLOR_ROLES
+from pipelines.tools.cli import UserError, entry_point
 from training.data import load_split
 from training.data_checks import require_clean
 from training.evaluation.images import to_pil
@@ -131,7 +131,7 @@ class LayoutEncoderStage(Stage):
     card_template = "layout_encoder.md.jinja"
 
     def __init__(self, config: Config):
-        from pipelines.layout_encoder import LayoutEncoderModel
+        from pipelines.models.layout_encoder import LayoutEncoderModel
 
         self.config = config
         self._train = PosterDataset(load_split(config, "train", config.seed), config)
@@ -193,7 +193,7 @@ class LayoutEncoderStage(Stage):
         }
 
     def previews(self) -> Previews:
-        from pipelines.layout_pictures import error_picture, feature_picture
+        from pipelines.common.layout_pictures import error_picture, feature_picture
 
         data = self._validation or self._train
         batch = fetch(data, [SampleKey(i, 0) for i in range(min(PREVIEWS, len(data)))])

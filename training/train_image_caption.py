@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.caption_data import (
     CaptionDataConfig,
     CaptionedPictures,
@@ -260,7 +260,7 @@ class ImageCaptionStage(Stage):
 
     def _weights(self) -> Path | None:
         """The pipeline whose weights are gone on with: the run's own, or what was named."""
-        from pipelines.loading import find_pipeline
+        from pipelines.tools.loading import find_pipeline
 
         config = self.config
         if config.validate_model:
@@ -270,7 +270,7 @@ class ImageCaptionStage(Stage):
         return find_pipeline(config.init_from) if config.init_from else None
 
     def _new_prior(self) -> Any:
-        from pipelines.latent_prior import LatentPriorModel
+        from pipelines.models.latent_prior import LatentPriorModel
 
         config = self.config.prior
         return LatentPriorModel(self.config.model.latent_size, config.hidden_size, config.num_layers)
@@ -334,8 +334,8 @@ class ImageCaptionStage(Stage):
         return caption_previews(self.pipeline(), self._validation or self._train, self.config, self.poll)
 
     def pipeline(self):
+        from pipelines.common.schedulers import sampling_scheduler, training_scheduler
         from pipelines.image_caption import ImageCaptionPipeline
-        from pipelines.schedulers import sampling_scheduler, training_scheduler
 
         return ImageCaptionPipeline(
             model=self.model,

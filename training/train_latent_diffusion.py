@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training import text
 from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
 from training.conditions import batch_latents, caption_and_class
@@ -166,7 +166,7 @@ class LatentDiffusionStage(Stage):
     card_template = "latent_diffusion.md.jinja"
 
     def __init__(self, config: Config):
-        from pipelines.latents import latent_shape
+        from pipelines.common.latents import latent_shape
 
         self.config = config
         self.vae = load_vae(config.vae)
@@ -245,7 +245,7 @@ class LatentDiffusionStage(Stage):
         return tokenizer, encoder, encoder.config.hidden_size, limit
 
     def _add_caption_prior(self, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
-        from pipelines.caption_prior import CaptionPrior
+        from pipelines.models.caption_prior import CaptionPrior
 
         config = self.config.caption_prior
         prior = CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
@@ -283,7 +283,7 @@ class LatentDiffusionStage(Stage):
         return {"val_loss": sums["loss"] / sums["count"]}
 
     def previews(self) -> Previews:
-        from pipelines.latents import decode_latents
+        from pipelines.common.latents import decode_latents
 
         config, data = self.config, self._validation or self._train
         batch = fetch(data, [SampleKey(i, 0) for i in range(min(config.num_previews, len(data)))])
@@ -324,8 +324,8 @@ class LatentDiffusionStage(Stage):
         return {}
 
     def pipeline(self):
+        from pipelines.common.schedulers import sampling_scheduler
         from pipelines.latent_diffusion import LatentDiffusionPipeline
-        from pipelines.schedulers import sampling_scheduler
 
         phase = self.phase
         return LatentDiffusionPipeline(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.control_images import to_rgb
+from pipelines.common.control_images import to_rgb
 from training.sampler import mix
 
 RESAMPLING = {

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 # Where a VAE may lie in a named folder or repo: itself, a pipeline's, a training run's.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
@@ -67,7 +67,7 @@ def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
     # A custom class that was saved for loading by remote code is named [module, class].
     name = name[-1] if isinstance(name, list | tuple) else name
     if name == "MultiHeadAutoencoderKL":
-        from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+        from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 
         return MultiHeadAutoencoderKL
     vae_class = getattr(diffusers, name, None) if name else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipelines.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest
 
 if TYPE_CHECKING:
     from training.stage import Stage
@@ -23,7 +23,7 @@ def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str 
     Raises:
         UserError: no such component, or weights of another shape; `flag` is what named them.
     """
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
 
     components = load_pipeline(path).components
     for name, module in modules.items():
@@ -47,7 +47,7 @@ def load_component(path: str, name: str, flag: str) -> Any:
     Raises:
         UserError: no pipeline there, or none with such a component; `flag` is what named it.
     """
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
 
     components = load_pipeline(path).components
     if components.get(name) is None:

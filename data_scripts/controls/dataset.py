@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:

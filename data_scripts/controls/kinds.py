@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 KINDS = {
     "edges": "white lines where colour changes (Canny 1986)",

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.poster_domain import COLORS, STYLES, TITLE_POSITIONS, hex_color
+from pipelines.common.poster_domain import COLORS, STYLES, TITLE_POSITIONS, hex_color
 
 Item = TypeVar("Item")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_scripts.posters.brief import PosterBrief, pick
-from pipelines.poster_domain import style_words
+from pipelines.common.poster_domain import style_words
 
 PICTURE_WORDS = ("no picture", "one picture", "two pictures", "three pictures")
 TITLE_WORDS = {"top": "title at the top", "middle": "title in the middle", "bottom": "title at the bottom"}

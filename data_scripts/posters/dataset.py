@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_scripts.posters.records import COLUMNS, PosterOptions, Row, make_row
-from pipelines.poster_domain import GRAMMAR, STYLES
+from pipelines.common.poster_domain import GRAMMAR, STYLES
 
 if TYPE_CHECKING:
     import datasets

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.poster_domain import GRAMMAR
+from pipelines.common.poster_domain import GRAMMAR
 
 THINNEST = 1e-6
 """Share of the page's side."""

@@ -16,7 +16,7 @@ from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import lay_out, turn_text
 from data_scripts.posters.painting.drawing import draw_poster
 from data_scripts.posters.painting.finishing import finish
-from pipelines.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
+from pipelines.common.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.evaluation import benchmarks
 from training.evaluation.benchmarks import BenchmarkConfig, Figure, describe, timed
 from training.parsing import parse_config

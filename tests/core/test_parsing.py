@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.parsing import known_names, parse_config
 from training.run_config import RunConfig, option
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.captioned_grid import CELL, GAP, INK, MARGIN, PAPER, comparison_grid, image_grid
+from pipelines.tools.captioned_grid import CELL, GAP, INK, MARGIN, PAPER, comparison_grid, image_grid
 from training.previews import Previews, save_png
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.tiny_captions import RESOLUTION, caption, draw_folder, tiny_caption_tokenizer
 from training.caption_data import (
     CaptionDataConfig,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.companions import IGNORE_INDEX, control_of
 from training.data import DataConfig, ImageDataset, load_split
 from training.data_checks import require_clean

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data_scripts import make_posters
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import data_source
 from training.data import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
 from training.data_checks import require_clean, scan

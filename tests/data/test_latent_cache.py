@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from data_scripts import precompute_latents
-from pipelines.cli import UserError
-from pipelines.latents import posterior_moments
+from pipelines.common.latents import posterior_moments
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_vae
 from training.balance import balanced_strata

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_scripts import train_tokenizer as script
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.tokenization import decode, normalized, report_on, train_tokenizer
 
 ENGRAVING = "An engraving depicting a woman in a blue dress"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_scripts import check_dataset
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 
 

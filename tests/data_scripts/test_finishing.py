@@ -20,7 +20,7 @@ from data_scripts.posters.painting.drawing import KEYLINE, draw_poster
 from data_scripts.posters.painting.finishing import MOUNTS, finish
 from data_scripts.posters.painting.textures import printed_and_scanned
 from data_scripts.posters.records import PosterOptions, Row, make_row
-from pipelines.poster_domain import COLOR_ROLES, COLORS, F_TENSOR_CHANNELS
+from pipelines.common.poster_domain import COLOR_ROLES, COLORS, F_TENSOR_CHANNELS
 
 ROLE = {name: number for number, name in enumerate(COLOR_ROLES)}
 PICTURE_BOX = (3.0, 3.0, 11.0, 13.0)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_scripts.posters.grammar import cut_into_quadrants, design_grammar, image_share
-from pipelines.poster_domain import ELEMENT_KINDS, GRAMMAR
+from pipelines.common.poster_domain import ELEMENT_KINDS, GRAMMAR
 
 MIRRORED = tuple(name for name in GRAMMAR if name != "regularity")
 """What a mirror does not change. Regularity counts where columns and rows start: left and upper edges alone."""

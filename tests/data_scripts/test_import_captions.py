@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_scripts.import_captions import main
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.tiny_captions import caption, picture
 from training.data import DataConfig, load_split
 

@@ -18,9 +18,9 @@ from PIL import Image
 from data_scripts import check_dataset, make_controls
 from data_scripts.controls import dataset as control_dataset
 from data_scripts.controls.kinds import edges, palette, soft_edges
-from pipelines.cli import UserError
 from pipelines.layout_analysis import LayoutAnalysisPipeline
-from pipelines.layout_encoder import LayoutEncoderModel
+from pipelines.models.layout_encoder import LayoutEncoderModel
+from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, launch
 from training.companions import control_of
 from training.data import DataConfig, ImageDataset, load_split

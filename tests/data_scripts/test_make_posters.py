@@ -26,8 +26,7 @@ from data_scripts.posters.layout import GRAMMARS
 from data_scripts.posters.painting.lettering import font_path
 from data_scripts.posters.painting.motifs import MOTIFS
 from data_scripts.posters.records import COLUMNS, PosterOptions, make_row
-from pipelines.cli import UserError
-from pipelines.poster_domain import (
+from pipelines.common.poster_domain import (
     COLOR_ROLES,
     COLORS,
     GRAMMAR,
@@ -37,6 +36,7 @@ from pipelines.poster_domain import (
     rgb_color,
     style_words,
 )
+from pipelines.tools.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "data_scripts" / "make_posters.py"

@@ -13,7 +13,7 @@ from data_scripts.posters.brief import PosterBrief, draw_brief
 from data_scripts.posters.elements import UNITS, Element, Scene, TextLines, Title, circle, rectangle
 from data_scripts.posters.painting.drawing import KEYLINE, draw_poster
 from data_scripts.posters.records import PosterOptions, Row, make_row
-from pipelines.poster_domain import COLOR_ROLES, rgb_color
+from pipelines.common.poster_domain import COLOR_ROLES, rgb_color
 
 ROLE = {name: number for number, name in enumerate(COLOR_ROLES)}
 

@@ -18,7 +18,7 @@ from data_scripts.posters.painting.pictures import SUBJECTS
 from data_scripts.posters.painting.textures import with_jpeg_noise
 from data_scripts.posters.photographs.gallery import SHOTS, take_photograph
 from data_scripts.posters.records import PosterOptions, Row, make_row
-from pipelines.poster_domain import COLOR_ROLES, COLORS, GRAMMAR
+from pipelines.common.poster_domain import COLOR_ROLES, COLORS, GRAMMAR
 
 INK = COLOR_ROLES.index("ink")
 SIZE = (104, 72)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.toy_runs import LAYOUT, assert_equal, run, tensors_of
 from training.balance import RowClasses, balanced_strata, column_classes
 from training.data import DataConfig, ImageDataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import assert_equal, run, tensors_of
 from training.weights import freeze_parameters

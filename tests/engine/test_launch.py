@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT, forget_accelerate
 from training import launch
 from training.launch import computes_in_bf16, on_main, plain_attention, start_accelerator, threads_per_process

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, TOY, command, environment, rows, tensors, toy
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import (

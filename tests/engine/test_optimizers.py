@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import optimizers
 from training.checkpoint import load_json, load_tensors, save_json, save_tensors
 from training.run_config import RunConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import prepare
 from training.run_config import RunConfig
 

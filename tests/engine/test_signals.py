@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import run, state_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.poster_domain import COLOR_ROLES
+from pipelines.common.poster_domain import COLOR_ROLES
 from tests.conftest import ROOT
 from training.parsing import parse_config
 from training.train_autoencoder import Config

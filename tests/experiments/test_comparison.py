@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_pipeline
 from training import run_experiments

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from training.parsing import parse_config
 from training.scripts import config_class, read_config_file, stage_class, stage_names, stage_of

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipelines.autoencoder import AutoencoderPipeline
-from pipelines.cli import UserError
 from pipelines.layout_analysis import LayoutAnalysisPipeline
-from pipelines.layout_encoder import LayoutEncoderModel
-from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.models.layout_encoder import LayoutEncoderModel
+from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.tools.cli import UserError
 from tests.support.tiny_models import TWO_LEVELS, tiny_pipeline
 from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
 

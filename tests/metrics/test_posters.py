@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from data_scripts.posters.records import PosterOptions, make_row
-from pipelines.poster_domain import COLORS, TITLE_POSITIONS, hex_color
+from pipelines.common.poster_domain import COLORS, TITLE_POSITIONS, hex_color
 from training.evaluation.posters import (
     background_color_name,
     count_pictures,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.caption_prior import CaptionPrior
-from pipelines.cli import UserError
 from pipelines.latent_diffusion import encode_captions, tokenize_captions
+from pipelines.models.caption_prior import CaptionPrior
+from pipelines.tools.cli import UserError
 from tests.support.tiny_models import tiny_tokenizer
 from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
 from training.text import TextEncoderConfig, new_text_encoder

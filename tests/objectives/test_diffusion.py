@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig, validate_diffusion_config
 from training.objectives import PREDICTION_TYPES
 from training.sampler import Draws

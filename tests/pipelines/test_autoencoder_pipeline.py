@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from pipelines.autoencoder import AutoencoderPipeline
-from pipelines.class_colors import COLOR_BLIND_SAFE, UNLABELLED, UNLABELLED_COLOR, class_color, class_picture
-from pipelines.latents import encode_latents
-from pipelines.loading import load_pipeline
-from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.common.class_colors import COLOR_BLIND_SAFE, UNLABELLED, UNLABELLED_COLOR, class_color, class_picture
+from pipelines.common.latents import encode_latents
+from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.tools.loading import load_pipeline
 from tests.support.tiny_models import TWO_LEVELS, tiny_vae
 
 

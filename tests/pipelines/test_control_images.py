@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.control_images import control_tensor, per_net, step_share
+from pipelines.common.control_images import control_tensor, per_net, step_share
 from training.companions import control_of
 
 HEIGHT, WIDTH = 4, 6

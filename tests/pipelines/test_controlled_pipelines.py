@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.fusion_controlnet import FUSION_MODES, FusionControlNets, as_nets
 from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
-from pipelines.loading import load_pipeline
+from pipelines.models.fusion_controlnet import FUSION_MODES, FusionControlNets, as_nets
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
+from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_poster_decoder import tiny_decoder
 from tests.pipelines.test_standalone import environment_without_halftone
 from tests.support.tiny_controlnets import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_scripts.posters.brief import CHARACTERS
-from pipelines.design_brief import (
+from pipelines.common.design_brief import (
     FIELDS,
     NUMBERS,
     READABLE_DISTANCE,
@@ -19,8 +19,16 @@ from pipelines.design_brief import (
     brief_tensors,
     parse_color,
 )
-from pipelines.design_brief_encoder import DesignBriefEncoder, fourier_features
-from pipelines.poster_domain import COLORS, COUNTS, GRAMMAR, MAX_PALETTE_COLORS, STYLES, color_distance, rgb_color
+from pipelines.common.poster_domain import (
+    COLORS,
+    COUNTS,
+    GRAMMAR,
+    MAX_PALETTE_COLORS,
+    STYLES,
+    color_distance,
+    rgb_color,
+)
+from pipelines.models.design_brief_encoder import DesignBriefEncoder, fourier_features
 
 WHOLE = {
     "style": "swiss",

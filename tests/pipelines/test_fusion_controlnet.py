@@ -7,7 +7,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from pipelines.fusion_controlnet import (
+from pipelines.models.fusion_controlnet import (
     FUSION_MODES,
     CrossAttentionFusion,
     FusionControlNetModel,

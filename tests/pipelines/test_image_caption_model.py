@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from pipelines.image_caption_model import ImageCaptionModel, LatentPosterior
-from pipelines.latent_prior import LatentPriorModel
+from pipelines.models.image_caption_model import ImageCaptionModel, LatentPosterior
+from pipelines.models.latent_prior import LatentPriorModel
 from tests.support.tiny_captions import MODEL, RESOLUTION, tiny_caption_model
 from training.caption_models import ImageCaptionModelConfig
 from training.caption_objectives import (
@@ -278,8 +278,8 @@ def test_the_similarity_scale_is_capped():
 
 def test_the_prior_learns_a_distribution():
     """Two points on a line of four dimensions: samples are one of them, about half each."""
-    from pipelines.sampling import denoise
-    from pipelines.schedulers import sampling_scheduler, training_scheduler
+    from pipelines.common.sampling import denoise
+    from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 
     torch.manual_seed(0)
     points = torch.tensor([[1.0, -1, 1, -1], [-1, 1, 1, 1]])

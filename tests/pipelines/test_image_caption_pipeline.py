@@ -16,10 +16,10 @@ from PIL import Image
 
 from pipelines import caption as caption_script
 from pipelines import sample as sample_script
-from pipelines.cli import UserError
 from pipelines.image_caption import GumbelNoise, ImageCaptionPipeline, consensus, fitted
-from pipelines.latent_prior import LatentPriorModel
-from pipelines.loading import load_pipeline
+from pipelines.models.latent_prior import LatentPriorModel
+from pipelines.tools.cli import UserError
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import ROOT
 from tests.support.tiny_captions import (
     MODEL,

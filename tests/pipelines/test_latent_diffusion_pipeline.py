@@ -12,15 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import is_scipy_available
 from transformers import T5Config, T5EncoderModel
 
-from pipelines.latent_diffusion import (
-    LatentDiffusionPipeline,
-    beside,
-    encode_captions,
-    max_caption_length,
-    null_class,
-    tokenize_captions,
-)
-from pipelines.schedulers import (
+from pipelines.common.schedulers import (
     FLOW,
     PREDICTION_TYPES,
     check_scheduler,
@@ -28,6 +20,14 @@ from pipelines.schedulers import (
     noise_schedule_of,
     suitable_samplers,
     training_scheduler,
+)
+from pipelines.latent_diffusion import (
+    LatentDiffusionPipeline,
+    beside,
+    encode_captions,
+    max_caption_length,
+    null_class,
+    tokenize_captions,
 )
 from tests.support.tiny_models import (
     TEXT_WIDTH,

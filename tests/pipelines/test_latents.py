@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from pipelines.latents import (
+from pipelines.common.latents import (
     decode_latents,
     downsampling_factor,
     encode_latents,

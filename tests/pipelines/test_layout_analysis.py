@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from pipelines import analyze
-from pipelines.cli import UserError
-from pipelines.grammar_abstractor import GrammarAbstractorModel
+from pipelines.common.layout_pictures import IMAGE_COLOR, TEXT_COLOR, error_picture, overlay_picture
+from pipelines.common.poster_domain import COUNTS, GRAMMAR
 from pipelines.layout_analysis import LayoutAnalysisPipeline, feature_channels
-from pipelines.layout_encoder import LayoutEncoderModel
-from pipelines.layout_pictures import IMAGE_COLOR, TEXT_COLOR, error_picture, overlay_picture
-from pipelines.loading import load_pipeline
-from pipelines.poster_domain import COUNTS, GRAMMAR
+from pipelines.models.grammar_abstractor import GrammarAbstractorModel
+from pipelines.models.layout_encoder import LayoutEncoderModel
+from pipelines.tools.cli import UserError
+from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_standalone import environment_without_halftone
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.grammar_abstractor import GrammarAbstractorModel
-from pipelines.layout_encoder import LayoutEncoderModel
+from pipelines.models.grammar_abstractor import GrammarAbstractorModel
+from pipelines.models.layout_encoder import LayoutEncoderModel
 
 
 def tiny(**more) -> LayoutEncoderModel:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from pipelines.latents import decode_latents, downsampling_factor, encode_latents, latent_shape
-from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
+from pipelines.common.latents import decode_latents, downsampling_factor, encode_latents, latent_shape
+from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 
 HEADS = {"num_mask_classes": 3, "num_classes": 4, "id2mask_class": {0: "page", 1: "text", 2: "picture"}}
 TWO_LEVELS = {

@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.design_brief import DesignBrief
-from pipelines.design_brief_encoder import DesignBriefEncoder
-from pipelines.loading import load_pipeline
-from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
-from pipelines.sampling import guided
-from pipelines.schedulers import (
+from pipelines.common.design_brief import DesignBrief
+from pipelines.common.sampling import guided
+from pipelines.common.schedulers import (
     EPSILON,
     FLOW,
     PREDICTION_TYPES,
@@ -28,6 +25,9 @@ from pipelines.schedulers import (
     suitable_samplers,
     training_scheduler,
 )
+from pipelines.models.design_brief_encoder import DesignBriefEncoder
+from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
+from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_standalone import environment_without_halftone
 from training.unet import PixelUNetConfig, build_pixel_unet
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.cli import UserError
-from pipelines.design_brief import FIELDS, DesignBrief
-from pipelines.loading import find_pipeline, load_pipeline
-from pipelines.picture_grid import GAP, control_picture, enlarged, picture_grid
+from pipelines.common.design_brief import FIELDS, DesignBrief
 from pipelines.sample import BRIEF_FIELDS, main, parse_arguments, read_briefs
+from pipelines.tools.cli import UserError
+from pipelines.tools.loading import find_pipeline, load_pipeline
+from pipelines.tools.picture_grid import GAP, control_picture, enlarged, picture_grid
 from tests.pipelines.test_poster_decoder import tiny_decoder
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.tiny_controlnets import (

@@ -19,10 +19,10 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import pipelines.standalone
+import pipelines
+from pipelines.common.standalone import ship
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
-from pipelines.standalone import ship
+from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.tiny_models import tiny_pipeline
 
@@ -127,11 +127,11 @@ def required_packages(*names: str) -> set[str]:
 def other_code(folder: Path) -> type:
     """Our pipeline with one helper changed (pictures come out inverted), as another version of Halftone would be."""
     package = folder / "other_version"
-    shutil.copytree(Path(pipelines.standalone.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    latents = (package / "latents.py").read_text()
+    shutil.copytree(Path(pipelines.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    latents = (package / "common" / "latents.py").read_text()
     changed = latents.replace("images.float().clamp(-1, 1)", "-images.float().clamp(-1, 1)")
     assert changed != latents
-    (package / "latents.py").write_text(changed)
+    (package / "common" / "latents.py").write_text(changed)
     sys.path.insert(0, str(folder))
     try:
         import other_version.latent_diffusion  # type: ignore[import-not-found]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.model_card import HUB_LICENSES, TEMPLATES, is_hub_dataset, needs_remote_code, write_model_card
 
 TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if path.name != "base.md.jinja")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.tracking import Trackers, flatten_config, parse_report_to, plain, start_trackers
 
 ROOT = Path(__file__).resolve().parent.parent.parent

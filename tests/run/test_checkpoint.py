@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training import checkpoint
 
 

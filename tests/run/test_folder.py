@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.support.runs import rows, tensors
 from tests.support.toy_runs import EVERY_STEP, assert_equal, column, run, snapshot, state_of
 from training import checkpoint

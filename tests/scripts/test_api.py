@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from tests.conftest import ROOT, forget_accelerate
 from tests.support.runs import rows
 from training import api, train_autoencoder

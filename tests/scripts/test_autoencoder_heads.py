@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.loading import load_pipeline
-from pipelines.poster_domain import COLOR_ROLES, STYLES
+from pipelines.common.poster_domain import COLOR_ROLES, STYLES
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import rows
 from training import train_autoencoder
@@ -171,7 +171,7 @@ def test_metrics_have_the_total_each_part_and_each_weight(run):
 
 
 def test_the_grid_shows_masks_in_the_colours_of_their_classes(run):
-    from pipelines.class_colors import class_color
+    from pipelines.common.class_colors import class_color
 
     prompts = json.loads((run / "record.json").read_text())["prompts"]
     first = prompts[:4]

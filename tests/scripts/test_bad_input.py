@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data_scripts import precompute_latents
-from pipelines.cli import entry_point
+from pipelines.tools.cli import entry_point
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, launch
 from training import train_autoencoder, train_latent_diffusion

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from pipelines.loading import load_pipeline
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from training import train_autoencoder
@@ -77,7 +77,7 @@ def test_latents_have_the_statistics_that_its_config_says(launched, autoencoder_
     vae = load_pipeline(launched).vae
     config = config_of(autoencoder_flags)
     data = ImageDataset(load_split(config, "train", 0), config, captions=False, augment=False)
-    from pipelines.latents import encode_latents
+    from pipelines.common.latents import encode_latents
 
     with torch.no_grad():
         latents = encode_latents(vae, fetch(data, [SampleKey(i, 0) for i in range(len(data))])["pixel_values"])

@@ -18,12 +18,12 @@ from datasets import Dataset, DatasetDict, Image
 from diffusers import DiffusionPipeline
 from PIL import Image as PILImage
 
-from pipelines.fusion_controlnet import FUSION_MODES
 from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
 from pipelines.layout_analysis import LayoutAnalysisPipeline
-from pipelines.layout_encoder import LayoutEncoderModel
-from pipelines.loading import load_pipeline
+from pipelines.models.fusion_controlnet import FUSION_MODES
+from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON
 from tests.scripts.test_bad_input import nothing_was_trained, refusal

@@ -15,10 +15,10 @@ import yaml
 from datasets import Dataset, DatasetDict, Image
 from diffusers import DiffusionPipeline
 
-from pipelines.cli import UserError
-from pipelines.design_brief import DesignBrief, brief_tensors
-from pipelines.loading import load_pipeline
-from pipelines.poster_domain import GRAMMAR
+from pipelines.common.design_brief import DesignBrief, brief_tensors
+from pipelines.common.poster_domain import GRAMMAR
+from pipelines.tools.cli import UserError
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from training import train_decoder

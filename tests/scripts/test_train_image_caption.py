@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from pipelines.cli import UserError
-from pipelines.loading import load_pipeline
+from pipelines.tools.cli import UserError
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture

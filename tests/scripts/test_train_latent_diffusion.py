@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from data_scripts import precompute_latents
-from pipelines.loading import load_pipeline
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from tests.support.tiny_models import tiny_text_encoder, tiny_tokenizer

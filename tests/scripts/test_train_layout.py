@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from data_scripts import make_posters
-from pipelines.loading import load_pipeline
-from pipelines.poster_domain import COUNTS, GRAMMAR
+from pipelines.common.poster_domain import COUNTS, GRAMMAR
+from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.support.runs import ROOT, assert_same_state, launch, rows

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 from pipelines.image_caption import ImageCaptionPipeline
-from pipelines.image_caption_model import ImageCaptionModel
-from pipelines.latent_prior import LatentPriorModel
-from pipelines.schedulers import sampling_scheduler, training_scheduler
+from pipelines.models.image_caption_model import ImageCaptionModel
+from pipelines.models.latent_prior import LatentPriorModel
 from training.tokenization import train_tokenizer
 
 COLORS = ("red", "green", "blue", "black", "orange", "purple")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pipelines.fusion_controlnet import FusionControlNetModel
 from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
+from pipelines.models.fusion_controlnet import FusionControlNetModel
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
 from tests.pipelines.test_poster_decoder import tiny_decoder
 from tests.support.tiny_models import tiny_pipeline

@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from pipelines.caption_prior import CaptionPrior
+from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 from pipelines.latent_diffusion import LatentDiffusionPipeline
-from pipelines.multi_head_autoencoder import MultiHeadAutoencoderKL
-from pipelines.schedulers import sampling_scheduler, training_scheduler
+from pipelines.models.caption_prior import CaptionPrior
+from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 
 WORDS = ["<PAD>", "<START>", "<END>", "<UNK>", "a", "red", "blue", "poster", "of", "circles"]
 TOKENS = 8  # of a padded caption

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipelines.cli import entry_point
+from pipelines.tools.cli import entry_point
 from training.balance import RowClasses
 from training.loop import train
 from training.parsing import parse_config

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.evaluation.bench_loops import peak_mb
 from training.launch import computes_in_bf16, keep_freed_memory, threads_per_process
 from training.parsing import ROOT, parse_config
@@ -75,7 +75,7 @@ def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[i
 
 def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     """Seconds of both ways, the quotient, and the share of equal tokens."""
-    from pipelines.image_caption_model import ImageCaptionModel
+    from pipelines.models.image_caption_model import ImageCaptionModel
 
     torch.manual_seed(0)
     model = ImageCaptionModel(max_length=config.tokens + 1).eval()
@@ -123,7 +123,7 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
 
 def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any) -> tuple[Callable[[int], None], int]:
     """A step of model and prior as the loop does it, EMA included, and how many parameters it trains."""
-    from pipelines.latent_prior import LatentPriorModel
+    from pipelines.models.latent_prior import LatentPriorModel
     from training.caption_data import CaptionTokens
     from training.caption_models import build_model
     from training.ema import EMA

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.diffusion import Diffusion
 from training.evaluation.bench_loops import peak_mb
 from training.launch import threads_per_process
@@ -33,8 +33,8 @@ class DecoderBenchConfig:
 
 def peak_of_a_step(batch_size: int) -> float:
     """MB (10⁶ bytes), resident, of a process that does one step."""
-    from pipelines.design_brief import DesignBrief, brief_tensors
-    from pipelines.design_brief_encoder import DesignBriefEncoder
+    from pipelines.common.design_brief import DesignBrief, brief_tensors
+    from pipelines.models.design_brief_encoder import DesignBriefEncoder
 
     torch.set_num_threads(threads_per_process())
     config = Config(resolution=256, output_dir="unused")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.latent_cache import LatentCache
 from training.launch import plain_attention
 from training.loop import train
@@ -59,8 +59,8 @@ class BareLoop:
     """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more."""
 
     def __init__(self, config: Config):
+        from pipelines.common.latents import scale_latents
         from pipelines.latent_diffusion import tokenize_captions
-        from pipelines.latents import scale_latents
 
         torch.set_num_threads(config.cpu_threads)
         cache = LatentCache(str(config.latent_cache)).split("train")

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import yaml
 
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.parsing import ROOT, parse_config
 from training.run_config import check_at_least, check_choice
 from training.run_folder import write_atomically

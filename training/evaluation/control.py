@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 from training.segmentation import one_hot
 
 MASKS = ("text_mask", "image_mask")
@@ -32,7 +32,7 @@ class ControlReader:
     """
 
     def __init__(self, path: str, kind: str, names: Sequence[str], channels: int):
-        from pipelines.loading import load_pipeline
+        from pipelines.tools.loading import load_pipeline
 
         components = load_pipeline(path).components
         self.module = components.get("encoder") or components.get("vae")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipelines.poster_domain import color_distance, rgb_color
+from pipelines.common.poster_domain import color_distance, rgb_color
 
 SHUFFLES = 1000
 

@@ -24,8 +24,8 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.captioned_grid import image_grid
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.captioned_grid import image_grid
+from pipelines.tools.cli import UserError, entry_point
 from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
 from training.caption_objectives import token_losses
 from training.evaluation.captions import (

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.captioned_grid import comparison_grid
-from pipelines.cli import UserError, entry_point
-from pipelines.picture_grid import control_picture
+from pipelines.tools.captioned_grid import comparison_grid
+from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.picture_grid import control_picture
 from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
 from training.evaluation.images import to_pil
 from training.launch import threads_per_process
@@ -74,7 +74,7 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
     Raises:
         UserError: no such model, reader or data, or models that take other controls.
     """
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
 
     torch.set_num_threads(threads_per_process())
     figures: dict[str, dict[str, float]] = {}

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.captioned_grid import comparison_grid
-from pipelines.cli import UserError, entry_point
-from pipelines.poster_domain import GRAMMAR
+from pipelines.common.poster_domain import GRAMMAR
+from pipelines.tools.captioned_grid import comparison_grid
+from pipelines.tools.cli import UserError, entry_point
 from training.evaluation.cycle import cycle_figures, palette_distance
 from training.launch import threads_per_process
 from training.parsing import parse_config
@@ -71,7 +71,7 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data, or a reader that reads no pictures or no grammar.
     """
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
     from training.brief_data import brief_of
     from training.data import DataConfig, load_split
     from training.poster_data import NUMBER_COLUMNS, require_poster_columns

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.captioned_grid import comparison_grid
-from pipelines.cli import UserError, entry_point
+from pipelines.tools.captioned_grid import comparison_grid
+from pipelines.tools.cli import UserError, entry_point
 from training.evaluation.posters import measure_posters
 from training.launch import threads_per_process
 from training.parsing import parse_config
@@ -68,7 +68,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data.
     """
-    from pipelines.loading import load_pipeline
+    from pipelines.tools.loading import load_pipeline
     from training.data import DataConfig, load_split
 
     torch.set_num_threads(threads_per_process())

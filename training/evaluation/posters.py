@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.poster_domain import COLORS, PICTURE_TINT, TITLE_POSITIONS, color_distance, rgb_color
+from pipelines.common.poster_domain import COLORS, PICTURE_TINT, TITLE_POSITIONS, color_distance, rgb_color
 
 Brief = Mapping[str, Any]
 

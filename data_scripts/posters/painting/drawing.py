@@ -18,7 +18,7 @@ from data_scripts.posters.painting.pictures import paint_scene, scene_tones
 from data_scripts.posters.painting.sheet import SUPERSAMPLING, Color, FeatureMaps, Fill, Sheet
 from data_scripts.posters.painting.textures import cast_shadow, graded, printed_and_scanned, with_jpeg_noise
 from data_scripts.posters.photographs.gallery import take_photograph
-from pipelines.poster_domain import COLOR_ROLES
+from pipelines.common.poster_domain import COLOR_ROLES
 
 GREEKED_BELOW = {"plain": 6, "standard": 4, "rich": 4}
 """Small text whose x-height is under this many pixels is set as bars ("greeked"): `plain` letters must be clean."""

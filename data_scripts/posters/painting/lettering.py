@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.cli import UserError
+from pipelines.tools.cli import UserError
 
 LETTERS, LETTER_GAP = "ACEGHLMNORSW", 0.08
 """A cell is as wide as the widest of these and a gap, as a share of that width."""

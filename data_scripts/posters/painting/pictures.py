@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_scripts.posters.brief import pick
-from pipelines.poster_domain import PICTURE_TINT
+from pipelines.common.poster_domain import PICTURE_TINT
 
 DARK, DIM, MID, LIGHT = 78, 112, 150, 190
 """The four tones of a scene."""

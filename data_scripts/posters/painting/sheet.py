@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from data_scripts.posters.elements import UNITS, Box, Point, Shape
-from pipelines.poster_domain import COLOR_ROLES, F_TENSOR_CHANNELS
+from pipelines.common.poster_domain import COLOR_ROLES, F_TENSOR_CHANNELS
 
 SUPERSAMPLING = 4
 """Averaging 4 × 4 samples keeps flat colours exactly flat and gives edges without the halo of a sharpening filter."""

@@ -5,8 +5,9 @@ files that it imports relatively (those alone, not what they import in turn) and
 one flat folder shared by every repository, and runs a file anew in the module that already has its name. So a file of
 the same name from a second repository silently replaces the first one's code. Hence the three rules of `ship`:
 
-- every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`), and imports name it so;
-- the pipeline's file names every helper itself, also those that only helpers need;
+- every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`), and imports name it so, all in one
+  flat folder, whichever folders they lie in here;
+- the pipeline's published file also imports what only its helpers need;
 - a component's file imports no sibling.
 
 A pipeline loaded from such a folder saves in the same way again: published files publish to themselves.
@@ -24,9 +25,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RELATIVE_IMPORT = re.compile(r"^(\s*from\s+\.)(\w+)(\s+import\b)", flags=re.MULTILINE)
+RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]+)(\s+import\b)", flags=re.MULTILINE)
 HASH_SUFFIX = re.compile(r"_[0-9a-f]{8}$")
 STOCK_LIBRARIES = ("diffusers", "transformers")
+# Where Halftone keeps the classes of components, beside the folder of this file.
+MODELS_PACKAGE = "models"
+HELPERS_OF_HELPERS = (
+    "\n\n# Diffusers copies the files that this one imports, but not what those import: that is named here as well.\n"
+)
 # Where diffusers puts the code that came with a folder or repository.
 REMOTE_PACKAGE = "diffusers_modules"
 
@@ -62,8 +68,7 @@ def ship(pipeline: Any, folder: Path) -> None:
     model_index.json.
 
     Raises:
-        ValueError: a helper's helper that the pipeline's file does not import, or a component's file that imports a
-            sibling: such a folder would not load.
+        ValueError: a component's file that imports a sibling, or two files of one name: such a folder would not load.
     """
     index_path = folder / "model_index.json"
     index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -101,36 +106,59 @@ def _source_file(cls: type) -> Path:
     return Path(source)
 
 
-def _published_files(path: Path) -> dict[str, tuple[str, str]]:
-    """Module name here -> (published name, published source), of `path` and of all that it imports relatively."""
-    files: dict[str, tuple[str, str]] = {}
+def _published_files(path: Path) -> dict[Path, tuple[str, str]]:
+    """File here -> (published module name, published source), of `path` and of all that it imports relatively.
+
+    Raises:
+        ValueError: two files of one name, which a flat folder could not tell apart.
+    """
+    files: dict[Path, tuple[str, str]] = {}
     _collect(path, files)
-    direct = {name for _, name, _ in RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8"))}
-    hidden = set(files) - direct - {path.stem}
-    if hidden:
-        raise ValueError(f"{path.name} must itself import {', '.join(sorted(hidden))}, which its helpers import")
+    stems = [HASH_SUFFIX.sub("", file.stem) for file in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise ValueError(f"{path.name} imports two files called {', '.join(twice)}; a published folder is flat")
     return files
 
 
-def _collect(path: Path, files: dict[str, tuple[str, str]]) -> None:
+def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, ...] = ()) -> None:
+    """Add `path` and what it imports to `files`, helpers first: a file's hash covers the names of its helpers."""
     source = path.read_text(encoding="utf-8")
-    for _, name, _ in RELATIVE_IMPORT.findall(source):
-        if name not in files:
-            _collect(path.parent / f"{name}.py", files)
-    source = RELATIVE_IMPORT.sub(lambda m: f"{m[1]}{files[m[2]][0]}{m[3]}", source)
+    direct = list(
+        dict.fromkeys(_imported_file(path, dots, name) for _, dots, name, _ in RELATIVE_IMPORT.findall(source))
+    )
+    for helper in direct:
+        if helper not in files:
+            _collect(helper, files, (*above, path))
+
+    def published_line(match: re.Match[str]) -> str:
+        return f"{match[1]}.{files[_imported_file(path, match[2], match[3])][0]}{match[4]}"
+
+    source = RELATIVE_IMPORT.sub(published_line, source)
+    if not above:
+        hidden = sorted(name for file, (name, _) in files.items() if file not in direct)
+        if hidden:
+            lines = [f"from .{name} import __name__ as _{name}  # noqa: E402, F401\n" for name in hidden]
+            source = source.rstrip("\n") + HELPERS_OF_HELPERS + "".join(lines)
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    files[path.stem] = (f"{HASH_SUFFIX.sub('', path.stem)}_{digest}", source)
+    files[path] = (f"{HASH_SUFFIX.sub('', path.stem)}_{digest}", source)
 
 
-def _write(files: dict[str, tuple[str, str]], main: Path, folder: Path) -> str:
+def _imported_file(path: Path, dots: str, name: str) -> Path:
+    """The file that `from {dots}{name} import …` in `path` means."""
+    folder = path.parents[len(dots) - 1]
+    return folder.joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _write(files: dict[Path, tuple[str, str]], main: Path, folder: Path) -> str:
     """Write the published files; the published module name of `main`. Files of an older version there are removed."""
-    stems = {HASH_SUFFIX.sub("", name) for name in files}
+    stems = {HASH_SUFFIX.sub("", name) for name, _ in files.values()}
     for old in folder.glob("*.py"):
         if HASH_SUFFIX.search(old.stem) and HASH_SUFFIX.sub("", old.stem) in stems:
             old.unlink()
     for published_name, source in files.values():
         (folder / f"{published_name}.py").write_text(source, encoding="utf-8")
-    return files[main.stem][0]
+    return files[main][0]
 
 
 def _name_own_classes(config: Any, cls: type) -> None:
@@ -145,7 +173,7 @@ def _name_own_classes(config: Any, cls: type) -> None:
         config["_class_name"] = config["_class_name"][1]
     for name, value in config.items():
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and HASH_SUFFIX.search(value[0]):
-            module = importlib.import_module(f"{package}.{HASH_SUFFIX.sub('', value[0])}")
+            module = importlib.import_module(f"{package}.{MODELS_PACKAGE}.{HASH_SUFFIX.sub('', value[0])}")
             # Diffusers looks up the base class that knows how to load, by its name, in the component's own module.
             for base in (diffusers.ModelMixin, transformers.PreTrainedModel):
                 vars(module).setdefault(base.__name__, base)

@@ -56,7 +56,7 @@ def controls_of(
     Raises:
         UserError: a number of files that makes no whole controls, pictures of another shape, or what a net cannot use.
     """
-    from .fusion_controlnet import as_nets
+    from ..models.fusion_controlnet import as_nets
 
     try:
         height, width = pipeline._size(height, width)
@@ -86,7 +86,7 @@ def _description(config: Any) -> str:
 
 def _tensor(config: Any, files: Sequence[ControlFile], height: int, width: int) -> Tensor:
     """C H W in [0, 1]."""
-    from .control_images import control_tensor
+    from ..common.control_images import control_tensor
 
     pictures = [_fitted(file, config.control_kind, height, width) for file in files]
     try:

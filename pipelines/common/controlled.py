@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.fusion_controlnet import FusionControlNets, as_nets, steering
 from .control_images import control_tensor, per_net, step_share
-from .fusion_controlnet import FusionControlNets, as_nets, steering
 
 
 class ControlledMixin:

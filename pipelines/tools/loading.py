@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..common.standalone import HASH_SUFFIX
 from .cli import UserError, nearest
-from .standalone import HASH_SUFFIX
 
 INDEX = "model_index.json"
+# The package whose modules hold one public pipeline each.
+PIPELINES = __name__.partition(".")[0]
 
 
 def load_pipeline(
@@ -130,7 +132,7 @@ def _own_class(folder: Path) -> Any:
     name = _class_name(folder)
     if not isinstance(name, list):
         return None
-    module = f"{__package__}.{HASH_SUFFIX.sub('', name[0])}"
+    module = f"{PIPELINES}.{HASH_SUFFIX.sub('', name[0])}"
     if not re.fullmatch(r"[\w.]+", module) or importlib.util.find_spec(module) is None:
         return None
     return getattr(importlib.import_module(module), name[1], None)
