@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(RUN)/lint-imports
 
 bench: $(STAMP)
-	$(RUN)/python training/evaluation/benchmarks.py
+	$(RUN)/python training/benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

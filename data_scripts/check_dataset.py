@@ -20,11 +20,18 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point
-from training.data import DataConfig, ImageDataset, LabelMap, load_all_splits, load_label_map, validate_data_config
-from training.data_checks import Problem, chunks, verify_reason
-from training.data_source import named_split, require_column, undecoded_images
-from training.fingerprints import encoded_bytes
-from training.parsing import parse_config
+from training.core.parsing import parse_config
+from training.data.checks import Problem, chunks, verify_reason
+from training.data.fingerprints import encoded_bytes
+from training.data.images import (
+    DataConfig,
+    ImageDataset,
+    LabelMap,
+    load_all_splits,
+    load_label_map,
+    validate_data_config,
+)
+from training.data.source import named_split, require_column, undecoded_images
 
 if TYPE_CHECKING:
     from datasets import Dataset

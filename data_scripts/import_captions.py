@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point, nearest
-from training.parsing import parse_config
+from training.core.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp")

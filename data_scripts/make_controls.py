@@ -26,10 +26,10 @@ from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
 from pipelines.tools.devices import move_to_device
-from training.data_source import DataConfig, load_all_splits, require_column, undecoded_images
-from training.fingerprints import evenly_spaced
-from training.parsing import parse_config
-from training.transforms import BrokenImage, load_rgb
+from training.core.parsing import parse_config
+from training.data.fingerprints import evenly_spaced
+from training.data.source import DataConfig, load_all_splits, require_column, undecoded_images
+from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

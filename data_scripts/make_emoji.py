@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point
-from training.parsing import parse_config
-from training.sampler import mix
+from training.core.draws import mix
+from training.core.parsing import parse_config
 
 if TYPE_CHECKING:
     from datasets import Dataset

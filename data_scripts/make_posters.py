@@ -20,7 +20,7 @@ from data_scripts.posters.contact_sheet import contact_sheet
 from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.tools.cli import UserError, entry_point
-from training.parsing import parse_config
+from training.core.parsing import parse_config
 
 FORMAT_VERSION = 3
 """Raised whenever the same options would give other rows."""

@@ -5,7 +5,7 @@
 Several processes share the shards out among themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py
 ...) and never wait for each other. Interrupted or killed, the same command goes on at the last complete shard.
 
-N rows, R resolution, B batch, V variants, C h w latents (see training/latent_cache.py).
+N rows, R resolution, B batch, V variants, C h w latents (see training/data/latent_cache.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ from tqdm import tqdm
 
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
-from training.companions import IGNORE_INDEX, SegmentationMask
-from training.data import (
+from pipelines.tools.devices import has_accelerator_device
+from training.core.draws import SampleKey
+from training.core.parsing import parse_config
+from training.data.checks import require_clean
+from training.data.companions import SegmentationMask
+from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
+from training.data.images import (
     DataConfig,
     ImageDataset,
     LabelMap,
@@ -37,10 +42,7 @@ from training.data import (
     transform_fingerprint,
     validate_data_config,
 )
-from training.data_checks import require_clean
-from training.data_source import named_split, undecoded_images
-from training.fingerprints import dataset_fingerprint, vae_fingerprint
-from training.latent_cache import (
+from training.data.latent_cache import (
     FORMAT_VERSION,
     MANIFEST,
     complete_shard,
@@ -50,12 +52,12 @@ from training.latent_cache import (
     write_json,
     write_shard,
 )
-from training.launch import has_accelerator_device, threads_per_process
-from training.parsing import parse_config
-from training.sampler import SampleKey
-from training.signals import StopSignal, ignore_interrupts
-from training.transforms import BadSample, BrokenImage, open_image
-from training.vae_loading import load_vae
+from training.data.source import named_split, undecoded_images
+from training.data.transforms import BadSample, BrokenImage, open_image
+from training.engine.launch import threads_per_process
+from training.engine.signals import StopSignal, ignore_interrupts
+from training.models.vae_loading import load_vae
+from training.objectives.segmentation import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.tools.cli import UserError, entry_point
-from training.caption_data import captions_of
-from training.data_source import DataConfig, load_split, require_column, validate_data_config
-from training.parsing import parse_config
-from training.tokenization import (
+from training.core.parsing import parse_config
+from training.data.captions import captions_of
+from training.data.source import DataConfig, load_split, require_column, validate_data_config
+from training.data.tokenization import (
     MANY_UNKNOWN,
     SMALLEST_BPE,
     SPECIAL_TOKENS,

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
-from training import optimizers
-from training.launch import has_accelerator_device
-from training.parsing import parse_config
-from training.prepare import make_missing
-from training.run_config import RunConfig
-from training.sampler import Draws
-from training.scripts import config_class, stage_class, stage_of
-from training.stage import Batch, MapDataset, Stage
-from training.validation import to_device
-from training.weights import freeze_parameters
+from pipelines.tools.devices import get_device
+from training.core.batches import to_device
+from training.core.draws import Draws
+from training.core.parsing import parse_config
+from training.core.run_config import RunConfig
+from training.core.stage import Batch, MapDataset, Stage
+from training.engine import optimizers
+from training.engine.prepare import make_missing
+from training.engine.weights import freeze_parameters
+from training.experiments.registry import config_class, stage_class, stage_of
 
 __all__ = [
     "build_dataset",
@@ -48,13 +48,6 @@ def set_deterministic(seed: int = 0) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def get_device() -> torch.device:
-    """The GPU if there is one (CUDA or MPS), unless ACCELERATE_USE_CPU says otherwise; else the CPU."""
-    if not has_accelerator_device():
-        return torch.device("cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "mps")
 
 
 def load_config(path: str | Path, stage: str | None = None, **overrides: Any) -> RunConfig:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
-from training.comparison import Samples, comparison_table, draw_samples, write_comparison
-from training.parsing import parse_config
-from training.prepare import run_script
-from training.run_config import RunConfig
-from training.run_folder import RunFolder
-from training.scripts import config_class, script_path, stage_of
-from training.signals import Interrupted, StopSignal
+from training.core.parsing import parse_config
+from training.core.run_config import RunConfig
+from training.engine.prepare import run_script
+from training.engine.signals import Interrupted, StopSignal
+from training.experiments.comparison import Samples, comparison_table, draw_samples, write_comparison
+from training.experiments.registry import config_class, script_path, stage_of
+from training.run.folder import RunFolder
 
 
 @dataclass

@@ -21,25 +21,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from training.autoencoder_heads import Heads, HeadsConfig
-from training.autoencoders import AutoencoderModelConfig, build_autoencoder, start_from_principal_components
-from training.data import DataConfig, ImageDataset, load_split, validate_data_config
-from training.data_checks import require_clean
-from training.discriminator import PatchDiscriminator
-from training.evaluation.images import psnr, ssim, to_pil
-from training.loop import train
-from training.loss_weights import LearnedLossWeights
-from training.objectives import gaussian_kl, hinge_discriminator_loss, hinge_generator_loss
-from training.parsing import parse_config
-from training.perceptual import PerceptualLoss
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws, SampleKey
-from training.segmentation import segmentation_cross_entropy
-from training.stage import Batch, Phase, Stage
-from training.validation import fetch, to_device
-from training.weights import load_initial_weights
+from training.core.batches import fetch, to_device
+from training.core.checks import check_at_least
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, Phase, Stage
+from training.data.checks import require_clean
+from training.data.images import DataConfig, ImageDataset, load_split, validate_data_config
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.images import psnr, ssim, to_pil
+from training.models.autoencoder import AutoencoderModelConfig, build_autoencoder, start_from_principal_components
+from training.models.autoencoder_heads import Heads, HeadsConfig
+from training.objectives.discriminator import PatchDiscriminator
+from training.objectives.functional import gaussian_kl, hinge_discriminator_loss, hinge_generator_loss
+from training.objectives.loss_weights import LearnedLossWeights
+from training.objectives.perceptual import PerceptualLoss
+from training.objectives.segmentation import segmentation_cross_entropy
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 

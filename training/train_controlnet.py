@@ -22,23 +22,24 @@ from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.picture_grid import control_picture
-from training.companions import control_of
-from training.control_base import ControlBase, load_base
-from training.data import DataConfig, load_split, validate_data_config
-from training.data_checks import require_clean
-from training.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
-from training.evaluation.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
-from training.evaluation.images import to_pil
-from training.launch import plain_attention
-from training.loop import train
-from training.parsing import parse_config
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, check_choice, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws, SampleKey
-from training.stage import Batch, MapDataset, Phase, Stage
-from training.validation import fetch
-from training.weights import load_initial_weights
+from training.core.batches import fetch
+from training.core.checks import check_at_least, check_choice
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, MapDataset, Phase, Stage
+from training.data.checks import require_clean
+from training.data.companions import control_of
+from training.data.images import DataConfig, load_split, validate_data_config
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
+from training.metrics.images import to_pil
+from training.models.attention import plain_attention
+from training.models.steered import ControlBase, load_base
+from training.objectives.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 

@@ -19,23 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from training.brief_data import BriefedPosters, drop_fields
-from training.data import DataConfig, load_split, validate_data_config
-from training.data_checks import require_clean
-from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
-from training.evaluation.images import to_pil
-from training.launch import plain_attention
-from training.loop import train
-from training.parsing import parse_config
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws, SampleKey
-from training.sizes import check_deepest_feature_map
-from training.stage import Batch, Phase, Stage
-from training.unet import PixelUNetConfig, build_pixel_unet, validate_pixel_unet_config
-from training.validation import fetch
-from training.weights import load_initial_weights
+from training.core.batches import fetch
+from training.core.checks import check_at_least, check_deepest_feature_map
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, Phase, Stage
+from training.data.briefs import BriefedPosters, drop_fields
+from training.data.checks import require_clean
+from training.data.images import DataConfig, load_split, validate_data_config
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.images import to_pil
+from training.models.attention import plain_attention
+from training.models.unet import PixelUNetConfig, build_pixel_unet, validate_pixel_unet_config
+from training.objectives.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 

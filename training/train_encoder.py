@@ -21,22 +21,22 @@ from torch import Tensor
 
 from pipelines.common.poster_domain import COLOR_ROLES
 from pipelines.tools.cli import UserError, entry_point
-from training.data import load_split
-from training.data_checks import require_clean
-from training.evaluation.images import to_pil
-from training.fingerprints import evenly_spaced
-from training.loop import train
-from training.parsing import parse_config
-from training.poster_data import PosterDataConfig, PosterDataset
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws, SampleKey
-from training.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
-from training.sizes import check_deepest_feature_map
-from training.stage import Batch, Phase, Stage
-from training.validation import fetch, to_device
-from training.weights import load_initial_weights
+from training.core.batches import fetch, to_device
+from training.core.checks import check_at_least, check_deepest_feature_map
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, Phase, Stage
+from training.data.checks import require_clean
+from training.data.fingerprints import evenly_spaced
+from training.data.images import load_split
+from training.data.posters import PosterDataConfig, PosterDataset
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.images import to_pil
+from training.objectives.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 

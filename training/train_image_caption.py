@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from training.caption_data import (
+from training.core.checks import check_at_least
+from training.core.draws import Draws
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, Phase, Stage
+from training.data.captions import (
     CaptionDataConfig,
     CaptionedPictures,
     CaptionTokens,
@@ -31,8 +37,16 @@ from training.caption_data import (
     tokenizer_for,
     validate_caption_data_config,
 )
-from training.caption_models import ImageCaptionModelConfig, build_model, model_summary, validate_model_config
-from training.caption_objectives import (
+from training.data.checks import require_clean
+from training.data.images import validate_data_config
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.images import psnr, ssim
+from training.models.attention import plain_attention
+from training.models.caption_previews import caption_previews
+from training.models.image_caption import ImageCaptionModelConfig, build_model, model_summary, validate_model_config
+from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, validate_latent_prior_config
+from training.objectives.captions import (
     contrastive_losses,
     cosine_distances,
     same_captions,
@@ -41,21 +55,8 @@ from training.caption_objectives import (
     token_losses,
     with_unknown_words,
 )
-from training.caption_previews import caption_previews
-from training.data import validate_data_config
-from training.data_checks import require_clean
-from training.evaluation.images import psnr, ssim
-from training.latent_prior import LatentPriorConfig, LatentPriorPhase, validate_latent_prior_config
-from training.launch import plain_attention
-from training.loop import train
-from training.objectives import gaussian_kl
-from training.parsing import parse_config
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws
-from training.stage import Batch, Phase, Stage
-from training.weights import load_initial_weights
+from training.objectives.functional import gaussian_kl
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 

@@ -21,30 +21,36 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from training import text
-from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
-from training.conditions import batch_latents, caption_and_class
-from training.data import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
-from training.data_checks import require_clean
-from training.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
-from training.evaluation.images import to_pil
-from training.fingerprints import evenly_spaced
-from training.latent_cache import LatentCache
-from training.launch import plain_attention
-from training.loop import train
-from training.objectives import mse_per_sample
-from training.parsing import parse_config
-from training.previews import Previews
-from training.run_config import RunConfig, check_at_least, check_choice, option
-from training.run_folder import has_checkpoint
-from training.sampler import Draws, SampleKey
-from training.sizes import check_deepest_feature_map
-from training.stage import Batch, MapDataset, Phase, Stage
-from training.text import TextEncoderConfig
-from training.unet import UNetConfig, build_unet, validate_unet_config
-from training.vae_loading import load_vae
-from training.validation import fetch, to_device
-from training.weights import load_initial_weights
+from training.core.batches import fetch, to_device
+from training.core.checks import check_at_least, check_choice, check_deepest_feature_map
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import Previews
+from training.core.run_config import RunConfig, option
+from training.core.stage import Batch, MapDataset, Phase, Stage
+from training.data.checks import require_clean
+from training.data.fingerprints import evenly_spaced
+from training.data.images import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
+from training.data.latent_cache import LatentCache
+from training.data.tokenization import CaptionIds, load_tokenizer
+from training.engine.loop import train
+from training.engine.weights import load_initial_weights
+from training.metrics.images import to_pil
+from training.models.attention import plain_attention
+from training.models.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
+from training.models.conditioning import batch_latents, caption_and_class
+from training.models.text_encoder import (
+    TextEncoderConfig,
+    check_vocabulary,
+    load_text_encoder,
+    new_text_encoder,
+    validate_text_encoder_config,
+)
+from training.models.unet import UNetConfig, build_unet, validate_unet_config
+from training.models.vae_loading import load_vae
+from training.objectives.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
+from training.objectives.functional import mse_per_sample
+from training.run.folder import has_checkpoint
 
 logger = logging.getLogger("halftone")
 
@@ -89,7 +95,7 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
         validate_data_config(self)
         validate_diffusion_config(self)
         validate_unet_config(self.model)
-        text.validate_text_encoder_config(self.text_encoder)
+        validate_text_encoder_config(self.text_encoder)
         validate_caption_prior_config(self.caption_prior, "caption" in self.condition_on)
         for condition in self.condition_on:
             check_choice("condition_on", condition, ("caption", "label"))
@@ -124,7 +130,7 @@ class LatentDiffusionPhase(Phase):
         else:
             self.borrow(text_encoder=text_encoder)
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.caption_ids = text.CaptionIds(tokenizer, max_length)
+        self.caption_ids = CaptionIds(tokenizer, max_length)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """B C h w, scaled."""
@@ -233,12 +239,12 @@ class LatentDiffusionStage(Stage):
         config = self.config
         if not self.with_captions:
             return None, None, None, 0
-        tokenizer = text.load_tokenizer(config.tokenizer or config.pretrained_text_encoder)  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(config.tokenizer or config.pretrained_text_encoder)  # type: ignore[arg-type]
         if config.pretrained_text_encoder:
-            encoder = text.load_text_encoder(config.pretrained_text_encoder)
+            encoder = load_text_encoder(config.pretrained_text_encoder)
         else:
-            encoder = text.new_text_encoder(config.text_encoder, tokenizer)
-        text.check_vocabulary(tokenizer, encoder)
+            encoder = new_text_encoder(config.text_encoder, tokenizer)
+        check_vocabulary(tokenizer, encoder)
         limit = config.text_encoder.max_length
         with contextlib.suppress(ValueError):  # neither has a limit of its own
             limit = min(limit, max_caption_length(tokenizer, encoder))

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError
-from training.transforms import BrokenImage, load_rgb
+from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

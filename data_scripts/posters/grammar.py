@@ -47,7 +47,7 @@ def design_grammar(elements: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             `x1` and `y1` (the page is the unit square).
 
     Returns:
-        {name: value in [0, 1]} for each name of `pipelines.poster_domain.GRAMMAR`, in that order.
+        {name: value in [0, 1]} for each name of `pipelines.common.poster_domain.GRAMMAR`, in that order.
     """
     seen = [(element, box) for element in elements if (box := _on_page(element)) is not None]
     boxes = np.array([box for _, box in seen], dtype=np.float64).reshape(-1, 4)

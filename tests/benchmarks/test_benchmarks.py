@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.tools.cli import UserError
-from training.evaluation import benchmarks
-from training.evaluation.benchmarks import BenchmarkConfig, Figure, describe, timed
-from training.parsing import parse_config
+from training.benchmarks import run as benchmarks
+from training.benchmarks.run import BenchmarkConfig, Figure, describe, timed
+from training.core.parsing import parse_config
 
 
 @pytest.mark.parametrize(

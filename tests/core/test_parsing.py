@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipelines.tools.cli import UserError
-from training.parsing import known_names, parse_config
-from training.run_config import RunConfig, option
+from training.core.parsing import known_names, parse_config
+from training.core.run_config import RunConfig, option
 
 
 @dataclass
@@ -91,7 +91,7 @@ def test_mistakes_in_files(tmp_path, text, message):
 
 
 def test_no_words_at_all_take_the_preset(monkeypatch, tmp_path):
-    monkeypatch.setattr("training.parsing.ROOT", tmp_path)
+    monkeypatch.setattr("training.core.parsing.ROOT", tmp_path)
     yaml_file(tmp_path, "seed: 9\n")
     assert parse_config(Config, [], preset="c.yaml").seed == 9
     assert parse_config(Config, ["--train_batch_size", "2"], preset="c.yaml").seed == 0

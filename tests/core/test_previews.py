@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.captioned_grid import CELL, GAP, INK, MARGIN, PAPER, comparison_grid, image_grid
-from training.previews import Previews, save_png
+from training.core.previews import Previews, save_png
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.tools.cli import UserError
 from tests.support.tiny_captions import RESOLUTION, caption, draw_folder, tiny_caption_tokenizer
-from training.caption_data import (
+from training.core.draws import SampleKey
+from training.data.captions import (
     CaptionDataConfig,
     CaptionedPictures,
     CaptionTokens,
@@ -19,9 +20,8 @@ from training.caption_data import (
     pixel_variance,
     tokenizer_for,
 )
-from training.data import load_split
-from training.sampler import SampleKey
-from training.tokenization import report_on
+from training.data.images import load_split
+from training.data.tokenization import report_on
 
 
 @pytest.fixture(scope="module")

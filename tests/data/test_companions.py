@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from pipelines.tools.cli import UserError
-from training.companions import IGNORE_INDEX, control_of
-from training.data import DataConfig, ImageDataset, load_split
-from training.data_checks import require_clean
-from training.sampler import SampleKey
+from training.core.draws import SampleKey
+from training.data.checks import require_clean
+from training.data.companions import control_of
+from training.data.images import DataConfig, ImageDataset, load_split
+from training.objectives.segmentation import IGNORE_INDEX
 
 ROWS, WIDTH, HEIGHT = 4, 40, 24
 

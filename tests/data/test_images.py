@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 from data_scripts import make_posters
 from pipelines.tools.cli import UserError
-from training import data_source
-from training.data import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
-from training.data_checks import require_clean, scan
-from training.fingerprints import dataset_fingerprint
-from training.sampler import SampleKey
-from training.transforms import apply_geometry, crop_geometry, flips, load_rgb, to_tensor, verify_image
+from training.core.draws import SampleKey
+from training.data import source as data_source
+from training.data.checks import require_clean, scan
+from training.data.fingerprints import dataset_fingerprint
+from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
+from training.data.transforms import apply_geometry, crop_geometry, flips, load_rgb, to_tensor, verify_image
 
 ROWS = 12
 

@@ -27,13 +27,13 @@ from pipelines.common.latents import posterior_moments
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_vae
-from training.balance import balanced_strata
-from training.data import DataConfig, ImageDataset, load_split
-from training.fingerprints import vae_fingerprint
-from training.latent_cache import LatentCache, read_shard
-from training.sampler import SampleKey
-from training.transforms import flips
-from training.vae_loading import load_vae
+from training.core.draws import SampleKey
+from training.data.fingerprints import vae_fingerprint
+from training.data.images import DataConfig, ImageDataset, load_split
+from training.data.latent_cache import LatentCache, read_shard
+from training.data.transforms import flips
+from training.engine.balance import balanced_strata
+from training.models.vae_loading import load_vae
 
 ROWS, VALIDATION_ROWS, SHARD_ROWS = 62, 5, 4
 LATENTS = (4, 8, 8)  # of tiny_vae at 16 px

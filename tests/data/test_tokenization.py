@@ -12,7 +12,7 @@ import pytest
 
 from data_scripts import train_tokenizer as script
 from pipelines.tools.cli import UserError
-from training.tokenization import decode, normalized, report_on, train_tokenizer
+from training.data.tokenization import decode, normalized, report_on, train_tokenizer
 
 ENGRAVING = "An engraving depicting a woman in a blue dress"
 CAPTIONS = [ENGRAVING, "A red circle, on blue!", "medium-light skin tone", "a woman's blue hat", "CAFÉ in Köln"]

@@ -10,7 +10,7 @@ import pytest
 from data_scripts.import_captions import main
 from pipelines.tools.cli import UserError
 from tests.support.tiny_captions import caption, picture
-from training.data import DataConfig, load_split
+from training.data.images import DataConfig, load_split
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from pipelines.layout_analysis import LayoutAnalysisPipeline
 from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, launch
-from training.companions import control_of
-from training.data import DataConfig, ImageDataset, load_split
-from training.sampler import SampleKey
+from training.core.draws import SampleKey
+from training.data.companions import control_of
+from training.data.images import DataConfig, ImageDataset, load_split
 
 SCRIPT = ROOT / "data_scripts/make_controls.py"
 HEIGHT, WIDTH = 24, 40

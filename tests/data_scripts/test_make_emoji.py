@@ -13,8 +13,8 @@ from PIL import Image
 from data_scripts import make_emoji
 from data_scripts.make_emoji import Emoji, label_of, name_of, split_by_base, without_mirrored_order
 from pipelines.tools.cli import UserError
-from training.data import DataConfig, ImageDataset, load_split
-from training.sampler import SampleKey
+from training.core.draws import SampleKey
+from training.data.images import DataConfig, ImageDataset, load_split
 
 
 @pytest.fixture(scope="module")

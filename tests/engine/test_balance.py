@@ -12,10 +12,13 @@ from PIL import Image
 
 from pipelines.tools.cli import UserError
 from tests.support.toy_runs import LAYOUT, assert_equal, run, tensors_of
-from training.balance import RowClasses, balanced_strata, column_classes
-from training.data import DataConfig, ImageDataset
-from training.data_source import load_split
-from training.sampler import BatchLayout, StepSampler, Strata, StratifiedDraw, _permutation
+from training.core.classes import RowClasses
+from training.core.layout import BatchLayout
+from training.data.classes import column_classes
+from training.data.images import DataConfig, ImageDataset
+from training.data.source import load_split
+from training.engine.balance import balanced_strata
+from training.engine.sampler import StepSampler, Strata, StratifiedDraw, _permutation
 
 COUNTS = (600, 300, 75, 20, 5)  # 1,000 rows in five classes
 # Of the chi-square distribution with 4 degrees of freedom: exceeded by one draw in 1,000.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.ema import EMA
+from training.engine.ema import EMA
 
 
 def test_the_average_is_the_recursion_with_warm_up():

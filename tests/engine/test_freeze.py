@@ -8,7 +8,7 @@ import torch
 from pipelines.tools.cli import UserError
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import assert_equal, run, tensors_of
-from training.weights import freeze_parameters
+from training.engine.weights import freeze_parameters
 
 PATTERNS = ("--freeze_parameters", "[unet.down_blocks.*, unet.conv_in.bias]")
 PREFIX = "phase_denoiser.safetensors:unet."

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.test_topology import start
 from tests.support.runs import ROOT, TOY, assert_same_state, command, environment
-from training import checkpoint
+from training.run import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
 from tests.conftest import ROOT, forget_accelerate
-from training import launch
-from training.launch import computes_in_bf16, on_main, plain_attention, start_accelerator, threads_per_process
-from training.run_config import RunConfig
+from training.core.run_config import RunConfig
+from training.engine import launch
+from training.engine.launch import on_main, start_accelerator, threads_per_process
+from training.models.attention import plain_attention
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -69,7 +71,7 @@ def test_bf16_arithmetic_is_found():
     assert computes_in_bf16() == bool({"avx512_bf16", "amx_bf16"}.intersection(flags))
 
 
-@pytest.mark.skipif(launch.has_accelerator_device(), reason="for CPUs")
+@pytest.mark.skipif(has_accelerator_device(), reason="for CPUs")
 def test_attention_over_few_tokens_is_plain_and_the_same():
     query, key, value = torch.randn(3, 2, 4, 64, 8).unbind()
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
@@ -118,8 +120,8 @@ def test_the_result_and_the_mistake_of_the_main_process():
 def test_freed_memory_is_kept():
     """Forty blocks of 32 MB, one after another: pages are fetched for the first of them, not for each."""
     code = (
-        "import os, resource, torch; from training.launch import start_accelerator; "
-        "from training.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"
+        "import os, resource, torch; from training.engine.launch import start_accelerator; "
+        "from training.core.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"
         "torch.ones(2**23)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(40): torch.ones(2**23)\n"

@@ -25,9 +25,11 @@ from tests.support.toy_runs import (
     snapshot,
     state_of,
 )
-from training import checkpoint
-from training.sampler import BatchLayout, Draws, StepSampler
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws
+from training.core.layout import BatchLayout
+from training.engine.sampler import StepSampler
+from training.run import checkpoint
 
 
 def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]:
@@ -329,7 +331,7 @@ def test_the_run_folder_is_complete(tmp_path, capsys):
 
 
 def test_a_long_epoch_is_heard_of_without_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.reporting.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("training.reporting.reporter.SECONDS_BETWEEN_LINES", 0.0)
     run(tmp_path / "run")
     assert "step 3 of 6: loss" in capsys.readouterr().out
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from pipelines.tools.cli import UserError
-from training import optimizers
-from training.checkpoint import load_json, load_tensors, save_json, save_tensors
-from training.run_config import RunConfig
+from training.core.run_config import LR_SCHEDULERS, OPTIMIZERS, RunConfig
+from training.engine import optimizers
+from training.run.checkpoint import load_json, load_tensors, save_json, save_tensors
 
 
 def trained(config, steps, seed=0, optimizer=None, layer=None):
@@ -23,7 +23,7 @@ def trained(config, steps, seed=0, optimizer=None, layer=None):
     return layer, optimizer
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
@@ -42,7 +42,7 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
         assert any(t.dtype == torch.uint8 for t in tensors.values())
 
 
-@pytest.mark.parametrize("name", [n for n in optimizers.LR_SCHEDULERS if n != "piecewise_constant"])
+@pytest.mark.parametrize("name", [n for n in LR_SCHEDULERS if n != "piecewise_constant"])
 def test_schedules_are_those_of_diffusers_counted_in_steps(name):
     from diffusers.optimization import get_scheduler
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from pipelines.tools.cli import UserError
-from training import prepare
-from training.run_config import RunConfig
+from training.core.run_config import RunConfig
+from training.engine import prepare
 
 
 @dataclass

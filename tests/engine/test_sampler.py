@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.sampler import BatchLayout, Draws, StepSampler, mix
+from training.core.draws import Draws, mix
+from training.core.layout import BatchLayout
+from training.engine.sampler import StepSampler
 
 
 def global_batches(num_samples, steps, batch, processes, accumulation, seed=3):

@@ -16,9 +16,9 @@ from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import run, state_of
-from training import prepare
-from training.signals import REQUEUE_STATUS, Interrupted, StopSignal
-from training.validation import validate_only
+from training.engine import prepare
+from training.engine.signals import REQUEUE_STATUS, Interrupted, StopSignal
+from training.engine.validation import validate_only
 
 FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
 

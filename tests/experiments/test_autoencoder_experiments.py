@@ -11,7 +11,7 @@ import yaml
 
 from pipelines.common.poster_domain import COLOR_ROLES
 from tests.conftest import ROOT
-from training.parsing import parse_config
+from training.core.parsing import parse_config
 from training.train_autoencoder import Config
 
 FOLDER = ROOT / "configs/experiments/autoencoder"

@@ -15,7 +15,9 @@ from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_pipeline
 from training import run_experiments
-from training.comparison import (
+from training.core.parsing import parse_config
+from training.core.previews import save_png
+from training.experiments.comparison import (
     Samples,
     Table,
     comparison_table,
@@ -25,11 +27,9 @@ from training.comparison import (
     table_markdown,
     write_comparison,
 )
-from training.parsing import parse_config
-from training.previews import save_png
+from training.experiments.registry import config_class
+from training.run.folder import RunFolder
 from training.run_experiments import common_folder, is_finished, parse_arguments, plan
-from training.run_folder import RunFolder
-from training.scripts import config_class
 
 TINY = "configs/experiments/latent_diffusion/ablation/tiny"
 

@@ -9,9 +9,9 @@ import yaml
 
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
-from training.parsing import parse_config
-from training.scripts import config_class, read_config_file, stage_class, stage_names, stage_of
-from training.unet import UNetConfig
+from training.core.parsing import parse_config
+from training.experiments.registry import config_class, read_config_file, stage_class, stage_names, stage_of
+from training.models.unet import UNetConfig
 
 EXPERIMENTS = ROOT / "configs/experiments"
 ABLATION = EXPERIMENTS / "latent_diffusion/ablation"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.evaluation.captions import (
+from training.metrics.captions import (
     alignment_figures,
     best_constant_caption,
     caption_scores,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from training.evaluation.collapse import collapse_warnings, pairwise_distances, variation
+from training.metrics.collapse import collapse_warnings, pairwise_distances, variation
 
 SHARED = Path(__file__).resolve().parent.parent.parent.parent / "shared"
 

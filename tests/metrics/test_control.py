@@ -16,7 +16,7 @@ from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 from pipelines.tools.cli import UserError
 from tests.support.tiny_models import TWO_LEVELS, tiny_pipeline
-from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
+from training.metrics.control import ControlReader, control_iou, in_standard_errors, others
 
 # --- intersection over union
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.evaluation.cycle import cycle_figures, mean_correlation, palette_distance
+from training.metrics.cycle import cycle_figures, mean_correlation, palette_distance
 
 
 def test_perfect_readings_score_one_and_stand_out():

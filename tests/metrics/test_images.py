@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.evaluation.images import psnr, ssim, to_pil
+from training.metrics.images import psnr, ssim, to_pil
 
 
 def test_psnr_of_a_constant_error():

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.common.poster_domain import COLORS, TITLE_POSITIONS, hex_color
-from training.evaluation.posters import (
+from training.metrics.posters import (
     background_color_name,
     count_pictures,
     find_pictures,

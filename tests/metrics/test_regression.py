@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.evaluation.regression import regression_figures, regression_sums, scatter_plots
+from training.metrics.regression import regression_figures, regression_sums, scatter_plots
 
 
 def test_figures_from_added_sums_equal_those_of_the_whole():

@@ -9,8 +9,8 @@ from pipelines.latent_diffusion import encode_captions, tokenize_captions
 from pipelines.models.caption_prior import CaptionPrior
 from pipelines.tools.cli import UserError
 from tests.support.tiny_models import tiny_tokenizer
-from training.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
-from training.text import TextEncoderConfig, new_text_encoder
+from training.models.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
+from training.models.text_encoder import TextEncoderConfig, new_text_encoder
 
 WIDTH = 32
 CONFIG = CaptionPriorConfig(hidden_size=64, warmup_steps=200, warmup_batch_size=32, dropout=0.0)

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from pipelines.tools.cli import UserError
-from training.unet import PixelUNetConfig, build_pixel_unet, feature_map_sides, validate_pixel_unet_config
+from training.models.unet import PixelUNetConfig, build_pixel_unet, feature_map_sides, validate_pixel_unet_config
 
 TOKENS, TOKEN_WIDTH, GLOBAL_WIDTH = 19, 256, 512
 

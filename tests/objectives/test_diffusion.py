@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
-from training.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig, validate_diffusion_config
-from training.objectives import PREDICTION_TYPES
-from training.sampler import Draws
+from training.core.draws import Draws
+from training.objectives.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig, validate_diffusion_config
+from training.objectives.functional import PREDICTION_TYPES
 
 STEPS = 1000
 X_0 = torch.randn(64, 4, 3, 3, generator=torch.Generator().manual_seed(0))

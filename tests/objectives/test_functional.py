@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from training import objectives
-from training.objectives import PREDICTION_TYPES
+from training.objectives import functional as objectives
+from training.objectives.functional import PREDICTION_TYPES
 
 torch.manual_seed(0)
 X_0, NOISE = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.randn(4, 3, 2, 2, dtype=torch.float64)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.loss_weights import LearnedLossWeights, classification_term, regression_term
+from training.objectives.loss_weights import LearnedLossWeights, classification_term, regression_term
 
 
 def test_the_terms_are_those_of_the_paper():

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from training.companions import IGNORE_INDEX
-from training.segmentation import (
+from training.objectives.segmentation import (
+    IGNORE_INDEX,
     class_areas,
     class_hits,
     dice_loss,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines.common.control_images import control_tensor, per_net, step_share
-from training.companions import control_of
+from training.data.companions import control_of
 
 HEIGHT, WIDTH = 4, 6
 

@@ -14,8 +14,11 @@ from diffusers.configuration_utils import FrozenDict
 from pipelines.models.image_caption_model import ImageCaptionModel, LatentPosterior
 from pipelines.models.latent_prior import LatentPriorModel
 from tests.support.tiny_captions import MODEL, RESOLUTION, tiny_caption_model
-from training.caption_models import ImageCaptionModelConfig
-from training.caption_objectives import (
+from training.benchmarks.captions import loop_of_forwards
+from training.core.draws import Draws
+from training.models.image_caption import ImageCaptionModelConfig
+from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase
+from training.objectives.captions import (
     contrastive_losses,
     cosine_distances,
     same_captions,
@@ -24,9 +27,6 @@ from training.caption_objectives import (
     token_losses,
     with_unknown_words,
 )
-from training.evaluation.bench_captions import loop_of_forwards
-from training.latent_prior import LatentPriorConfig, LatentPriorPhase
-from training.sampler import Draws
 
 IDS = torch.tensor([[1, 5, 6, 7, 2], [1, 8, 9, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])

@@ -32,9 +32,9 @@ from tests.support.tiny_captions import (
     tiny_caption_tokenizer,
 )
 from tests.support.tiny_models import tiny_pipeline, tiny_tokenizer
-from training.caption_data import CaptionDataConfig, CaptionedPictures
-from training.data import load_split
-from training.sampler import SampleKey
+from training.core.draws import SampleKey
+from training.data.captions import CaptionDataConfig, CaptionedPictures
+from training.data.images import load_split
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from pipelines.models.design_brief_encoder import DesignBriefEncoder
 from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
 from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_standalone import environment_without_halftone
-from training.unet import PixelUNetConfig, build_pixel_unet
+from training.models.unet import PixelUNetConfig, build_pixel_unet
 
 SIDE = 16
 BRIEF = {"style": "swiss", "palette": ["cream", "#d33"], "pictures": 2, "energy": 0.8}

@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.tools.cli import UserError
 from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer, hub  # noqa: F401  (a fixture)
-from training.publish import Publisher
+from training.publishing.hub import Publisher
 
 FAST = (0.05, 0.1, 0.2)  # seconds between attempts
 

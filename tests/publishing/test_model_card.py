@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipelines.tools.cli import UserError
-from training.model_card import HUB_LICENSES, TEMPLATES, is_hub_dataset, needs_remote_code, write_model_card
+from training.publishing.model_card import HUB_LICENSES, TEMPLATES, is_hub_dataset, needs_remote_code, write_model_card
 
 TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if path.name != "base.md.jinja")
 SECRET = "hf_" + "s" * 34

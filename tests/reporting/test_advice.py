@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from training.advice import EpochSummary, advice
+from training.reporting.advice import advice
+from training.run.state import EpochSummary
 
 
 def history(losses, val_losses=None, learning_rate=1e-4):

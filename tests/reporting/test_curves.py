@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.curves import draw_training_curves, read_metrics, smooth
+from training.reporting.curves import draw_training_curves, read_metrics, smooth
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMES = ["elapsed_seconds", "images_per_second"]
@@ -109,7 +109,7 @@ def test_smoothing_is_a_centred_mean_without_lag():
 def test_the_surrounding_programs_matplotlib_is_left_alone(tmp_path):
     write_metrics(tmp_path / "metrics.csv", 30)
     code = (
-        "import sys; from training.curves import draw_training_curves; "
+        "import sys; from training.reporting.curves import draw_training_curves; "
         "assert 'matplotlib' not in sys.modules; draw_training_curves(sys.argv[1], sys.argv[2], 'title'); "
         "assert 'matplotlib.pyplot' not in sys.modules and 'tkinter' not in sys.modules"
     )

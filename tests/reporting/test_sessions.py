@@ -9,9 +9,8 @@ from PIL import Image
 
 from tests.conftest import forget_accelerate
 from tests.support.runs import toy
-from training.metrics_log import MetricsLog
-from training.previews import save_png
-from training.sessions import (
+from training.core.previews import save_png
+from training.reporting.sessions import (
     GRID_WIDTH,
     MOST_GRIDS,
     epoch_table,
@@ -20,7 +19,8 @@ from training.sessions import (
     progress_strip,
     session_report,
 )
-from training.state import RunState
+from training.run.metrics_log import MetricsLog
+from training.run.state import RunState
 
 COLORS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#00ffff", "#ff00ff", "#808080", "#800000", "#008000", "#000080"]
 

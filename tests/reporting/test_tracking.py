@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.cli import UserError
-from training.tracking import Trackers, flatten_config, parse_report_to, plain, start_trackers
+from training.reporting.tracking import Trackers, flatten_config, parse_report_to, plain, start_trackers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -224,7 +224,7 @@ def test_wandb_never_asks_even_at_a_terminal(tmp_path):
         """
         import sys
         from pathlib import Path
-        from training.tracking import start_trackers
+        from training.reporting.tracking import start_trackers
         trackers = start_trackers(["wandb"], project="p", run_name="r", run_dir=Path(sys.argv[1]), config={})
         trackers.log({"loss": 1.0}, 1)
         trackers.finish()
@@ -326,7 +326,8 @@ def test_no_trackers_at_all(tmp_path):
 
 
 def test_importing_the_module_is_cheap():
-    code = "import sys, training.tracking, training.previews, training.curves; print(sorted(sys.modules))"
+    modules = "training.reporting.tracking, training.core.previews, training.reporting.curves"
+    code = f"import sys, {modules}; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for heavy in ("wandb", "torch", "accelerate", "matplotlib", "tensorboard", "huggingface_hub"):
         assert f"'{heavy}'" not in modules

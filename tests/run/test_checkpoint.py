@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
-from training import checkpoint
+from training.run import checkpoint
 
 
 def write(folder, step, text="weights"):

@@ -11,9 +11,9 @@ import pytest
 from pipelines.tools.cli import UserError
 from tests.support.runs import rows, tensors
 from tests.support.toy_runs import EVERY_STEP, assert_equal, column, run, snapshot, state_of
-from training import checkpoint
-from training.checkpoint import load_tensors
-from training.run_folder import RunFolder
+from training.run import checkpoint
+from training.run.checkpoint import load_tensors
+from training.run.folder import RunFolder
 
 NO_IMPROVEMENT = ("--validation_steps", "1", "--early_stopping_patience", "3", "--early_stopping_min_delta", "100")
 

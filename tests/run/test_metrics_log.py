@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from training.metrics_log import EpochLoss, MetricsLog, RunningMeans, read_metrics
+from training.run.metrics_log import EpochLoss, MetricsLog, RunningMeans, read_metrics
 
 
 def test_columns_appear_as_metrics_do_timing_last(tmp_path):

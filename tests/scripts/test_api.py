@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.devices import has_accelerator_device
 from tests.conftest import ROOT, forget_accelerate
 from tests.support.runs import rows
 from training import api, train_autoencoder
-from training.launch import has_accelerator_device
-from training.sampler import BatchLayout, SampleKey, StepSampler
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import SampleKey
+from training.core.layout import BatchLayout
+from training.engine.sampler import StepSampler
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,14 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import rows
 from training import train_autoencoder
-from training.autoencoder_heads import count_mask_classes
-from training.checkpoint import load_tensors
-from training.data import DataConfig, load_split
-from training.fingerprints import vae_fingerprint
-from training.parsing import parse_config
-from training.sampler import Draws, SampleKey
-from training.vae_loading import load_vae
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.fingerprints import vae_fingerprint
+from training.data.images import DataConfig, load_split
+from training.models.autoencoder_heads import count_mask_classes
+from training.models.vae_loading import load_vae
+from training.run.checkpoint import load_tensors
 
 HEADS = (
     *("--heads", "[segmentation,classification]", "--mask_column", "color_role"),

@@ -12,8 +12,8 @@ from tests.conftest import forget_accelerate
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.support.runs import rows
 from training import train_latent_diffusion
-from training.checkpoint import load_tensors
-from training.parsing import parse_config
+from training.core.parsing import parse_config
+from training.run.checkpoint import load_tensors
 
 LABELLED = ("--condition_on", "[caption,label]", "--balance_by", "style", "--max_grad_norm", "0.1")
 

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 from tests.support.runs import ROOT, command, environment, launch
-from training.parsing import parse_config
-from training.scripts import config_class
+from training.core.parsing import parse_config
+from training.experiments.registry import config_class
 
 SCRIPT = ROOT / "training/run_experiments.py"
 pytestmark = pytest.mark.slow

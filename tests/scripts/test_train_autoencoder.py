@@ -16,12 +16,12 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from training import train_autoencoder
-from training.checkpoint import load_tensors
-from training.data import ImageDataset, load_split
-from training.parsing import parse_config
-from training.perceptual import PerceptualLoss
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.images import ImageDataset, load_split
+from training.objectives.perceptual import PerceptualLoss
+from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_autoencoder.py"
 

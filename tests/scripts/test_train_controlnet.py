@@ -30,11 +30,11 @@ from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from training import train_controlnet, train_decoder, train_latent_diffusion
-from training.checkpoint import load_tensors
-from training.data import load_split
-from training.parsing import parse_config
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.images import load_split
+from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_controlnet.py"
 TINY = (

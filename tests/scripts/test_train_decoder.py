@@ -22,12 +22,12 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from training import train_decoder
-from training.brief_data import PARTS, drop_fields
-from training.checkpoint import load_tensors
-from training.data import load_split
-from training.parsing import parse_config
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.briefs import PARTS, drop_fields
+from training.data.images import load_split
+from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_decoder.py"
 CONFIGS = sorted((ROOT / "configs/experiments/posters").glob("decoder*.yaml"))

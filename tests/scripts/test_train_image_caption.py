@@ -17,13 +17,13 @@ from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
 from training import train_image_caption
-from training.caption_data import CaptionTokens
-from training.checkpoint import load_tensors
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.captions import CaptionTokens
 from training.evaluation import evaluate_captions
-from training.evaluation.captions import caption_scores
-from training.parsing import parse_config
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.metrics.captions import caption_scores
+from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_image_caption.py"
 CONFIGS = sorted((ROOT / "configs/experiments/image_caption").glob("*.yaml"))

@@ -17,10 +17,10 @@ from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
 from tests.support.tiny_models import tiny_text_encoder, tiny_tokenizer
 from training import train_latent_diffusion
-from training.checkpoint import load_tensors
-from training.parsing import parse_config
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
 PROMPT = "a minimalist poster, blue on cream, one picture"
@@ -231,11 +231,12 @@ def test_a_run_that_was_started_from_another_goes_on_without_it(tmp_path, launch
 def test_remembered_captions_have_the_ids_of_the_tokenizer(tokenizer, monkeypatch):
     """In any order, seen before or not, and after the memory was emptied."""
     from pipelines.latent_diffusion import tokenize_captions
-    from training import text
+    from training.data import tokenization
+    from training.data.tokenization import CaptionIds, load_tokenizer
 
-    words = text.load_tokenizer(str(tokenizer))
-    monkeypatch.setattr(text, "MOST_KNOWN_CAPTIONS", 4)
-    remembered = text.CaptionIds(words, 12)
+    words = load_tokenizer(str(tokenizer))
+    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
+    remembered = CaptionIds(words, 12)
     batches = [
         ["a red poster", "", "blue on cream"],
         ["blue on cream", "a red poster", "a red poster"],

@@ -17,11 +17,11 @@ from tests.conftest import forget_accelerate
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from training import train_abstractor, train_encoder
-from training.data import load_split
-from training.parsing import parse_config
-from training.poster_data import PosterDataset
-from training.sampler import Draws, SampleKey
-from training.validation import fetch
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.data.images import load_split
+from training.data.posters import PosterDataset
 
 COMMON = (
     *("--report_to", "none", "--cpu_threads", "1", "--resolution", "64", "--logging_steps", "1"),

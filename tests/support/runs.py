@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from training.metrics_log import TIMING_COLUMNS
+from training.run.metrics_log import TIMING_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOY = ROOT / "tests" / "support" / "toy.py"

@@ -12,7 +12,7 @@ from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 from pipelines.image_caption import ImageCaptionPipeline
 from pipelines.models.image_caption_model import ImageCaptionModel
 from pipelines.models.latent_prior import LatentPriorModel
-from training.tokenization import train_tokenizer
+from training.data.tokenization import train_tokenizer
 
 COLORS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square")

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from pipelines.tools.cli import entry_point
-from training.balance import RowClasses
-from training.loop import train
-from training.parsing import parse_config
-from training.run_config import RunConfig, option
-from training.sampler import Draws, SampleKey
-from training.stage import Phase, Stage
+from training.core.classes import RowClasses
+from training.core.draws import Draws, SampleKey
+from training.core.parsing import parse_config
+from training.core.run_config import RunConfig, option
+from training.core.stage import Phase, Stage
+from training.engine.loop import train
 
 
 @dataclass

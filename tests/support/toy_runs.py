@@ -11,8 +11,8 @@ import torch
 from tests.conftest import forget_accelerate
 from tests.support.runs import rows
 from tests.support.toy import main as toy_main
-from training.checkpoint import load_tensors
-from training.sampler import BatchLayout
+from training.core.layout import BatchLayout
+from training.run.checkpoint import load_tensors
 
 # 48 samples in batches of 4, twice: 6 steps an epoch.
 LAYOUT = BatchLayout(4, gradient_accumulation_steps=2)

@@ -26,9 +26,14 @@ from PIL import Image
 
 from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.caption_data import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
-from training.caption_objectives import token_losses
-from training.evaluation.captions import (
+from training.core.batches import fetch
+from training.core.checks import check_at_least, check_choice
+from training.core.draws import SampleKey
+from training.core.parsing import parse_config
+from training.core.previews import save_png
+from training.data.captions import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
+from training.engine.launch import threads_per_process
+from training.metrics.captions import (
     alignment_figures,
     best_constant_caption,
     caption_scores,
@@ -36,14 +41,9 @@ from training.evaluation.captions import (
     retrieval_figures,
     same_pairs,
 )
-from training.evaluation.images import psnr, ssim, to_pil
-from training.launch import threads_per_process
-from training.parsing import parse_config
-from training.previews import save_png
-from training.run_config import check_at_least, check_choice
-from training.run_folder import write_atomically
-from training.sampler import SampleKey
-from training.validation import fetch
+from training.metrics.images import psnr, ssim, to_pil
+from training.objectives.captions import token_losses
+from training.run.folder import write_atomically
 
 BATCH = 64
 SHOWN = 8

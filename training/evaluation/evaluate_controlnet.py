@@ -23,13 +23,13 @@ from torch import Tensor
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.picture_grid import control_picture
-from training.evaluation.control import ControlReader, control_iou, in_standard_errors, others
-from training.evaluation.images import to_pil
-from training.launch import threads_per_process
-from training.parsing import parse_config
-from training.previews import save_png
-from training.run_config import check_at_least
-from training.run_folder import write_atomically
+from training.core.checks import check_at_least
+from training.core.parsing import parse_config
+from training.core.previews import save_png
+from training.engine.launch import threads_per_process
+from training.metrics.control import ControlReader, control_iou, in_standard_errors, others
+from training.metrics.images import to_pil
+from training.run.folder import write_atomically
 
 BATCH = 16
 GRID_ROWS = 6
@@ -110,9 +110,9 @@ def _name(model: str, pipeline: Any) -> str:
 
 def _data(config: ControlEvaluationConfig, net: Any, pipeline: Any) -> tuple[Tensor, Tensor]:
     """Real pictures (N 3 R R in [-1, 1]) and their controls (N C R R in [0, 1])."""
-    from training.companions import control_of
-    from training.data import DataConfig, ImageDataset, load_split
-    from training.sampler import SampleKey
+    from training.core.draws import SampleKey
+    from training.data.companions import control_of
+    from training.data.images import DataConfig, ImageDataset, load_split
 
     size = pipeline.unet.config.sample_size * getattr(pipeline, "vae_scale_factor", 1)
     data_config = DataConfig(dataset_name=config.dataset_name, resolution=size)

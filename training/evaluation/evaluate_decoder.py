@@ -19,12 +19,12 @@ from PIL import Image
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.evaluation.cycle import cycle_figures, palette_distance
-from training.launch import threads_per_process
-from training.parsing import parse_config
-from training.previews import save_png
-from training.run_config import check_at_least
-from training.run_folder import write_atomically
+from training.core.checks import check_at_least
+from training.core.parsing import parse_config
+from training.core.previews import save_png
+from training.engine.launch import threads_per_process
+from training.metrics.cycle import cycle_figures, palette_distance
+from training.run.folder import write_atomically
 
 GRID_BRIEFS = 8
 BATCH = 16
@@ -72,9 +72,9 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
         UserError: no such model or data, or a reader that reads no pictures or no grammar.
     """
     from pipelines.tools.loading import load_pipeline
-    from training.brief_data import brief_of
-    from training.data import DataConfig, load_split
-    from training.poster_data import NUMBER_COLUMNS, require_poster_columns
+    from training.data.briefs import brief_of
+    from training.data.images import DataConfig, load_split
+    from training.data.posters import NUMBER_COLUMNS, require_poster_columns
 
     torch.set_num_threads(threads_per_process())
     decoder, reader = load_pipeline(config.model), load_pipeline(config.reader)

@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.evaluation.posters import measure_posters
-from training.launch import threads_per_process
-from training.parsing import parse_config
-from training.previews import save_png
-from training.run_folder import write_atomically
+from training.core.parsing import parse_config
+from training.core.previews import save_png
+from training.engine.launch import threads_per_process
+from training.metrics.posters import measure_posters
+from training.run.folder import write_atomically
 
 
 @dataclass
@@ -69,7 +69,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
         UserError: no such model or data.
     """
     from pipelines.tools.loading import load_pipeline
-    from training.data import DataConfig, load_split
+    from training.data.images import DataConfig, load_split
 
     torch.set_num_threads(threads_per_process())
     pipeline = load_pipeline(config.model)

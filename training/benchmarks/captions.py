@@ -1,0 +1,178 @@
+"""What the joint model of pictures and captions costs: run by benchmarks.py, a process for each figure.
+
+`--side generation`: captions by the cache of keys and values against a loop of full-sequence forwards, with the default
+network. `--side memory`: a training step of one preset at one batch size. B captions, L tokens, D latent vector.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.devices import computes_in_bf16
+from training.benchmarks.loops import peak_mb
+from training.core.checks import check_at_least, check_choice
+from training.core.draws import Draws
+from training.core.parsing import ROOT, parse_config
+from training.data.tokenization import train_tokenizer
+from training.engine.launch import keep_freed_memory, threads_per_process
+from training.run.folder import write_atomically
+
+PRESETS = ROOT / "configs/experiments/image_caption"
+WORDS = 7996  # and four special tokens: the default vocabulary
+CAPTION_WORDS = 12
+
+
+@dataclass
+class CaptionBenchConfig:
+    """Flags of this script."""
+
+    side: str = "generation"
+    """generation or memory"""
+    preset: str = "default"
+    """memory: a preset of configs/experiments/image_caption"""
+    batch_size: int = 8
+    """Captions generated at once, or pairs in the step; 0 builds model and optimizer alone"""
+    tokens: int = 100
+    """generation: tokens of each caption"""
+    steps: int = 4
+    """memory: training steps, of which all but the first are timed"""
+    repetitions: int = 3
+    """generation: turns of either side"""
+    output: str = ""
+    """JSON file for the figures"""
+
+    def validate(self) -> None:
+        check_choice("side", self.side, ("generation", "memory"))
+        check_at_least("batch_size", self.batch_size, 0)
+        check_at_least("steps", self.steps, 2)
+        if not (PRESETS / f"{self.preset}.yaml").is_file():
+            raise UserError(f"there is no preset {self.preset} in {PRESETS}")
+
+
+@torch.no_grad()
+def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[int]) -> Tensor:
+    """Greedy captions of exactly `tokens` tokens after `<START>`, the whole sequence computed anew for each. B tokens.
+
+    Args:
+        never: ids that are not taken.
+    """
+    ids = torch.full((len(latents), 1), model.config.start_token_id)
+    for _ in range(tokens):
+        logits = model.caption_logits(latents, ids)[:, -1].float()
+        logits[:, list(never)] = float("-inf")
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[:, 1:]
+
+
+def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
+    """Seconds of both ways, the quotient, and the share of equal tokens."""
+    from pipelines.models.image_caption_model import ImageCaptionModel
+
+    torch.manual_seed(0)
+    model = ImageCaptionModel(max_length=config.tokens + 1).eval()
+    latents = torch.randn(config.batch_size, model.config.latent_size)
+    settings = model.config
+    special = (settings.pad_token_id, settings.start_token_id, settings.unknown_token_id, settings.end_token_id)
+    sides: dict[str, Callable[[], Tensor]] = {
+        # No caption ends before the last token: `min_length` counts <START> too.
+        "cached": lambda: model.generate_captions(latents, min_length=config.tokens + 1),
+        "full": lambda: loop_of_forwards(model, latents, config.tokens, special),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    found = {name: side() for name, side in sides.items()}  # warm
+    for _ in range(config.repetitions):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        "cached_seconds": statistics.median(seconds["cached"]),
+        "full_seconds": statistics.median(seconds["full"]),
+        "speedup": statistics.median(full / cached for full, cached in zip(seconds["full"], seconds["cached"])),
+        "equal_tokens": float((found["cached"] == found["full"]).float().mean()),
+    }
+
+
+def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
+    """Peak MB (10⁶ bytes), resident or on the GPU, and pairs a second, of training steps of both phases."""
+    from training.train_image_caption import Config, ImageCaptionPhase
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = parse_config(Config, ["--config", str(PRESETS / f"{config.preset}.yaml"), "--dataset_name", "unused"])
+    step, parameters = _training_step(settings, ImageCaptionPhase, config.batch_size, device)
+    seconds = []
+    for number in range(config.steps if config.batch_size else 0):
+        started = time.perf_counter()
+        step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_mb()
+    rate = config.batch_size / statistics.median(seconds[1:]) if seconds else 0.0
+    return {"peak_mb": peak, "pairs_per_second": rate, "parameters": parameters}
+
+
+def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any) -> tuple[Callable[[int], None], int]:
+    """A step of model and prior as the loop does it, EMA included, and how many parameters it trains."""
+    from pipelines.models.latent_prior import LatentPriorModel
+    from training.data.captions import CaptionTokens
+    from training.engine.ema import EMA
+    from training.models.image_caption import build_model
+    from training.models.latent_prior import LatentPriorPhase
+
+    torch.manual_seed(0)
+    words = [f"word{i}" for i in range(WORDS)]
+    length = settings.model.max_length
+    tokenizer = train_tokenizer([" ".join(words)], model_max_length=length)
+    phase = phase_class(
+        build_model(settings.model, settings.resolution, tokenizer), settings, CaptionTokens(tokenizer, length), 1.0
+    )
+    prior = LatentPriorModel(settings.model.latent_size, settings.prior.hidden_size, settings.prior.num_layers)
+    phases = [phase.to(device), LatentPriorPhase(prior, settings.prior, phase.image_latents).to(device)]
+    parameters = [[p for p in one.parameters() if p.requires_grad] for one in phases]
+    ema = EMA({"model": phase.model, "prior": prior}, settings.ema_decay, settings.ema_update_every)
+    optimizers = [torch.optim.AdamW(own, fused=True) for own in parameters]
+    for own, optimizer in zip(parameters, optimizers):
+        if not batch_size:
+            for p in own:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+    captions = [" ".join(words[(i * 31 + k) % WORDS] for k in range(CAPTION_WORDS)) for i in range(batch_size)]
+    pixels = torch.randn(batch_size, 3, settings.resolution, settings.resolution, device=device).clamp(-1, 1)
+
+    def step(number: int) -> None:
+        batch = {"pixel_values": pixels, "caption": captions}
+        for one, own, optimizer in zip(phases, parameters, optimizers):
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):
+                loss, _ = one(batch, Draws(0, number, range(batch_size), device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(own, settings.max_grad_norm)
+            optimizer.step()
+        ema.update(number + 1)
+
+    return step, sum(p.numel() for own in parameters for p in own)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(CaptionBenchConfig, argv, description=__doc__)
+    if not config.output:
+        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+    torch.set_num_threads(threads_per_process())
+    keep_freed_memory()
+    figures = measure_generation(config) if config.side == "generation" else measure_memory(config)
+    write_atomically(Path(config.output), json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,64 @@
+"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by benchmarks.py, one process
+for each batch size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipelines.tools.cli import UserError, entry_point
+from training.benchmarks.loops import peak_mb
+from training.core.draws import Draws
+from training.core.parsing import parse_config
+from training.engine.launch import threads_per_process
+from training.models.unet import build_pixel_unet
+from training.objectives.diffusion import Diffusion
+from training.run.folder import write_atomically
+from training.train_decoder import Config, PosterDecoderPhase
+
+
+@dataclass
+class DecoderBenchConfig:
+    """Flags of this script."""
+
+    batch_size: int = 1
+    """Posters in the step; 0 builds the model and its optimizer, and steps on nothing"""
+    output: str = ""
+    """JSON file for the figure"""
+
+
+def peak_of_a_step(batch_size: int) -> float:
+    """MB (10⁶ bytes), resident, of a process that does one step."""
+    from pipelines.common.design_brief import DesignBrief, brief_tensors
+    from pipelines.models.design_brief_encoder import DesignBriefEncoder
+
+    torch.set_num_threads(threads_per_process())
+    config = Config(resolution=256, output_dir="unused")
+    widths = config.brief_encoder.token_width, config.brief_encoder.global_width
+    unet, brief_encoder = build_pixel_unet(config.model, config.resolution, *widths), DesignBriefEncoder(*widths)
+    phase = PosterDecoderPhase(config, unet, brief_encoder, Diffusion(config))
+    optimizer = torch.optim.AdamW(phase.parameters(), fused=True)
+    for parameter in phase.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if batch_size:
+        briefs = brief_tensors([DesignBrief.random(i) for i in range(batch_size)])
+        batch = {"pixel_values": torch.zeros(batch_size, 3, config.resolution, config.resolution), "brief": briefs}
+        phase(batch, Draws(0, 0, range(batch_size)))[0].backward()
+    return peak_mb()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_config(DecoderBenchConfig, argv, description=__doc__)
+    if not options.output:
+        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+    figures = {"peak_mb": peak_of_a_step(options.batch_size)}
+    write_atomically(Path(options.output), json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,213 @@
+"""The two sides of `make bench`: the loop with everything on, and the bare PyTorch loop that it is held against.
+
+Both train the same networks on the same latents with the same threads. Run by benchmarks.py: one process each
+(speed and peak memory of whole processes), or both in one process by turns (a busy machine disturbs that ratio less).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from pipelines.tools.cli import UserError, entry_point
+from training.core.batches import fetch
+from training.core.draws import SampleKey
+from training.core.parsing import parse_config
+from training.data.latent_cache import LatentCache
+from training.data.tokenization import load_tokenizer
+from training.engine.loop import train
+from training.models.attention import plain_attention
+from training.models.text_encoder import new_text_encoder
+from training.models.unet import build_unet
+from training.models.vae_loading import load_vae
+from training.run.folder import write_atomically
+from training.train_latent_diffusion import Config, LatentDiffusionStage
+
+WARM_UP_STEPS = 5
+BLOCK_STEPS = 5
+"""Steps that one side does in a row when both take turns in one process."""
+
+
+@dataclass
+class LoopBenchConfig:
+    """Flags of this script."""
+
+    recipe: str = ""
+    """A config of train_latent_diffusion.py that trains on a latent cache"""
+    side: Literal["bare", "loop", "turns"] = "bare"
+    """bare, loop, or both in one process by turns"""
+    steps: int = 60
+    """Steps to measure on each side, after the warm-up"""
+    threads: int = 1
+    """CPU threads of torch"""
+    run_dir: str = ""
+    """Run folder of the loop"""
+    output: str = ""
+    """JSON file for the figures"""
+
+
+class BareLoop:
+    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more."""
+
+    def __init__(self, config: Config):
+        from pipelines.common.latents import scale_latents
+        from pipelines.latent_diffusion import tokenize_captions
+
+        torch.set_num_threads(config.cpu_threads)
+        cache = LatentCache(str(config.latent_cache)).split("train")
+        batch = fetch(cache, [SampleKey(row, 0) for row in range(len(cache))])
+        vae = load_vae(config.vae)
+        self.mean = scale_latents(vae, batch["mean"])
+        self.std = scale_latents(vae, batch["mean"] + (0.5 * batch["logvar"]).exp()) - self.mean
+        tokenizer, length = load_tokenizer(str(config.tokenizer)), config.text_encoder.max_length
+        self.ids = tokenize_captions(tokenizer, batch["caption"], length)
+        self.null_ids = tokenize_captions(tokenizer, [""], length)
+        self.text_encoder = new_text_encoder(config.text_encoder, tokenizer)
+        channels, height = self.mean.shape[1:3]
+        self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0)
+        parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
+        self.batch_size, self.dropout = config.train_batch_size, config.cfg_dropout
+        self._order: torch.Tensor = torch.empty(0, dtype=torch.long)
+
+    def step(self) -> None:
+        from pipelines.latent_diffusion import encode_captions
+
+        if len(self._order) < self.batch_size:
+            self._order = torch.randperm(len(self.mean))
+        rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
+        x_0 = self.mean[rows] + self.std[rows] * torch.randn_like(self.std[rows])
+        noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows)))
+        weights = sigma.reshape(-1, 1, 1, 1)
+        dropped = torch.rand(len(rows), 1) < self.dropout
+        text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
+        x_t = (1 - weights) * x_0 + weights * noise
+        with plain_attention(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
+            prediction = self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample
+        loss = F.mse_loss(prediction, noise - x_0)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()
+
+
+class Watched:
+    """The stage's data, telling `before_batch` of each batch that the loop asks for: once a step."""
+
+    def __init__(self, data: Any, before_batch: Callable[[], None]):
+        self._data, self._before_batch = data, before_batch
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return self._data[key]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
+        self._before_batch()
+        return self._data.__getitems__(keys)
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> Any:
+        return self._data.collate(items)
+
+
+def measure_bare(config: Config, steps: int) -> dict[str, float]:
+    """images/s and peak MB of a process that runs the bare loop."""
+    bare = BareLoop(config)
+    seconds = _timed(bare.step, WARM_UP_STEPS, steps)
+    return {"images_per_second": config.train_batch_size * steps / seconds, "peak_mb": peak_mb()}
+
+
+def measure_loop(config: Config, steps: int) -> dict[str, float]:
+    """images/s and peak MB of a process that runs the loop; the peak up to the last step, and that of all that follows
+    it (validation, previews, checkpoint, export) as `peak_with_export_mb`."""
+    stamps: list[float] = []
+    at_last_step: list[float] = []
+
+    def before_batch() -> None:
+        stamps.append(time.perf_counter())
+        at_last_step[:] = [peak_mb()]
+
+    config.max_train_steps = WARM_UP_STEPS + steps + 1
+    train(lambda: _watched_stage(config, before_batch), config)
+    # settle_buckets and previews ask for batches of their own: the last steps + 1 of the steps' are counted.
+    stamps = stamps[: config.max_train_steps]
+    seconds = stamps[-1] - stamps[-1 - steps]
+    return {
+        "images_per_second": config.train_batch_size * steps / seconds,
+        "peak_mb": at_last_step[0],
+        "peak_with_export_mb": peak_mb(),
+    }
+
+
+def measure_turns(config: Config, steps: int) -> dict[str, float]:
+    """The median, over pairs of blocks of steps done in turn by both sides, of the loop's speed over the bare one's."""
+    bare = BareLoop(config)
+    blocks = max(2, steps // BLOCK_STEPS)
+    loop_seconds: list[float] = []
+    bare_seconds: list[float] = []
+    count, left = 0, time.perf_counter()
+
+    def before_batch() -> None:
+        nonlocal count, left
+        if count % BLOCK_STEPS == 0 and count <= blocks * BLOCK_STEPS:
+            if count:
+                loop_seconds.append(time.perf_counter() - left)
+            bare_seconds.append(_timed(bare.step, 0, BLOCK_STEPS))
+            left = time.perf_counter()
+        count += 1
+
+    config.max_train_steps = blocks * BLOCK_STEPS + 1
+    train(lambda: _watched_stage(config, before_batch), config)
+    # The first pair is warm-up. A block of the loop lies between two of the bare one: it is compared with their mean.
+    ratios = [
+        (bare_seconds[i] + bare_seconds[i + 1]) / 2 / loop_seconds[i]
+        for i in range(1, min(len(loop_seconds), len(bare_seconds) - 1))
+    ]
+    return {"ratio": statistics.median(ratios), "pairs": len(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def peak_mb() -> float:
+    """This process's peak resident memory in MB (10⁶ bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _watched_stage(config: Config, before_batch: Callable[[], None]) -> LatentDiffusionStage:
+    stage = LatentDiffusionStage(config)
+    data = Watched(stage.train_data(), before_batch)
+    stage.train_data = lambda: data  # type: ignore[method-assign, assignment, return-value]
+    return stage
+
+
+def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
+    for _ in range(warm_up):
+        action()
+    started = time.perf_counter()
+    for _ in range(times):
+        action()
+    return time.perf_counter() - started
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_config(LoopBenchConfig, argv, description=__doc__)
+    if not options.recipe or not options.output:
+        raise UserError("--recipe and --output are missing; benchmarks.py (make bench) gives them")
+    words = ["--output_dir", options.run_dir, "--cpu_threads", str(options.threads), "--overwrite", "true"]
+    config = parse_config(Config, ["--config", options.recipe, *words])
+    measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[options.side]
+    write_atomically(Path(options.output), json.dumps(measure(config, options.steps)) + "\n")
+
+
+if __name__ == "__main__":
+    entry_point(main)

@@ -1,0 +1,359 @@
+"""What Halftone costs over a bare PyTorch loop, and how quick its commands are: `make bench`.
+
+    python training/benchmarks/run.py
+    python training/benchmarks/run.py --only '[loop]' --pairs 5
+
+Ratios are medians over pairs of runs that alternate, so that a machine that is warm, busy or slow today shifts both
+sides alike. A quiet machine is still the better one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from pipelines.tools.cli import UserError, entry_point
+from training.core.checks import check_at_least, check_choice
+from training.core.parsing import ROOT, parse_config
+from training.run.folder import write_atomically
+
+QUICKSTART = ROOT / "configs/experiments/latent_diffusion/quickstart.yaml"
+QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml"
+NUM_POSTERS = 700
+DRAWN_POSTERS = 800
+REPETITIONS = 5
+CAPTION_BATCHES = {"tiny": (0, 16, 64, 128), "default": (0, 1, 2, 4, 8)}
+TRAINERS = ("train_latent_diffusion", "train_autoencoder")
+FIRST_STEP_LIMIT = 120.0
+"""Seconds after which the first step is given up for lost."""
+
+
+@dataclass
+class BenchmarkConfig:
+    """Flags of benchmarks.py."""
+
+    only: list[str] = field(
+        default_factory=lambda: ["loop", "latents", "commands", "first_step", "posters", "decoder", "captions"]
+    )
+    """What to measure"""
+    pairs: int = 3
+    """Pairs of whole processes for the loop's speed and memory"""
+    steps: int = 60
+    """Steps in each"""
+    threads: int = 0
+    """CPU threads of torch; 0: all cores that this process may use"""
+    work_dir: str = "runs/bench"
+    """Where the benchmark's own posters, tokenizer, autoencoder and latents are kept"""
+    output: str = "runs/bench.json"
+    """The figures"""
+
+    def validate(self) -> None:
+        for name in self.only:
+            check_choice("only", name, tuple(MEASUREMENTS))
+        check_at_least("pairs", self.pairs, 1)
+        check_at_least("steps", self.steps, 10)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table."""
+
+    name: str
+    value: float
+    unit: str = ""
+    goal: float | None = None
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+    def line(self) -> str:
+        """Name, value, goal and whether it is met, in columns."""
+        goal = "" if self.goal is None else f"{'≤' if self.at_most else '≥'} {self.goal:g}"
+        verdict = {None: "", True: "met", False: "MISSED"}[self.met]
+        return f"{self.name:<66} {self.value:>9.3f} {self.unit:<10} {goal:>8}  {verdict}".rstrip()
+
+
+def measure_loop(config: BenchmarkConfig) -> list[Figure]:
+    """The loop with everything on over the bare loop: speed in whole processes and by turns, and memory."""
+    recipe = write_recipe(config)
+    sides: dict[str, list[dict[str, float]]] = {"bare": [], "loop": []}
+    for _ in range(config.pairs):
+        for side, found in sides.items():
+            found.append(run_side(config, recipe, side))
+    turns = run_side(config, recipe, "turns")
+    pairs = list(zip(sides["loop"], sides["bare"], strict=True))
+    speeds = {side: statistics.median(f["images_per_second"] for f in found) for side, found in sides.items()}
+    return [
+        Figure("bare loop, batch 32", speeds["bare"], "images/s"),
+        Figure("loop with everything on, batch 32", speeds["loop"], "images/s"),
+        Figure("speed over the bare loop, by turns in one process", turns["ratio"], "", 0.97),
+        Figure(
+            "speed over the bare loop, whole processes",
+            statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in pairs),
+            "",
+            0.97,
+        ),
+        Figure(
+            "peak memory above the bare loop's, training steps",
+            statistics.median(a["peak_mb"] - b["peak_mb"] for a, b in pairs),
+            "MB",
+            300,
+            at_most=True,
+        ),
+        Figure(
+            "peak memory above it, validation, previews and export included",
+            statistics.median(a["peak_with_export_mb"] - b["peak_mb"] for a, b in pairs),
+            "MB",
+            300,
+            at_most=True,
+        ),
+    ]
+
+
+def measure_latents(config: BenchmarkConfig) -> list[Figure]:
+    """Milliseconds to read a batch of 32 from a latent cache, flips included: the best of many, on one core."""
+    from training.core.draws import SampleKey
+    from training.data.latent_cache import LatentCache
+
+    write_recipe(config)
+    dataset = LatentCache(str((ROOT / config.work_dir).resolve() / "latents")).split("train", random_flip=True)
+    keys = [SampleKey(i % len(dataset), i) for i in range(32)]
+    seconds = min(timeit.repeat(lambda: dataset.collate(dataset.__getitems__(keys)), number=1, repeat=200))
+    return [Figure("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
+
+
+def measure_commands(config: BenchmarkConfig) -> list[Figure]:
+    """Seconds of `--help` and of a config error."""
+    figures = []
+    for trainer in TRAINERS:
+        for name, words, status in (("--help", ["--help"], 0), ("a config error", ["--learning_rat", "1"], 2)):
+            command = [sys.executable, f"training/{trainer}.py", *words]
+            busy = child_cpu_seconds()
+            seconds = statistics.median(timed(command, status) for _ in range(REPETITIONS))
+            busy = (child_cpu_seconds() - busy) / REPETITIONS
+            figures.append(Figure(f"{trainer}.py, {name}", seconds, "s", 2.5, at_most=True))
+            figures.append(Figure(f"{trainer}.py, {name}: of that, CPU time", busy, "s"))
+    return figures
+
+
+def measure_first_step(config: BenchmarkConfig) -> list[Figure]:
+    """Seconds from `accelerate launch` to the row of the first step in metrics.csv."""
+    recipe = write_recipe(config)
+    wall, busy = zip(*(_first_step(recipe) for _ in range(3)), strict=True)
+    with_regression, _ = _first_step(recipe, "--caption_prior.hidden_size", "512")
+    return [
+        Figure("accelerate launch to the first step's end", statistics.median(wall), "s", 12, at_most=True),
+        Figure("accelerate launch to the first step's end: CPU time", statistics.median(busy), "s"),
+        Figure("the same with the quickstart's caption prior, which regresses first", with_regression, "s"),
+    ]
+
+
+def measure_posters(config: BenchmarkConfig) -> list[Figure]:
+    """Posters a second at 256 px with two processes, start and writing included."""
+    figures = []
+    for complexity, goal in (("plain", 40), ("standard", 40), ("rich", None)):
+        with tempfile.TemporaryDirectory() as folder:
+            command = (
+                f"data_scripts/make_posters.py --output_dir {folder}/posters --num_posters {DRAWN_POSTERS} "
+                f"--resolution 256 --num_workers 2 --complexity {complexity}"
+            )
+            rate = DRAWN_POSTERS / timed([sys.executable, *command.split()])
+        figures.append(Figure(f"make_posters.py, {complexity}, 256 px, 2 processes", rate, "posters/s", goal))
+    return figures
+
+
+def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
+    """Memory of a training step of the poster decoder at its default size, as it grows with the batch."""
+    peaks = []
+    for batch_size in (0, 1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "figures.json")
+            words = f"training/benchmarks/decoder.py --batch_size {batch_size} --output {output}"
+            timed([sys.executable, *words.split()])
+            peaks.append(json.loads(output.read_text())["peak_mb"])
+    return [
+        Figure("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
+        Figure("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
+    ]
+
+
+def measure_captions(config: BenchmarkConfig) -> list[Figure]:
+    """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
+    found = _side_of("bench_captions.py", "--side generation --batch_size 8 --tokens 100")
+    figures = [
+        Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
+        Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
+        Figure("captions: the cache's speed over the loop's", found["speedup"], "", 5),
+        Figure("captions: share of tokens that are the same", found["equal_tokens"], "", 1),
+    ]
+    for preset, batch_sizes in CAPTION_BATCHES.items():
+        for size in batch_sizes:
+            found = _side_of("bench_captions.py", f"--side memory --preset {preset} --batch_size {size}")
+            name = f"image_caption/{preset}.yaml, batch {size}"
+            figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
+            if size:
+                figures.append(Figure(f"{name}: training", found["pairs_per_second"], "images/s"))
+    return figures
+
+
+def _side_of(script: str, words: str) -> dict[str, float]:
+    """The figures that a script beside this one measures in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "figures.json")
+        timed([sys.executable, f"training/evaluation/{script}", *words.split(), "--output", str(output)])
+        return json.loads(output.read_text())
+
+
+MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
+    "loop": measure_loop,
+    "latents": measure_latents,
+    "commands": measure_commands,
+    "first_step": measure_first_step,
+    "posters": measure_posters,
+    "decoder": measure_decoder,
+    "captions": measure_captions,
+}
+
+
+def write_recipe(config: BenchmarkConfig) -> Path:
+    """The quickstart's config on posters and latents of the benchmark's own, which are made if they are not there."""
+    work = (ROOT / config.work_dir).resolve()
+    data, tokenizer, vae, latents = (work / name for name in ("posters", "tokenizer", "autoencoder", "latents"))
+    _make(data, f"data_scripts/make_posters.py --output_dir {data} --num_posters {NUM_POSTERS} --resolution 64")
+    _make(tokenizer, f"data_scripts/train_tokenizer.py --dataset_name {data} --output_dir {tokenizer}")
+    _make(
+        vae / "pipeline",
+        f"training/train_autoencoder.py --config {QUICKSTART_AUTOENCODER} --dataset_name {data} --output_dir {vae} "
+        "--max_train_steps 20 --report_to none --preview_epochs 0",
+    )
+    _make(
+        latents / "cache.json",
+        f"data_scripts/precompute_latents.py --dataset_name {data} --resolution 64 --vae {vae} --output_dir {latents}",
+    )
+    values = yaml.safe_load(QUICKSTART.read_text())
+    values.pop("prepare")
+    paths = {"dataset_name": data, "tokenizer": tokenizer, "vae": vae, "latent_cache": latents}
+    once = {"validation_epochs": 0, "preview_epochs": 0, "checkpointing_epochs": 0, "report_to": "none"}
+    values |= {name: str(path) for name, path in paths.items()} | once
+    values |= {"train_batch_size": 32, "ema_update_every": 1, "logging_steps": 10}
+    # The bare loop has the same networks and precision, and no caption prior.
+    values |= {"mixed_precision": "no", "caption_prior": {**values["caption_prior"], "hidden_size": 0}}
+    recipe = work / "config.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    return recipe
+
+
+def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, float]:
+    """Figures of one process of bench_loops.py."""
+    threads = config.threads or usable_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "figures.json")
+        command = (
+            f"training/benchmarks/loops.py --recipe {recipe} --side {side} --steps {config.steps} "
+            f"--threads {threads} --run_dir {folder}/run --output {output}"
+        )
+        timed([sys.executable, *command.split()])
+        return json.loads(output.read_text())
+
+
+def timed(command: Sequence[str], status: int = 0) -> float:
+    """Seconds that a command took. Raises UserError when it ends with another exit status than `status`."""
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode != status:
+        raise UserError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-1500:]}")
+    return seconds
+
+
+def child_cpu_seconds() -> float:
+    """CPU time of all children so far that have ended: what a busy machine does not change much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make(path: Path, command: str) -> None:
+    if not path.exists():
+        print(f"making {path.name}: python {command}", flush=True)
+        timed([sys.executable, *command.split()])
+
+
+def _first_step(recipe: Path, *flags: str) -> tuple[float, float]:
+    """Seconds, and CPU seconds of launcher and trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        words = ["--config", str(recipe), "--output_dir", str(run), "--logging_steps", "1", *flags]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "training/train_latent_diffusion.py", *words]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            while not (run / "metrics.csv").is_file():
+                if process.poll() is not None or time.perf_counter() - started > FIRST_STEP_LIMIT:
+                    raise UserError(f"no first step came of: {' '.join(command)}")
+                time.sleep(0.01)
+            seconds = time.perf_counter() - started
+            launcher = psutil.Process(process.pid)
+            times = [p.cpu_times() for p in (launcher, *launcher.children(recursive=True))]
+            return seconds, sum(t.user + t.system for t in times)
+        finally:
+            # The launcher and the trainer, which saves nothing that anybody wants.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def describe(figures: Sequence[Figure]) -> dict[str, Any]:
+    """The figures and the machine they were measured on, for the JSON file."""
+    return {
+        "cpu_cores": usable_cores(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "figures": [
+            {"name": f.name, "value": round(f.value, 4), "unit": f.unit, "goal": f.goal, "met": f.met} for f in figures
+        ],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_config(BenchmarkConfig, argv, description=__doc__)
+    figures: list[Figure] = []
+    for name in config.only:
+        print(f"measuring: {name} ...", flush=True)
+        found = MEASUREMENTS[name](config)
+        for figure in found:
+            print(figure.line(), flush=True)
+        figures += found
+    output = ROOT / config.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, json.dumps(describe(figures), indent=2) + "\n")
+    missed = sum(figure.met is False for figure in figures)
+    print(f"\n{missed or 'none'} of {sum(f.goal is not None for f in figures)} goals missed; figures: {config.output}")
+
+
+if __name__ == "__main__":
+    entry_point(main)

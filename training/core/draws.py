@@ -1,0 +1,60 @@
+"""Every random number of a run: a function of (seed, step, position in the global batch, name).
+
+Nothing here has a state to save. A run that is resumed, or spread over other processes, asks the same questions and
+gets the same answers.
+
+B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SampleKey(NamedTuple):
+    """What the sampler yields for one position: the dataset row, and the seed of that sample's own randomness."""
+
+    index: int  # type: ignore[assignment]  # shadows tuple.index
+    key: int
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from integers and words; the same on every machine and Python version."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draws:
+    """The random numbers of one micro-batch: row i is a function of (seed, step, positions[i], name) alone.
+
+    Drawn on the CPU whatever the device, so that a run moved to other hardware sees the same noise.
+    """
+
+    def __init__(self, seed: int, step: int | str, positions: Sequence[int], device: torch.device | str = "cpu"):
+        self.seed = seed
+        self.step = step
+        self.positions = positions
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, B × shape, float32. `name` tells apart the draws of one sample."""
+        return self._fill(name, shape, torch.Tensor.normal_)
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Numbers uniform in [0, 1), B × shape, float32."""
+        return self._fill(name, shape, torch.Tensor.uniform_)
+
+    def _fill(self, name: str, shape: Sequence[int], fill) -> Tensor:
+        rows = torch.empty(len(self.positions), *shape)
+        generator = torch.Generator()
+        for row, position in zip(rows, self.positions, strict=True):
+            generator.manual_seed(mix(self.seed, "draw", self.step, position, name))
+            fill(row, generator=generator)
+        return rows.to(self.device, non_blocking=True)

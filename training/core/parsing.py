@@ -1,0 +1,145 @@
+"""From a command line and a YAML file to one validated dataclass (jsonargparse does the work)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+
+import jsonargparse
+
+from pipelines.tools.cli import UserError, nearest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[Any]
+
+
+Config = TypeVar("Config", bound=_Dataclass)
+
+
+def parse_config(
+    config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None, preset: str = ""
+) -> Config:
+    """Parse `--config run.yaml` and then flags (flags win) into `config_class`.
+
+    Args:
+        config_class: a dataclass; the docstring under a field is its help; nested dataclasses are `--model.field`.
+        argv: the words after the program's name; None is the process's own.
+        description: shown by `--help`.
+        preset: a YAML file, relative to the repository, taken when there are no words at all.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest known one), a value of the wrong type, a file that is not
+            there, or what the class's own `validate()` finds.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if preset and not words:
+        words = ["--config", str(_find_preset(preset))]
+    parser = _parser(config_class, description)
+    if any(word in ("-h", "--help") for word in words):
+        parser.print_help()
+        sys.exit(0)
+    _refuse_unknown_flags(words, parser)
+    words = _spell_out_switches(words, config_class)
+    if any(field.name == "validate_model" for field in dataclasses.fields(config_class)):
+        # `model` is a group of flags there (--model.x); alone, the word means a model that is there already.
+        words = [re.sub(r"^--model(?==|$)", "--validate_model", word) for word in words]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=DeprecationWarning)
+            namespace = parser.parse_args(words)
+            values = parser.instantiate(namespace)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_explain(str(error), known_names(config_class))) from None
+    config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    validate = getattr(config, "validate", None)
+    if validate is not None:
+        validate()
+    return config
+
+
+def known_names(config_class: type, prefix: str = "") -> list[str]:
+    """Every flag of `config_class` without its dashes, nested ones with dots."""
+    names = []
+    for field in dataclasses.fields(config_class):
+        names.append(prefix + field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if dataclasses.is_dataclass(default):
+            names.extend(known_names(type(default), f"{prefix}{field.name}."))
+    return names
+
+
+def _find_preset(preset: str) -> Path:
+    path = ROOT / preset
+    if not path.is_file():
+        raise UserError(
+            f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config"
+        )
+    return path
+
+
+def _resolve_annotations(config_class: type) -> None:
+    """Inherited fields' types are names of the modules that define them; jsonargparse looks in the subclass's only."""
+    hints = get_type_hints(config_class)
+    initializer: Any = config_class.__dict__["__init__"]
+    initializer.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
+
+
+def _parser(config_class: type, description: str | None) -> jsonargparse.ArgumentParser:
+    _resolve_annotations(config_class)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        exit_on_error=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> None:
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    for word in words:
+        if not word.startswith("--") or word == "--":
+            continue
+        name = word[2:].split("=", 1)[0]
+        inside_dict = any(name.startswith(k + ".") for k in known if "." in k or k in ("extra",))
+        if name not in known and not inside_dict:
+            raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help lists them all)")
+
+
+def _spell_out_switches(words: Sequence[str], config_class: type) -> list[str]:
+    """`--dry_run` alone as `--dry_run true`, which is what jsonargparse wants of a bool."""
+    hints = get_type_hints(config_class)
+    spelled = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        spelled.append(word)
+        if word.startswith("--") and hints.get(word[2:]) is bool and following.startswith("--"):
+            spelled.append("true")
+    return spelled
+
+
+def _explain(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message as one line; for an unknown YAML key, with the nearest known one."""
+    text = " ".join(message.split())
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", text)
+    if group:
+        name = f"{group[1]}.{group[2]}"
+        return f"unknown key '{name}' in the YAML file{nearest(name, known)}"
+    option = re.search(r"Option '([^']+)' is not accepted", text)
+    if option:
+        return f"unknown key '{option[1]}' in the YAML file{nearest(option[1], known)}"
+    value = re.search(r'Parser key "([^"]+)": (.*)', text)
+    if value:
+        return f"--{value[1]}: {value[2]}"
+    return text

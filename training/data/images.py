@@ -1,0 +1,364 @@
+"""Training data: a split as a map-style dataset of tensors.
+
+B batch, R resolution. Rows are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipelines.tools.cli import UserError
+from training.core.classes import RowClasses
+from training.core.draws import SampleKey
+from training.data.classes import column_classes
+from training.data.companions import Companion, ControlImage, SegmentationMask
+from training.data.source import (
+    DataConfig,
+    column_values,
+    load_all_splits,
+    load_split,
+    named_split,
+    require_column,
+    row_id,
+    transform_fingerprint,
+    undecoded_images,
+    validate_data_config,
+)
+from training.data.transforms import (
+    BadSample,
+    BrokenImage,
+    apply_geometry,
+    crop_geometry,
+    load_rgb,
+    pick_caption,
+    to_tensor,
+    verify_image,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "BadSample",
+    "DataConfig",
+    "ImageDataset",
+    "LabelMap",
+    "caption_problem",
+    "collate_items",
+    "load_all_splits",
+    "load_label_map",
+    "load_split",
+    "row_id",
+    "transform_fingerprint",
+    "validate_data_config",
+]
+
+logger = logging.getLogger(__name__)
+
+# More class ids than this times the number of classes seen: the column holds ids of something else.
+_SPARSE_LABELS = 100
+
+
+class BadRow(UserError):
+    """A row that stops training, under `on_bad_sample error`."""
+
+    def __init__(self, message: str):
+        # DataLoader rebuilds a worker's exception from its printed traceback; the user gets the message alone.
+        super().__init__(message.rsplit("BadRow: ", 1)[-1].strip())
+
+
+class LabelMap:
+    """From what the label column holds (class names or numbers) to ids from 0, and back to names."""
+
+    def __init__(self, names: Sequence[str], numeric: bool):
+        self.names = list(names)
+        self._ids = None if numeric else {name: i for i, name in enumerate(self.names)}
+
+    @classmethod
+    def of(cls, dataset: Dataset, column: str) -> LabelMap:
+        """Read the classes from the column's type, or from its distinct values (sorted) where the type has no names.
+
+        Raises:
+            UserError: no such column, or values that are not classes.
+        """
+        require_column(dataset, column, "label_column")
+        feature: Any = dataset.features[column]
+        if getattr(feature, "names", None):
+            return cls(feature.names, numeric=True)
+        kind = getattr(feature, "dtype", str(feature))
+        if kind not in ("string", "large_string", "bool") and "int" not in kind:
+            raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --label_column")
+        values = [value for value in set(column_values(dataset, column)) if value is not None and value != ""]
+        if kind in ("string", "large_string"):
+            return cls(sorted(values), numeric=False)
+        largest = max((int(value) for value in values), default=-1)
+        if largest + 1 > _SPARSE_LABELS * max(1, len(values)):
+            raise UserError(
+                f"column '{column}' has {len(values)} distinct numbers up to {largest}, which are no class ids; "
+                "number the classes from 0, or store their names, or choose another column with --label_column"
+            )
+        return cls([str(i) for i in range(largest + 1)], numeric=True)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id_of(self, value: Any) -> int | None:
+        """The id of a stored value; None when it is no known class."""
+        if value is None:
+            return None
+        if self._ids is not None:
+            return self._ids.get(value)
+        return int(value) if 0 <= int(value) < len(self.names) else None
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Rows of a split as `{"pixel_values", "caption", "label", "mask", "conditioning_pixel_values", "index"}`.
+
+    `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str, `label` an int, `mask` int64 R R of class ids and
+    `conditioning_pixel_values` float32 C R R in [0, 1], each only if asked for; `index` the row that was used. Crop,
+    flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control images are cut
+    and mirrored as their pictures.
+
+    Args:
+        dataset: from `load_split`.
+        captions, labels: whether items have them; their columns must then exist.
+        num_mask_classes: classes of `mask_column`; 0 for no masks.
+        control: what `conditioning_pixel_values` is made of (`training.data.companions.control_of`).
+        label_map: from `load_label_map`, the same for all splits; None reads the classes from `dataset`.
+        augment: False for validation: the middle crop and no flip, whatever the config says.
+        every_caption: items carry all captions of a row that has several, instead of the one drawn.
+
+    Raises:
+        UserError: a missing column, at once; `BadRow` when one is read and `on_bad_sample` is "error".
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        captions: bool = True,
+        labels: bool = False,
+        num_mask_classes: int = 0,
+        control: ControlImage | SegmentationMask | None = None,
+        label_map: LabelMap | None = None,
+        augment: bool = True,
+        every_caption: bool = False,
+    ):
+        self.config = config
+        self.captions = captions
+        self.every_caption = every_caption
+        self.center_crop = config.center_crop or not augment
+        self.random_flip = config.random_flip and augment
+        columns = [config.image_column]
+        require_column(dataset, config.image_column, "image_column")
+        if captions:
+            require_column(dataset, config.caption_column, "caption_column")
+            columns.append(config.caption_column)
+        self.label_map = None
+        if labels:
+            self.label_map = label_map or LabelMap.of(dataset, config.label_column)
+            require_column(dataset, config.label_column, "label_column")
+            columns.append(config.label_column)
+        self.quick_columns = columns[1:]
+        self.companions: dict[str, Companion] = {}
+        if num_mask_classes:
+            self.companions["mask"] = SegmentationMask(config.mask_column, num_mask_classes)
+        if control is not None:
+            self.companions["conditioning_pixel_values"] = control
+        self.dataset = self._undecoded(dataset, columns)
+        self._every_column = dataset
+        # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
+        self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+
+    def _undecoded(self, dataset: Dataset, columns: Sequence[str]) -> Dataset:
+        """`columns` and those of masks and control images, whose pictures are decoded here and not by `datasets`."""
+        pictures = {self.config.image_column: "image_column"}
+        for companion in self.companions.values():
+            pictures |= dict(zip(companion.columns, companion.flags, strict=True))
+        for column, flag in pictures.items():
+            require_column(dataset, column, flag)
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *pictures])))
+        for column, flag in pictures.items():
+            dataset = undecoded_images(dataset, column, flag)
+        return dataset
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id; empty without labels."""
+        return dict(enumerate(self.label_map.names)) if self.label_map else {}
+
+    def classes(self, column: str) -> RowClasses:
+        """The class of each row by any column, for `--balance_by`. Raises UserError."""
+        return column_classes(self._every_column, column)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+        columns = self.dataset[[key.index for key in keys]]
+        rows = ({name: values[i] for name, values in columns.items()} for i in range(len(keys)))
+        return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
+
+    @staticmethod
+    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: pixel_values B 3 R R, label and index int64 B, caption a list of B texts."""
+        return collate_items(items)
+
+    def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
+        """The sample made from a stored row.
+
+        Raises:
+            BadSample: the row cannot be used.
+        """
+        item: dict[str, Any] = {}
+        if self.captions:
+            captions = self.caption_of(row)
+            item["caption"] = captions if self.every_caption else pick_caption(captions, key.key)
+        if self.label_map is not None:
+            item["label"] = self.label_of(row)
+        item |= self._pictures(row, key.key)
+        item["index"] = key.index
+        return item
+
+    def _pictures(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
+        """The row's picture and what goes with it, all cut to R × R pixels at one place."""
+        mode, resolution = self.config.image_interpolation_mode, self.config.resolution
+        try:
+            image = load_rgb(row[self.config.image_column])
+        except BrokenImage as error:
+            raise BadSample(self.config.image_column, str(error)) from error
+        place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
+        tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
+        for name, companion in self.companions.items():
+            stored = companion.load(row, image.size)
+            cut = [apply_geometry(one, place, resolution, companion.resampling or mode) for one in stored]
+            tensors[name] = companion.tensor(cut)
+        return tensors
+
+    def caption_of(self, row: dict[str, Any]) -> str | list[str]:
+        """The row's caption or captions.
+
+        Raises:
+            BadSample: it is empty, or no text.
+        """
+        captions = row[self.config.caption_column]
+        problem = caption_problem(captions)
+        if problem:
+            raise BadSample(self.config.caption_column, problem)
+        return captions
+
+    def label_of(self, row: dict[str, Any]) -> int:
+        """The row's class id.
+
+        Raises:
+            BadSample: it is no known class.
+        """
+        value = row[self.config.label_column]
+        label = self.label_map.id_of(value) if self.label_map else None
+        if label is None:
+            classes = f"0 to {len(self.label_map or ()) - 1}"
+            raise BadSample(
+                self.config.label_column,
+                f"label {value!r} is none of the {len(self.label_map or ())} classes ({classes})",
+            )
+        return label
+
+    def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
+        """What is wrong with a row, as far as `quick_columns` tell: what can be checked without decoding pictures."""
+        problems = []
+        for wanted, read in ((self.captions, self.caption_of), (self.label_map is not None, self.label_of)):
+            try:
+                if wanted:
+                    read(row)
+            except BadSample as problem:
+                problems.append(problem)
+        return problems
+
+    def picture_problems(self, row: dict[str, Any]) -> list[BadSample]:
+        """What is wrong with a row's pictures, masks and control images; all are decoded."""
+        try:
+            size = verify_image(row[self.config.image_column])
+        except BrokenImage as error:
+            return [BadSample(self.config.image_column, str(error))]
+        problems = []
+        for companion in self.companions.values():
+            try:
+                companion.load(row, size)
+            except BadSample as problem:
+                problems.append(problem)
+        return problems
+
+    @property
+    def picture_columns(self) -> list[str]:
+        """What `picture_problems` looks at."""
+        return [self.config.image_column, *(name for c in self.companions.values() for name in c.columns)]
+
+    def where(self, index: int) -> str:
+        """The row in words: its number in the stored split, and its file where it has one."""
+        source = self.dataset[index][self.config.image_column]
+        path = source.get("path") if isinstance(source, dict) else None
+        return f"row {row_id(self.dataset, index)}" + (f" ({path})" if path else "")
+
+    def _item_or_replacement(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
+        """The row's item, or under `on_bad_sample skip` that of the next good row: a function of the index alone."""
+        index = key.index
+        for _ in range(len(self)):
+            if not self._bad[index]:
+                try:
+                    return self.item(row, SampleKey(index, key.key))
+                except BadSample as bad:
+                    self._report(index, bad)
+            index = (index + 1) % len(self)
+            row = self.dataset[index]
+        raise UserError(
+            f"none of the {len(self)} rows can be used; data_scripts/check_dataset.py lists what is wrong with them"
+        )
+
+    def _report(self, index: int, bad: BadSample) -> None:
+        message = f"{self.where(index)}, column '{bad.column}': {bad}"
+        if self.config.on_bad_sample == "error":
+            raise BadRow(
+                f"{message}; mend or remove it (data_scripts/check_dataset.py lists all such rows), "
+                "or train without it: --on_bad_sample skip"
+            ) from bad
+        self._bad[index] = 1
+        logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))
+
+
+def load_label_map(config: DataConfig) -> LabelMap:
+    """The classes of the stored training split, held-out rows and those beyond `max_train_samples` included.
+
+    Raises:
+        UserError: no such data or column, or values that are not classes.
+    """
+    return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
+
+
+def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tensors stacked, numbers as int64 tensors, everything else as lists."""
+    batch: dict[str, Any] = {}
+    for name, first in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.tensor(values) if isinstance(first, int) else values
+    return batch
+
+
+def caption_problem(captions: Any) -> str | None:
+    """Why these captions cannot be trained on, or None."""
+    texts = captions if isinstance(captions, list) else [captions]
+    if not texts or any(text is None for text in texts):
+        return "the caption is missing"
+    if not all(isinstance(text, str) for text in texts):
+        return f"the caption is a {type(texts[0]).__name__}, not a text"
+    return None if all(text.strip() for text in texts) else "the caption is empty"

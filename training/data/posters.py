@@ -1,0 +1,169 @@
+"""Posters with their feature maps, as training data for the stages that read posters.
+
+B batch, R resolution. Columns are those of data_scripts/make_posters.py.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
+from pipelines.tools.cli import UserError
+from training.core.draws import SampleKey
+from training.core.run_config import option
+from training.data.images import BadSample, ImageDataset
+from training.data.source import DataConfig, undecoded_images
+from training.data.transforms import BrokenImage, apply_geometry, crop_geometry, load_rgb, open_image, to_tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAP_COLUMNS = F_TENSOR_CHANNELS
+NUMBER_COLUMNS = (*GRAMMAR, *COUNTS)
+
+
+@dataclass
+class PosterDataConfig(DataConfig):
+    """Where the posters are, and how training varies them."""
+
+    photometric_augmentation: float = option(0.0, on_resume="warn")
+    """Strength of random light, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 for none,
+    1 for what a bad photograph of a poster has"""
+
+
+def require_poster_columns(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """Raises UserError when `dataset` lacks what posters have."""
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise UserError(
+            f"{name} is no poster dataset: it has no column {', '.join(missing)} (it has "
+            f"{', '.join(dataset.column_names)}); python data_scripts/make_posters.py --output_dir FOLDER makes one"
+        )
+
+
+class PosterDataset(ImageDataset):
+    """Rows of a split as `{"pixel_values", "text_mask", "image_mask", "color_role", "hierarchy", "index"}`.
+
+    `pixel_values` is float32 3 R R in [-1, 1]; masks are float32 1 R R in {0, 1}; `color_role` int64 R R of class ids;
+    `hierarchy` float32 1 R R in [0, 1]. With `numbers`, also `grammar` (float32 8, in [0, 1]) and `counts` (float32 2).
+    Maps are cut and mirrored as their pictures are. What is random is a function of `SampleKey.key` alone.
+
+    Raises:
+        UserError: no poster dataset, at once; `BadRow` when a row is read that cannot be used.
+    """
+
+    def __init__(
+        self, dataset: Dataset, config: PosterDataConfig, *, numbers: bool = False, augment: bool = True, name: str = ""
+    ):
+        columns = [*MAP_COLUMNS, *(NUMBER_COLUMNS if numbers else ())]
+        require_poster_columns(dataset, [config.image_column, *columns], name or str(config.dataset_name))
+        super().__init__(dataset, config, captions=False, augment=augment)
+        self.numbers = numbers
+        self.strength = config.photometric_augmentation if augment else 0.0
+        dataset = dataset.select_columns([config.image_column, *columns])
+        for column in (config.image_column, *MAP_COLUMNS):
+            dataset = undecoded_images(dataset, column, "image_column")
+        self.dataset = dataset
+        self.quick_columns = [config.image_column, *MAP_COLUMNS]
+
+    def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
+        """Maps that are not there, or of another size than their poster."""
+        problems = []
+        try:
+            picture = open_image(row[self.config.image_column])
+        except BrokenImage:
+            return []  # the look at the pictures themselves reports it
+        for name in MAP_COLUMNS:
+            try:
+                _same_size(open_image(row[name]), picture, name)
+            except BadSample as problem:
+                problems.append(problem)
+            except BrokenImage as error:
+                problems.append(BadSample(name, str(error)))
+        return problems
+
+    def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
+        """The sample made from a stored row.
+
+        Raises:
+            BadSample: the row cannot be used.
+        """
+        image_column, resolution = self.config.image_column, self.config.resolution
+        picture = _decoded(row, image_column, load_rgb)
+        geometry = crop_geometry(picture.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
+        maps = {}
+        for name in MAP_COLUMNS:
+            stored = _decoded(row, name, open_image)
+            _same_size(stored, picture, name)
+            cut = apply_geometry(stored.convert("L"), geometry, resolution, "nearest")
+            maps[name] = torch.from_numpy(np.array(cut, dtype=np.uint8))
+        roles = int(maps["color_role"].max())
+        if roles >= len(COLOR_ROLES):
+            raise BadSample("color_role", f"class id {roles}; there are 0 to {len(COLOR_ROLES) - 1}")
+        picture = apply_geometry(picture, geometry, resolution, self.config.image_interpolation_mode)
+        if self.strength:
+            picture = photographed(picture, self.strength, np.random.default_rng(key.key))
+        item: dict[str, Any] = {
+            "pixel_values": to_tensor(picture),
+            "text_mask": (maps["text_mask"] > 127).float()[None],
+            "image_mask": (maps["image_mask"] > 127).float()[None],
+            "color_role": maps["color_role"].long(),
+            "hierarchy": (maps["hierarchy"].float() / 255)[None],
+            "index": key.index,
+        }
+        if self.numbers:
+            item["grammar"] = torch.tensor([float(row[name]) for name in GRAMMAR])
+            item["counts"] = torch.tensor([float(row[name]) for name in COUNTS])
+        return item
+
+
+def photographed(poster: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """The poster as a camera might give it: another light, contrast and tint, sometimes blurred, noisy or JPEG-coded.
+
+    Args:
+        strength: 1 moves brightness and contrast by up to 25 %, each colour channel by up to 8 %.
+    """
+    pixels = np.asarray(poster, dtype=np.float32) / 255
+    light, contrast = 1 + strength * rng.uniform(-0.25, 0.25, 2)
+    tint = 1 + strength * rng.uniform(-0.08, 0.08, 3).astype(np.float32)
+    pixels = ((pixels - 0.5) * np.float32(contrast) + 0.5) * np.float32(light) * tint
+    if rng.random() < 0.3 * strength:
+        pixels = _blurred(pixels, rng.uniform(0.1, 0.5) * strength)
+    if rng.random() < 0.5 * strength:
+        pixels = pixels + rng.uniform(0, 0.04) * strength * rng.standard_normal(pixels.shape, dtype=np.float32)
+    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
+    if rng.random() < 0.3 * strength:
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=int(rng.integers(40, 95)))
+        image = Image.open(buffer).convert("RGB")
+    return image
+
+
+def _blurred(pixels: np.ndarray, weight: float) -> np.ndarray:
+    """H W 3 mixed with the mean of its four shifted copies."""
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    around = (padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]) / 4
+    return (1 - weight) * pixels + np.float32(weight) * around
+
+
+def _same_size(stored: Image.Image, picture: Image.Image, name: str) -> None:
+    if stored.size != picture.size:
+        raise BadSample(
+            name, f"it is {stored.width}×{stored.height} pixels and its poster {picture.width}×{picture.height}"
+        )
+
+
+def _decoded(row: dict[str, Any], column: str, read: Any) -> Image.Image:
+    try:
+        image = read(row[column])
+        image.load()
+    except (BrokenImage, OSError, SyntaxError) as error:
+        raise BadSample(column, str(error)) from error
+    return image

@@ -1,0 +1,216 @@
+"""Tokenizers for captions, trained from scratch with the `tokenizers` library.
+
+L tokens of a caption, `<START>` and `<END>` included; ids 0 to 3 are the special tokens in every tokenizer made here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<PAD>", "<START>", "<END>", "<UNK>")
+PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
+# With a byte alphabet and the special tokens there is no smaller BPE vocabulary.
+SMALLEST_BPE = 260
+# Above this share of unknown words a text encoder misses much of what prompts say.
+MANY_UNKNOWN = 0.05
+# Words keep their hyphens and apostrophes ("medium-light", "don't"); every other sign is a word of its own.
+_WORD = r"[\p{L}\p{M}\p{N}]+(?:['’-][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]"
+_CAPTIONS_PER_CALL = 1000
+
+
+@dataclass
+class TokenizerReport:
+    """What a tokenizer makes of captions it has not been trained on."""
+
+    captions: int = 0
+    words: int = 0
+    unknown_words: int = 0
+    round_trips: int = 0
+    """Captions that decode to themselves, but for case and spacing"""
+    longest: int = 0
+    """L of the longest caption"""
+    cut: int = 0
+    """Captions longer than the tokenizer's limit"""
+
+    @property
+    def unknown_share(self) -> float:
+        return self.unknown_words / max(1, self.words)
+
+
+def train_tokenizer(
+    captions: Iterable[str],
+    *,
+    model: Literal["word_level", "bpe"] = "word_level",
+    vocab_size: int = 8000,
+    min_frequency: int = 1,
+    lowercase: bool = True,
+    model_max_length: int = 77,
+    length: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """Train on captions as they come; nothing but the counts is held in memory.
+
+    Args:
+        model: "word_level", whole words, the rare ones `<UNK>`; or "bpe", byte-level pieces, nothing unknown.
+        vocab_size: at most, special tokens included.
+        min_frequency: of a word (or a pair to merge) to be kept.
+        model_max_length: L at which captions are cut.
+        length: number of captions, for the progress bar.
+    """
+    tokenizer, trainer = (
+        _word_level(vocab_size, min_frequency) if model == "word_level" else _bpe(vocab_size, min_frequency)
+    )
+    from tokenizers import normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.train_from_iterator(captions, trainer, length=length)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        pair=f"{START} $A {END} $B {END}",
+        special_tokens=[(START, START_ID), (END, END_ID)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=model_max_length,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        padding_side="right",
+        truncation_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a folder that `AutoTokenizer.from_pretrained` takes, in Transformers 4 as well as 5."""
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    # Transformers 5 writes TokenizersBackend, its new name for the class, which 4 does not know.
+    settings = {**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def report_on(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> TokenizerReport:
+    """Encode and decode `captions` and count what is lost."""
+    report = TokenizerReport()
+    for batch in _batches(captions):
+        encoded = tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        for caption, ids in zip(batch, encoded, strict=True):
+            length = len(ids) + 2  # between <START> and <END>
+            report.captions += 1
+            report.words += len(ids)
+            report.unknown_words += ids.count(tokenizer.unk_token_id)
+            report.longest = max(report.longest, length)
+            report.cut += length > tokenizer.model_max_length
+            report.round_trips += decode(tokenizer, ids) == normalized(tokenizer, caption)
+    return report
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Token ids to text, without the special tokens but with `<UNK>` where a word was not known."""
+    ends = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    kept = [i for i in ids if i not in ends]
+    return " ".join(tokenizer.decode(kept).split())
+
+
+def normalized(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
+    """What `caption` should decode to: normalized as the tokenizer does it, with single spaces."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return " ".join((normalizer.normalize_str(caption) if normalizer else caption).split())
+
+
+def round_trip(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
+    """A caption, its ids and what they decode to, for people to look at."""
+    ids = tokenizer(caption, truncation=True).input_ids
+    unknown = ids.count(tokenizer.unk_token_id)
+    ending = f"   ({unknown} unknown)" if unknown else ""
+    return f"  {caption!r}\n    -> {ids}\n    -> {decode(tokenizer, ids)!r}{ending}"
+
+
+def _word_level(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
+    # Joins words with spaces and takes away those before a comma or a full stop; no word has the prefix.
+    tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=True)
+    return tokenizer, trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS)
+    )
+
+
+def _bpe(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+
+
+def _batches(captions: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for caption in captions:
+        batch.append(caption)
+        if len(batch) == _CAPTIONS_PER_CALL:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+MOST_KNOWN_CAPTIONS = 100_000
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Raises UserError when there is none, or it cannot pad."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "
+            "or make one: python data_scripts/train_tokenizer.py"
+        ) from None
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")
+    return tokenizer
+
+
+class CaptionIds:
+    """Token ids of captions, each tokenized once and remembered: B texts → B L, int64."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        from pipelines.latent_diffusion import tokenize_captions
+
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if len(self._known) + len(new) > MOST_KNOWN_CAPTIONS:
+            self._known.clear()
+            new = list(dict.fromkeys(captions))
+        if new:
+            self._known |= zip(new, tokenize_captions(self._tokenizer, new, self._max_length), strict=True)
+        return torch.stack([self._known[caption] for caption in captions])

@@ -1,0 +1,124 @@
+"""Optimizers and learning-rate schedules, counted in steps, and optimizers as flat tensors for safetensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.tools.cli import UserError
+
+if TYPE_CHECKING:
+    from training.core.run_config import RunConfig
+
+
+def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learning_rate: float):
+    """The optimizer of one phase. Raises UserError when bitsandbytes is asked for and not installed."""
+    parameters = list(parameters)
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adamw_8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install 'halftone[cuda]'") from None
+        return bitsandbytes.optim.AdamW8bit(
+            parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            betas=betas,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=config.weight_decay, foreach=True)
+
+
+def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
+    """step (from 0) → factor on the learning rate: the schedules of `diffusers.optimization.get_scheduler`.
+
+    They are functions of the step, so nothing about them needs saving, and neither processes nor accumulation enter.
+    """
+    from diffusers.optimization import get_scheduler
+
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=placeholder,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    return scheduler.lr_lambdas[0]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clipped_step(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """`optimizer.step()` on gradients whose global `norm` is scaled down to `max_norm`.
+
+    Args:
+        optimizer: as Accelerate wraps it.
+    """
+    inner = optimizer.optimizer
+    fused = getattr(inner, "_step_supports_amp_scaling", False) and norm.dtype == torch.float32
+    if fused and optimizer.scaler is None:
+        # Fused kernels divide as they read, which spares a pass over all gradients: what a GradScaler asks of them.
+        inner.grad_scale = (norm + 1e-6) / max_norm  # as clip_grads_with_norm_ has it
+        try:
+            optimizer.step()
+        finally:
+            del inner.grad_scale
+        return
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and a JSON-able rest; bitsandbytes nests quantized states one deeper."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+
+    def put(prefix: str, values: Mapping[Any, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                put(f"{prefix}{name}/", value)
+            elif isinstance(value, Tensor):
+                # bitsandbytes shares its quantization maps between parameters; safetensors refuses shared memory.
+                tensors[f"{prefix}{name}"] = value.detach().clone().contiguous()
+            else:
+                scalars[f"{prefix}{name}"] = value
+
+    put("", state["state"])
+    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Load what `flatten_optimizer` gave. Raises ValueError when it was of another model or optimizer."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *rest["scalars"].items()]:
+        index, *path, name = key.split("/")
+        place = state.setdefault(int(index), {})
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = value
+    groups = [dict(group) for group in rest["param_groups"]]
+    for group in groups:
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,184 @@
+"""One phase with what the loop wraps around it: device, DDP, autocast, compile, optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from training.core.draws import Draws, mix
+from training.core.layout import BatchLayout
+from training.core.run_config import RunConfig
+from training.core.stage import Batch, Phase
+from training.engine import optimizers
+from training.run import checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class StepOutcome:
+    """What one phase's step gave, the same on every process."""
+
+    values: dict[str, float]
+    finite: bool
+    bad_micro_batches: list[int]
+    """Micro-batches of this process whose loss was not finite; all of them when only the gradient was."""
+    stop: bool
+
+
+class PhaseRunner:
+    """Forward, backward, checks, clipping and optimizer step of one phase."""
+
+    def __init__(self, phase: Phase, config: RunConfig, accelerator: Accelerator, layout: BatchLayout, prefix: str):
+        self.phase = phase
+        self.config = config
+        self.accelerator = accelerator
+        self.layout = layout
+        self.prefix = prefix
+        self.learning_rate = phase.learning_rate or config.learning_rate
+        if config.gradient_checkpointing:
+            _enable_gradient_checkpointing(phase)
+        phase.to(accelerator.device)
+        self.parameters = [p for p in phase.parameters() if p.requires_grad]
+        optimizer = optimizers.build_optimizer(config, self.parameters, self.learning_rate)
+        if config.compile:
+            _keep_out_of_graphs(Draws)
+            phase.compile()  # in place: no wrapper, so no `_orig_mod.` in any saved name
+        # Accelerate replaces `forward` by one under autocast; the phase itself stays what is saved.
+        with warnings.catch_warnings():
+            # Newer versions of torch have another name for `broadcast_buffers`.
+            warnings.simplefilter("ignore", category=FutureWarning)
+            self.wrapped = accelerator.prepare_model(phase)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+
+    def plan(self, total_steps: int) -> None:
+        """Where the phase begins in a run of `total_steps`, and its learning rate from there to the run's end."""
+        self.first_step = self.phase.first_step(total_steps)
+        self._factor = optimizers.learning_rate_factor(self.config, max(1, total_steps - self.first_step))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of `step` (from 0) of the run."""
+        return self.learning_rate * self._factor(max(0, step - self.first_step))
+
+    def settle_buckets(self, batch: Batch, draws: Draws) -> None:
+        """Two backward passes whose gradients are thrown away, under DDP only.
+
+        DDP reorders its gradient buckets after the first backward pass, and with them the order of sums; a resumed
+        run would do so at another step than an uninterrupted one (seen from three processes on).
+        """
+        if self.wrapped is self.phase or self.accelerator.num_processes == 1:
+            return
+        for _ in range(2):
+            loss, _ = self.wrapped(batch, draws)
+            loss.backward()
+        self.optimizer.zero_grad()
+
+    def step(self, step: int, batches: Sequence[Batch], stop: bool) -> StepOutcome:
+        """One optimizer step, unless a loss or gradient is not finite on any process: then nothing changes."""
+        # Before, not after: another phase's backward pass may have left gradients in these parameters.
+        self.optimizer.zero_grad()
+        losses, metrics = self._accumulate(step, batches)
+        gradient_norm = self._gradient_norm()
+        names, row, stop_asked = self._reduce(losses, metrics, gradient_norm, stop)
+        values = dict(zip(names, row, strict=True))
+        loss, norm = values[f"{self.prefix}loss"], values[f"{self.prefix}grad_norm"]
+        scaler = self.accelerator.scaler
+        # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
+        if finite:
+            optimizers.set_learning_rate(self.optimizer, self.learning_rate_at(step))
+            if self.config.max_grad_norm and norm > self.config.max_grad_norm:
+                optimizers.clipped_step(self.optimizer, self.parameters, gradient_norm, self.config.max_grad_norm)
+            else:
+                self.optimizer.step()
+        elif scaler is not None:
+            scaler.update()
+        if self.accelerator.scaler is not None:
+            values[f"{self.prefix}grad_scale"] = self.accelerator.scaler.get_scale()
+        bad = [m for m, value in enumerate(losses) if not torch.isfinite(value)] if not finite else []
+        return StepOutcome(values, finite, bad or list(range(len(losses))), stop_asked)
+
+    def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for micro_batch, batch in enumerate(batches):
+            positions = self.layout.positions(micro_batch)
+            # Dropout inside models uses the global generator, which data loaders and previews move.
+            torch.manual_seed(mix(self.config.seed, "model", step, positions[0], self.phase.name))
+            draws = Draws(self.config.seed, step, positions, self.accelerator.device)
+            last = micro_batch == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss, found = self.wrapped(batch, draws)
+                self.accelerator.backward(loss / len(batches))
+            losses.append(loss.detach())
+            for name, value in found.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)  # type: ignore[assignment]
+        return losses, metrics
+
+    def _gradient_norm(self) -> Tensor:
+        """The global norm of the gradients, unscaled."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def _reduce(
+        self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, stop: bool
+    ) -> tuple[list[str], list[float], bool]:
+        """Means over processes in one exchange: NaN on any process is NaN on all, and so is the wish to stop."""
+        loss = torch.stack(losses).mean()
+        names = [f"{self.prefix}loss", *(self.prefix + n for n in metrics), f"{self.prefix}grad_norm"]
+        row = torch.stack([v.float().reshape(()) for v in (loss, *metrics.values(), gradient_norm)])
+        if self.accelerator.num_processes == 1:
+            return names, row.tolist(), stop
+        row = torch.cat([row, row.new_tensor([float(stop)])])
+        *numbers, asked = self.accelerator.reduce(row, reduction="mean").tolist()
+        return names, numbers, asked > 0
+
+    def save(self, folder: Path) -> None:
+        checkpoint.save_tensors(self.phase.state_dict(), folder / f"phase_{self.phase.name}.safetensors")
+        tensors, rest = optimizers.flatten_optimizer(self.optimizer)
+        checkpoint.save_tensors(tensors, folder / f"optimizer_{self.phase.name}.safetensors")
+        checkpoint.save_json(rest, folder / f"optimizer_{self.phase.name}.json")
+
+    def load_weights(self, folder: Path) -> None:
+        self.phase.load_state_dict(checkpoint.load_tensors(folder / f"phase_{self.phase.name}.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        self.load_weights(folder)
+        optimizers.unflatten_optimizer(
+            self.optimizer,
+            checkpoint.load_tensors(folder / f"optimizer_{self.phase.name}.safetensors"),
+            checkpoint.load_json(folder / f"optimizer_{self.phase.name}.json"),
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """Weights and two moments for each."""
+        weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
+        return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
+
+
+def _keep_out_of_graphs(draws: type[Draws]) -> None:
+    """Draws use seeded CPU generators, which torch.compile cannot trace. (Importing its front end takes 3 s.)"""
+    for name in ("normal", "uniform"):
+        setattr(draws, name, torch.compiler.disable(getattr(draws, name)))
+
+
+def _enable_gradient_checkpointing(phase: Phase) -> None:
+    for module in phase.modules():
+        # Diffusers' method and Transformers', which checks that the model has it.
+        if hasattr(module, "enable_gradient_checkpointing") and getattr(
+            module, "_supports_gradient_checkpointing", False
+        ):
+            module.enable_gradient_checkpointing()
+        elif hasattr(module, "gradient_checkpointing_enable"):
+            module.gradient_checkpointing_enable()

@@ -1,0 +1,276 @@
+"""Several runs side by side: a table of what differs and what came of it, and a row of samples from each."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.tools.captioned_grid import PAPER, image_grid
+from pipelines.tools.devices import get_device
+from training.core.previews import save_png
+from training.core.run_config import RunConfig
+from training.experiments.registry import config_class, stage_class
+from training.run.folder import RunFolder, write_atomically
+from training.run.metrics_log import read_metrics
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Name → (stage, run folder, the config asked for).
+Runs = Mapping[str, tuple[str, RunFolder, RunConfig]]
+# Losses of runs that differ in one of these measure different things.
+MEANING_OF_LOSS = (
+    "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr",
+    "flow_shift", "snr_gamma", "noise_offset", "vae", "latent_cache", "resolution", "dataset_name", "train_data_dir",
+)  # fmt: skip
+NAME = "comparison"
+DRAWN_FROM_NOISE = ("LatentDiffusionPipeline", "PosterDecoderPipeline")
+
+
+@dataclass
+class Samples:
+    """What to draw in each row of the picture."""
+
+    prompts: Sequence[str] | None
+    """None takes the preview prompts of the first run that has some."""
+    count: int
+    seed: int
+    """Of the first column; the next ones count up."""
+
+
+@dataclass
+class Table:
+    """Rows of values by column; columns in order, those of settings that differ named apart."""
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    differing: list[str]
+
+
+def comparison_table(runs: Runs, outcomes: Mapping[str, str]) -> Table:
+    """One row per run: what differs between the configs, and the figures it has left behind.
+
+    Args:
+        outcomes: name → how it ended, in a few words.
+    """
+    settings = {name: _settings(stage, folder, config) for name, (stage, folder, config) in runs.items()}
+    differing = differing_settings(list(settings.values()))
+    rows = []
+    for name, (stage, folder, _) in runs.items():
+        row = {"name": name, "outcome": outcomes.get(name, ""), **{key: settings[name].get(key) for key in differing}}
+        rows.append(row | run_figures(stage, folder))
+    figures = list(dict.fromkeys(key for row in rows for key in row))
+    first = ["name", "outcome", *differing, "parameters", "steps"]
+    last = ["images_per_second", "training_seconds", "peak_memory_mib"]
+    middle = [key for key in figures if key not in (*first, *last)]
+    return Table([key for key in [*first, *middle, *last] if key in figures], rows, differing)
+
+
+def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that have not the same value everywhere, in the order of the configs."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
+
+
+def run_figures(stage: str, folder: RunFolder) -> dict[str, Any]:
+    """What a run has recorded so far; nothing for one that has not saved yet.
+
+    `best_<metric>` and `best_step` are of the metric that the stage's `best` goes by; other figures are the last ones.
+    `images_per_second` is over all training steps, validation and saving left out.
+    """
+    state = _read_json(folder.checkpoints / "latest" / "trainer_state.json")
+    record = _read_json(folder.record_file)
+    if not state:
+        return {}
+    metrics = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
+    last = {key: float(row[key]) for row in metrics for key in row if key.startswith("val_") and row[key]}
+    figures: dict[str, Any] = {"parameters": record.get("trained_parameters"), "steps": state["step"], **last}
+    if state.get("best_value") is not None:
+        figures |= {
+            f"best_{stage_class(stage).best_metric}": state["best_value"],
+            "best_step": state["best_step"],
+        }
+    if state["elapsed_seconds"] > 0:
+        figures["images_per_second"] = round(state["images_seen"] / state["elapsed_seconds"], 2)
+    figures["training_seconds"] = round(state["elapsed_seconds"], 1)
+    figures["peak_memory_mib"] = record.get("peak_memory_mib")
+    return {key: value for key, value in figures.items() if value is not None}
+
+
+def draw_samples(runs: Runs, samples: Samples, poll: Callable[[], None] = lambda: None) -> Image | None:
+    """A row of pictures per run with a pipeline, from the same seeds and conditions; None where there is no run.
+
+    Pipelines that want more than that, or draw nothing from noise, show the previews of their runs instead, which are
+    of the same data; below the others.
+
+    Args:
+        poll: called between runs.
+    """
+    there = {name: run for name, run in runs.items() if (run[1].pipeline / "model_index.json").is_file()}
+    if not there:
+        return None
+    drawn = {name: run for name, run in there.items() if _pipeline_class(run[1]) in DRAWN_FROM_NOISE}
+    sheets = [_rows_of(drawn, samples, poll)] if drawn else []
+    for name, (_, folder, _) in there.items():
+        file = folder.pipeline / "samples.png"
+        if name not in drawn and file.is_file():
+            sheets.append(image_grid([_opened(file)], columns=1, row_titles=[name]))
+    return _stacked(sheets) if sheets else None
+
+
+def _rows_of(there: Runs, samples: Samples, poll: Callable[[], None]) -> Image:
+    first = next(iter(there.values()))[2]
+    prompts = _prompts(there, samples)
+    images: list[Image] = []
+    titles: list[str] = []
+    for _, folder, _ in there.values():
+        poll()
+        row, titles = _draw(folder, first, prompts, samples)
+        images += row
+    return image_grid(images, columns=samples.count, row_titles=list(there), column_titles=titles)
+
+
+def write_comparison(folder: Path, table: Table, picture: Image | None) -> list[Path]:
+    """Write comparison.csv, comparison.md and, where there is one, comparison.png; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{NAME}.csv", folder / f"{NAME}.md"]
+    write_atomically(written[0], table_csv(table))
+    image = folder / f"{NAME}.png"
+    if picture is not None:
+        written.append(save_png(picture, image))
+    write_atomically(written[1], table_markdown(table, image.name if image.is_file() else None))
+    return written
+
+
+def table_csv(table: Table) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, table.columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
+    return buffer.getvalue()
+
+
+def table_markdown(table: Table, picture: str | None) -> str:
+    cells = [[_cell(row.get(column)) for column in table.columns] for row in table.rows]
+    lines = ["# Comparison", "", f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
+    reasons = [key for key in table.differing if key in MEANING_OF_LOSS]
+    if reasons and any("loss" in column for column in table.columns):
+        differing = ", ".join(reasons)
+        lines += ["", f"Losses cannot be compared between rows that differ in {differing}: look at the samples."]
+    if picture:
+        lines += ["", "One row of samples each, from the same seeds and prompts:", "", f"![samples]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(stage: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Settings that decide what a run is, by dotted name: as it was started, or as it is asked for."""
+    free = {f.name for f in dataclasses.fields(config_class(stage)) if f.metadata.get("on_resume") == "free"}
+    values = folder.saved_config() or config.to_dict()
+    return _flat({name: value for name, value in values.items() if name not in free})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _prompts(runs: Runs, samples: Samples) -> list[str]:
+    """One text per column; none for models without a text encoder."""
+    if not any((folder.pipeline / "tokenizer").is_dir() for _, folder, _ in runs.values()):
+        return []
+    found = list(samples.prompts or [])
+    for _, folder, config in runs.values():
+        # Captions of previews name the class as well, where there is one.
+        recorded = [re.sub(r" \[[^\]]*\]$", "", text) for text in _read_json(folder.record_file).get("prompts") or []]
+        found = found or list(getattr(config, "preview_prompts", None) or recorded)
+    found = found or [""]
+    return [found[i % len(found)] for i in range(samples.count)]
+
+
+def _draw(
+    folder: RunFolder, settings: RunConfig, prompts: Sequence[str], samples: Samples
+) -> tuple[list[Image], list[str]]:
+    """One row, and what its columns show; column i is drawn from seed + i.
+
+    Args:
+        settings: have the guidance and the number of steps, the same for all rows.
+    """
+    import torch
+
+    from pipelines.tools.loading import load_pipeline
+
+    pipeline = load_pipeline(folder.pipeline).to(get_device())
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = range(samples.seed, samples.seed + samples.count)
+    arguments, titles = _conditions(pipeline, prompts, seeds)
+    images = pipeline(
+        **arguments,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        guidance_scale=getattr(settings, "preview_guidance_scale", 2.0),
+        num_inference_steps=getattr(settings, "preview_inference_steps", 25),
+    ).images
+    return images, titles
+
+
+def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+    """What steers each column, and its title."""
+    from pipelines.common.design_brief import DesignBrief
+
+    if hasattr(pipeline, "brief_encoder"):
+        briefs = [DesignBrief.random(seed) for seed in seeds]
+        return {"briefs": briefs}, [brief.describe() for brief in briefs]
+    arguments: dict[str, Any] = {}
+    titles = [f"seed {seed}" for seed in seeds]
+    if pipeline.tokenizer is not None:
+        arguments["prompt"] = titles = list(prompts)
+    if names := pipeline.config.get("id2label"):
+        labels = [i % len(names) for i in range(len(seeds))]
+        arguments["class_labels"] = labels
+        named = [names[str(label)] for label in labels]
+        titles = [f"{title} [{name}]" for title, name in zip(titles, named)] if "prompt" in arguments else named
+    return arguments or {"num_images_per_prompt": len(seeds)}, titles
+
+
+def _opened(file: Path) -> Image:
+    from PIL import Image as PILImage
+
+    return PILImage.open(file)
+
+
+def _stacked(sheets: Sequence[Image]) -> Image:
+    """One below the other on white."""
+    from PIL import Image as PILImage
+
+    whole = PILImage.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def _pipeline_class(folder: RunFolder) -> str:
+    name = _read_json(folder.pipeline / "model_index.json").get("_class_name")
+    return name[1] if isinstance(name, list) else str(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value).replace("|", "\\|")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,115 @@
+"""The training scripts, and which of them a config file belongs to."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from pipelines.tools.cli import UserError, nearest
+from training.core.parsing import known_names
+from training.core.run_config import RunConfig
+from training.core.stage import Stage
+
+FOLDER = Path(__file__).resolve().parent.parent
+PREFIX = "train_"
+
+
+def stage_names() -> list[str]:
+    """`autoencoder` for train_autoencoder.py, and so on."""
+    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
+
+
+def script_path(stage: str) -> Path:
+    return FOLDER / f"{PREFIX}{stage}.py"
+
+
+def script_module(stage: str) -> ModuleType:
+    """The script as a module.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
+    if name not in known:
+        raise UserError(f"there is no stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
+    return importlib.import_module(f"training.{PREFIX}{name}")
+
+
+def config_class(stage: str) -> type[RunConfig]:
+    return script_module(stage).Config
+
+
+def stage_class(stage: str) -> type[Stage]:
+    """The one Stage that a script defines."""
+    module = script_module(stage)
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return next(value for value in own if issubclass(value, Stage))
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """What a YAML file says.
+
+    Raises:
+        UserError: no such file, or no mapping in it.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file '{path}' is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the config file '{path}' holds no settings (key: value)")
+    return values
+
+
+def stage_of(path: str | Path) -> str:
+    """The stage that a config file belongs to: the one whose script knows all of its keys.
+
+    Where several do, its place tells them apart: a file whose name begins with the stage's (`encoder_small.yaml`), or
+    the nearest folder of its name (`latent_diffusion/`). The config.yaml of a run has all keys of its stage.
+
+    Raises:
+        UserError: no script knows all keys, or its place does not tell which.
+    """
+    keys = _dotted(read_config_file(path))
+    unknown = {}
+    for stage in stage_names():
+        known = known_names(config_class(stage))
+        unknown[stage] = [key for key in keys if key not in known]
+    fitting = [stage for stage, missing in unknown.items() if not missing]
+    if len(fitting) == 1:
+        return fitting[0]
+    placed = _by_place(Path(path), fitting or list(unknown))
+    if fitting and placed:
+        return placed
+    if fitting:
+        raise UserError(
+            f"{path} could be of {' or '.join(fitting)}; put it into a folder of that name, or begin its name with it"
+        )
+    closest = placed or min(unknown, key=lambda stage: len(unknown[stage]))
+    key = unknown[closest][0]
+    raise UserError(
+        f"unknown key '{key}' in {path}{nearest(key, known_names(config_class(closest)))} (taken for one of {closest})"
+    )
+
+
+def _by_place(path: Path, stages: Sequence[str]) -> str | None:
+    by_name = [stage for stage in stages if path.name.startswith(stage)]
+    folders = [folder.name for folder in path.resolve().parents if folder.name in stages]
+    return next(iter(by_name + folders), None)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name != "prepare":  # whose keys are paths
+            keys += _dotted(value, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

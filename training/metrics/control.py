@@ -1,0 +1,99 @@
+"""Does a model do what its control says? Pictures read back and compared with their controls; pure arithmetic beside.
+
+B pictures, C control channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from training.objectives.segmentation import one_hot
+
+MASKS = ("text_mask", "image_mask")
+IGNORED_BELOW = 2.0
+"""Standard errors: a difference below this is noise"""
+
+
+class ControlReader:
+    """Reads control channels from pictures, with a layout encoder or the segmentation head of an autoencoder.
+
+    Args:
+        path: a run, checkpoint or pipeline of train_encoder.py (or train_abstractor.py), or of train_autoencoder.py
+            with a segmentation head.
+        kind, names, channels: of the control.
+
+    Raises:
+        UserError: no such model, or one that does not read these channels.
+    """
+
+    def __init__(self, path: str, kind: str, names: Sequence[str], channels: int):
+        from pipelines.tools.loading import load_pipeline
+
+        components = load_pipeline(path).components
+        self.module = components.get("encoder") or components.get("vae")
+        self.kind, self.names = kind, list(names)
+        reads_layout = components.get("encoder") is not None
+        of_classes = "num_color_roles" if reads_layout else "num_mask_classes"
+        known = getattr(getattr(self.module, "config", None), of_classes, 0)
+        readable = reads_layout and set(names) <= set(MASKS) if kind == "masks" else kind == "classes"
+        if not readable or kind == "classes" and known != channels:
+            raise UserError(
+                f"--reader {path} does not read this control ({channels} channels of kind {kind}: "
+                f"{', '.join(names) or 'pictures'}); a layout encoder reads {' and '.join(MASKS)} or its colour roles, "
+                "an autoencoder with a segmentation head as many class ids as it knows"
+                + (f" (this one {known})" if known and kind == "classes" else "")
+            )
+        self._read = self._layout if reads_layout else self._segments
+        self.module.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` (B 3 H W in [-1, 1]) → B C H W, bool."""
+        return self._read(images)
+
+    def _layout(self, images: Tensor) -> Tensor:
+        found = self.module(images)
+        if self.kind == "classes":
+            return one_hot(found.color_role.argmax(1), found.color_role.shape[1]).bool()
+        return torch.cat([found[name] > 0 for name in self.names], 1)
+
+    def _segments(self, images: Tensor) -> Tensor:
+        latents: Any = self.module.encode(images).latent_dist.mode()
+        logits = self.module.segment(latents)
+        return one_hot(logits.argmax(1), logits.shape[1]).bool()
+
+
+def control_iou(read: Tensor, control: Tensor) -> Tensor:
+    """Intersection over union of what was read and what was asked, mean over the channels that either has. B, [0, 1].
+
+    Args:
+        read: B C H W, bool.
+        control: B C H W in [0, 1]; above 0.5 is asked for.
+    """
+    asked = control > 0.5
+    both = (read & asked).flatten(2).sum(2).float()
+    either = (read | asked).flatten(2).sum(2).float()
+    there = either > 0
+    shares = torch.where(there, both / either.clamp(min=1), torch.zeros_like(both))
+    return torch.where(there.any(1), shares.sum(1) / there.sum(1).clamp(min=1), torch.ones_like(shares[:, 0]))
+
+
+def others(batch: Tensor) -> Tensor:
+    """For every sample the control of another: the next one's; of a lone sample its own, upside down."""
+    return batch.roll(1, 0) if len(batch) > 1 else batch.flip(-2)
+
+
+def in_standard_errors(total: float, squares: float, count: float) -> float:
+    """Mean over standard error of paired differences, from their sum and sum of squares; 0 for fewer than two."""
+    if count < 2:
+        return 0.0
+    mean = total / count
+    variance = max(squares / count - mean**2, 0.0) * count / (count - 1)
+    if variance <= 1e-24:
+        return 0.0 if abs(mean) < 1e-12 else float("inf") * (1 if mean > 0 else -1)
+    return mean / (variance / count) ** 0.5

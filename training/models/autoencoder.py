@@ -1,0 +1,146 @@
+"""Autoencoders with fresh weights, and where those weights start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from training.core.checks import check_at_least, check_deepest_feature_map
+
+INITIAL_LOGVAR = -6.0
+BODY_START = 0.1
+
+
+@dataclass
+class AutoencoderModelConfig:
+    """The network; names are those of the Diffusers classes."""
+
+    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = "MultiHeadAutoencoderKL"
+    """MultiHeadAutoencoderKL (may work on pixel patches and have heads), AutoencoderKL or AutoencoderTiny"""
+    block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
+    """Channels per resolution; each after the first halves it"""
+    latent_channels: int = 16
+    """Channels of the latents"""
+    layers_per_block: int = 1
+    """Residual blocks per resolution"""
+    patch_size: int = 4
+    """Side of the pixel patches the network works on (MultiHeadAutoencoderKL); 1 is the stock layout"""
+    linear_shortcut: bool = True
+    """A linear map beside encoder and decoder (MultiHeadAutoencoderKL); learns much faster"""
+    norm_num_groups: int = 32
+    """Groups of the group normalization"""
+    mid_block_add_attention: bool = False
+    """Self-attention in the middle, at the lowest resolution"""
+
+    def check(self, resolution: int) -> None:
+        """Raise UserError for a network that cannot be, or not for pictures of `resolution` pixels."""
+        if not self.block_out_channels or min(self.block_out_channels) < 1:
+            raise UserError(
+                f"--model.block_out_channels is {self.block_out_channels}; "
+                "give a number per resolution, e.g. '[96,128]'"
+            )
+        for name in ("latent_channels", "layers_per_block", "patch_size", "norm_num_groups"):
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        if self.patch_size != 1 and self.class_name != "MultiHeadAutoencoderKL":
+            raise UserError(
+                f"--model.patch_size {self.patch_size} is for MultiHeadAutoencoderKL; set it to 1 for {self.class_name}"
+            )
+        if any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise UserError(
+                f"--model.block_out_channels {self.block_out_channels} must be multiples of "
+                f"--model.norm_num_groups {self.norm_num_groups}"
+            )
+        levels = len(self.block_out_channels)
+        check_deepest_feature_map(resolution, self.patch_size, levels, "--model.block_out_channels")
+
+
+def build_autoencoder(config: AutoencoderModelConfig, resolution: int, **heads: Any) -> torch.nn.Module:
+    """A Diffusers autoencoder with fresh weights.
+
+    Args:
+        heads: further arguments of MultiHeadAutoencoderKL (`num_mask_classes` and the like).
+    """
+    import diffusers
+
+    from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
+
+    widths, levels = tuple(config.block_out_channels), len(config.block_out_channels)
+    if config.class_name == "AutoencoderTiny":
+        return diffusers.AutoencoderTiny(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths[::-1],
+            num_encoder_blocks=(config.layers_per_block,) * levels,
+            num_decoder_blocks=(config.layers_per_block,) * levels,
+            latent_channels=config.latent_channels,
+        )
+    arguments = {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_add_attention,
+        "sample_size": resolution,
+        "force_upcast": False,
+        "scaling_factor": 1.0,
+    }
+    if config.class_name == "AutoencoderKL":
+        return narrow_posterior(diffusers.AutoencoderKL(**arguments))
+    own = {"patch_size": config.patch_size, "linear_shortcut": config.linear_shortcut}
+    return narrow_posterior(MultiHeadAutoencoderKL(**arguments, **own, **heads))
+
+
+@torch.no_grad()
+def narrow_posterior(autoencoder: Any) -> Any:
+    """Start with a posterior of deviation 0.05: at 1, where fresh weights put it, noise drowns the first latents."""
+    channels = autoencoder.config.latent_channels
+    autoencoder.quant_conv.weight[channels:] *= 0.1
+    autoencoder.quant_conv.bias[channels:] = INITIAL_LOGVAR
+    return autoencoder
+
+
+@torch.no_grad()
+def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
+    """Make the linear shortcuts the best linear autoencoder of `images` (N 3 H W), in closed form.
+
+    Latents are then the principal components of patches, rotated at random: all channels have about the same
+    variance, while directions that matter more to the eye keep more of it, and a diffusion model decides them first,
+    as it does with pixels. The networks beside the shortcuts start small and learn the rest. Nothing changes for a
+    model without shortcuts.
+    """
+    if not getattr(autoencoder.config, "linear_shortcut", False):
+        return
+    factor, channels, colors = (
+        autoencoder.spatial_compression_ratio,
+        autoencoder.config.latent_channels,
+        images.shape[1],
+    )
+    patches = F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double()
+    mean = patches.mean(0)
+    variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # ascending
+    variances, directions = variances.flip(0)[:channels].clamp(min=1e-8), directions.flip(1)[:, :channels].T
+    scale = variances.mean().sqrt()  # one for all: whitened, a detail would count as much as the page's colour
+    rotation, _ = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+    into, out_of = autoencoder.encoder.shortcut, autoencoder.decoder.shortcut
+    analysis, synthesis = rotation @ directions / scale, rotation @ directions * scale
+    into.weight.zero_()
+    into.bias.zero_()
+    into.weight[:channels] = analysis.reshape(channels, colors, factor, factor).to(into.weight)
+    into.bias[:channels] = -(analysis @ mean).to(into.bias)
+    out_of.weight.copy_(synthesis.reshape(channels, colors, factor, factor))
+    # A transposed convolution has one bias per colour, not one per pixel of the patch.
+    out_of.bias.copy_(mean.reshape(colors, -1).mean(1))
+    autoencoder.quant_conv.weight[:channels] = torch.eye(2 * channels)[:channels, :, None, None]
+    autoencoder.quant_conv.bias[:channels] = 0
+    autoencoder.post_quant_conv.weight.copy_(torch.eye(channels)[:, :, None, None])
+    autoencoder.post_quant_conv.bias.zero_()
+    for body in (autoencoder.encoder.body, autoencoder.decoder.body):
+        last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+        last.weight *= BODY_START
+        last.bias *= BODY_START

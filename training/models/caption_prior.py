@@ -1,0 +1,87 @@
+"""Training of the caption prior: its flags, and the regression that it starts with.
+
+Shapes: N captions, L tokens, C latent channels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.tools.cli import UserError
+from training.core.checks import check_at_least
+
+logger = logging.getLogger("halftone")
+
+WARMUP_LEARNING_RATE = 2e-3
+RAMP_STEPS = 20
+
+
+@dataclass
+class CaptionPriorConfig:
+    """The network that predicts latents from the caption alone (pipelines/models/caption_prior.py)."""
+
+    hidden_size: int = 0
+    """Width of its hidden layers; 0 trains without one"""
+    dropout: float = 0.1
+    """In its hidden layers"""
+    weight: float = 1.0
+    """Weight of its squared error in the loss"""
+    warmup_steps: int = 250
+    """Steps of regression, of it and of a text encoder trained along, before the run's first step"""
+    warmup_batch_size: int = 64
+    """Captions in one of them"""
+    warmup_samples: int = 2048
+    """Pictures they are drawn from"""
+
+
+def validate_caption_prior_config(config: CaptionPriorConfig, with_captions: bool) -> None:
+    """Raises UserError for values that cannot be."""
+    check_at_least("caption_prior.hidden_size", config.hidden_size, 0)
+    check_at_least("caption_prior.weight", config.weight, 0)
+    check_at_least("caption_prior.warmup_steps", config.warmup_steps, 0)
+    for name in ("warmup_batch_size", "warmup_samples"):
+        check_at_least(f"caption_prior.{name}", getattr(config, name), 1)
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"--caption_prior.dropout is {config.dropout}; it is a share in [0, 1)")
+    if config.hidden_size and not with_captions:
+        raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
+
+
+def warm_up(
+    prior: nn.Module, text_encoder: Any, input_ids: Tensor, latents: Tensor, config: CaptionPriorConfig, seed: int
+) -> None:
+    """Regress `latents` (N C h w, scaled) on captions (`input_ids`, N L), in place; deterministic by `seed`.
+
+    The text encoder learns along, as far as its parameters require gradients: words mean something to it from the
+    diffusion model's first step on.
+    """
+    from pipelines.latent_diffusion import encode_captions
+
+    started = time.monotonic()
+    parameters = [p for module in (prior, text_encoder) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=WARMUP_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    was_training = prior.training
+    prior.train()
+    first = last = None
+    for step in range(config.warmup_steps):
+        rate = WARMUP_LEARNING_RATE * min(1.0, (step + 1) / RAMP_STEPS) * (1 - step / config.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = torch.randint(len(latents), (config.warmup_batch_size,), generator=generator)
+        loss = (prior(encode_captions(text_encoder, input_ids[rows])) - latents[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        first, last = first if first is not None else loss.item(), loss
+    prior.train(was_training)
+    if first is not None and last is not None:
+        seconds = time.monotonic() - started
+        logger.info("captions to mean latents: squared error %.2f → %.2f in %.0f s", first, last.item(), seconds)

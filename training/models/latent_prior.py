@@ -1,0 +1,73 @@
+"""A latent prior trained beside the autoencoder whose latents it draws: flow matching over latent vectors.
+
+B samples, D latent vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.tools.cli import UserError
+from training.core.checks import check_at_least
+from training.core.draws import Draws
+from training.core.stage import Batch, Phase
+from training.objectives.diffusion import Diffusion, DiffusionConfig
+
+
+@dataclass
+class LatentPriorConfig:
+    """The prior; names are those of LatentPriorModel, where it has them."""
+
+    hidden_size: int = 512
+    """Width; 0 trains no prior, and the pipeline invents no pairs"""
+    num_layers: int = 4
+    """Residual perceptrons"""
+    repeats: int = 4
+    """Noise levels that each latent is seen at in a step: the prior is cheap, and the latents are not"""
+    start: float = 0.6
+    """Share of the run after which it learns: before, the latents move, and who has followed them learns badly after"""
+    learning_rate: float | None = None
+    """Unset: that of the autoencoder"""
+
+
+def validate_latent_prior_config(config: LatentPriorConfig) -> None:
+    """Raises UserError for numbers that cannot be."""
+    for name, least in (("hidden_size", 0), ("num_layers", 1), ("repeats", 1)):
+        check_at_least(f"prior.{name}", getattr(config, name), least)
+    if not 0 <= config.start < 1:
+        raise UserError(f"--prior.start is {config.start}; it is a share of the run in [0, 1), such as 0.6")
+
+
+class LatentPriorPhase(Phase):
+    """The flow-matching loss on latents that are drawn from their encoder's posteriors; the encoder learns nothing."""
+
+    name = "prior"
+
+    def __init__(self, prior: nn.Module, config: LatentPriorConfig, latents: Callable[[Batch, Draws], Tensor]):
+        super().__init__()
+        self.prior, self.config = prior, config
+        self.learning_rate = config.learning_rate
+        self.diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction"))
+        self._latents = latents
+
+    def first_step(self, total_steps: int) -> int:
+        return int(self.config.start * total_steps)
+
+    def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
+        """Of each latent vector (B D), the mean over `repeats` noise levels. B."""
+        seen = []
+        for repeat in range(repeats):
+            own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)
+            seen.append(self.diffusion.corrupt(latents, own, sampling=sampling))
+        predicted = self.prior(torch.cat([noisy.x_t for noisy in seen]), torch.cat([noisy.timesteps for noisy in seen]))
+        losses = [noisy.loss(part) for noisy, part in zip(seen, predicted.chunk(repeats), strict=True)]
+        return torch.stack(losses).mean(0)
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            latents = self._latents(batch, draws)
+        return self.losses(latents, draws, self.config.repeats).mean(), {}

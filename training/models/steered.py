@@ -1,0 +1,195 @@
+"""The frozen model that a ControlNet steers, latent diffusion or the poster decoder, as one thing to train on.
+
+B batch, C channels, h w cells of the U-Net's input (latents or pixels), R resolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.tools.cli import UserError
+from training.core.draws import Draws
+from training.core.stage import Batch
+from training.data.briefs import BriefedPosters
+from training.data.images import DataConfig, ImageDataset, load_label_map
+from training.data.tokenization import CaptionIds
+from training.models.conditioning import batch_latents, caption_and_class
+from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
+
+
+class ControlBase(ABC):
+    """A base model: its data, its input, its condition, its pipeline."""
+
+    downsampling: int
+    """Pixels per cell of the U-Net's input, along a side"""
+    input_shape: tuple[int, int, int]
+    """C, h, w"""
+
+    def __init__(self, pipeline: Any):
+        self.pipeline, self.unet = pipeline, pipeline.unet
+        self.modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        for module in self.modules:
+            module.requires_grad_(False).eval()
+
+    def objective(self, config: ObjectiveConfig) -> Diffusion:
+        """The base model's noise schedule with the objective's own settings."""
+        flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(ObjectiveConfig)}
+        schedule = dataclasses.asdict(noise_schedule_of_pipeline(self.pipeline))
+        return Diffusion(DiffusionConfig(**schedule, **flags))
+
+    @abstractmethod
+    def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
+        """Pictures with control and with what steers the base. Raises UserError."""
+
+    @abstractmethod
+    def clean(self, batch: Batch, draws: Draws) -> Tensor:
+        """x_0: B C h w."""
+
+    @abstractmethod
+    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
+        """The U-Net's arguments beside input and timesteps; `dropped`: B, bool, samples without a condition."""
+
+    def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
+        """What the U-Net takes for `noisy` (B C h w)."""
+        return noisy
+
+    @abstractmethod
+    def controlled(self, controlnet: Any) -> Any:
+        """The pipeline of base and ControlNet."""
+
+    @abstractmethod
+    def prompts(self, data: Any, batch: Batch, rows: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        """The pipeline's arguments for these samples of a batch of `data`, and their words."""
+
+
+class LatentBase(ControlBase):
+    """A LatentDiffusionPipeline."""
+
+    def __init__(self, pipeline: Any, resolution: int):
+        from pipelines.common.latents import latent_shape
+
+        super().__init__(pipeline)
+        self.downsampling = pipeline.vae_scale_factor
+        try:
+            self.input_shape = latent_shape(pipeline.vae, resolution, resolution)
+        except ValueError as error:
+            raise UserError(f"--resolution {resolution} does not suit the base model's VAE: {error}") from None
+        self.caption_ids = None
+        if pipeline.tokenizer is not None:
+            self.caption_ids = CaptionIds(pipeline.tokenizer, pipeline.config.max_text_length)
+
+    def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
+        names = [self.pipeline.config.id2label[key] for key in sorted(self.pipeline.config.id2label or {}, key=int)]
+        labels = load_label_map(config) if self.unet.config.num_class_embeds else None
+        if labels is not None and names and labels.names != names:
+            raise UserError(
+                f"the base model knows the classes {', '.join(names[:8])}, column '{config.label_column}' has "
+                f"{', '.join(labels.names[:8])}; train on data with the base model's classes"
+            )
+        return ImageDataset(
+            rows,
+            config,
+            captions=self.caption_ids is not None,
+            labels=labels is not None,
+            label_map=labels,
+            control=control,
+            augment=augment,
+        )
+
+    def clean(self, batch: Batch, draws: Draws) -> Tensor:
+        return batch_latents(self.pipeline.vae, batch, draws, self.input_shape)
+
+    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
+        with torch.no_grad():
+            return caption_and_class(self.unet, self.pipeline.text_encoder, self.caption_ids, batch, dropped)
+
+    def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
+        from pipelines.latent_diffusion import beside
+
+        prior = self.pipeline.caption_prior
+        return noisy if prior is None else beside(noisy, prior(condition["encoder_hidden_states"]))
+
+    def controlled(self, controlnet: Any) -> Any:
+        from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
+
+        parts = {name: part for name, part in self.pipeline.components.items() if name != "controlnet"}
+        config = {name: self.pipeline.config[name] for name in ("prediction_type", "id2label", "max_text_length")}
+        return FusionControlNetPipeline(**parts, **config, controlnet=controlnet)
+
+    def prompts(self, data: Any, batch: Batch, rows: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        arguments: dict[str, Any] = {}
+        words = [f"sample {row + 1}" for row in rows]
+        if self.unet.config.num_class_embeds:
+            arguments["class_labels"] = [int(batch["label"][row]) for row in rows]
+            names = self.pipeline.config.id2label or {}
+            words = [names.get(str(label), f"class {label}") for label in arguments["class_labels"]]
+        if self.caption_ids is not None:
+            arguments["prompt"] = words = [batch["caption"][row] for row in rows]
+        return arguments, words
+
+
+class PosterBase(ControlBase):
+    """A PosterDecoderPipeline, which works on pixels."""
+
+    downsampling = 1
+
+    def __init__(self, pipeline: Any, resolution: int):
+        super().__init__(pipeline)
+        try:
+            pipeline._size(resolution, resolution)
+        except ValueError as error:
+            raise UserError(f"--resolution {resolution} does not suit the base model: {error}") from None
+        self.input_shape = (3, resolution, resolution)
+
+    def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
+        return BriefedPosters(rows, config, control=control, augment=augment)
+
+    def clean(self, batch: Batch, draws: Draws) -> Tensor:
+        return batch["pixel_values"]
+
+    def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
+        brief = {
+            name: value & ~dropped[:, None] if name.endswith("_present") else value
+            for name, value in batch["brief"].items()
+        }
+        with torch.no_grad():
+            tokens, whole = self.pipeline.brief_encoder(**brief)
+        return {"encoder_hidden_states": tokens, "class_labels": whole}
+
+    def controlled(self, controlnet: Any) -> Any:
+        from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
+
+        parts = {name: part for name, part in self.pipeline.components.items() if name != "controlnet"}
+        return PosterControlNetPipeline(
+            **parts, prediction_type=self.pipeline.config.prediction_type, controlnet=controlnet
+        )
+
+    def prompts(self, data: Any, batch: Batch, rows: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        briefs = [data.brief(int(batch["index"][row])) for row in rows]
+        return {"briefs": briefs}, [brief.describe() for brief in briefs]
+
+
+def load_base(path: str, resolution: int) -> ControlBase:
+    """The base model at `path` (run, checkpoint, pipeline folder or Hub id), frozen.
+
+    Raises:
+        UserError: no pipeline there, or one that no ControlNet steers; a resolution that does not suit it.
+    """
+    from pipelines.latent_diffusion import LatentDiffusionPipeline
+    from pipelines.poster_decoder import PosterDecoderPipeline
+    from pipelines.tools.loading import load_pipeline
+
+    pipeline = load_pipeline(path)
+    for pipeline_class, base in ((LatentDiffusionPipeline, LatentBase), (PosterDecoderPipeline, PosterBase)):
+        if isinstance(pipeline, pipeline_class):
+            return base(pipeline, resolution)
+    raise UserError(
+        f"--base_model {path} is a {type(pipeline).__name__}; a ControlNet steers a run of train_latent_diffusion.py "
+        "or train_decoder.py"
+    )

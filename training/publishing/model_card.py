@@ -1,0 +1,297 @@
+"""Model cards: README.md of a published pipeline, from a template in model_cards/ and the run's own record.
+
+Nothing is invented: a fact that the record does not hold is left out, or said not to have been measured. Nothing
+private gets in: tokens are dropped and local paths are cut to their last part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pipelines.common.class_colors import class_color
+from pipelines.common.poster_domain import hex_color
+from pipelines.tools.cli import UserError, nearest
+
+TEMPLATES = Path(__file__).resolve().parent.parent.parent / "model_cards"
+CARD_NAME = "README.md"
+# What the Hub takes in a card's `license`; anything else goes under "other" with its name.
+HUB_LICENSES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
+    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+    cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl
+    gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0
+    postgresql ofl-1.1 ncsa unlicense zlib pddl unknown other""".split()  # noqa: SIM905 - sixty lines otherwise
+)
+SECRET_KEYS = re.compile(r"(^|_)(token|api_key|password|secret)$")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STOCK_LIBRARIES = ("diffusers", "transformers")
+FIGURE_NAMES = {
+    "val_loss": "validation loss",
+    "val_psnr": "PSNR on validation pictures (dB)",
+    "val_ssim": "SSIM on validation pictures",
+    "val_pixel_accuracy": "pixels of validation pictures whose class was read right",
+    "val_mean_iou": "mean IoU of the classes of pixels on validation pictures",
+    "val_top1_accuracy": "validation pictures whose class was read right",
+    "fid": "FID",
+    "kid": "KID",
+}
+
+
+def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapping[str, Any]) -> Path:
+    """Write `folder`/README.md from `model_cards/<template>` and the run's record.
+
+    Args:
+        folder: the pipeline folder; its model_index.json tells whether loading needs remote code and captions.
+        template: a file name in model_cards/.
+        record: any of stage, model_name, license, dataset, num_train_images, resolution, steps, epochs,
+            global_batch_size, images_seen, hardware, cpu_cores, elapsed_seconds, config, metrics {name: value},
+            best {metric, value, step}, memorization (text or figures), prompts, samples_file, versions {name: version},
+            trust_remote_code, hub_model_id; whatever is absent or None is left out.
+
+    Raises:
+        UserError: no such template.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    try:
+        source = environment.get_template(template)
+    except jinja2.TemplateNotFound as error:
+        known = sorted(path.name for path in TEMPLATES.glob("*.jinja"))
+        raise UserError(f"no card template {error.name} in {TEMPLATES}{nearest(str(error.name), known)}") from None
+    folder = Path(folder)
+    text = source.render(card_facts(folder, {key: value for key, value in record.items() if value is not None}))
+    path = folder / CARD_NAME
+    temporary = folder / f".{CARD_NAME}.tmp"
+    temporary.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the templates may print, in words: every name they use, empty where the record is silent."""
+    config = _public_config(record.get("config") or {})
+    conditions = _conditions(folder, record)
+    samples = record.get("samples_file")
+    prompts = [_one_line(prompt) for prompt in record.get("prompts") or []]
+    return {
+        "metadata": _metadata(folder, record, conditions),
+        "title": record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1] or "A Halftone model",
+        "license": record.get("license"),
+        "samples_file": samples if samples and (folder / samples).is_file() else "",
+        "prompts": prompts,
+        "example_prompt": json.dumps(prompts[0] if prompts else "...", ensure_ascii=False),
+        "repository": record.get("hub_model_id") or "path/to/this/folder",
+        "trust_remote_code": record.get("trust_remote_code", needs_remote_code(folder)),
+        "conditions": " and ".join(conditions),
+        "size": _size(record.get("resolution")),
+        "num_train_images": record.get("num_train_images"),
+        "init_from": config.get("init_from"),
+        "from_scratch": bool(config) and not config.get("init_from"),
+        "pretrained_text_encoder": config.get("pretrained_text_encoder"),
+        "data": _data(record, config),
+        "training": _training(record),
+        "config": config,
+        "config_yaml": _yaml(config) if config else "",
+        "metrics": [(_cell(_figure_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
+        "best": _best(record.get("best") or {}),
+        "memorization": _memorization(record.get("memorization")),
+        "mask_classes": mask_legend(record.get("mask_classes") or []),
+        "classes": [_one_line(name) for name in record.get("classes") or []],
+        "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
+        "halftone": _own_version(),
+    }
+
+
+def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
+    """(class id, name, colour as #rrggbb) of the classes of pixels."""
+    return [(id_, _cell(_one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
+
+
+def needs_remote_code(folder: Path) -> bool:
+    """Whether the pipeline in `folder`, or a part of it, is a class that its own files define."""
+    index = _model_index(folder)
+    pipeline_class = index.get("_class_name")
+    parts = [value[0] for name, value in index.items() if not name.startswith("_") and _is_part(value)]
+    return isinstance(pipeline_class, list) or any(library not in STOCK_LIBRARIES for library in parts)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _model_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _conditions(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """What steers the pictures: captions where there is a text encoder, class labels where there are classes."""
+    index = _model_index(folder)
+    asked = (record.get("config") or {}).get("condition_on")
+    has_text = _is_part(index.get("text_encoder"))
+    conditions = ["captions"] if has_text or (not index and asked and "caption" in asked) else []
+    return [*conditions, "class labels"] if index.get("id2label") or (asked and "label" in asked) else conditions
+
+
+def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) -> str:
+    """The card's YAML header, by huggingface_hub's own class."""
+    from huggingface_hub import ModelCardData
+
+    stage = str(record.get("stage") or "").replace("_", "-")
+    facts: dict[str, Any] = {
+        "library_name": "diffusers",
+        "tags": [tag for tag in ("diffusers", "halftone", stage) if tag],
+        "pipeline_tag": _pipeline_tag(stage, conditions),
+        "datasets": [record["dataset"]] if is_hub_dataset(record.get("dataset"), record.get("config")) else None,
+    }
+    license_name = record.get("license")
+    if license_name and license_name.lower() in HUB_LICENSES:
+        facts["license"] = license_name.lower()
+    elif license_name:  # the Hub refuses a card whose licence it does not know
+        facts |= {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", license_name.lower()).strip("-")}
+    return ModelCardData(**{key: value for key, value in facts.items() if value}).to_yaml()
+
+
+def _pipeline_tag(stage: str, conditions: list[str]) -> str | None:
+    if "diffusion" not in stage:
+        return None
+    return "text-to-image" if "captions" in conditions else "unconditional-image-generation"
+
+
+def is_hub_dataset(name: Any, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether `name` is a data set on the Hub (`owner/name`) rather than a folder or file of this machine."""
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or name == (config or {}).get("train_data_dir"):
+        return False
+    return not Path(name).exists() and not name.startswith("data/")
+
+
+def _data(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    lines = []
+    name = record.get("dataset")
+    if name and is_hub_dataset(name, record.get("config")):
+        lines.append(f"[{name}](https://huggingface.co/datasets/{name})")
+    elif name:
+        lines.append(f"`{Path(str(name)).name}`, files that are not on the Hub")
+    if record.get("num_train_images"):
+        lines.append(f"{record['num_train_images']:,} training pictures")
+    if record.get("resolution"):
+        crop = {True: ", centre crop", False: ", random crop"}.get(config.get("center_crop"), "")  # type: ignore[arg-type]
+        flip = ", mirrored at random" if config.get("random_flip") else ""
+        lines.append(f"resized to {_size(record['resolution'])}{crop}{flip}")
+    return lines
+
+
+def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    if record.get("steps"):
+        epochs = f" ({record['epochs']:g} epochs)" if record.get("epochs") else ""
+        lines.append(("steps", f"{record['steps']:,}{epochs}"))
+    if record.get("global_batch_size"):
+        lines.append(("pictures per step", f"{record['global_batch_size']:,}"))
+    if record.get("images_seen"):
+        lines.append(("pictures seen", f"{record['images_seen']:,}"))
+    if record.get("hardware"):
+        cores = f", {record['cpu_cores']} CPU cores" if record.get("cpu_cores") else ""
+        lines.append(("hardware", f"{record['hardware']}{cores}"))
+    if record.get("elapsed_seconds"):
+        lines.append(("time", _duration(record["elapsed_seconds"])))
+    return lines
+
+
+def _memorization(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return ", ".join(f"{_figure_name(name)} {_figure(value)}" for name, value in result.items())
+    return _one_line(result) if result else ""
+
+
+def _best(best: Mapping[str, Any]) -> str:
+    if best.get("metric") is None or best.get("value") is None or not best.get("step"):
+        return ""
+    return f"Best {_figure_name(best['metric'])}: {_figure(best['value'])}, at step {best['step']:,}."
+
+
+def _figure_name(name: str) -> str:
+    words = FIGURE_NAMES.get(name)
+    if words:
+        return words
+    return name.removeprefix("val_").replace("_", " ") + (" (validation)" if name.startswith("val_") else "")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _one_line(value)
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _size(resolution: Any) -> str:
+    if not resolution:
+        return ""
+    width, height = resolution if isinstance(resolution, (list, tuple)) else (resolution, resolution)
+    return f"{width} × {height} pixels"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without secrets and empty values, local paths cut to their last part."""
+    return {
+        key: _public(value)
+        for key, value in config.items()
+        if not SECRET_KEYS.search(key) and value is not None and value not in ("", [], {}) and key != "prepare"
+    }
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _public_config(value)
+    if isinstance(value, (list, tuple)):
+        return [_public(item) for item in value]
+    if isinstance(value, (Path, str)) and (isinstance(value, Path) or value.startswith(("/", "~", "..", "\\"))):
+        return Path(value).name
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120).strip()
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _cell(text: str) -> str:
+    """Text for a table, where `|` would end the cell."""
+    return text.replace("|", "\\|")
+
+
+def _own_version() -> str:
+    try:
+        return version("halftone")
+    except PackageNotFoundError:  # run from a checkout
+        return ""
