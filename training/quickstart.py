@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
+from training.core.files import write_atomically
 from training.core.parsing import ROOT, parse_config
-from training.run.folder import write_atomically
 
 RUN = "runs/quickstart"
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -23,6 +23,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A clause naming the known word nearest to `name` (`'; did you mean X?'`), or nothing when none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def one_line(value: Any, limit: int | None = None) -> str:
+    """`value` as text without line breaks, at most `limit` characters of it."""
+    return " ".join(str(value).split())[:limit]
+
+
+def cause(error: BaseException) -> str:
+    """An error as the cause quoted in a message: its type, and its text on one line, at most 300 characters of it."""
+    text = one_line(error, 300)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class Options(argparse.ArgumentParser):

@@ -22,10 +22,10 @@ from pipelines.tools.devices import computes_in_bf16
 from training.benchmarks.loops import peak_mb
 from training.core.checks import check_at_least, check_choice
 from training.core.draws import Draws
+from training.core.files import write_atomically
 from training.core.parsing import ROOT, parse_config
 from training.data.tokenization import train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
-from training.run.folder import write_atomically
 
 PRESETS = ROOT / "configs/experiments/image_caption"
 WORDS = 7996  # and four special tokens: the default vocabulary

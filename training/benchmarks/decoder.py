@@ -13,11 +13,11 @@ import torch
 from pipelines.tools.cli import UserError, entry_point
 from training.benchmarks.loops import peak_mb
 from training.core.draws import Draws
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.engine.launch import threads_per_process
 from training.models.unet import build_pixel_unet
 from training.objectives.diffusion import Diffusion
-from training.run.folder import write_atomically
 from training.train_decoder import Config, PosterDecoderPhase
 
 

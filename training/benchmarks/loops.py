@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
 from training.core.draws import SampleKey
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.data.latent_cache import LatentCache
 from training.data.tokenization import load_tokenizer
@@ -30,7 +31,6 @@ from training.models.attention import plain_attention
 from training.models.text_encoder import new_text_encoder
 from training.models.unet import build_unet
 from training.models.vae_loading import load_vae
-from training.run.folder import write_atomically
 from training.train_latent_diffusion import Config, LatentDiffusionStage
 
 WARM_UP_STEPS = 5

@@ -30,8 +30,8 @@ import yaml
 
 from pipelines.tools.cli import UserError, entry_point
 from training.core.checks import check_at_least, check_choice
+from training.core.files import write_atomically
 from training.core.parsing import ROOT, parse_config
-from training.run.folder import write_atomically
 
 QUICKSTART = ROOT / "configs/experiments/latent_diffusion/quickstart.yaml"
 QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from pipelines.tools.captioned_grid import image_grid
+from training.core.files import write_atomically
 
 
 @dataclass
@@ -36,13 +36,5 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image` as a PNG that is either whole or absent, making its folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, and a run folder is often shared
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
     return path

@@ -29,6 +29,7 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
 from training.core.checks import check_at_least, check_choice
 from training.core.draws import SampleKey
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
@@ -43,7 +44,6 @@ from training.metrics.captions import (
 )
 from training.metrics.images import psnr, ssim, to_pil
 from training.objectives.captions import token_losses
-from training.run.folder import write_atomically
 
 BATCH = 64
 SHOWN = 8

@@ -24,12 +24,12 @@ from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.picture_grid import control_picture
 from training.core.checks import check_at_least
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
 from training.metrics.control import ControlReader, control_iou, in_standard_errors, others
 from training.metrics.images import to_pil
-from training.run.folder import write_atomically
 
 BATCH = 16
 GRID_ROWS = 6

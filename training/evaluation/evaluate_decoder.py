@@ -20,11 +20,11 @@ from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
 from training.core.checks import check_at_least
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
 from training.metrics.cycle import cycle_figures, palette_distance
-from training.run.folder import write_atomically
 
 GRID_BRIEFS = 8
 BATCH = 16

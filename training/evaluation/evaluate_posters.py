@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
 from training.metrics.posters import measure_posters
-from training.run.folder import write_atomically
 
 
 @dataclass

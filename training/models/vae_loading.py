@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, cause
 
 # Where a VAE may lie in a named folder or repo: itself, a pipeline's, a training run's.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
@@ -28,7 +28,7 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
     try:
         vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the VAE '{name_or_path}' cannot be loaded ({_one_line(error)}); check --vae") from error
+        raise UserError(f"the VAE '{name_or_path}' cannot be loaded ({cause(error)}); check --vae") from error
     if hasattr(vae, "autoencoder"):
         vae = vae.autoencoder()
     return vae.eval().requires_grad_(False)
@@ -54,7 +54,7 @@ def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
         try:
             return AutoencoderKL.load_config(name_or_path, subfolder=subfolder), subfolder
         except (OSError, ValueError) as error:
-            reason = reason or _one_line(error)
+            reason = reason or cause(error)
             if type(error.__context__).__name__ == "LocalEntryNotFoundError":  # no network: do not wait for it twice
                 break
     raise UserError(f"the VAE '{name_or_path}' is no folder here and did not come from the Hub ({reason}); check --vae")
@@ -77,7 +77,3 @@ def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
             "knows; --vae takes an AutoencoderKL, AutoencoderTiny or the like"
         )
     return vae_class
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import UserError, cause, nearest, one_line
 
 # What a run uploads, and when; as in the Transformers Trainer.
 HUB_STRATEGIES = {
@@ -184,8 +184,6 @@ class Publisher:
             self._say(report)
         return report
 
-    # --- before training ---
-
     def _hub_api(self) -> Any:
         if self._api is None:
             from huggingface_hub import HfApi
@@ -209,7 +207,7 @@ class Publisher:
             if _status(error) in (401, 403):
                 raise UserError(
                     f"--push_to_hub: {api.endpoint} does not accept the token (HF_TOKEN, or the stored login): "
-                    f"{_one_line(error)}; make a new one at {api.endpoint}/settings/tokens"
+                    f"{cause(error)}; make a new one at {api.endpoint}/settings/tokens"
                 ) from None
             raise self._unreachable(error) from None
         except Exception as error:  # no network, a wrong HF_ENDPOINT, HF_HUB_OFFLINE=1: the client has many classes
@@ -217,7 +215,7 @@ class Publisher:
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
-            f"--push_to_hub: {self._hub_api().endpoint} could not be reached ({_one_line(error)}); check the network "
+            f"--push_to_hub: {self._hub_api().endpoint} could not be reached ({cause(error)}); check the network "
             "and HF_ENDPOINT, or leave out --push_to_hub and upload when training is over"
         )
 
@@ -228,7 +226,7 @@ class Publisher:
         try:
             validate_repo_id(self.model_id)
         except HFValidationError as error:
-            raise UserError(f"--hub_model_id {self.model_id}: {_one_line(error, kind=False)}") from None
+            raise UserError(f"--hub_model_id {self.model_id}: {one_line(error, 300)}") from None
 
     def _make_repo(self, api: Any, account: dict[str, Any]) -> None:
         from huggingface_hub.errors import HfHubHTTPError
@@ -240,14 +238,12 @@ class Publisher:
             if _status(error) in (401, 403, 404):
                 own = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
                 raise UserError(
-                    f"--hub_model_id {self.model_id}: '{account['name']}' may not write there ({_one_line(error)}); "
+                    f"--hub_model_id {self.model_id}: '{account['name']}' may not write there ({cause(error)}); "
                     f"take one of this account's namespaces ({', '.join(own)}) or a token with that right"
                 ) from None
             raise self._unreachable(error) from None
         except Exception as error:  # the connection broke between two requests
             raise self._unreachable(error) from None
-
-    # --- snapshots ---
 
     def _enqueue(self, folder: Path, message: str, path_in_repo: str, leave_out: Sequence[str], link: bool) -> None:
         path_in_repo = path_in_repo.strip("/")
@@ -292,8 +288,6 @@ class Publisher:
             secret for secret in (self._token, os.environ.get("HF_TOKEN"), os.environ.get("WANDB_API_KEY")) if secret
         ]
         return bool(SECRET_TEXT.search(text)) or any(len(secret) >= 8 and secret in text for secret in own)
-
-    # --- the background thread ---
 
     def _work(self) -> None:
         while True:
@@ -353,15 +347,13 @@ class Publisher:
             if quiet:
                 enable_progress_bars()
 
-    # --- words ---
-
     def _failed(self, path_in_repo: str, source: Path, error: Exception) -> None:
         self._news = True
         self._outcome[path_in_repo] = False
         self._sources[path_in_repo] = source
         if not self._warned:
             self._warned = True
-            self._notify(f"warning: uploading {source} to {self.model_id} failed, training goes on: {_one_line(error)}")
+            self._notify(f"warning: uploading {source} to {self.model_id} failed, training goes on: {cause(error)}")
 
     def _say(self, report: PublishReport) -> None:
         if report.uploaded:
@@ -392,8 +384,3 @@ def _status(error: BaseException) -> int | None:
             return int(status)
         error = error.__cause__  # type: ignore[assignment]
     return None
-
-
-def _one_line(error: BaseException, kind: bool = True) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if kind else text

@@ -17,7 +17,8 @@ from typing import Any
 
 from pipelines.common.class_colors import class_color
 from pipelines.common.poster_domain import hex_color
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import UserError, nearest, one_line
+from training.core.files import write_atomically
 
 TEMPLATES = Path(__file__).resolve().parent.parent.parent / "model_cards"
 CARD_NAME = "README.md"
@@ -77,9 +78,7 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
     folder = Path(folder)
     text = source.render(card_facts(folder, {key: value for key, value in record.items() if value is not None}))
     path = folder / CARD_NAME
-    temporary = folder / f".{CARD_NAME}.tmp"
-    temporary.write_text(re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, re.sub(r"\n{3,}", "\n\n", text))
     return path
 
 
@@ -88,7 +87,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     config = _public_config(record.get("config") or {})
     conditions = _conditions(folder, record)
     samples = record.get("samples_file")
-    prompts = [_one_line(prompt) for prompt in record.get("prompts") or []]
+    prompts = [one_line(prompt) for prompt in record.get("prompts") or []]
     return {
         "metadata": _metadata(folder, record, conditions),
         "title": record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1] or "A Halftone model",
@@ -112,7 +111,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "best": _best(record.get("best") or {}),
         "memorization": _memorization(record.get("memorization")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
-        "classes": [_one_line(name) for name in record.get("classes") or []],
+        "classes": [one_line(name) for name in record.get("classes") or []],
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
         "halftone": _own_version(),
     }
@@ -120,7 +119,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
     """(class id, name, colour as #rrggbb) of the classes of pixels."""
-    return [(id_, _cell(_one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
+    return [(id_, _cell(one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
 
 
 def needs_remote_code(folder: Path) -> bool:
@@ -217,7 +216,7 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _memorization(result: Any) -> str:
     if isinstance(result, Mapping):
         return ", ".join(f"{_figure_name(name)} {_figure(value)}" for name, value in result.items())
-    return _one_line(result) if result else ""
+    return one_line(result) if result else ""
 
 
 def _best(best: Mapping[str, Any]) -> str:
@@ -235,7 +234,7 @@ def _figure_name(name: str) -> str:
 
 def _figure(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return _one_line(value)
+        return one_line(value)
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -279,10 +278,6 @@ def _yaml(config: Mapping[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120).strip()
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
 
 
 def _cell(text: str) -> str:

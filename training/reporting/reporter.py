@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from training.core.files import write_atomically
 from training.core.previews import Previews, save_png
 from training.core.run_config import RunConfig, this_command
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
 from training.reporting.tracking import Trackers, parse_report_to, start_trackers
-from training.run.folder import RunFolder, write_atomically
+from training.run.folder import RunFolder
 from training.run.metrics_log import EpochLoss, MetricsLog
 from training.run.state import EpochSummary, RunState
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import UserError, cause, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,7 +96,7 @@ def start_trackers(
         try:
             backend = starts[name]()
         except Exception as error:  # whatever a service's client does, training goes on without it
-            notify(f"warning: {name} could not be started and gets nothing from this run: {_one_line(error)}")
+            notify(f"warning: {name} could not be started and gets nothing from this run: {cause(error)}")
         else:
             trackers.add(backend)
     trackers.run_id = trackers.run_id or run_name
@@ -160,7 +160,7 @@ class Trackers:
         self._failures[backend.name] = self._failures.get(backend.name, 0) + 1
         if backend.name not in self._warned:
             self._warned.add(backend.name)
-            self._notify(f"warning: {backend.name} failed, training goes on without it: {_one_line(error)}")
+            self._notify(f"warning: {backend.name} failed, training goes on without it: {cause(error)}")
         if self._failures[backend.name] >= FAILURES_BEFORE_GIVING_UP:
             self._backends.remove(backend)
 
@@ -215,7 +215,7 @@ class _WandB(_Backend):
         except Exception as error:
             if mode != "online":
                 raise
-            reason = f"W&B could not be reached ({_one_line(error)})"
+            reason = f"W&B could not be reached ({cause(error)})"
             offline = {**init, "mode": "offline", "resume": None}
             self._tracker = WandBTracker(project, settings=wandb.Settings(**quiet), **offline)
             self._tracker.start()
@@ -398,11 +398,6 @@ def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
     from pipelines.tools.captioned_grid import image_grid
 
     return image_grid(images, captions)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def _short(path: Path) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from training.core.files import fsync_folder, write_json
 
 logger = logging.getLogger("halftone")
 
@@ -65,7 +66,7 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
         shutil.rmtree(replaced)
     else:
         temporary.rename(final)
-    _fsync_folder(checkpoints)
+    fsync_folder(checkpoints)
     link(checkpoints, "latest", final)
     return final
 
@@ -217,26 +218,11 @@ def _seal(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / MANIFEST
-    with manifest.open("w") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / MANIFEST, {"files": files})
     for sub in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _fsync_folder(sub)
+        fsync_folder(sub)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders; its renames are journalled
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

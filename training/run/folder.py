@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 import yaml
 
 from pipelines.tools.cli import UserError
+from training.core.files import write_atomically
 
 try:
     import fcntl
@@ -107,13 +107,6 @@ class RunFolder:
 def has_checkpoint(path: str | Path) -> bool:
     """Whether the run in this folder is going to be gone on with."""
     return any(RunFolder(path).checkpoints.glob("step-*"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, meets the old one or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def start_logging(log_file: Path | None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from training.core.files import replacing
 
 TIMING_COLUMNS = ("elapsed_seconds", "images_per_second")
 FIRST_COLUMNS = ("step", "epoch", "images_seen")
@@ -51,12 +52,10 @@ class MetricsLog:
             self.path.unlink()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.tmp{os.getpid()}")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
