@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point, nearest
+from training.core.options import Options
 from training.core.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
@@ -30,7 +31,7 @@ SHOWN = 10
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Options):
     """Flags of this script; the first word may be the file."""
 
     metadata: str = ""
@@ -48,8 +49,9 @@ class ImportConfig:
     overwrite: bool = False
     """Set aside a dataset that is there"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Raises UserError for a missing flag."""
+        super().validate(prefix)
         if not self.metadata:
             raise UserError("no metadata file was named: python data_scripts/import_captions.py metadata.json …")
         if not self.image_dir:

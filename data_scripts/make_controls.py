@@ -26,6 +26,7 @@ from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
 from pipelines.tools.devices import move_to_device
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.data.fingerprints import evenly_spaced
 from training.data.source import DataConfig, load_all_splits, require_column, undecoded_images
@@ -42,7 +43,7 @@ SHEET_PICTURES = 24
 
 
 @dataclass
-class MakeControlsConfig:
+class MakeControlsConfig(Options):
     """Flags of this script."""
 
     dataset_name: str | None = None
@@ -59,7 +60,7 @@ class MakeControlsConfig:
     """What to draw: edges, soft_edges, palette or layout; a list gives a column each"""
     columns: list[str] = field(default_factory=list)
     """Names of the new columns, one for each, where the usual ones will not do"""
-    sigma: float = 0.7
+    sigma: float = option(0.7, at_least=0)
     """Edges of both kinds: blur before they are looked for, in pixels; more leaves less detail"""
     low_threshold: float = 0.03
     """Edges: weaker ones are left out; a share of the step from none to all of a colour"""
@@ -84,8 +85,9 @@ class MakeControlsConfig:
     def kinds(self) -> list[str]:
         return [self.kind] if isinstance(self.kind, str) else list(self.kind)
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Raises UserError for what is impossible whatever the data."""
+        super().validate(prefix)
         if not self.output_dir:
             raise UserError("--output_dir is missing: the folder to make")
         if not self.kinds:
@@ -105,8 +107,6 @@ class MakeControlsConfig:
             raise UserError(
                 f"--columns {self.columns}: give {len(usual)} different names, in place of {', '.join(usual)}"
             )
-        if self.sigma < 0:
-            raise UserError(f"--sigma is {self.sigma}; give 0 or more pixels")
         if not 0 <= self.low_threshold <= self.high_threshold <= 1:
             raise UserError(
                 f"--low_threshold {self.low_threshold} and --high_threshold {self.high_threshold}: both are shares in "

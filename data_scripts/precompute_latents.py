@@ -28,6 +28,7 @@ from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import has_accelerator_device
 from training.core.draws import SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
 from training.data.companions import SegmentationMask
@@ -40,7 +41,6 @@ from training.data.images import (
     load_all_splits,
     load_label_map,
     transform_fingerprint,
-    validate_data_config,
 )
 from training.data.latent_cache import (
     FORMAT_VERSION,
@@ -83,9 +83,9 @@ class PrecomputeConfig(DataConfig):
     """Cache label_column: auto does if it is there and has at least two rows per class"""
     masks: Literal["auto", "yes", "no"] = "auto"
     """Cache mask_column, at the pictures' resolution: auto does if it is there and holds class ids, not colours"""
-    encode_batch_size: int = 16
+    encode_batch_size: int = option(16, at_least=1)
     """Pictures encoded at once"""
-    shard_rows: int = 512
+    shard_rows: int = option(512, at_least=1)
     """Pictures in a shard; an interruption loses at most the one being made"""
     storage_dtype: Literal["float32", "float16"] = "float32"
     """float32 equals encoding on the fly; float16 halves the size and rounds latents to 3 digits"""
@@ -98,19 +98,16 @@ class PrecomputeConfig(DataConfig):
     overwrite: bool = False
     """Replace a cache that was made from something else"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Check values before data and VAE are opened.
 
         Raises:
             UserError: a missing or impossible value, or random crops.
         """
-        validate_data_config(self)
+        super().validate(prefix)
         for name in ("vae", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; see --help")
-        for name in ("encode_batch_size", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; --{name} must be at least 1")
         if not self.splits:
             raise UserError("no splits are given; name some, as in --splits '[train, validation]'")
         if not self.center_crop:

@@ -19,10 +19,10 @@ from pipelines.tools.devices import get_device
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.parsing import parse_config
-from training.core.run_config import RunConfig
 from training.core.stage import Batch, MapDataset, Stage
 from training.engine import optimizers
 from training.engine.prepare import make_missing
+from training.engine.run_config import RunConfig
 from training.engine.weights import freeze_parameters
 from training.experiments.registry import config_class, stage_class, stage_of
 

@@ -19,6 +19,7 @@ import yaml
 
 from pipelines.tools.cli import UserError, entry_point
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import ROOT, parse_config
 
 RUN = "runs/quickstart"
@@ -38,7 +39,7 @@ TINY = {
 
 
 @dataclass
-class QuickstartConfig:
+class QuickstartConfig(Options):
     """Flags of quickstart.py."""
 
     tiny: bool = False

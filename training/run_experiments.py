@@ -25,8 +25,8 @@ from typing import Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
 from training.core.parsing import parse_config
-from training.core.run_config import RunConfig
 from training.engine.prepare import run_script
+from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.experiments.comparison import Samples, comparison_table, draw_samples, write_comparison
 from training.experiments.registry import config_class, script_path, stage_of

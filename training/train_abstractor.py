@@ -27,14 +27,15 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch, to_device
 from training.core.checks import check_at_least, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, Phase, Stage
 from training.data.checks import require_clean
 from training.data.images import load_split
 from training.data.posters import PosterDataConfig, PosterDataset
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_component, load_initial_weights
 from training.metrics.regression import regression_figures, regression_sums, scatter_plots
 from training.objectives.segmentation import one_hot
@@ -72,15 +73,15 @@ class Config(RunConfig, PosterDataConfig):
 
     output_dir: str = option("runs/abstractor", on_resume="free")
     """The run folder"""
-    model: AbstractorConfig = field(default_factory=AbstractorConfig, metadata={"on_resume": "error"})
+    model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
-    encoder: str | None = option(None, on_resume="error")
+    encoder: str | None = option(None)
     """A layout encoder (run, checkpoint, pipeline or Hub id) whose readings are learned from too"""
-    predicted_share: float = option(0.5)
+    predicted_share: float = option(0.5, on_resume="warn")
     """With an encoder: the share of posters taken as it reads them, the others as they truly are"""
-    counts_weight: float = option(0.1)
+    counts_weight: float = option(0.1, on_resume="warn")
     """Weight of the counts' cross-entropy beside the numbers' squared error"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
 
     def validate(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch, to_device
 from training.core.checks import check_at_least
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, Phase, Stage
 from training.data.checks import require_clean
 from training.data.images import DataConfig, ImageDataset, load_split, validate_data_config
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import psnr, ssim, to_pil
 from training.models.autoencoder import AutoencoderModelConfig, build_autoencoder, start_from_principal_components
@@ -59,29 +60,29 @@ class Config(RunConfig, DataConfig, HeadsConfig):
 
     output_dir: str = option("runs/autoencoder", on_resume="free")
     """The run folder"""
-    model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig, metadata={"on_resume": "error"})
+    model: AutoencoderModelConfig = option(AutoencoderModelConfig)
     """The autoencoder"""
-    l1_weight: float = option(1.0)
+    l1_weight: float = option(1.0, on_resume="warn")
     """Weight of the mean absolute error"""
-    l2_weight: float = option(0.0)
+    l2_weight: float = option(0.0, on_resume="warn")
     """Weight of the mean squared error"""
-    kl_weight: float = option(1e-6)
+    kl_weight: float = option(1e-6, on_resume="warn")
     """Weight of the posterior's KL divergence to a standard normal; for classes that have a posterior"""
-    latent_noise: float = option(0.0)
+    latent_noise: float = option(0.0, on_resume="warn")
     """Noise added to the latents before decoding, relative to their own deviation; a decoder that forgives errors"""
-    perceptual_weight: float = option(0.0)
+    perceptual_weight: float = option(0.0, on_resume="warn")
     """Weight of the perceptual loss"""
-    perceptual_backbone: str | None = option(None)
+    perceptual_backbone: str | None = option(None, on_resume="warn")
     """Vision backbone of Transformers, by name or folder, e.g. microsoft/resnet-18"""
-    adversarial_weight: float = option(0.0)
+    adversarial_weight: float = option(0.0, on_resume="warn")
     """Weight of the patch discriminator; 0 trains without one"""
-    discriminator_start: int = option(1000)
+    discriminator_start: int = option(1000, on_resume="warn")
     """The step from which the discriminator trains and counts"""
-    discriminator_learning_rate: float | None = option(None)
+    discriminator_learning_rate: float | None = option(None, on_resume="warn")
     """Unset: that of the autoencoder"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
-    latent_statistics_images: int = option(4096)
+    latent_statistics_images: int = option(4096, on_resume="warn")
     """Images over which the latents' mean and deviation are measured at the end"""
 
     def validate(self) -> None:

@@ -25,14 +25,15 @@ from pipelines.tools.picture_grid import control_picture
 from training.core.batches import fetch
 from training.core.checks import check_at_least, check_choice
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, MapDataset, Phase, Stage
 from training.data.checks import require_clean
 from training.data.companions import control_of
 from training.data.images import DataConfig, load_split, validate_data_config
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
 from training.metrics.images import to_pil
@@ -53,15 +54,15 @@ class Config(ObjectiveConfig, RunConfig, DataConfig):
 
     output_dir: str = option("runs/controlnet", on_resume="free")
     """The run folder"""
-    base_model: str = option("", on_resume="error")
+    base_model: str = option("")
     """The model to steer: a run, checkpoint, pipeline folder or Hub id"""
-    fusion_mode: str = option("add", on_resume="error")
+    fusion_mode: str = option("add")
     """How control meets the U-Net's features: add, gated, concat, film or cross_attention"""
-    conditioning_classes: int = option(0, on_resume="error")
+    conditioning_classes: int = option(0)
     """Above 0: conditioning_image_column holds ids of so many classes, which become one channel each"""
-    control_dropout: float = option(0.1)
+    control_dropout: float = option(0.1, on_resume="warn")
     """Share of samples trained with an empty (black) control"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the ControlNet of a run, checkpoint or pipeline; steps and optimizer start anew"""
     reader: str | None = option(None, on_resume="free")
     """A layout encoder, or an autoencoder with a segmentation head, that reads pictures back for val_control_iou"""

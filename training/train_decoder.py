@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,15 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
 from training.core.checks import check_at_least, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, Phase, Stage
 from training.data.briefs import BriefedPosters, drop_fields
 from training.data.checks import require_clean
 from training.data.images import DataConfig, load_split, validate_data_config
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
 from training.models.attention import plain_attention
@@ -58,13 +59,13 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
 
     output_dir: str = option("runs/posters/decoder", on_resume="free")
     """The run folder"""
-    model: PixelUNetConfig = field(default_factory=PixelUNetConfig, metadata={"on_resume": "error"})
+    model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""
-    brief_encoder: BriefEncoderConfig = field(default_factory=BriefEncoderConfig, metadata={"on_resume": "error"})
+    brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
     """The brief's encoder, trained jointly"""
-    field_dropout: float = option(0.1)
+    field_dropout: float = option(0.1, on_resume="warn")
     """Share of a brief's fields that training leaves out, on average: few or none of most briefs, most of some"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     preview_guidance_scale: float = option(2.0, on_resume="free")
     """Guidance of the previews"""

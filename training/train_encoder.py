@@ -24,15 +24,16 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch, to_device
 from training.core.checks import check_at_least, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, Phase, Stage
 from training.data.checks import require_clean
 from training.data.fingerprints import evenly_spaced
 from training.data.images import load_split
 from training.data.posters import PosterDataConfig, PosterDataset
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
 from training.objectives.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
@@ -64,17 +65,17 @@ class Config(RunConfig, PosterDataConfig):
 
     output_dir: str = option("runs/encoder", on_resume="free")
     """The run folder"""
-    model: LayoutEncoderConfig = field(default_factory=LayoutEncoderConfig, metadata={"on_resume": "error"})
+    model: LayoutEncoderConfig = option(LayoutEncoderConfig)
     """The network"""
-    dice_weight: float = option(1.0)
+    dice_weight: float = option(1.0, on_resume="warn")
     """Weight of the Dice losses of masks and colour roles"""
-    ce_weight: float = option(1.0)
+    ce_weight: float = option(1.0, on_resume="warn")
     """Weight of the cross-entropies of masks and colour roles"""
-    mse_weight: float = option(5.0)
+    mse_weight: float = option(5.0, on_resume="warn")
     """Weight of the hierarchy's squared error"""
-    role_balance: float = option(0.5)
+    role_balance: float = option(0.5, on_resume="warn")
     """How much more rare colour roles count in the cross-entropy: their share of pixels to the power of minus this"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
 
     def validate(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, entry_point
 from training.core.checks import check_at_least
 from training.core.draws import Draws
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, Phase, Stage
 from training.data.captions import (
     CaptionDataConfig,
@@ -39,7 +39,8 @@ from training.data.captions import (
 )
 from training.data.checks import require_clean
 from training.data.images import validate_data_config
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import psnr, ssim
 from training.models.attention import plain_attention
@@ -71,25 +72,25 @@ class Config(RunConfig, CaptionDataConfig):
 
     output_dir: str = option("runs/image_caption", on_resume="free")
     """The run folder"""
-    lr_scheduler: str = option("cosine")
+    lr_scheduler: str = option("cosine", on_resume="warn")
     """Constant, linear, cosine, ...: see docs/runs.md"""
-    model: ImageCaptionModelConfig = field(default_factory=ImageCaptionModelConfig, metadata={"on_resume": "error"})
+    model: ImageCaptionModelConfig = option(ImageCaptionModelConfig)
     """Encoders and decoders of pictures and captions"""
-    prior: LatentPriorConfig = field(default_factory=LatentPriorConfig, metadata={"on_resume": "error"})
+    prior: LatentPriorConfig = option(LatentPriorConfig)
     """The latent prior that invents pairs"""
-    image_weight: float = option(1.0)
+    image_weight: float = option(1.0, on_resume="warn")
     """Weight of the picture's squared error, in units of the pictures' variance"""
-    caption_weight: float = option(1.0)
+    caption_weight: float = option(1.0, on_resume="warn")
     """Weight of the caption's cross-entropy, the mean over its tokens"""
-    alignment_weight: float = option(0.5)
+    alignment_weight: float = option(0.5, on_resume="warn")
     """Weight of the symmetric InfoNCE loss and the cosine distance between a pair's two latents"""
-    kl_weight: float = option(1e-3)
+    kl_weight: float = option(1e-3, on_resume="warn")
     """Weight of the posteriors' KL divergence to a standard normal, per latent number"""
-    cross_share: float = option(0.5)
+    cross_share: float = option(0.5, on_resume="warn")
     """Share of pictures that are decoded from their caption's latent, and of captions from their picture's"""
-    word_dropout: float = option(0.1)
+    word_dropout: float = option(0.1, on_resume="warn")
     """Share of its words that a caption's encoder reads as <UNK> in training, so that unknown words mean something"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
     """Captions that the previews draw; unset takes those of the first validation pictures"""

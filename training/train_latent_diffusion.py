@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +24,17 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch, to_device
 from training.core.checks import check_at_least, check_choice, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
 from training.core.stage import Batch, MapDataset, Phase, Stage
 from training.data.checks import require_clean
 from training.data.fingerprints import evenly_spaced
 from training.data.images import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
 from training.data.latent_cache import LatentCache
 from training.data.tokenization import CaptionIds, load_tokenizer
-from training.engine.loop import train
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
 from training.models.attention import plain_attention
@@ -63,23 +64,23 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free")
     """The run folder"""
-    vae: str = option("", on_resume="error")
+    vae: str = option("")
     """Autoencoder of the latents: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
-    latent_cache: str | None = option(None, on_resume="error")
+    latent_cache: str | None = option(None)
     """Latents made by data_scripts/precompute_latents.py; unset encodes pictures as they come"""
-    condition_on: list[str] = option(["caption"], on_resume="error")
+    condition_on: list[str] = option(["caption"])
     """What steers: [caption], [label], [caption, label] or []"""
-    tokenizer: str | None = option(None, on_resume="error")
+    tokenizer: str | None = option(None)
     """Tokenizer folder or name, e.g. made by data_scripts/train_tokenizer.py; unset: that of the pretrained encoder"""
-    pretrained_text_encoder: str | None = option(None, on_resume="error")
+    pretrained_text_encoder: str | None = option(None)
     """A text encoder of Transformers by name or folder, kept frozen; unset trains a small one of our own"""
-    model: UNetConfig = field(default_factory=UNetConfig, metadata={"on_resume": "error"})
+    model: UNetConfig = option(UNetConfig)
     """The U-Net"""
-    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig, metadata={"on_resume": "error"})
+    text_encoder: TextEncoderConfig = option(TextEncoderConfig)
     """The text encoder trained jointly"""
-    caption_prior: CaptionPriorConfig = field(default_factory=CaptionPriorConfig, metadata={"on_resume": "error"})
+    caption_prior: CaptionPriorConfig = option(CaptionPriorConfig)
     """A prediction of the latents from the caption alone, beside the U-Net's input"""
-    init_from: str | None = option(None)
+    init_from: str | None = option(None, on_resume="warn")
     """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
     """Prompts of the previews; unset takes captions of the validation data"""

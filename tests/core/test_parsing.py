@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from pipelines.tools.cli import UserError
+from training.core.options import option
 from training.core.parsing import known_names, parse_config
-from training.core.run_config import RunConfig, option
+from training.engine.run_config import RunConfig
 
 
 @dataclass

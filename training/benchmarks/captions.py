@@ -20,9 +20,9 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import computes_in_bf16
 from training.benchmarks.loops import peak_mb
-from training.core.checks import check_at_least, check_choice
 from training.core.draws import Draws
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import ROOT, parse_config
 from training.data.tokenization import train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
@@ -33,28 +33,26 @@ CAPTION_WORDS = 12
 
 
 @dataclass
-class CaptionBenchConfig:
+class CaptionBenchConfig(Options):
     """Flags of this script."""
 
-    side: str = "generation"
+    side: str = option("generation", choices=("generation", "memory"))
     """generation or memory"""
     preset: str = "default"
     """memory: a preset of configs/experiments/image_caption"""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least=0)
     """Captions generated at once, or pairs in the step; 0 builds model and optimizer alone"""
     tokens: int = 100
     """generation: tokens of each caption"""
-    steps: int = 4
+    steps: int = option(4, at_least=2)
     """memory: training steps, of which all but the first are timed"""
     repetitions: int = 3
     """generation: turns of either side"""
     output: str = ""
     """JSON file for the figures"""
 
-    def validate(self) -> None:
-        check_choice("side", self.side, ("generation", "memory"))
-        check_at_least("batch_size", self.batch_size, 0)
-        check_at_least("steps", self.steps, 2)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not (PRESETS / f"{self.preset}.yaml").is_file():
             raise UserError(f"there is no preset {self.preset} in {PRESETS}")
 

@@ -14,6 +14,7 @@ from pipelines.tools.cli import UserError, entry_point
 from training.benchmarks.loops import peak_mb
 from training.core.draws import Draws
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
 from training.engine.launch import threads_per_process
 from training.models.unet import build_pixel_unet
@@ -22,7 +23,7 @@ from training.train_decoder import Config, PosterDecoderPhase
 
 
 @dataclass
-class DecoderBenchConfig:
+class DecoderBenchConfig(Options):
     """Flags of this script."""
 
     batch_size: int = 1

@@ -23,10 +23,11 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
 from training.data.latent_cache import LatentCache
 from training.data.tokenization import load_tokenizer
-from training.engine.loop import train
+from training.engine.session import train
 from training.models.attention import plain_attention
 from training.models.text_encoder import new_text_encoder
 from training.models.unet import build_unet
@@ -39,7 +40,7 @@ BLOCK_STEPS = 5
 
 
 @dataclass
-class LoopBenchConfig:
+class LoopBenchConfig(Options):
     """Flags of this script."""
 
     recipe: str = ""

@@ -29,8 +29,9 @@ import psutil
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
-from training.core.checks import check_at_least, check_choice
+from training.core.checks import check_choice
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import ROOT, parse_config
 
 QUICKSTART = ROOT / "configs/experiments/latent_diffusion/quickstart.yaml"
@@ -45,16 +46,16 @@ FIRST_STEP_LIMIT = 120.0
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Options):
     """Flags of benchmarks.py."""
 
     only: list[str] = field(
         default_factory=lambda: ["loop", "latents", "commands", "first_step", "posters", "decoder", "captions"]
     )
     """What to measure"""
-    pairs: int = 3
+    pairs: int = option(3, at_least=1)
     """Pairs of whole processes for the loop's speed and memory"""
-    steps: int = 60
+    steps: int = option(60, at_least=10)
     """Steps in each"""
     threads: int = 0
     """CPU threads of torch; 0: all cores that this process may use"""
@@ -63,11 +64,10 @@ class BenchmarkConfig:
     output: str = "runs/bench.json"
     """The figures"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         for name in self.only:
             check_choice("only", name, tuple(MEASUREMENTS))
-        check_at_least("pairs", self.pairs, 1)
-        check_at_least("steps", self.steps, 10)
 
 
 @dataclass(frozen=True)

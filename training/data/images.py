@@ -26,7 +26,6 @@ from training.data.source import (
     row_id,
     transform_fingerprint,
     undecoded_images,
-    validate_data_config,
 )
 from training.data.transforms import (
     BadSample,
@@ -54,7 +53,6 @@ __all__ = [
     "load_split",
     "row_id",
     "transform_fingerprint",
-    "validate_data_config",
 ]
 
 logger = logging.getLogger(__name__)

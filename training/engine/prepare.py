@@ -13,10 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
+from training.core.options import Options, option
 from training.core.parsing import ROOT
 from training.engine.signals import REQUEUE_STATUS, Interrupted
 
@@ -38,6 +41,25 @@ OWN_PICTURES = (
     "For your own pictures: accelerate launch training/train_autoencoder.py --train_data_dir FOLDER --output_dir "
     "runs/my_autoencoder, then see 'Your own pictures' in README.md"
 )
+
+
+@dataclass
+class PrepareConfig(Options):
+    """Inputs that are made before training where they are missing."""
+
+    prepare: dict[str, str] = option({}, on_resume="free")
+    """Inputs that may be missing: path → the script (and its flags) that makes it; for YAML files"""
+
+    def recipes(self) -> dict[str, str]:
+        """The entries of `prepare` that are needed: those for a path that the config names, or another such entry."""
+        settings = self.to_dict()
+        named = set(_strings({name: value for name, value in settings.items() if name != "prepare"}))
+        needed: dict[str, str] = {}
+        for path, command in reversed(self.prepare.items()):  # what is made from others comes after them
+            if any(path == name or path.startswith(f"{name}/") for name in named):
+                needed[path] = command
+                named |= set(command.split())
+        return dict(reversed(needed.items()))
 
 
 def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> None:
@@ -103,3 +125,12 @@ def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> 
         told = told or number is not None
         time.sleep(0.1)
     return process.returncode
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested dicts and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

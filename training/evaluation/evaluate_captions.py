@@ -27,9 +27,9 @@ from PIL import Image
 from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
-from training.core.checks import check_at_least, check_choice
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
@@ -51,20 +51,20 @@ INVENTED = 64
 
 
 @dataclass
-class CaptionEvaluationConfig:
+class CaptionEvaluationConfig(Options):
     """Flags of evaluate_captions.py."""
 
     model: str = ""
     """A run of train_image_caption.py, a checkpoint or a pipeline"""
-    split: str = "validation"
+    split: str = option("validation", choices=("train", "validation"))
     """validation (held-out pairs) or train"""
     dataset_name: str | None = None
     """Other data than the run's: a folder, file or Hub id"""
-    max_samples: int = 0
+    max_samples: int = option(0, at_least=0)
     """Look at so many pairs only, the first ones; 0 looks at all"""
-    num_beams: int = 1
+    num_beams: int = option(1, at_least=1)
     """Of the captions; 1 is greedy"""
-    num_candidates: int = 1
+    num_candidates: int = option(1, at_least=1)
     """Captions that are drawn for each picture, of which the one most like all of them is taken; 1 draws none"""
     num_pairs: int = 8
     """Invented pairs in the picture of them"""
@@ -75,13 +75,10 @@ class CaptionEvaluationConfig:
     output: str | None = None
     """Where the figures go (JSON); unset: only printed"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not self.model:
             raise UserError("--model is missing; name a run of train_image_caption.py, a checkpoint or a pipeline")
-        check_choice("split", self.split, ("train", "validation"))
-        check_at_least("max_samples", self.max_samples, 0)
-        for name in ("num_beams", "num_candidates"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:

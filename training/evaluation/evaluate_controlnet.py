@@ -23,8 +23,8 @@ from torch import Tensor
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.picture_grid import control_picture
-from training.core.checks import check_at_least
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -36,7 +36,7 @@ GRID_ROWS = 6
 
 
 @dataclass
-class ControlEvaluationConfig:
+class ControlEvaluationConfig(Options):
     """Flags of evaluate_controlnet.py."""
 
     models: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class ControlEvaluationConfig:
     """Columns of the controls, as in training"""
     split: str = "test"
     """Controls are taken from here"""
-    num_images: int = 64
+    num_images: int = option(64, at_least=3)
     """How many of them"""
     num_inference_steps: int = 25
     """Sampling steps"""
@@ -62,10 +62,10 @@ class ControlEvaluationConfig:
     output: str | None = None
     """Where the figures go (JSON); unset: nowhere"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not self.models or not self.reader or not self.dataset_name:
             raise UserError("--models, --reader and --dataset_name are needed; see --help")
-        check_at_least("num_images", self.num_images, 3)
 
 
 def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:

@@ -19,8 +19,8 @@ from PIL import Image
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.core.checks import check_at_least
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -31,7 +31,7 @@ BATCH = 16
 
 
 @dataclass
-class DecoderEvaluationConfig:
+class DecoderEvaluationConfig(Options):
     """Flags of evaluate_decoder.py."""
 
     model: str = ""
@@ -42,7 +42,7 @@ class DecoderEvaluationConfig:
     """Posters of data_scripts/make_posters.py, of the decoder's size"""
     split: str = "test"
     """Briefs are taken from here"""
-    num_briefs: int = 64
+    num_briefs: int = option(64, at_least=3)
     """How many of them"""
     num_inference_steps: int = 50
     """Sampling steps"""
@@ -57,11 +57,11 @@ class DecoderEvaluationConfig:
     output: str | None = None
     """Where the figures go (JSON); unset: only printed"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         for name, what in (("model", "the decoder"), ("reader", "a run of train_abstractor.py")):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; name {what}: a run, a checkpoint or a pipeline folder")
-        check_at_least("num_briefs", self.num_briefs, 3)
 
 
 def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:

@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -24,7 +25,7 @@ from training.metrics.posters import measure_posters
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Options):
     """Flags of evaluate_posters.py."""
 
     model: str = ""

@@ -12,8 +12,8 @@ import yaml
 
 from pipelines.tools.cli import UserError, nearest
 from training.core.parsing import known_names
-from training.core.run_config import RunConfig
 from training.core.stage import Stage
+from training.engine.run_config import RunConfig
 
 FOLDER = Path(__file__).resolve().parent.parent
 PREFIX = "train_"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,53 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least, check_deepest_feature_map
+from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.options import Options, option
 
 INITIAL_LOGVAR = -6.0
 BODY_START = 0.1
 
 
 @dataclass
-class AutoencoderModelConfig:
+class AutoencoderModelConfig(Options):
     """The network; names are those of the Diffusers classes."""
 
-    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = "MultiHeadAutoencoderKL"
+    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = option("MultiHeadAutoencoderKL")
     """MultiHeadAutoencoderKL (may work on pixel patches and have heads), AutoencoderKL or AutoencoderTiny"""
-    block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
+    block_out_channels: list[int] = option([96, 128])
     """Channels per resolution; each after the first halves it"""
-    latent_channels: int = 16
+    latent_channels: int = option(16, at_least=1)
     """Channels of the latents"""
-    layers_per_block: int = 1
+    layers_per_block: int = option(1, at_least=1)
     """Residual blocks per resolution"""
-    patch_size: int = 4
+    patch_size: int = option(4, at_least=1)
     """Side of the pixel patches the network works on (MultiHeadAutoencoderKL); 1 is the stock layout"""
-    linear_shortcut: bool = True
+    linear_shortcut: bool = option(True)
     """A linear map beside encoder and decoder (MultiHeadAutoencoderKL); learns much faster"""
-    norm_num_groups: int = 32
+    norm_num_groups: int = option(32, at_least=1)
     """Groups of the group normalization"""
-    mid_block_add_attention: bool = False
+    mid_block_add_attention: bool = option(False)
     """Self-attention in the middle, at the lowest resolution"""
 
-    def check(self, resolution: int) -> None:
-        """Raise UserError for a network that cannot be, or not for pictures of `resolution` pixels."""
-        if not self.block_out_channels or min(self.block_out_channels) < 1:
-            raise UserError(
-                f"--model.block_out_channels is {self.block_out_channels}; "
-                "give a number per resolution, e.g. '[96,128]'"
-            )
-        for name in ("latent_channels", "layers_per_block", "patch_size", "norm_num_groups"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if self.patch_size != 1 and self.class_name != "MultiHeadAutoencoderKL":
             raise UserError(
-                f"--model.patch_size {self.patch_size} is for MultiHeadAutoencoderKL; set it to 1 for {self.class_name}"
+                f"--{prefix}patch_size {self.patch_size} is for MultiHeadAutoencoderKL; "
+                f"set it to 1 for {self.class_name}"
             )
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise UserError(
-                f"--model.block_out_channels {self.block_out_channels} must be multiples of "
-                f"--model.norm_num_groups {self.norm_num_groups}"
-            )
-        levels = len(self.block_out_channels)
-        check_deepest_feature_map(resolution, self.patch_size, levels, "--model.block_out_channels")
+        check_multiples(
+            f"{prefix}block_out_channels", self.block_out_channels, f"{prefix}norm_num_groups", self.norm_num_groups
+        )
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise UserError for a network that does not suit images of `resolution` pixels."""
+        check_deepest_feature_map(
+            resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
+        )
 
 
 def build_autoencoder(config: AutoencoderModelConfig, resolution: int, **heads: Any) -> torch.nn.Module:

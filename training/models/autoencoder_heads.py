@@ -17,8 +17,7 @@ from torch import Tensor
 
 from pipelines.common.class_colors import class_picture
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
-from training.core.run_config import option
+from training.core.options import Options, option
 from training.data.checks import chunks
 from training.data.companions import SegmentationMask
 from training.data.fingerprints import evenly_spaced
@@ -37,27 +36,24 @@ AREAS = ("hit", "total", "taken")
 
 
 @dataclass
-class HeadsConfig:
+class HeadsConfig(Options):
     """Which heads the autoencoder has, and what they weigh."""
 
-    heads: list[Literal["segmentation", "classification"]] = option([], on_resume="error")
+    heads: list[Literal["segmentation", "classification"]] = option([])
     """Heads beside the reconstruction: segmentation (of --mask_column), classification (of --label_column)"""
-    num_mask_classes: int = option(0, on_resume="error")
+    num_mask_classes: int = option(0, at_least=0)
     """Classes of the masks; 0 counts them in the training data"""
-    mask_class_names: list[str] = option([], on_resume="error")
+    mask_class_names: list[str] = option([])
     """Names of the classes of the masks, from id 0 on; they are saved with the model"""
-    segmentation_weight: float = option(0.01)
+    segmentation_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy per pixel; a fresh head's is some ten times the reconstruction's error"""
-    classification_weight: float = option(0.01)
+    classification_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy per picture"""
-    learned_loss_weights: bool = option(False, on_resume="error")
+    learned_loss_weights: bool = option(False)
     """Train the weights of reconstruction and heads (Kendall et al. 2018); they start as the weights given"""
 
-    def validate_heads(self, class_name: str) -> None:
-        """Raise UserError for heads that cannot be."""
-        check_at_least("segmentation_weight", self.segmentation_weight, 0)
-        check_at_least("classification_weight", self.classification_weight, 0)
-        check_at_least("num_mask_classes", self.num_mask_classes, 0)
+    def check_heads(self, class_name: str) -> None:
+        """Raise UserError for heads that do not go together, or not with an autoencoder of this class."""
         if not self.heads:
             if self.learned_loss_weights:
                 raise UserError("--learned_loss_weights needs more than one loss; give --heads, or leave it out")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
+from training.core.options import Options, option
 
 logger = logging.getLogger("halftone")
 
@@ -23,34 +22,21 @@ RAMP_STEPS = 20
 
 
 @dataclass
-class CaptionPriorConfig:
+class CaptionPriorConfig(Options):
     """The network that predicts latents from the caption alone (pipelines/models/caption_prior.py)."""
 
-    hidden_size: int = 0
+    hidden_size: int = option(0, at_least=0)
     """Width of its hidden layers; 0 trains without one"""
-    dropout: float = 0.1
-    """In its hidden layers"""
-    weight: float = 1.0
+    dropout: float = option(0.1, at_least=0, below=1)
+    """Dropout in its hidden layers"""
+    weight: float = option(1.0, at_least=0)
     """Weight of its squared error in the loss"""
-    warmup_steps: int = 250
+    warmup_steps: int = option(250, at_least=0)
     """Steps of regression, of it and of a text encoder trained along, before the run's first step"""
-    warmup_batch_size: int = 64
-    """Captions in one of them"""
-    warmup_samples: int = 2048
-    """Pictures they are drawn from"""
-
-
-def validate_caption_prior_config(config: CaptionPriorConfig, with_captions: bool) -> None:
-    """Raises UserError for values that cannot be."""
-    check_at_least("caption_prior.hidden_size", config.hidden_size, 0)
-    check_at_least("caption_prior.weight", config.weight, 0)
-    check_at_least("caption_prior.warmup_steps", config.warmup_steps, 0)
-    for name in ("warmup_batch_size", "warmup_samples"):
-        check_at_least(f"caption_prior.{name}", getattr(config, name), 1)
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"--caption_prior.dropout is {config.dropout}; it is a share in [0, 1)")
-    if config.hidden_size and not with_captions:
-        raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
+    warmup_batch_size: int = option(64, at_least=1)
+    """Captions in a step of that regression"""
+    warmup_samples: int = option(2048, at_least=1)
+    """Images that the regression draws from"""
 
 
 def warm_up(

@@ -8,36 +8,30 @@ from typing import Any
 from torch import nn
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
+from training.core.checks import check_multiples
+from training.core.options import Options, option
 
 WORD_STD, POSITION_STD = 1.0, 0.2
 
 
 @dataclass
-class TextEncoderConfig:
+class TextEncoderConfig(Options):
     """The text encoder that is trained jointly; names are those of transformers.CLIPTextConfig."""
 
-    hidden_size: int = 128
+    hidden_size: int = option(128, at_least=1)
     """Width D of a token"""
-    num_hidden_layers: int = 2
+    num_hidden_layers: int = option(2, at_least=1)
     """Transformer layers"""
-    num_attention_heads: int = 4
+    num_attention_heads: int = option(4, at_least=1)
     """Attention heads"""
-    max_length: int = 32
-    """Tokens per caption; longer ones are cut"""
+    max_length: int = option(32, at_least=3)
+    """Tokens per caption, its start and end included; longer captions are cut"""
 
-
-def validate_text_encoder_config(config: TextEncoderConfig) -> None:
-    """Raises UserError for numbers that do not go together."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        check_at_least(f"text_encoder.{name}", getattr(config, name), 1)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"--text_encoder.hidden_size {config.hidden_size} must be a multiple of "
-            f"--text_encoder.num_attention_heads {config.num_attention_heads}"
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        check_multiples(
+            f"{prefix}hidden_size", [self.hidden_size], f"{prefix}num_attention_heads", self.num_attention_heads
         )
-    if config.max_length < 3:
-        raise UserError(f"--text_encoder.max_length is {config.max_length}; a caption with its ends needs 3 tokens")
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
