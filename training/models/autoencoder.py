@@ -1,7 +1,8 @@
-"""Autoencoders with fresh weights, and where those weights start."""
+"""Autoencoders as configured: fresh weights and where they start, what they decode, and their latents' statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from training.core.batches import fetch
 from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.draws import SampleKey
 from training.core.options import Options, option
+from training.core.stage import MapDataset
 
 INITIAL_LOGVAR = -6.0
 BODY_START = 0.1
+STATISTICS_BATCH = 32
 
 
 @dataclass
@@ -141,3 +146,60 @@ def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
         last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
         last.weight *= BODY_START
         last.bias *= BODY_START
+
+
+@dataclass
+class Decoded:
+    """What an autoencoder makes of latents.
+
+    Args:
+        images: B 3 H W.
+        mask_logits: B K H W, and class_logits: B N; None without such a head.
+    """
+
+    images: Tensor
+    mask_logits: Tensor | None = None
+    class_logits: Tensor | None = None
+
+
+def decode_all(autoencoder: Any, latents: Tensor) -> Decoded:
+    """The image and the predictions of all heads from latents (B C h w); the decoder runs once."""
+    config = autoencoder.config
+    class_logits = autoencoder.classify(latents) if config.get("num_classes") else None
+    if not config.get("num_mask_classes"):
+        return Decoded(autoencoder.decode(latents).sample, None, class_logits)
+    decoded = autoencoder.decode_with_masks(latents)
+    return Decoded(decoded.sample, decoded.mask_logits, class_logits)
+
+
+def latents_of(encoded: Any) -> Tensor:
+    """The latents (B C h w) in what `encode` of any autoencoder returns: the posterior's mode where it has one."""
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+
+@torch.no_grad()
+def measure_latents(
+    autoencoder: Any, data: MapDataset, num_images: int, device: torch.device, poll: Callable[[], None]
+) -> None:
+    """Measure the latents' mean and standard deviation per channel and write them into the model's config.
+
+    Args:
+        data: its first `num_images` rows are encoded.
+        poll: called before each batch; it raises when the run is asked to stop.
+    """
+    from pipelines.common.latents import write_latent_statistics
+
+    count = 0
+    total = squares = torch.zeros(1, dtype=torch.float64)
+    rows = min(len(data), num_images)
+    for start in range(0, rows, STATISTICS_BATCH):
+        poll()
+        keys = [SampleKey(i, 0) for i in range(start, min(start + STATISTICS_BATCH, rows))]
+        latents = latents_of(autoencoder.encode(fetch(data, keys)["pixel_values"].to(device)))
+        values = latents.cpu().double().movedim(1, 0).flatten(1)
+        count += values.shape[1]
+        total = total + values.sum(1)
+        squares = squares + values.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    write_latent_statistics(autoencoder, mean.tolist(), std.tolist())

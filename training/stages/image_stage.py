@@ -96,14 +96,15 @@ class ImageStage(Stage):
 
     def shown_rows(self, most: int) -> range:
         """The rows that previews show: the first of the held-out data, or of the training data without any."""
-        return range(min(most, len(self._shown)))
+        return range(min(most, len(self.shown_data)))
 
     def shown_batch(self, rows: Sequence[int]) -> Batch:
         """Samples that previews show, on the device."""
-        return to_device(fetch(self._shown, [SampleKey(row, 0) for row in rows]), self.context.device)
+        return to_device(fetch(self.shown_data, [SampleKey(row, 0) for row in rows]), self.context.device)
 
     @property
-    def _shown(self) -> Any:
+    def shown_data(self) -> Any:
+        """The data that previews show."""
         return self.validation_set or self.training_set
 
     def sample(self, pipeline: Any, *arguments: Any, seeds: Sequence[int], **options: Any) -> Any:
