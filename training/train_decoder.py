@@ -10,7 +10,6 @@ B batch, R resolution, L fields of a brief (tokens), D token width, E width of t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from training.data.images import DataConfig, load_split, validate_data_config
 from training.engine.loop import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.unet import PixelUNetConfig, build_pixel_unet, validate_pixel_unet_config
 from training.objectives.diffusion import Diffusion, DiffusionConfig, validate_diffusion_config
 from training.run.folder import has_checkpoint
@@ -102,9 +101,7 @@ class PosterDecoderPhase(Phase):
         """Of each sample. B."""
         noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
         tokens, whole = self.brief_encoder(**brief)
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        plain = contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(self.most_tokens)
-        with plain:
+        with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
             prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=whole).sample
         return noisy.loss(prediction)
 

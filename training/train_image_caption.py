@@ -42,7 +42,7 @@ from training.data.images import validate_data_config
 from training.engine.loop import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import psnr, ssim
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.caption_previews import caption_previews
 from training.models.image_caption import ImageCaptionModelConfig, build_model, model_summary, validate_model_config
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, validate_latent_prior_config
@@ -142,10 +142,6 @@ class ImageCaptionPhase(Phase):
             for parameter in parameters if not getattr(config, weight) else ():
                 parameter.requires_grad_(False)
 
-    def plain(self, tokens: int) -> contextlib.AbstractContextManager:
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        return contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(tokens)
-
     def caption_ids(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids and mask, B L each."""
         return self.tokens(batch["caption"], batch["pixel_values"].device)
@@ -160,7 +156,7 @@ class ImageCaptionPhase(Phase):
 
     def posteriors(self, batch: Batch, ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
         """Of pictures and of captions."""
-        with self.plain(ids.shape[1]):
+        with attention_kernel(ids.shape[1], self.config.gradient_checkpointing):
             return self.model.encode_image(batch["pixel_values"]), self.model.encode_caption(ids, mask)
 
     def image_latents(self, batch: Batch, draws: Draws) -> Tensor:
@@ -174,7 +170,7 @@ class ImageCaptionPhase(Phase):
 
     def caption_losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over each caption's tokens, and their counts. B each."""
-        with self.plain(ids.shape[1] + self.model.config.prefix_length):
+        with attention_kernel(ids.shape[1] + self.model.config.prefix_length, self.config.gradient_checkpointing):
             return token_losses(self.model.caption_logits(latents, ids), ids, mask)
 
     def alignment_losses(self, image: Tensor, caption: Tensor, same: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from training.data.tokenization import CaptionIds, load_tokenizer
 from training.engine.loop import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
 from training.models.conditioning import batch_latents, caption_and_class
 from training.models.text_encoder import (
@@ -152,9 +152,7 @@ class LatentDiffusionPhase(Phase):
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         condition = self.condition(batch, draws.uniform("cfg_dropout") < dropout)
         expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        plain = contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(x_0[0, 0].numel())
-        with plain:
+        with attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing):
             prediction = self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample
         return noisy.loss(prediction), None if expected is None else mse_per_sample(expected, x_0)
 
