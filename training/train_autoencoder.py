@@ -10,6 +10,7 @@ B batch, K classes of pixels, N classes of pictures.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,7 @@ class AutoencoderStage(ImageStage):
         start_from_principal_components(self.autoencoder, fetch(self.training_set, some)["pixel_values"])
         self.ema_of = {"vae": self.autoencoder}  # as the pipeline calls it
         self.take_initial_weights(self.ema_of)
-        perceptual = PerceptualLoss(config.perceptual_backbone) if config.perceptual_weight else None
+        perceptual = PerceptualLoss(config.perceptual_backbone or "") if config.perceptual_weight else None
         self.generator = AutoencoderPhase(self.autoencoder, config, perceptual)
         self.phases = [self.generator]
         self.frozen = [perceptual] if perceptual else []

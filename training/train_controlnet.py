@@ -11,7 +11,6 @@ B batch, C control channels, R resolution, h w cells of the U-Net's input.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
 from training.metrics.images import to_pil
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.steered import ControlBase, load_base
 from training.objectives.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
 from training.run.folder import has_checkpoint
@@ -125,11 +124,9 @@ class ControlNetPhase(Phase):
         model_input = self.base.model_input(noisy.x_t, condition)
         found = []
         for control in controls:
-            # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-            checkpointing = self.config.gradient_checkpointing
-            plain = contextlib.nullcontext() if checkpointing else plain_attention(x_0[0, 0].numel())
             nets, given = ([], []) if control is None else ([self.controlnet], [control])
-            with plain, steering(self.unet, nets, given):
+            kernel = attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing)
+            with kernel, steering(self.unet, nets, given):
                 found.append(self.unet(model_input, noisy.timesteps, **condition).sample)
         return noisy, found
 

@@ -10,7 +10,6 @@ B batch, R resolution, L fields of a brief (tokens), D token width, E width of t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from training.core.stage import Batch, Phase, StageContext
 from training.data.briefs import BriefedPosters, drop_fields
 from training.engine.session import train
 from training.metrics.images import to_pil
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.posters import BriefEncoderConfig
 from training.models.unet import PixelUNetConfig, build_pixel_unet
 from training.objectives.diffusion import Diffusion, DiffusionConfig
@@ -68,9 +67,7 @@ class PosterDecoderPhase(Phase):
         """Of each sample. B."""
         noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
         tokens, whole = self.brief_encoder(**brief)
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        plain = contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(self.most_tokens)
-        with plain:
+        with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
             prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=whole).sample
         return noisy.loss(prediction)
 

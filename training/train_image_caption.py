@@ -30,7 +30,6 @@ from training.core.stage import Batch, Phase, Stage
 from training.data.captions import (
     CaptionDataConfig,
     CaptionedPictures,
-    CaptionTokens,
     load_captioned,
     pixel_variance,
     tell_round_trips,
@@ -38,12 +37,13 @@ from training.data.captions import (
     validate_caption_data_config,
 )
 from training.data.checks import require_clean
-from training.data.images import validate_data_config
+from training.data.images import load_split
+from training.data.tokenization import CaptionTokens
 from training.engine.run_config import RunConfig
 from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import psnr, ssim
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.caption_previews import caption_previews
 from training.models.image_caption import ImageCaptionModelConfig, build_model, model_summary, validate_model_config
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, validate_latent_prior_config
@@ -129,9 +129,9 @@ class ImageCaptionPhase(Phase):
 
     name = "image_caption"
 
-    def __init__(self, model: Any, config: Config, tokens: CaptionTokens, variance: float):
+    def __init__(self, model: Any, config: Config, variance: float):
         super().__init__()
-        self.model, self.config, self.tokens = model, config, tokens
+        self.model, self.config = model, config
         self.register_buffer("variance", torch.tensor(variance), persistent=False)
         # Parameters that no gradient reaches: DDP would wait for it, and weight decay would shrink them.
         unused = {
@@ -143,14 +143,6 @@ class ImageCaptionPhase(Phase):
             for parameter in parameters if not getattr(config, weight) else ():
                 parameter.requires_grad_(False)
 
-    def plain(self, tokens: int) -> contextlib.AbstractContextManager:
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        return contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(tokens)
-
-    def caption_ids(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids and mask, B L each."""
-        return self.tokens(batch["caption"], batch["pixel_values"].device)
-
     def read_ids(self, ids: Tensor, mask: Tensor, draws: Draws) -> Tensor:
         """What the caption's encoder reads in training: `--word_dropout` of the words are unknown. B L."""
         unknown = self.model.config.unknown_token_id
@@ -161,7 +153,7 @@ class ImageCaptionPhase(Phase):
 
     def posteriors(self, batch: Batch, ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
         """Of pictures and of captions."""
-        with self.plain(ids.shape[1]):
+        with attention_kernel(ids.shape[1], self.config.gradient_checkpointing):
             return self.model.encode_image(batch["pixel_values"]), self.model.encode_caption(ids, mask)
 
     def image_latents(self, batch: Batch, draws: Draws) -> Tensor:
@@ -175,7 +167,7 @@ class ImageCaptionPhase(Phase):
 
     def caption_losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over each caption's tokens, and their counts. B each."""
-        with self.plain(ids.shape[1] + self.model.config.prefix_length):
+        with attention_kernel(ids.shape[1] + self.model.config.prefix_length, self.config.gradient_checkpointing):
             return token_losses(self.model.caption_logits(latents, ids), ids, mask)
 
     def alignment_losses(self, image: Tensor, caption: Tensor, same: Tensor) -> Tensor:
@@ -185,7 +177,7 @@ class ImageCaptionPhase(Phase):
 
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The loss's terms by the name of their weight; one whose weight is 0 carries no gradient."""
-        ids, mask = self.caption_ids(batch)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         image, caption = self.posteriors(batch, self.read_ids(ids, mask, draws), mask)
         drawn = [part.sample(draws.normal(name, part.mean.shape[1:])) for name, part in _named(image, caption)]
         shown = _either(drawn[0], drawn[1], draws.uniform("image_route") < self.config.cross_share)
@@ -236,18 +228,18 @@ class ImageCaptionStage(Stage):
 
     def __init__(self, config: Config):
         self.config = config
-        self._train, self._validation = load_captioned(config, config.seed)
+        weights, max_length = self._weights(), config.model.max_length
+        self.tokenizer = tokenizer_for(config, load_split(config, "train", config.seed), max_length, weights)
+        caption_tokens = CaptionTokens(self.tokenizer, max_length, padding="longest")
+        self._train, self._validation = load_captioned(config, config.seed, caption_tokens)
         for data in filter(None, (self._train, self._validation)):
             require_clean(data, tell=logger.info)
-        weights = self._weights()
-        self.tokenizer = tokenizer_for(config, self._train.captioned, config.model.max_length, weights)
         seen, which = (self._validation, "validation") if self._validation else (self._train, "training")
         tell_round_trips(self.tokenizer, seen.captioned, self._train.captioned, config.caption_column, which)
         self.aspect_ratio = self._train.aspect_ratio()
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, config.resolution, self.tokenizer)
-        tokens = CaptionTokens(self.tokenizer, config.model.max_length)
-        self.phase = ImageCaptionPhase(self.model, config, tokens, pixel_variance(self._train, VARIANCE_PICTURES))
+        self.phase = ImageCaptionPhase(self.model, config, pixel_variance(self._train, VARIANCE_PICTURES))
         self.phases, self.ema_of = [self.phase], {"model": self.model}
         # Weights from before `--prior.start` have no prior: a run that starts from them makes a new one.
         no_prior = weights is not None and not (weights / "prior").is_dir()
@@ -286,7 +278,7 @@ class ImageCaptionStage(Stage):
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """By posterior means, each of picture and caption decoded from both."""
         phase, pixels, share = self.phase, batch["pixel_values"], self.config.cross_share
-        ids, mask = phase.caption_ids(batch)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         image, caption = (posterior.mean for posterior in phase.posteriors(batch, ids, mask))
         same = same_captions(ids, mask) | same_pictures(pixels)
         told, tokens = phase.caption_losses(image, ids, mask)

@@ -32,13 +32,18 @@ from training.data.checks import require_clean
 from training.data.fingerprints import evenly_spaced
 from training.data.images import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
 from training.data.latent_cache import LatentCache
-from training.data.tokenization import CaptionIds, load_tokenizer
+from training.data.tokenization import CaptionTokens, load_tokenizer
 from training.engine.run_config import RunConfig
 from training.engine.session import train
 from training.engine.weights import load_initial_weights
 from training.metrics.images import to_pil
-from training.models.attention import plain_attention
-from training.models.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
+from training.models.attention import attention_kernel
+from training.models.caption_prior import (
+    CaptionPriorConfig,
+    build_caption_prior,
+    validate_caption_prior_config,
+    warm_up,
+)
 from training.models.conditioning import batch_latents, caption_and_class
 from training.models.text_encoder import (
     TextEncoderConfig,
@@ -114,24 +119,38 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
 
 
 class LatentDiffusionPhase(Phase):
-    """The denoising loss on latents, with the condition dropped for some samples."""
+    """The denoising loss on latents, with the condition dropped for some samples.
+
+    Args:
+        latent_shape: C, h, w.
+        text_encoder: trained along, unless `config` names a pretrained one; None for a model without text.
+        empty_ids: token ids of the empty caption, 1 L; they come with the text encoder.
+        caption_prior: trained along; None for a model without one.
+    """
 
     name = "diffusion"
 
-    def __init__(self, config: Config, unet: nn.Module, diffusion: Diffusion, vae: nn.Module):
+    def __init__(
+        self,
+        config: Config,
+        unet: nn.Module,
+        diffusion: Diffusion,
+        vae: nn.Module,
+        latent_shape: tuple[int, int, int],
+        text_encoder: nn.Module | None = None,
+        empty_ids: Tensor | None = None,
+        caption_prior: nn.Module | None = None,
+    ):
         super().__init__()
-        self.config, self.diffusion, self.unet = config, diffusion, unet
-        self.tokenizer: Any = None
-        self.caption_prior: nn.Module | None = None
-        self.borrow(vae=vae)
-
-    def add_text(self, text_encoder: nn.Module, tokenizer: Any, max_length: int, trained: bool) -> None:
-        if trained:
-            self.text_encoder = text_encoder
-        else:
+        self.config, self.diffusion, self.latent_shape = config, diffusion, latent_shape
+        self.unet = unet
+        if config.pretrained_text_encoder and text_encoder is not None:
             self.borrow(text_encoder=text_encoder)
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.caption_ids = CaptionIds(tokenizer, max_length)
+        else:
+            self.text_encoder = text_encoder
+        self.caption_prior = caption_prior
+        self.borrow(vae=vae)
+        self.register_buffer("empty_ids", empty_ids, persistent=False)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """B C h w, scaled."""
@@ -139,9 +158,7 @@ class LatentDiffusionPhase(Phase):
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Tensor | None]:
         """The U-Net's arguments beside latents and timesteps; `dropped`: B, bool."""
-        if self.tokenizer is None:
-            return caption_and_class(self.unet, None, None, batch, dropped)
-        return caption_and_class(self.unet, self.text_encoder, self.caption_ids, batch, dropped)
+        return caption_and_class(self.unet, self.text_encoder, self.empty_ids, batch, dropped)
 
     def losses(
         self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
@@ -153,9 +170,7 @@ class LatentDiffusionPhase(Phase):
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         condition = self.condition(batch, draws.uniform("cfg_dropout") < dropout)
         expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
-        # Gradient checkpointing computes anew outside of this context, and must find the same kernels.
-        plain = contextlib.nullcontext() if self.config.gradient_checkpointing else plain_attention(x_0[0, 0].numel())
-        with plain:
+        with attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing):
             prediction = self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample
         return noisy.loss(prediction), None if expected is None else mse_per_sample(expected, x_0)
 
@@ -178,36 +193,35 @@ class LatentDiffusionStage(Stage):
         self.config = config
         self.vae = load_vae(config.vae)
         self.with_captions, self.with_labels = "caption" in config.condition_on, "label" in config.condition_on
-        self._train, self._validation, self.id2label = self._open_data()
-        channels, height, width = latent_shape(self.vae, config.resolution, config.resolution)
-        levels = len(config.model.block_out_channels)
-        check_deepest_feature_map(height, 1, levels, "--model.block_out_channels", "the latents' side")
+        # Weights are drawn from here on, in this order: the text encoder's, the U-Net's, the caption prior's.
         torch.manual_seed(config.seed)
-        tokenizer, text_encoder, text_width, max_length = self._text()
+        self.caption_tokens, self.text_encoder = self._text()
+        self._train, self._validation, self.id2label = self._open_data()
+        shape = latent_shape(self.vae, config.resolution, config.resolution)
+        levels = len(config.model.block_out_channels)
+        check_deepest_feature_map(shape[1], 1, levels, "--model.block_out_channels", "the latents' side")
+        text_width = self.text_encoder.config.hidden_size if self.with_captions else None
         with_prior = config.caption_prior.hidden_size > 0
-        self.unet = build_unet(
-            config.model, channels, height, text_width, len(self.id2label), channels if with_prior else 0
-        )
+        expected = shape[0] if with_prior else 0
+        self.unet = build_unet(config.model, shape[0], shape[1], text_width, len(self.id2label), expected)
         self.diffusion = Diffusion(config)
         self.trivial_loss = self.diffusion.trivial_loss
-        self.phase = LatentDiffusionPhase(config, self.unet, self.diffusion, self.vae)
-        self.phase.latent_shape = (channels, height, width)
-        trained = {"unet": self.unet}
-        self.frozen = [self.vae]
-        if text_encoder is not None:
-            self.phase.add_text(text_encoder, tokenizer, max_length, trained=not config.pretrained_text_encoder)
-            if config.pretrained_text_encoder:
-                self.frozen.append(text_encoder)
-            else:
-                trained["text_encoder"] = text_encoder
         if with_prior:
-            trained["caption_prior"] = self._add_caption_prior(text_width, (channels, height, width))  # type: ignore[arg-type]
+            self.trivial_loss = self.trivial_loss and self.trivial_loss + config.caption_prior.weight
+        caption_prior = build_caption_prior(config.caption_prior, text_width, shape) if with_prior else None  # type: ignore[arg-type]
+        empty_ids = self.caption_tokens([""])["input_ids"] if self.caption_tokens else None
+        self.phase = LatentDiffusionPhase(
+            config, self.unet, self.diffusion, self.vae, shape, self.text_encoder, empty_ids, caption_prior
+        )
+        self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
+        self.frozen = [self.vae]
+        if config.pretrained_text_encoder and self.with_captions:
+            self.frozen.append(self.text_encoder)
         if not has_checkpoint(config.output_dir):
             if config.init_from:
-                load_initial_weights(config.init_from, trained)
+                load_initial_weights(config.init_from, self.ema_of)
             elif with_prior and config.trains:
                 self._warm_up_caption_prior()
-        self.phases, self.ema_of = [self.phase], trained
 
     def _open_data(self) -> tuple[MapDataset, MapDataset | None, dict[int, str]]:
         """Training and validation data, and the class names (none without labels)."""
@@ -219,10 +233,15 @@ class LatentDiffusionStage(Stage):
                 raise UserError(f"the latent cache {config.latent_cache} has no captions; make it with captions")
             if self.with_labels and not cache.id2label:
                 raise UserError(f"the latent cache {config.latent_cache} has no labels; make it with labels")
-            cached = cache.split("train", random_flip=config.random_flip, config=config)
-            validation = cache.split("validation") if "validation" in cache.splits else None
+            flags: dict[str, Any] = {"caption_tokens": self.caption_tokens}
+            cached = cache.split("train", random_flip=config.random_flip, config=config, **flags)
+            validation = cache.split("validation", **flags) if "validation" in cache.splits else None
             return cached, validation, cache.id2label if self.with_labels else {}
-        flags: dict[str, Any] = {"captions": self.with_captions, "labels": self.with_labels}
+        flags = {
+            "captions": self.with_captions,
+            "caption_tokens": self.caption_tokens,
+            "labels": self.with_labels,
+        }
         label_map = load_label_map(config) if self.with_labels else None  # of all splits: one may lack a class
         train_data = ImageDataset(load_split(config, "train", config.seed), config, **flags, label_map=label_map)
         require_clean(train_data, tell=logger.info)
@@ -233,13 +252,13 @@ class LatentDiffusionStage(Stage):
         require_clean(validation, tell=logger.info)
         return train_data, validation, train_data.id2label
 
-    def _text(self) -> tuple[Any, Any, int | None, int]:
-        """Tokenizer, text encoder, its width D, and L."""
+    def _text(self) -> tuple[CaptionTokens | None, Any]:
+        """Token ids of captions, and what reads them; both None without captions."""
         from pipelines.latent_diffusion import max_caption_length
 
         config = self.config
         if not self.with_captions:
-            return None, None, None, 0
+            return None, None
         tokenizer = load_tokenizer(config.tokenizer or config.pretrained_text_encoder)  # type: ignore[arg-type]
         if config.pretrained_text_encoder:
             encoder = load_text_encoder(config.pretrained_text_encoder)
@@ -249,32 +268,21 @@ class LatentDiffusionStage(Stage):
         limit = config.text_encoder.max_length
         with contextlib.suppress(ValueError):  # neither has a limit of its own
             limit = min(limit, max_caption_length(tokenizer, encoder))
-        return tokenizer, encoder, encoder.config.hidden_size, limit
-
-    def _add_caption_prior(self, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
-        from pipelines.models.caption_prior import CaptionPrior
-
-        config = self.config.caption_prior
-        prior = CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
-        self.phase.caption_prior = prior
-        self.trivial_loss = self.trivial_loss and self.trivial_loss + config.weight
-        return prior
+        return CaptionTokens(tokenizer, limit, padding="max_length"), encoder
 
     def _warm_up_caption_prior(self) -> None:
         """Before the loop, on every process alike, on pictures from all over the data."""
-        from pipelines.latent_diffusion import tokenize_captions
-
         config, phase = self.config.caption_prior, self.phase
-        captions: list[str] = []
+        input_ids: list[Tensor] = []
         latents: list[Tensor] = []
         sampled = evenly_spaced(len(self._train), config.warmup_samples)
         for start in range(0, len(sampled), config.warmup_batch_size):
             rows = sampled[start : start + config.warmup_batch_size]
             batch = fetch(self._train, [SampleKey(row, 0) for row in rows])
-            captions += batch["caption"]
+            input_ids.append(batch["input_ids"])
             latents.append(phase.latents(batch, Draws(self.config.seed, 0, rows, torch.device("cpu"))))
-        input_ids = tokenize_captions(phase.tokenizer, captions, phase.max_length)
-        warm_up(phase.caption_prior, phase.text_encoder, input_ids, torch.cat(latents), config, self.config.seed)
+        captions, expected = torch.cat(input_ids), torch.cat(latents)
+        warm_up(phase.caption_prior, phase.text_encoder, captions, expected, config, self.config.seed)
 
     def train_data(self) -> MapDataset:
         return self._train
@@ -334,16 +342,16 @@ class LatentDiffusionStage(Stage):
         from pipelines.common.schedulers import sampling_scheduler
         from pipelines.latent_diffusion import LatentDiffusionPipeline
 
-        phase = self.phase
+        tokens = self.caption_tokens
         return LatentDiffusionPipeline(
             vae=self.vae,
             unet=self.unet,
             scheduler=sampling_scheduler(self.diffusion.scheduler),
-            text_encoder=phase.text_encoder if phase.tokenizer is not None else None,
-            tokenizer=phase.tokenizer,
+            text_encoder=self.text_encoder,
+            tokenizer=tokens.tokenizer if tokens else None,
             id2label=self.id2label or None,
-            max_text_length=phase.max_length if phase.tokenizer is not None else None,
-            caption_prior=phase.caption_prior,
+            max_text_length=tokens.max_length if tokens else None,
+            caption_prior=self.phase.caption_prior,
         )
 
 

@@ -10,18 +10,18 @@ import torch
 
 from pipelines.tools.cli import UserError
 from tests.support.tiny_captions import RESOLUTION, caption, draw_folder, tiny_caption_tokenizer
+from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.data.captions import (
     CaptionDataConfig,
     CaptionedPictures,
-    CaptionTokens,
     captions_of,
     load_captioned,
     pixel_variance,
     tokenizer_for,
 )
 from training.data.images import load_split
-from training.data.tokenization import report_on
+from training.data.tokenization import CaptionTokens, report_on
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,17 @@ def test_a_tokenizer_is_built_from_the_training_captions(config):
     assert one("a red zebra").input_ids[-2] == 3
 
 
-def test_ids_are_padded_to_the_batch_and_masked():
+def test_batches_are_padded_to_their_longest_caption_and_masked(config):
     tokenizer = tiny_caption_tokenizer()
-    tokens = CaptionTokens(tokenizer, 12)
-    ids, mask = tokens(["a red circle", "a red circle, big"])
-    assert ids.shape == mask.shape == (2, 7)
-    assert mask.tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    assert ids[0].tolist() == [*tokenizer("a red circle").input_ids, 0, 0]
-    assert torch.equal(tokens(["a red circle"])[0], ids[:1, :5])
+    data, _ = load_captioned(config, 0, CaptionTokens(tokenizer, 12, "longest"))
+    widths = set()
+    for rows in ([0, 1, 2, 3], [40, 5, 17], [20]):
+        batch = fetch(data, [SampleKey(row, row) for row in rows])
+        expected = tokenizer(batch["caption"], padding="longest", return_tensors="pt")
+        assert torch.equal(batch["input_ids"], expected.input_ids)
+        assert torch.equal(batch["attention_mask"], expected.attention_mask)
+        widths.add(batch["input_ids"].shape[1])
+    assert len(widths) > 1, "all captions have the same length: padding was not tested"
 
 
 def test_lists_of_captions(tmp_path, config):
@@ -62,9 +65,14 @@ def test_lists_of_captions(tmp_path, config):
     rows = [json.dumps({"file_name": f"{i:03d}.png", "text": [caption(i), "a picture"]}) for i in range(4)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     several = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, validation_fraction=0)
-    data = CaptionedPictures(load_split(several, "train", 0), several)
+    tokenizer = tiny_caption_tokenizer()
+    tokens = CaptionTokens(tokenizer, 12, "longest")
+    data = CaptionedPictures(load_split(several, "train", 0), several, caption_tokens=tokens)
     assert list(captions_of(data.captioned, "text"))[:2] == [caption(0), "a picture"]
-    assert {data[SampleKey(0, key)]["caption"] for key in range(20)} == {caption(0), "a picture"}
+    batch = fetch(data, [SampleKey(0, key) for key in range(20)])
+    assert set(batch["caption"]) == {caption(0), "a picture"}
+    # The ids are those of the caption that was drawn, sample by sample.
+    assert torch.equal(batch["input_ids"], tokenizer(batch["caption"], padding=True, return_tensors="pt").input_ids)
 
 
 def test_a_column_of_numbers_has_no_captions(tmp_path):

@@ -16,12 +16,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data_scripts import make_posters
+from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.cli import UserError
+from tests.support.tiny_models import tiny_tokenizer
 from training.core.draws import SampleKey
 from training.data import source as data_source
 from training.data.checks import require_clean, scan
 from training.data.fingerprints import dataset_fingerprint
 from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
+from training.data.tokenization import CaptionTokens
 from training.data.transforms import apply_geometry, crop_geometry, flips, load_rgb, to_tensor, verify_image
 
 ROWS = 12
@@ -260,7 +263,9 @@ def test_validation_data_are_not_augmented(folder: Path):
 
 
 def test_batches_and_loader_workers_give_the_same(folder: Path):
-    dataset = opened(folder, random_flip=True)
+    config = DataConfig(train_data_dir=str(folder), random_flip=True, resolution=16)
+    tokens = CaptionTokens(tiny_tokenizer(), 8, "max_length")
+    dataset = ImageDataset(load_split(config, "train", 0), config, caption_tokens=tokens)
     keys = [[SampleKey(i, 10 * i) for i in range(start, start + 4)] for start in (0, 4)]
     batches = []
     for workers in (0, 2):
@@ -270,6 +275,8 @@ def test_batches_and_loader_workers_give_the_same(folder: Path):
         assert one["pixel_values"].shape == (4, 3, 16, 16)
         assert torch.equal(one["pixel_values"], other["pixel_values"])
         assert one["caption"] == other["caption"]
+        assert torch.equal(one["input_ids"], tokenize_captions(tiny_tokenizer(), one["caption"], 8))
+        assert torch.equal(one["input_ids"], other["input_ids"])
         assert one["index"].tolist() == other["index"].tolist()
 
 

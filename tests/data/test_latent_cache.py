@@ -24,13 +24,15 @@ from torch.utils.data import DataLoader
 
 from data_scripts import precompute_latents
 from pipelines.common.latents import posterior_moments
+from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
-from tests.support.tiny_models import tiny_vae
+from tests.support.tiny_models import tiny_tokenizer, tiny_vae
 from training.core.draws import SampleKey
 from training.data.fingerprints import vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.latent_cache import LatentCache, read_shard
+from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips
 from training.engine.balance import BalanceConfig, balanced_strata
 from training.models.vae_loading import load_vae
@@ -214,7 +216,8 @@ def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictur
 
 
 def test_workers_read_the_same_batches(cache_folder: Path):
-    dataset = LatentCache(cache_folder).split("train", random_flip=True)
+    tokens = CaptionTokens(tiny_tokenizer(), 8, "max_length")
+    dataset = LatentCache(cache_folder).split("train", random_flip=True, caption_tokens=tokens)
     keys = [[SampleKey(i, i) for i in range(start, start + 5)] for start in (0, 5)]
     loaders = [DataLoader(dataset, batch_sampler=keys, collate_fn=dataset.collate, num_workers=n) for n in (0, 1)]
     for one, other in zip(*map(list, loaders)):
@@ -222,6 +225,8 @@ def test_workers_read_the_same_batches(cache_folder: Path):
         assert torch.equal(one["mean"], other["mean"])
         assert torch.equal(one["label"], other["label"])
         assert one["caption"] == other["caption"]
+        assert torch.equal(one["input_ids"], tokenize_captions(tiny_tokenizer(), one["caption"], 8))
+        assert torch.equal(one["input_ids"], other["input_ids"])
 
 
 def test_shards_are_mapped_and_not_loaded(tmp_path: Path):

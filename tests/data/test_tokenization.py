@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_scripts import train_tokenizer as script
 from pipelines.tools.cli import UserError
-from training.data.tokenization import decode, normalized, report_on, train_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
+from training.data import tokenization
+from training.data.tokenization import CaptionTokens, decode, normalized, report_on, train_tokenizer
 
 ENGRAVING = "An engraving depicting a woman in a blue dress"
 CAPTIONS = [ENGRAVING, "A red circle, on blue!", "medium-light skin tone", "a woman's blue hat", "CAFÉ in Köln"]
@@ -81,6 +85,50 @@ def test_batches_are_padded_and_cut():
     assert batch.input_ids[1, 0] == 1
     assert batch.input_ids[1, -1] == 2, "a cut caption still ends"
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+
+
+TOLD = [
+    ["a red poster", "", "blue on cream"],
+    ["blue on cream", "a red poster", "a red poster"],
+    ["x", "y", "a poster of red circles, a poster of blue circles"],
+]
+
+
+def test_captions_padded_to_a_fixed_length_have_the_ids_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch):
+    """In any order, seen before or not, after the memory was emptied, and in a worker's copy."""
+    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
+    own, remembered = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "max_length")
+    for captions in [*TOLD, *TOLD]:
+        expected = own(captions, padding="max_length", truncation=True, max_length=6, return_tensors="pt").input_ids
+        for tokens in (remembered, pickle.loads(pickle.dumps(remembered))):
+            found = tokens(captions)
+            assert found.keys() == {"input_ids"}
+            assert torch.equal(found["input_ids"], expected)
+
+
+def test_captions_padded_to_the_longest_have_a_mask(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
+    own, remembered = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "longest")
+    for captions in [*TOLD, *TOLD]:
+        expected = own(captions, padding="longest", truncation=True, max_length=6, return_tensors="pt")
+        for tokens in (remembered, pickle.loads(pickle.dumps(remembered))):
+            found = tokens(captions)
+            assert torch.equal(found["input_ids"], expected.input_ids)
+            assert torch.equal(found["attention_mask"], expected.attention_mask)
+
+
+def test_each_caption_is_tokenized_once():
+    class Counting(CaptionTokens):
+        seen: list[str] = []
+
+        def _tokenize(self, captions):
+            self.seen += captions
+            return super()._tokenize(captions)
+
+    tokens = Counting(tiny_tokenizer(), 6, "max_length")
+    for captions in [*TOLD, *TOLD]:
+        tokens(captions)
+    assert sorted(tokens.seen) == sorted({caption for captions in TOLD for caption in captions})
 
 
 def test_the_report_counts_what_is_lost():

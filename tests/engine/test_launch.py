@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
-from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
+from pipelines.tools.devices import computes_in_bf16
 from tests.conftest import ROOT, forget_accelerate
 from training.engine import launch
 from training.engine.launch import on_main, start_accelerator, threads_per_process
 from training.engine.run_config import RunConfig
-from training.models.attention import plain_attention
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -69,18 +68,6 @@ def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, threads, nativ
 def test_bf16_arithmetic_is_found():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert computes_in_bf16() == bool({"avx512_bf16", "amx_bf16"}.intersection(flags))
-
-
-@pytest.mark.skipif(has_accelerator_device(), reason="for CPUs")
-def test_attention_over_few_tokens_is_plain_and_the_same():
-    query, key, value = torch.randn(3, 2, 4, 64, 8).unbind()
-    fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    with plain_attention(launch.PLAIN_ATTENTION_TOKENS + 1):
-        assert torch.backends.cuda.flash_sdp_enabled()
-    with plain_attention(64):
-        assert not torch.backends.cuda.flash_sdp_enabled()
-        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(query, key, value), fused)
-    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize(

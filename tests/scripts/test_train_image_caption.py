@@ -15,12 +15,12 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
-from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture
+from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture, tiny_caption_tokenizer
 from training import train_image_caption
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
-from training.data.captions import CaptionTokens
+from training.data.tokenization import CaptionTokens
 from training.evaluation import evaluate_captions
 from training.metrics.captions import caption_scores
 from training.run.checkpoint import load_tensors
@@ -56,9 +56,9 @@ def stage_of(flags, *more: str) -> train_image_caption.ImageCaptionStage:
     return train_image_caption.ImageCaptionStage(parse_config(train_image_caption.Config, [*flags, *more]))
 
 
-def gradients(stage, rows_=range(6)) -> dict[str, torch.Tensor]:
-    """Of the model's parameters after one backward pass, 0 where none arrives."""
-    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in rows_])
+def gradients(stage, rows_=range(6), batch=None) -> dict[str, torch.Tensor]:
+    """Of the model's parameters after one backward pass, 0 where none arrives; `batch` in place of that of the rows."""
+    batch = batch or fetch(stage.train_data(), [SampleKey(row, row) for row in rows_])
     stage.phase.zero_grad()
     stage.phase(batch, Draws(0, 0, rows_))[0].backward()
     named = stage.model.named_parameters()
@@ -183,19 +183,14 @@ def test_a_switched_off_decoder_stays_as_it_is(tmp_path, flags):
 def test_padding_never_enters_the_loss(flags):
     """Wider padding, and whatever ids stand there, change no loss and no gradient."""
     stage = stage_of(flags)
-    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in range(4)])
-    before = gradients(stage, range(4))
-    tokens = stage.phase.tokens
-
-    class Wider:
-        def __call__(self, captions, device):
-            ids, mask = tokens(captions, device)
-            extra = torch.full((len(ids), 3), 5)
-            return torch.cat([ids.masked_fill(mask == 0, 6), extra], 1), torch.cat([mask, extra * 0], 1)
-
-    stage.phase.tokens = Wider()
-    assert len(batch["caption"]) == 4
-    after = gradients(stage, range(4))
+    some = (0, 1, 14, 15)  # captions of two lengths
+    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in some])
+    before = gradients(stage, some)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert not mask.all(), "no caption of the batch is padded"
+    extra = torch.full((len(ids), 3), 5)
+    wider = torch.cat([ids.masked_fill(mask == 0, 6), extra], 1), torch.cat([mask, extra * 0], 1)
+    after = gradients(stage, some, {**batch, "input_ids": wider[0], "attention_mask": wider[1]})
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
@@ -268,7 +263,8 @@ def test_losses_fall_and_captions_are_learned(tmp_path, flags):
 def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
     """By the pair's place in the global batch, and only what the encoder reads: captions are learned whole."""
     phase = stage_of(flags, "--word_dropout", "0.25").phase
-    ids, mask = phase.tokens([caption(i) for i in range(24)], "cpu")
+    text = CaptionTokens(tiny_caption_tokenizer(), 12, "longest")([caption(i) for i in range(24)])
+    ids, mask = text["input_ids"], text["attention_mask"]
     words = mask.sum().item() - 2 * len(ids)
     changed = torch.stack([phase.read_ids(ids, mask, Draws(0, step, range(24))) != ids for step in range(100)])
     deviation = (0.25 * 0.75 / (100 * words)) ** 0.5
@@ -321,9 +317,14 @@ def test_long_captions_are_cut_and_counted_once(caplog, flags):
     told = [record.message for record in caplog.records if "are cut" in record.message]
     assert len(told) == 1
     assert "more than 5 tokens" in told[0]
-    ids, mask = stage.phase.tokens(["a red circle, big"])
-    assert ids.shape == (1, 5)
-    assert (ids[0, 0], ids[0, -1], mask.sum()) == (1, 2, 5)
+    batch = fetch(stage.train_data(), [SampleKey(row, row) for row in range(43)])
+    long = [row for row, words in enumerate(batch["caption"]) if words.endswith(", big")]
+    assert long
+    ids, mask = batch["input_ids"][long], batch["attention_mask"][long]
+    assert ids.shape[1] == 5
+    assert mask.all()
+    assert (ids[:, 0] == 1).all()
+    assert (ids[:, -1] == 2).all()
 
 
 @pytest.fixture
@@ -409,7 +410,7 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
     first = [own[0] for own in batch["caption"]]
     captions = pipeline.encode_captions(first)
     assert figures["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
-    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length)(first)
+    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length, "longest")(first).values()
     for name, latents in (("perplexity", images), ("repeated_perplexity", captions)):
         logits = pipeline.model.caption_logits(latents, ids)[:, :-1]
         chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][mask[:, 1:] == 1]

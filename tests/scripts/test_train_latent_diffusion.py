@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from data_scripts import precompute_latents
+from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
@@ -158,26 +159,30 @@ def test_cached_latents_give_the_same_losses(tmp_path, diffusion_flags, cache):
         assert cached == pytest.approx(pictures, rel=1e-5), name
 
 
-def dropped(stage, data, steps: int, monkeypatch, dropout: float) -> torch.Tensor:
+def dropped(stage, data, steps: int, dropout: float) -> torch.Tensor:
     """Which samples lost their caption, steps × 100: seen where the text encoder gets its tokens."""
     stage.config.cfg_dropout = dropout
-    captions: list[list[str]] = []
-    ids_of = stage.phase.caption_ids
-    monkeypatch.setattr(stage.phase, "caption_ids", lambda texts: captions.append(list(texts)) or ids_of(texts))
+    read: list[torch.Tensor] = []
+    hook = stage.phase.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
     batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
-    assert all(batch["caption"])
+    empty = tokenize_captions(stage.caption_tokens.tokenizer, [""], stage.caption_tokens.max_length)
+    assert not (batch["input_ids"] == empty).all(1).any()
     with torch.no_grad():
         for step in range(steps):
             stage.phase.condition(batch, Draws(0, step, range(100)).uniform("cfg_dropout") < dropout)
-    monkeypatch.undo()
-    return torch.tensor([[caption == "" for caption in row] for row in captions])
+    hook.remove()
+    lost = torch.stack([(ids == empty).all(1) for ids in read])
+    assert all(torch.equal(ids[~gone], batch["input_ids"][~gone]) for ids, gone in zip(read, lost, strict=True))
+    return lost
 
 
 @pytest.mark.parametrize("source", ["pictures", "cache"])
-def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags, cache, monkeypatch, source):
+def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags, cache, source):
     """10,000 samples: within three standard deviations, no batch as a whole, and others every time."""
     stage = stage_of(diffusion_flags, *(("--latent_cache", str(cache)) if source == "cache" else ()))
-    lost = dropped(stage, stage.train_data(), 100, monkeypatch, 0.1)
+    lost = dropped(stage, stage.train_data(), 100, 0.1)
     assert lost.shape == (100, 100)
     assert abs(lost.float().mean().item() - 0.1) < 3 * (0.1 * 0.9 / 10_000) ** 0.5
     per_batch = lost.float().mean(1)
@@ -226,21 +231,3 @@ def test_a_run_that_was_started_from_another_goes_on_without_it(tmp_path, launch
     train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "1")
     shutil.rmtree(tmp_path / "source")
     assert train(tmp_path / "run", diffusion_flags, *flags, "--max_train_steps", "2") == 0
-
-
-def test_remembered_captions_have_the_ids_of_the_tokenizer(tokenizer, monkeypatch):
-    """In any order, seen before or not, and after the memory was emptied."""
-    from pipelines.latent_diffusion import tokenize_captions
-    from training.data import tokenization
-    from training.data.tokenization import CaptionIds, load_tokenizer
-
-    words = load_tokenizer(str(tokenizer))
-    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
-    remembered = CaptionIds(words, 12)
-    batches = [
-        ["a red poster", "", "blue on cream"],
-        ["blue on cream", "a red poster", "a red poster"],
-        ["x", "y", "title at the top"],
-    ]
-    for captions in [*batches, *batches]:
-        assert torch.equal(remembered(captions), tokenize_captions(words, captions, 12))

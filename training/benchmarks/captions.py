@@ -20,11 +20,12 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import computes_in_bf16
 from training.benchmarks.loops import peak_mb
+from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.core.parsing import ROOT, parse_config
-from training.data.tokenization import train_tokenizer
+from training.data.tokenization import CaptionTokens, train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
 
 PRESETS = ROOT / "configs/experiments/image_caption"
@@ -123,7 +124,6 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
 def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any) -> tuple[Callable[[int], None], int]:
     """A step of model and prior as the loop does it, EMA included, and how many parameters it trains."""
     from pipelines.models.latent_prior import LatentPriorModel
-    from training.data.captions import CaptionTokens
     from training.engine.ema import EMA
     from training.models.image_caption import build_model
     from training.models.latent_prior import LatentPriorPhase
@@ -132,9 +132,7 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
     words = [f"word{i}" for i in range(WORDS)]
     length = settings.model.max_length
     tokenizer = train_tokenizer([" ".join(words)], model_max_length=length)
-    phase = phase_class(
-        build_model(settings.model, settings.resolution, tokenizer), settings, CaptionTokens(tokenizer, length), 1.0
-    )
+    phase = phase_class(build_model(settings.model, settings.resolution, tokenizer), settings, 1.0)
     prior = LatentPriorModel(settings.model.latent_size, settings.prior.hidden_size, settings.prior.num_layers)
     phases = [phase.to(device), LatentPriorPhase(prior, settings.prior, phase.image_latents).to(device)]
     parameters = [[p for p in one.parameters() if p.requires_grad] for one in phases]
@@ -147,9 +145,10 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
             optimizer.step()
     captions = [" ".join(words[(i * 31 + k) % WORDS] for k in range(CAPTION_WORDS)) for i in range(batch_size)]
     pixels = torch.randn(batch_size, 3, settings.resolution, settings.resolution, device=device).clamp(-1, 1)
+    tokens = CaptionTokens(tokenizer, length, "longest")
 
     def step(number: int) -> None:
-        batch = {"pixel_values": pixels, "caption": captions}
+        batch = {"pixel_values": pixels, **to_device(tokens(captions), device)}
         for one, own, optimizer in zip(phases, parameters, optimizers):
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):

@@ -28,7 +28,7 @@ from training.core.parsing import parse_config
 from training.data.latent_cache import LatentCache
 from training.data.tokenization import load_tokenizer
 from training.engine.session import train
-from training.models.attention import plain_attention
+from training.models.attention import attention_kernel
 from training.models.text_encoder import new_text_encoder
 from training.models.unet import build_unet
 from training.models.vae_loading import load_vae
@@ -93,7 +93,7 @@ class BareLoop:
         dropped = torch.rand(len(rows), 1) < self.dropout
         text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
-        with plain_attention(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
+        with attention_kernel(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
             prediction = self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample
         loss = F.mse_loss(prediction, noise - x_0)
         self.optimizer.zero_grad()

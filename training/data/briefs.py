@@ -64,10 +64,9 @@ class BriefedPosters(ImageDataset):
         brief = {name: tensor[0] for name, tensor in brief_tensors([brief_of(row)]).items()}
         return {**super().item(row, key), "brief": brief}
 
-    @staticmethod
-    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch: pixel_values B 3 R R, index int64 B, brief as of `brief_tensors`."""
-        batch = collate_items([{name: value for name, value in item.items() if name != "brief"} for item in items])
+        batch = super().collate([{name: value for name, value in item.items() if name != "brief"} for item in items])
         return {**batch, "brief": collate_items([item["brief"] for item in items])}
 
 

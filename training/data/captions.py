@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,9 +25,9 @@ from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.source import column_values, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
-    MOST_KNOWN_CAPTIONS,
     SMALLEST_BPE,
     SPECIAL_TOKENS,
+    CaptionTokens,
     load_tokenizer,
     report_on,
     round_trip,
@@ -105,11 +105,18 @@ class CaptionedPictures(ImageDataset):
         return round(statistics.median(ratios), 3) if ratios else 1.0
 
 
-def load_captioned(config: CaptionDataConfig, seed: int) -> tuple[CaptionedPictures, CaptionedPictures | None]:
-    """Training and validation data, the latter None where nothing is held out. Raises UserError."""
-    train = CaptionedPictures(load_split(config, "train", seed), config)
+def load_captioned(
+    config: CaptionDataConfig, seed: int, caption_tokens: CaptionTokens | None = None, *, every_caption: bool = False
+) -> tuple[CaptionedPictures, CaptionedPictures | None]:
+    """Training and validation data, the latter None where nothing is held out; arguments as of `ImageDataset`.
+
+    Raises:
+        UserError: no such data.
+    """
+    flags: dict[str, Any] = {"caption_tokens": caption_tokens, "every_caption": every_caption}
+    train = CaptionedPictures(load_split(config, "train", seed), config, **flags)
     held_out = load_split(config, "validation", seed)
-    return train, CaptionedPictures(held_out, config, augment=False) if len(held_out) else None
+    return train, CaptionedPictures(held_out, config, augment=False, **flags) if len(held_out) else None
 
 
 def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
@@ -201,29 +208,6 @@ def tell_round_trips(tokenizer: Any, held_out: Dataset, train: Dataset, column: 
             f"{report.captions:,}",
             tokenizer.model_max_length,
         )
-
-
-class CaptionTokens:
-    """Token ids of captions and their mask, padded to the longest of the batch: B texts → B L and B L, int64.
-
-    Each caption is tokenized once and remembered.
-    """
-
-    def __init__(self, tokenizer: Any, max_length: int):
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self._known: dict[str, list[int]] = {}
-
-    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        from pipelines.image_caption import caption_ids, padded_ids
-
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
-        if len(self._known) + len(new) > MOST_KNOWN_CAPTIONS:
-            self._known.clear()
-            new = list(dict.fromkeys(captions))
-        if new:
-            self._known |= zip(new, caption_ids(self.tokenizer, new, self.max_length), strict=True)
-        ids, mask = padded_ids([self._known[caption] for caption in captions], self.tokenizer.pad_token_id)
-        return ids.to(device), mask.to(device)
 
 
 def pixel_variance(data: ImageDataset, pictures: int) -> float:

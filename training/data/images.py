@@ -27,6 +27,7 @@ from training.data.source import (
     transform_fingerprint,
     undecoded_images,
 )
+from training.data.tokenization import CaptionTokens
 from training.data.transforms import (
     BadSample,
     BrokenImage,
@@ -119,11 +120,12 @@ class ImageDataset(torch.utils.data.Dataset):
     `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str, `label` an int, `mask` int64 R R of class ids and
     `conditioning_pixel_values` float32 C R R in [0, 1], each only if asked for; `index` the row that was used. Crop,
     flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control images are cut
-    and mirrored as their pictures.
+    and mirrored as their pictures. `collate` makes a batch of them, and token ids of its captions.
 
     Args:
         dataset: from `load_split`.
         captions, labels: whether items have them; their columns must then exist.
+        caption_tokens: batches then have the token ids of their captions too.
         num_mask_classes: classes of `mask_column`; 0 for no masks.
         control: what `conditioning_pixel_values` is made of (`training.data.companions.control_of`).
         label_map: from `load_label_map`, the same for all splits; None reads the classes from `dataset`.
@@ -140,6 +142,7 @@ class ImageDataset(torch.utils.data.Dataset):
         config: DataConfig,
         *,
         captions: bool = True,
+        caption_tokens: CaptionTokens | None = None,
         labels: bool = False,
         num_mask_classes: int = 0,
         control: ControlImage | SegmentationMask | None = None,
@@ -149,6 +152,7 @@ class ImageDataset(torch.utils.data.Dataset):
     ):
         self.config = config
         self.captions = captions
+        self.caption_tokens = caption_tokens
         self.every_caption = every_caption
         self.center_crop = config.center_crop or not augment
         self.random_flip = config.random_flip and augment
@@ -205,10 +209,9 @@ class ImageDataset(torch.utils.data.Dataset):
         rows = ({name: values[i] for name, values in columns.items()} for i in range(len(keys)))
         return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
 
-    @staticmethod
-    def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: pixel_values B 3 R R, label and index int64 B, caption a list of B texts."""
-        return collate_items(items)
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: pixel_values B 3 R R, label and index int64 B, caption a list of B texts, input_ids int64 B L."""
+        return collate_items(items, self.caption_tokens)
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
         """The sample made from a stored row.
@@ -340,8 +343,8 @@ def load_label_map(config: DataConfig) -> LabelMap:
     return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
 
 
-def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors stacked, numbers as int64 tensors, everything else as lists."""
+def collate_items(items: Sequence[dict[str, Any]], caption_tokens: CaptionTokens | None = None) -> dict[str, Any]:
+    """Tensors stacked, numbers as int64 tensors, everything else as lists; and the token ids of the captions."""
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
@@ -349,7 +352,7 @@ def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = torch.stack(values)
         else:
             batch[name] = torch.tensor(values) if isinstance(first, int) else values
-    return batch
+    return batch if caption_tokens is None else {**batch, **caption_tokens(batch["caption"])}
 
 
 def caption_problem(captions: Any) -> str | None:

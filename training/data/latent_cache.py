@@ -39,6 +39,7 @@ from training.data.images import (
     load_split,
     transform_fingerprint,
 )
+from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips, pick_caption
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -113,11 +114,18 @@ class LatentCache:
         return self.manifest.get("mask_column")
 
     def split(
-        self, name: str, *, random_flip: bool = False, num_mask_classes: int = 0, config: DataConfig | None = None
+        self,
+        name: str,
+        *,
+        caption_tokens: CaptionTokens | None = None,
+        random_flip: bool = False,
+        num_mask_classes: int = 0,
+        config: DataConfig | None = None,
     ) -> LatentCacheDataset:
         """One split as a map-style dataset.
 
         Args:
+            caption_tokens: batches then have the token ids of their captions.
             num_mask_classes: items have masks of so many classes; 0 for no masks, though the cache may have some.
             config: may name the pictures that were encoded (see `check`); `classes` then knows all of their columns.
 
@@ -136,7 +144,14 @@ class LatentCache:
             )
         if num_mask_classes:
             self._check_masks(name, num_mask_classes, config)
-        return LatentCacheDataset(self, name, random_flip=random_flip, masks=num_mask_classes > 0, config=config)
+        return LatentCacheDataset(
+            self,
+            name,
+            caption_tokens=caption_tokens,
+            random_flip=random_flip,
+            masks=num_mask_classes > 0,
+            config=config,
+        )
 
     def check(self, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
         """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
@@ -252,13 +267,12 @@ class LatentCacheDataset(torch.utils.data.Dataset):
     are functions of `SampleKey.key`.
     """
 
-    collate = staticmethod(collate_items)
-
     def __init__(
         self,
         cache: LatentCache,
         split: str,
         *,
+        caption_tokens: CaptionTokens | None = None,
         random_flip: bool = False,
         masks: bool = False,
         config: DataConfig | None = None,
@@ -267,6 +281,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         self.path, self.label_column, self.seed = cache.path, cache.label_column, cache.manifest["seed"]
         self.id2label = cache.id2label
         self.captions = cache.has_captions
+        self.caption_tokens = caption_tokens
         self.random_flip = random_flip
         self._rows = cache.manifest["splits"][split]["rows"]
         self._shard_rows = cache.manifest["shard_rows"]
@@ -301,6 +316,10 @@ class LatentCacheDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
         return [self[key] for key in keys]
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, as of `ImageDataset`."""
+        return collate_items(items, self.caption_tokens)
 
     def classes(self, column: str) -> RowClasses:
         """The class of each row, for `--balance_by`: by any column of the pictures where they are named, or the labels.

@@ -197,20 +197,45 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-class CaptionIds:
-    """Token ids of captions, each tokenized once and remembered: B texts → B L, int64."""
+class CaptionTokens:
+    """Token ids of captions, made by the data loader; each caption is tokenized once and remembered.
 
-    def __init__(self, tokenizer: Any, max_length: int):
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._known: dict[str, Tensor] = {}
+    Args:
+        tokenizer: one that has a padding token.
+        max_length: L at most.
+        padding: "max_length" gives every caption exactly `max_length` ids, as LatentDiffusionPipeline does; "longest"
+            as many as the longest caption of the batch has, and a mask, as ImageCaptionPipeline does.
+    """
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        from pipelines.latent_diffusion import tokenize_captions
+    def __init__(self, tokenizer: Any, max_length: int, padding: Literal["max_length", "longest"]):
+        self.tokenizer, self.max_length, self.padding = tokenizer, max_length, padding
+        self._known: dict[str, Any] = {}
 
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` (B L, int64) of B captions; padded to the longest also `attention_mask` (B L, int64), 1 for
+        tokens and 0 for padding."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         if len(self._known) + len(new) > MOST_KNOWN_CAPTIONS:
             self._known.clear()
             new = list(dict.fromkeys(captions))
         if new:
-            self._known |= zip(new, tokenize_captions(self._tokenizer, new, self._max_length), strict=True)
-        return torch.stack([self._known[caption] for caption in captions])
+            self._known |= zip(new, self._tokenize(new), strict=True)
+        ids = [self._known[caption] for caption in captions]
+        if self.padding == "max_length":
+            return {"input_ids": torch.stack(ids)}
+        from pipelines.image_caption import padded_ids
+
+        input_ids, attention_mask = padded_ids(ids, self.tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _tokenize(self, captions: Sequence[str]) -> Any:
+        if self.padding == "max_length":
+            from pipelines.latent_diffusion import tokenize_captions
+
+            return tokenize_captions(self.tokenizer, captions, self.max_length)
+        from pipelines.image_caption import caption_ids
+
+        return caption_ids(self.tokenizer, captions, self.max_length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": {}}  # workers remember their own

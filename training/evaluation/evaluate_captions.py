@@ -26,13 +26,14 @@ from PIL import Image
 
 from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.core.batches import fetch
+from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
-from training.data.captions import CaptionDataConfig, CaptionedPictures, CaptionTokens, captions_of, load_captioned
+from training.data.captions import CaptionDataConfig, CaptionedPictures, captions_of, load_captioned
+from training.data.tokenization import CaptionTokens
 from training.engine.launch import threads_per_process
 from training.metrics.captions import (
     alignment_figures,
@@ -143,10 +144,7 @@ def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPi
     chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
     # No picture is flipped or cut elsewhere than in its middle: they are looked at as the pipeline would.
     chosen |= {"random_flip": False, "center_crop": True}
-    train, held_out = load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0))
-    for data in filter(None, (train, held_out)):
-        data.every_caption = True
-    return train, held_out
+    return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0), every_caption=True)
 
 
 def picture_names(batch: Mapping[str, Any]) -> list[str]:
@@ -180,7 +178,7 @@ def _over_batches(
 ) -> dict[str, Any]:
     """Captions, latents' similarities and means over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
-    tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length)
+    tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length, "longest")
     references: list[list[str]] = []
     told: list[str] = []
     pictures: list[str] = []
@@ -189,7 +187,8 @@ def _over_batches(
     for batch in _batches(data, rows):
         pixels = batch["pixel_values"].to(device)
         own_references = _references(batch)
-        ids, mask = tokens([own[0] for own in own_references], device)
+        text = to_device(tokens([own[0] for own in own_references]), device)
+        ids, mask = text["input_ids"], text["attention_mask"]
         image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
         references += own_references
         pictures += picture_names(batch)

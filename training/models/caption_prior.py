@@ -39,6 +39,13 @@ class CaptionPriorConfig(Options):
     """Images that the regression draws from"""
 
 
+def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
+    """A CaptionPrior with fresh weights. `text_width`: D; `latent_shape`: C, h, w."""
+    from pipelines.models.caption_prior import CaptionPrior
+
+    return CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
+
+
 def warm_up(
     prior: nn.Module, text_encoder: Any, input_ids: Tensor, latents: Tensor, config: CaptionPriorConfig, seed: int
 ) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from training.core.draws import Draws
 from training.core.stage import Batch
-from training.data.tokenization import CaptionIds
 
 
 def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
@@ -28,21 +27,21 @@ def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[in
 
 
 def caption_and_class(
-    unet: Any, text_encoder: nn.Module | None, caption_ids: CaptionIds | None, batch: Batch, dropped: Tensor
+    unet: Any, text_encoder: nn.Module | None, empty_ids: Tensor | None, batch: Batch, dropped: Tensor
 ) -> dict[str, Tensor | None]:
     """The U-Net's arguments beside latents and timesteps.
 
     Args:
-        caption_ids: None for a model without text.
+        empty_ids: token ids of the empty caption, 1 L, on the batch's device; None for a model without text.
         dropped: B, bool: samples that get the empty caption and the null class.
     """
     from pipelines.latent_diffusion import encode_captions, null_class
 
     # The stock U-Net wants the argument even where nothing attends to text.
     arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
-    if caption_ids is not None:
-        captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
-        arguments["encoder_hidden_states"] = encode_captions(text_encoder, caption_ids(captions).to(dropped.device))
+    if empty_ids is not None:
+        input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
+        arguments["encoder_hidden_states"] = encode_captions(text_encoder, input_ids)
     if unet.config.num_class_embeds:
         arguments["class_labels"] = torch.where(dropped, null_class(unet), batch["label"])
     return arguments

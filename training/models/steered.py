@@ -18,7 +18,7 @@ from training.core.draws import Draws
 from training.core.stage import Batch
 from training.data.briefs import BriefedPosters
 from training.data.images import DataConfig, ImageDataset, load_label_map
-from training.data.tokenization import CaptionIds
+from training.data.tokenization import CaptionTokens
 from training.models.conditioning import batch_latents, caption_and_class
 from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
 
@@ -80,9 +80,10 @@ class LatentBase(ControlBase):
             self.input_shape = latent_shape(pipeline.vae, resolution, resolution)
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model's VAE: {error}") from None
-        self.caption_ids = None
+        self.caption_tokens = self.empty_ids = None
         if pipeline.tokenizer is not None:
-            self.caption_ids = CaptionIds(pipeline.tokenizer, pipeline.config.max_text_length)
+            self.caption_tokens = CaptionTokens(pipeline.tokenizer, pipeline.config.max_text_length, "max_length")
+            self.empty_ids = self.caption_tokens([""])["input_ids"]
 
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
         names = [self.pipeline.config.id2label[key] for key in sorted(self.pipeline.config.id2label or {}, key=int)]
@@ -95,7 +96,8 @@ class LatentBase(ControlBase):
         return ImageDataset(
             rows,
             config,
-            captions=self.caption_ids is not None,
+            captions=self.caption_tokens is not None,
+            caption_tokens=self.caption_tokens,
             labels=labels is not None,
             label_map=labels,
             control=control,
@@ -106,8 +108,9 @@ class LatentBase(ControlBase):
         return batch_latents(self.pipeline.vae, batch, draws, self.input_shape)
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
+        empty_ids = None if self.empty_ids is None else self.empty_ids.to(dropped.device)
         with torch.no_grad():
-            return caption_and_class(self.unet, self.pipeline.text_encoder, self.caption_ids, batch, dropped)
+            return caption_and_class(self.unet, self.pipeline.text_encoder, empty_ids, batch, dropped)
 
     def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
         from pipelines.latent_diffusion import beside
@@ -129,7 +132,7 @@ class LatentBase(ControlBase):
             arguments["class_labels"] = [int(batch["label"][row]) for row in rows]
             names = self.pipeline.config.id2label or {}
             words = [names.get(str(label), f"class {label}") for label in arguments["class_labels"]]
-        if self.caption_ids is not None:
+        if self.caption_tokens is not None:
             arguments["prompt"] = words = [batch["caption"][row] for row in rows]
         return arguments, words
 
