@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pipelines.tools.devices import get_device
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.parsing import parse_config
-from training.core.stage import Batch, MapDataset, Stage
+from training.core.stage import Batch, MapDataset, Stage, StageContext
 from training.engine import optimizers
 from training.engine.prepare import make_missing
 from training.engine.run_config import RunConfig
@@ -115,17 +116,21 @@ def build_optimizer(config: RunConfig, parameters: nn.Module | Iterable[nn.Param
     return optimizers.build_optimizer(config, parameters, config.learning_rate)
 
 
+_stages: dict[int, Stage] = {}
+"""By the identity of their config; an entry goes with its config."""
+
+
 def _stage(config: RunConfig) -> Stage:
-    """The stage of this very object, built at first use; kept on it, so that it lives as long."""
-    found = vars(config).get("_stage")
-    if found is None:
+    """The stage of this very config object, built at first use."""
+    if id(config) not in _stages:
         make_missing(config.recipes(), lambda: None)
         script = type(config).__module__.rsplit(".", 1)[-1]
-        found = stage_class(script)(config)  # type: ignore[call-arg]
-        freeze_parameters(found, config.freeze_parameters)
-        for module in found.frozen:
+        stage = stage_class(script)(config, StageContext(get_device()))  # type: ignore[call-arg, arg-type]
+        freeze_parameters(stage, config.freeze_parameters)
+        for module in stage.frozen:
             module.requires_grad_(False).eval()
-        for module in (*found.frozen, *found.phases):
+        for module in (*stage.frozen, *stage.phases):
             module.to(get_device())
-        config._stage = found  # type: ignore[attr-defined]
-    return found
+        _stages[id(config)] = stage
+        weakref.finalize(config, _stages.pop, id(config), None)
+    return _stages[id(config)]

@@ -1,11 +1,11 @@
 """Train an autoencoder: image ⇄ latents, and what its heads read in them: masks and classes.
 
     accelerate launch training/train_autoencoder.py                       # the quickstart's posters
-    accelerate launch training/train_autoencoder.py --train_data_dir my_pictures --resolution 128 --output_dir runs/ae
+    accelerate launch training/train_autoencoder.py --train_data_dir my_images --resolution 128 --output_dir runs/ae
     accelerate launch training/train_autoencoder.py --config configs/experiments/autoencoder/posters_64_heads.yaml
 
-Typed again, a command goes on where the run stood. images: B 3 H W in [-1, 1]; latents: B C h w.
-B batch, K classes of pixels, N classes of pictures.
+The same command again resumes the run. images: B 3 H W in [-1, 1]; latents: B C h w.
+B batch, K classes of pixels, N classes of images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
 from training.data.images import ImageDataset
 from training.engine.session import train
-from training.metrics.images import psnr, ssim, to_pil
+from training.metrics.images import psnr, ssim
 from training.models.autoencoder import (
     AutoencoderModelConfig,
     Decoded,
@@ -39,9 +39,9 @@ from training.models.autoencoder import (
     start_from_principal_components,
 )
 from training.models.autoencoder_heads import Heads, HeadsConfig
-from training.objectives.discriminator import PatchDiscriminator, parameters_fixed
-from training.objectives.functional import gaussian_kl, hinge_discriminator_loss, hinge_generator_loss
-from training.objectives.loss_weights import LearnedLossWeights
+from training.objectives.discriminator import DiscriminatorPhase, PatchDiscriminator, parameters_fixed
+from training.objectives.functional import gaussian_kl, hinge_generator_loss
+from training.objectives.loss_weights import LearnedLossWeights, weighted_sum
 from training.objectives.perceptual import PerceptualLoss
 from training.objectives.segmentation import segmentation_cross_entropy
 from training.stages.image_stage import ImageStage, ImageStageConfig
@@ -49,9 +49,8 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
 PREVIEWS = 8
 PRINCIPAL_COMPONENTS_IMAGES = 512
-# What a learned weight takes as one loss of its own; the others keep the weights they are given.
+# These losses share one learned weight, and each head's loss has one; the others keep the weights they are given.
 RECONSTRUCTION = ("l1", "l2", "perceptual")
-HEAD_LOSSES = ("segmentation", "classification")
 
 
 @dataclass
@@ -112,7 +111,7 @@ class AutoencoderPhase(Phase):
             self.borrow(perceptual=perceptual)
 
     def latents(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """A draw from the posterior, with noise added, and the KL per sample (None for a class without a posterior)."""
+        """A draw from the posterior with noise added, and each sample's KL (None for a class without a posterior)."""
         encoded = self.autoencoder.encode(images)
         if hasattr(encoded, "latent_dist"):
             mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
@@ -127,12 +126,13 @@ class AutoencoderPhase(Phase):
         return latents, kl
 
     def reconstruct(self, images: Tensor, draws: Draws) -> Tensor:
-        """B 3 H W, as it is trained."""
+        """Reconstructions as in training, from a draw of the posterior. B 3 H W."""
         return self.autoencoder.decode(self.latents(images, draws)[0]).sample
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.losses(batch, draws)
-        loss = self.weighted_sum(losses)
+        weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
+        loss = weighted_sum(losses, weights, self.loss_weights, {"reconstruction": RECONSTRUCTION})
         metrics = {name: value.detach() for name, value in losses.items()}
         if self.loss_weights is not None:
             metrics |= {f"weight_{name}": value for name, value in self.loss_weights.weights().items()}
@@ -160,39 +160,6 @@ class AutoencoderPhase(Phase):
             losses["classification"] = F.cross_entropy(decoded.class_logits.float(), batch["label"])
         return losses
 
-    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """What is minimized: each loss by the flag of its name, or by what has been learned."""
-        weighted = {name: getattr(self.config, f"{name}_weight") * value for name, value in losses.items()}
-        if self.loss_weights is None:
-            return torch.stack(list(weighted.values())).sum()
-        tasks = {"reconstruction": torch.stack([weighted.pop(n) for n in RECONSTRUCTION if n in weighted]).sum()}
-        tasks |= {name: losses[name] for name in HEAD_LOSSES if name in losses}
-        fixed = [value for name, value in weighted.items() if name not in tasks]
-        return torch.stack([self.loss_weights(tasks), *fixed]).sum()
-
-
-class DiscriminatorPhase(Phase):
-    """Tells images from reconstructions; the autoencoder is trained by its own phase's adversarial term alone."""
-
-    name = "discriminator"
-
-    def __init__(self, discriminator: PatchDiscriminator, reconstruct, config: Config):
-        super().__init__()
-        self.discriminator = discriminator
-        self.config = config
-        self.learning_rate = config.discriminator_learning_rate
-        self._reconstruct = reconstruct
-
-    def first_step(self, total_steps: int) -> int:
-        return self.config.discriminator_start
-
-    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            fake = self._reconstruct(batch["pixel_values"], draws)
-        real_score, fake_score = self.discriminator(batch["pixel_values"]), self.discriminator(fake)
-        loss = hinge_discriminator_loss(real_score, fake_score)
-        return loss, {"real": real_score.detach().mean(), "fake": fake_score.detach().mean()}
-
 
 class AutoencoderStage(ImageStage):
     name = "autoencoder"
@@ -217,7 +184,8 @@ class AutoencoderStage(ImageStage):
         if config.adversarial_weight:
             discriminator = PatchDiscriminator()
             self.generator.borrow(discriminator=discriminator)
-            self.phases.append(DiscriminatorPhase(discriminator, self.generator.reconstruct, config))
+            schedule = config.discriminator_start, config.discriminator_learning_rate
+            self.phases.append(DiscriminatorPhase(discriminator, self.generator.reconstruct, *schedule))
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         images, decoded = batch["pixel_values"], self._decode_modes(batch)
@@ -235,17 +203,7 @@ class AutoencoderStage(ImageStage):
 
     def previews(self) -> Previews:
         batch = self.shown_batch(self.shown_rows(PREVIEWS))
-        images, decoded = batch["pixel_values"], self._decode_modes(batch)
-        decibels = psnr(decoded.images, images).tolist()
-        words = self.heads.class_words(batch, decoded.class_logits)
-        masks = self.heads.mask_cells(batch, decoded.mask_logits)
-        cells = []
-        for row in range(len(images)):
-            target, predicted = words[row]
-            cells.append((to_pil(images[row]), f"original{target}"))
-            cells.append((to_pil(decoded.images[row]), f"reconstruction, {decibels[row]:.1f} dB{predicted}"))
-            cells += masks[row]
-        cells += self.heads.legend(images.shape[-1])
+        cells = self.heads.preview_cells(batch, self._decode_modes(batch))
         return Previews([image for image, _ in cells], [caption for _, caption in cells], columns=4)
 
     def finish(self) -> None:

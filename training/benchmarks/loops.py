@@ -6,6 +6,7 @@ Both train the same networks on the same latents with the same threads. Run by b
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import statistics
@@ -25,6 +26,7 @@ from training.core.draws import SampleKey
 from training.core.files import write_atomically
 from training.core.options import Options
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.latent_cache import LatentCache
 from training.data.tokenization import load_tokenizer
 from training.engine.session import train
@@ -140,7 +142,7 @@ def measure_loop(config: Config, steps: int) -> dict[str, float]:
         at_last_step[:] = [peak_mb()]
 
     config.max_train_steps = WARM_UP_STEPS + steps + 1
-    train(lambda: _watched_stage(config, before_batch), config)
+    train(functools.partial(_watched_stage, before_batch), config)
     # settle_buckets and previews ask for batches of their own: the last steps + 1 of the steps' are counted.
     stamps = stamps[: config.max_train_steps]
     seconds = stamps[-1] - stamps[-1 - steps]
@@ -169,7 +171,7 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
         count += 1
 
     config.max_train_steps = blocks * BLOCK_STEPS + 1
-    train(lambda: _watched_stage(config, before_batch), config)
+    train(functools.partial(_watched_stage, before_batch), config)
     # The first pair is warm-up. A block of the loop lies between two of the bare one: it is compared with their mean.
     ratios = [
         (bare_seconds[i] + bare_seconds[i + 1]) / 2 / loop_seconds[i]
@@ -184,10 +186,9 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _watched_stage(config: Config, before_batch: Callable[[], None]) -> LatentDiffusionStage:
-    stage = LatentDiffusionStage(config)
-    data = Watched(stage.train_data(), before_batch)
-    stage.train_data = lambda: data  # type: ignore[method-assign, assignment, return-value]
+def _watched_stage(before_batch: Callable[[], None], config: Config, context: StageContext) -> LatentDiffusionStage:
+    stage = LatentDiffusionStage(config, context)
+    stage.training_set = Watched(stage.training_set, before_batch)
     return stage
 
 

@@ -153,6 +153,12 @@ class LatentCache:
             config=config,
         )
 
+    def require(self, *, captions: bool, labels: bool) -> None:
+        """Raise UserError when the cache lacks what a run is conditioned on."""
+        for wanted, there, name in ((captions, self.has_captions, "captions"), (labels, bool(self.id2label), "labels")):
+            if wanted and not there:
+                raise UserError(f"the latent cache {self.path} has no {name}; make it with {name}")
+
     def check(self, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
         """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
 

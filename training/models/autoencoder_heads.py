@@ -24,6 +24,8 @@ from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, LabelMap, load_label_map
 from training.data.source import DataConfig, load_all_splits, named_split, require_column, undecoded_images
 from training.data.transforms import BrokenImage, open_image
+from training.metrics.images import psnr, to_pil
+from training.models.autoencoder import Decoded
 from training.objectives.segmentation import IGNORE_INDEX, class_areas, mean_iou, pixel_accuracy
 
 logger = logging.getLogger("halftone")
@@ -138,7 +140,7 @@ class Heads:
         return cls(mask_classes, label_map)
 
     def model_arguments(self) -> dict[str, Any]:
-        """Of MultiHeadAutoencoderKL; empty without heads."""
+        """The heads' arguments of MultiHeadAutoencoderKL; empty without heads."""
         arguments: dict[str, Any] = {}
         if self.mask_classes:
             names = dict(enumerate(self.mask_classes))
@@ -149,7 +151,7 @@ class Heads:
         return arguments
 
     def data_arguments(self) -> dict[str, Any]:
-        """Of ImageDataset."""
+        """The heads' arguments of ImageDataset."""
         labels = {"labels": True, "label_map": self.label_map} if self.label_map is not None else {}
         return {"num_mask_classes": len(self.mask_classes), **labels}
 
@@ -175,8 +177,22 @@ class Heads:
             found["val_top1_accuracy"] = sums["recognised"] / sums["count"]
         return found
 
+    def preview_cells(self, batch: Mapping[str, Any], decoded: Decoded) -> list[tuple[Image.Image, str]]:
+        """Each image, its reconstruction and its masks, with captions; then a legend of the masks' colours."""
+        images = batch["pixel_values"]
+        decibels = psnr(decoded.images, images).tolist()
+        words = self.class_words(batch, decoded.class_logits)
+        masks = self.mask_cells(batch, decoded.mask_logits)
+        cells = []
+        for row in range(len(images)):
+            target, predicted = words[row]
+            cells.append((to_pil(images[row]), f"original{target}"))
+            cells.append((to_pil(decoded.images[row]), f"reconstruction, {decibels[row]:.1f} dB{predicted}"))
+            cells += masks[row]
+        return cells + self.legend(images.shape[-1])
+
     def class_words(self, batch: Mapping[str, Any], class_logits: Tensor | None) -> list[tuple[str, str]]:
-        """Of each picture, what to add to its caption and to its reconstruction's: the true class and the one read."""
+        """For each image, what its caption and its reconstruction's say of its class: the target and the prediction."""
         if class_logits is None or self.label_map is None:
             return [("", "")] * len(batch["pixel_values"])
         names = self.label_map.names
@@ -184,7 +200,7 @@ class Heads:
         return [(f", {names[true]}", f", read as {names[read]}") for true, read in pairs]
 
     def mask_cells(self, batch: Mapping[str, Any], mask_logits: Tensor | None) -> list[list[tuple[Image.Image, str]]]:
-        """Of each picture, its true mask and the one read, with captions; empty lists without a segmentation head."""
+        """For each image its target mask and the predicted one, with captions; empty without a segmentation head."""
         if mask_logits is None:
             return [[] for _ in batch["pixel_values"]]
         cells = []

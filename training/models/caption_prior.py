@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
 from training.core.options import Options, option
+from training.core.stage import Batch, MapDataset
+from training.data.fingerprints import evenly_spaced
 
 logger = logging.getLogger("halftone")
 
@@ -44,6 +49,25 @@ def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shap
     from pipelines.models.caption_prior import CaptionPrior
 
     return CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
+
+
+def regression_samples(
+    data: MapDataset, latents: Callable[[Batch, Draws], Tensor], config: CaptionPriorConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids (N L) and latents (N C h w) of evenly spaced rows of `data`: what the prior is warmed up on.
+
+    Args:
+        latents: gives a batch's latents, B C h w.
+    """
+    input_ids: list[Tensor] = []
+    targets: list[Tensor] = []
+    sampled = evenly_spaced(len(data), config.warmup_samples)
+    for start in range(0, len(sampled), config.warmup_batch_size):
+        rows = sampled[start : start + config.warmup_batch_size]
+        batch = fetch(data, [SampleKey(row, 0) for row in rows])
+        input_ids.append(batch["input_ids"])
+        targets.append(latents(batch, Draws(seed, 0, rows)))
+    return torch.cat(input_ids), torch.cat(targets)
 
 
 def warm_up(

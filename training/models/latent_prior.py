@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class LatentPriorConfig(Options):
     """Unset: that of the autoencoder"""
 
 
+def build_latent_prior(config: LatentPriorConfig, latent_size: int) -> Any:
+    """A LatentPriorModel with fresh weights for latent vectors of this size."""
+    from pipelines.models.latent_prior import LatentPriorModel
+
+    return LatentPriorModel(latent_size, config.hidden_size, config.num_layers)
+
+
 class LatentPriorPhase(Phase):
     """The flow-matching loss on latents that are drawn from their encoder's posteriors; the encoder learns nothing."""
 
@@ -50,7 +58,7 @@ class LatentPriorPhase(Phase):
         return int(self.config.start * total_steps)
 
     def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
-        """Of each latent vector (B D), the mean over `repeats` noise levels. B."""
+        """The loss of each latent vector (B D), the mean over `repeats` noise levels. B."""
         seen = []
         for repeat in range(repeats):
             own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)

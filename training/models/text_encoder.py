@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from pipelines.tools.cli import UserError
 from training.core.checks import check_multiples
 from training.core.options import Options, option
+from training.data.tokenization import CaptionTokens, load_tokenizer
 
 WORD_STD, POSITION_STD = 1.0, 0.2
 
@@ -32,6 +34,30 @@ class TextEncoderConfig(Options):
         check_multiples(
             f"{prefix}hidden_size", [self.hidden_size], f"{prefix}num_attention_heads", self.num_attention_heads
         )
+
+
+def build_text(
+    config: TextEncoderConfig, tokenizer_name: str | None, pretrained: str | None
+) -> tuple[CaptionTokens, Any]:
+    """Token ids of captions, and the text encoder that reads them.
+
+    Args:
+        config: of a text encoder with fresh weights, for which the global generator is used.
+        tokenizer_name: a tokenizer's folder or name; None takes the pretrained text encoder's own.
+        pretrained: a text encoder of Transformers by name or folder; None makes a new one.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not belong together.
+    """
+    from pipelines.latent_diffusion import max_caption_length
+
+    tokenizer = load_tokenizer(tokenizer_name or pretrained or "")
+    text_encoder = load_text_encoder(pretrained) if pretrained else new_text_encoder(config, tokenizer)
+    check_vocabulary(tokenizer, text_encoder)
+    max_length = config.max_length
+    with contextlib.suppress(ValueError):  # neither has a limit of its own
+        max_length = min(max_length, max_caption_length(tokenizer, text_encoder))
+    return CaptionTokens(tokenizer, max_length, padding="max_length"), text_encoder
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
