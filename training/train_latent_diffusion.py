@@ -5,20 +5,19 @@
     accelerate launch training/train_latent_diffusion.py --train_data_dir my_images --vae runs/autoencoder \\
         --tokenizer my_images_tokenizer --output_dir runs/mine
 
-The same command again resumes the run.
-B batch, C latent channels, h w latent cells, L tokens, D text width.
+The same command again resumes the run.  B batch, C latent channels, h w latent cells, L tokens, D text width.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from training.core.checks import check_deepest_feature_map
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -166,12 +165,10 @@ class LatentDiffusionStage(ImageStage):
         # Weights are drawn from here on, in this order: the text encoder's, the U-Net's, the caption prior's.
         torch.manual_seed(config.seed)
         names = config.tokenizer, config.pretrained_text_encoder
-        text = build_text(config.text_encoder, *names) if config.with_captions else (None, None)
+        text: tuple[Any, Any] = build_text(config.text_encoder, *names) if config.with_captions else (None, None)
         self.tokens, self.text_encoder = text
         self.id2label = self._open_cache(config.latent_cache) if config.latent_cache else self._open_images()
         shape = latent_shape(self.vae, config.resolution, config.resolution)
-        levels = len(config.model.block_out_channels)
-        check_deepest_feature_map(shape[1], 1, levels, "--model.block_out_channels", "the latents' side")
         text_width = self.text_encoder.config.hidden_size if self.text_encoder else None
         with_prior = config.caption_prior.hidden_size > 0
         expected = shape[0] if with_prior else 0

@@ -83,9 +83,9 @@ def test_the_encoder_resumes_bit_for_bit(data, encoder, tmp_path):
 
 
 def test_validate_only_takes_any_model_and_split(data, encoder, tmp_path, capsys):
-    """`--validate_only --model DIR`: a run, without touching any run folder."""
+    """`--validate_only --validate_model DIR`: a run, without touching any run folder."""
     place = tmp_path / "untouched"
-    words = (*flags_of(data), "--validate_only", "--model", str(encoder))
+    words = (*flags_of(data), "--validate_only", "--validate_model", str(encoder))
     assert train(train_encoder, place, *words) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val_"))
     assert float(printed["val_text_iou"]) == pytest.approx(float(rows(encoder)[-1]["val_text_iou"]), abs=1e-4)
@@ -226,8 +226,8 @@ def test_a_mask_of_another_size_is_refused(data, tmp_path, capfd):
         (train_encoder, ["--model.block_out_channels", "[8,12]"], "norm_num_groups"),
         (train_encoder, ["--dice_weight", "0", "--ce_weight", "0", "--mse_weight", "0"], "nothing to learn from"),
         (train_encoder, ["--model.block_out_channels", "[8,8,8,8,8,8,8]"], "--model.block_out_channels"),
-        (train_encoder, ["--model", "nowhere"], "--validate_only"),
-        (train_encoder, ["--validate_only", "--model", "nowhere"], "nowhere"),
+        (train_encoder, ["--validate_model", "nowhere"], "--validate_only"),
+        (train_encoder, ["--validate_only", "--validate_model", "nowhere"], "nowhere"),
         (train_abstractor, ["--encoder", "nowhere"], "nowhere"),
         (train_abstractor, ["--predicted_share", "1.5"], "--predicted_share"),
     ],

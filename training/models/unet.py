@@ -91,14 +91,19 @@ def build_unet(
     num_classes: int,
     condition_channels: int = 0,
 ) -> nn.Module:
-    """A U-Net with fresh weights for `channels` × `size` × `size`.
+    """A U-Net with fresh weights for latents of `channels` × `size` × `size`.
 
     Args:
         text_width: of the text condition; None builds one without text, whose attention is self-attention alone.
         num_classes: 0 for none; else one class more is made, the last, for "no class".
-        condition_channels: of what is put beside the noisy latents.
+        condition_channels: channels that are put beside the noisy latents.
+
+    Raises:
+        UserError: latents too small for the number of levels.
     """
-    attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+    levels = len(config.block_out_channels)
+    check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "the latents' side")
+    attends = [level in config.attention_levels for level in range(levels)]
     return _stock_unet(
         config,
         attends,
