@@ -373,10 +373,10 @@ def load(name):
     return pipeline
 
 
-def draw(pipeline, control, **options):
+def draw(pipeline, control, asked="a red poster", **options):
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 3, "generator": generator, "output_type": "np", **options}
-    return pipeline("a red poster", control_image=control, **call).images
+    return pipeline(asked, control_image=control, **call).images
 
 
 ours = load("model")
@@ -392,14 +392,25 @@ try:
     draw(ours, masks[:1])
 except ValueError as error:
     images["refused"] = str(error)
+decoder, brief = load("decoder"), {"style": "swiss", "energy": 0.8}
+control = torch.from_numpy(np.load(here / "control.npy"))
+images["decoder"] = draw(decoder, control, brief)
+decoder.save_pretrained(here / "decoder_again")
+images["decoder_again"] = draw(load("decoder_again"), control, brief)
 np.savez(here / "images.npz", **images)
 """
 
 
 def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_path):
-    """Fusion by cross attention on an autoencoder of ours; a second net is put beside it there, and both are saved."""
+    """Fusion by cross attention on an autoencoder of ours; a second net is put beside it there, and both are saved.
+
+    In the same process the poster decoder with its ControlNet.
+    """
     from PIL import Image
 
+    decoder, control = tiny_controlled_decoder(), masks(side=16)
+    decoder.save_pretrained(tmp_path / "decoder")
+    np.save(tmp_path / "control.npy", control.numpy())
     pipeline = tiny_controlled("cross_attention", patch_size=1)
     pipeline.save_pretrained(tmp_path / "model")
     base = tiny_pipeline(patch_size=1)
@@ -421,6 +432,8 @@ def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_p
     assert np.array_equal(images["both_again"], images["both"])
     assert not np.allclose(images["both"], images["ours"], atol=1e-4)
     assert "`control_image` has 1 entries for 2 ControlNets" in str(images["refused"])
+    assert np.array_equal(images["decoder"], draw(decoder, BRIEF, control))
+    assert np.array_equal(images["decoder_again"], images["decoder"])
     again = load_pipeline(tmp_path / "both")
     again.set_progress_bar_config(disable=True)
     assert type(again) is FusionControlNetPipeline
