@@ -303,7 +303,10 @@ def test_guidance_of_each_net_by_itself():
     [
         ({"control_image": masks(side=16)}, r"2 channels of 8×8 .* but has shape \(2, 16, 16\)"),
         ({"control_image": torch.zeros(3, 8, 8)}, r"2 channels of 8×8 .* but has shape \(3, 8, 8\)"),
-        ({"control_image": masks(3), "prompt": [PROMPT, OTHER]}, "`control_image` has 3 controls for 2 prompts"),
+        (
+            {"control_image": masks(3), "prompt": [PROMPT, OTHER]},
+            "`control_image` has 3 controls, but `prompt` has 2 entries",
+        ),
         ({"controlnet_conditioning_scale": [1.0, 1.0]}, "`controlnet_conditioning_scale` has 2 entries for 1"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "below `control_guidance_end`, .* 0.5 and 0.5"),
         ({"control_guidance_end": 1.5}, "`control_guidance_end`, both in .*, but they are 0.0 and 1.5"),
@@ -322,7 +325,7 @@ def test_bad_input_is_quoted(arguments: dict[str, Any], message: str):
 
 def test_bad_input_with_briefs_and_with_two_nets():
     decoder = tiny_controlled_decoder()
-    with pytest.raises(ValueError, match="`control_image` has 3 controls for 2 briefs"):
+    with pytest.raises(ValueError, match="`control_image` has 3 controls, but `briefs` has 2 entries"):
         decoder([BRIEF, OTHER_BRIEF], masks(3, 16))
     with pytest.raises(ValueError, match="`num_images_per_prompt` must be a positive integer, but is 0"):
         decoder(BRIEF, masks(1, 16), num_images_per_prompt=0)
