@@ -274,6 +274,8 @@ def test_every_shipped_file_has_its_content_in_its_name(outside):
     stems = [name.rsplit("_", 1)[0] for name in names]
     assert stems == [
         "caption_prior",
+        "checks",
+        "generation",
         "latent_diffusion",
         "latents",
         "multi_head_autoencoder",
