@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.files import read_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,7 @@ FONT_SIZE = 16
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
-    pictures = [_open(path) for path in files]
+    pictures = [read_image(path) for path in files]
     folder = Path(options.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,19 +185,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.reading_size is not None and options.reading_size < 16:
         raise UserError(f"--reading_size is {options.reading_size}; it must be at least 16 pixels")
     return options
-
-
-def _open(path: Path) -> Image:
-    from PIL import Image as PIL_Image
-
-    try:
-        picture = PIL_Image.open(path)
-        picture.load()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name pictures of posters") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
-    return picture
 
 
 def _load(model: str) -> Any:

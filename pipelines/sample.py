@@ -25,6 +25,7 @@ from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.control_files import controls_of, open_controls
 from pipelines.tools.devices import move_to_device
+from pipelines.tools.files import check_output
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
 from pipelines.tools.picture_grid import control_picture, enlarged, picture_grid
 
@@ -315,15 +316,9 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _check_output(output: Path) -> None:
-    """Found out before minutes of sampling rather than after."""
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output must be a picture such as grid.png, but is {output}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    check_output(output)
 
 
 def _per_row(values: Any, count: int) -> Any:

@@ -283,8 +283,11 @@ def test_class_ids_are_never_averaged(tmp_path):
     [
         (["--control_image", "a.png"], r"has 1 files, but .* takes 2 .*: 2 grey pictures \(text_mask, image_mask\)"),
         (["--control_image", "a.png", "b.png", "c.png"], "has 3 files, but this model takes 2 for each control"),
-        (["--control_image", "a.png", "none.png"], "--control_image none.png cannot be read: No such file"),
-        (["--control_image", "a.png", "words.png"], "--control_image words.png cannot be read: it is no picture"),
+        (["--control_image", "a.png", "none.png"], "--control_image none.png cannot be read as an image .No such file"),
+        (
+            ["--control_image", "a.png", "words.png"],
+            "--control_image words.png cannot be read as an image .cannot identify",
+        ),
         (["--control_image", "a.png", "wide.png"], "wide.png is 16×8 pixels, and what is painted 8×8: cut it to"),
         (["--control_image", "a.png", "b.png", "--height", "9"], "`height` must be a multiple of 2"),
         (["--control_guidance_start", "0.5"], "--control_guidance_start says how a control steers, but there is none"),
