@@ -24,8 +24,8 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.grids import image_grid
 from training.core.batches import fetch
 from training.core.checks import check_at_least, check_choice
 from training.core.draws import SampleKey

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.picture_grid import control_picture
+from pipelines.tools.grids import comparison_grid, control_picture
 from training.core.checks import check_at_least
 from training.core.files import write_atomically
 from training.core.parsing import parse_config

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from pipelines.common.poster_domain import GRAMMAR
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.grids import comparison_grid
 from training.core.checks import check_at_least
 from training.core.files import write_atomically
 from training.core.parsing import parse_config

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
