@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.devices import DEVICE_HELP, get_device
 from pipelines.tools.files import check_image_header, check_output, read_image
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=int, help="tokens at most (default: what the model was trained on)")
     add("--seed", type=int, default=0, help="of the first picture's draws; the next ones count up (default: 0)")
     add("--batch_size", type=int, default=16, help="pictures read at once; the captions do not depend on it")
-    add("--device", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", help=DEVICE_HELP)
     add("--output", help="JSON lines to write: file_name and text")
     add("--overwrite", action="store_true", help="replace the file of --output")
     options = parser.parse(argv)
@@ -73,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_captioner(model: str, device: str | None) -> Any:
-    """The pipeline, on `device` or the best there is.
+    """The pipeline, on the device that `--device` names (see `get_device`).
 
     Raises:
         UserError: no such model, one that knows no captions of pictures, or no such device.
@@ -82,13 +82,14 @@ def load_captioner(model: str, device: str | None) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(model)
+    chosen = get_device(device)
     pipeline = load_pipeline(folder)
     if type(pipeline).__name__ != "ImageCaptionPipeline":
         raise UserError(
             f"--model {model} is a {type(pipeline).__name__}, which captions no pictures; "
             "name a run of training/train_image_caption.py"
         )
-    return move_to_device(pipeline, device)
+    return pipeline.to(chosen)
 
 
 def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:

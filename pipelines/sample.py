@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.control_files import controls_of, open_controls
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.devices import DEVICE_HELP, get_device
 from pipelines.tools.files import check_output
 from pipelines.tools.grids import control_picture, enlarged, plain_grid
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
@@ -98,7 +98,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, help="in pixels (default: the size it was trained at)")
     add("--width", type=int, help="in pixels (default: the size it was trained at)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    add("--device", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", help=DEVICE_HELP)
     add("--batch_size", type=int, default=16, help="pictures made at once; the pictures do not depend on it")
     add("--output", default="grid.png", help="PNG to write (default: grid.png)")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model of a class we do not have")
@@ -303,7 +303,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(options.model, options.checkpoint)
-    dtype = getattr(torch, options.dtype)
+    device, dtype = get_device(options.device), getattr(torch, options.dtype)
     pipeline = load_pipeline(folder, dtype=dtype, trust_remote_code=options.trust_remote_code)
     if not hasattr(pipeline, "set_scheduler"):
         raise UserError(f"{folder} holds a {type(pipeline).__name__}, which draws no pictures from noise")
@@ -312,7 +312,7 @@ def _load(options: argparse.Namespace) -> Any:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
-    return move_to_device(pipeline, options.device)
+    return pipeline.to(device)
 
 
 def _check_output(output: Path) -> None:

@@ -70,6 +70,8 @@ class CaptionEvaluationConfig:
     """Invented pairs in the picture of them"""
     seed: int = 0
     """Of the shuffled and the invented pairs"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
     """Folder for PNGs of reconstructions, drawings and invented pairs; unset: none"""
     output: str | None = None
@@ -93,7 +95,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     from pipelines.caption import load_captioner
 
     torch.set_num_threads(threads_per_process())
-    pipeline = load_captioner(config.model, None)
+    pipeline = load_captioner(config.model, config.device)
     pipeline.set_progress_bar_config(disable=True)
     train, held_out = data_of(config, pipeline)
     data = train if config.split == "train" else held_out
