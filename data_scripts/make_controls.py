@@ -25,7 +25,7 @@ from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.devices import get_device
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.data.fingerprints import evenly_spaced
@@ -73,7 +73,7 @@ class MakeControlsConfig(Options):
     encoder: str | None = None
     """Layout: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
     device: str | None = None
-    """Layout: where the encoder runs; unset: cuda, mps or cpu, the best there is"""
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     num_workers: int = 0
     """Threads that read and draw; 0 is one per CPU core"""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -237,16 +237,18 @@ def drawer(config: MakeControlsConfig) -> Draw:
     return lambda picture: [control for kind in config.kinds for control in draws[kind](picture)]
 
 
-def _reader(path: str, device: str | None) -> Any:
+def _reader(path: str, device_name: str | None) -> Any:
     """The LayoutAnalysisPipeline at `path`, on its device."""
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
-    pipeline = load_pipeline(path)
+    folder = find_pipeline(path)
+    device = get_device(device_name)
+    pipeline = load_pipeline(folder)
     if getattr(pipeline, "encoder", None) is None:
         raise UserError(
             f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; name a run that has one"
         )
-    return move_to_device(pipeline, device)
+    return pipeline.to(device)
 
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import has_accelerator_device
+from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -93,6 +93,8 @@ class PrecomputeConfig(DataConfig):
     """Precision of the VAE; one that overflows in half precision (force_upcast) runs in float32 all the same"""
     dataloader_num_workers: int = 0
     """Processes that decode pictures"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Threads on a CPU; 0 shares the cores among the processes of this machine"""
     overwrite: bool = False
@@ -134,12 +136,12 @@ class SplitWork:
 class Encoder:
     """The VAE on its device, and the shards that this process makes."""
 
-    def __init__(self, config: PrecomputeConfig, vae: nn.Module):
+    def __init__(self, config: PrecomputeConfig, vae: nn.Module, device: torch.device):
         self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         # Environment variables rather than Accelerate's state: a process group would only add waiting and time-outs.
-        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
-        self.vae = vae.to(self.device)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        self.vae = vae.to(device)
         self.dtype = getattr(torch, config.storage_dtype)
 
     def tell(self, sentence: str) -> None:
@@ -229,11 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     """Make what is missing of the cache; returns the exit status."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
+    device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     vae = load_vae(config.vae)
     shape = _latent_shape(vae, config)
     facts, works = _plan(config, vae, shape)
     _make_room(config, facts, works)
-    encoder = Encoder(config, vae)
+    encoder = Encoder(config, vae, device)
     todo = {work.name: encoder.missing(work) for work in works}
     if any(todo.values()):
         for work in works:
@@ -420,12 +423,6 @@ def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, i
         return latent_shape(vae, config.resolution, config.resolution)
     except ValueError as error:
         raise UserError(f"resolution {config.resolution} does not suit {config.vae}: {error} (--resolution)") from error
-
-
-def _device(local_rank: int) -> torch.device:
-    if has_accelerator_device() and torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("mps" if has_accelerator_device() else "cpu")
 
 
 def _times(shape: Iterable[Any]) -> str:

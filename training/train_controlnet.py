@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.picture_grid import control_picture
+from pipelines.tools.grids import control_picture
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config

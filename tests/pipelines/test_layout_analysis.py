@@ -160,8 +160,8 @@ def test_analyze_writes_a_report(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing.png", "--model", "{saved}"], "nothing.png does not exist"),
-        (["{text}", "--model", "{saved}"], "no readable picture"),
+        (["nothing.png", "--model", "{saved}"], "nothing.png cannot be read as an image .No such file"),
+        (["{text}", "--model", "{saved}"], "notes.txt cannot be read as an image .cannot identify"),
         (["{text}", "--modle", "{saved}"], "--model"),
         (["{picture}", "--model", "{saved}", "--reading_size", "3"], "at least 16"),
     ],

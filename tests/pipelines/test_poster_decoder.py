@@ -222,8 +222,8 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
     assert loaded.config.prediction_type == FLOW
     assert np.allclose(draw(loaded), draw(pipeline), atol=1e-5)
     names = sorted(path.name.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py"))
-    shipped = ["design_brief", "poster_decoder", "poster_domain", "sampling", "schedulers", "standalone"]
-    assert names == sorted([*shipped, "design_brief_encoder"])
+    of_decoder = ["design_brief", "design_brief_encoder", "poster_decoder", "poster_domain"]
+    assert names == sorted([*of_decoder, "checks", "generation", "sampling", "schedulers", "standalone"])
     assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is stock"
 
 

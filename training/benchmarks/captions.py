@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import computes_in_bf16
+from pipelines.tools.devices import computes_in_bf16, get_device, synchronize
 from training.benchmarks.loops import peak_mb
 from training.core.batches import to_device
 from training.core.draws import Draws
@@ -49,6 +49,8 @@ class CaptionBenchConfig(Options):
     """memory: training steps, of which all but the first are timed"""
     repetitions: int = 3
     """generation: turns of either side"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     output: str = ""
     """JSON file for the figures"""
 
@@ -65,7 +67,7 @@ def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[i
     Args:
         never: ids that are not taken.
     """
-    ids = torch.full((len(latents), 1), model.config.start_token_id)
+    ids = torch.full((len(latents), 1), model.config.start_token_id, device=latents.device)
     for _ in range(tokens):
         logits = model.caption_logits(latents, ids)[:, -1].float()
         logits[:, list(never)] = float("-inf")
@@ -77,9 +79,10 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     """Seconds of both ways, the quotient, and the share of equal tokens."""
     from pipelines.models.image_caption_model import ImageCaptionModel
 
+    device = get_device(config.device)
     torch.manual_seed(0)
-    model = ImageCaptionModel(max_length=config.tokens + 1).eval()
-    latents = torch.randn(config.batch_size, model.config.latent_size)
+    model = ImageCaptionModel(max_length=config.tokens + 1).eval().to(device)
+    latents = torch.randn(config.batch_size, model.config.latent_size).to(device)
     settings = model.config
     special = (settings.pad_token_id, settings.start_token_id, settings.unknown_token_id, settings.end_token_id)
     sides: dict[str, Callable[[], Tensor]] = {
@@ -89,10 +92,12 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found = {name: side() for name, side in sides.items()}  # warm
+    synchronize(device)
     for _ in range(config.repetitions):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
+            synchronize(device)
             seconds[name].append(time.perf_counter() - started)
     return {
         "cached_seconds": statistics.median(seconds["cached"]),
@@ -106,15 +111,14 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
     """Peak MB (10⁶ bytes), resident or on the GPU, and pairs a second, of training steps of both phases."""
     from training.train_image_caption import Config, ImageCaptionPhase
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = get_device(config.device)
     settings = parse_config(Config, ["--config", str(PRESETS / f"{config.preset}.yaml"), "--dataset_name", "unused"])
     step, parameters = _training_step(settings, ImageCaptionPhase, config.batch_size, device)
     seconds = []
     for number in range(config.steps if config.batch_size else 0):
         started = time.perf_counter()
         step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_mb()
     rate = config.batch_size / statistics.median(seconds[1:]) if seconds else 0.0

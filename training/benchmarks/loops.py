@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.devices import get_device
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
@@ -60,24 +61,29 @@ class LoopBenchConfig(Options):
 
 
 class BareLoop:
-    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more."""
+    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more.
+
+    On the device that the loop takes.
+    """
 
     def __init__(self, config: Config):
         from pipelines.common.latents import scale_latents
         from pipelines.latent_diffusion import tokenize_captions
 
         torch.set_num_threads(config.cpu_threads)
+        self.device = get_device()
         cache = LatentCache(str(config.latent_cache)).split("train")
         batch = fetch(cache, [SampleKey(row, 0) for row in range(len(cache))])
         vae = load_vae(config.vae)
-        self.mean = scale_latents(vae, batch["mean"])
-        self.std = scale_latents(vae, batch["mean"] + (0.5 * batch["logvar"]).exp()) - self.mean
+        self.mean = scale_latents(vae, batch["mean"]).to(self.device)
+        one_above = scale_latents(vae, batch["mean"] + (0.5 * batch["logvar"]).exp())
+        self.std = one_above.to(self.device) - self.mean
         tokenizer, length = load_tokenizer(str(config.tokenizer)), config.text_encoder.max_length
-        self.ids = tokenize_captions(tokenizer, batch["caption"], length)
-        self.null_ids = tokenize_captions(tokenizer, [""], length)
-        self.text_encoder = new_text_encoder(config.text_encoder, tokenizer)
+        self.ids = tokenize_captions(tokenizer, batch["caption"], length).to(self.device)
+        self.null_ids = tokenize_captions(tokenizer, [""], length).to(self.device)
+        self.text_encoder = new_text_encoder(config.text_encoder, tokenizer).to(self.device)
         channels, height = self.mean.shape[1:3]
-        self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0)
+        self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0).to(self.device)
         parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         self.batch_size, self.dropout = config.train_batch_size, config.cfg_dropout
@@ -90,9 +96,9 @@ class BareLoop:
             self._order = torch.randperm(len(self.mean))
         rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
         x_0 = self.mean[rows] + self.std[rows] * torch.randn_like(self.std[rows])
-        noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows)))
+        noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows), device=self.device))
         weights = sigma.reshape(-1, 1, 1, 1)
-        dropped = torch.rand(len(rows), 1) < self.dropout
+        dropped = torch.rand(len(rows), 1, device=self.device) < self.dropout
         text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
         with attention_kernel(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone

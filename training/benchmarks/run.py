@@ -186,11 +186,7 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
     """Memory of a training step of the poster decoder at its default size, as it grows with the batch."""
     peaks = []
     for batch_size in (0, 1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder, "figures.json")
-            words = f"training/benchmarks/decoder.py --batch_size {batch_size} --output {output}"
-            timed([sys.executable, *words.split()])
-            peaks.append(json.loads(output.read_text())["peak_mb"])
+        peaks.append(_measured_by("decoder", f"--batch_size {batch_size}")["peak_mb"])
     return [
         Figure("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
         Figure("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
@@ -199,7 +195,7 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
 
 def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
-    found = _side_of("bench_captions.py", "--side generation --batch_size 8 --tokens 100")
+    found = _measured_by("captions", "--side generation --batch_size 8 --tokens 100")
     figures = [
         Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
         Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
@@ -208,7 +204,7 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     ]
     for preset, batch_sizes in CAPTION_BATCHES.items():
         for size in batch_sizes:
-            found = _side_of("bench_captions.py", f"--side memory --preset {preset} --batch_size {size}")
+            found = _measured_by("captions", f"--side memory --preset {preset} --batch_size {size}")
             name = f"image_caption/{preset}.yaml, batch {size}"
             figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
             if size:
@@ -216,11 +212,11 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     return figures
 
 
-def _side_of(script: str, words: str) -> dict[str, float]:
-    """The figures that a script beside this one measures in a process of its own."""
+def _measured_by(script: str, words: str) -> dict[str, float]:
+    """What a script beside this one measures in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "figures.json")
-        timed([sys.executable, f"training/evaluation/{script}", *words.split(), "--output", str(output)])
+        timed([sys.executable, f"training/benchmarks/{script}.py", *words.split(), "--output", str(output)])
         return json.loads(output.read_text())
 
 
@@ -264,16 +260,11 @@ def write_recipe(config: BenchmarkConfig) -> Path:
 
 
 def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, float]:
-    """Figures of one process of bench_loops.py."""
+    """What one process of loops.py measures."""
     threads = config.threads or usable_cores()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "figures.json")
-        command = (
-            f"training/benchmarks/loops.py --recipe {recipe} --side {side} --steps {config.steps} "
-            f"--threads {threads} --run_dir {folder}/run --output {output}"
-        )
-        timed([sys.executable, *command.split()])
-        return json.loads(output.read_text())
+    with tempfile.TemporaryDirectory() as run:
+        words = f"--recipe {recipe} --side {side} --steps {config.steps} --threads {threads} --run_dir {run}/run"
+        return _measured_by("loops", words)
 
 
 def timed(command: Sequence[str], status: int = 0) -> float:

@@ -24,8 +24,8 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
@@ -71,6 +71,8 @@ class CaptionEvaluationConfig(Options):
     """Invented pairs in the picture of them"""
     seed: int = 0
     """Of the shuffled and the invented pairs"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
     """Folder for PNGs of reconstructions, drawings and invented pairs; unset: none"""
     output: str | None = None
@@ -91,7 +93,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     from pipelines.caption import load_captioner
 
     torch.set_num_threads(threads_per_process())
-    pipeline = load_captioner(config.model, None)
+    pipeline = load_captioner(config.model, config.device)
     pipeline.set_progress_bar_config(disable=True)
     train, held_out = data_of(config, pipeline)
     data = train if config.split == "train" else held_out

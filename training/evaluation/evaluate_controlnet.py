@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.picture_grid import control_picture
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid, control_picture
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -55,6 +55,8 @@ class ControlEvaluationConfig(Options):
     """Sampling steps"""
     seed: int = 0
     """Picture i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     table: str | None = None
     """Where the table goes (Markdown); unset: only printed"""
     grid: str | None = None
@@ -74,20 +76,24 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
     Raises:
         UserError: no such model, reader or data, or models that take other controls.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
     torch.set_num_threads(threads_per_process())
     figures: dict[str, dict[str, float]] = {}
     pictures: dict[str, Tensor] = {}
-    for model in config.models:
-        pipeline = load_pipeline(model)
+    folders = {model: find_pipeline(model) for model in config.models}
+    device = get_device(config.device)
+    for model, folder in folders.items():
+        pipeline = load_pipeline(folder)
         if not hasattr(pipeline, "controlnet"):
             raise UserError(f"--models: {model} is a {type(pipeline).__name__}; name runs of train_controlnet.py")
+        pipeline.to(device)
         name = _name(model, pipeline)
         pipeline.set_progress_bar_config(desc=name)
         net = pipeline.controlnet.config
         real, controls = _data(config, net, pipeline)
         reader = ControlReader(config.reader, net.control_kind, net.control_names, net.conditioning_channels)
+        reader.module.to(device)
         if not pictures:
             pictures["base"] = _paint(pipeline, controls, config, scale=0.0)
         own, wrong = (_paint(pipeline, c, config) for c in (controls, others(controls)))
@@ -142,7 +148,7 @@ def _paint(pipeline: Any, controls: Tensor, config: ControlEvaluationConfig, sca
                 generator=generators,
                 num_inference_steps=config.num_inference_steps,
                 output_type="pt",
-            ).images
+            ).images.cpu()
         )
     return torch.cat(painted) * 2 - 1
 

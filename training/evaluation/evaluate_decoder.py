@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from pipelines.common.poster_domain import GRAMMAR
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -52,6 +53,8 @@ class DecoderEvaluationConfig(Options):
     """Another sampler than the pipeline's own"""
     seed: int = 0
     """Poster i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid: str | None = None
     """Where a grid of real, painted and read posters goes (PNG); unset: no grid"""
     output: str | None = None
@@ -71,16 +74,20 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data, or a reader that reads no pictures or no grammar.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
     from training.data.briefs import brief_of
     from training.data.images import DataConfig, load_split
     from training.data.posters import NUMBER_COLUMNS, require_poster_columns
 
     torch.set_num_threads(threads_per_process())
-    decoder, reader = load_pipeline(config.model), load_pipeline(config.reader)
+    folders = find_pipeline(config.model), find_pipeline(config.reader)
+    device = get_device(config.device)
+    decoder, reader = (load_pipeline(folder) for folder in folders)
     _check_kinds(decoder, reader, config)
     if config.scheduler:
         decoder.set_scheduler(config.scheduler)
+    decoder.to(device)
+    reader.to(device)
     decoder.set_progress_bar_config(desc="painting posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     require_poster_columns(rows, ["image", "palette", *NUMBER_COLUMNS], config.dataset_name)

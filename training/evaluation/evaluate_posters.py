@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
 from training.core.options import Options
 from training.core.parsing import parse_config
@@ -44,6 +45,8 @@ class EvaluationConfig(Options):
     """Another sampler than the pipeline's own"""
     seed: int = 0
     """Poster i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid_rows: int = 8
     """Briefs shown in the grid"""
     grid: str | None = None
@@ -69,14 +72,16 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
     from training.data.images import DataConfig, load_split
 
     torch.set_num_threads(threads_per_process())
-    pipeline = load_pipeline(config.model)
+    folder = find_pipeline(config.model)
+    device = get_device(config.device)
+    pipeline = load_pipeline(folder)
     if config.scheduler:
         pipeline.set_scheduler(config.scheduler)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(device)
     pipeline.set_progress_bar_config(desc="drawing posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.captioned_grid import PAPER, image_grid
 from pipelines.tools.devices import get_device
+from pipelines.tools.grids import PAPER, image_grid
 from training.core.files import write_atomically
 from training.core.previews import save_png
 from training.engine.run_config import RunConfig

@@ -53,8 +53,8 @@ class ControlReader:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` (B 3 H W in [-1, 1]) → B C H W, bool."""
-        return self._read(images)
+        """`images` (B 3 H W in [-1, 1], on any device) → B C H W, bool, on the same device."""
+        return self._read(images.to(self.module.device)).to(images.device)
 
     def _layout(self, images: Tensor) -> Tensor:
         found = self.module(images)

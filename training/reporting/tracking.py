@@ -411,7 +411,7 @@ def _with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> li
 
 
 def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    from pipelines.tools.captioned_grid import image_grid
+    from pipelines.tools.grids import image_grid
 
     return image_grid(images, captions)
 
