@@ -1,4 +1,4 @@
-"""Captions in a JSON file, pictures in a folder: make an imagefolder of them, which all training scripts read.
+"""Make a dataset of images in a folder and captions in a JSON file: an imagefolder, which all scripts read.
 
     python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
 

@@ -1,4 +1,4 @@
-"""Make control images from a dataset's own pictures, for train_controlnet.py: edges, palettes, or layouts.
+"""Make control images for a ControlNet from the images of a dataset: edges, palettes, or layouts.
 
     python data_scripts/make_controls.py --train_data_dir my_pictures --kind edges --output_dir data/my_edges
     python data_scripts/make_controls.py --dataset_name data/a --kind '[soft_edges, palette]' --output_dir data/both

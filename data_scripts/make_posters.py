@@ -1,4 +1,4 @@
-"""Make a data set of posters, each with its caption, brief, feature maps and element boxes.
+"""Make a dataset of posters, each with its caption, brief, feature maps and element boxes.
 
     python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
 

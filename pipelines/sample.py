@@ -27,6 +27,7 @@ from pipelines.tools.control_files import controls_of, open_controls
 from pipelines.tools.devices import move_to_device
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
 from pipelines.tools.picture_grid import control_picture, enlarged, picture_grid
+from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,7 +149,7 @@ def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
             if source == "random":
                 brief, seed = DesignBrief.random(seed), seed + 1
             else:
-                brief = DesignBrief.from_yaml(source) if source else DesignBrief()
+                brief = DesignBrief.from_yaml(find_file(source, BRIEFS)) if source else DesignBrief()
             briefs.append(dataclasses.replace(brief, **fields))
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -13,9 +13,14 @@ from packaging.utils import canonicalize_name
 
 def environment_without_halftone(folder: Path) -> str:
     """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
+    return environment_of(folder, "torch", "diffusers", "transformers")
+
+
+def environment_of(folder: Path, *requirements: str) -> str:
+    """The Python of an environment that has these packages, what they require, and no more."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
-    for name in required_packages("torch", "diffusers", "transformers"):
+    for name in required_packages(*requirements):
         package = importlib.metadata.distribution(name)
         for top_level in {path.parts[0] for path in package.files or () if path.parts[0] not in ("..", "__pycache__")}:
             link = site_packages / top_level
@@ -24,19 +29,20 @@ def environment_without_halftone(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def required_packages(*names: str) -> set[str]:
-    """`names` and all that they require without extras, as far as it is installed here."""
-    found: set[str] = set()
-    waiting = list(names)
+def required_packages(*requirements: str) -> set[str]:
+    """The names in `requirements` (`jsonargparse[signatures]`) and of all that they require, as far as it is installed
+    here."""
+    found: set[tuple[str, str]] = set()
+    waiting = [Requirement(requirement) for requirement in requirements]
     while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in found:
-            continue
-        try:
-            requirements = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform
-        found.add(name)
-        parsed = [Requirement(requirement) for requirement in requirements]
-        waiting += [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {known for package, known in found if package == name}:
+            try:
+                lines = importlib.metadata.requires(name) or []
+            except importlib.metadata.PackageNotFoundError:
+                break  # for another platform
+            found.add((name, extra))
+            parsed = [Requirement(line) for line in lines]
+            waiting += [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}

@@ -8,14 +8,12 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import jsonargparse
 
 from pipelines.tools.cli import UserError, nearest
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from pipelines.tools.resources import find_file
 
 
 class _Dataclass(Protocol):
@@ -34,7 +32,7 @@ def parse_config(
         config_class: a dataclass; the docstring under a field is its help; nested dataclasses are `--model.field`.
         argv: the words after the program's name; None is the process's own.
         description: shown by `--help`.
-        preset: a YAML file, relative to the repository, taken when there are no words at all.
+        preset: a shipped YAML file, taken when there are no words at all.
 
     Raises:
         UserError: an unknown flag or key (with the nearest known one), a value of the wrong type, a file that is not
@@ -42,12 +40,13 @@ def parse_config(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
-        words = ["--config", str(_find_preset(preset))]
+        words = ["--config", preset]
     parser = _parser(config_class, description)
     if any(word in ("-h", "--help") for word in words):
         parser.print_help()
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
+    words = _find_config_files(words)
     words = _spell_out_switches(words, config_class)
     if any(field.name == "validate_model" for field in dataclasses.fields(config_class)):
         # `model` is a group of flags there (--model.x); alone, the word means a model that is there already.
@@ -77,13 +76,16 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _find_preset(preset: str) -> Path:
-    path = ROOT / preset
-    if not path.is_file():
-        raise UserError(
-            f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config"
-        )
-    return path
+def _find_config_files(words: Sequence[str]) -> list[str]:
+    """`words` with the path of each file that `--config` names: the user's own, or one that comes with the code."""
+    found = []
+    for before, word in zip(["", *words], words):
+        if before == "--config":
+            word = str(find_file(word))
+        elif word.startswith("--config="):
+            word = f"--config={find_file(word.removeprefix('--config='))}"
+        found.append(word)
+    return found
 
 
 def _resolve_annotations(config_class: type) -> None:
@@ -102,7 +104,11 @@ def _parser(config_class: type, description: str | None) -> jsonargparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the options below, or a preset (latent_diffusion/quickstart); flags win over it",
+    )
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.tools.cli import UserError
@@ -250,17 +246,6 @@ _NOT_NEGATIVE = (
     "adam_epsilon",
     "early_stopping_min_delta",
 )
-
-
-def this_command() -> str:
-    """What the user typed, as far as a process can know it: to be typed again."""
-    script = Path(sys.argv[0])
-    try:
-        shown = str(script.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        shown = str(script)
-    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return " ".join([launcher, shown, *map(shlex.quote, sys.argv[1:])])
 
 
 def _strings(value: Any) -> Iterator[str]:

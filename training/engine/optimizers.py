@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import install_command
 
 if TYPE_CHECKING:
     from training.core.run_config import RunConfig
@@ -23,7 +24,9 @@ def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learn
         try:
             import bitsandbytes
         except ImportError:
-            raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install 'halftone[cuda]'") from None
+            raise UserError(
+                f"--optimizer adamw_8bit needs bitsandbytes: {install_command('cuda', 'bitsandbytes')}"
+            ) from None
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
         )

@@ -1,4 +1,4 @@
-"""Do generated posters follow their briefs? Held-out briefs, a grid to look at, and figures.
+"""Measure how well posters of latent diffusion follow held-out briefs, and draw a grid of them.
 
 python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion
 """

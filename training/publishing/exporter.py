@@ -16,6 +16,7 @@ from training.core.previews import save_png
 from training.core.run_config import RunConfig
 from training.core.stage import Stage
 from training.publishing.hub import Publisher
+from training.publishing.model_card import check_card, write_model_card
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Exporter:
             record,
         )
         self._publisher: Publisher | None = None
+        check_card(stage.card_template)
 
     def check_hub(self) -> None:
         """Before the first step: credentials and the right to write. Raises UserError."""
@@ -84,8 +86,6 @@ class Exporter:
             self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     def _write(self) -> None:
-        from training.publishing.model_card import write_model_card
-
         temporary = self.folder.path / ".writing-pipeline"
         shutil.rmtree(temporary, ignore_errors=True)
         self.stage.pipeline().save_pretrained(temporary)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipelines.tools.commands import this_command
 from training.core.files import write_atomically
 from training.core.previews import Previews, save_png
-from training.core.run_config import RunConfig, this_command
+from training.core.run_config import RunConfig
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
