@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point, nearest
+from pipelines.tools.commands import command
 from training.core.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
@@ -51,7 +52,8 @@ class ImportConfig:
     def validate(self) -> None:
         """Raises UserError for a missing flag."""
         if not self.metadata:
-            raise UserError("no metadata file was named: python data_scripts/import_captions.py metadata.json …")
+            usage = command("data_scripts/import_captions.py metadata.json …")
+            raise UserError(f"no metadata file was named: {usage}")
         if not self.image_dir:
             raise UserError("--image_dir is missing; it is the folder with the pictures")
 

@@ -20,6 +20,7 @@ from data_scripts.posters.contact_sheet import contact_sheet
 from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from training.core.parsing import parse_config
 
 FORMAT_VERSION = 3
@@ -137,7 +138,8 @@ def _report(folder: Path, config: MakePostersConfig, parts: dict[str, list[int]]
     print(f"Wrote {folder}: {counts} ({config.num_posters / seconds:.0f} posters/s).")
     print(f"Look at them: {folder / 'contact_sheet.png'} (posters, masks, captions)")
     print("Next, train on them:")
-    print(f"  accelerate launch training/train_autoencoder.py --dataset_name {folder} --resolution {config.resolution}")
+    words = f"--dataset_name {folder} --resolution {config.resolution}"
+    print(f"  {command(f'training/train_autoencoder.py {words}')}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from training.core.batches import fetch, to_device
 from training.core.checks import check_at_least, check_choice, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
@@ -107,7 +108,7 @@ class Config(DiffusionConfig, RunConfig, DataConfig):
             )
         if "caption" in self.condition_on and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(
-                "captions need --tokenizer (python data_scripts/train_tokenizer.py makes one) "
+                f"captions need --tokenizer ({command('data_scripts/train_tokenizer.py')} makes one) "
                 "or --pretrained_text_encoder; to train without captions: --condition_on '[]'"
             )
 

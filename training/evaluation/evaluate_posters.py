@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from training.core.files import write_atomically
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -79,7 +80,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     pipeline.set_progress_bar_config(desc="drawing posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:
-        raise UserError(f"{config.dataset_name} holds no briefs; give posters of data_scripts/make_posters.py")
+        maker = command("data_scripts/make_posters.py")
+        raise UserError(f"{config.dataset_name} holds no briefs; give posters that {maker} made")
     briefs = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
     posters = generate(pipeline, [brief["text"] for brief in briefs], config)
     figures = measure_posters(posters, briefs, [brief["image"] for brief in briefs])
