@@ -200,7 +200,7 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
 
 def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
-    found = _side_of("captions.py", "--side generation --batch_size 8 --tokens 100")
+    found = _side_of("training/benchmarks/captions.py", "--side generation --batch_size 8 --tokens 100")
     figures = [
         Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
         Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
@@ -209,7 +209,7 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     ]
     for preset, batch_sizes in CAPTION_BATCHES.items():
         for size in batch_sizes:
-            found = _side_of("captions.py", f"--side memory --preset {preset} --batch_size {size}")
+            found = _side_of("training/benchmarks/captions.py", f"--side memory --preset {preset} --batch_size {size}")
             name = f"image_caption/{preset}.yaml, batch {size}"
             figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
             if size:
@@ -218,10 +218,10 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
 
 
 def _side_of(script: str, words: str) -> dict[str, float]:
-    """The figures that a script beside this one measures in a process of its own."""
+    """The figures that a script measures in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "figures.json")
-        timed([sys.executable, f"training/benchmarks/{script}", *words.split(), "--output", str(output)])
+        timed([sys.executable, script, *words.split(), "--output", str(output)])
         return json.loads(output.read_text())
 
 
