@@ -1,4 +1,4 @@
-"""Look at every row of a dataset before training on it: broken pictures, empty captions, misfit labels and masks.
+"""Check every row of a dataset before training on it: broken images, empty captions, misfit labels and masks.
 
     python data_scripts/check_dataset.py --dataset_name DATA
 

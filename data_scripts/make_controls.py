@@ -1,4 +1,4 @@
-"""Make control images from a dataset's own pictures, for train_controlnet.py: edges, palettes, or layouts.
+"""Make control images for a ControlNet from the images of a dataset: edges, palettes, or layouts.
 
     python data_scripts/make_controls.py --train_data_dir my_pictures --kind edges --output_dir data/my_edges
     python data_scripts/make_controls.py --dataset_name data/a --kind '[soft_edges, palette]' --output_dir data/both
@@ -25,6 +25,7 @@ from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
+from pipelines.tools.commands import command
 from pipelines.tools.devices import get_device
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -279,10 +280,9 @@ def _report(config: MakeControlsConfig, counts: dict[str, int], seconds: float) 
     print(f"Wrote {config.output_dir}: {splits} ({sum(counts.values()) / seconds:.0f} pictures/s).")
     print(f"Look at them: {Path(config.output_dir) / 'contact_sheet.png'}")
     print("Next, train on them, with the model to steer and its resolution:")
-    print(
-        "  accelerate launch training/train_controlnet.py --base_model RUN --dataset_name "
-        f"{config.output_dir} --conditioning_image_column {flag} --output_dir runs/controlnet_{'_'.join(config.kinds)}"
-    )
+    words = f"--conditioning_image_column {flag} --output_dir runs/controlnet_{'_'.join(config.kinds)}"
+    script = "training/train_controlnet.py"
+    print("  " + command(f"{script} --base_model RUN --dataset_name {config.output_dir} {words}"))
     if len(names) > 1 and config.kinds != ["layout"]:
         print("  (a list of columns gives a grey channel each; a single one, such as "
               f"{names[-1]}, is taken in colour)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Make a dataset of emoji from the colour emoji font of this machine: picture, caption (Unicode names), class.
+"""Make a dataset of emoji from the colour emoji font of this machine: image, caption (Unicode names), class.
 
     python data_scripts/make_emoji.py --output_dir data/emoji_64 --resolution 64
 

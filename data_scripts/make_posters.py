@@ -1,4 +1,4 @@
-"""Make a data set of posters, each with its caption, brief, feature maps and element boxes.
+"""Make a dataset of posters, each with its caption, brief, feature maps and element boxes.
 
     python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
 
@@ -20,6 +20,7 @@ from data_scripts.posters.contact_sheet import contact_sheet
 from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 
@@ -130,7 +131,8 @@ def _report(folder: Path, config: MakePostersConfig, parts: dict[str, list[int]]
     print(f"Wrote {folder}: {counts} ({config.num_posters / seconds:.0f} posters/s).")
     print(f"Look at them: {folder / 'contact_sheet.png'} (posters, masks, captions)")
     print("Next, train on them:")
-    print(f"  accelerate launch training/train_autoencoder.py --dataset_name {folder} --resolution {config.resolution}")
+    words = f"--dataset_name {folder} --resolution {config.resolution}"
+    print(f"  {command(f'training/train_autoencoder.py {words}')}")
 
 
 if __name__ == "__main__":

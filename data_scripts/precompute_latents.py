@@ -1,4 +1,4 @@
-"""Encode a dataset once: the moments of each picture's latents, so that training needs no VAE's time and no pictures.
+"""Encode the images of a dataset once, so that training needs neither them nor the VAE: moments of each one's latents.
 
     accelerate launch data_scripts/precompute_latents.py --vae VAE --dataset_name DATA --output_dir data/DATA_latents
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer on the captions of a dataset, and show what it makes of captions it has not seen.
+"""Train a tokenizer on the captions of a dataset, and show how it splits held-out captions.
 
     python data_scripts/train_tokenizer.py --dataset_name data/posters_64 --output_dir data/posters_64/tokenizer
 

@@ -28,6 +28,7 @@ from pipelines.tools.devices import DEVICE_HELP, get_device
 from pipelines.tools.files import check_output
 from pipelines.tools.grids import control_picture, enlarged, plain_grid
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
+from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,7 +150,7 @@ def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
             if source == "random":
                 brief, seed = DesignBrief.random(seed), seed + 1
             else:
-                brief = DesignBrief.from_yaml(source) if source else DesignBrief()
+                brief = DesignBrief.from_yaml(find_file(source, BRIEFS)) if source else DesignBrief()
             briefs.append(dataclasses.replace(brief, **fields))
         except ValueError as error:
             raise UserError(str(error)) from error

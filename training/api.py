@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import get_device
+from pipelines.tools.resources import find_file
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.parsing import parse_config
@@ -55,7 +56,8 @@ def load_config(path: str | Path, stage: str | None = None, **overrides: Any) ->
     """The checked config of any stage, as its script reads it.
 
     Args:
-        path: a YAML file, or a run folder (its config.yaml).
+        path: a YAML file, or a run folder (its config.yaml), or the name of a preset that comes with Halftone
+            (`latent_diffusion/quickstart`).
         stage: `autoencoder`, `latent_diffusion`, …; None takes the one that the file belongs to (`scripts.stage_of`).
         overrides: in place of what the file says, named as the flags are; those with a dot as
             `**{"model.dropout": 0.1}`.
@@ -63,7 +65,7 @@ def load_config(path: str | Path, stage: str | None = None, **overrides: Any) ->
     Raises:
         UserError: no such file, an unknown key, or a value that cannot be.
     """
-    file = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+    file = Path(path) / "config.yaml" if Path(path).is_dir() else find_file(path)
     words = ["--config", str(file)]
     for name, value in overrides.items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -76,7 +77,7 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
             )
         if self.with_captions and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(
-                "captions need --tokenizer (python data_scripts/train_tokenizer.py makes one) "
+                f"captions need --tokenizer ({command('data_scripts/train_tokenizer.py')} makes one) "
                 "or --pretrained_text_encoder; to train without captions: --condition_on '[]'"
             )
         if self.caption_prior.hidden_size and not self.with_captions:

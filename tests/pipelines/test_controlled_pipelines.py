@@ -20,7 +20,7 @@ from pipelines.models.fusion_controlnet import FUSION_MODES, FusionControlNets, 
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
 from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_poster_decoder import tiny_decoder
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 from tests.support.tiny_controlnets import (
     MASKS,
     PICTURE,

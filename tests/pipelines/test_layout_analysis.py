@@ -20,7 +20,7 @@ from pipelines.models.grammar_abstractor import GrammarAbstractorModel
 from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 
 
 def tiny_pipeline(abstractor: bool = True) -> LayoutAnalysisPipeline:

@@ -28,7 +28,7 @@ from pipelines.common.schedulers import (
 from pipelines.models.design_brief_encoder import DesignBriefEncoder
 from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
 from pipelines.tools.loading import load_pipeline
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 from training.models.unet import PixelUNetConfig, build_pixel_unet
 
 SIDE = 16

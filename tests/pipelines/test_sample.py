@@ -147,7 +147,7 @@ def test_every_field_is_a_flag():
         (["--energy", "1.2"], r"energy must be a number in \[0, 1\], but is 1.2"),
         (["--pictures", "7"], "pictures must be a whole number from 0 to 3, but is 7"),
         (["--balance", "high"], "--balance: invalid float value: 'high'"),
-        (["--brief", "none.yaml"], "the brief none.yaml cannot be read: No such file"),
+        (["--brief", "none.yaml"], "there is no file 'none.yaml'"),
         (
             ["--prompt", "a poster"],
             "--prompt says nothing to .* PosterDecoderPipeline; it takes a design brief",

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import pipelines
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
+from tests.support.environments import environment_without_halftone
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.tiny_models import tiny_pipeline
 
@@ -96,37 +95,6 @@ def draw(pipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(PROMPT, num_inference_steps=3, generator=generator, output_type="np").images
-
-
-def environment_without_halftone(folder: Path) -> str:
-    """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    site_packages = next(folder.glob("lib/python*/site-packages"))
-    for name in required_packages("torch", "diffusers", "transformers"):
-        package = importlib.metadata.distribution(name)
-        for top_level in {path.parts[0] for path in package.files or () if path.parts[0] not in ("..", "__pycache__")}:
-            link = site_packages / top_level
-            if not link.exists():
-                link.symlink_to(package.locate_file(top_level))
-    return str(folder / "bin" / "python")
-
-
-def required_packages(*names: str) -> set[str]:
-    """`names` and all that they require without extras, as far as it is installed here."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in found:
-            continue
-        try:
-            requirements = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform
-        found.add(name)
-        parsed = [Requirement(requirement) for requirement in requirements]
-        waiting += [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
 
 
 def other_code(folder: Path) -> type:

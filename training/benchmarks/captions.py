@@ -1,4 +1,4 @@
-"""What the joint model of pictures and captions costs: run by benchmarks.py, a process for each figure.
+"""What the joint model of pictures and captions costs: run by run.py, a process for each figure.
 
 `--side generation`: captions by the cache of keys and values against a loop of full-sequence forwards, with the default
 network. `--side memory`: a training step of one preset at one batch size. B captions, L tokens, D latent vector.
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import computes_in_bf16, get_device, synchronize
+from pipelines.tools.resources import shipped_path
 from training.benchmarks.loops import peak_mb
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.files import write_atomically
 from training.core.options import Options, option
-from training.core.parsing import ROOT, parse_config
+from training.core.parsing import parse_config
 from training.data.tokenization import CaptionTokens, train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
 
-PRESETS = ROOT / "configs/experiments/image_caption"
+PRESETS = shipped_path("configs/experiments/image_caption")
 WORDS = 7996  # and four special tokens: the default vocabulary
 CAPTION_WORDS = 12
 
@@ -168,7 +169,7 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(CaptionBenchConfig, argv, description=__doc__)
     if not config.output:
-        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+        raise UserError("--output is missing; run.py (make bench) gives it")
     torch.set_num_threads(threads_per_process())
     keep_freed_memory()
     figures = measure_generation(config) if config.side == "generation" else measure_memory(config)

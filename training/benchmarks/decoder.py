@@ -1,4 +1,4 @@
-"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by benchmarks.py, one process
+"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by run.py, one process
 for each batch size."""
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def peak_of_a_step(batch_size: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(DecoderBenchConfig, argv, description=__doc__)
     if not options.output:
-        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+        raise UserError("--output is missing; run.py (make bench) gives it")
     figures = {"peak_mb": peak_of_a_step(options.batch_size)}
     write_atomically(Path(options.output), json.dumps(figures) + "\n")
 

@@ -1,6 +1,6 @@
 """The two sides of `make bench`: the loop with everything on, and the bare PyTorch loop that it is held against.
 
-Both train the same networks on the same latents with the same threads. Run by benchmarks.py: one process each
+Both train the same networks on the same latents with the same threads. Run by run.py: one process each
 (speed and peak memory of whole processes), or both in one process by turns (a busy machine disturbs that ratio less).
 """
 
@@ -210,7 +210,7 @@ def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(LoopBenchConfig, argv, description=__doc__)
     if not options.recipe or not options.output:
-        raise UserError("--recipe and --output are missing; benchmarks.py (make bench) gives them")
+        raise UserError("--recipe and --output are missing; run.py (make bench) gives them")
     words = ["--output_dir", options.run_dir, "--cpu_threads", str(options.threads), "--overwrite", "true"]
     config = parse_config(Config, ["--config", options.recipe, *words])
     measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[options.side]

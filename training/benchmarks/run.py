@@ -29,13 +29,14 @@ import psutil
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.resources import CODE, shipped_path
 from training.core.checks import check_choice
 from training.core.files import write_atomically
 from training.core.options import Options, option
-from training.core.parsing import ROOT, parse_config
+from training.core.parsing import parse_config
 
-QUICKSTART = ROOT / "configs/experiments/latent_diffusion/quickstart.yaml"
-QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml"
+QUICKSTART = shipped_path("configs/experiments/latent_diffusion/quickstart.yaml")
+QUICKSTART_AUTOENCODER = shipped_path("configs/experiments/autoencoder/quickstart.yaml")
 NUM_POSTERS = 700
 DRAWN_POSTERS = 800
 REPETITIONS = 5
@@ -47,7 +48,7 @@ FIRST_STEP_LIMIT = 120.0
 
 @dataclass
 class BenchmarkConfig(Options):
-    """Flags of benchmarks.py."""
+    """Flags of this script."""
 
     only: list[str] = field(
         default_factory=lambda: ["loop", "latents", "commands", "first_step", "posters", "decoder", "captions"]
@@ -136,7 +137,7 @@ def measure_latents(config: BenchmarkConfig) -> list[Figure]:
     from training.data.latent_cache import LatentCache
 
     write_recipe(config)
-    dataset = LatentCache(str((ROOT / config.work_dir).resolve() / "latents")).split("train", random_flip=True)
+    dataset = LatentCache(str(Path(config.work_dir).resolve() / "latents")).split("train", random_flip=True)
     keys = [SampleKey(i % len(dataset), i) for i in range(32)]
     seconds = min(timeit.repeat(lambda: dataset.collate(dataset.__getitems__(keys)), number=1, repeat=200))
     return [Figure("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
@@ -233,7 +234,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
 
 def write_recipe(config: BenchmarkConfig) -> Path:
     """The quickstart's config on posters and latents of the benchmark's own, which are made if they are not there."""
-    work = (ROOT / config.work_dir).resolve()
+    work = Path(config.work_dir).resolve()
     data, tokenizer, vae, latents = (work / name for name in ("posters", "tokenizer", "autoencoder", "latents"))
     _make(data, f"data_scripts/make_posters.py --output_dir {data} --num_posters {NUM_POSTERS} --resolution 64")
     _make(tokenizer, f"data_scripts/train_tokenizer.py --dataset_name {data} --output_dir {tokenizer}")
@@ -270,7 +271,7 @@ def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, floa
 def timed(command: Sequence[str], status: int = 0) -> float:
     """Seconds that a command took. Raises UserError when it ends with another exit status than `status`."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode != status:
         raise UserError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-1500:]}")
@@ -301,7 +302,7 @@ def _first_step(recipe: Path, *flags: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "training/train_latent_diffusion.py", *words]
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command, cwd=CODE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
             while not (run / "metrics.csv").is_file():
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for figure in found:
             print(figure.line(), flush=True)
         figures += found
-    output = ROOT / config.output
+    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(describe(figures), indent=2) + "\n")
     missed = sum(figure.met is False for figure in figures)

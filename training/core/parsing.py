@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.resources import find_file
 from training.core.options import Options
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
 
 Config = TypeVar("Config", bound=Options)
 
@@ -33,7 +28,7 @@ def parse_config(
         config_class: a dataclass of options; the docstring under a field is its help; groups are `--model.field`.
         argv: the words after the program's name; None is the process's own.
         description: shown by `--help`.
-        preset: a YAML file, relative to the repository, taken when there are no words at all.
+        preset: a shipped YAML file, taken when there are no words at all.
 
     Raises:
         UserError: an unknown flag or key (with the nearest known one), a value of the wrong type, a file that is not
@@ -41,7 +36,7 @@ def parse_config(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
-        words = ["--config", str(_find_preset(preset))]
+        words = ["--config", preset]
     parser = _parser(config_class, description)
     if any(word in ("-h", "--help") for word in words):
         parser.print_help()
@@ -59,17 +54,6 @@ def parse_config(
     return config
 
 
-def this_command() -> str:
-    """What the user typed, as far as a process can know it: to be typed again."""
-    script = Path(sys.argv[0])
-    try:
-        shown = str(script.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        shown = str(script)
-    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
-    return " ".join([launcher, shown, *map(shlex.quote, sys.argv[1:])])
-
-
 def known_names(config_class: type, prefix: str = "") -> list[str]:
     """Every flag of `config_class` without its dashes, nested ones with dots."""
     names = []
@@ -81,13 +65,11 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _find_preset(preset: str) -> Path:
-    path = ROOT / preset
-    if not path.is_file():
-        raise UserError(
-            f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config"
-        )
-    return path
+class _ConfigFile(jsonargparse.ActionConfigFile):
+    """`--config`: the user's own file, or a preset that comes with the code."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(find_file(values)), option_string)
 
 
 def _resolve_annotations(config_class: type) -> None:
@@ -106,7 +88,11 @@ def _parser(config_class: type, description: str | None) -> jsonargparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        help="YAML file with any of the options below, or a preset (latent_diffusion/quickstart); flags win over it",
+    )
     parser.add_class_arguments(config_class, as_group=False)
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # `--dry_run` alone is `--dry_run true`

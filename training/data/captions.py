@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.core.checks import check_bounds
 from training.core.draws import SampleKey
 from training.core.options import option
@@ -159,7 +160,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
             if token is None:
                 raise UserError(
                     f"the tokenizer '{config.tokenizer}' has no token for a caption's {name}; leave --tokenizer unset "
-                    "and one is built, or make one: python data_scripts/train_tokenizer.py"
+                    f"and one is built, or make one: {command('data_scripts/train_tokenizer.py')}"
                 )
     else:
         tokenizer = train_tokenizer(

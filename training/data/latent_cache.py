@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.commands import command
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.data.classes import column_classes
@@ -47,7 +48,7 @@ from training.objectives.segmentation import IGNORE_INDEX
 # without them are the same files as ever.
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
-SCRIPT = "data_scripts/precompute_latents.py"
+MAKER = command("data_scripts/precompute_latents.py")
 # Several captions of one picture are kept in one field; no caption contains this.
 _CAPTION_SEPARATOR = "\0"
 _HASH_BLOCK_BYTES = 1 << 22
@@ -65,12 +66,12 @@ class LatentCache:
         manifest = read_manifest(self.path)
         if manifest is None:
             state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
-            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {SCRIPT}")
+            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {MAKER}")
         self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"the latent cache '{path}' has format {self.manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; make it again: {SCRIPT} --overwrite true"
+                f"{FORMAT_VERSION}; make it again: {MAKER} --overwrite true"
             )
         self._check_files()
 
@@ -136,7 +137,7 @@ class LatentCache:
         if name not in self.splits:
             raise UserError(
                 f"the latent cache '{self.path}' has no split '{name}'{nearest(name, self.splits)}; "
-                f"it has {', '.join(self.splits)}: make it with {SCRIPT} --splits '[{', '.join([*self.splits, name])}]'"
+                f"it has {', '.join(self.splits)}: make it with {MAKER} --splits '[{', '.join([*self.splits, name])}]'"
             )
         if random_flip and not self.manifest["flips"]:
             raise UserError(
@@ -212,9 +213,7 @@ class LatentCache:
     def _rebuild_command(self, config: DataConfig, vae_name: str) -> str:
         """The command line that makes this cache anew for `config`, with the splits and storage it has."""
         words = [
-            "accelerate",
-            "launch",
-            SCRIPT,
+            *shlex.split(MAKER),
             "--vae",
             vae_name,
             "--output_dir",
@@ -260,7 +259,7 @@ class LatentCache:
                 if size != shard["bytes"]:
                     fact = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                     raise UserError(
-                        f"{file} {fact}; run {SCRIPT} with the cache's flags again, it makes what is damaged"
+                        f"{file} {fact}; run {MAKER} with the cache's flags again, it makes what is damaged"
                     )
 
 

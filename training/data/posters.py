@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.core.draws import SampleKey
 from training.core.options import option
 from training.data.images import BadSample, ImageDataset
@@ -44,7 +45,8 @@ def require_poster_columns(dataset: Dataset, columns: Sequence[str], name: str) 
     if missing:
         raise UserError(
             f"{name} is no poster dataset: it has no column {', '.join(missing)} (it has "
-            f"{', '.join(dataset.column_names)}); python data_scripts/make_posters.py --output_dir FOLDER makes one"
+            f"{', '.join(dataset.column_names)}); "
+            f"{command('data_scripts/make_posters.py --output_dir FOLDER')} makes one"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import install_command
 from training.core.options import Options, option
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
@@ -43,7 +44,9 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
         try:
             import bitsandbytes
         except ImportError:
-            raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install -e '.[cuda]'") from None
+            raise UserError(
+                f"--optimizer adamw_8bit needs bitsandbytes: {install_command('cuda', 'bitsandbytes')}"
+            ) from None
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
         )

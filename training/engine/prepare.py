@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
+from pipelines.tools.commands import command as typed
+from pipelines.tools.resources import CODE
 from training.core.options import Options, option
-from training.core.parsing import ROOT
 from training.engine.signals import REQUEUE_STATUS, Interrupted
 
 logger = logging.getLogger("halftone")
@@ -38,7 +39,7 @@ _LAUNCHER_VARIABLES = (
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_PICTURES = (
-    "For your own pictures: accelerate launch training/train_autoencoder.py --train_data_dir FOLDER --output_dir "
+    f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
     "runs/my_autoencoder, then see 'Your own pictures' in README.md"
 )
 
@@ -77,14 +78,14 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
     if missing and len(sys.argv) == 1:
         logger.info("no arguments: this is the quickstart. %s", OWN_PICTURES)
     for number, (path, command) in enumerate(missing.items(), 1):
-        logger.info("%s is missing; making it (%d of %d): python %s", path, number, len(missing), command)
+        logger.info("%s is missing; making it (%d of %d): %s", path, number, len(missing), typed(command))
         status = run_script(_checked(command), stop_requested)
         if stop_requested() or status in (130, REQUEUE_STATUS):
             raise Interrupted
         if status == USER_ERROR_STATUS:
             raise UserError(f"{path} could not be made, for the reason given above")
         if status != 0 or not Path(path).exists():
-            raise UserError(f"{path} was not made (exit status {status}); run it by itself: python {command}")
+            raise UserError(f"{path} was not made (exit status {status}); run it by itself: {typed(command)}")
 
 
 def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> bool:
@@ -98,9 +99,9 @@ def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callabl
 
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
-    path = (ROOT / script).resolve()
+    path = (CODE / script).resolve()
     # A shared YAML file may start the project's own scripts and nothing else.
-    if path.parent not in [ROOT / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
+    if path.parent not in [CODE / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
         raise UserError(f"`prepare` may run the project's own scripts, and '{script}' is none")
     return [sys.executable, str(path), *arguments]
 

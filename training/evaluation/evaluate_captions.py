@@ -1,4 +1,4 @@
-"""How well does a model of pictures and captions tell, draw and find? Figures on its training or held-out pairs.
+"""Measure how well a model of images and captions captions, draws and retrieves, on training or held-out pairs.
 
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split validation
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\

@@ -1,4 +1,4 @@
-"""Do ControlNets do what their controls say? A table and a picture of several, on the same controls and seeds.
+"""Measure how well ControlNets follow their control images: a table and a grid of several, with the same seeds.
 
 python training/evaluation/evaluate_controlnet.py --models '[runs/controlnet/add, runs/controlnet/gated]' \\
     --reader runs/posters/encoder_plain_64 --dataset_name data/posters_64 --table table.md --grid grid.png

@@ -1,4 +1,4 @@
-"""Does the poster decoder paint what briefs ask for? Posters of held-out briefs, read back by encoder and abstractor.
+"""Measure how well the poster decoder follows held-out briefs: its posters are read by encoder and abstractor.
 
 python training/evaluation/evaluate_decoder.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_tiny \\
     --dataset_name data/posters_standard_64

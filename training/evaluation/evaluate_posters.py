@@ -1,4 +1,4 @@
-"""Do generated posters follow their briefs? Held-out briefs, a grid to look at, and figures.
+"""Measure how well posters of latent diffusion follow held-out briefs, and draw a grid of them.
 
 python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion
 """
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
 from pipelines.tools.devices import get_device
 from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
@@ -85,7 +86,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     pipeline.set_progress_bar_config(desc="drawing posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:
-        raise UserError(f"{config.dataset_name} holds no briefs; give posters of data_scripts/make_posters.py")
+        maker = command("data_scripts/make_posters.py")
+        raise UserError(f"{config.dataset_name} holds no briefs; give posters that {maker} made")
     briefs = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
     posters = generate(pipeline, [brief["text"] for brief in briefs], config)
     figures = measure_posters(posters, briefs, [brief["image"] for brief in briefs])

@@ -14,6 +14,7 @@ from typing import Any
 from training.core.previews import save_png
 from training.core.stage import Stage
 from training.publishing.hub import Publisher
+from training.publishing.model_card import check_card, write_model_card
 from training.run.folder import RunFolder
 
 logger = logging.getLogger("halftone")
@@ -27,10 +28,14 @@ class Exporter:
     Args:
         settings: the run's config as plain values, for the card.
         publisher: of the run's model repository; None uploads nothing.
+
+    Raises:
+        UserError: the stage's card template is missing; better now than after hours of training.
     """
 
     def __init__(self, stage: Stage, settings: Mapping[str, Any], folder: RunFolder, publisher: Publisher | None):
         self.stage, self.settings, self.folder, self._publisher = stage, settings, folder, publisher
+        check_card(stage.card_template)
 
     def checkpoint_saved(self, path: Path) -> None:
         """Upload what `--hub_strategy` says of a checkpoint that has just been written."""
@@ -48,8 +53,6 @@ class Exporter:
         Args:
             record: the run's own record, which the card is made from.
         """
-        from training.publishing.model_card import write_model_card
-
         temporary = self.folder.path / ".writing-pipeline"
         shutil.rmtree(temporary, ignore_errors=True)
         self.stage.pipeline().save_pretrained(temporary)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipelines.tools.commands import this_command
 from training.core.files import write_atomically
-from training.core.parsing import this_command
 from training.core.previews import Previews, save_png
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
