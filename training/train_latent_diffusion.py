@@ -31,7 +31,8 @@ from training.core.stage import Batch, MapDataset, Phase, Stage
 from training.data.checks import require_clean
 from training.data.fingerprints import evenly_spaced
 from training.data.images import DataConfig, ImageDataset, load_label_map, load_split, validate_data_config
-from training.data.latent_cache import LatentCache
+from training.data.latent_cache.check import check_cache
+from training.data.latent_cache.dataset import LatentCache
 from training.data.tokenization import CaptionTokens, load_tokenizer
 from training.engine.loop import train
 from training.engine.weights import load_initial_weights
@@ -227,7 +228,7 @@ class LatentDiffusionStage(Stage):
         config = self.config
         if config.latent_cache:
             cache = LatentCache(config.latent_cache)
-            cache.check(self.vae, config.vae, config)
+            check_cache(cache, self.vae, config.vae, config)
             if self.with_captions and not cache.has_captions:
                 raise UserError(f"the latent cache {config.latent_cache} has no captions; make it with captions")
             if self.with_labels and not cache.id2label:

@@ -24,7 +24,7 @@ from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
 from training.core.parsing import parse_config
-from training.data.latent_cache import LatentCache
+from training.data.latent_cache.dataset import LatentCache
 from training.data.tokenization import load_tokenizer
 from training.engine.loop import train
 from training.models.attention import attention_kernel
