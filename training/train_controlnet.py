@@ -146,16 +146,16 @@ class ControlNetStage(Stage):
 
         self.config = config
         self.base = load_base(config.base_model, config.resolution)
-        control = control_of(config.conditioning_image_column, config.conditioning_classes)
-        in_color = isinstance(config.conditioning_image_column, str)
-        kind = "classes" if config.conditioning_classes else "image" if in_color else "masks"
-        names = [] if kind == "image" else list(control.columns)
+        columns = config.conditioning_image_column
+        control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
         self._train = self.base.dataset(load_split(config, "train", config.seed), config, control, augment=True)
         held_out = load_split(config, "validation", config.seed)
         self._validation = self.base.dataset(held_out, config, control, augment=False) if len(held_out) else None
         for data in filter(None, (self._train, self._validation)):
             require_clean(data, tell=logger.info)
-        self.reader = ControlReader(config.reader, kind, names, control.channels) if config.reader else None
+        self.reader = (
+            ControlReader(config.reader, control.kind, control.names, control.channels) if config.reader else None
+        )
         torch.manual_seed(config.seed)
         try:
             self.controlnet = FusionControlNetModel.from_unet(
@@ -163,8 +163,8 @@ class ControlNetStage(Stage):
                 fusion_mode=config.fusion_mode,
                 downsampling=self.base.downsampling,
                 conditioning_channels=control.channels,
-                control_kind=kind,
-                control_names=names,
+                control_kind=control.kind,
+                control_names=control.names,
             )
         except ValueError as error:
             raise UserError(f"--base_model {config.base_model} cannot be steered: {error}") from None

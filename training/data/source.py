@@ -57,7 +57,10 @@ class DataConfig:
     mask_column: str = option("mask", on_resume="error")
     """Column with segmentation masks (8-bit grey, a class id per pixel), the size of their pictures"""
     conditioning_image_column: list[str] | str = option("conditioning_image", on_resume="error")
-    """Column with control images, the size of their pictures; a list of columns gives one grey channel each"""
+    """Column with control images, the size of their pictures; or a list of such columns"""
+    conditioning_image_mode: Literal["rgb", "l"] | None = option(None, on_resume="error")
+    """How control images are read: rgb, one column in colour (three channels); l, each column in grey (one channel).
+    Unset: rgb for a column given by its name, l for a list of columns"""
     train_split: str = option("train", on_resume="error")
     """Split to train on"""
     validation_split: str = option("validation", on_resume="error")
@@ -99,6 +102,12 @@ def validate_data_config(config: DataConfig) -> None:
         )
     if config.max_train_samples is not None and config.max_train_samples < 1:
         raise UserError(f"max_train_samples is {config.max_train_samples}; --max_train_samples must be at least 1")
+    columns = config.conditioning_image_column
+    if config.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
+        raise UserError(
+            f"--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
+            f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
+        )
     if config.image_interpolation_mode not in RESAMPLING:
         raise UserError(
             f"image_interpolation_mode is '{config.image_interpolation_mode}'; choose one of {', '.join(RESAMPLING)}"
