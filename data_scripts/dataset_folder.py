@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.cli import UserError
+from training.core.files import fsync_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -57,15 +58,14 @@ def put_in_place(partial: Path, folder: Path) -> Path | None:
         names = (folder.with_name(f"{folder.name}_old_{number}") for number in itertools.count(1))
         aside = folder.rename(next(name for name in names if not name.exists()))
     partial.rename(folder)
+    fsync_folder(folder.parent)
     return aside
 
 
 def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
     """Record what the dataset was made from, and its files' sizes: written last, so its presence means completeness."""
     sizes = {f"data/{path.name}": path.stat().st_size for path in sorted((folder / "data").iterdir())}
-    (folder / MANIFEST).write_text(
-        json.dumps({"settings": settings, "files": sizes}, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / MANIFEST, {"settings": settings, "files": sizes})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

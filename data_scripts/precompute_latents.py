@@ -5,7 +5,7 @@
 Several processes share the shards out among themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py
 ...) and never wait for each other. Interrupted or killed, the same command goes on at the last complete shard.
 
-N rows, R resolution, B batch, V variants, C h w latents (see training/data/latent_cache.py).
+N rows, R resolution, B batch, V variants, C h w latents (see training/data/latent_cache/format.py).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
+from training.core.files import write_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
@@ -42,14 +43,13 @@ from training.data.images import (
     load_label_map,
     transform_fingerprint,
 )
-from training.data.latent_cache import (
+from training.data.latent_cache.check import open_images
+from training.data.latent_cache.format import (
     FORMAT_VERSION,
     MANIFEST,
     complete_shard,
-    open_images,
     read_manifest,
     shard_name,
-    write_json,
     write_shard,
 )
 from training.data.source import named_split, undecoded_images
@@ -412,10 +412,10 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
 
 
 def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Shards of an earlier, larger cache, and what a kill left half written."""
-    for file in folder.glob("shard-*"):
-        if file.with_suffix(".safetensors").name not in files or file.suffix == ".tmp":
-            file.unlink(missing_ok=True)
+    """Shards of an earlier, larger cache, and what a kill left half written (see `training.core.files.replacing`)."""
+    shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
+    for file in (*shards, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
+        file.unlink(missing_ok=True)
 
 
 def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, int]:

@@ -8,14 +8,14 @@ The folder loads with transformers.AutoTokenizer.from_pretrained, here and where
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.tools.cli import UserError, entry_point
+from training.core.files import write_atomically
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.captions import captions_of
@@ -126,16 +126,13 @@ def describe(report: TokenizerReport, name: str, limit: int) -> str:
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write beside `folder` and move into it, tokenizer.json last: a folder that has it is complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    """Write each file whole, tokenizer.json last: a folder that has it is complete."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_tokenizer(tokenizer, temporary)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "tokenizer.json"):
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            save_tokenizer(tokenizer, Path(temporary))
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
+                write_atomically(folder / file.name, file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
 

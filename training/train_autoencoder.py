@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.common.latents import sample_posterior
 from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
@@ -116,7 +117,7 @@ class AutoencoderPhase(Phase):
         if hasattr(encoded, "latent_dist"):
             mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
             noise = draws.normal("posterior", mean.shape[1:]).to(mean.dtype)
-            latents, kl = mean + torch.exp(0.5 * logvar) * noise, gaussian_kl(mean.float(), logvar.float())
+            latents, kl = sample_posterior(mean, logvar, noise), gaussian_kl(mean.float(), logvar.float())
         else:
             latents, kl = encoded.latents, None
         if self.config.latent_noise:

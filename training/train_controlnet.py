@@ -136,12 +136,12 @@ class ControlNetStage(ImageStage):
 
         super().__init__(config, context)
         self.base = load_base(config.base_model, config.resolution)
-        control = control_of(config.conditioning_image_column, config.conditioning_classes)
-        in_color = isinstance(config.conditioning_image_column, str)
-        kind = "classes" if config.conditioning_classes else "image" if in_color else "masks"
-        names = [] if kind == "image" else list(control.columns)
+        columns = config.conditioning_image_column
+        control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
         self.open_data(functools.partial(self.base.dataset, config=config, control=control))
-        self.reader = ControlReader(config.reader, kind, names, control.channels) if config.reader else None
+        self.reader = None
+        if config.reader:
+            self.reader = ControlReader(config.reader, control.kind, control.names, control.channels)
         torch.manual_seed(config.seed)
         try:
             self.controlnet = FusionControlNetModel.from_unet(
@@ -149,8 +149,8 @@ class ControlNetStage(ImageStage):
                 fusion_mode=config.fusion_mode,
                 downsampling=self.base.downsampling,
                 conditioning_channels=control.channels,
-                control_kind=kind,
-                control_names=names,
+                control_kind=control.kind,
+                control_names=control.names,
             )
         except ValueError as error:
             raise UserError(f"--base_model {config.base_model} cannot be steered: {error}") from None

@@ -25,7 +25,8 @@ from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
 from training.data.images import ImageDataset, load_label_map
-from training.data.latent_cache import LatentCache
+from training.data.latent_cache.check import check_cache
+from training.data.latent_cache.dataset import LatentCache
 from training.engine.session import train
 from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
@@ -200,7 +201,7 @@ class LatentDiffusionStage(ImageStage):
     def _open_cache(self, path: str) -> dict[int, str]:
         """Open cached latents; returns the class names, none without labels."""
         config, cache = self.config, LatentCache(path)
-        cache.check(self.vae, config.vae, config)
+        check_cache(cache, self.vae, config.vae, config)
         cache.require(captions=config.with_captions, labels=config.with_labels)
         tokens = self.tokens
         self.training_set = cache.split("train", random_flip=config.random_flip, config=config, caption_tokens=tokens)

@@ -50,11 +50,16 @@ def posterior_moments(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
     )
 
 
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A draw from N(mean, exp(logvar)) by standard normal `noise`; all of one shape and dtype."""
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
 def latents_from_moments(vae: nn.Module, mean: Tensor, logvar: Tensor | None, noise: Tensor | None = None) -> Tensor:
     """Scaled latents (B C h w) from posterior moments in raw units, as `encode_latents` makes them from images."""
     z = _at_least_float32(mean)
     if noise is not None and logvar is not None:
-        z = z + torch.exp(0.5 * logvar.to(z.dtype)) * noise.to(z.dtype)
+        z = sample_posterior(z, logvar.to(z.dtype), noise.to(z.dtype))
     return scale_latents(vae, z)
 
 

@@ -14,7 +14,7 @@ from pipelines.tools.cli import UserError
 from training.core.draws import SampleKey
 from training.data.checks import require_clean
 from training.data.companions import control_of
-from training.data.images import DataConfig, ImageDataset, load_split
+from training.data.images import DataConfig, ImageDataset, load_split, validate_data_config
 from training.objectives.segmentation import IGNORE_INDEX
 
 ROWS, WIDTH, HEIGHT = 4, 40, 24
@@ -70,6 +70,33 @@ def test_several_columns_are_grey_channels_and_class_ids_are_one_hot(folder: Pat
     assert torch.equal(hot.argmax(0), item["mask"])
 
 
+@pytest.mark.parametrize(("columns", "unset"), [("conditioning_image", "rgb"), (["conditioning_image"], "l")])
+def test_the_mode_of_a_single_column_is_what_is_said(folder: Path, columns, unset: str, caplog):
+    """A name and a list of one name differ only where no mode is given, and the list is then warned about."""
+    read = {}
+    for mode in ("rgb", "l", None):
+        caplog.clear()
+        control = control_of(columns, mode=mode)
+        assert bool(caplog.records) == (mode is None and unset == "l")
+        read[mode] = opened(folder, control=control)[SampleKey(0, 0)]["conditioning_pixel_values"]
+        assert control.channels == len(read[mode])
+        assert (control.kind, control.names) == (
+            ("image", []) if control.channels == 3 else ("masks", ["conditioning_image"])
+        )
+    assert (len(read["rgb"]), len(read["l"])) == (3, 1)
+    assert torch.equal(read[None], read[unset])
+    grey = Image.open(folder / "0_control.png").convert("L")
+    assert read["l"].mul(255).round().unique().tolist() == sorted(np.unique(np.array(grey)).tolist())
+
+
+def test_modes_that_cannot_be():
+    config = DataConfig(conditioning_image_column=["a", "b"], conditioning_image_mode="rgb")
+    with pytest.raises(UserError, match="--conditioning_image_mode rgb reads one column.*a, b"):
+        validate_data_config(config)
+    with pytest.raises(UserError, match="--conditioning_image_mode l and --conditioning_classes 4"):
+        control_of("mask", 4, "l")
+
+
 def test_palettes_are_ids_and_unlabelled_pixels_have_no_class(folder: Path):
     ids = np.zeros((HEIGHT, WIDTH), np.uint8)
     ids[:, 20:] = IGNORE_INDEX
@@ -89,7 +116,7 @@ def test_palettes_are_ids_and_unlabelled_pixels_have_no_class(folder: Path):
         (lambda path: Image.fromarray(np.full((HEIGHT, WIDTH), 9, np.uint8)).save(path), "class id 9 is beyond the 4"),
         (
             lambda path: Image.new("L", (WIDTH, 7)).save(path),
-            f"it is {WIDTH}×7 pixels and its picture {WIDTH}×{HEIGHT}",
+            f"it is {WIDTH}×7 pixels and its image {WIDTH}×{HEIGHT}",
         ),
         (lambda path: Image.new("RGB", (WIDTH, HEIGHT)).save(path), "it has colours"),
         (lambda path: path.write_bytes(b"no picture"), "not a readable picture"),

@@ -31,7 +31,9 @@ from tests.support.tiny_models import tiny_tokenizer, tiny_vae
 from training.core.draws import SampleKey
 from training.data.fingerprints import vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, load_split
-from training.data.latent_cache import LatentCache, read_shard
+from training.data.latent_cache.check import check_cache
+from training.data.latent_cache.dataset import LatentCache
+from training.data.latent_cache.format import read_shard
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips
 from training.engine.balance import BalanceConfig, balanced_strata
@@ -169,7 +171,7 @@ def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache:
     assert "mask" not in cache.split("train")[keys[0]]
     # A run that wants no masks need not name their column.
     for column in ("mask", "other"):
-        cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(masked, mask_column=column))
+        check_cache(cache, load_vae(str(vae_folder)), str(vae_folder), config_of(masked, mask_column=column))
     with pytest.raises(UserError, match="those of column 'mask', and this run wants 'other'; say --mask_column mask"):
         cache.split("train", num_mask_classes=4, config=config_of(masked, mask_column="other"))
 
@@ -184,7 +186,7 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(
     (tmp_path / "changed").mkdir()
     changed = save_pictures(tmp_path / "changed", mask_seed=2)
     with pytest.raises(UserError, match="dataset: split 'train'"):
-        LatentCache(masked_cache).check(load_vae(str(vae_folder)), "v", config_of(changed))
+        check_cache(LatentCache(masked_cache), load_vae(str(vae_folder)), "v", config_of(changed))
     copy = tmp_path / "copy"
     shutil.copytree(masked_cache, copy)
     with pytest.raises(UserError, match="mask_column mask there, None here"):
@@ -244,9 +246,9 @@ def test_shards_are_mapped_and_not_loaded(tmp_path: Path):
 def test_the_right_vae_and_data_are_accepted(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
     shutil.copytree(data, tmp_path / "moved")
     cache = LatentCache(cache_folder)
-    cache.check(load_vae(str(vae_folder)), str(vae_folder))
-    cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(data))
-    cache.check(load_vae(str(vae_folder)), str(vae_folder), config_of(tmp_path / "moved", random_flip=False))
+    check_cache(cache, load_vae(str(vae_folder)), str(vae_folder))
+    check_cache(cache, load_vae(str(vae_folder)), str(vae_folder), config_of(data))
+    check_cache(cache, load_vae(str(vae_folder)), str(vae_folder), config_of(tmp_path / "moved", random_flip=False))
 
 
 def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
@@ -258,13 +260,13 @@ def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Pat
     rescaled.register_to_config(scaling_factor=0.5)
     for changed in (other, rescaled):
         with pytest.raises(UserError, match="VAE: the cache is of") as error:
-            cache.check(changed, "other/vae", config_of(data))
+            check_cache(cache, changed, "other/vae", config_of(data))
         assert vae_fingerprint(changed)[:12] in str(error.value)
         assert vae_fingerprint(vae)[:12] in str(error.value)
         assert "--vae other/vae" in str(error.value)
         assert "--overwrite true" in str(error.value)
     with pytest.raises(UserError, match="transform: the cache has 'v1 16px.*this run 'v1 32px") as error:
-        cache.check(vae, "v", config_of(data, resolution=32))
+        check_cache(cache, vae, "v", config_of(data, resolution=32))
     assert "--resolution 32" in str(error.value)
     changed_data = tmp_path / "changed"
     shutil.copytree(data, changed_data)
@@ -273,7 +275,7 @@ def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Pat
         changed_data / "train-00000-of-00001.parquet"
     )
     with pytest.raises(UserError, match="dataset: split 'train'") as error:
-        cache.check(vae, "v", config_of(changed_data))
+        check_cache(cache, vae, "v", config_of(changed_data))
     assert "split 'validation'" not in str(error.value)
 
 
@@ -283,7 +285,7 @@ def test_flips_want_a_cache_with_mirrored_latents(data: Path, vae_folder: Path, 
     with pytest.raises(UserError, match="no mirrored pictures"):
         cache.split("validation", random_flip=True)
     with pytest.raises(UserError, match="no mirrored pictures"):
-        cache.check(load_vae(str(vae_folder)), "v", config_of(data))
+        check_cache(cache, load_vae(str(vae_folder)), "v", config_of(data))
     with pytest.raises(UserError, match="no split 'train'"):
         cache.split("train")
 
@@ -317,6 +319,8 @@ def test_a_damaged_shard_is_made_again(data: Path, vae_folder: Path, cache_folde
     broken = bytearray(shard.read_bytes())
     broken[-1] ^= 1  # the same size
     shard.write_bytes(broken)
+    for name in (".shard-00002.safetensors.tmp4711", "shard-00002.tmp"):  # left by a kill, of this version or before
+        (copy / "train" / name).write_bytes(broken[:100])
     untouched = (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns
     assert precompute(*flags(data, vae_folder, copy)) == 0
     assert contents(copy) == before

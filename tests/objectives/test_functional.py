@@ -22,12 +22,31 @@ def levels(prediction_type):
     return ANGLE.cos(), ANGLE.sin()
 
 
+X_0_OF = {
+    "epsilon": lambda prediction, x_t, alpha, sigma: (x_t - sigma * prediction) / alpha,
+    "v_prediction": lambda prediction, x_t, alpha, sigma: alpha * x_t - sigma * prediction,
+    "sample": lambda prediction, x_t, alpha, sigma: prediction,
+    "flow_prediction": lambda prediction, x_t, alpha, sigma: x_t - sigma * prediction,
+}
+"""The clean sample that a prediction implies."""
+
+
+def implied_x_0(prediction_type, prediction, alpha, sigma):
+    alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+    return X_0_OF[prediction_type](prediction, alpha * X_0 + sigma * NOISE, alpha, sigma)
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_the_target_implies_the_clean_sample(prediction_type):
     alpha, sigma = levels(prediction_type)
-    x_t = objectives.corrupt(X_0, NOISE, alpha, sigma)
     target = objectives.prediction_target(prediction_type, X_0, NOISE, alpha, sigma)
-    assert torch.allclose(objectives.predicted_x_0(prediction_type, target, x_t, alpha, sigma), X_0, atol=1e-12)
+    assert torch.allclose(implied_x_0(prediction_type, target, alpha, sigma), X_0, atol=1e-12)
+
+
+def test_the_noisy_sample_is_the_weighted_sum():
+    alpha, sigma = levels("epsilon")
+    expected = alpha[:, None, None, None] * X_0 + sigma[:, None, None, None] * NOISE
+    assert torch.allclose(objectives.corrupt(X_0, NOISE, alpha, sigma), expected, atol=1e-15)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -35,10 +54,9 @@ def test_the_target_implies_the_clean_sample(prediction_type):
 def test_min_snr_weights_are_one_x_0_loss_in_every_parametrization(prediction_type, gamma):
     """weight × |target error|² must be min(SNR, γ) × |x_0 error|² (Hang et al. 2023)."""
     alpha, sigma = levels(prediction_type)
-    x_t = objectives.corrupt(X_0, NOISE, alpha, sigma)
     target = objectives.prediction_target(prediction_type, X_0, NOISE, alpha, sigma)
     wrong = target + 0.1 * torch.randn_like(target)
-    x_0_error = (objectives.predicted_x_0(prediction_type, wrong, x_t, alpha, sigma) - X_0).square().flatten(1).mean(1)
+    x_0_error = (implied_x_0(prediction_type, wrong, alpha, sigma) - X_0).square().flatten(1).mean(1)
     weight = objectives.min_snr_weight(prediction_type, alpha, sigma, gamma)
     weighted = weight * objectives.mse_per_sample(wrong, target)
     snr = (alpha / sigma) ** 2

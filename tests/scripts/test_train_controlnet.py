@@ -330,6 +330,8 @@ REFUSED = {
     ),
     "class ids beyond": ([*ROLES, "--conditioning_classes", "3", "--reader", "null"], ["beyond the 3 classes"]),
     "classes of several columns": (["--conditioning_classes", "6"], ["--conditioning_classes", "one column"]),
+    "classes and a mode": ([*ROLES, "--conditioning_image_mode", "l"], ["--conditioning_image_mode l"]),
+    "several, in colour": (["--conditioning_image_mode", "rgb"], ["--conditioning_image_mode rgb", "image_mask"]),
     "no columns": (["--conditioning_image_column", "[]"], ["--conditioning_image_column"]),
     "a column that is not there": (["--conditioning_image_column", "mask"], ["'mask'", "--conditioning_image_column"]),
     "a column of numbers": (["--conditioning_image_column", "energy"], ["'energy'", "--conditioning_image_column"]),

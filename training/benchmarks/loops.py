@@ -28,7 +28,7 @@ from training.core.files import write_atomically
 from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
-from training.data.latent_cache import LatentCache
+from training.data.latent_cache.dataset import LatentCache
 from training.data.tokenization import load_tokenizer
 from training.engine.session import train
 from training.models.attention import attention_kernel

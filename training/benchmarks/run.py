@@ -134,7 +134,7 @@ def measure_loop(config: BenchmarkConfig) -> list[Figure]:
 def measure_latents(config: BenchmarkConfig) -> list[Figure]:
     """Milliseconds to read a batch of 32 from a latent cache, flips included: the best of many, on one core."""
     from training.core.draws import SampleKey
-    from training.data.latent_cache import LatentCache
+    from training.data.latent_cache.dataset import LatentCache
 
     write_recipe(config)
     dataset = LatentCache(str(Path(config.work_dir).resolve() / "latents")).split("train", random_flip=True)

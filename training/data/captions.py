@@ -34,7 +34,7 @@ from training.data.tokenization import (
     round_trip,
     train_tokenizer,
 )
-from training.data.transforms import RESAMPLING, BadSample, BrokenImage, flips, load_rgb, open_image, to_tensor
+from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,10 +80,7 @@ class CaptionedPictures(ImageDataset):
     def _pictures(self, row: dict[str, Any], key: int) -> dict[str, Tensor]:
         if self.config.image_fit == "crop":
             return super()._pictures(row, key)
-        try:
-            image = load_rgb(row[self.config.image_column])
-        except BrokenImage as error:
-            raise BadSample(self.config.image_column, str(error)) from error
+        image = decoded(row, self.config.image_column)
         side = (self.config.resolution, self.config.resolution)
         if image.size != side:
             image = image.resize(side, RESAMPLING[self.config.image_interpolation_mode])

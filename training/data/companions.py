@@ -5,15 +5,19 @@ R training resolution, K classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from training.data.transforms import BadSample, BrokenImage, load_rgb, open_image
+from pipelines.tools.cli import UserError
+from training.data.transforms import BadSample, BrokenImage, byte_tensor, decoded, open_image, require_size
 from training.objectives.segmentation import IGNORE_INDEX
+
+logger = logging.getLogger("halftone")
 
 
 class SegmentationMask:
@@ -35,8 +39,8 @@ class SegmentationMask:
             BadSample: it cannot be decoded, is not of `size` (width, height), holds colours, or ids beyond the classes.
         """
         column = self.columns[0]
-        mask = _decoded(row, column, _class_ids)
-        _require_size(mask, size, column)
+        mask = decoded(row, column, _class_ids)
+        require_size(mask, size, column)
         ids = np.unique(np.asarray(mask))
         beyond = ids[(ids >= self.num_classes) & (ids != IGNORE_INDEX)]
         if beyond.size:
@@ -49,26 +53,35 @@ class SegmentationMask:
 
     def tensor(self, masks: Sequence[Image.Image]) -> torch.Tensor:
         """int64 R R."""
-        return torch.from_numpy(np.array(masks[0], dtype=np.int64))
+        return byte_tensor(masks[0]).long()
 
 
 class ControlImage:
-    """Control images: one column in colour (3 R R), or several in grey, a channel each (C R R); in [0, 1].
+    """Control images: C R R in [0, 1].
 
     Args:
-        columns: one name for a picture in colour; a list of names for grey channels.
+        mode: "rgb" reads each column in colour, three channels; "l" in grey, one channel.
     """
 
     resampling: str | None = None  # that of the pictures
 
-    def __init__(self, columns: str | Sequence[str]):
-        self.in_color = isinstance(columns, str)
-        self.columns = [columns] if isinstance(columns, str) else list(columns)
+    def __init__(self, columns: Sequence[str], mode: Literal["rgb", "l"]):
+        self.columns, self.in_color = list(columns), mode == "rgb"
         self.flags = ["conditioning_image_column"] * len(self.columns)
 
     @property
+    def kind(self) -> str:
+        """As FusionControlNetModel's `control_kind` says it."""
+        return "image" if self.in_color else "masks"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the channels, where they have names of their own."""
+        return [] if self.in_color else self.columns
+
+    @property
     def channels(self) -> int:
-        return 3 if self.in_color else len(self.columns)
+        return (3 if self.in_color else 1) * len(self.columns)
 
     def load(self, row: Mapping[str, Any], size: tuple[int, int]) -> list[Image.Image]:
         """The stored pictures, RGB or grey.
@@ -78,22 +91,30 @@ class ControlImage:
         """
         images = []
         for column in self.columns:
-            image = _decoded(row, column, load_rgb)
-            _require_size(image, size, column)
+            image = decoded(row, column)
+            require_size(image, size, column)
             images.append(image if self.in_color else image.convert("L"))
         return images
 
     def tensor(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """float32 C R R in [0, 1]."""
-        arrays = [np.atleast_3d(np.array(image, dtype=np.uint8)) for image in images]
-        return torch.from_numpy(np.concatenate(arrays, axis=2)).movedim(2, 0).float().div_(255).contiguous()
+        width, height = images[0].size
+        channels = [byte_tensor(image).reshape(-1, height, width) for image in images]
+        return torch.cat(channels).float().div_(255)
 
 
 class ClassControl(SegmentationMask):
     """Control by class: a column of class ids as K R R, one-hot in {0, 1}; unlabelled pixels are 0 in all channels."""
 
+    kind = "classes"
+
     def __init__(self, column: str, num_classes: int):
         super().__init__(column, num_classes, "conditioning_image_column")
+
+    @property
+    def names(self) -> list[str]:
+        """The column of the ids."""
+        return self.columns
 
     @property
     def channels(self) -> int:
@@ -107,11 +128,32 @@ class ClassControl(SegmentationMask):
 Companion = SegmentationMask | ControlImage
 
 
-def control_of(columns: str | Sequence[str], num_classes: int) -> ControlImage | ClassControl:
-    """What `--conditioning_image_column` and `--conditioning_classes` name."""
-    if not num_classes:
-        return ControlImage(columns)
-    return ClassControl(columns if isinstance(columns, str) else columns[0], num_classes)
+def control_of(
+    columns: str | Sequence[str], num_classes: int = 0, mode: Literal["rgb", "l"] | None = None
+) -> ControlImage | ClassControl:
+    """What `--conditioning_image_column`, `--conditioning_classes` and `--conditioning_image_mode` name.
+
+    Args:
+        mode: None reads a column given by its name in colour and a list of columns in grey.
+
+    Raises:
+        UserError: a mode together with class ids.
+    """
+    names = [columns] if isinstance(columns, str) else list(columns)
+    if num_classes and mode is not None:
+        raise UserError(
+            f"--conditioning_image_mode {mode} and --conditioning_classes {num_classes} exclude each other: class ids "
+            "are neither colours nor grey values; leave one of them out"
+        )
+    if num_classes:
+        return ClassControl(names[0], num_classes)
+    if mode is None and not isinstance(columns, str) and len(names) == 1:
+        logger.warning(
+            "--conditioning_image_column [%s] is a list, so the control images are read in grey, one channel; say so "
+            "with --conditioning_image_mode l, or have them read in colour with rgb",
+            names[0],
+        )
+    return ControlImage(names, mode or ("rgb" if isinstance(columns, str) else "l"))
 
 
 def _class_ids(source: Any) -> Image.Image:
@@ -127,15 +169,3 @@ def _class_ids(source: Any) -> Image.Image:
             return Image.fromarray(ids.astype(np.uint8))
         raise BrokenImage(f"it has ids up to {ids.max()}; masks hold at most {IGNORE_INDEX} classes")
     raise BrokenImage(f"it has colours (mode {image.mode}), not one class id per pixel; save it as 8-bit grey")
-
-
-def _require_size(image: Image.Image, size: tuple[int, int], column: str) -> None:
-    if image.size != size:
-        raise BadSample(column, f"it is {image.width}×{image.height} pixels and its picture {size[0]}×{size[1]}")
-
-
-def _decoded(row: Mapping[str, Any], column: str, read: Any) -> Image.Image:
-    try:
-        return read(row[column])
-    except (BrokenImage, OSError, SyntaxError) as error:
-        raise BadSample(column, str(error)) from error

@@ -34,7 +34,7 @@ from training.data.transforms import (
     BrokenImage,
     apply_geometry,
     crop_geometry,
-    load_rgb,
+    decoded,
     pick_caption,
     to_tensor,
     verify_image,
@@ -234,10 +234,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _pictures(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
         """The row's picture and what goes with it, all cut to R × R pixels at one place."""
         mode, resolution = self.config.image_interpolation_mode, self.config.resolution
-        try:
-            image = load_rgb(row[self.config.image_column])
-        except BrokenImage as error:
-            raise BadSample(self.config.image_column, str(error)) from error
+        image = decoded(row, self.config.image_column)
         place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
         tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
         for name, companion in self.companions.items():

@@ -21,7 +21,16 @@ from training.core.draws import SampleKey
 from training.core.options import option
 from training.data.images import BadSample, ImageDataset
 from training.data.source import DataConfig, undecoded_images
-from training.data.transforms import BrokenImage, apply_geometry, crop_geometry, load_rgb, open_image, to_tensor
+from training.data.transforms import (
+    BrokenImage,
+    apply_geometry,
+    byte_tensor,
+    crop_geometry,
+    decoded,
+    open_image,
+    require_size,
+    to_tensor,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +93,7 @@ class PosterDataset(ImageDataset):
             return []  # the look at the pictures themselves reports it
         for name in MAP_COLUMNS:
             try:
-                _same_size(open_image(row[name]), picture, name)
+                require_size(open_image(row[name]), picture.size, name)
             except BadSample as problem:
                 problems.append(problem)
             except BrokenImage as error:
@@ -98,14 +107,14 @@ class PosterDataset(ImageDataset):
             BadSample: the row cannot be used.
         """
         image_column, resolution = self.config.image_column, self.config.resolution
-        picture = _decoded(row, image_column, load_rgb)
+        picture = decoded(row, image_column)
         geometry = crop_geometry(picture.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
         maps = {}
         for name in MAP_COLUMNS:
-            stored = _decoded(row, name, open_image)
-            _same_size(stored, picture, name)
+            stored = decoded(row, name, open_image)
+            require_size(stored, picture.size, name)
             cut = apply_geometry(stored.convert("L"), geometry, resolution, "nearest")
-            maps[name] = torch.from_numpy(np.array(cut, dtype=np.uint8))
+            maps[name] = byte_tensor(cut)
         roles = int(maps["color_role"].max())
         if roles >= len(COLOR_ROLES):
             raise BadSample("color_role", f"class id {roles}; there are 0 to {len(COLOR_ROLES) - 1}")
@@ -153,19 +162,3 @@ def _blurred(pixels: np.ndarray, weight: float) -> np.ndarray:
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     around = (padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]) / 4
     return (1 - weight) * pixels + np.float32(weight) * around
-
-
-def _same_size(stored: Image.Image, picture: Image.Image, name: str) -> None:
-    if stored.size != picture.size:
-        raise BadSample(
-            name, f"it is {stored.width}×{stored.height} pixels and its poster {picture.width}×{picture.height}"
-        )
-
-
-def _decoded(row: dict[str, Any], column: str, read: Any) -> Image.Image:
-    try:
-        image = read(row[column])
-        image.load()
-    except (BrokenImage, OSError, SyntaxError) as error:
-        raise BadSample(column, str(error)) from error
-    return image

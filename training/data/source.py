@@ -57,7 +57,10 @@ class DataConfig(Options):
     mask_column: str = option("mask")
     """Column with segmentation masks (8-bit grey, a class id per pixel), the size of their pictures"""
     conditioning_image_column: list[str] | str = option("conditioning_image")
-    """Column with control images, the size of their pictures; a list of columns gives one grey channel each"""
+    """Column with control images, the size of their pictures; or a list of such columns"""
+    conditioning_image_mode: Literal["rgb", "l"] | None = option(None)
+    """How control images are read: rgb, one column in colour (three channels); l, each column in grey (one channel).
+    Unset: rgb for a column given by its name, l for a list of columns"""
     train_split: str = option("train")
     """Split to train on"""
     validation_split: str = option("validation")
@@ -83,6 +86,12 @@ class DataConfig(Options):
             raise UserError(
                 f"both dataset_name ({self.dataset_name}) and train_data_dir ({self.train_data_dir}) are given; "
                 "keep one"
+            )
+        columns = self.conditioning_image_column
+        if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
+            raise UserError(
+                "--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
+                f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
             )
 
 

@@ -7,6 +7,7 @@ the sample's key, so the order of calls, the number of workers and a resume chan
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,10 +152,39 @@ def verify_image(source: Any) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
+def decoded(row: Mapping[str, Any], column: str, read: Callable[[Any], Image.Image] = load_rgb) -> Image.Image:
+    """The image in a row's column, decoded completely.
+
+    Args:
+        read: `load_rgb`, `open_image`, or another function that opens what the column holds.
+
+    Raises:
+        BadSample: it cannot be decoded.
+    """
+    try:
+        image = read(row[column])
+        image.load()
+    except (BrokenImage, OSError, SyntaxError) as error:
+        raise BadSample(column, str(error)) from error
+    return image
+
+
+def require_size(image: Image.Image, size: tuple[int, int], column: str) -> None:
+    """Raises BadSample when the image of `column` has not the `size` (width, height) of its row's image."""
+    if image.size != size:
+        raise BadSample(column, f"it is {image.width}×{image.height} pixels and its image {size[0]}×{size[1]}")
+
+
+def byte_tensor(image: Image.Image) -> torch.Tensor:
+    """The pixels of an 8-bit image as they are: uint8, H W of a grey one and 3 H W of one in colour."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
+    pixels = byte_tensor(image)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,7 +119,8 @@ def _data(config: ControlEvaluationConfig, net: Any, pipeline: Any) -> tuple[Ten
     size = pipeline.unet.config.sample_size * getattr(pipeline, "vae_scale_factor", 1)
     data_config = DataConfig(dataset_name=config.dataset_name, resolution=size)
     classes = net.conditioning_channels if net.control_kind == "classes" else 0
-    control = control_of(config.conditioning_image_column, classes)
+    mode: Any = {"image": "rgb", "masks": "l"}.get(net.control_kind)
+    control = control_of(config.conditioning_image_column, classes, mode)
     if control.channels != net.conditioning_channels:
         raise UserError(
             f"--conditioning_image_column {config.conditioning_image_column} gives {control.channels} channels; "

@@ -54,23 +54,6 @@ def prediction_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: T
     raise ValueError(f"prediction_type is one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")
 
 
-def predicted_x_0(prediction_type: str, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The clean sample that a prediction implies; the inverse of `prediction_target`.
-
-    For epsilon alpha must not be 0: zero terminal SNR leaves no x_0 in x_t.
-    """
-    alpha, sigma = per_sample(alpha, x_t), per_sample(sigma, x_t)
-    if prediction_type == "epsilon":
-        return (x_t - sigma * prediction) / alpha
-    if prediction_type == "v_prediction":
-        return alpha * x_t - sigma * prediction
-    if prediction_type == "sample":
-        return prediction
-    if prediction_type == "flow_prediction":
-        return x_t - sigma * prediction
-    raise ValueError(f"prediction_type is one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")
-
-
 def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
     """Min-SNR-γ (Hang et al. 2023): the x_0 loss weighted by min(SNR, γ), put in terms of the model's own target. B.
 

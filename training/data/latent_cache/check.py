@@ -1,0 +1,103 @@
+"""Whether a latent cache belongs to a run: made by its VAE, with its transform, from its data."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields, replace
+
+import torch
+
+from pipelines.tools.cli import UserError
+from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
+from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, transform_fingerprint
+from training.data.latent_cache.dataset import LatentCache
+from training.data.latent_cache.format import MAKER
+from training.objectives.segmentation import IGNORE_INDEX
+
+
+def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
+    """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
+
+    Raises:
+        UserError: which of VAE, transform and dataset differs, both values, and the command that makes it anew.
+    """
+    differences = _vae_differences(cache, vae, vae_name)
+    if config is not None:
+        differences += _transform_differences(cache, config)
+        if config.dataset_name or config.train_data_dir:
+            differences += _dataset_differences(cache, config)
+    if differences:
+        raise UserError(
+            f"the latent cache '{cache.path}' does not belong to this run: {'; '.join(differences)}. "
+            f"Make it anew:\n  {_rebuild_command(cache, config or DataConfig(), vae_name)}"
+        )
+
+
+def open_images(
+    config: DataConfig, split: str, seed: int, *, captions: bool, label_map: LabelMap | None, masks: bool = False
+) -> ImageDataset:
+    """The pictures of a split as a cache holds them: unflipped, with every caption, and masks of any class."""
+    return ImageDataset(
+        load_split(config, split, seed),
+        config,
+        captions=captions,
+        labels=label_map is not None,
+        label_map=label_map,
+        num_mask_classes=IGNORE_INDEX if masks else 0,
+        augment=False,
+        every_caption=True,
+    )
+
+
+def _vae_differences(cache: LatentCache, vae: torch.nn.Module, vae_name: str) -> list[str]:
+    there, here = cache.manifest["vae"]["fingerprint"], vae_fingerprint(vae)
+    if here == there:
+        return []
+    return [f"VAE: the cache is of {cache.vae_name} ({there[:12]}), this run has {vae_name} ({here[:12]})"]
+
+
+def _transform_differences(cache: LatentCache, config: DataConfig) -> list[str]:
+    differences = []
+    there, here = cache.manifest["transform"], transform_fingerprint(config)
+    if here != there:
+        differences.append(f"transform: the cache has '{there}', this run '{here}'")
+    if config.random_flip and not cache.has_flips:
+        differences.append("transform: the cache has no mirrored pictures, this run has random_flip")
+    return differences
+
+
+def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
+    differences = []
+    label_map = load_label_map(config) if cache.id2label else None
+    # Whether this run wants masks or not.
+    config = replace(config, mask_column=cache.mask_column or config.mask_column)
+    for name, split in cache.manifest["splits"].items():
+        data = open_images(
+            config,
+            name,
+            cache.manifest["seed"],
+            captions=cache.has_captions,
+            label_map=label_map,
+            masks=cache.mask_column is not None,
+        )
+        fingerprint = dataset_fingerprint(data)
+        if fingerprint != split["dataset"]:
+            differences.append(
+                f"dataset: split '{name}' of the cache is {split['dataset'][:12]} ({split['rows']} rows), "
+                f"that of {config.dataset_name or config.train_data_dir} is {fingerprint[:12]} ({len(data)} rows)"
+            )
+    return differences
+
+
+def _rebuild_command(cache: LatentCache, config: DataConfig, vae_name: str) -> str:
+    """The command line that makes this cache anew for `config`, with the splits and storage it has."""
+    words = [*shlex.split(MAKER), "--vae", vae_name, "--output_dir", str(cache.path), "--overwrite", "true"]
+    given = {
+        field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)
+    }
+    given["seed"] = (cache.manifest["seed"], 0)
+    given["storage_dtype"] = (cache.manifest["storage_dtype"], "float32")
+    for name, (value, default) in given.items():
+        if value != default:
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
