@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,18 +165,16 @@ class LatentDiffusionStage(ImageStage):
         self.vae = load_vae(config.vae)
         # Weights are drawn from here on, in this order: the text encoder's, the U-Net's, the caption prior's.
         torch.manual_seed(config.seed)
-        names = config.tokenizer, config.pretrained_text_encoder
-        text: tuple[Any, Any] = build_text(config.text_encoder, *names) if config.with_captions else (None, None)
-        self.tokens, self.text_encoder = text
+        names = (config.tokenizer, config.pretrained_text_encoder) if config.with_captions else (None, None)
+        self.tokens, self.text_encoder = build_text(config.text_encoder, *names)
         self.id2label = self._open_cache(config.latent_cache) if config.latent_cache else self._open_images()
         shape = latent_shape(self.vae, config.resolution, config.resolution)
         text_width = self.text_encoder.config.hidden_size if self.text_encoder else None
         with_prior = config.caption_prior.hidden_size > 0
-        expected = shape[0] if with_prior else 0
-        self.unet = build_unet(config.model, shape[0], shape[1], text_width, len(self.id2label), expected)
+        self.unet = build_unet(config.model, *shape[:2], text_width, len(self.id2label), with_prior * shape[0])
         self.diffusion = Diffusion(config)
         trivial = self.diffusion.trivial_loss
-        self.trivial_loss = trivial and trivial + (config.caption_prior.weight if with_prior else 0)
+        self.trivial_loss = trivial and trivial + with_prior * config.caption_prior.weight
         prior = build_caption_prior(config.caption_prior, text_width or 0, shape) if with_prior else None
         empty_ids = self.tokens([""])["input_ids"] if self.tokens else None
         self.phase = LatentDiffusionPhase(

@@ -10,7 +10,7 @@ import yaml
 
 from pipelines.tools.cli import UserError
 from tests.support.toy import ToyConfig, ToyStage
-from training.engine.loop import train
+from training.engine.session import train
 from training.publishing.model_card import (
     HUB_LICENSES,
     TEMPLATES,
@@ -201,7 +201,7 @@ def test_a_missing_template_is_known_before_the_first_step(tmp_path):
 
     config = ToyConfig(output_dir=str(tmp_path / "run"), report_to="none", max_train_steps=1)
     with pytest.raises(UserError, match="no card template autoencodr.md.jinja .*did you mean 'autoencoder.md.jinja'"):
-        train(lambda: MistypedTemplate(config), config)
+        train(MistypedTemplate, config)
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 

@@ -38,8 +38,8 @@ class TextEncoderConfig(Options):
 
 def build_text(
     config: TextEncoderConfig, tokenizer_name: str | None, pretrained: str | None
-) -> tuple[CaptionTokens, Any]:
-    """Token ids of captions, and the text encoder that reads them.
+) -> tuple[CaptionTokens | None, Any]:
+    """Token ids of captions, and the text encoder that reads them; both None where neither is named.
 
     Args:
         config: of a text encoder with fresh weights, for which the global generator is used.
@@ -51,6 +51,8 @@ def build_text(
     """
     from pipelines.latent_diffusion import max_caption_length
 
+    if not (tokenizer_name or pretrained):
+        return None, None
     tokenizer = load_tokenizer(tokenizer_name or pretrained or "")
     text_encoder = load_text_encoder(pretrained) if pretrained else new_text_encoder(config, tokenizer)
     check_vocabulary(tokenizer, text_encoder)
