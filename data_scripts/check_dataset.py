@@ -1,4 +1,4 @@
-"""Look at every row of a dataset before training on it: broken pictures, empty captions, misfit labels and masks.
+"""Check every row of a dataset before training on it: broken images, empty captions, misfit labels and masks.
 
     python data_scripts/check_dataset.py --dataset_name DATA
 
@@ -29,7 +29,6 @@ from training.data.images import (
     LabelMap,
     load_all_splits,
     load_label_map,
-    validate_data_config,
 )
 from training.data.source import named_split, require_column, undecoded_images
 
@@ -49,9 +48,9 @@ class CheckConfig(DataConfig):
     max_listed: int = 1000
     """Problems to list; 0 lists all"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Raises UserError for values that are impossible whatever the data."""
-        validate_data_config(self)
+        super().validate(prefix)
         if self.max_listed < 0:
             raise UserError(f"max_listed is {self.max_listed}; --max_listed must be at least 0")
 

@@ -1,4 +1,4 @@
-"""Captions in a JSON file, pictures in a folder: make an imagefolder of them, which all training scripts read.
+"""Make a dataset of images in a folder and captions in a JSON file: an imagefolder, which all scripts read.
 
     python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
 
@@ -22,6 +22,8 @@ from PIL import Image
 
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point, nearest
+from pipelines.tools.commands import command
+from training.core.options import Options
 from training.core.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
@@ -30,7 +32,7 @@ SHOWN = 10
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Options):
     """Flags of this script; the first word may be the file."""
 
     metadata: str = ""
@@ -48,10 +50,12 @@ class ImportConfig:
     overwrite: bool = False
     """Set aside a dataset that is there"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Raises UserError for a missing flag."""
+        super().validate(prefix)
         if not self.metadata:
-            raise UserError("no metadata file was named: python data_scripts/import_captions.py metadata.json …")
+            usage = command("data_scripts/import_captions.py metadata.json …")
+            raise UserError(f"no metadata file was named: {usage}")
         if not self.image_dir:
             raise UserError("--image_dir is missing; it is the folder with the pictures")
 

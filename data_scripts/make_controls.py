@@ -1,4 +1,4 @@
-"""Make control images from a dataset's own pictures, for train_controlnet.py: edges, palettes, or layouts.
+"""Make control images for a ControlNet from the images of a dataset: edges, palettes, or layouts.
 
     python data_scripts/make_controls.py --train_data_dir my_pictures --kind edges --output_dir data/my_edges
     python data_scripts/make_controls.py --dataset_name data/a --kind '[soft_edges, palette]' --output_dir data/both
@@ -25,7 +25,9 @@ from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.commands import command
+from pipelines.tools.devices import get_device
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.data.fingerprints import evenly_spaced
 from training.data.source import DataConfig, load_all_splits, require_column, undecoded_images
@@ -42,7 +44,7 @@ SHEET_PICTURES = 24
 
 
 @dataclass
-class MakeControlsConfig:
+class MakeControlsConfig(Options):
     """Flags of this script."""
 
     dataset_name: str | None = None
@@ -59,7 +61,7 @@ class MakeControlsConfig:
     """What to draw: edges, soft_edges, palette or layout; a list gives a column each"""
     columns: list[str] = field(default_factory=list)
     """Names of the new columns, one for each, where the usual ones will not do"""
-    sigma: float = 0.7
+    sigma: float = option(0.7, at_least=0)
     """Edges of both kinds: blur before they are looked for, in pixels; more leaves less detail"""
     low_threshold: float = 0.03
     """Edges: weaker ones are left out; a share of the step from none to all of a colour"""
@@ -72,7 +74,7 @@ class MakeControlsConfig:
     encoder: str | None = None
     """Layout: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
     device: str | None = None
-    """Layout: where the encoder runs; unset: cuda, mps or cpu, the best there is"""
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     num_workers: int = 0
     """Threads that read and draw; 0 is one per CPU core"""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -84,8 +86,9 @@ class MakeControlsConfig:
     def kinds(self) -> list[str]:
         return [self.kind] if isinstance(self.kind, str) else list(self.kind)
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Raises UserError for what is impossible whatever the data."""
+        super().validate(prefix)
         if not self.output_dir:
             raise UserError("--output_dir is missing: the folder to make")
         if not self.kinds:
@@ -105,8 +108,6 @@ class MakeControlsConfig:
             raise UserError(
                 f"--columns {self.columns}: give {len(usual)} different names, in place of {', '.join(usual)}"
             )
-        if self.sigma < 0:
-            raise UserError(f"--sigma is {self.sigma}; give 0 or more pixels")
         if not 0 <= self.low_threshold <= self.high_threshold <= 1:
             raise UserError(
                 f"--low_threshold {self.low_threshold} and --high_threshold {self.high_threshold}: both are shares in "
@@ -237,16 +238,18 @@ def drawer(config: MakeControlsConfig) -> Draw:
     return lambda picture: [control for kind in config.kinds for control in draws[kind](picture)]
 
 
-def _reader(path: str, device: str | None) -> Any:
+def _reader(path: str, device_name: str | None) -> Any:
     """The LayoutAnalysisPipeline at `path`, on its device."""
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
-    pipeline = load_pipeline(path)
+    folder = find_pipeline(path)
+    device = get_device(device_name)
+    pipeline = load_pipeline(folder)
     if getattr(pipeline, "encoder", None) is None:
         raise UserError(
             f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; name a run that has one"
         )
-    return move_to_device(pipeline, device)
+    return pipeline.to(device)
 
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:
@@ -277,10 +280,9 @@ def _report(config: MakeControlsConfig, counts: dict[str, int], seconds: float) 
     print(f"Wrote {config.output_dir}: {splits} ({sum(counts.values()) / seconds:.0f} pictures/s).")
     print(f"Look at them: {Path(config.output_dir) / 'contact_sheet.png'}")
     print("Next, train on them, with the model to steer and its resolution:")
-    print(
-        "  accelerate launch training/train_controlnet.py --base_model RUN --dataset_name "
-        f"{config.output_dir} --conditioning_image_column {flag} --output_dir runs/controlnet_{'_'.join(config.kinds)}"
-    )
+    words = f"--conditioning_image_column {flag} --output_dir runs/controlnet_{'_'.join(config.kinds)}"
+    script = "training/train_controlnet.py"
+    print("  " + command(f"{script} --base_model RUN --dataset_name {config.output_dir} {words}"))
     if len(names) > 1 and config.kinds != ["layout"]:
         print("  (a list of columns gives a grey channel each; a single one, such as "
               f"{names[-1]}, is taken in colour)")  # fmt: skip

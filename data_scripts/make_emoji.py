@@ -1,4 +1,4 @@
-"""Make a dataset of emoji from the colour emoji font of this machine: picture, caption (Unicode names), class.
+"""Make a dataset of emoji from the colour emoji font of this machine: image, caption (Unicode names), class.
 
     python data_scripts/make_emoji.py --output_dir data/emoji_64 --resolution 64
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
 from pipelines.tools.cli import UserError, entry_point
 from training.core.draws import mix
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 
 if TYPE_CHECKING:
@@ -82,33 +83,23 @@ _BLOCKS = (
 
 
 @dataclass
-class MakeEmojiConfig:
+class MakeEmojiConfig(Options):
     """Flags of this script."""
 
     output_dir: str = "data/emoji_64"
     """Folder to write the dataset to"""
     font: str | None = None
     """Colour emoji font (.ttf, .ttc); unset looks where systems keep theirs"""
-    resolution: int = 64
+    resolution: int = option(64, at_least=8, at_most=512)
     """Pixels of a side; Noto's pictures are 128 pixels high"""
     sequences: Literal["all", "none"] = "all"
     """all: also emoji of several code points (skin tones, flags, people at work); none: single ones"""
-    validation_fraction: float = 0.05
+    validation_fraction: float = option(0.05, at_least=0, below=1)
     """Share of the emoji held out, together with their skin tones and variants"""
     seed: int = 0
     """Decides which emoji are held out"""
     overwrite: bool = False
     """Set aside a dataset that is there"""
-
-    def validate(self) -> None:
-        """Raises UserError for impossible values."""
-        if not 8 <= self.resolution <= 512:
-            raise UserError(f"resolution is {self.resolution}; --resolution must be 8 to 512")
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(
-                f"validation_fraction is {self.validation_fraction}; "
-                "--validation_fraction must be at least 0 and below 1"
-            )
 
 
 class Emoji(NamedTuple):

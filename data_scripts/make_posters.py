@@ -1,4 +1,4 @@
-"""Make a data set of posters, each with its caption, brief, feature maps and element boxes.
+"""Make a dataset of posters, each with its caption, brief, feature maps and element boxes.
 
     python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
 
@@ -20,6 +20,8 @@ from data_scripts.posters.contact_sheet import contact_sheet
 from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 
 FORMAT_VERSION = 3
@@ -31,37 +33,29 @@ HELD_OUT_MINIMUM = 64
 
 
 @dataclass
-class MakePostersConfig:
+class MakePostersConfig(Options):
     output_dir: str = "data/posters_64"
     """Folder to make; it must not exist yet, or be empty."""
-    num_posters: int = 2000
+    num_posters: int = option(2000, at_least=1)
     """How many posters, over all splits."""
     resolution: Literal[64, 128, 256] = 64
     """Pixels along each side."""
     complexity: Literal["plain", "standard", "rich"] = "plain"
     """plain: flat shapes on a grid in palette colours; standard: with gradients, overlaps, rules, pictures in the
     poster's own colours and the marks of print and scan; rich: with turned text, photographs and JPEG noise besides."""
-    seed: int = 0
+    seed: int = option(0, at_least=0)
     """Another seed gives other posters."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = option(0.05, at_least=0, below=1)
     """Share of the posters held out for validation."""
-    test_fraction: float = 0.05
+    test_fraction: float = option(0.05, at_least=0, below=1)
     """Share of the posters held out for the test split."""
-    num_workers: int = 0
+    num_workers: int = option(0, at_least=0)
     """Processes that draw; 0 is one per CPU core. The posters are the same whatever the number."""
     overwrite: bool = False
     """Set an earlier poster dataset in output_dir aside (renamed, not deleted) and make this one."""
 
-    def validate(self) -> None:
-        if self.num_posters < 1:
-            raise UserError(f"--num_posters is {self.num_posters}; give 1 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more")
-        if self.num_workers < 0:
-            raise UserError(f"--num_workers is {self.num_workers}; give 0 (one per core) or more")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; give a share from 0 up to, but not including, 1")
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if self.split_sizes()["train"] < 1:
             raise UserError(
                 f"nothing is left to train on: --num_posters {self.num_posters} with --validation_fraction "
@@ -137,7 +131,8 @@ def _report(folder: Path, config: MakePostersConfig, parts: dict[str, list[int]]
     print(f"Wrote {folder}: {counts} ({config.num_posters / seconds:.0f} posters/s).")
     print(f"Look at them: {folder / 'contact_sheet.png'} (posters, masks, captions)")
     print("Next, train on them:")
-    print(f"  accelerate launch training/train_autoencoder.py --dataset_name {folder} --resolution {config.resolution}")
+    words = f"--dataset_name {folder} --resolution {config.resolution}"
+    print(f"  {command(f'training/train_autoencoder.py {words}')}")
 
 
 if __name__ == "__main__":

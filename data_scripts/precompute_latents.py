@@ -1,4 +1,4 @@
-"""Encode a dataset once: the moments of each picture's latents, so that training needs no VAE's time and no pictures.
+"""Encode the images of a dataset once, so that training needs neither them nor the VAE: moments of each one's latents.
 
     accelerate launch data_scripts/precompute_latents.py --vae VAE --dataset_name DATA --output_dir data/DATA_latents
 
@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import has_accelerator_device
+from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
 from training.core.files import write_json
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
 from training.data.companions import SegmentationMask
@@ -41,7 +42,6 @@ from training.data.images import (
     load_all_splits,
     load_label_map,
     transform_fingerprint,
-    validate_data_config,
 )
 from training.data.latent_cache.check import open_images
 from training.data.latent_cache.format import (
@@ -83,9 +83,9 @@ class PrecomputeConfig(DataConfig):
     """Cache label_column: auto does if it is there and has at least two rows per class"""
     masks: Literal["auto", "yes", "no"] = "auto"
     """Cache mask_column, at the pictures' resolution: auto does if it is there and holds class ids, not colours"""
-    encode_batch_size: int = 16
+    encode_batch_size: int = option(16, at_least=1)
     """Pictures encoded at once"""
-    shard_rows: int = 512
+    shard_rows: int = option(512, at_least=1)
     """Pictures in a shard; an interruption loses at most the one being made"""
     storage_dtype: Literal["float32", "float16"] = "float32"
     """float32 equals encoding on the fly; float16 halves the size and rounds latents to 3 digits"""
@@ -93,24 +93,23 @@ class PrecomputeConfig(DataConfig):
     """Precision of the VAE; one that overflows in half precision (force_upcast) runs in float32 all the same"""
     dataloader_num_workers: int = 0
     """Processes that decode pictures"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Threads on a CPU; 0 shares the cores among the processes of this machine"""
     overwrite: bool = False
     """Replace a cache that was made from something else"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Check values before data and VAE are opened.
 
         Raises:
             UserError: a missing or impossible value, or random crops.
         """
-        validate_data_config(self)
+        super().validate(prefix)
         for name in ("vae", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; see --help")
-        for name in ("encode_batch_size", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; --{name} must be at least 1")
         if not self.splits:
             raise UserError("no splits are given; name some, as in --splits '[train, validation]'")
         if not self.center_crop:
@@ -137,12 +136,12 @@ class SplitWork:
 class Encoder:
     """The VAE on its device, and the shards that this process makes."""
 
-    def __init__(self, config: PrecomputeConfig, vae: nn.Module):
+    def __init__(self, config: PrecomputeConfig, vae: nn.Module, device: torch.device):
         self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         # Environment variables rather than Accelerate's state: a process group would only add waiting and time-outs.
-        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
-        self.vae = vae.to(self.device)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        self.vae = vae.to(device)
         self.dtype = getattr(torch, config.storage_dtype)
 
     def tell(self, sentence: str) -> None:
@@ -232,11 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     """Make what is missing of the cache; returns the exit status."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
+    device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     vae = load_vae(config.vae)
     shape = _latent_shape(vae, config)
     facts, works = _plan(config, vae, shape)
     _make_room(config, facts, works)
-    encoder = Encoder(config, vae)
+    encoder = Encoder(config, vae, device)
     todo = {work.name: encoder.missing(work) for work in works}
     if any(todo.values()):
         for work in works:
@@ -423,12 +423,6 @@ def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, i
         return latent_shape(vae, config.resolution, config.resolution)
     except ValueError as error:
         raise UserError(f"resolution {config.resolution} does not suit {config.vae}: {error} (--resolution)") from error
-
-
-def _device(local_rank: int) -> torch.device:
-    if has_accelerator_device() and torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("mps" if has_accelerator_device() else "cpu")
 
 
 def _times(shape: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Train a tokenizer on the captions of a dataset, and show what it makes of captions it has not seen.
+"""Train a tokenizer on the captions of a dataset, and show how it splits held-out captions.
 
     python data_scripts/train_tokenizer.py --dataset_name data/posters_64 --output_dir data/posters_64/tokenizer
 
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pipelines.tools.cli import UserError, entry_point
 from training.core.files import write_atomically
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.captions import captions_of
-from training.data.source import DataConfig, load_split, require_column, validate_data_config
+from training.data.source import DataConfig, load_split, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
     SMALLEST_BPE,
@@ -46,24 +47,24 @@ class TokenizerConfig(DataConfig):
     """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, nothing is unknown"""
     vocab_size: int = 8000
     """Entries at most, the four special tokens included"""
-    min_frequency: int = 1
+    min_frequency: int = option(1, at_least=1)
     """Words (bpe: pairs) seen less often are left out"""
     lowercase: bool = True
     """Make no difference between upper and lower case"""
-    model_max_length: int = 77
+    model_max_length: int = option(77, at_least=3)
     """Tokens at which a caption is cut, <START> and <END> included"""
     seed: int = 0
     """Of the rows held out when there is no validation split"""
     overwrite: bool = False
     """Replace a tokenizer that is there; models trained with it will not understand the new one"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
         """Check values before any data is opened.
 
         Raises:
             UserError: a missing or impossible value.
         """
-        validate_data_config(self)
+        super().validate(prefix)
         if not self.output_dir:
             raise UserError("--output_dir is missing; it is the folder the tokenizer is written to")
         smallest = SMALLEST_BPE if self.model == "bpe" else len(SPECIAL_TOKENS) + 1
@@ -71,10 +72,6 @@ class TokenizerConfig(DataConfig):
             raise UserError(
                 f"vocab_size is {self.vocab_size}; --vocab_size must be at least {smallest} for {self.model}"
             )
-        if self.min_frequency < 1:
-            raise UserError(f"min_frequency is {self.min_frequency}; --min_frequency must be at least 1")
-        if self.model_max_length < 3:
-            raise UserError(f"model_max_length is {self.model_max_length}; --model_max_length must be at least 3")
         if Path(self.output_dir, "tokenizer.json").exists() and not self.overwrite:
             raise UserError(
                 f"there is a tokenizer in {self.output_dir}; choose another --output_dir, or replace it with "

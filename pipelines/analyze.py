@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.files import read_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,13 +30,13 @@ FONT_SIZE = 16
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
-    pictures = [_open(path) for path in files]
+    pictures = [read_image(path) for path in files]
     folder = Path(options.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); name a folder that can") from None
-    pipeline = _load(options.model)
+    pipeline = _load(options.model, options.device)
     report = []
     for path, picture, sheet_path in zip(files, pictures, _sheet_paths(files, folder), strict=True):
         reading = pipeline(picture, reading_size=options.reading_size)
@@ -180,38 +182,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a run of train_abstractor.py or train_encoder.py, a pipeline")
     parser.add_argument("--reading_size", type=int, help="pixels of the shorter side (default: as it was trained)")
     parser.add_argument("--output_dir", default="layout_report", help="for the PNGs and report.json")
+    parser.add_argument("--device", help=DEVICE_HELP)
     options = parser.parse(argv)
     if options.reading_size is not None and options.reading_size < 16:
         raise UserError(f"--reading_size is {options.reading_size}; it must be at least 16 pixels")
     return options
 
 
-def _open(path: Path) -> Image:
-    from PIL import Image as PIL_Image
+def _load(model: str, device_name: str | None) -> Any:
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
-    try:
-        picture = PIL_Image.open(path)
-        picture.load()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name pictures of posters") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
-    return picture
-
-
-def _load(model: str) -> Any:
-    from pipelines.layout_analysis import LayoutAnalysisPipeline
-    from pipelines.tools.loading import load_pipeline
-
-    pipeline = load_pipeline(model)
-    if not isinstance(pipeline, LayoutAnalysisPipeline) and type(pipeline).__name__ != "LayoutAnalysisPipeline":
+    folder = find_pipeline(model)
+    device = get_device(device_name)
+    pipeline = load_pipeline(folder)
+    if type(pipeline).__name__ != "LayoutAnalysisPipeline":
         raise UserError(
             f"--model {model} is a {type(pipeline).__name__}, which reads no posters; "
             "name a run of training/train_abstractor.py or training/train_encoder.py"
         )
     if pipeline.encoder is None:
         raise UserError(f"--model {model} was trained without --encoder and reads no pictures; train it with one")
-    return pipeline
+    return pipeline.to(device)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from .common.checks import OUTPUT_TYPES, check_output_type
 from .common.class_colors import class_picture
 from .common.latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
 from .common.standalone import StandalonePipelineMixin
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MASK_OUTPUT_TYPES = ("pil", "np", "pt")
 
 
 class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
@@ -59,8 +57,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: an unknown output type, or a side that is no multiple of the downsampling.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
+        check_output_type(output_type, (*OUTPUT_TYPES, "latent"))
         result: Any = self.encode(images, generator)
         if output_type != "latent":
             result = self.image_processor.postprocess(decode_latents(self.vae, result), output_type=output_type)
@@ -102,8 +99,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: no segmentation head, an unknown output type, or a side that is no multiple of the downsampling.
         """
-        if output_type not in MASK_OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(MASK_OUTPUT_TYPES)}, but is {output_type!r}")
+        check_output_type(output_type)
         z = self._raw_latents(images, "num_mask_classes", "segmentation")
         logits = self.vae.segment(z)
         self.maybe_free_model_hooks()

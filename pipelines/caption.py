@@ -12,12 +12,13 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.files import check_image_header, check_output, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
     for path in files:
-        _check_picture(path)  # a file that is no picture is told before the model is loaded
+        check_image_header(path)
     output = Path(options.output).expanduser() if options.output else None
     if output is not None:
         _check_output(output, options.overwrite)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with output.open("w", encoding="utf-8") if output else contextlib.nullcontext() as lines:
         for start in range(0, len(files), options.batch_size):
             paths = files[start : start + options.batch_size]
-            captions = _captions(pipeline, [_read(path) for path in paths], options, start)
+            captions = _captions(pipeline, [read_image(path) for path in paths], options, start)
             for path, caption in zip(paths, captions, strict=True):
                 print(f"{path}: {caption}", flush=True)
                 if output and lines:
@@ -61,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=int, help="tokens at most (default: what the model was trained on)")
     add("--seed", type=int, default=0, help="of the first picture's draws; the next ones count up (default: 0)")
     add("--batch_size", type=int, default=16, help="pictures read at once; the captions do not depend on it")
-    add("--device", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", help=DEVICE_HELP)
     add("--output", help="JSON lines to write: file_name and text")
     add("--overwrite", action="store_true", help="replace the file of --output")
     options = parser.parse(argv)
@@ -72,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_captioner(model: str, device: str | None) -> Any:
-    """The pipeline, on `device` or the best there is.
+    """The pipeline, on the device that `--device` names (see `get_device`).
 
     Raises:
         UserError: no such model, one that knows no captions of pictures, or no such device.
@@ -81,13 +82,14 @@ def load_captioner(model: str, device: str | None) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(model)
+    chosen = get_device(device)
     pipeline = load_pipeline(folder)
     if type(pipeline).__name__ != "ImageCaptionPipeline":
         raise UserError(
             f"--model {model} is a {type(pipeline).__name__}, which captions no pictures; "
             "name a run of training/train_image_caption.py"
         )
-    return move_to_device(pipeline, device)
+    return pipeline.to(chosen)
 
 
 def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:
@@ -108,37 +110,6 @@ def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namesp
         raise UserError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What Pillow finds wrong with a file, as a UserError."""
-    from PIL import Image as PIL_Image
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name pictures to caption") from None
-    except (OSError, ValueError, SyntaxError, PIL_Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable picture ({str(error).splitlines()[0]})") from None
-
-
-def _check_picture(path: Path) -> None:
-    """By its header alone. Raises UserError."""
-    from PIL import Image as PIL_Image
-
-    with _told(path):
-        PIL_Image.open(path).close()
-
-
-def _read(path: Path) -> Image:
-    """The picture with its pixels. Raises UserError."""
-    from PIL import Image as PIL_Image
-
-    with _told(path):
-        picture = PIL_Image.open(path)
-        picture.load()
-        return picture
-
-
 def _relative(path: Path, folder: Path) -> str:
     """The path as seen from `folder`, with forward slashes."""
     try:
@@ -148,15 +119,9 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Found out before the model is loaded rather than after."""
     if output.is_file() and output.stat().st_size and not overwrite:
         raise UserError(f"--output {output} is there already; name another file, or replace it: --overwrite")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    check_output(output)
 
 
 if __name__ == "__main__":

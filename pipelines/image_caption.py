@@ -22,14 +22,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
+from .common.checks import check_output_type, check_positive_integers
 from .common.control_images import to_rgb
+from .common.generation import SamplersByName
 from .common.sampling import denoise, generator_per_picture, initial_noise
-from .common.schedulers import FLOW, SamplersByName, check_scheduler
+from .common.schedulers import FLOW, check_scheduler
 from .common.standalone import StandalonePipelineMixin
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt")
 IMAGE_FITS = ("crop", "stretch")
 CANDIDATES_AT_ONCE = 256  # bounds the memory of keys and values
 
@@ -184,7 +185,6 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             image_fit=image_fit, aspect_ratio=aspect_ratio, image_interpolation_mode=image_interpolation_mode
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        # Samplers are built from this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> ImagePipelineOutput | tuple:
@@ -219,8 +219,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         Raises:
             ValueError: an argument that cannot be used.
         """
-        if not isinstance(num_candidates, int) or num_candidates < 1:
-            raise ValueError(f"`num_candidates` must be a positive integer, but is {num_candidates!r}")
+        check_positive_integers(num_candidates=num_candidates)
         top_p = 1.0 if num_candidates > 1 and top_p is None else top_p
         self._check_decoding(num_beams, top_p, temperature, max_length)
         latents = self.encode_images(images)
@@ -261,9 +260,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         Raises:
             ValueError: an argument that cannot be used.
         """
-        _check_output_type(output_type)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}")
+        check_output_type(output_type)
+        check_positive_integers(num_images_per_prompt=num_images_per_prompt)
         posterior = self._caption_posterior(prompts)
         latents = posterior.mean.repeat_interleave(num_images_per_prompt, dim=0)
         if generator is not None or num_images_per_prompt > 1:
@@ -299,13 +297,11 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         Raises:
             ValueError: an argument that cannot be used, or a model without a prior.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         self._check_decoding(num_beams, top_p, temperature, max_length)
         if self.prior is None:
             raise ValueError("this model has no latent prior, and cannot invent pairs")
-        for name, value in (("num_pairs", num_pairs), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
+        check_positive_integers(num_pairs=num_pairs, num_inference_steps=num_inference_steps)
         check_scheduler(self.scheduler, FLOW)
         generators = generator_per_picture(generator, num_pairs)
         latents = self._invented(num_pairs, generators, num_inference_steps)
@@ -429,8 +425,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
     def _check_decoding(self, num_beams: int, top_p: float | None, temperature: float, max_length: int | None) -> None:
         """Raises ValueError for what cannot be."""
-        if not isinstance(num_beams, int) or num_beams < 1:
-            raise ValueError(f"`num_beams` must be a positive integer, but is {num_beams!r}")
+        check_positive_integers(num_beams=num_beams)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], but is {top_p}")
         if top_p is not None and num_beams > 1:
@@ -442,8 +437,3 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         longest = self.model.config.max_length
         if max_length is not None and not 2 <= max_length <= longest:
             raise ValueError(f"`max_length` must be from 2 to {longest}, what the model knows, but is {max_length}")
-
-
-def _check_output_type(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")

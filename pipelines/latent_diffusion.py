@@ -20,12 +20,11 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .common.checks import OUTPUT_TYPES
+from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
 from .common.latents import decode_latents, downsampling_factor, latent_shape
-from .common.sampling import denoise, generator_per_picture, guided, initial_noise
-from .common.schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
+from .common.sampling import generator_per_picture, initial_noise
 from .common.standalone import StandalonePipelineMixin
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) -> int:
@@ -79,7 +78,7 @@ def null_class(unet: Any) -> int | None:
     return None if classes is None else int(classes) - 1
 
 
-class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
+class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Generates images from prompts, class labels, both, or nothing.
 
     Args:
@@ -100,6 +99,7 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
     model_cpu_offload_seq = "text_encoder->caption_prior->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "caption_prior"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _output_types = (*OUTPUT_TYPES, "latent")
     scheduler: Any
 
     def __init__(
@@ -119,9 +119,7 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
             raise ValueError(
                 "`text_encoder` and `tokenizer` go together: pass both, or neither for a model without text"
             )
-        prediction_type = prediction_type or prediction_type_of(scheduler)
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but is '{prediction_type}'")
+        prediction_type = known_prediction_type(prediction_type, scheduler)
         if caption_prior is not None and text_encoder is None:
             raise ValueError("`caption_prior` reads captions, but there is no `text_encoder`: pass both")
         if text_encoder is not None and max_text_length is None:
@@ -138,9 +136,7 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
         )
         self.vae_scale_factor = downsampling_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
-        self._interrupt = False
 
     @torch.no_grad()
     def __call__(
@@ -185,24 +181,21 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
             output_type, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         device = self._execution_device
-        self._interrupt = False
         count = max(len(_as_list(prompt)), len(_as_list(class_labels)), 1)
         guided = guidance_scale > 1 and (prompt is not None or class_labels is not None)
         prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
         labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
         pictures = count * num_images_per_prompt
         generators = generator_per_picture(generator, pictures)
-        latents = self._initial_latents(latents, pictures, height, width, generators, device)
-        latents = self._denoise(
-            latents, prompt_embeds, labels, generators, num_inference_steps, guidance_scale if guided else None,
+        noise = self._initial_latents(latents, pictures, height, width, generators, device)
+        options = SamplingOptions(
+            num_inference_steps, guidance_scale if guided else None, generators,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        images: Any = latents
+        images = self._denoise(noise, prompt_embeds, labels, options)
         if output_type != "latent":
-            images = decode_latents(self.vae, latents)
-            images = self.image_processor.postprocess(images, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+            images = decode_latents(self.vae, images)
+        return self._finished(images, output_type, return_dict)
 
     def check_inputs(
         self,
@@ -216,7 +209,9 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
-        check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
+        self._check_sampling(
+            num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if value is not None and not all(isinstance(text, str) for text in _as_list(value)):
                 raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
@@ -235,19 +230,6 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
             len(_as_list(prompt)), len(_as_list(class_labels)), 1
         ):
             raise ValueError(f"`negative_prompt` has {lengths['negative_prompt']} entries, more than there are prompts")
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
-            )
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
         """Prompts to the U-Net's text condition (B L D, in the U-Net's dtype)."""
@@ -275,12 +257,7 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
         return ids
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        sample_size = self.unet.config.sample_size
-        cells = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
-        if (height is None or width is None) and None in cells:
-            raise ValueError("the U-Net's config has no `sample_size`, so `height` and `width` must be given")
-        height = cells[0] * self.vae_scale_factor if height is None else height
-        width = cells[1] * self.vae_scale_factor if width is None else width
+        height, width = self._given_or_trained_size(height, width, self.vae_scale_factor)
         latent_shape(self.vae, height, width)
         return height, width
 
@@ -325,46 +302,25 @@ class LatentDiffusionPipeline(SamplersByName, StandalonePipelineMixin, Diffusion
         return initial_noise((pictures, *shape), generators, device)
 
     def _denoise(
-        self,
-        latents: Tensor,
-        prompt_embeds: Tensor | None,
-        class_labels: Tensor | None,
-        generators: list[torch.Generator] | None,
-        num_inference_steps: int,
-        guidance_scale: float | None,
-        callback: Callable[..., dict] | None,
-        callback_tensor_inputs: Sequence[str],
+        self, noise: Tensor, prompt_embeds: Tensor | None, class_labels: Tensor | None, options: SamplingOptions
     ) -> Tensor:
-        """Standard normal noise to latents (B C h w); float32 throughout, only the U-Net's input takes its dtype."""
-        expected = None
-        if self.caption_prior is not None:
-            expected = self.caption_prior(prompt_embeds, tuple(latents.shape[-2:]))
+        """Standard normal noise to latents (B C h w); conditions of B, or of 2B where guided."""
 
-        def predict(x: Tensor, timestep: Any) -> Tensor:
-            model_input = x if guidance_scale is None else torch.cat([x, x])
-            prediction = self.unet(
-                beside(model_input.to(self.unet.dtype), expected),
+        def with_expected_latents(prompt_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            if self.caption_prior is None:
+                return prompt_embeds, None
+            return prompt_embeds, self.caption_prior(prompt_embeds, tuple(noise.shape[-2:]))
+
+        def predict(x: Tensor, timestep: Any, prompt_embeds: Tensor | None, expected: Tensor | None) -> Tensor:
+            return self.unet(
+                beside(x, expected),
                 timestep,
                 encoder_hidden_states=prompt_embeds,
                 class_labels=class_labels,
                 return_dict=False,
-            )[0].float()
-            return guided(prediction, guidance_scale)
+            )[0]
 
-        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
-            nonlocal prompt_embeds, expected
-            if callback is not None:
-                tensors = {"latents": x, "prompt_embeds": prompt_embeds}
-                chosen = {name: tensors[name] for name in callback_tensor_inputs}
-                replaced = callback(self, step, timestep, chosen) or {}
-                x = replaced.get("latents", x)
-                if "prompt_embeds" in replaced:
-                    prompt_embeds = replaced["prompt_embeds"]
-                    if self.caption_prior is not None:
-                        expected = self.caption_prior(prompt_embeds, tuple(x.shape[-2:]))
-            return x, self._interrupt
-
-        return denoise(self.scheduler, predict, latents, num_inference_steps, generators, self.progress_bar, after_step)
+        return self._sample(noise, predict, options, {"prompt_embeds": prompt_embeds}, with_expected_latents)
 
 
 def _as_list(value: Any) -> list:

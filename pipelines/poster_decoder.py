@@ -18,16 +18,14 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from .common.design_brief import DesignBrief, brief_tensors
-from .common.sampling import denoise, generator_per_picture, guided, initial_noise
-from .common.schedulers import PREDICTION_TYPES, SamplersByName, check_scheduler, noise_schedule_of, prediction_type_of
+from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
+from .common.sampling import generator_per_picture, initial_noise
 from .common.standalone import StandalonePipelineMixin
-
-OUTPUT_TYPES = ("pil", "np", "pt")
 
 Brief = DesignBrief | Mapping[str, Any]
 
 
-class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
+class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Paints posters from design briefs.
 
     Args:
@@ -52,15 +50,11 @@ class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPi
         prediction_type: str | None = None,
     ):
         super().__init__()
-        prediction_type = prediction_type or prediction_type_of(scheduler)
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, but is '{prediction_type}'")
+        prediction_type = known_prediction_type(prediction_type, scheduler)
         self.register_modules(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder)
         self.register_to_config(prediction_type=prediction_type)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-        # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
         self._own_scheduler = scheduler
-        self._interrupt = False
 
     @torch.no_grad()
     def __call__(
@@ -99,20 +93,17 @@ class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPi
             briefs, num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-        self._interrupt = False
         asked = as_briefs(briefs)
-        guidance = guidance_scale if guidance_scale > 1 and any(brief.to_dict() for brief in asked) else None
-        tokens, whole = self.encode_briefs(asked, device, guidance is not None, num_images_per_prompt)
+        guided = guidance_scale > 1 and any(brief.to_dict() for brief in asked)
+        tokens, whole = self.encode_briefs(asked, device, guided, num_images_per_prompt)
         pictures = len(asked) * num_images_per_prompt
         generators = generator_per_picture(generator, pictures)
         noise = initial_noise((pictures, 3, height, width), generators, device)
-        x = self._denoise(
-            noise, tokens, whole, generators, num_inference_steps, guidance,
+        options = SamplingOptions(
+            num_inference_steps, guidance_scale if guided else None, generators,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        images: Any = self.image_processor.postprocess(x, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finished(self._denoise(noise, tokens, whole, options), output_type, return_dict)
 
     def check_inputs(
         self,
@@ -123,21 +114,10 @@ class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPi
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
-        check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
+        self._check_sampling(
+            num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
         as_briefs(briefs)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
-            )
 
     def encode_briefs(
         self, briefs: Sequence[DesignBrief], device: torch.device | str | None = None, guided: bool = False,
@@ -151,44 +131,23 @@ class PosterDecoderPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPi
         tokens, whole = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
         return tokens, whole
 
-    def _denoise(
-        self,
-        noise: Tensor,
-        tokens: Tensor,
-        whole: Tensor,
-        generators: list[torch.Generator] | None,
-        num_inference_steps: int,
-        guidance_scale: float | None,
-        callback: Callable[..., dict] | None,
-        callback_tensor_inputs: Sequence[str],
-    ) -> Tensor:
-        """Standard normal noise to pictures in [-1, 1] (B 3 H W); where guided, conditions of 2B, the absent first."""
+    def _denoise(self, noise: Tensor, tokens: Tensor, whole: Tensor, options: SamplingOptions) -> Tensor:
+        """Standard normal noise to images in [-1, 1] (B 3 H W); conditions of B, or of 2B where guided."""
 
         def predict(x: Tensor, timestep: Any) -> Tensor:
-            model_input = (x if guidance_scale is None else torch.cat([x, x])).to(self.unet.dtype)
-            prediction = self.unet(
-                model_input, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False
-            )[0]
-            return guided(prediction.float(), guidance_scale)
+            return self.unet(x, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False)[0]
 
-        def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
-            if callback is not None:
-                x = (callback(self, step, timestep, dict.fromkeys(callback_tensor_inputs, x)) or {}).get("images", x)
-            return x, self._interrupt
-
-        return denoise(self.scheduler, predict, noise, num_inference_steps, generators, self.progress_bar, after_step)
+        return self._sample(noise, predict, options)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        sample_size = self.unet.config.sample_size
-        sides = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
-        size = {"height": sides[0] if height is None else height, "width": sides[1] if width is None else width}
+        height, width = self._given_or_trained_size(height, width)
         step = 2 ** (len(self.unet.config.block_out_channels) - 1)
-        for name, value in size.items():
+        for name, value in (("height", height), ("width", width)):
             if not isinstance(value, int) or value < step or value % step:
                 raise ValueError(
                     f"`{name}` must be a multiple of {step} (the U-Net halves it so often), but is {value!r}"
                 )
-        return size["height"], size["width"]
+        return height, width
 
 
 def as_briefs(briefs: Any) -> list[DesignBrief]:

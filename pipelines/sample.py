@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.control_files import controls_of, open_controls
-from pipelines.tools.devices import move_to_device
+from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.files import check_output
+from pipelines.tools.grids import control_picture, enlarged, plain_grid
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
-from pipelines.tools.picture_grid import control_picture, enlarged, picture_grid
+from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     rows = drawings(pipeline, options.prompt, options) if both else generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
     shown = [[control_picture(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
-    picture_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
+    plain_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
     steps = "" if both else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
     print(f"{len(rows)} x {len(rows[0])} pictures, {steps}{elapsed_seconds:.1f} s: {output}")
     return None
@@ -97,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--height", type=int, help="in pixels (default: the size it was trained at)")
     add("--width", type=int, help="in pixels (default: the size it was trained at)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    add("--device", help="cpu, cuda, mps, ... (default: the best there is)")
+    add("--device", help=DEVICE_HELP)
     add("--batch_size", type=int, default=16, help="pictures made at once; the pictures do not depend on it")
     add("--output", default="grid.png", help="PNG to write (default: grid.png)")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model of a class we do not have")
@@ -148,7 +150,7 @@ def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
             if source == "random":
                 brief, seed = DesignBrief.random(seed), seed + 1
             else:
-                brief = DesignBrief.from_yaml(source) if source else DesignBrief()
+                brief = DesignBrief.from_yaml(find_file(source, BRIEFS)) if source else DesignBrief()
             briefs.append(dataclasses.replace(brief, **fields))
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -302,7 +304,7 @@ def _load(options: argparse.Namespace) -> Any:
 
     # Looked for before the slow imports, so that a mistyped path is told at once.
     folder = find_pipeline(options.model, options.checkpoint)
-    dtype = getattr(torch, options.dtype)
+    device, dtype = get_device(options.device), getattr(torch, options.dtype)
     pipeline = load_pipeline(folder, dtype=dtype, trust_remote_code=options.trust_remote_code)
     if not hasattr(pipeline, "set_scheduler"):
         raise UserError(f"{folder} holds a {type(pipeline).__name__}, which draws no pictures from noise")
@@ -311,19 +313,13 @@ def _load(options: argparse.Namespace) -> Any:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
-    return move_to_device(pipeline, options.device)
+    return pipeline.to(device)
 
 
 def _check_output(output: Path) -> None:
-    """Found out before minutes of sampling rather than after."""
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output must be a picture such as grid.png, but is {output}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from None
+    check_output(output)
 
 
 def _per_row(values: Any, count: int) -> Any:

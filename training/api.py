@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import get_device
+from pipelines.tools.resources import find_file
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.parsing import parse_config
-from training.core.run_config import RunConfig
-from training.core.stage import Batch, MapDataset, Stage
+from training.core.stage import Batch, MapDataset, Stage, StageContext
 from training.engine import optimizers
 from training.engine.prepare import make_missing
+from training.engine.run_config import RunConfig
 from training.engine.weights import freeze_parameters
 from training.experiments.registry import config_class, stage_class, stage_of
 
@@ -54,7 +56,8 @@ def load_config(path: str | Path, stage: str | None = None, **overrides: Any) ->
     """The checked config of any stage, as its script reads it.
 
     Args:
-        path: a YAML file, or a run folder (its config.yaml).
+        path: a YAML file, or a run folder (its config.yaml), or the name of a preset that comes with Halftone
+            (`latent_diffusion/quickstart`).
         stage: `autoencoder`, `latent_diffusion`, …; None takes the one that the file belongs to (`scripts.stage_of`).
         overrides: in place of what the file says, named as the flags are; those with a dot as
             `**{"model.dropout": 0.1}`.
@@ -62,7 +65,7 @@ def load_config(path: str | Path, stage: str | None = None, **overrides: Any) ->
     Raises:
         UserError: no such file, an unknown key, or a value that cannot be.
     """
-    file = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+    file = Path(path) / "config.yaml" if Path(path).is_dir() else find_file(path)
     words = ["--config", str(file)]
     for name, value in overrides.items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
@@ -115,17 +118,21 @@ def build_optimizer(config: RunConfig, parameters: nn.Module | Iterable[nn.Param
     return optimizers.build_optimizer(config, parameters, config.learning_rate)
 
 
+_stages: dict[int, Stage] = {}
+"""By the identity of their config; an entry goes with its config."""
+
+
 def _stage(config: RunConfig) -> Stage:
-    """The stage of this very object, built at first use; kept on it, so that it lives as long."""
-    found = vars(config).get("_stage")
-    if found is None:
+    """The stage of this very config object, built at first use."""
+    if id(config) not in _stages:
         make_missing(config.recipes(), lambda: None)
         script = type(config).__module__.rsplit(".", 1)[-1]
-        found = stage_class(script)(config)  # type: ignore[call-arg]
-        freeze_parameters(found, config.freeze_parameters)
-        for module in found.frozen:
+        stage = stage_class(script)(config, StageContext(get_device()))  # type: ignore[call-arg, arg-type]
+        freeze_parameters(stage, config.freeze_parameters)
+        for module in stage.frozen:
             module.requires_grad_(False).eval()
-        for module in (*found.frozen, *found.phases):
+        for module in (*stage.frozen, *stage.phases):
             module.to(get_device())
-        config._stage = found  # type: ignore[attr-defined]
-    return found
+        _stages[id(config)] = stage
+        weakref.finalize(config, _stages.pop, id(config), None)
+    return _stages[id(config)]

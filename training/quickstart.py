@@ -1,4 +1,4 @@
-"""From nothing to posters that follow their prompts, on two CPU cores, in about ten minutes: `make quickstart`.
+"""Make posters, train on them, and generate new ones from prompts, in about ten minutes on two CPU cores.
 
 Every stage is a command of its own, which is printed; the same command typed again goes on where it stood.
 """
@@ -18,9 +18,13 @@ from pathlib import Path
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command as typed
+from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
 from training.core.files import write_atomically
-from training.core.parsing import ROOT, parse_config
+from training.core.options import Options
+from training.core.parsing import parse_config
 
+START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
 RUN = "runs/quickstart"
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
 TITLES = {
@@ -38,7 +42,7 @@ TINY = {
 
 
 @dataclass
-class QuickstartConfig:
+class QuickstartConfig(Options):
     """Flags of quickstart.py."""
 
     tiny: bool = False
@@ -47,7 +51,7 @@ class QuickstartConfig:
 
 def stages(tiny: bool) -> list[tuple[str, str, str, str | None]]:
     """(what it does, how long it takes, command, the path that says it is done) of every stage, in order."""
-    recipes = yaml.safe_load((ROOT / CONFIG).read_text())["prepare"]
+    recipes = yaml.safe_load(shipped_path(CONFIG).read_text())["prepare"]
     found: list[tuple[str, str, str, str | None]] = []
     for path, command in recipes.items():
         title, duration = TITLES[Path(command.split()[0]).name]
@@ -69,11 +73,12 @@ def stages(tiny: bool) -> list[tuple[str, str, str, str | None]]:
 def run_stage(command: str) -> float:
     """Run one of the project's scripts; returns seconds. Raises UserError when it fails."""
     started = time.monotonic()
-    status = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+    script, *flags = shlex.split(command)
+    status = subprocess.run([sys.executable, str(CODE / script), *flags]).returncode
     if status:
         raise UserError(
             f"the quickstart stopped at: {command} (exit status {status}); the reason is above. "
-            "`make quickstart` typed again goes on there"
+            f"`{START}` typed again goes on there"
         )
     return time.monotonic() - started
 
@@ -82,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(QuickstartConfig, argv, description=__doc__)
     plan, seconds = stages(config.tiny), {}
     for number, (title, duration, command, done) in enumerate(plan, 1):
-        if done and (ROOT / done).exists():
+        if done and Path(done).exists():
             print(f"\n[{number}/{len(plan)}] {title}: already done ({done})", flush=True)
             continue
-        print(f"\n[{number}/{len(plan)}] {title} (about {duration})\n      {command}", flush=True)
+        print(f"\n[{number}/{len(plan)}] {title} (about {duration})\n      {typed(command)}", flush=True)
         seconds[Path(command.split()[0]).stem] = round(run_stage(command), 1)
     summary = summarize(seconds)
     _say(summary)
@@ -93,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summarize(seconds: dict[str, float]) -> dict[str, float | int | dict]:
     """Collect the figures of all stages into runs/quickstart/summary.json."""
-    run = ROOT / RUN
+    run = Path(RUN)
     record = json.loads((run / "autoencoder/record.json").read_text())
     diffusion = json.loads((run / "latent_diffusion/record.json").read_text())
     summary = {
@@ -123,13 +128,18 @@ def _say(summary: dict) -> None:
         real = summary.get("reader_" + name.removesuffix("_ratio") + "_real")
         print(f"  {summary[name]:.2f}  {words}" + (f" (the same reader on real posters: {real:.2f})" if real else ""))
     print(f"  {summary['autoencoder_psnr']:.1f}  dB, the autoencoder on held-out posters")
+    more = (
+        f"pipelines/sample.py --model {RUN}/latent_diffusion "
+        '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
+        "--guidance_scale 1.75 --output more.png"
+    )
+    steps = 2 * summary["diffusion_steps"]
+    longer = f"training/train_latent_diffusion.py --config {CONFIG} --max_train_steps {steps}"
     print(
         f"\nLook at the posters:  {RUN}/grid.png\n"
-        "Draw more:            .venv/bin/python pipelines/sample.py --model runs/quickstart/latent_diffusion "
-        '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
-        "--guidance_scale 1.75 --output more.png\n"
-        f"Go on training:       .venv/bin/accelerate launch training/train_latent_diffusion.py --config {CONFIG} "
-        f"--max_train_steps {2 * summary['diffusion_steps']}"
+        + ("With .venv active (source .venv/bin/activate):\n" if IS_CHECKOUT else "")
+        + f"Draw more:            {typed(more)}\n"
+        f"Go on training:       {typed(longer)}"
     )
 
 

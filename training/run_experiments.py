@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.resources import find_file, shipped_path
 from training.core.parsing import parse_config
-from training.core.run_config import RunConfig
 from training.engine.prepare import run_script
+from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.experiments.comparison import Samples, comparison_table, draw_samples, write_comparison
 from training.experiments.registry import config_class, script_path, stage_of
@@ -172,13 +173,12 @@ def common_folder(experiments: Sequence[Experiment]) -> Path:
 
 
 def _expanded(patterns: Sequence[str]) -> list[str]:
-    """Files in the order given; patterns that the shell left alone, sorted."""
+    """Files in the order given; of patterns that the shell left alone the user's own, sorted, or the shipped ones."""
     files = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
-        if not found:
-            raise UserError(f"no config file '{pattern}'; check its path")
-        files += found
+        own = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        shipped = sorted(glob.glob(pattern, root_dir=shipped_path("")))
+        files += own or [str(shipped_path(file)) for file in shipped] or [str(find_file(pattern))]
     return list(dict.fromkeys(files))
 
 

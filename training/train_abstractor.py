@@ -12,9 +12,9 @@ B batch, C feature channels, H W pixels, N grammar numbers.
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,85 +22,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR, MAX_PICTURES, MAX_TEXT_BLOCKS
-from pipelines.tools.cli import UserError, entry_point
-from training.core.batches import fetch, to_device
-from training.core.checks import check_at_least, check_deepest_feature_map
-from training.core.draws import Draws, SampleKey
+from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
+from pipelines.tools.cli import entry_point
+from training.core.draws import Draws
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
-from training.core.stage import Batch, Phase, Stage
-from training.data.checks import require_clean
-from training.data.images import load_split
+from training.core.stage import Batch, Phase, StageContext
 from training.data.posters import PosterDataConfig, PosterDataset
-from training.engine.loop import train
-from training.engine.weights import load_component, load_initial_weights
+from training.engine.session import train
+from training.engine.weights import load_component
 from training.metrics.regression import regression_figures, regression_sums, scatter_plots
+from training.models.posters import AbstractorConfig, build_abstractor
 from training.objectives.segmentation import one_hot
-from training.run.folder import has_checkpoint
-
-logger = logging.getLogger("halftone")
+from training.stages.image_stage import ImageStage, ImageStageConfig
 
 PRESET = "configs/experiments/posters/abstractor_tiny.yaml"
 PREVIEW_POSTERS = 256
 SMALLEST_DEVIATION = 1e-3
-LARGEST_COUNTS = {"text_blocks": MAX_TEXT_BLOCKS, "pictures": MAX_PICTURES}
 
 
 @dataclass
-class AbstractorConfig:
-    """The model; names are those of GrammarAbstractorModel."""
-
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    """Channels of each level; every level halves the side"""
-    hidden_size: int = 512
-    """Width of the layers that read the last feature map"""
-    sample_size: int = 64
-    """Side that features are brought to"""
-    patch_size: int = 1
-    """Side of the patches of features that the network works on; 2 reads finer features at the same cost"""
-    norm_num_groups: int = 8
-    """Groups of the group norms"""
-    dropout: float = 0.1
-    """Before the last layers"""
-
-
-@dataclass
-class Config(RunConfig, PosterDataConfig):
+class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_abstractor.py."""
 
     output_dir: str = option("runs/abstractor", on_resume="free")
     """The run folder"""
-    model: AbstractorConfig = field(default_factory=AbstractorConfig, metadata={"on_resume": "error"})
+    model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
-    encoder: str | None = option(None, on_resume="error")
-    """A layout encoder (run, checkpoint, pipeline or Hub id) whose readings are learned from too"""
-    predicted_share: float = option(0.5)
-    """With an encoder: the share of posters taken as it reads them, the others as they truly are"""
-    counts_weight: float = option(0.1)
+    encoder: str | None = option(None)
+    """A layout encoder (run, checkpoint, pipeline or Hub id) whose predictions are trained on as well"""
+    predicted_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)
+    """With an encoder: the share of posters whose features are its predictions; the others have the true features"""
+    counts_weight: float = option(0.1, on_resume="warn", at_least=0)
     """Weight of the counts' cross-entropy beside the numbers' squared error"""
-    init_from: str | None = option(None)
-    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
-
-    def validate(self) -> None:
-        super().validate()
-        check_at_least("counts_weight", self.counts_weight, 0)
-        check_at_least("model.patch_size", self.model.patch_size, 1)
-        if not 0 <= self.predicted_share <= 1:
-            raise UserError(f"--predicted_share is {self.predicted_share}; it is a share in [0, 1]")
-        if not 0 <= self.model.dropout < 1:
-            raise UserError(f"--model.dropout is {self.model.dropout}; it is a share in [0, 1)")
-        widths = self.model.block_out_channels
-        if not widths or any(w < 1 or w % self.model.norm_num_groups for w in widths):
-            raise UserError(
-                f"--model.block_out_channels {widths} must be multiples of "
-                f"--model.norm_num_groups {self.model.norm_num_groups}"
-            )
-        first = 2 * self.model.patch_size  # its own level halves the side as well
-        check_deepest_feature_map(
-            self.model.sample_size, first, len(widths), "--model.block_out_channels", "--model.sample_size"
-        )
 
 
 def true_features(batch: Batch) -> Tensor:
@@ -138,51 +93,27 @@ class AbstractorPhase(Phase):
         return numbers + self.config.counts_weight * counts, metrics
 
 
-class AbstractorStage(Stage):
+class AbstractorStage(ImageStage):
     name = "grammar abstractor"
     card_template = "grammar_abstractor.md.jinja"
     best_metric, best_is_lower = "val_r2", False
 
-    def __init__(self, config: Config):
-        from pipelines.models.grammar_abstractor import GrammarAbstractorModel
-
-        self.config = config
-        self._train = PosterDataset(load_split(config, "train", config.seed), config, numbers=True)
-        held_out = load_split(config, "validation", config.seed)
-        self._validation = PosterDataset(held_out, config, numbers=True, augment=False) if len(held_out) else None
-        for data in filter(None, (self._train, self._validation)):
-            require_clean(data, tell=logger.info)
+    def __init__(self, config: Config, context: StageContext):
+        super().__init__(config, context)
+        self.open_data(functools.partial(PosterDataset, config=config, numbers=True))
         self.encoder = load_component(config.encoder, "encoder", "--encoder") if config.encoder else None
         torch.manual_seed(config.seed)
-        model = config.model
-        self.abstractor = GrammarAbstractorModel(
-            in_channels=3 + len(COLOR_ROLES),
-            block_out_channels=tuple(model.block_out_channels),
-            hidden_size=model.hidden_size,
-            num_grammar=len(GRAMMAR),
-            largest_counts=tuple(LARGEST_COUNTS[name] for name in COUNTS),
-            sample_size=model.sample_size,
-            norm_num_groups=model.norm_num_groups,
-            dropout=model.dropout,
-            patch_size=model.patch_size,
-            **self._grammar_scale(),
-        )
-        if config.init_from and not has_checkpoint(config.output_dir):
-            load_initial_weights(config.init_from, {"abstractor": self.abstractor})
+        self.abstractor = build_abstractor(config.model, **self._grammar_scale())
+        self.ema_of = {"abstractor": self.abstractor}
+        self.take_initial_weights(self.ema_of)
         self.phase = AbstractorPhase(self.abstractor, config, self.encoder)
-        self.phases, self.ema_of = [self.phase], {"abstractor": self.abstractor}
+        self.phases = [self.phase]
         self.frozen = [self.encoder] if self.encoder is not None else []
 
     def _grammar_scale(self) -> dict[str, list[float]]:
-        """Mean and deviation of each number over the training posters."""
-        numbers = np.array([self._train.dataset[name] for name in GRAMMAR])
+        """Mean and standard deviation of each number over the training posters."""
+        numbers = np.array([self.training_set.dataset[name] for name in GRAMMAR])
         return {"grammar_mean": numbers.mean(1).tolist(), "grammar_std": (numbers.std(1) + SMALLEST_DEVIATION).tolist()}
-
-    def train_data(self) -> PosterDataset:
-        return self._train
-
-    def validation_data(self) -> PosterDataset | None:
-        return self._validation
 
     def _readings(self) -> dict[str, bool]:
         """How validation names its figures, and whether the features are then the encoder's."""
@@ -190,7 +121,7 @@ class AbstractorStage(Stage):
 
     def _say(self, batch: Batch, predicted: bool) -> Any:
         count = len(batch["grammar"])
-        return self.abstractor(self.phase.features(batch, torch.full((count,), predicted, device=self._device)))
+        return self.abstractor(self.phase.features(batch, torch.full((count,), predicted, device=self.context.device)))
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         sums = {"count": torch.tensor(len(batch["grammar"]))}
@@ -214,11 +145,11 @@ class AbstractorStage(Stage):
         return found
 
     def previews(self) -> Previews:
-        data, true, said = self._validation or self._train, [], []
-        for start in range(0, min(PREVIEW_POSTERS, len(data)), 32):
-            self.poll()
-            rows = range(start, min(start + 32, len(data)))
-            batch = to_device(fetch(data, [SampleKey(i, 0) for i in rows]), self._device)
+        true, said = [], []
+        rows = self.shown_rows(PREVIEW_POSTERS)
+        for start in range(0, len(rows), 32):
+            self.context.poll()
+            batch = self.shown_batch(rows[start : start + 32])
             true.append(batch["grammar"].cpu())
             said.append(self._say(batch, self.encoder is not None).grammar.cpu())
         words = "read from the picture by the encoder" if self.encoder is not None else "read from the true features"
@@ -230,14 +161,10 @@ class AbstractorStage(Stage):
 
         return LayoutAnalysisPipeline(encoder=self.encoder, abstractor=self.abstractor)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.abstractor.parameters()).device
-
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(Config, argv, description=__doc__, preset=PRESET)
-    return train(lambda: AbstractorStage(config), config)
+    return train(AbstractorStage, config)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@
     accelerate launch training/train_controlnet.py --base_model runs/mine --dataset_name data/mine \\
         --conditioning_image_column conditioning_image --fusion_mode gated --output_dir runs/controlnet_mine
 
-The base is a run of train_latent_diffusion.py or of train_decoder.py. Typed again, a command goes on where the run
-stood.
+The base is a run of train_latent_diffusion.py or of train_decoder.py. The same command again resumes
+the run.
 B batch, C control channels, R resolution, h w cells of the U-Net's input.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,25 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.picture_grid import control_picture
-from training.core.batches import fetch
-from training.core.checks import check_at_least, check_choice
-from training.core.draws import Draws, SampleKey
+from pipelines.tools.grids import control_picture
+from training.core.draws import Draws
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
-from training.core.stage import Batch, MapDataset, Phase, Stage
-from training.data.checks import require_clean
+from training.core.stage import Batch, Phase, StageContext
 from training.data.companions import control_of
-from training.data.images import DataConfig, load_split, validate_data_config
-from training.engine.loop import train
-from training.engine.weights import load_initial_weights
-from training.metrics.control import IGNORED_BELOW, ControlReader, control_iou, in_standard_errors, others
+from training.engine.session import train
+from training.metrics.control import (
+    IGNORED_BELOW,
+    ControlReader,
+    control_metrics,
+    control_sums,
+    iou_sums,
+    others,
+)
 from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.steered import ControlBase, load_base
-from training.objectives.diffusion import DiffusionConfig, ObjectiveConfig, validate_diffusion_config
-from training.run.folder import has_checkpoint
+from training.objectives.diffusion import ObjectiveConfig
+from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig
 
 logger = logging.getLogger("halftone")
 
@@ -47,43 +50,30 @@ MODES = ("add", "gated", "concat", "film", "cross_attention")
 
 
 @dataclass
-class Config(ObjectiveConfig, RunConfig, DataConfig):
+class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
     """Flags of train_controlnet.py."""
 
     output_dir: str = option("runs/controlnet", on_resume="free")
     """The run folder"""
-    base_model: str = option("", on_resume="error")
+    base_model: str = option("")
     """The model to steer: a run, checkpoint, pipeline folder or Hub id"""
-    fusion_mode: str = option("add", on_resume="error")
+    fusion_mode: str = option("add", choices=MODES)
     """How control meets the U-Net's features: add, gated, concat, film or cross_attention"""
-    conditioning_classes: int = option(0, on_resume="error")
-    """Above 0: conditioning_image_column holds ids of so many classes, which become one channel each"""
-    control_dropout: float = option(0.1)
+    conditioning_classes: int = option(0, at_least=0)
+    """Above 0: conditioning_image_column holds ids of this many classes, which become one channel each"""
+    control_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Share of samples trained with an empty (black) control"""
-    init_from: str | None = option(None)
-    """Start from the ControlNet of a run, checkpoint or pipeline; steps and optimizer start anew"""
     reader: str | None = option(None, on_resume="free")
-    """A layout encoder, or an autoencoder with a segmentation head, that reads pictures back for val_control_iou"""
-    num_read: int = option(16, on_resume="free")
-    """Pictures made and read at each validation, with a reader"""
-    preview_guidance_scale: float = option(2.0, on_resume="free")
-    """Guidance of the previews, and of the pictures that are read"""
-    preview_inference_steps: int = option(20, on_resume="free")
-    """Sampling steps of the same"""
-    num_previews: int = option(6, on_resume="free")
-    """Samples in a preview"""
+    """A layout encoder, or an autoencoder with a segmentation head, that reads generated images for val_control_iou"""
+    num_read: int = option(16, on_resume="free", at_least=1)
+    """Number of images generated for --reader at each validation"""
+    preview_inference_steps: int = option(20, on_resume="free", at_least=1)
+    """Number of sampling steps for previews and for the images given to --reader"""
+    num_previews: int = option(6, on_resume="free", at_least=1)
+    """Number of samples in a preview"""
 
-    def validate(self) -> None:
-        super().validate()
-        validate_data_config(self)
-        objective = {name: getattr(self, name) for name in ObjectiveConfig.__dataclass_fields__}
-        validate_diffusion_config(DiffusionConfig(**objective))
-        check_choice("fusion_mode", self.fusion_mode, MODES)
-        check_at_least("conditioning_classes", self.conditioning_classes, 0)
-        check_at_least("num_read", self.num_read, 1)
-        check_at_least("num_previews", self.num_previews, 1)
-        if not 0 <= self.control_dropout <= 1:
-            raise UserError(f"--control_dropout is {self.control_dropout}; it is a share in [0, 1] (0.1 is usual)")
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         columns = self.conditioning_image_column
         if not columns:
             raise UserError(
@@ -137,22 +127,18 @@ class ControlNetPhase(Phase):
         return noisy.loss(prediction).mean(), {}
 
 
-class ControlNetStage(Stage):
+class ControlNetStage(ImageStage):
     name = "ControlNet"
     card_template = "controlnet.md.jinja"
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, context: StageContext):
         from pipelines.models.fusion_controlnet import FusionControlNetModel
 
-        self.config = config
+        super().__init__(config, context)
         self.base = load_base(config.base_model, config.resolution)
         columns = config.conditioning_image_column
         control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
-        self._train = self.base.dataset(load_split(config, "train", config.seed), config, control, augment=True)
-        held_out = load_split(config, "validation", config.seed)
-        self._validation = self.base.dataset(held_out, config, control, augment=False) if len(held_out) else None
-        for data in filter(None, (self._train, self._validation)):
-            require_clean(data, tell=logger.info)
+        self.open_data(functools.partial(self.base.dataset, config=config, control=control))
         self.reader = (
             ControlReader(config.reader, control.kind, control.names, control.channels) if config.reader else None
         )
@@ -169,85 +155,45 @@ class ControlNetStage(Stage):
         except ValueError as error:
             raise UserError(f"--base_model {config.base_model} cannot be steered: {error}") from None
         self.ema_of = {"controlnet": self.controlnet}
-        if config.init_from and not has_checkpoint(config.output_dir):
-            load_initial_weights(config.init_from, self.ema_of)
+        self.take_initial_weights(self.ema_of)
         self.phase = ControlNetPhase(config, self.controlnet, self.base)
         self.phases = [self.phase]
         self.frozen = [*self.base.modules, *([self.reader.module] if self.reader else [])]
 
-    def train_data(self) -> MapDataset:
-        return self._train
-
-    def validation_data(self) -> MapDataset | None:
-        return self._validation
-
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         control = batch["conditioning_pixel_values"]
         keep_all = torch.zeros(len(control), dtype=torch.bool, device=control.device)
-        noisy, (true, none, shuffled) = self.phase.predictions(
+        noisy, predictions = self.phase.predictions(
             batch, draws, keep_all, [control, None, others(control)], sampling="uniform"
         )
-        losses = [noisy.loss(prediction) for prediction in (true, none, shuffled)]
-        gain = losses[2] - losses[0]
-        sums = {"count": torch.tensor(len(control)), "gain": gain.sum(), "gain_squares": gain.double().square().sum()}
-        for name, loss in zip(("true", "none", "shuffled"), losses, strict=True):
-            sums[name] = loss.sum()
-        sums["power"] = true.float().square().sum()
-        sums["change_none"] = (true - none).float().square().sum()
-        sums["change_shuffled"] = (true - shuffled).float().square().sum()
-        if self.reader is not None:
-            sums |= self._read(batch)
-        return sums
+        sums = control_sums(predictions, [noisy.loss(prediction) for prediction in predictions])
+        return sums if self.reader is None else sums | self._read(self.reader, batch)
 
-    def _read(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures made of the first controls of the validation data and read back: their IoU with their control, and
-        with another's. Without prompts: nothing but the control tells what to draw."""
+    def _read(self, reader: ControlReader, batch: Batch) -> dict[str, Tensor]:
+        """Images are generated for the first controls of the validation data, and `reader` reads their controls.
+
+        They have no prompt, so that nothing but the control tells what to draw.
+        """
         rows = [i for i, index in enumerate(batch["index"].tolist()) if index < self.config.num_read]
-        sums = dict.fromkeys(("read", "iou", "iou_shuffled", "iou_gain", "iou_gain_squares"), torch.tensor(0.0))
-        if not rows:
-            return sums
-        assert self.reader is not None
-        control = batch["conditioning_pixel_values"][rows]
-        read = self.reader(self._paint(batch, rows, {}, "pt") * 2 - 1)
-        own, other = control_iou(read, control), control_iou(read, others(control))
-        gain = own - other
-        return {
-            "read": torch.tensor(float(len(rows))), "iou": own.sum(), "iou_shuffled": other.sum(),
-            "iou_gain": gain.sum(), "iou_gain_squares": gain.double().square().sum(),
-        }  # fmt: skip
+        read = reader(self._paint(batch, rows, {}, "pt") * 2 - 1) if rows else None
+        return iou_sums(read, batch["conditioning_pixel_values"][rows])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        count = sums["count"]
-        gain = in_standard_errors(sums["gain"], sums["gain_squares"], count)
-        metrics = {
-            "val_loss": sums["true"] / count,
-            "val_loss_without_control": sums["none"] / count,
-            "val_loss_shuffled_control": sums["shuffled"] / count,
-            "val_control_sensitivity": (sums["change_none"] / sums["power"]) ** 0.5,
-            "val_shuffled_sensitivity": (sums["change_shuffled"] / sums["power"]) ** 0.5,
-            "val_control_gain_in_standard_errors": gain,
-        }
-        if sums.get("read"):
-            metrics["val_control_iou"] = sums["iou"] / sums["read"]
-            metrics["val_shuffled_iou"] = sums["iou_shuffled"] / sums["read"]
-            metrics["val_iou_gain_in_standard_errors"] = in_standard_errors(
-                sums["iou_gain"], sums["iou_gain_squares"], sums["read"]
-            )
-        if gain < IGNORED_BELOW:
+        metrics = control_metrics(sums)
+        if metrics["val_control_gain_in_standard_errors"] < IGNORED_BELOW:
             logger.warning(
-                "the model ignores its control so far: with the control of another picture its loss is higher by %.1f "
-                "standard errors only; more steps, a higher --learning_rate, or a control that says something of the "
-                "picture",
-                gain,
+                "the model ignores its control so far: with the control of another image its loss is higher by %.1f "
+                "standard errors only; more steps, a higher --learning_rate, or a control that describes the image "
+                "would help",
+                metrics["val_control_gain_in_standard_errors"],
             )
         return metrics
 
     def previews(self) -> Previews:
-        data = self._validation or self._train
-        rows = list(range(min(self.config.num_previews, len(data))))
-        batch = fetch(data, [SampleKey(row, 0) for row in rows])
-        arguments, words = self.base.prompts(data, batch, rows)
-        painted = self._paint(batch, rows, arguments, "pil")
+        rows = self.shown_rows(self.config.num_previews)
+        batch = self.shown_batch(rows)
+        conditions, words = self.base.prompts(self.shown_data, batch, rows)
+        painted = self._paint(batch, rows, conditions, "pil")
         controls = [control_picture(control) for control in batch["conditioning_pixel_values"]]
         images, captions = [], []
         for control, image, real, text in zip(controls, painted, batch["pixel_values"], words, strict=True):
@@ -255,26 +201,18 @@ class ControlNetStage(Stage):
             captions += ["control", text, "the real one"]
         return Previews(images, captions, columns=6)
 
-    def _paint(self, batch: Batch, rows: list[int], prompts: Mapping[str, Any], output_type: str) -> Any:
-        """Pictures with the controls of these samples, from fixed seeds."""
-        config = self.config
-        pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline(
-            **prompts,
-            control_image=batch["conditioning_pixel_values"][rows],
-            height=config.resolution,  # the base may have been trained at another
-            width=config.resolution,
-            generator=[torch.Generator().manual_seed(config.seed + int(batch["index"][row])) for row in rows],
-            guidance_scale=config.preview_guidance_scale,
-            num_inference_steps=config.preview_inference_steps,
+    def _paint(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
+        """Images with the controls of these samples, from fixed seeds."""
+        resolution = self.config.resolution  # the base may have been trained at another
+        return self.sample(
+            self.pipeline(),
+            seeds=[self.config.seed + int(batch["index"][row]) for row in rows],
+            control_image=batch["conditioning_pixel_values"][list(rows)],
+            height=resolution,
+            width=resolution,
             output_type=output_type,
-            callback_on_step_end=self._between_steps,
-        ).images
-
-    def _between_steps(self, pipeline, step, timestep, tensors) -> dict:
-        self.poll()
-        return {}
+            **conditions,
+        )
 
     def pipeline(self):
         return self.base.controlled(self.controlnet)
@@ -282,7 +220,7 @@ class ControlNetStage(Stage):
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(Config, argv, description=__doc__, preset=PRESET)
-    return train(lambda: ControlNetStage(config), config)
+    return train(ControlNetStage, config)
 
 
 if __name__ == "__main__":

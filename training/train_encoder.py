@@ -10,9 +10,9 @@ B batch, H W pixels, K colour roles.
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +21,18 @@ from torch import Tensor
 
 from pipelines.common.poster_domain import COLOR_ROLES
 from pipelines.tools.cli import UserError, entry_point
-from training.core.batches import fetch, to_device
-from training.core.checks import check_at_least, check_deepest_feature_map
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
-from training.core.run_config import RunConfig, option
-from training.core.stage import Batch, Phase, Stage
-from training.data.checks import require_clean
+from training.core.stage import Batch, Phase, StageContext
 from training.data.fingerprints import evenly_spaced
-from training.data.images import load_split
 from training.data.posters import PosterDataConfig, PosterDataset
-from training.engine.loop import train
-from training.engine.weights import load_initial_weights
+from training.engine.session import train
 from training.metrics.images import to_pil
+from training.models.posters import LayoutEncoderConfig, build_layout_encoder
 from training.objectives.segmentation import class_hits, dice_loss, mask_overlap, mean_class_accuracy, one_hot
-from training.run.folder import has_checkpoint
-
-logger = logging.getLogger("halftone")
+from training.stages.image_stage import ImageStage, ImageStageConfig
 
 PRESET = "configs/experiments/posters/encoder_tiny.yaml"
 PREVIEWS = 6
@@ -47,51 +41,27 @@ MASKS = ("text_mask", "image_mask")
 
 
 @dataclass
-class LayoutEncoderConfig:
-    """The model; names are those of LayoutEncoderModel."""
-
-    block_out_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024])
-    """Channels of each level; the first works on patches, each further one on half the side"""
-    patch_size: int = 1
-    """Side of the pixel patches that the network works on; 2 takes a quarter of the time"""
-    norm_num_groups: int = 8
-    """Groups of the group norms"""
-
-
-@dataclass
-class Config(RunConfig, PosterDataConfig):
+class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_encoder.py."""
 
     output_dir: str = option("runs/encoder", on_resume="free")
     """The run folder"""
-    model: LayoutEncoderConfig = field(default_factory=LayoutEncoderConfig, metadata={"on_resume": "error"})
+    model: LayoutEncoderConfig = option(LayoutEncoderConfig)
     """The network"""
-    dice_weight: float = option(1.0)
+    dice_weight: float = option(1.0, on_resume="warn", at_least=0)
     """Weight of the Dice losses of masks and colour roles"""
-    ce_weight: float = option(1.0)
+    ce_weight: float = option(1.0, on_resume="warn", at_least=0)
     """Weight of the cross-entropies of masks and colour roles"""
-    mse_weight: float = option(5.0)
+    mse_weight: float = option(5.0, on_resume="warn", at_least=0)
     """Weight of the hierarchy's squared error"""
-    role_balance: float = option(0.5)
+    role_balance: float = option(0.5, on_resume="warn", at_least=0)
     """How much more rare colour roles count in the cross-entropy: their share of pixels to the power of minus this"""
-    init_from: str | None = option(None)
-    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start anew"""
 
-    def validate(self) -> None:
-        super().validate()
-        for name in ("dice_weight", "ce_weight", "mse_weight", "role_balance", "photometric_augmentation"):
-            check_at_least(name, getattr(self, name), 0)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not (self.dice_weight or self.ce_weight or self.mse_weight):
             raise UserError("nothing to learn from: one of --dice_weight, --ce_weight, --mse_weight must be above 0")
-        model = self.model
-        check_at_least("model.patch_size", model.patch_size, 1)
-        if not model.block_out_channels or any(w < 1 or w % model.norm_num_groups for w in model.block_out_channels):
-            raise UserError(
-                f"--model.block_out_channels {model.block_out_channels} must be multiples of "
-                f"--model.norm_num_groups {model.norm_num_groups}"
-            )
-        levels = len(model.block_out_channels)
-        check_deepest_feature_map(self.resolution, model.patch_size, levels, "--model.block_out_channels")
+        self.model.check_resolution(self.resolution)
 
 
 class LayoutEncoderPhase(Phase):
@@ -126,47 +96,27 @@ class LayoutEncoderPhase(Phase):
         return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(found.hierarchy.float(), batch["hierarchy"])]}
 
 
-class LayoutEncoderStage(Stage):
+class LayoutEncoderStage(ImageStage):
     name = "layout encoder"
     card_template = "layout_encoder.md.jinja"
 
-    def __init__(self, config: Config):
-        from pipelines.models.layout_encoder import LayoutEncoderModel
-
-        self.config = config
-        self._train = PosterDataset(load_split(config, "train", config.seed), config)
-        held_out = load_split(config, "validation", config.seed)
-        self._validation = PosterDataset(held_out, config, augment=False) if len(held_out) else None
-        for data in filter(None, (self._train, self._validation)):
-            require_clean(data, tell=logger.info)
+    def __init__(self, config: Config, context: StageContext):
+        super().__init__(config, context)
+        self.open_data(functools.partial(PosterDataset, config=config))
         torch.manual_seed(config.seed)
-        model = config.model
-        self.encoder = LayoutEncoderModel(
-            block_out_channels=tuple(model.block_out_channels),
-            patch_size=model.patch_size,
-            norm_num_groups=model.norm_num_groups,
-            num_color_roles=len(COLOR_ROLES),
-            sample_size=config.resolution,
-        )
-        if config.init_from and not has_checkpoint(config.output_dir):
-            load_initial_weights(config.init_from, {"encoder": self.encoder})
+        self.encoder = build_layout_encoder(config.model, config.resolution)
+        self.ema_of = {"encoder": self.encoder}
+        self.take_initial_weights(self.ema_of)
         self.phase = LayoutEncoderPhase(self.encoder, config, self._role_weights())
         self.phases = [self.phase]
-        self.ema_of = {"encoder": self.encoder}
 
     def _role_weights(self) -> Tensor:
-        """Of each colour role, by its share of the pixels of posters from all over the data; 1 on average. K."""
-        keys = [SampleKey(row, 0) for row in evenly_spaced(len(self._train), ROLE_POSTERS)]
-        roles = torch.stack([self._train[key]["color_role"] for key in keys])
+        """The weight of each colour role, by its share of the pixels of evenly spaced posters; 1 on average. K."""
+        keys = [SampleKey(row, 0) for row in evenly_spaced(len(self.training_set), ROLE_POSTERS)]
+        roles = torch.stack([self.training_set[key]["color_role"] for key in keys])
         shares = (torch.bincount(roles.flatten(), minlength=len(COLOR_ROLES)) / roles.numel()).clamp(min=1e-4)
         weights = shares**-self.config.role_balance
         return weights / (weights * shares).sum()
-
-    def train_data(self) -> PosterDataset:
-        return self._train
-
-    def validation_data(self) -> PosterDataset | None:
-        return self._validation
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         found = self.encoder(batch["pixel_values"])
@@ -195,13 +145,12 @@ class LayoutEncoderStage(Stage):
     def previews(self) -> Previews:
         from pipelines.common.layout_pictures import error_picture, feature_picture
 
-        data = self._validation or self._train
-        batch = fetch(data, [SampleKey(i, 0) for i in range(min(PREVIEWS, len(data)))])
-        found = self.encoder(to_device(batch, self._device)["pixel_values"]).f_tensor().cpu().numpy()
+        batch = self.shown_batch(self.shown_rows(PREVIEWS))
+        predictions = self.encoder(batch["pixel_values"]).f_tensor().cpu().numpy()
         masks = [batch[name] for name in MASKS]
-        truth = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).numpy()
+        targets = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).cpu().numpy()
         images, captions = [], []
-        for poster, true, predicted in zip(batch["pixel_values"], truth, found, strict=True):
+        for poster, true, predicted in zip(batch["pixel_values"], targets, predictions, strict=True):
             error, share = error_picture(predicted, true)
             images += [to_pil(poster), feature_picture(true), feature_picture(predicted), error]
             captions += ["poster", "its features", "as the encoder reads it", f"wrong in {share:.1%} of the pixels"]
@@ -212,14 +161,10 @@ class LayoutEncoderStage(Stage):
 
         return LayoutAnalysisPipeline(encoder=self.encoder)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
-
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(Config, argv, description=__doc__, preset=PRESET)
-    return train(lambda: LayoutEncoderStage(config), config)
+    return train(LayoutEncoderStage, config)
 
 
 if __name__ == "__main__":

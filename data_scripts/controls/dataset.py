@@ -13,11 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+CHECK = command("data_scripts/check_dataset.py")
 ROWS_AT_ONCE = 100
 """In memory, and in a row group of the files"""
 ROWS_PER_SHARD, BYTES_PER_SHARD = 5_000, 500_000_000
@@ -64,9 +66,7 @@ class ControlWriter:
                 written += self._write_shard(path, split, bar, features)
                 shard += 1
         if not written:
-            raise UserError(
-                f"all pictures of split '{name}' are broken; data_scripts/check_dataset.py says in what way"
-            )
+            raise UserError(f"all pictures of split '{name}' are broken; {CHECK} says in what way")
         return written
 
     def features(self, split: Dataset) -> Features:
@@ -110,7 +110,7 @@ class ControlWriter:
         if problems and not self.skip_broken:
             row, reason = next(iter(problems.items()))
             raise UserError(
-                f"row {row} of the dataset: {reason}; mend or remove it (data_scripts/check_dataset.py lists all such "
+                f"row {row} of the dataset: {reason}; mend or remove it ({CHECK} lists all such "
                 "rows), or leave it out: --on_bad_sample skip"
             )
         if problems:

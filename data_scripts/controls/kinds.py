@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import install_command
 
 KINDS = {
     "edges": "white lines where colour changes (Canny 1986)",
@@ -31,7 +32,8 @@ def require_scikit_image(kinds: Sequence[str]) -> None:
         wanted = [kind for kind in kinds if kind in ("edges", "soft_edges")]
         if wanted:
             raise UserError(
-                f"--kind {wanted[0]} needs scikit-image, which is not installed: pip install -e '.[controls]'"
+                f"--kind {wanted[0]} needs scikit-image, which is not installed: "
+                f"{install_command('controls', 'scikit-image')}"
             ) from None
 
 

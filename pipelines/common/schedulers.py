@@ -129,22 +129,6 @@ def suitable_samplers(prediction_type: str, zero_snr: bool = False) -> list[str]
     return [name for name, sampler in SAMPLERS.items() if sampler.suits(prediction_type, zero_snr)]
 
 
-class SamplersByName:
-    """Gives a pipeline `set_scheduler`; `_own_scheduler` is the one it came with."""
-
-    scheduler: Any
-    _own_scheduler: Any
-
-    def set_scheduler(self, name: str) -> None:
-        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
-        model's own prediction type and noise schedule.
-
-        Raises:
-            ValueError: one that does not suit the model; the message names those that do.
-        """
-        self.scheduler = make_scheduler(name, self._own_scheduler)
-
-
 def make_scheduler(name: str, scheduler: Any) -> Any:
     """The sampler `name` (a key of SAMPLERS, or `flow_euler`, `flow_heun`) for the model that `scheduler` belongs to.
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]+)(\s+import\b)", flags=re.MULTILINE)
+PACKAGE_IMPORT = re.compile(r"^\s*from\s+\.+\s+import\b", flags=re.MULTILINE)
 HASH_SUFFIX = re.compile(r"_[0-9a-f]{8}$")
 STOCK_LIBRARIES = ("diffusers", "transformers")
 # Where Halftone keeps the classes of components, beside the folder of this file.
@@ -68,7 +69,8 @@ def ship(pipeline: Any, folder: Path) -> None:
     model_index.json.
 
     Raises:
-        ValueError: a component's file that imports a sibling, or two files of one name: such a folder would not load.
+        ValueError: a component's file that imports a sibling, a relative import of something other than a file, or two
+            files of one name: such a folder would not load.
     """
     index_path = folder / "model_index.json"
     index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -110,7 +112,8 @@ def _published_files(path: Path) -> dict[Path, tuple[str, str]]:
     """File here -> (published module name, published source), of `path` and of all that it imports relatively.
 
     Raises:
-        ValueError: two files of one name, which a flat folder could not tell apart.
+        ValueError: two files of one name, which a flat folder could not tell apart, or an import of a whole package,
+            which it does not have.
     """
     files: dict[Path, tuple[str, str]] = {}
     _collect(path, files)
@@ -124,6 +127,8 @@ def _published_files(path: Path) -> dict[Path, tuple[str, str]]:
 def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, ...] = ()) -> None:
     """Add `path` and what it imports to `files`, helpers first: a file's hash covers the names of its helpers."""
     source = path.read_text(encoding="utf-8")
+    if PACKAGE_IMPORT.search(source):
+        raise ValueError(f"{path.name} says 'from . import', but a published folder has no packages; name the file")
     direct = list(
         dict.fromkeys(_imported_file(path, dots, name) for _, dots, name, _ in RELATIVE_IMPORT.findall(source))
     )
@@ -145,9 +150,13 @@ def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, 
 
 
 def _imported_file(path: Path, dots: str, name: str) -> Path:
-    """The file that `from {dots}{name} import …` in `path` means."""
-    folder = path.parents[len(dots) - 1]
-    return folder.joinpath(*name.split(".")).with_suffix(".py")
+    """The file that `from {dots}{name} import …` in `path` means. Raises ValueError if there is none."""
+    file = path.parents[len(dots) - 1].joinpath(*name.split(".")).with_suffix(".py")
+    if not file.is_file():
+        raise ValueError(
+            f"{path.name} imports '{dots}{name}', which is no file ({file}); name one that can be published"
+        )
+    return file
 
 
 def _write(files: dict[Path, tuple[str, str]], main: Path, folder: Path) -> str:

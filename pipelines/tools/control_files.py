@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image, ImageOps
 
 from .cli import UserError
+from .files import read_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +31,8 @@ def open_controls(files: Sequence[str]) -> list[ControlFile]:
     Raises:
         UserError: a file that is not there, or no picture.
     """
-    opened = []
-    for file in files:
-        try:
-            with Image.open(Path(file).expanduser()) as picture:
-                picture.load()
-                opened.append(ControlFile(file, ImageOps.exif_transpose(picture)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "it is no picture, or damaged"
-            raise UserError(f"--control_image {file} cannot be read: {reason}") from error
-    return opened
+    pictures = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
+    return [ControlFile(file, ImageOps.exif_transpose(picture)) for file, picture in zip(files, pictures)]
 
 
 def controls_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from ..common.standalone import HASH_SUFFIX
 from .cli import UserError, nearest
 
 INDEX = "model_index.json"
-# The package whose modules hold one public pipeline each.
-PIPELINES = __name__.partition(".")[0]
 
 
 def load_pipeline(
@@ -132,7 +129,9 @@ def _own_class(folder: Path) -> Any:
     name = _class_name(folder)
     if not isinstance(name, list):
         return None
-    module = f"{PIPELINES}.{HASH_SUFFIX.sub('', name[0])}"
-    if not re.fullmatch(r"[\w.]+", module) or importlib.util.find_spec(module) is None:
+    module, class_name = name
+    public = importlib.import_module("..", __package__)
+    if class_name not in public.__all__:
         return None
-    return getattr(importlib.import_module(module), name[1], None)
+    own = getattr(public, class_name)
+    return own if own.__module__ == f"{public.__name__}.{HASH_SUFFIX.sub('', module)}" else None

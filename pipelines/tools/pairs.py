@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .captioned_grid import image_grid
 from .cli import UserError
+from .grids import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

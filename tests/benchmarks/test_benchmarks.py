@@ -42,6 +42,20 @@ def test_unknown_measurement() -> None:
 
 
 @pytest.mark.slow
+def test_a_script_measures_in_a_process_of_its_own() -> None:
+    """The smallest of the parts: model and optimizer alone, no step."""
+    found = benchmarks._measured_by("captions", "--side memory --preset emoji_64 --batch_size 0 --device cpu")
+    assert found["parameters"] > 1e6
+    assert found["peak_mb"] > 4 * 4 * found["parameters"] / 1e6  # weights, gradients and two moments
+
+
+@pytest.mark.parametrize("script", ["captions", "decoder", "loops"])
+def test_every_part_of_the_benchmark_is_a_script(script) -> None:
+    assert f'_measured_by("{script}", ' in Path(benchmarks.__file__).read_text()
+    assert Path(benchmarks.__file__).with_name(f"{script}.py").is_file()
+
+
+@pytest.mark.slow
 def test_loop_against_bare_loop(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     words = [

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+import yaml
 
 from pipelines.tools.cli import UserError
+from tests.conftest import ROOT
+from training import train_autoencoder
+from training.core.options import option
 from training.core.parsing import known_names, parse_config
-from training.core.run_config import RunConfig, option
+from training.engine.run_config import RunConfig
 
 
 @dataclass
@@ -90,13 +94,22 @@ def test_mistakes_in_files(tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_no_words_at_all_take_the_preset(monkeypatch, tmp_path):
-    monkeypatch.setattr("training.core.parsing.ROOT", tmp_path)
-    yaml_file(tmp_path, "seed: 9\n")
-    assert parse_config(Config, [], preset="c.yaml").seed == 9
-    assert parse_config(Config, ["--train_batch_size", "2"], preset="c.yaml").seed == 0
+def test_no_words_at_all_take_the_preset(tmp_path):
+    preset = yaml_file(tmp_path, "seed: 9\n")
+    assert parse_config(Config, [], preset=preset).seed == 9
+    assert parse_config(Config, ["--train_batch_size", "2"], preset=preset).seed == 0
+
+
+def test_a_preset_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = yaml.safe_load((ROOT / "configs/experiments/autoencoder/quickstart.yaml").read_text())["max_train_steps"]
+    for name in ("autoencoder/quickstart", "configs/experiments/autoencoder/quickstart.yaml"):
+        for words in (["--config", name], [f"--config={name}"]):
+            assert parse_config(train_autoencoder.Config, words).max_train_steps == expected
+    with pytest.raises(UserError, match="no file 'autoencoder/quickstrt'.*did you mean 'autoencoder/quickstart'"):
+        parse("--config", "autoencoder/quickstrt")
     with pytest.raises(UserError, match="--config"):
-        parse_config(Config, [], preset="other.yaml")
+        parse("--config")
 
 
 def test_help_has_every_flag_with_its_sentence(capsys):

@@ -14,7 +14,7 @@ from pipelines.tools.cli import UserError
 from training.core.draws import SampleKey
 from training.data.checks import require_clean
 from training.data.companions import control_of
-from training.data.images import DataConfig, ImageDataset, load_split, validate_data_config
+from training.data.images import DataConfig, ImageDataset, load_split
 from training.objectives.segmentation import IGNORE_INDEX
 
 ROWS, WIDTH, HEIGHT = 4, 40, 24
@@ -92,7 +92,7 @@ def test_the_mode_of_a_single_column_is_what_is_said(folder: Path, columns, unse
 def test_modes_that_cannot_be():
     config = DataConfig(conditioning_image_column=["a", "b"], conditioning_image_mode="rgb")
     with pytest.raises(UserError, match="--conditioning_image_mode rgb reads one column.*a, b"):
-        validate_data_config(config)
+        config.validate()
     with pytest.raises(UserError, match="--conditioning_image_mode l and --conditioning_classes 4"):
         control_of("mask", 4, "l")
 

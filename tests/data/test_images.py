@@ -23,7 +23,7 @@ from training.core.draws import SampleKey
 from training.data import source as data_source
 from training.data.checks import require_clean, scan
 from training.data.fingerprints import dataset_fingerprint
-from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, validate_data_config
+from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import apply_geometry, crop_geometry, flips, load_rgb, to_tensor, verify_image
 
@@ -149,6 +149,7 @@ def test_mistakes_are_user_errors(folder: Path, tmp_path: Path, settings: dict, 
     places = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty")}
     config = DataConfig(**{name: places.get(value, value) for name, value in settings.items()})
     with pytest.raises(UserError, match=message):
+        config.validate()
         [ImageDataset(load_split(config, split, 0), config) for split in ("train", "validation")]
 
 
@@ -164,7 +165,7 @@ def test_a_column_of_something_else_is_refused(tmp_path: Path):
 
 
 def test_the_default_config_is_valid():
-    validate_data_config(DataConfig())
+    DataConfig().validate()
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

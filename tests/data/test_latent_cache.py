@@ -36,7 +36,7 @@ from training.data.latent_cache.dataset import LatentCache
 from training.data.latent_cache.format import read_shard
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips
-from training.engine.balance import balanced_strata
+from training.engine.balance import BalanceConfig, balanced_strata
 from training.models.vae_loading import load_vae
 
 ROWS, VALIDATION_ROWS, SHARD_ROWS = 62, 5, 4
@@ -208,13 +208,13 @@ def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictur
     cache = LatentCache(masked_cache)
     alone, named = cache.split("train"), cache.split("train", config=config_of(masked))
     for dataset in (alone, named):
-        strata = balanced_strata(dataset, "label", 1.0)
+        strata = balanced_strata(dataset, BalanceConfig("label", 1.0))
         assert strata.group_of_row.tolist() == [i % 2 for i in range(ROWS)]
-    strata = balanced_strata(named, "source", 0.5)
+    strata = balanced_strata(named, BalanceConfig("source", 0.5))
     assert strata.group_of_row.tolist() == [int(i % 10 == 3) for i in range(ROWS)]
     assert float(strata.shares[1]) == pytest.approx(6**0.5 / (6**0.5 + 56**0.5))
     with pytest.raises(UserError, match="holds 'label'.*--dataset_name.*--label_column source"):
-        balanced_strata(alone, "source", 1.0)
+        balanced_strata(alone, BalanceConfig("source", 1.0))
 
 
 def test_workers_read_the_same_batches(cache_folder: Path):

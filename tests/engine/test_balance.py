@@ -17,7 +17,7 @@ from training.core.layout import BatchLayout
 from training.data.classes import column_classes
 from training.data.images import DataConfig, ImageDataset
 from training.data.source import load_split
-from training.engine.balance import balanced_strata
+from training.engine.balance import BalanceConfig, balanced_strata
 from training.engine.sampler import StepSampler, Strata, StratifiedDraw, _permutation
 
 COUNTS = (600, 300, 75, 20, 5)  # 1,000 rows in five classes
@@ -47,7 +47,7 @@ def weights(power: float) -> torch.Tensor:
 def drawn(power: float, seed: int, epoch: int, batch: int = 50) -> torch.Tensor:
     """The rows of an epoch, by the sampler."""
     data = Rows()
-    strata = balanced_strata(data, "kind", power)
+    strata = balanced_strata(data, BalanceConfig("kind", power))
     sampler = StepSampler(len(data.ids), BatchLayout(batch), seed, strata=strata)
     steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
     return torch.tensor([key.index for step in steps for key in sampler.keys(step, 0)])
@@ -104,7 +104,7 @@ def test_expected_counts_are_exact_on_average():
 
 def test_power_0_is_the_permutation_there_always_was():
     data = Rows()
-    assert balanced_strata(data, "kind", 0.0) is None
+    assert balanced_strata(data, BalanceConfig("kind", 0.0)) is None
     plain = StepSampler(1000, BatchLayout(50), 0)
     assert [k.index for step in range(20) for k in plain.keys(step, 0)] == drawn(0.0, 0, 0).tolist()
     assert drawn(0.0, 0, 0).tolist() == _permutation(1000, 0, "order", 0).tolist()
@@ -112,7 +112,7 @@ def test_power_0_is_the_permutation_there_always_was():
 
 def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
     """Asked for in any order: a resumed run begins in the middle, and a validation may look back."""
-    strata = balanced_strata(Rows(), "kind", 1.0)
+    strata = balanced_strata(Rows(), BalanceConfig("kind", 1.0))
     forward, jumping = StratifiedDraw(strata, 950, 4), StratifiedDraw(strata, 950, 4)
     orders = [forward.order(epoch) for epoch in range(6)]
     for epoch in (5, 2, 4, 0, 5):
@@ -124,7 +124,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
 @pytest.mark.parametrize(("batch", "processes", "accumulation"), [(4, 2, 1), (2, 2, 2), (1, 3, 8), (4, 1, 6)])
 def test_the_same_draw_on_any_split_of_the_global_batch(batch, processes, accumulation):
     size = batch * processes * accumulation
-    strata = balanced_strata(Rows(), "kind", 1.0)
+    strata = balanced_strata(Rows(), BalanceConfig("kind", 1.0))
     whole = StepSampler(1000, BatchLayout(size), 2, strata=strata)
     for step in (0, 1000 // size + 3):
         keys = {}
@@ -168,7 +168,7 @@ def pictures(folder: Path, **columns) -> datasets.Dataset:
 def test_pictures_are_balanced_by_any_column_of_theirs(tmp_path, caplog):
     data = pictures(tmp_path, kind=[0] * 6 + [1] * 3 + [2])
     with caplog.at_level(logging.INFO, "halftone"):
-        strata = balanced_strata(data, "kind", 1.0)
+        strata = balanced_strata(data, BalanceConfig("kind", 1.0))
     assert strata.group_of_row.tolist() == [0] * 6 + [1] * 3 + [2]
     torch.testing.assert_close(strata.shares, torch.full((3,), 1 / 3, dtype=torch.float64))
     assert "a 60 → 33.3 %, b 30 → 33.3 %, c 10 → 33.3 %" in caplog.text
@@ -176,7 +176,7 @@ def test_pictures_are_balanced_by_any_column_of_theirs(tmp_path, caplog):
 
 def test_many_classes_are_summed_up(caplog):
     with caplog.at_level(logging.INFO, "halftone"):
-        balanced_strata(Rows([100 - i for i in range(40)]), "kind", 0.5)
+        balanced_strata(Rows([100 - i for i in range(40)]), BalanceConfig("kind", 0.5))
     assert "class 0 " in caplog.text
     assert "class 39 " in caplog.text
     assert "… 28 more …" in caplog.text
@@ -185,15 +185,15 @@ def test_many_classes_are_summed_up(caplog):
 def test_mistakes_are_user_errors(tmp_path):
     data = pictures(tmp_path, kind=[0, 0, 1, 1])
     with pytest.raises(UserError, match="no column 'knid'; did you mean 'kind'.*--balance_by"):
-        balanced_strata(data, "knid", 1.0)
+        balanced_strata(data, BalanceConfig("knid", 1.0))
     with pytest.raises(UserError, match="'c' of its 3 classes has no sample in the training data"):
-        balanced_strata(data, "kind", 1.0)
+        balanced_strata(data, BalanceConfig("kind", 1.0))
     with pytest.raises(UserError, match=r"float64, not classes; choose another with --balance_by"):
         column_classes(table(kind=[0.5, 1.0]), "kind")
     with pytest.raises(UserError, match="2 of 3 rows have no class in column 'kind'"):
         column_classes(table(kind=["a", None, ""]), "kind")
     with pytest.raises(UserError, match="--balance_by kind: list has no columns"):
-        balanced_strata([], "kind", 1.0)
+        balanced_strata([], BalanceConfig("kind", 1.0))
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_an_average_that_begins_late_is_one_of_a_run_that_begins_there():
     """Else its initial weight would still be most of it after forty steps."""
     soon, late, alone = (nn.Linear(1, 1, bias=False) for _ in range(3))
     ema, reference = EMA({"soon": soon, "late": late}, 0.99), EMA({"alone": alone}, 0.99)
-    ema.plan({late.weight: 200})
+    ema.begin_at({late.weight: 200})
     first = ema.state_dict()["late.weight"].item()
     for step in range(1, 241):
         with torch.no_grad():

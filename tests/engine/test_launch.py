@@ -14,9 +14,9 @@ import torch
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import computes_in_bf16
 from tests.conftest import ROOT, forget_accelerate
-from training.core.run_config import RunConfig
 from training.engine import launch
 from training.engine.launch import on_main, start_accelerator, threads_per_process
+from training.engine.run_config import RunConfig
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -108,7 +108,7 @@ def test_freed_memory_is_kept():
     """Forty blocks of 32 MB, one after another: pages are fetched for the first of them, not for each."""
     code = (
         "import os, resource, torch; from training.engine.launch import start_accelerator; "
-        "from training.core.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"
+        "from training.engine.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"
         "torch.ones(2**23)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(40): torch.ones(2**23)\n"

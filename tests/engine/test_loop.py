@@ -124,8 +124,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, monkeypatch):
     switched_on = []
     enable = ToyStage.__init__
 
-    def remember(self, config):
-        enable(self, config)
+    def remember(self, config, context):
+        enable(self, config, context)
         switched_on.append(self.unet)
 
     monkeypatch.setattr(ToyStage, "__init__", remember)

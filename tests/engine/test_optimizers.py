@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from pipelines.tools.cli import UserError
-from training.core.run_config import LR_SCHEDULERS, OPTIMIZERS, RunConfig
 from training.engine import optimizers
+from training.engine.optimizers import OPTIMIZERS
+from training.engine.run_config import RunConfig
 from training.run.checkpoint import load_json, load_tensors, save_json, save_tensors
 
 
@@ -40,27 +41,6 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
     assert torch.equal(layer.weight, copy.weight)
     if name == "adamw_8bit":
         assert any(t.dtype == torch.uint8 for t in tensors.values())
-
-
-@pytest.mark.parametrize("name", [n for n in LR_SCHEDULERS if n != "piecewise_constant"])
-def test_schedules_are_those_of_diffusers_counted_in_steps(name):
-    from diffusers.optimization import get_scheduler
-
-    config = RunConfig(lr_scheduler=name, lr_warmup_steps=5, lr_num_cycles=2, learning_rate=1.0)
-    factor = optimizers.learning_rate_factor(config, 40)
-    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = get_scheduler(name, reference, num_warmup_steps=5, num_training_steps=40, num_cycles=2)
-    for step in range(40):
-        assert factor(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
-        reference.step()
-        scheduler.step()
-
-
-def test_piecewise_constant():
-    factor = optimizers.learning_rate_factor(
-        RunConfig(lr_scheduler="piecewise_constant", lr_step_rules="1:10,0.1:20,0.01"), 30
-    )
-    assert [factor(step) for step in (0, 9, 10, 19, 20, 29)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_a_state_of_another_model_is_refused():

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from pipelines.tools.cli import UserError
-from training.core.run_config import RunConfig
 from training.engine import prepare
+from training.engine.run_config import RunConfig
 
 
 @dataclass

@@ -14,11 +14,9 @@ import pytest
 
 from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
-from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import run, state_of
 from training.engine import prepare
 from training.engine.signals import REQUEUE_STATUS, Interrupted, StopSignal
-from training.engine.validation import validate_only
 
 FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
 
@@ -148,16 +146,12 @@ def test_only_the_projects_own_scripts_are_run(tmp_path):
 
 
 def test_a_stop_is_heard_in_a_validation_outside_any_run(tmp_path, capsys):
-    """`--validate_only --model DIR` polls as a run does: a real signal ends it, and no figures are printed."""
-    from accelerate import Accelerator
-
-    stage = ToyStage(ToyConfig(output_dir=str(tmp_path / "run")))
-    accelerator = Accelerator(cpu=True)
-    with StopSignal() as stop:
-        stage.poll = stop.check
-        assert validate_only(stage, accelerator, 0, 4)
-        assert "val_loss" in capsys.readouterr().out
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert not validate_only(stage, accelerator, 0, 4)
-        assert "val_loss" not in capsys.readouterr().out
-        assert stop.exit_status(stop.requested) == REQUEUE_STATUS
+    """`--validate_only --validate_model DIR` polls as a run does: a real signal ends it, and no metrics are printed."""
+    run(tmp_path / "run", "--max_train_steps", "1")
+    flags = ("--validate_only", "--validate_model", str(tmp_path / "run" / "pipeline"))
+    capsys.readouterr()
+    assert run(tmp_path / "none", *flags) == 0
+    assert "val_loss" in capsys.readouterr().out
+    assert run(tmp_path / "none", *flags, "--signal_at", "validation") == REQUEUE_STATUS
+    assert "val_loss" not in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()

@@ -212,7 +212,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path):
         plan(files, [])
     with pytest.raises(UserError, match="one.yaml and .*two.yaml have the same output_dir"):
         plan(files[:2], ["--output_dir", str(tmp_path / "same")])
-    with pytest.raises(UserError, match="no config file 'nothing"):
+    with pytest.raises(UserError, match="no file 'nothing"):
         plan(["nothing/*.yaml"], [])
     with pytest.raises(UserError, match="unknown flag --learning_rat"):
         plan(files[:1], ["--learning_rat", "1"])

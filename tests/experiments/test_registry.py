@@ -60,7 +60,7 @@ def test_mistakes_are_user_errors(tmp_path):
     file.write_text("kl_weigth: 1.0e-6\nl1_weight: 1.0\n")
     with pytest.raises(UserError, match="unknown key 'kl_weigth'.*did you mean 'kl_weight'.*autoencoder"):
         stage_of(file)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no file '.*nowhere.yaml'"):
         stage_of(tmp_path / "nowhere.yaml")
     file.write_text("just words")
     with pytest.raises(UserError, match="holds no settings"):

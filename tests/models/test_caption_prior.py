@@ -9,7 +9,8 @@ from pipelines.latent_diffusion import encode_captions, tokenize_captions
 from pipelines.models.caption_prior import CaptionPrior
 from pipelines.tools.cli import UserError
 from tests.support.tiny_models import tiny_tokenizer
-from training.models.caption_prior import CaptionPriorConfig, validate_caption_prior_config, warm_up
+from training import train_latent_diffusion
+from training.models.caption_prior import CaptionPriorConfig, warm_up
 from training.models.text_encoder import TextEncoderConfig, new_text_encoder
 
 WIDTH = 32
@@ -70,9 +71,11 @@ def test_a_frozen_text_encoder_stays_as_it_is():
 )
 def test_impossible_values(settings, message):
     with pytest.raises(UserError, match=message):
-        validate_caption_prior_config(CaptionPriorConfig(**settings), with_captions=True)
+        CaptionPriorConfig(**settings).validate()
 
 
 def test_it_needs_captions():
     with pytest.raises(UserError, match="needs captions"):
-        validate_caption_prior_config(CaptionPriorConfig(hidden_size=8), with_captions=False)
+        train_latent_diffusion.Config(
+            vae="unused", condition_on=["label"], caption_prior=CaptionPriorConfig(hidden_size=8)
+        ).validate()

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from pipelines.tools.cli import UserError
-from training.models.unet import PixelUNetConfig, build_pixel_unet, feature_map_sides, validate_pixel_unet_config
+from training.models.unet import PixelUNetConfig, build_pixel_unet, feature_map_sides
 
 TOKENS, TOKEN_WIDTH, GLOBAL_WIDTH = 19, 256, 512
 
@@ -96,7 +96,7 @@ def test_the_global_vector_reaches_every_residual_block():
 
 def test_a_resolution_that_is_none_of_the_networks_is_refused():
     with pytest.raises(UserError, match=r"has 48, but at --resolution 256 .* are 256, 128, 64, 32; choose among them"):
-        validate_pixel_unet_config(PixelUNetConfig(attention_resolutions=[32, 48]), 256)
-    validate_pixel_unet_config(PixelUNetConfig(attention_resolutions=[]), 256)
+        PixelUNetConfig(attention_resolutions=[32, 48]).check_resolution(256)
+    PixelUNetConfig(attention_resolutions=[]).check_resolution(256)
     with pytest.raises(UserError, match="must be multiples of --model.norm_num_groups 32"):
-        validate_pixel_unet_config(PixelUNetConfig(block_out_channels=[40, 64]), 64)
+        PixelUNetConfig(block_out_channels=[40, 64]).validate("model.")

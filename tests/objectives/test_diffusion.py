@@ -10,7 +10,7 @@ import torch
 
 from pipelines.tools.cli import UserError
 from training.core.draws import Draws
-from training.objectives.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig, validate_diffusion_config
+from training.objectives.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig
 from training.objectives.functional import PREDICTION_TYPES
 
 STEPS = 1000
@@ -48,7 +48,7 @@ def test_noise_levels_of_a_beta_schedule(prediction_type, beta_schedule, zero_sn
     config = DiffusionConfig(
         prediction_type=prediction_type, beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr
     )
-    validate_diffusion_config(config)
+    config.validate()
     noisy = Diffusion(config).corrupt(X_0, DRAWS, sampling="uniform")
     timesteps = (DRAWS.uniform("time") * STEPS).long()
     assert torch.equal(noisy.timesteps, timesteps)
@@ -154,4 +154,4 @@ def test_validation_times_are_uniform_whatever_training_draws():
 )
 def test_values_that_cannot_be(field, value):
     with pytest.raises(UserError, match=f"--{field}"):
-        validate_diffusion_config(DiffusionConfig(**{field: value}))
+        DiffusionConfig(**{field: value}).validate()

@@ -75,7 +75,7 @@ def test_saved_and_loaded(tmp_path):
     images = [p(picture(), output_type="np").images for p in (pipeline, loaded)]
     assert np.allclose(*images, atol=1e-5)
     shipped = sorted(p.name.rsplit("_", 1)[0] for p in tmp_path.glob("*.py"))
-    assert shipped == ["autoencoder", "class_colors", "latents", "standalone"]
+    assert shipped == ["autoencoder", "checks", "class_colors", "latents", "standalone"]
 
 
 LABELS = {0: "swiss", 1: "pop", 2: "brutalist"}

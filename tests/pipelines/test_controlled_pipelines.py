@@ -20,7 +20,7 @@ from pipelines.models.fusion_controlnet import FUSION_MODES, FusionControlNets, 
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
 from pipelines.tools.loading import load_pipeline
 from tests.pipelines.test_poster_decoder import tiny_decoder
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 from tests.support.tiny_controlnets import (
     MASKS,
     PICTURE,
@@ -303,7 +303,10 @@ def test_guidance_of_each_net_by_itself():
     [
         ({"control_image": masks(side=16)}, r"2 channels of 8×8 .* but has shape \(2, 16, 16\)"),
         ({"control_image": torch.zeros(3, 8, 8)}, r"2 channels of 8×8 .* but has shape \(3, 8, 8\)"),
-        ({"control_image": masks(3), "prompt": [PROMPT, OTHER]}, "`control_image` has 3 controls for 2 prompts"),
+        (
+            {"control_image": masks(3), "prompt": [PROMPT, OTHER]},
+            "`control_image` has 3 controls, but `prompt` has 2 entries",
+        ),
         ({"controlnet_conditioning_scale": [1.0, 1.0]}, "`controlnet_conditioning_scale` has 2 entries for 1"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "below `control_guidance_end`, .* 0.5 and 0.5"),
         ({"control_guidance_end": 1.5}, "`control_guidance_end`, both in .*, but they are 0.0 and 1.5"),
@@ -322,7 +325,7 @@ def test_bad_input_is_quoted(arguments: dict[str, Any], message: str):
 
 def test_bad_input_with_briefs_and_with_two_nets():
     decoder = tiny_controlled_decoder()
-    with pytest.raises(ValueError, match="`control_image` has 3 controls for 2 briefs"):
+    with pytest.raises(ValueError, match="`control_image` has 3 controls, but `briefs` has 2 entries"):
         decoder([BRIEF, OTHER_BRIEF], masks(3, 16))
     with pytest.raises(ValueError, match="`num_images_per_prompt` must be a positive integer, but is 0"):
         decoder(BRIEF, masks(1, 16), num_images_per_prompt=0)
@@ -373,10 +376,10 @@ def load(name):
     return pipeline
 
 
-def draw(pipeline, control, **options):
+def draw(pipeline, control, asked="a red poster", **options):
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 3, "generator": generator, "output_type": "np", **options}
-    return pipeline("a red poster", control_image=control, **call).images
+    return pipeline(asked, control_image=control, **call).images
 
 
 ours = load("model")
@@ -392,14 +395,25 @@ try:
     draw(ours, masks[:1])
 except ValueError as error:
     images["refused"] = str(error)
+decoder, brief = load("decoder"), {"style": "swiss", "energy": 0.8}
+control = torch.from_numpy(np.load(here / "control.npy"))
+images["decoder"] = draw(decoder, control, brief)
+decoder.save_pretrained(here / "decoder_again")
+images["decoder_again"] = draw(load("decoder_again"), control, brief)
 np.savez(here / "images.npz", **images)
 """
 
 
 def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_path):
-    """Fusion by cross attention on an autoencoder of ours; a second net is put beside it there, and both are saved."""
+    """Fusion by cross attention on an autoencoder of ours; a second net is put beside it there, and both are saved.
+
+    In the same process the poster decoder with its ControlNet.
+    """
     from PIL import Image
 
+    decoder, control = tiny_controlled_decoder(), masks(side=16)
+    decoder.save_pretrained(tmp_path / "decoder")
+    np.save(tmp_path / "control.npy", control.numpy())
     pipeline = tiny_controlled("cross_attention", patch_size=1)
     pipeline.save_pretrained(tmp_path / "model")
     base = tiny_pipeline(patch_size=1)
@@ -421,6 +435,8 @@ def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_p
     assert np.array_equal(images["both_again"], images["both"])
     assert not np.allclose(images["both"], images["ours"], atol=1e-4)
     assert "`control_image` has 1 entries for 2 ControlNets" in str(images["refused"])
+    assert np.array_equal(images["decoder"], draw(decoder, BRIEF, control))
+    assert np.array_equal(images["decoder_again"], images["decoder"])
     again = load_pipeline(tmp_path / "both")
     again.set_progress_bar_config(disable=True)
     assert type(again) is FusionControlNetPipeline
@@ -433,9 +449,10 @@ def test_every_source_file_is_shipped(kind: str, tmp_path):
     pipeline: Any = tiny_controlled("gated") if kind == "latent" else tiny_controlled_decoder("gated")
     pipeline.save_pretrained(tmp_path)
     stems = {path.stem.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py")}
-    shared = {"control_images", "controlled", "fusion_controlnet", "sampling", "schedulers", "standalone"}
+    shared = {"checks", "control_images", "controlled", "fusion_controlnet", "generation", "sampling", "schedulers"}
     of_latent = {"fusion_controlnet_pipeline", "latent_diffusion", "latents"}
     of_decoder = {"poster_controlnet_pipeline", "poster_decoder", "poster_domain", "design_brief"}
+    shared |= {"standalone"}
     assert stems == shared | (of_latent if kind == "latent" else of_decoder | {"design_brief_encoder"})
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)

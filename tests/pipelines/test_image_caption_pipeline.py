@@ -358,7 +358,7 @@ def test_a_picture_that_breaks_off_costs_no_other_its_caption(saved, tmp_path, c
         Image.effect_noise((64, 64), 90).convert("RGB").save(files[-1])
     files[2].write_bytes(files[2].read_bytes()[:2000])
     words = [*map(str, files), "--model", str(saved), "--output", str(tmp_path / "c.jsonl"), "--batch_size", "2"]
-    with pytest.raises(UserError, match="2.png is no readable picture"):
+    with pytest.raises(UserError, match="2.png cannot be read as an image"):
         caption_script.main(words)
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 2
 
@@ -366,8 +366,8 @@ def test_a_picture_that_breaks_off_costs_no_other_its_caption(saved, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.png", "--model", "MODEL"], "does not exist"),
-        (["README.md", "--model", "MODEL"], "no readable picture"),
+        (["nowhere.png", "--model", "MODEL"], "nowhere.png cannot be read as an image .No such file"),
+        (["README.md", "--model", "MODEL"], "README.md cannot be read as an image .cannot identify"),
         (["PICTURE", "--model", "nowhere"], "no pipeline, run or checkpoint"),
         (["PICTURE", "--model", "MODEL", "--num_beams", "0"], "at least 1"),
         (["PICTURE", "--model", "MODEL", "--max_length", "99"], "from 2 to 12"),

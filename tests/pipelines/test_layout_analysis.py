@@ -20,7 +20,7 @@ from pipelines.models.grammar_abstractor import GrammarAbstractorModel
 from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 
 
 def tiny_pipeline(abstractor: bool = True) -> LayoutAnalysisPipeline:
@@ -160,8 +160,8 @@ def test_analyze_writes_a_report(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing.png", "--model", "{saved}"], "nothing.png does not exist"),
-        (["{text}", "--model", "{saved}"], "no readable picture"),
+        (["nothing.png", "--model", "{saved}"], "nothing.png cannot be read as an image .No such file"),
+        (["{text}", "--model", "{saved}"], "notes.txt cannot be read as an image .cannot identify"),
         (["{text}", "--modle", "{saved}"], "--model"),
         (["{picture}", "--model", "{saved}", "--reading_size", "3"], "at least 16"),
     ],

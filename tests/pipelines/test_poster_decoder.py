@@ -28,7 +28,7 @@ from pipelines.common.schedulers import (
 from pipelines.models.design_brief_encoder import DesignBriefEncoder
 from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
 from pipelines.tools.loading import load_pipeline
-from tests.pipelines.test_standalone import environment_without_halftone
+from tests.support.environments import environment_without_halftone
 from training.models.unet import PixelUNetConfig, build_pixel_unet
 
 SIDE = 16
@@ -222,8 +222,8 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
     assert loaded.config.prediction_type == FLOW
     assert np.allclose(draw(loaded), draw(pipeline), atol=1e-5)
     names = sorted(path.name.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py"))
-    shipped = ["design_brief", "poster_decoder", "poster_domain", "sampling", "schedulers", "standalone"]
-    assert names == sorted([*shipped, "design_brief_encoder"])
+    of_decoder = ["design_brief", "design_brief_encoder", "poster_decoder", "poster_domain"]
+    assert names == sorted([*of_decoder, "checks", "generation", "sampling", "schedulers", "standalone"])
     assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is stock"
 
 

@@ -4,25 +4,26 @@ One process without Halftone does all that is to be shown (loading costs seconds
 read that.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import pipelines
-from pipelines.common.standalone import ship
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
+from tests.support.environments import environment_without_halftone
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.tiny_models import tiny_pipeline
 
@@ -67,6 +68,8 @@ ours.save_pretrained(here / "again")
 ours.set_scheduler("dpm")
 images["dpm"] = draw(ours)
 images["again"] = draw(load("again"))
+nested = DiffusionPipeline.from_pretrained(here / "nested", trust_remote_code=True)
+nested.save_pretrained(here / "nested_again")
 np.savez(here / "images.npz", **images)
 vae_class = type(stock.vae)
 report = {
@@ -74,6 +77,7 @@ report = {
     "module": type(ours).__module__,
     "refused": "",
     "without_trust": "",
+    "nested": nested(),
 }
 try:
     ours.set_scheduler("ddim")
@@ -93,37 +97,6 @@ def draw(pipeline) -> np.ndarray:
     return pipeline(PROMPT, num_inference_steps=3, generator=generator, output_type="np").images
 
 
-def environment_without_halftone(folder: Path) -> str:
-    """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    site_packages = next(folder.glob("lib/python*/site-packages"))
-    for name in required_packages("torch", "diffusers", "transformers"):
-        package = importlib.metadata.distribution(name)
-        for top_level in {path.parts[0] for path in package.files or () if path.parts[0] not in ("..", "__pycache__")}:
-            link = site_packages / top_level
-            if not link.exists():
-                link.symlink_to(package.locate_file(top_level))
-    return str(folder / "bin" / "python")
-
-
-def required_packages(*names: str) -> set[str]:
-    """`names` and all that they require without extras, as far as it is installed here."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in found:
-            continue
-        try:
-            requirements = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform
-        found.add(name)
-        parsed = [Requirement(requirement) for requirement in requirements]
-        waiting += [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
-
-
 def other_code(folder: Path) -> type:
     """Our pipeline with one helper changed (pictures come out inverted), as another version of Halftone would be."""
     package = folder / "other_version"
@@ -140,6 +113,50 @@ def other_code(folder: Path) -> type:
     return other_version.latent_diffusion.LatentDiffusionPipeline
 
 
+GREETING = """
+from diffusers import DDIMScheduler, DiffusionPipeline
+from .common.standalone import StandalonePipelineMixin
+{imports}
+
+class Greeting(StandalonePipelineMixin, DiffusionPipeline):
+    def __init__(self, part):
+        super().__init__()
+        self.register_modules(part=part)
+
+    def __call__(self):
+        return greet()
+
+
+def made():
+    return Greeting({part})
+"""
+
+
+def greeting(folder: Path, package: str, files: dict[str, str], imports: str, part: str = "DDIMScheduler()") -> Any:
+    """A pipeline from a package of its own: these `files`, and greeting.py with the pipeline, which has `imports`."""
+    root = folder / package
+    standalone = Path(pipelines.__file__).parent / "common" / "standalone.py"
+    pipeline_file = GREETING.format(imports=imports, part=part)
+    for name, source in {**files, "common/standalone.py": standalone.read_text(), "greeting.py": pipeline_file}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(f"{package}.greeting").made()
+    finally:
+        sys.path.remove(str(folder))
+
+
+NESTED = {
+    "common/words.py": "from ..models.deep import DEEP\n\nWORDS = DEEP + ' words'\n",
+    "common/punctuation.py": "MARK = '!'\n",
+    "models/deep.py": "DEEP = 'deep'\n",
+    "common/phrases.py": (
+        "def greet():\n    from .punctuation import MARK\n    from .words import WORDS\n\n    return WORDS + MARK\n"
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
     """(folder, images, report) of a process without Halftone."""
@@ -148,6 +165,7 @@ def outside(tmp_path_factory):
     ours.save_pretrained(here / "ours")
     other_code(here)(**ours.components).save_pretrained(here / "other")
     tiny_pipeline().save_pretrained(here / "stock")
+    greeting(here, "nested_package", NESTED, "from .common.phrases import greet\n").save_pretrained(here / "nested")
     python = environment_without_halftone(here / "venv")
     script = here / "outside.py"
     script.write_text(textwrap.dedent(OUTSIDE))
@@ -224,6 +242,8 @@ def test_every_shipped_file_has_its_content_in_its_name(outside):
     stems = [name.rsplit("_", 1)[0] for name in names]
     assert stems == [
         "caption_prior",
+        "checks",
+        "generation",
         "latent_diffusion",
         "latents",
         "multi_head_autoencoder",
@@ -255,21 +275,70 @@ def test_push_to_hub_from_here_is_refused(tmp_path):
         tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True)
 
 
-def test_a_helper_that_the_pipeline_does_not_name_is_refused(tmp_path, monkeypatch):
-    """diffusers would copy the helper, but not what it imports."""
-    package = tmp_path / "hidden_helper"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "b.py").write_text("")
-    (package / "a.py").write_text("from .b import *\n")
-    (package / "pipe.py").write_text(
-        "from diffusers import DiffusionPipeline\nfrom .a import *\n\n\nclass Pipe(DiffusionPipeline):\n"
-        "    def __init__(self):\n        self.register_to_config(size=1)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    from hidden_helper.pipe import Pipe  # type: ignore[import-not-found]
+def test_helpers_in_nested_folders_are_published_side_by_side(outside):
+    """The pipeline's file names what only its helpers need too, because diffusers copies no more than it names."""
+    here, _, _ = outside
+    published = {path.name.rsplit("_", 1)[0]: path.read_text() for path in (here / "nested").glob("*.py")}
+    assert set(published) == {"greeting", "phrases", "punctuation", "words", "deep", "standalone"}
+    for name, source in published.items():
+        imports = re.findall(r"^ *(from \..*)", source, flags=re.MULTILINE)
+        assert all(re.match(r"from \.\w+_[0-9a-f]{8} import ", line) for line in imports), (name, imports)
+    named = re.findall(r"^from \.(\w+)_[0-9a-f]{8} import", published["greeting"], flags=re.MULTILINE)
+    assert sorted(named) == ["deep", "phrases", "punctuation", "standalone", "words"]
 
-    pipeline = Pipe()
-    pipeline.save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"pipe.py must itself import b"):
-        ship(pipeline, tmp_path / "out")
+
+def test_a_helpers_helper_loads_without_halftone(outside):
+    assert outside[2]["nested"] == "deep words!"
+
+
+def test_a_published_folder_publishes_to_itself(outside):
+    """Saved again by the process without Halftone: the same files with the same hashes and the same content."""
+    here, _, _ = outside
+    for first, second in (("nested", "nested_again"), ("ours", "again")):
+        before, after = (
+            {path.relative_to(here / name): path.read_bytes() for path in (here / name).rglob("*.py")}
+            for name in (first, second)
+        )
+        assert before == after
+        indices = [json.loads((here / name / "model_index.json").read_text()) for name in (first, second)]
+        assert indices[0] == indices[1]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    files = {"a/words.py": "A = 1\n", "b/words.py": "B = 2\n"}
+    pipeline = greeting(tmp_path, "twins", files, "from .a.words import A\nfrom .b.words import B\n")
+    with pytest.raises(ValueError, match=r"greeting.py imports two files called words; a published folder is flat"):
+        pipeline.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("from .a import A", r"greeting.py imports '\.a', which is no file"),
+        ("from . import words", r"greeting.py says 'from \. import'"),
+    ],
+)
+def test_an_import_that_names_no_file_is_refused(tmp_path, line, message):
+    """A published folder is flat: it has no packages."""
+    files = {"a/__init__.py": "A = 1\n", "words.py": "A = 1\n"}
+    pipeline = greeting(tmp_path, f"package_{len(line)}", files, f"{line}\n")
+    with pytest.raises(ValueError, match=message):
+        pipeline.save_pretrained(tmp_path / "out")
+
+
+def test_a_component_that_imports_a_helper_is_refused(tmp_path):
+    """A component's file is loaded from its own folder, where nothing lies beside it."""
+    component = """
+        from diffusers import ConfigMixin, ModelMixin
+        from diffusers.configuration_utils import register_to_config
+        from ..words import SIZE
+
+        class Part(ModelMixin, ConfigMixin):
+            @register_to_config
+            def __init__(self, size: int = SIZE):
+                super().__init__()
+    """
+    files = {"words.py": "SIZE = 1\n", "models/part.py": textwrap.dedent(component)}
+    pipeline = greeting(tmp_path, "leaning", files, "from .models.part import Part\n", part="Part()")
+    with pytest.raises(ValueError, match=r"part.py of component 'part' imports a sibling"):
+        pipeline.save_pretrained(tmp_path / "out")

@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from pipelines.tools.cli import UserError
-from training.publishing.model_card import HUB_LICENSES, TEMPLATES, is_hub_dataset, needs_remote_code, write_model_card
+from tests.support.toy import ToyConfig, ToyStage
+from training.engine.loop import train
+from training.publishing.model_card import (
+    HUB_LICENSES,
+    TEMPLATES,
+    check_card,
+    is_hub_dataset,
+    needs_remote_code,
+    write_model_card,
+)
 
 TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if path.name != "base.md.jinja")
 SECRET = "hf_" + "s" * 34
@@ -184,3 +193,18 @@ def test_a_model_trained_on_from_another_does_not_claim_to_be_from_scratch(folde
 def test_an_unknown_template_is_named_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match=r"latent_difusion.md.jinja.*did you mean 'latent_diffusion.md.jinja'"):
         write_model_card(tmp_path, "latent_difusion.md.jinja", {})
+
+
+def test_a_missing_template_is_known_before_the_first_step(tmp_path):
+    class MistypedTemplate(ToyStage):
+        card_template = "autoencodr.md.jinja"
+
+    config = ToyConfig(output_dir=str(tmp_path / "run"), report_to="none", max_train_steps=1)
+    with pytest.raises(UserError, match="no card template autoencodr.md.jinja .*did you mean 'autoencoder.md.jinja'"):
+        train(lambda: MistypedTemplate(config), config)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_every_template_can_be_checked(template):
+    check_card(template)

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from halftone_trainer.__main__ import choose, find_scripts
 from pipelines.tools.cli import UserError
+from pipelines.tools.resources import PRESETS, find_shipped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands that are not ours; only those named here may stand in a guide.
-FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill"}
+FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill", "git"}
 TINY = {
     "train_tokenizer": [],
     "check_dataset": [],
@@ -52,6 +54,14 @@ def _without_variables(words: list[str]) -> list[str]:
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
     """(script, its words) of a command that starts one of ours, whatever launches it; None for other commands."""
+    if words[0] == "halftone":
+        scripts = find_scripts()
+        chosen, flags = choose(words[1:], scripts)
+        assert chosen is not None
+        return str(scripts[chosen].relative_to(ROOT)), flags
+    if "-m" in words:
+        module, *flags = words[words.index("-m") + 1 :]
+        return f"{module.replace('.', '/')}.py", flags
     for position, word in enumerate(words):
         if word.endswith(".py"):
             return word, words[position + 1 :]
@@ -72,10 +82,13 @@ class _Parsed(Exception):
 
 @pytest.mark.parametrize("words", EVERY)
 def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = script_and_flags(words)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif found is None:
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (ROOT / words[3]).is_file()
+    elif words[:2] == ["halftone", "path"]:
+        assert find_shipped(words[2], [PRESETS]).is_file()
+    elif (found := script_and_flags(words)) is None:
         assert words[0] in FOREIGN
     else:
         _launcher_exists(words)
@@ -88,8 +101,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _launcher_exists(words: list[str]) -> None:
-    assert words[0] in ("python", "accelerate", "torchrun", "srun")
-    if "--config_file" in words:
+    assert words[0] in ("python", "accelerate", "torchrun", "srun", "halftone")
+    if "--config_file" in words and not words[words.index("--config_file") + 1].startswith("$("):
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
 
 

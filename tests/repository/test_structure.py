@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-SOURCES = [p for folder in ("pipelines", "training", "data_scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
+PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+SCRIPTS = [path for path in SOURCES if '__name__ == "__main__"' in path.read_text()]
+FOLDERS_OF_SCRIPTS = sorted({path.parent.relative_to(ROOT).as_posix() for path in SCRIPTS})
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.*")]
 
 
 def test_layers_are_kept():
@@ -23,13 +29,84 @@ def test_layers_are_kept():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("folder", ["training", "data_scripts", "pipelines"])
+def test_folders_of_scripts_are_found():
+    assert {"training", "training/evaluation", "training/benchmarks", "data_scripts", "pipelines"} <= set(
+        FOLDERS_OF_SCRIPTS
+    )
+
+
+@pytest.mark.parametrize("folder", FOLDERS_OF_SCRIPTS)
 def test_no_script_hides_another_module(folder):
     """Running a script puts its folder first on the path: `datasets.py` there would be everybody's `datasets`."""
     installed = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
-    own = {"pipelines", "training", "data_scripts", "tests", "__init__"}
+    own = {*PACKAGES, "tests", "__init__"}
     names = {p.stem if p.is_file() else p.name for p in (ROOT / folder).iterdir() if p.suffix in (".py", "")} - own
     assert names & (installed - own) == set()
+
+
+def test_the_top_of_training_holds_commands_alone():
+    files = {path.name for path in (ROOT / "training").glob("*.py")}
+    commands = {path.name for path in SCRIPTS if path.parent == ROOT / "training"}
+    assert files - commands == {"__init__.py", "api.py"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def executed_on_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements that run when a module is imported: not those of functions, or for type checkers alone."""
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from executed_on_import([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            parts = [node.body, *(handler.body for handler in node.handlers), node.orelse, node.finalbody]
+            yield from executed_on_import([statement for part in parts for statement in part])
+        elif isinstance(node, (ast.With, ast.ClassDef)):
+            yield from executed_on_import(node.body)
+
+
+def modules_needed(path: Path, source: str, known: set[str]) -> set[str]:
+    """The modules among `known` whose import the module of this source begins with."""
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+    needed = set()
+    for node in executed_on_import(ast.parse(source).body):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name for alias in node.names}
+            continue
+        above = package[: len(package) - node.level + 1] if node.level else []
+        base = ".".join([*above, *([node.module] if node.module else [])])
+        needed |= {name if (name := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return needed & known
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    known = {module_name(path) for path in SOURCES}
+    graph = {module_name(path): modules_needed(path, path.read_text(), known) for path in SOURCES}
+    assert sum(len(needed) for needed in graph.values()) > 300
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_circle_would_be_found():
+    known = {"training.core.stage", "training.core.layout", "training.core.draws", "training.core.files"}
+    source = """
+from . import stage
+if TYPE_CHECKING:
+    from training.core.draws import Draws
+else:
+    import training.core.layout
+def f():
+    import training.core.files
+"""
+    path = ROOT / "training/core/draws.py"
+    assert modules_needed(path, source, known) == {"training.core.stage"}
+    assert modules_needed(path, source.replace("if TYPE_CHECKING", "if sys"), known) == known - {"training.core.files"}
+    assert modules_needed(path, "from .layout import BatchLayout", known) == {"training.core.layout"}
 
 
 def imported(path: Path) -> set[str]:
@@ -83,3 +160,26 @@ def test_files_and_functions_stay_small():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_paths_that_code_names_are_there():
+    """A script that moved takes its name along in commands, messages and docstrings."""
+    pattern = re.compile(
+        rf"\b(?:{'|'.join((*PACKAGES, 'configs', 'model_cards', 'docs'))})/[a-z0-9_/.]+\.(?:py|yaml|md|jinja)\b"
+    )
+    found = set()
+    for path in SOURCES:
+        strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        named = {name for text in strings if isinstance(text, str) for name in pattern.findall(text)}
+        assert {name for name in named if not (ROOT / name).is_file()} == set(), path
+        found |= named
+    assert len(found) > 30
+
+
+def test_nobody_is_sent_to_the_package_of_that_name_on_the_index():
+    """`halftone` on the package index is not ours."""
+    pattern = re.compile(r"pip install[^\n]*\bhalftone\b(?!-trainer|_trainer)")
+    assert pattern.search("pip install 'halftone[cuda]'")
+    assert not pattern.search("pip install halftone-trainer")
+    for path in [*SOURCES, *DOCUMENTS]:
+        assert not pattern.search(path.read_text()), path

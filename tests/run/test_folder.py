@@ -181,10 +181,10 @@ def test_what_may_change_is_listed_in_one_warning(tmp_path):
     run(tmp_path / "run", "--max_train_steps", "1")
     changed = ("--learning_rate", "5e-4", "--weight_decay", "0.1")
     run(tmp_path / "run", "--max_train_steps", "2", *changed, "--checkpoints_total_limit", "9")
-    (line,) = [s for s in (tmp_path / "run/run.log").read_text().splitlines() if "going on with changed settings" in s]
+    (line,) = [s for s in (tmp_path / "run/run.log").read_text().splitlines() if "resuming with changed settings" in s]
     assert line.endswith("--learning_rate: 0.0001 → 0.0005; --weight_decay: 0.01 → 0.1")
     run(tmp_path / "run", "--max_train_steps", "3", *changed)  # the run's settings by now
-    assert (tmp_path / "run/run.log").read_text().count("going on with changed settings") == 1
+    assert (tmp_path / "run/run.log").read_text().count("resuming with changed settings") == 1
 
 
 def test_the_same_global_batch_may_be_split_otherwise(tmp_path):

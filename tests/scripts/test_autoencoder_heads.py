@@ -19,6 +19,7 @@ from training import train_autoencoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.fingerprints import vae_fingerprint
 from training.data.images import DataConfig, load_split
 from training.models.autoencoder_heads import count_mask_classes
@@ -55,7 +56,7 @@ def backbone(tmp_path_factory) -> Path:
 
 
 def stage_of(*words: str) -> train_autoencoder.AutoencoderStage:
-    return train_autoencoder.AutoencoderStage(parse_config(train_autoencoder.Config, [*words]))
+    return train_autoencoder.AutoencoderStage(parse_config(train_autoencoder.Config, [*words]), StageContext())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.support.runs import rows
 from training import train_latent_diffusion
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.run.checkpoint import load_tensors
 
 LABELLED = ("--condition_on", "[caption,label]", "--balance_by", "style", "--max_grad_norm", "0.1")
@@ -45,7 +46,7 @@ def test_a_balanced_labelled_run_on_cached_latents(base, cache_flags):
     assert "balanced by style (power 1), share of the rows → of an epoch:" in log
     assert rows(base)[-1]["val_loss"]
     stage = train_latent_diffusion.LatentDiffusionStage(
-        parse_config(train_latent_diffusion.Config, [*cache_flags, *LABELLED])
+        parse_config(train_latent_diffusion.Config, [*cache_flags, *LABELLED]), StageContext()
     )
     previews = stage.previews()
     assert [image.size for image in previews.images] == [(64, 64)] * 2

@@ -19,6 +19,7 @@ from training import train_autoencoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.images import ImageDataset, load_split
 from training.objectives.perceptual import PerceptualLoss
 from training.run.checkpoint import load_tensors
@@ -138,7 +139,7 @@ def test_with_discriminator_and_perceptual_loss_every_part_trains_and_the_rest_s
 
 def test_the_generators_loss_gives_the_discriminator_no_gradient(autoencoder_flags):
     config = config_of(autoencoder_flags, "--adversarial_weight", "1", "--discriminator_start", "0")
-    stage = train_autoencoder.AutoencoderStage(config)
+    stage = train_autoencoder.AutoencoderStage(config, StageContext())
     generator, discriminator = stage.phases
     batch = fetch(stage.train_data(), [SampleKey(0, 0), SampleKey(1, 1)])
     generator(batch, Draws(0, 0, range(2)))[0].backward()

@@ -33,6 +33,7 @@ from training import train_controlnet, train_decoder, train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.images import load_split
 from training.run.checkpoint import load_tensors
 
@@ -57,7 +58,7 @@ def train(folder: Path, flags, *more: str) -> int:
 
 
 def stage_of(flags, *more: str) -> train_controlnet.ControlNetStage:
-    return train_controlnet.ControlNetStage(parse_config(train_controlnet.Config, [*flags, *more]))
+    return train_controlnet.ControlNetStage(parse_config(train_controlnet.Config, [*flags, *more]), StageContext())
 
 
 @pytest.fixture(scope="module")

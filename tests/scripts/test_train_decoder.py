@@ -25,6 +25,7 @@ from training import train_decoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.briefs import PARTS, drop_fields
 from training.data.images import load_split
 from training.run.checkpoint import load_tensors
@@ -53,7 +54,7 @@ def train(folder: Path, flags, *more: str) -> int:
 
 
 def stage_of(flags, *more: str) -> train_decoder.PosterDecoderStage:
-    return train_decoder.PosterDecoderStage(parse_config(train_decoder.Config, [*flags, *more]))
+    return train_decoder.PosterDecoderStage(parse_config(train_decoder.Config, [*flags, *more]), StageContext())
 
 
 def drawn(pipeline, brief=BRIEF, **options) -> np.ndarray:

@@ -20,6 +20,7 @@ from training import train_image_caption
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.tokenization import CaptionTokens
 from training.evaluation import evaluate_captions
 from training.metrics.captions import caption_scores
@@ -53,7 +54,9 @@ def train(folder: Path, flags, *more: str) -> int:
 
 
 def stage_of(flags, *more: str) -> train_image_caption.ImageCaptionStage:
-    return train_image_caption.ImageCaptionStage(parse_config(train_image_caption.Config, [*flags, *more]))
+    return train_image_caption.ImageCaptionStage(
+        parse_config(train_image_caption.Config, [*flags, *more]), StageContext()
+    )
 
 
 def gradients(stage, rows_=range(6), batch=None) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from training import train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
@@ -33,7 +34,9 @@ def train(folder: Path, flags, *more: str) -> int:
 
 
 def stage_of(flags, *more: str) -> train_latent_diffusion.LatentDiffusionStage:
-    return train_latent_diffusion.LatentDiffusionStage(parse_config(train_latent_diffusion.Config, [*flags, *more]))
+    return train_latent_diffusion.LatentDiffusionStage(
+        parse_config(train_latent_diffusion.Config, [*flags, *more]), StageContext()
+    )
 
 
 def drawn(pipeline, **arguments) -> np.ndarray:

@@ -20,6 +20,7 @@ from training import train_abstractor, train_encoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.images import load_split
 from training.data.posters import PosterDataset
 
@@ -83,9 +84,9 @@ def test_the_encoder_resumes_bit_for_bit(data, encoder, tmp_path):
 
 
 def test_validate_only_takes_any_model_and_split(data, encoder, tmp_path, capsys):
-    """`--validate_only --model DIR`: a run, without touching any run folder."""
+    """`--validate_only --validate_model DIR`: a run, without touching any run folder."""
     place = tmp_path / "untouched"
-    words = (*flags_of(data), "--validate_only", "--model", str(encoder))
+    words = (*flags_of(data), "--validate_only", "--validate_model", str(encoder))
     assert train(train_encoder, place, *words) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val_"))
     assert float(printed["val_text_iou"]) == pytest.approx(float(rows(encoder)[-1]["val_text_iou"]), abs=1e-4)
@@ -98,7 +99,7 @@ def test_validate_only_takes_any_model_and_split(data, encoder, tmp_path, capsys
 def test_loss_weights_switch_their_terms_off(data):
     """A weight of 0 leaves exactly the gradients of the other terms."""
     config = parse_config(train_encoder.Config, [*flags_of(data), "--output_dir", "unused"])
-    stage = train_encoder.LayoutEncoderStage(config)
+    stage = train_encoder.LayoutEncoderStage(config, StageContext())
     batch = fetch(stage.train_data(), [SampleKey(i, i) for i in range(4)])
     gradients = {}
     for dice, ce, mse in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
@@ -119,9 +120,11 @@ def test_loss_weights_switch_their_terms_off(data):
 def test_rare_roles_count_more(data):
     """Weights fall with a role's share of the pixels, and are 1 on average; at 0 they are all 1."""
     words = [*flags_of(data), "--output_dir", "unused"]
-    even = train_encoder.LayoutEncoderStage(parse_config(train_encoder.Config, [*words, "--role_balance", "0"]))
+    even = train_encoder.LayoutEncoderStage(
+        parse_config(train_encoder.Config, [*words, "--role_balance", "0"]), StageContext()
+    )
     assert torch.allclose(even.phase.role_weights, torch.ones(6))
-    stage = train_encoder.LayoutEncoderStage(parse_config(train_encoder.Config, words))
+    stage = train_encoder.LayoutEncoderStage(parse_config(train_encoder.Config, words), StageContext())
     roles = torch.stack([stage.train_data()[SampleKey(row, 0)]["color_role"] for row in range(32)])
     shares = torch.bincount(roles.flatten(), minlength=6) / roles.numel()
     weights = stage.phase.role_weights
@@ -226,8 +229,8 @@ def test_a_mask_of_another_size_is_refused(data, tmp_path, capfd):
         (train_encoder, ["--model.block_out_channels", "[8,12]"], "norm_num_groups"),
         (train_encoder, ["--dice_weight", "0", "--ce_weight", "0", "--mse_weight", "0"], "nothing to learn from"),
         (train_encoder, ["--model.block_out_channels", "[8,8,8,8,8,8,8]"], "--model.block_out_channels"),
-        (train_encoder, ["--model", "nowhere"], "--validate_only"),
-        (train_encoder, ["--validate_only", "--model", "nowhere"], "nowhere"),
+        (train_encoder, ["--validate_model", "nowhere"], "--validate_only"),
+        (train_encoder, ["--validate_only", "--validate_model", "nowhere"], "nowhere"),
         (train_abstractor, ["--encoder", "nowhere"], "nowhere"),
         (train_abstractor, ["--predicted_share", "1.5"], "--predicted_share"),
     ],

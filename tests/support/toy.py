@@ -16,20 +16,21 @@ from torch import nn
 from pipelines.tools.cli import entry_point
 from training.core.classes import RowClasses
 from training.core.draws import Draws, SampleKey
+from training.core.options import option
 from training.core.parsing import parse_config
-from training.core.run_config import RunConfig, option
-from training.core.stage import Phase, Stage
-from training.engine.loop import train
+from training.core.stage import Phase, Stage, StageContext
+from training.engine.run_config import RunConfig
+from training.engine.session import train
 
 
 @dataclass
 class ToyConfig(RunConfig):
     output_dir: str = option("runs/toy", on_resume="free")
-    num_samples: int = option(48)
-    critic: bool = option(False, on_resume="error")
-    double: bool = option(False, on_resume="error")
-    dropout: float = option(0.1, on_resume="error")
-    bad_rows: list[int] = option([])
+    num_samples: int = option(48, on_resume="warn")
+    critic: bool = option(False)
+    double: bool = option(False)
+    dropout: float = option(0.1)
+    bad_rows: list[int] = option([], on_resume="warn")
     slow_seconds: float = option(0.0, on_resume="free")
     """Longer micro-batches, validations and so on, so that signals can be sent in time."""
     signal_at: str = option("", on_resume="free")
@@ -38,7 +39,7 @@ class ToyConfig(RunConfig):
     """The step (from 1) during which this process sends itself a SIGTERM."""
     signal_rank: int = option(-1, on_resume="free")
     """The only process that does so; -1 is all of them."""
-    denoiser_start: int = option(0)
+    denoiser_start: int = option(0, on_resume="warn")
 
     def is_signalled(self) -> bool:
         return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
@@ -113,9 +114,10 @@ class ToyStage(Stage):
     name = "toy"
     card_template = "autoencoder.md.jinja"
 
-    def __init__(self, config: ToyConfig):
+    def __init__(self, config: ToyConfig, context: StageContext = StageContext()):  # noqa: B008 - it is frozen
         import diffusers
 
+        super().__init__(context)
         self.config = config
         torch.manual_seed(config.seed)
         self.unet = diffusers.UNet2DModel(
@@ -173,12 +175,12 @@ class ToyStage(Stage):
             signal.raise_signal(signal.SIGUSR1)
         for _ in range(10):
             time.sleep(self.config.slow_seconds)
-            self.poll()
+            self.context.poll()
 
 
 def main(argv=None) -> int:
     config = parse_config(ToyConfig, argv)
-    return train(lambda: ToyStage(config), config)
+    return train(ToyStage, config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the joint model of pictures and captions costs: run by benchmarks.py, a process for each figure.
+"""What the joint model of pictures and captions costs: run by run.py, a process for each figure.
 
 `--side generation`: captions by the cache of keys and values against a loop of full-sequence forwards, with the default
 network. `--side memory`: a training step of one preset at one batch size. B captions, L tokens, D latent vector.
@@ -18,44 +18,45 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import computes_in_bf16
+from pipelines.tools.devices import computes_in_bf16, get_device, synchronize
+from pipelines.tools.resources import shipped_path
 from training.benchmarks.loops import peak_mb
 from training.core.batches import to_device
-from training.core.checks import check_at_least, check_choice
 from training.core.draws import Draws
 from training.core.files import write_atomically
-from training.core.parsing import ROOT, parse_config
+from training.core.options import Options, option
+from training.core.parsing import parse_config
 from training.data.tokenization import CaptionTokens, train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
 
-PRESETS = ROOT / "configs/experiments/image_caption"
+PRESETS = shipped_path("configs/experiments/image_caption")
 WORDS = 7996  # and four special tokens: the default vocabulary
 CAPTION_WORDS = 12
 
 
 @dataclass
-class CaptionBenchConfig:
+class CaptionBenchConfig(Options):
     """Flags of this script."""
 
-    side: str = "generation"
+    side: str = option("generation", choices=("generation", "memory"))
     """generation or memory"""
     preset: str = "default"
     """memory: a preset of configs/experiments/image_caption"""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least=0)
     """Captions generated at once, or pairs in the step; 0 builds model and optimizer alone"""
     tokens: int = 100
     """generation: tokens of each caption"""
-    steps: int = 4
+    steps: int = option(4, at_least=2)
     """memory: training steps, of which all but the first are timed"""
     repetitions: int = 3
     """generation: turns of either side"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     output: str = ""
     """JSON file for the figures"""
 
-    def validate(self) -> None:
-        check_choice("side", self.side, ("generation", "memory"))
-        check_at_least("batch_size", self.batch_size, 0)
-        check_at_least("steps", self.steps, 2)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not (PRESETS / f"{self.preset}.yaml").is_file():
             raise UserError(f"there is no preset {self.preset} in {PRESETS}")
 
@@ -67,7 +68,7 @@ def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[i
     Args:
         never: ids that are not taken.
     """
-    ids = torch.full((len(latents), 1), model.config.start_token_id)
+    ids = torch.full((len(latents), 1), model.config.start_token_id, device=latents.device)
     for _ in range(tokens):
         logits = model.caption_logits(latents, ids)[:, -1].float()
         logits[:, list(never)] = float("-inf")
@@ -79,9 +80,10 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     """Seconds of both ways, the quotient, and the share of equal tokens."""
     from pipelines.models.image_caption_model import ImageCaptionModel
 
+    device = get_device(config.device)
     torch.manual_seed(0)
-    model = ImageCaptionModel(max_length=config.tokens + 1).eval()
-    latents = torch.randn(config.batch_size, model.config.latent_size)
+    model = ImageCaptionModel(max_length=config.tokens + 1).eval().to(device)
+    latents = torch.randn(config.batch_size, model.config.latent_size).to(device)
     settings = model.config
     special = (settings.pad_token_id, settings.start_token_id, settings.unknown_token_id, settings.end_token_id)
     sides: dict[str, Callable[[], Tensor]] = {
@@ -91,10 +93,12 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found = {name: side() for name, side in sides.items()}  # warm
+    synchronize(device)
     for _ in range(config.repetitions):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
+            synchronize(device)
             seconds[name].append(time.perf_counter() - started)
     return {
         "cached_seconds": statistics.median(seconds["cached"]),
@@ -108,15 +112,14 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
     """Peak MB (10⁶ bytes), resident or on the GPU, and pairs a second, of training steps of both phases."""
     from training.train_image_caption import Config, ImageCaptionPhase
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = get_device(config.device)
     settings = parse_config(Config, ["--config", str(PRESETS / f"{config.preset}.yaml"), "--dataset_name", "unused"])
     step, parameters = _training_step(settings, ImageCaptionPhase, config.batch_size, device)
     seconds = []
     for number in range(config.steps if config.batch_size else 0):
         started = time.perf_counter()
         step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_mb()
     rate = config.batch_size / statistics.median(seconds[1:]) if seconds else 0.0
@@ -166,7 +169,7 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(CaptionBenchConfig, argv, description=__doc__)
     if not config.output:
-        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+        raise UserError("--output is missing; run.py (make bench) gives it")
     torch.set_num_threads(threads_per_process())
     keep_freed_memory()
     figures = measure_generation(config) if config.side == "generation" else measure_memory(config)

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by benchmarks.py, one process
+"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by run.py, one process
 for each batch size."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pipelines.tools.cli import UserError, entry_point
 from training.benchmarks.loops import peak_mb
 from training.core.draws import Draws
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
 from training.engine.launch import threads_per_process
 from training.models.unet import build_pixel_unet
@@ -22,7 +23,7 @@ from training.train_decoder import Config, PosterDecoderPhase
 
 
 @dataclass
-class DecoderBenchConfig:
+class DecoderBenchConfig(Options):
     """Flags of this script."""
 
     batch_size: int = 1
@@ -55,7 +56,7 @@ def peak_of_a_step(batch_size: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(DecoderBenchConfig, argv, description=__doc__)
     if not options.output:
-        raise UserError("--output is missing; benchmarks.py (make bench) gives it")
+        raise UserError("--output is missing; run.py (make bench) gives it")
     figures = {"peak_mb": peak_of_a_step(options.batch_size)}
     write_atomically(Path(options.output), json.dumps(figures) + "\n")
 

@@ -1,11 +1,12 @@
 """The two sides of `make bench`: the loop with everything on, and the bare PyTorch loop that it is held against.
 
-Both train the same networks on the same latents with the same threads. Run by benchmarks.py: one process each
+Both train the same networks on the same latents with the same threads. Run by run.py: one process each
 (speed and peak memory of whole processes), or both in one process by turns (a busy machine disturbs that ratio less).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import statistics
@@ -20,13 +21,16 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.devices import get_device
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
+from training.core.stage import StageContext
 from training.data.latent_cache.dataset import LatentCache
 from training.data.tokenization import load_tokenizer
-from training.engine.loop import train
+from training.engine.session import train
 from training.models.attention import attention_kernel
 from training.models.text_encoder import new_text_encoder
 from training.models.unet import build_unet
@@ -39,7 +43,7 @@ BLOCK_STEPS = 5
 
 
 @dataclass
-class LoopBenchConfig:
+class LoopBenchConfig(Options):
     """Flags of this script."""
 
     recipe: str = ""
@@ -57,24 +61,29 @@ class LoopBenchConfig:
 
 
 class BareLoop:
-    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more."""
+    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more.
+
+    On the device that the loop takes.
+    """
 
     def __init__(self, config: Config):
         from pipelines.common.latents import scale_latents
         from pipelines.latent_diffusion import tokenize_captions
 
         torch.set_num_threads(config.cpu_threads)
+        self.device = get_device()
         cache = LatentCache(str(config.latent_cache)).split("train")
         batch = fetch(cache, [SampleKey(row, 0) for row in range(len(cache))])
         vae = load_vae(config.vae)
-        self.mean = scale_latents(vae, batch["mean"])
-        self.std = scale_latents(vae, batch["mean"] + (0.5 * batch["logvar"]).exp()) - self.mean
+        self.mean = scale_latents(vae, batch["mean"]).to(self.device)
+        one_above = scale_latents(vae, batch["mean"] + (0.5 * batch["logvar"]).exp())
+        self.std = one_above.to(self.device) - self.mean
         tokenizer, length = load_tokenizer(str(config.tokenizer)), config.text_encoder.max_length
-        self.ids = tokenize_captions(tokenizer, batch["caption"], length)
-        self.null_ids = tokenize_captions(tokenizer, [""], length)
-        self.text_encoder = new_text_encoder(config.text_encoder, tokenizer)
+        self.ids = tokenize_captions(tokenizer, batch["caption"], length).to(self.device)
+        self.null_ids = tokenize_captions(tokenizer, [""], length).to(self.device)
+        self.text_encoder = new_text_encoder(config.text_encoder, tokenizer).to(self.device)
         channels, height = self.mean.shape[1:3]
-        self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0)
+        self.unet = build_unet(config.model, channels, height, config.text_encoder.hidden_size, 0).to(self.device)
         parameters = [*self.unet.parameters(), *self.text_encoder.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         self.batch_size, self.dropout = config.train_batch_size, config.cfg_dropout
@@ -87,9 +96,9 @@ class BareLoop:
             self._order = torch.randperm(len(self.mean))
         rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
         x_0 = self.mean[rows] + self.std[rows] * torch.randn_like(self.std[rows])
-        noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows)))
+        noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows), device=self.device))
         weights = sigma.reshape(-1, 1, 1, 1)
-        dropped = torch.rand(len(rows), 1) < self.dropout
+        dropped = torch.rand(len(rows), 1, device=self.device) < self.dropout
         text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
         with attention_kernel(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
@@ -139,7 +148,7 @@ def measure_loop(config: Config, steps: int) -> dict[str, float]:
         at_last_step[:] = [peak_mb()]
 
     config.max_train_steps = WARM_UP_STEPS + steps + 1
-    train(lambda: _watched_stage(config, before_batch), config)
+    train(functools.partial(_watched_stage, before_batch), config)
     # settle_buckets and previews ask for batches of their own: the last steps + 1 of the steps' are counted.
     stamps = stamps[: config.max_train_steps]
     seconds = stamps[-1] - stamps[-1 - steps]
@@ -168,7 +177,7 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
         count += 1
 
     config.max_train_steps = blocks * BLOCK_STEPS + 1
-    train(lambda: _watched_stage(config, before_batch), config)
+    train(functools.partial(_watched_stage, before_batch), config)
     # The first pair is warm-up. A block of the loop lies between two of the bare one: it is compared with their mean.
     ratios = [
         (bare_seconds[i] + bare_seconds[i + 1]) / 2 / loop_seconds[i]
@@ -183,10 +192,9 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _watched_stage(config: Config, before_batch: Callable[[], None]) -> LatentDiffusionStage:
-    stage = LatentDiffusionStage(config)
-    data = Watched(stage.train_data(), before_batch)
-    stage.train_data = lambda: data  # type: ignore[method-assign, assignment, return-value]
+def _watched_stage(before_batch: Callable[[], None], config: Config, context: StageContext) -> LatentDiffusionStage:
+    stage = LatentDiffusionStage(config, context)
+    stage.training_set = Watched(stage.training_set, before_batch)
     return stage
 
 
@@ -202,7 +210,7 @@ def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(LoopBenchConfig, argv, description=__doc__)
     if not options.recipe or not options.output:
-        raise UserError("--recipe and --output are missing; benchmarks.py (make bench) gives them")
+        raise UserError("--recipe and --output are missing; run.py (make bench) gives them")
     words = ["--output_dir", options.run_dir, "--cpu_threads", str(options.threads), "--overwrite", "true"]
     config = parse_config(Config, ["--config", options.recipe, *words])
     measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[options.side]

@@ -29,12 +29,14 @@ import psutil
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
-from training.core.checks import check_at_least, check_choice
+from pipelines.tools.resources import CODE, shipped_path
+from training.core.checks import check_choice
 from training.core.files import write_atomically
-from training.core.parsing import ROOT, parse_config
+from training.core.options import Options, option
+from training.core.parsing import parse_config
 
-QUICKSTART = ROOT / "configs/experiments/latent_diffusion/quickstart.yaml"
-QUICKSTART_AUTOENCODER = ROOT / "configs/experiments/autoencoder/quickstart.yaml"
+QUICKSTART = shipped_path("configs/experiments/latent_diffusion/quickstart.yaml")
+QUICKSTART_AUTOENCODER = shipped_path("configs/experiments/autoencoder/quickstart.yaml")
 NUM_POSTERS = 700
 DRAWN_POSTERS = 800
 REPETITIONS = 5
@@ -45,16 +47,16 @@ FIRST_STEP_LIMIT = 120.0
 
 
 @dataclass
-class BenchmarkConfig:
-    """Flags of benchmarks.py."""
+class BenchmarkConfig(Options):
+    """Flags of this script."""
 
     only: list[str] = field(
         default_factory=lambda: ["loop", "latents", "commands", "first_step", "posters", "decoder", "captions"]
     )
     """What to measure"""
-    pairs: int = 3
+    pairs: int = option(3, at_least=1)
     """Pairs of whole processes for the loop's speed and memory"""
-    steps: int = 60
+    steps: int = option(60, at_least=10)
     """Steps in each"""
     threads: int = 0
     """CPU threads of torch; 0: all cores that this process may use"""
@@ -63,11 +65,10 @@ class BenchmarkConfig:
     output: str = "runs/bench.json"
     """The figures"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         for name in self.only:
             check_choice("only", name, tuple(MEASUREMENTS))
-        check_at_least("pairs", self.pairs, 1)
-        check_at_least("steps", self.steps, 10)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def measure_latents(config: BenchmarkConfig) -> list[Figure]:
     from training.data.latent_cache.dataset import LatentCache
 
     write_recipe(config)
-    dataset = LatentCache(str((ROOT / config.work_dir).resolve() / "latents")).split("train", random_flip=True)
+    dataset = LatentCache(str(Path(config.work_dir).resolve() / "latents")).split("train", random_flip=True)
     keys = [SampleKey(i % len(dataset), i) for i in range(32)]
     seconds = min(timeit.repeat(lambda: dataset.collate(dataset.__getitems__(keys)), number=1, repeat=200))
     return [Figure("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
@@ -186,11 +187,7 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
     """Memory of a training step of the poster decoder at its default size, as it grows with the batch."""
     peaks = []
     for batch_size in (0, 1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder, "figures.json")
-            words = f"training/benchmarks/decoder.py --batch_size {batch_size} --output {output}"
-            timed([sys.executable, *words.split()])
-            peaks.append(json.loads(output.read_text())["peak_mb"])
+        peaks.append(_measured_by("decoder", f"--batch_size {batch_size}")["peak_mb"])
     return [
         Figure("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
         Figure("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
@@ -199,7 +196,7 @@ def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
 
 def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
-    found = _side_of("bench_captions.py", "--side generation --batch_size 8 --tokens 100")
+    found = _measured_by("captions", "--side generation --batch_size 8 --tokens 100")
     figures = [
         Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
         Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
@@ -208,7 +205,7 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     ]
     for preset, batch_sizes in CAPTION_BATCHES.items():
         for size in batch_sizes:
-            found = _side_of("bench_captions.py", f"--side memory --preset {preset} --batch_size {size}")
+            found = _measured_by("captions", f"--side memory --preset {preset} --batch_size {size}")
             name = f"image_caption/{preset}.yaml, batch {size}"
             figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
             if size:
@@ -216,11 +213,11 @@ def measure_captions(config: BenchmarkConfig) -> list[Figure]:
     return figures
 
 
-def _side_of(script: str, words: str) -> dict[str, float]:
-    """The figures that a script beside this one measures in a process of its own."""
+def _measured_by(script: str, words: str) -> dict[str, float]:
+    """What a script beside this one measures in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "figures.json")
-        timed([sys.executable, f"training/evaluation/{script}", *words.split(), "--output", str(output)])
+        timed([sys.executable, f"training/benchmarks/{script}.py", *words.split(), "--output", str(output)])
         return json.loads(output.read_text())
 
 
@@ -237,7 +234,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
 
 def write_recipe(config: BenchmarkConfig) -> Path:
     """The quickstart's config on posters and latents of the benchmark's own, which are made if they are not there."""
-    work = (ROOT / config.work_dir).resolve()
+    work = Path(config.work_dir).resolve()
     data, tokenizer, vae, latents = (work / name for name in ("posters", "tokenizer", "autoencoder", "latents"))
     _make(data, f"data_scripts/make_posters.py --output_dir {data} --num_posters {NUM_POSTERS} --resolution 64")
     _make(tokenizer, f"data_scripts/train_tokenizer.py --dataset_name {data} --output_dir {tokenizer}")
@@ -264,22 +261,17 @@ def write_recipe(config: BenchmarkConfig) -> Path:
 
 
 def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, float]:
-    """Figures of one process of bench_loops.py."""
+    """What one process of loops.py measures."""
     threads = config.threads or usable_cores()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "figures.json")
-        command = (
-            f"training/benchmarks/loops.py --recipe {recipe} --side {side} --steps {config.steps} "
-            f"--threads {threads} --run_dir {folder}/run --output {output}"
-        )
-        timed([sys.executable, *command.split()])
-        return json.loads(output.read_text())
+    with tempfile.TemporaryDirectory() as run:
+        words = f"--recipe {recipe} --side {side} --steps {config.steps} --threads {threads} --run_dir {run}/run"
+        return _measured_by("loops", words)
 
 
 def timed(command: Sequence[str], status: int = 0) -> float:
     """Seconds that a command took. Raises UserError when it ends with another exit status than `status`."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode != status:
         raise UserError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-1500:]}")
@@ -310,7 +302,7 @@ def _first_step(recipe: Path, *flags: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "training/train_latent_diffusion.py", *words]
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command, cwd=CODE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
             while not (run / "metrics.csv").is_file():
@@ -348,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for figure in found:
             print(figure.line(), flush=True)
         figures += found
-    output = ROOT / config.output
+    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(describe(figures), indent=2) + "\n")
     missed = sum(figure.met is False for figure in figures)

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipelines.tools.cli import UserError, nearest
 
 SMALLEST_MAP = 4
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"--{name} is {value!r}{nearest(str(value), choices)}; choose from {', '.join(choices)}")
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise UserError when `value` is below `least`."""
-    if value < least:
-        raise UserError(f"--{name} is {value}; it must be at least {least}")
+def check_bounds(
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    usual: str = "",
+) -> None:
+    """Raise UserError unless `value` lies within the bounds that are given; NaN lies in none."""
+    bounded = [
+        at_least is None or value >= at_least,
+        above is None or value > above,
+        at_most is None or value <= at_most,
+        below is None or value < below,
+    ]
+    if all(bounded):
+        return
+    low, high = at_least if above is None else above, at_most if below is None else below
+    if high is None:
+        rule = f"be at least {at_least}" if above is None else f"be above {above}"
+    elif low is None:
+        rule = f"be at most {at_most}" if below is None else f"be below {below}"
+    else:
+        rule = f"lie in {'[' if above is None else '('}{low}, {high}{']' if below is None else ')'}"
+    hint = f" ({usual} is a usual value)" if usual else ""
+    raise UserError(f"--{name} is {value}; it must {rule}{hint}")
+
+
+def check_multiples(name: str, values: Sequence[int], divisor_name: str, divisor: int) -> None:
+    """Raise UserError unless there are values, all of them positive multiples of `divisor`."""
+    if not values or any(value < 1 or value % divisor for value in values):
+        raise UserError(f"--{name} {list(values)} must be multiples of --{divisor_name} {divisor}")
 
 
 def check_deepest_feature_map(size: int, divisor: int, levels: int, flag: str, what: str = "--resolution") -> None:

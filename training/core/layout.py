@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.tools.cli import UserError
+from training.core.options import Options, option
+
+
+@dataclass
+class BatchConfig(Options):
+    """How many images a step takes."""
+
+    train_batch_size: int = option(16, on_resume="warn", at_least=1)
+    """Images per micro-batch on one process."""
+    gradient_accumulation_steps: int = option(1, on_resume="warn", at_least=1)
+    """Micro-batches per process in one step."""
+    validation_batch_size: int = option(0, on_resume="free", at_least=0)
+    """Images per batch in validation; 0 takes `--train_batch_size`."""
 
 
 @dataclass(frozen=True)

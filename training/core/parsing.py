@@ -8,21 +8,15 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.resources import find_file
+from training.core.options import Options
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-class _Dataclass(Protocol):
-    __dataclass_fields__: ClassVar[Any]
-
-
-Config = TypeVar("Config", bound=_Dataclass)
+Config = TypeVar("Config", bound=Options)
 
 
 def parse_config(
@@ -31,10 +25,10 @@ def parse_config(
     """Parse `--config run.yaml` and then flags (flags win) into `config_class`.
 
     Args:
-        config_class: a dataclass; the docstring under a field is its help; nested dataclasses are `--model.field`.
+        config_class: a dataclass of options; the docstring under a field is its help; groups are `--model.field`.
         argv: the words after the program's name; None is the process's own.
         description: shown by `--help`.
-        preset: a YAML file, relative to the repository, taken when there are no words at all.
+        preset: a shipped YAML file, taken when there are no words at all.
 
     Raises:
         UserError: an unknown flag or key (with the nearest known one), a value of the wrong type, a file that is not
@@ -42,16 +36,12 @@ def parse_config(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
-        words = ["--config", str(_find_preset(preset))]
+        words = ["--config", preset]
     parser = _parser(config_class, description)
     if any(word in ("-h", "--help") for word in words):
         parser.print_help()
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
-    words = _spell_out_switches(words, config_class)
-    if any(field.name == "validate_model" for field in dataclasses.fields(config_class)):
-        # `model` is a group of flags there (--model.x); alone, the word means a model that is there already.
-        words = [re.sub(r"^--model(?==|$)", "--validate_model", word) for word in words]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
@@ -60,9 +50,7 @@ def parse_config(
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_explain(str(error), known_names(config_class))) from None
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    validate = getattr(config, "validate", None)
-    if validate is not None:
-        validate()
+    config.validate()
     return config
 
 
@@ -77,13 +65,11 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _find_preset(preset: str) -> Path:
-    path = ROOT / preset
-    if not path.is_file():
-        raise UserError(
-            f"no arguments were given, and the preset {preset} is not beside the code; name a file with --config"
-        )
-    return path
+class _ConfigFile(jsonargparse.ActionConfigFile):
+    """`--config`: the user's own file, or a preset that comes with the code."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(find_file(values)), option_string)
 
 
 def _resolve_annotations(config_class: type) -> None:
@@ -102,8 +88,15 @@ def _parser(config_class: type, description: str | None) -> jsonargparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        help="YAML file with any of the options below, or a preset (latent_diffusion/quickstart); flags win over it",
+    )
     parser.add_class_arguments(config_class, as_group=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # `--dry_run` alone is `--dry_run true`
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -118,17 +111,6 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
             raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help lists them all)")
 
 
-def _spell_out_switches(words: Sequence[str], config_class: type) -> list[str]:
-    """`--dry_run` alone as `--dry_run true`, which is what jsonargparse wants of a bool."""
-    hints = get_type_hints(config_class)
-    spelled = []
-    for word, following in zip(words, [*words[1:], "--"]):
-        spelled.append(word)
-        if word.startswith("--") and hints.get(word[2:]) is bool and following.startswith("--"):
-            spelled.append("true")
-    return spelled
-
-
 def _explain(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message as one line; for an unknown YAML key, with the nearest known one."""
     text = " ".join(message.split())
@@ -140,6 +122,9 @@ def _explain(message: str, known: Sequence[str]) -> str:
     if option:
         return f"unknown key '{option[1]}' in the YAML file{nearest(option[1], known)}"
     value = re.search(r'Parser key "([^"]+)": (.*)', text)
+    if value and "Unable to load config" in value[2]:
+        inside = next((name for name in known if name.startswith(f"{value[1]}.")), f"{value[1]}.NAME")
+        return f"--{value[1]} is a group of options, not an option; name one of them, such as --{inside}"
     if value:
         return f"--{value[1]}: {value[2]}"
     return text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.tools.captioned_grid import image_grid
+from pipelines.tools.grids import image_grid
 from training.core.files import write_atomically
 
 

@@ -7,9 +7,11 @@ file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from training.core.draws import Draws, SampleKey
@@ -52,7 +54,7 @@ class Phase(nn.Module):
     def first_step(self, total_steps: int) -> int:
         """The step (from 0) of a run of `total_steps` from which this phase takes part; a discriminator starts late.
 
-        Its learning-rate schedule and the averages of what it alone trains begin there.
+        Its learning-rate schedule begins there, and so do the EMA weights of what it alone trains.
         """
         return 0
 
@@ -61,8 +63,30 @@ class Phase(nn.Module):
         raise NotImplementedError
 
 
+def _never_asked_to_stop() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is told about the process that it is built in; the defaults are those outside of any run."""
+
+    device: torch.device = torch.device("cpu")
+    """Where the loop moves phases and frozen modules to, once the stage is built."""
+    resuming: bool = False
+    """Whether the run folder has a checkpoint to resume from: initial weights will be replaced."""
+    trains: bool = True
+    """Whether the stage is going to be trained, rather than validated or described."""
+    poll: Callable[[], None] = _never_asked_to_stop
+    """Called by long work (previews, `finish`) between its parts; it raises when the run is asked to stop."""
+
+
 class Stage(ABC):
-    """What one training script defines; see `train_autoencoder.py` for a short one."""
+    """What one training script defines; `train_encoder.py` is a short one.
+
+    Args:
+        context: what the stage may know of the process that trains it.
+    """
 
     name: ClassVar[str]
     card_template: ClassVar[str]
@@ -80,8 +104,8 @@ class Stage(ABC):
     trivial_loss: float | None = None
     """The training loss of a model that has learned nothing, where it is known."""
 
-    def poll(self) -> None:  # noqa: B027 - outside a run nobody asks to stop
-        """Called by long work (previews, `finish`) between its parts; the loop's version raises when asked to stop."""
+    def __init__(self, context: StageContext):
+        self.context = context
 
     @abstractmethod
     def train_data(self) -> MapDataset: ...
@@ -101,7 +125,7 @@ class Stage(ABC):
         return dict(sums)
 
     def previews(self) -> Previews | None:
-        """Pictures with captions, from fixed seeds, made by `pipeline()`."""
+        """Images with captions, from fixed seeds, made by `pipeline()`; None shows nothing."""
         return None
 
     def finish(self) -> None:  # noqa: B027 - most stages have nothing to do here

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
+from pipelines.tools.commands import command
+from training.core.checks import check_bounds
 from training.core.draws import SampleKey
-from training.core.run_config import option
+from training.core.options import option
 from training.data.fingerprints import evenly_spaced
 from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.source import column_values, require_column
@@ -49,22 +50,21 @@ ASPECT_PICTURES = 64
 class CaptionDataConfig(DataConfig):
     """Where captioned pictures come from, and how both are read."""
 
-    validation_fraction: float = option(0.1, on_resume="error")
+    validation_fraction: float = option(0.1, at_least=0, below=1)
     """Share of the training split held out for validation when the dataset has no validation split"""
-    image_fit: Literal["crop", "stretch"] = option("crop", on_resume="error")
+    image_fit: Literal["crop", "stretch"] = option("crop")
     """How pictures that are not square become so: crop cuts a square, stretch keeps all of a picture"""
-    tokenizer: str | None = option(None, on_resume="error")
+    tokenizer: str | None = option(None)
     """Tokenizer folder or name; unset builds one from the training captions"""
-    tokenizer_model: Literal["word_level", "bpe"] = option("word_level", on_resume="error")
+    tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
     """What is built: whole words, rare ones <UNK>; or byte-level pieces, nothing unknown"""
-    vocab_size: int = option(8000, on_resume="error")
+    vocab_size: int = option(8000)
     """Entries at most of the tokenizer that is built"""
 
-
-def validate_caption_data_config(config: CaptionDataConfig) -> None:
-    """Raises UserError for values that cannot be."""
-    smallest = SMALLEST_BPE if config.tokenizer_model == "bpe" else len(SPECIAL_TOKENS) + 1
-    check_at_least("vocab_size", config.vocab_size, smallest)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        smallest = SMALLEST_BPE if self.tokenizer_model == "bpe" else len(SPECIAL_TOKENS) + 1
+        check_bounds(f"{prefix}vocab_size", self.vocab_size, at_least=smallest)
 
 
 class CaptionedPictures(ImageDataset):
@@ -157,7 +157,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
             if token is None:
                 raise UserError(
                     f"the tokenizer '{config.tokenizer}' has no token for a caption's {name}; leave --tokenizer unset "
-                    "and one is built, or make one: python data_scripts/train_tokenizer.py"
+                    f"and one is built, or make one: {command('data_scripts/train_tokenizer.py')}"
                 )
     else:
         tokenizer = train_tokenizer(

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, ImageDataset
 from training.data.transforms import BrokenImage, verify_image
 
 # Before training: every row of a dataset up to this size, as far as this time allows.
+CHECK = command("data_scripts/check_dataset.py")
 SCAN_ROWS = 20_000
 SCAN_SECONDS = 10.0
 _SHOWN = 10
@@ -95,7 +97,7 @@ def require_clean(
     if report.problems and dataset.config.on_bad_sample == "error":
         shown = [f"  {problem}" for problem in report.problems[:_SHOWN]]
         if len(report.problems) > _SHOWN:
-            shown.append(f"  and {len(report.problems) - _SHOWN} more (data_scripts/check_dataset.py lists them all)")
+            shown.append(f"  and {len(report.problems) - _SHOWN} more ({CHECK} lists them all)")
         raise UserError(
             "\n".join(
                 [
@@ -110,7 +112,7 @@ def require_clean(
     if not report.complete:
         tell(
             f"Looked at {report.images_checked:,} of {report.rows:,} pictures before starting; "
-            "data_scripts/check_dataset.py looks at all of them."
+            f"{CHECK} looks at all of them."
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.data.classes import column_classes
@@ -26,7 +27,6 @@ from training.data.source import (
     row_id,
     transform_fingerprint,
     undecoded_images,
-    validate_data_config,
 )
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import (
@@ -43,6 +43,7 @@ from training.data.transforms import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+CHECK = command("data_scripts/check_dataset.py")
 __all__ = [
     "BadSample",
     "DataConfig",
@@ -55,7 +56,6 @@ __all__ = [
     "load_split",
     "row_id",
     "transform_fingerprint",
-    "validate_data_config",
 ]
 
 logger = logging.getLogger(__name__)
@@ -318,16 +318,13 @@ class ImageDataset(torch.utils.data.Dataset):
                     self._report(index, bad)
             index = (index + 1) % len(self)
             row = self.dataset[index]
-        raise UserError(
-            f"none of the {len(self)} rows can be used; data_scripts/check_dataset.py lists what is wrong with them"
-        )
+        raise UserError(f"none of the {len(self)} rows can be used; {CHECK} lists what is wrong with them")
 
     def _report(self, index: int, bad: BadSample) -> None:
         message = f"{self.where(index)}, column '{bad.column}': {bad}"
         if self.config.on_bad_sample == "error":
             raise BadRow(
-                f"{message}; mend or remove it (data_scripts/check_dataset.py lists all such rows), "
-                "or train without it: --on_bad_sample skip"
+                f"{message}; mend or remove it ({CHECK} lists all such rows), or train without it: --on_bad_sample skip"
             ) from bad
         self._bad[index] = 1
         logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))

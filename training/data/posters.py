@@ -16,8 +16,9 @@ from PIL import Image
 
 from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 from training.core.draws import SampleKey
-from training.core.run_config import option
+from training.core.options import option
 from training.data.images import BadSample, ImageDataset
 from training.data.source import DataConfig, undecoded_images
 from training.data.transforms import (
@@ -42,7 +43,7 @@ NUMBER_COLUMNS = (*GRAMMAR, *COUNTS)
 class PosterDataConfig(DataConfig):
     """Where the posters are, and how training varies them."""
 
-    photometric_augmentation: float = option(0.0, on_resume="warn")
+    photometric_augmentation: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of random light, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 for none,
     1 for what a bad photograph of a poster has"""
 
@@ -53,7 +54,8 @@ def require_poster_columns(dataset: Dataset, columns: Sequence[str], name: str) 
     if missing:
         raise UserError(
             f"{name} is no poster dataset: it has no column {', '.join(missing)} (it has "
-            f"{', '.join(dataset.column_names)}); python data_scripts/make_posters.py --output_dir FOLDER makes one"
+            f"{', '.join(dataset.column_names)}); "
+            f"{command('data_scripts/make_posters.py --output_dir FOLDER')} makes one"
         )
 
 

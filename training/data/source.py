@@ -15,8 +15,8 @@ import numpy as np
 
 from pipelines.tools.cli import UserError, nearest
 from training.core.draws import mix
-from training.core.run_config import option
-from training.data.transforms import RESAMPLING, TRANSFORM_VERSION
+from training.core.options import Options, option
+from training.data.transforms import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -39,79 +39,60 @@ _SPLIT_FOLDERS = {
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Options):
     """Where the pictures are, which columns hold what, and how they are cut."""
 
-    dataset_name: str | None = option(None, on_resume="error")
+    dataset_name: str | None = option(None)
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
-    dataset_config_name: str | None = option(None, on_resume="error")
+    dataset_config_name: str | None = option(None)
     """Configuration of the dataset, for those that have several"""
-    train_data_dir: str | None = option(None, on_resume="error")
+    train_data_dir: str | None = option(None)
     """Folder of pictures, with captions in metadata.jsonl and/or one subfolder per class; instead of dataset_name"""
-    image_column: str = option("image", on_resume="error")
+    image_column: str = option("image")
     """Column with the pictures"""
-    caption_column: str = option("text", on_resume="error")
+    caption_column: str = option("text")
     """Column with the captions: a text, or a list of texts of which one is drawn each time"""
-    label_column: str = option("label", on_resume="error")
+    label_column: str = option("label")
     """Column with the classes: class names, or numbers from 0"""
-    mask_column: str = option("mask", on_resume="error")
+    mask_column: str = option("mask")
     """Column with segmentation masks (8-bit grey, a class id per pixel), the size of their pictures"""
-    conditioning_image_column: list[str] | str = option("conditioning_image", on_resume="error")
+    conditioning_image_column: list[str] | str = option("conditioning_image")
     """Column with control images, the size of their pictures; or a list of such columns"""
-    conditioning_image_mode: Literal["rgb", "l"] | None = option(None, on_resume="error")
+    conditioning_image_mode: Literal["rgb", "l"] | None = option(None)
     """How control images are read: rgb, one column in colour (three channels); l, each column in grey (one channel).
     Unset: rgb for a column given by its name, l for a list of columns"""
-    train_split: str = option("train", on_resume="error")
+    train_split: str = option("train")
     """Split to train on"""
-    validation_split: str = option("validation", on_resume="error")
+    validation_split: str = option("validation")
     """Split to validate on; without one, validation_fraction of the training split is held out"""
-    validation_fraction: float = option(0.05, on_resume="error")
+    validation_fraction: float = option(0.05, at_least=0, below=1)
     """Share of the training split held out for validation when the dataset has no validation split; 0 for none"""
-    resolution: int = option(64, on_resume="error")
+    resolution: int = option(64, at_least=8)
     """Training pictures are squares of this many pixels"""
-    center_crop: bool = option(True, on_resume="error")
+    center_crop: bool = option(True)
     """Cut the middle of pictures that are not square; false cuts at a random place, another in each epoch"""
-    random_flip: bool = option(False, on_resume="error")
+    random_flip: bool = option(False)
     """Mirror half of the pictures, others in each epoch"""
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option(
-        "lanczos", on_resume="error"
-    )
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option("lanczos")
     """How pictures of another size are scaled"""
     on_bad_sample: Literal["error", "skip"] = option("error", on_resume="warn")
     """A broken picture, an empty caption or an impossible label: stop and name the row, or take the next good row"""
-    max_train_samples: int | None = option(None, on_resume="error")
+    max_train_samples: int | None = option(None, at_least=1)
     """Train on this many rows only, drawn by seed; for trying things out"""
 
-
-def validate_data_config(config: DataConfig) -> None:
-    """Check what can be known before any data is opened.
-
-    Raises:
-        UserError: an impossible value, or two sources at once.
-    """
-    if config.dataset_name and config.train_data_dir:
-        raise UserError(
-            f"both dataset_name ({config.dataset_name}) and train_data_dir ({config.train_data_dir}) are given; "
-            "keep one"
-        )
-    if config.resolution < 8:
-        raise UserError(f"resolution is {config.resolution}; --resolution must be at least 8")
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction is {config.validation_fraction}; --validation_fraction must be at least 0 and below 1"
-        )
-    if config.max_train_samples is not None and config.max_train_samples < 1:
-        raise UserError(f"max_train_samples is {config.max_train_samples}; --max_train_samples must be at least 1")
-    columns = config.conditioning_image_column
-    if config.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
-        raise UserError(
-            f"--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
-            f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
-        )
-    if config.image_interpolation_mode not in RESAMPLING:
-        raise UserError(
-            f"image_interpolation_mode is '{config.image_interpolation_mode}'; choose one of {', '.join(RESAMPLING)}"
-        )
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.dataset_name and self.train_data_dir:
+            raise UserError(
+                f"both dataset_name ({self.dataset_name}) and train_data_dir ({self.train_data_dir}) are given; "
+                "keep one"
+            )
+        columns = self.conditioning_image_column
+        if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
+            raise UserError(
+                f"--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
+                f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
+            )
 
 
 def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
@@ -148,7 +129,6 @@ def load_all_splits(config: DataConfig) -> DatasetDict:
     Raises:
         UserError: the source is not given, does not exist, or cannot be read.
     """
-    validate_data_config(config)
     name = config.dataset_name or config.train_data_dir
     if not name:
         raise UserError("no training data was named; give --dataset_name (Hub id, folder or file) or --train_data_dir")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -190,7 +191,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "
-            "or make one: python data_scripts/train_tokenizer.py"
+            f"or make one: {command('data_scripts/train_tokenizer.py')}"
         ) from None
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")

@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from pipelines.tools.cli import UserError
 from training.core.classes import RowClasses
+from training.core.options import Options, option
 from training.engine.sampler import Strata
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("halftone")
 
 CLASSES_SHOWN = 12
 
 
-def balanced_strata(data: Any, column: str | None, power: float) -> Strata | None:
+@dataclass
+class BalanceConfig(Options):
+    """How often the samples of each class are drawn."""
+
+    balance_by: str | None = option(None)
+    """Column of classes: samples of rare classes are drawn more often, as far as --balance_power says."""
+    balance_power: float = option(1.0, at_least=0, at_most=1)
+    """A sample of a class of n rows has the weight n^-power: 0 draws rows as they are, 1 all classes equally often."""
+
+
+def balanced_strata(data: Any, config: BalanceConfig) -> Strata | None:
     """What the sampler needs for `--balance_by`; the shares before and after go to the log.
 
     A row of class c has the weight n_c^-power, so that the class has a share proportional to n_c^(1 - power): at 0 its
@@ -31,8 +40,6 @@ def balanced_strata(data: Any, column: str | None, power: float) -> Strata | Non
 
     Args:
         data: a stage's training data; it must have a method `classes(column) -> RowClasses`.
-        column: None balances nothing.
-        power: in [0, 1].
 
     Returns:
         None where nothing is weighted, with no column or at power 0: an epoch is then the usual permutation.
@@ -40,6 +47,7 @@ def balanced_strata(data: Any, column: str | None, power: float) -> Strata | Non
     Raises:
         UserError: data without columns, no such column, or a class without a row.
     """
+    column, power = config.balance_by, config.balance_power
     if not column:
         return None
     if not hasattr(data, "classes"):
@@ -60,7 +68,7 @@ def balanced_strata(data: Any, column: str | None, power: float) -> Strata | Non
 
 
 def _changes(names: Sequence[str], before: Sequence[float], after: Sequence[float]) -> str:
-    """Of the largest classes and the smallest ones."""
+    """How the shares of the largest and the smallest classes change, in words."""
     ranked = sorted(zip(before, after, names, strict=True), reverse=True)
     parts = [f"{name} {100 * old:.3g} → {100 * new:.3g} %" for old, new, name in ranked]
     if len(parts) > CLASSES_SHOWN:

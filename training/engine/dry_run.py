@@ -18,7 +18,7 @@ from training.engine.sampler import StepSampler
 from training.engine.validation import evaluating
 
 if TYPE_CHECKING:
-    from training.core.run_config import RunConfig
+    from training.engine.run_config import RunConfig
 
 
 def missing_inputs(config: RunConfig) -> str | None:
@@ -40,10 +40,10 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     data = stage.train_data()
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
     spe = steps_per_epoch(len(data), layout)
-    total = config.max_train_steps or config.num_train_epochs * spe
+    total = config.total_steps(spe)
     lines = [_resolved(config)]
     lines.append(f"{len(data)} images, {spe} steps an epoch of {layout.global_batch_size} images, {total} steps in all")
-    balanced_strata(data, config.balance_by, config.balance_power)
+    balanced_strata(data, config)
     state_bytes = 0
     activations = 0
     for phase in stage.phases:
@@ -65,7 +65,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     if config.use_ema:
         state_bytes += 4 * sum(p.numel() for m in stage.ema_of.values() for p in m.parameters())
     lines.append(
-        f"\nmemory, about: {state_bytes / 2**20:.0f} MiB for weights, gradients, optimizer and averages, and "
+        f"\nmemory, about: {state_bytes / 2**20:.0f} MiB for weights, gradients, optimizer and EMA weights, and "
         f"{activations * config.train_batch_size / 2**20:.0f} MiB for activations at --train_batch_size "
         f"{config.train_batch_size} (float32; half of that under bf16 or fp16)"
     )

@@ -1,12 +1,31 @@
-"""Exponential moving average of weights (Polyak averaging), with warm-up."""
+"""EMA weights: the exponential moving average of a model's weights (Polyak averaging), with warm-up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from training.core.options import Options, option
+from training.run.checkpoint import load_tensors, save_tensors
+
+EMA_FILE = "ema.safetensors"
+
+
+@dataclass
+class EMAConfig(Options):
+    """The exponential moving average of the weights."""
+
+    use_ema: bool = option(True)
+    """Keep an average of the weights; validation, previews and the exported pipeline use it."""
+    ema_decay: float = option(0.999, on_resume="warn", at_least=0, below=1, usual="0.999")
+    """Decay per step, reached after a warm-up of (1 + step) / (10 + step)."""
+    ema_update_every: int = option(1, on_resume="warn", at_least=1)
+    """Steps between updates, each by the decay to that power; larger values save time on small machines."""
 
 
 class EMA:
@@ -25,7 +44,7 @@ class EMA:
         self._average = [tensor.detach().clone() for tensor in self._live]
         # Frozen tensors never move: nothing to average.
         self._moving = [i for i, t in enumerate(self._live) if t.requires_grad or not isinstance(t, nn.Parameter)]
-        self.plan({})
+        self.begin_at({})
 
     def _named_live(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._modules.items():
@@ -33,10 +52,10 @@ class EMA:
                 if tensor.is_floating_point():
                     yield f"{prefix}.{name}", tensor
 
-    def plan(self, first_steps: Mapping[Tensor, int]) -> None:
-        """Let each average begin at the step (from 0) that its tensor is first trained at; those not named begin at 0.
+    def begin_at(self, first_steps: Mapping[Tensor, int]) -> None:
+        """Let each average begin at the step (from 0) at which its tensor is first trained; all others begin at 0.
 
-        Steps are counted from there, or the initial weights would be a large part of an average that begins late.
+        The warm-up counts from there, or the initial weights would be a large part of an average that begins late.
         """
         self._since: dict[int, list[int]] = {}
         for i in self._moving:
@@ -85,3 +104,18 @@ class EMA:
             raise KeyError(f"EMA weights do not fit: {sorted(own.keys() ^ state.keys())[:5]}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+    def save(self, folder: Path) -> None:
+        """Write the averages into a checkpoint's folder."""
+        save_tensors(self.state_dict(), folder / EMA_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take the averages from a checkpoint's folder."""
+        self.load_state_dict(load_tensors(folder / EMA_FILE))
+
+    def load_live(self, folder: Path) -> None:
+        """Give the modules themselves the averages in a checkpoint's folder."""
+        tensors = load_tensors(folder / EMA_FILE)
+        for name, module in self._modules.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            module.load_state_dict(own, strict=False)

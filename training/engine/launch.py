@@ -7,16 +7,17 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import yaml
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
-from training.core.run_config import RunConfig
+from training.core.options import Options, option
 from training.engine.signals import launcher_command
 
 if TYPE_CHECKING:
@@ -33,7 +34,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, LARGEST_KEPT_BLOCK = 2_000_000_000, 1_000_000_000
 
 
-def start_accelerator(config: RunConfig) -> Accelerator:
+@dataclass
+class LaunchConfig(Options):
+    """Precision and threads of each process; the Accelerate config says the rest."""
+
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
+    """Unset: what the Accelerate config says. auto: bf16 where the device has its arithmetic, else no."""
+    cpu_threads: int = option(0, on_resume="free", at_least=0)
+    """Threads on a CPU; 0 shares the machine's cores among its processes."""
+
+
+def start_accelerator(config: LaunchConfig) -> Accelerator:
     """The Accelerator of this run, on the device and topology that the launcher gave.
 
     Raises:

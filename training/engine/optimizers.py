@@ -1,21 +1,42 @@
-"""Optimizers and learning-rate schedules, counted in steps, and optimizers as flat tensors for safetensors."""
+"""Optimizers as configured, their clipped step, and their state as flat tensors for safetensors."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.commands import install_command
+from training.core.options import Options, option
 
-if TYPE_CHECKING:
-    from training.core.run_config import RunConfig
+OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
 
 
-def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learning_rate: float):
+@dataclass
+class OptimizerConfig(Options):
+    """The optimizer of every phase."""
+
+    learning_rate: float = option(1e-4, on_resume="warn", above=0, usual="1e-4")
+    """The highest learning rate of the schedule."""
+    optimizer: str = option("adamw", choices=OPTIMIZERS)
+    """adamw (fused), adamw_8bit (bitsandbytes), adam or sgd."""
+    adam_beta1: float = option(0.9, on_resume="warn", at_least=0, below=1)
+    """Decay of the first moment."""
+    adam_beta2: float = option(0.999, on_resume="warn", at_least=0, below=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = option(1e-8, on_resume="warn", at_least=0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = option(0.01, on_resume="warn", at_least=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = option(1.0, on_resume="warn", at_least=0)
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], learning_rate: float):
     """The optimizer of one phase. Raises UserError when bitsandbytes is asked for and not installed."""
     parameters = list(parameters)
     betas = (config.adam_beta1, config.adam_beta2)
@@ -23,7 +44,9 @@ def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learn
         try:
             import bitsandbytes
         except ImportError:
-            raise UserError("--optimizer adamw_8bit needs bitsandbytes: pip install 'halftone[cuda]'") from None
+            raise UserError(
+                f"--optimizer adamw_8bit needs bitsandbytes: {install_command('cuda', 'bitsandbytes')}"
+            ) from None
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
         )
@@ -39,28 +62,6 @@ def build_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter], learn
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
     return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=config.weight_decay, foreach=True)
-
-
-def learning_rate_factor(config: RunConfig, total_steps: int) -> Callable[[int], float]:
-    """step (from 0) → factor on the learning rate: the schedules of `diffusers.optimization.get_scheduler`.
-
-    They are functions of the step, so nothing about them needs saving, and neither processes nor accumulation enter.
-    """
-    from diffusers.optimization import get_scheduler
-
-    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scheduler = get_scheduler(
-            config.lr_scheduler,
-            optimizer=placeholder,
-            step_rules=config.lr_step_rules,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=total_steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
-    return scheduler.lr_lambdas[0]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

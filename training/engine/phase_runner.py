@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from training.core.draws import Draws, mix
 from training.core.layout import BatchLayout
-from training.core.run_config import RunConfig
+from training.core.options import option
 from training.core.stage import Batch, Phase
 from training.engine import optimizers
+from training.engine.optimizers import OptimizerConfig
 from training.run import checkpoint
 
 if TYPE_CHECKING:
@@ -35,23 +36,47 @@ class StepOutcome:
     stop: bool
 
 
-class PhaseRunner:
-    """Forward, backward, checks, clipping and optimizer step of one phase."""
+@dataclass
+class PhaseConfig(OptimizerConfig):
+    """How each phase is run and optimized."""
 
-    def __init__(self, phase: Phase, config: RunConfig, accelerator: Accelerator, layout: BatchLayout, prefix: str):
+    compile: bool = option(False, on_resume="warn")
+    """torch.compile each phase."""
+    gradient_checkpointing: bool = option(False, on_resume="warn")
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+class PhaseRunner:
+    """Forward, backward, checks, clipping and optimizer step of one phase.
+
+    Args:
+        prefix: put before the names of the phase's metrics; empty for the first phase.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        config: PhaseConfig,
+        accelerator: Accelerator,
+        layout: BatchLayout,
+        *,
+        seed: int,
+        prefix: str = "",
+    ):
         self.phase = phase
         self.config = config
+        self.seed = seed
         self.accelerator = accelerator
         self.layout = layout
         self.prefix = prefix
         self.learning_rate = phase.learning_rate or config.learning_rate
+        self._draws_class = draws_outside_graphs() if config.compile else Draws
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(phase)
         phase.to(accelerator.device)
         self.parameters = [p for p in phase.parameters() if p.requires_grad]
         optimizer = optimizers.build_optimizer(config, self.parameters, self.learning_rate)
         if config.compile:
-            _keep_out_of_graphs(Draws)
             phase.compile()  # in place: no wrapper, so no `_orig_mod.` in any saved name
         # Accelerate replaces `forward` by one under autocast; the phase itself stays what is saved.
         with warnings.catch_warnings():
@@ -59,15 +84,6 @@ class PhaseRunner:
             warnings.simplefilter("ignore", category=FutureWarning)
             self.wrapped = accelerator.prepare_model(phase)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-
-    def plan(self, total_steps: int) -> None:
-        """Where the phase begins in a run of `total_steps`, and its learning rate from there to the run's end."""
-        self.first_step = self.phase.first_step(total_steps)
-        self._factor = optimizers.learning_rate_factor(self.config, max(1, total_steps - self.first_step))
-
-    def learning_rate_at(self, step: int) -> float:
-        """Of `step` (from 0) of the run."""
-        return self.learning_rate * self._factor(max(0, step - self.first_step))
 
     def settle_buckets(self, batch: Batch, draws: Draws) -> None:
         """Two backward passes whose gradients are thrown away, under DDP only.
@@ -82,8 +98,14 @@ class PhaseRunner:
             loss.backward()
         self.optimizer.zero_grad()
 
-    def step(self, step: int, batches: Sequence[Batch], stop: bool) -> StepOutcome:
-        """One optimizer step, unless a loss or gradient is not finite on any process: then nothing changes."""
+    def step(self, step: int, batches: Sequence[Batch], learning_rate: float, stop: bool) -> StepOutcome:
+        """One optimizer step, unless a loss or gradient is not finite on any process: then nothing changes.
+
+        Args:
+            step: the number of the step (from 0) in the run.
+            batches: one for each micro-batch of this process.
+            stop: whether this process was asked to stop; the outcome says whether any process was.
+        """
         # Before, not after: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
         losses, metrics = self._accumulate(step, batches)
@@ -95,7 +117,7 @@ class PhaseRunner:
         # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
         if finite:
-            optimizers.set_learning_rate(self.optimizer, self.learning_rate_at(step))
+            optimizers.set_learning_rate(self.optimizer, learning_rate)
             if self.config.max_grad_norm and norm > self.config.max_grad_norm:
                 optimizers.clipped_step(self.optimizer, self.parameters, gradient_norm, self.config.max_grad_norm)
             else:
@@ -113,14 +135,14 @@ class PhaseRunner:
         for micro_batch, batch in enumerate(batches):
             positions = self.layout.positions(micro_batch)
             # Dropout inside models uses the global generator, which data loaders and previews move.
-            torch.manual_seed(mix(self.config.seed, "model", step, positions[0], self.phase.name))
-            draws = Draws(self.config.seed, step, positions, self.accelerator.device)
+            torch.manual_seed(mix(self.seed, "model", step, positions[0], self.phase.name))
+            draws = self._draws_class(self.seed, step, positions, self.accelerator.device)
             last = micro_batch == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss, found = self.wrapped(batch, draws)
+                loss, values = self.wrapped(batch, draws)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
-            for name, value in found.items():
+            for name, value in values.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)  # type: ignore[assignment]
         return losses, metrics
 
@@ -151,6 +173,7 @@ class PhaseRunner:
         checkpoint.save_json(rest, folder / f"optimizer_{self.phase.name}.json")
 
     def load_weights(self, folder: Path) -> None:
+        """The phase's weights in a checkpoint, without its optimizer."""
         self.phase.load_state_dict(checkpoint.load_tensors(folder / f"phase_{self.phase.name}.safetensors"))
 
     def load(self, folder: Path) -> None:
@@ -162,15 +185,18 @@ class PhaseRunner:
         )
 
     def checkpoint_bytes(self) -> int:
-        """Weights and two moments for each."""
+        """Size of the phase in a checkpoint: its weights, and two moments for each that is trained."""
         weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
         return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
 
 
-def _keep_out_of_graphs(draws: type[Draws]) -> None:
-    """Draws use seeded CPU generators, which torch.compile cannot trace. (Importing its front end takes 3 s.)"""
-    for name in ("normal", "uniform"):
-        setattr(draws, name, torch.compiler.disable(getattr(draws, name)))
+def draws_outside_graphs() -> type[Draws]:
+    """Draws for compiled phases: seeded CPU generators are something that torch.compile cannot trace.
+
+    A function, since the front end of torch.compile takes three seconds to import.
+    """
+    untraced = {name: torch.compiler.disable(getattr(Draws, name)) for name in ("normal", "uniform")}
+    return type("DrawsOutsideGraphs", (Draws,), untraced)
 
 
 def _enable_gradient_checkpointing(phase: Phase) -> None:

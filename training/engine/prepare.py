@@ -13,11 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
-from training.core.parsing import ROOT
+from pipelines.tools.commands import command as typed
+from pipelines.tools.resources import CODE
+from training.core.options import Options, option
 from training.engine.signals import REQUEUE_STATUS, Interrupted
 
 logger = logging.getLogger("halftone")
@@ -35,9 +39,28 @@ _LAUNCHER_VARIABLES = (
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_PICTURES = (
-    "For your own pictures: accelerate launch training/train_autoencoder.py --train_data_dir FOLDER --output_dir "
+    f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
     "runs/my_autoencoder, then see 'Your own pictures' in README.md"
 )
+
+
+@dataclass
+class PrepareConfig(Options):
+    """Inputs that are made before training where they are missing."""
+
+    prepare: dict[str, str] = option({}, on_resume="free")
+    """Inputs that may be missing: path → the script (and its flags) that makes it; for YAML files"""
+
+    def recipes(self) -> dict[str, str]:
+        """The entries of `prepare` that are needed: those for a path that the config names, or another such entry."""
+        settings = self.to_dict()
+        named = set(_strings({name: value for name, value in settings.items() if name != "prepare"}))
+        needed: dict[str, str] = {}
+        for path, command in reversed(self.prepare.items()):  # what is made from others comes after them
+            if any(path == name or path.startswith(f"{name}/") for name in named):
+                needed[path] = command
+                named |= set(command.split())
+        return dict(reversed(needed.items()))
 
 
 def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> None:
@@ -55,14 +78,14 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
     if missing and len(sys.argv) == 1:
         logger.info("no arguments: this is the quickstart. %s", OWN_PICTURES)
     for number, (path, command) in enumerate(missing.items(), 1):
-        logger.info("%s is missing; making it (%d of %d): python %s", path, number, len(missing), command)
+        logger.info("%s is missing; making it (%d of %d): %s", path, number, len(missing), typed(command))
         status = run_script(_checked(command), stop_requested)
         if stop_requested() or status in (130, REQUEUE_STATUS):
             raise Interrupted
         if status == USER_ERROR_STATUS:
             raise UserError(f"{path} could not be made, for the reason given above")
         if status != 0 or not Path(path).exists():
-            raise UserError(f"{path} was not made (exit status {status}); run it by itself: python {command}")
+            raise UserError(f"{path} was not made (exit status {status}); run it by itself: {typed(command)}")
 
 
 def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> bool:
@@ -76,9 +99,9 @@ def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callabl
 
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
-    path = (ROOT / script).resolve()
+    path = (CODE / script).resolve()
     # A shared YAML file may start the project's own scripts and nothing else.
-    if path.parent not in [ROOT / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
+    if path.parent not in [CODE / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
         raise UserError(f"`prepare` may run the project's own scripts, and '{script}' is none")
     return [sys.executable, str(path), *arguments]
 
@@ -103,3 +126,12 @@ def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> 
         told = told or number is not None
         time.sleep(0.1)
     return process.returncode
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested dicts and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

@@ -1,8 +1,8 @@
-"""Running a stage's models for looking at them: averaged weights, eval mode, every process its share."""
+"""Running a stage's models for evaluation: EMA weights, eval mode, and each process its share of the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module], ema: EMA | None) -> Iterator[None]:
-    """Averaged weights, eval mode and no gradients inside; all as it was after, whatever happens."""
+    """Inside, the modules have their EMA weights, are in eval mode and compute no gradients; all is restored after."""
     parts = [part for module in modules for part in module.modules()]
     were_training = [part.training for part in parts]
     for part in parts:
@@ -38,54 +38,60 @@ def evaluating(modules: Iterable[nn.Module], ema: EMA | None) -> Iterator[None]:
             part.training = was
 
 
-def validate(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int) -> dict[str, float] | None:
-    """Validation metrics over the whole validation set, or None when it was interrupted on any process.
+@contextmanager
+def interrupted_together(accelerator: Accelerator) -> Iterator[None]:
+    """An `Interrupted` inside, on any process, is raised on all of them when each has left the block."""
+    interrupted = False
+    try:
+        yield
+    except Interrupted:
+        interrupted = True
+    if any(gather(accelerator, interrupted)):
+        raise Interrupted
+
+
+def validate(
+    stage: Stage, accelerator: Accelerator, *, seed: int, batch_size: int, poll: Callable[[], None]
+) -> dict[str, float]:
+    """Validation metrics over the whole validation set; empty where there is none.
 
     Rows are dealt out to the processes; nothing is exchanged until the end, so uneven shares do no harm.
+
+    Args:
+        poll: called before each batch; raises `Interrupted` when this process is asked to stop.
+
+    Raises:
+        Interrupted: on every process, when any of them was asked to stop.
     """
     data = stage.validation_data()
     if data is None:
         return {}
     rows = range(accelerator.process_index, len(data), accelerator.num_processes)
     sums: dict[str, float] = {}
-    interrupted = False
-    try:
+    with interrupted_together(accelerator):
         for start in range(0, len(rows), batch_size):
-            stage.poll()
+            poll()
             share = rows[start : start + batch_size]
-            batch = to_device(
-                fetch(data, [SampleKey(row, mix(seed, "validation", row)) for row in share]), accelerator.device
-            )
+            keys = [SampleKey(row, mix(seed, "validation", row)) for row in share]
+            batch = to_device(fetch(data, keys), accelerator.device)
             with accelerator.autocast():
-                found = stage.validation_step(batch, Draws(seed, "validation", share, accelerator.device))
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-    except Interrupted:
-        interrupted = True
-    shares = gather(accelerator, (interrupted, sums))
-    if any(was_interrupted for was_interrupted, _ in shares):
-        return None
+                batch_sums = stage.validation_step(batch, Draws(seed, "validation", share, accelerator.device))
+            _add(sums, {name: float(value) for name, value in batch_sums.items()})
     total: dict[str, float] = {}
-    for _, share_sums in shares:
-        for name, amount in share_sums.items():
-            total[name] = total.get(name, 0.0) + amount
+    for share_sums in gather(accelerator, sums):
+        _add(total, share_sums)
     return stage.metrics(total)
 
 
-def validate_only(stage: Stage, accelerator: Accelerator, seed: int, batch_size: int) -> bool:
-    """Validate the stage's models as they are, outside any run, and print the figures; False after a stop."""
-    for module in (*stage.frozen, *stage.phases):
-        module.to(accelerator.device)
-    with evaluating([*stage.frozen, *stage.phases], None):
-        metrics = validate(stage, accelerator, seed, batch_size)
-    print_metrics(metrics, accelerator)
-    return metrics is not None
+def _add(total: dict[str, float], amounts: Mapping[str, float]) -> None:
+    for name, amount in amounts.items():
+        total[name] = total.get(name, 0.0) + amount
 
 
-def print_metrics(metrics: Mapping[str, float] | None, accelerator: Accelerator) -> None:
-    """One figure a line, on the main process."""
+def print_metrics(metrics: Mapping[str, float], accelerator: Accelerator) -> None:
+    """Print one metric a line, on the main process."""
     if accelerator.is_main_process:
-        for name, value in (metrics or {}).items():
+        for name, value in metrics.items():
             print(f"{name} {value:.6g}")
 
 

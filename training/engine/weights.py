@@ -5,16 +5,26 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from pipelines.tools.cli import UserError, nearest
+from training.core.options import Options, option
 
 if TYPE_CHECKING:
     from training.core.stage import Stage
 
 logger = logging.getLogger("halftone")
+
+
+@dataclass
+class FreezeConfig(Options):
+    """Which parameters are not trained."""
+
+    freeze_parameters: list[str] = option([])
+    """Patterns of parameters that keep their values, e.g. '[unet.down_blocks.*]'; names are the pipeline's."""
 
 
 def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str = "--init_from") -> None:

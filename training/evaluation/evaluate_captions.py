@@ -1,4 +1,4 @@
-"""How well does a model of pictures and captions tell, draw and find? Figures on its training or held-out pairs.
+"""Measure how well a model of images and captions captions, draws and retrieves, on training or held-out pairs.
 
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split validation
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\
@@ -24,12 +24,12 @@ import torch
 import yaml
 from PIL import Image
 
-from pipelines.tools.captioned_grid import image_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
-from training.core.checks import check_at_least, check_choice
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedPictures, captions_of, load_captioned
@@ -52,37 +52,36 @@ INVENTED = 64
 
 
 @dataclass
-class CaptionEvaluationConfig:
+class CaptionEvaluationConfig(Options):
     """Flags of evaluate_captions.py."""
 
     model: str = ""
     """A run of train_image_caption.py, a checkpoint or a pipeline"""
-    split: str = "validation"
+    split: str = option("validation", choices=("train", "validation"))
     """validation (held-out pairs) or train"""
     dataset_name: str | None = None
     """Other data than the run's: a folder, file or Hub id"""
-    max_samples: int = 0
+    max_samples: int = option(0, at_least=0)
     """Look at so many pairs only, the first ones; 0 looks at all"""
-    num_beams: int = 1
+    num_beams: int = option(1, at_least=1)
     """Of the captions; 1 is greedy"""
-    num_candidates: int = 1
+    num_candidates: int = option(1, at_least=1)
     """Captions that are drawn for each picture, of which the one most like all of them is taken; 1 draws none"""
     num_pairs: int = 8
     """Invented pairs in the picture of them"""
     seed: int = 0
     """Of the shuffled and the invented pairs"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
     """Folder for PNGs of reconstructions, drawings and invented pairs; unset: none"""
     output: str | None = None
     """Where the figures go (JSON); unset: only printed"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not self.model:
             raise UserError("--model is missing; name a run of train_image_caption.py, a checkpoint or a pipeline")
-        check_choice("split", self.split, ("train", "validation"))
-        check_at_least("max_samples", self.max_samples, 0)
-        for name in ("num_beams", "num_candidates"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     from pipelines.caption import load_captioner
 
     torch.set_num_threads(threads_per_process())
-    pipeline = load_captioner(config.model, None)
+    pipeline = load_captioner(config.model, config.device)
     pipeline.set_progress_bar_config(disable=True)
     train, held_out = data_of(config, pipeline)
     data = train if config.split == "train" else held_out

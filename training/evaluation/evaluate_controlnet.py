@@ -1,4 +1,4 @@
-"""Do ControlNets do what their controls say? A table and a picture of several, on the same controls and seeds.
+"""Measure how well ControlNets follow their control images: a table and a grid of several, with the same seeds.
 
 python training/evaluation/evaluate_controlnet.py --models '[runs/controlnet/add, runs/controlnet/gated]' \\
     --reader runs/posters/encoder_plain_64 --dataset_name data/posters_64 --table table.md --grid grid.png
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.picture_grid import control_picture
-from training.core.checks import check_at_least
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid, control_picture
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -36,7 +36,7 @@ GRID_ROWS = 6
 
 
 @dataclass
-class ControlEvaluationConfig:
+class ControlEvaluationConfig(Options):
     """Flags of evaluate_controlnet.py."""
 
     models: list[str] = field(default_factory=list)
@@ -49,12 +49,14 @@ class ControlEvaluationConfig:
     """Columns of the controls, as in training"""
     split: str = "test"
     """Controls are taken from here"""
-    num_images: int = 64
+    num_images: int = option(64, at_least=3)
     """How many of them"""
     num_inference_steps: int = 25
     """Sampling steps"""
     seed: int = 0
     """Picture i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     table: str | None = None
     """Where the table goes (Markdown); unset: only printed"""
     grid: str | None = None
@@ -62,10 +64,10 @@ class ControlEvaluationConfig:
     output: str | None = None
     """Where the figures go (JSON); unset: nowhere"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if not self.models or not self.reader or not self.dataset_name:
             raise UserError("--models, --reader and --dataset_name are needed; see --help")
-        check_at_least("num_images", self.num_images, 3)
 
 
 def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
@@ -74,20 +76,24 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
     Raises:
         UserError: no such model, reader or data, or models that take other controls.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
 
     torch.set_num_threads(threads_per_process())
     figures: dict[str, dict[str, float]] = {}
     pictures: dict[str, Tensor] = {}
-    for model in config.models:
-        pipeline = load_pipeline(model)
+    folders = {model: find_pipeline(model) for model in config.models}
+    device = get_device(config.device)
+    for model, folder in folders.items():
+        pipeline = load_pipeline(folder)
         if not hasattr(pipeline, "controlnet"):
             raise UserError(f"--models: {model} is a {type(pipeline).__name__}; name runs of train_controlnet.py")
+        pipeline.to(device)
         name = _name(model, pipeline)
         pipeline.set_progress_bar_config(desc=name)
         net = pipeline.controlnet.config
         real, controls = _data(config, net, pipeline)
         reader = ControlReader(config.reader, net.control_kind, net.control_names, net.conditioning_channels)
+        reader.module.to(device)
         if not pictures:
             pictures["base"] = _paint(pipeline, controls, config, scale=0.0)
         own, wrong = (_paint(pipeline, c, config) for c in (controls, others(controls)))
@@ -143,7 +149,7 @@ def _paint(pipeline: Any, controls: Tensor, config: ControlEvaluationConfig, sca
                 generator=generators,
                 num_inference_steps=config.num_inference_steps,
                 output_type="pt",
-            ).images
+            ).images.cpu()
         )
     return torch.cat(painted) * 2 - 1
 

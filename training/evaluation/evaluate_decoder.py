@@ -1,4 +1,4 @@
-"""Does the poster decoder paint what briefs ask for? Posters of held-out briefs, read back by encoder and abstractor.
+"""Measure how well the poster decoder follows held-out briefs: its posters are read by encoder and abstractor.
 
 python training/evaluation/evaluate_decoder.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_tiny \\
     --dataset_name data/posters_standard_64
@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from pipelines.common.poster_domain import GRAMMAR
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
-from training.core.checks import check_at_least
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
+from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -31,7 +32,7 @@ BATCH = 16
 
 
 @dataclass
-class DecoderEvaluationConfig:
+class DecoderEvaluationConfig(Options):
     """Flags of evaluate_decoder.py."""
 
     model: str = ""
@@ -42,7 +43,7 @@ class DecoderEvaluationConfig:
     """Posters of data_scripts/make_posters.py, of the decoder's size"""
     split: str = "test"
     """Briefs are taken from here"""
-    num_briefs: int = 64
+    num_briefs: int = option(64, at_least=3)
     """How many of them"""
     num_inference_steps: int = 50
     """Sampling steps"""
@@ -52,16 +53,18 @@ class DecoderEvaluationConfig:
     """Another sampler than the pipeline's own"""
     seed: int = 0
     """Poster i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid: str | None = None
     """Where a grid of real, painted and read posters goes (PNG); unset: no grid"""
     output: str | None = None
     """Where the figures go (JSON); unset: only printed"""
 
-    def validate(self) -> None:
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         for name, what in (("model", "the decoder"), ("reader", "a run of train_abstractor.py")):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; name {what}: a run, a checkpoint or a pipeline folder")
-        check_at_least("num_briefs", self.num_briefs, 3)
 
 
 def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
@@ -71,16 +74,20 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data, or a reader that reads no pictures or no grammar.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
     from training.data.briefs import brief_of
     from training.data.images import DataConfig, load_split
     from training.data.posters import NUMBER_COLUMNS, require_poster_columns
 
     torch.set_num_threads(threads_per_process())
-    decoder, reader = load_pipeline(config.model), load_pipeline(config.reader)
+    folders = find_pipeline(config.model), find_pipeline(config.reader)
+    device = get_device(config.device)
+    decoder, reader = (load_pipeline(folder) for folder in folders)
     _check_kinds(decoder, reader, config)
     if config.scheduler:
         decoder.set_scheduler(config.scheduler)
+    decoder.to(device)
+    reader.to(device)
     decoder.set_progress_bar_config(desc="painting posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     require_poster_columns(rows, ["image", "palette", *NUMBER_COLUMNS], config.dataset_name)

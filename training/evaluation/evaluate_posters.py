@@ -1,4 +1,4 @@
-"""Do generated posters follow their briefs? Held-out briefs, a grid to look at, and figures.
+"""Measure how well posters of latent diffusion follow held-out briefs, and draw a grid of them.
 
 python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion
 """
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.tools.captioned_grid import comparison_grid
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command
+from pipelines.tools.devices import get_device
+from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
+from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
@@ -24,7 +27,7 @@ from training.metrics.posters import measure_posters
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Options):
     """Flags of evaluate_posters.py."""
 
     model: str = ""
@@ -43,6 +46,8 @@ class EvaluationConfig:
     """Another sampler than the pipeline's own"""
     seed: int = 0
     """Poster i is drawn from seed + i"""
+    device: str | None = None
+    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid_rows: int = 8
     """Briefs shown in the grid"""
     grid: str | None = None
@@ -68,18 +73,21 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data.
     """
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import find_pipeline, load_pipeline
     from training.data.images import DataConfig, load_split
 
     torch.set_num_threads(threads_per_process())
-    pipeline = load_pipeline(config.model)
+    folder = find_pipeline(config.model)
+    device = get_device(config.device)
+    pipeline = load_pipeline(folder)
     if config.scheduler:
         pipeline.set_scheduler(config.scheduler)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(device)
     pipeline.set_progress_bar_config(desc="drawing posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:
-        raise UserError(f"{config.dataset_name} holds no briefs; give posters of data_scripts/make_posters.py")
+        maker = command("data_scripts/make_posters.py")
+        raise UserError(f"{config.dataset_name} holds no briefs; give posters that {maker} made")
     briefs = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
     posters = generate(pipeline, [brief["text"] for brief in briefs], config)
     figures = measure_posters(posters, briefs, [brief["image"] for brief in briefs])

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.captioned_grid import PAPER, image_grid
 from pipelines.tools.devices import get_device
+from pipelines.tools.grids import PAPER, image_grid
 from training.core.files import write_atomically
 from training.core.previews import save_png
-from training.core.run_config import RunConfig
+from training.engine.run_config import RunConfig
 from training.experiments.registry import config_class, stage_class
 from training.run.folder import RunFolder
 from training.run.metrics_log import read_metrics

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.resources import find_file
 from training.core.parsing import known_names
-from training.core.run_config import RunConfig
 from training.core.stage import Stage
+from training.engine.run_config import RunConfig
 
 FOLDER = Path(__file__).resolve().parent.parent
 PREFIX = "train_"
@@ -52,13 +53,14 @@ def stage_class(stage: str) -> type[Stage]:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """What a YAML file says.
+    """What a YAML file says: the user's own, or one that comes with the code.
 
     Raises:
         UserError: no such file, or no mapping in it.
     """
+    file = find_file(path)
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(file.read_text())
     except OSError as error:
         raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
     except yaml.YAMLError as error:

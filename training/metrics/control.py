@@ -5,7 +5,7 @@ B pictures, C control channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ class ControlReader:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` (B 3 H W in [-1, 1]) → B C H W, bool."""
-        return self._read(images)
+        """`images` (B 3 H W in [-1, 1], on any device) → B C H W, bool, on the same device."""
+        return self._read(images.to(self.module.device)).to(images.device)
 
     def _layout(self, images: Tensor) -> Tensor:
         found = self.module(images)
@@ -84,7 +84,7 @@ def control_iou(read: Tensor, control: Tensor) -> Tensor:
 
 
 def others(batch: Tensor) -> Tensor:
-    """For every sample the control of another: the next one's; of a lone sample its own, upside down."""
+    """For each sample the control of another: the next one's; a lone sample gets its own upside down."""
     return batch.roll(1, 0) if len(batch) > 1 else batch.flip(-2)
 
 
@@ -97,3 +97,60 @@ def in_standard_errors(total: float, squares: float, count: float) -> float:
     if variance <= 1e-24:
         return 0.0 if abs(mean) < 1e-12 else float("inf") * (1 if mean > 0 else -1)
     return mean / (variance / count) ** 0.5
+
+
+def control_sums(predictions: Sequence[Tensor], losses: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `control_metrics` is made from, for one batch: numbers that can be added up.
+
+    Args:
+        predictions: of the model with the true control, without one, and with another sample's; B C h w each.
+        losses: of the same; B each.
+    """
+    true, none, shuffled = predictions
+    sums = {"count": torch.tensor(len(true)), **_gain_sums("gain", losses[2] - losses[0])}
+    sums |= {name: loss.sum() for name, loss in zip(("true", "none", "shuffled"), losses, strict=True)}
+    sums["power"] = true.float().square().sum()
+    sums["change_none"] = (true - none).float().square().sum()
+    sums["change_shuffled"] = (true - shuffled).float().square().sum()
+    return sums
+
+
+def iou_sums(read: Tensor | None, control: Tensor) -> dict[str, Tensor]:
+    """What `control_metrics` is made from, for generated images that were read; `read`, `control`: B C H W.
+
+    Args:
+        read: None where no image of the batch was generated.
+    """
+    if read is None:
+        return dict.fromkeys(("read", "iou", "iou_shuffled", "iou_gain", "iou_gain_squares"), torch.tensor(0.0))
+    own, other = control_iou(read, control), control_iou(read, others(control))
+    sums = {"read": torch.tensor(float(len(read))), "iou": own.sum(), "iou_shuffled": other.sum()}
+    return {**sums, **_gain_sums("iou_gain", own - other)}
+
+
+def _gain_sums(name: str, gain: Tensor) -> dict[str, Tensor]:
+    return {name: gain.sum(), f"{name}_squares": gain.double().square().sum()}
+
+
+def control_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Losses with the true control, without one and with another sample's, and how much the prediction changes.
+
+    Sensitivity is the root mean square change of the prediction, relative to the prediction. IoUs are of the generated
+    images, where there were any.
+    """
+    count = sums["count"]
+    metrics = {
+        "val_loss": sums["true"] / count,
+        "val_loss_without_control": sums["none"] / count,
+        "val_loss_shuffled_control": sums["shuffled"] / count,
+        "val_control_sensitivity": (sums["change_none"] / sums["power"]) ** 0.5,
+        "val_shuffled_sensitivity": (sums["change_shuffled"] / sums["power"]) ** 0.5,
+        "val_control_gain_in_standard_errors": in_standard_errors(sums["gain"], sums["gain_squares"], count),
+    }
+    if sums.get("read"):
+        metrics["val_control_iou"] = sums["iou"] / sums["read"]
+        metrics["val_shuffled_iou"] = sums["iou_shuffled"] / sums["read"]
+        metrics["val_iou_gain_in_standard_errors"] = in_standard_errors(
+            sums["iou_gain"], sums["iou_gain_squares"], sums["read"]
+        )
+    return metrics

@@ -1,8 +1,9 @@
-"""Autoencoders with fresh weights, and where those weights start."""
+"""Autoencoders as configured: fresh weights and where they start, what they decode, and their latents' statistics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,53 +11,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least, check_deepest_feature_map
+from training.core.batches import fetch
+from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.draws import SampleKey
+from training.core.options import Options, option
+from training.core.stage import MapDataset
 
 INITIAL_LOGVAR = -6.0
 BODY_START = 0.1
+STATISTICS_BATCH = 32
 
 
 @dataclass
-class AutoencoderModelConfig:
+class AutoencoderModelConfig(Options):
     """The network; names are those of the Diffusers classes."""
 
-    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = "MultiHeadAutoencoderKL"
+    class_name: Literal["MultiHeadAutoencoderKL", "AutoencoderKL", "AutoencoderTiny"] = option("MultiHeadAutoencoderKL")
     """MultiHeadAutoencoderKL (may work on pixel patches and have heads), AutoencoderKL or AutoencoderTiny"""
-    block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
+    block_out_channels: list[int] = option([96, 128])
     """Channels per resolution; each after the first halves it"""
-    latent_channels: int = 16
+    latent_channels: int = option(16, at_least=1)
     """Channels of the latents"""
-    layers_per_block: int = 1
+    layers_per_block: int = option(1, at_least=1)
     """Residual blocks per resolution"""
-    patch_size: int = 4
+    patch_size: int = option(4, at_least=1)
     """Side of the pixel patches the network works on (MultiHeadAutoencoderKL); 1 is the stock layout"""
-    linear_shortcut: bool = True
+    linear_shortcut: bool = option(True)
     """A linear map beside encoder and decoder (MultiHeadAutoencoderKL); learns much faster"""
-    norm_num_groups: int = 32
+    norm_num_groups: int = option(32, at_least=1)
     """Groups of the group normalization"""
-    mid_block_add_attention: bool = False
+    mid_block_add_attention: bool = option(False)
     """Self-attention in the middle, at the lowest resolution"""
 
-    def check(self, resolution: int) -> None:
-        """Raise UserError for a network that cannot be, or not for pictures of `resolution` pixels."""
-        if not self.block_out_channels or min(self.block_out_channels) < 1:
-            raise UserError(
-                f"--model.block_out_channels is {self.block_out_channels}; "
-                "give a number per resolution, e.g. '[96,128]'"
-            )
-        for name in ("latent_channels", "layers_per_block", "patch_size", "norm_num_groups"):
-            check_at_least(f"model.{name}", getattr(self, name), 1)
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
         if self.patch_size != 1 and self.class_name != "MultiHeadAutoencoderKL":
             raise UserError(
-                f"--model.patch_size {self.patch_size} is for MultiHeadAutoencoderKL; set it to 1 for {self.class_name}"
+                f"--{prefix}patch_size {self.patch_size} is for MultiHeadAutoencoderKL; "
+                f"set it to 1 for {self.class_name}"
             )
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise UserError(
-                f"--model.block_out_channels {self.block_out_channels} must be multiples of "
-                f"--model.norm_num_groups {self.norm_num_groups}"
-            )
-        levels = len(self.block_out_channels)
-        check_deepest_feature_map(resolution, self.patch_size, levels, "--model.block_out_channels")
+        check_multiples(
+            f"{prefix}block_out_channels", self.block_out_channels, f"{prefix}norm_num_groups", self.norm_num_groups
+        )
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise UserError for a network that does not suit images of `resolution` pixels."""
+        check_deepest_feature_map(
+            resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
+        )
 
 
 def build_autoencoder(config: AutoencoderModelConfig, resolution: int, **heads: Any) -> torch.nn.Module:
@@ -144,3 +146,60 @@ def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
         last = [module for module in body.modules() if isinstance(module, torch.nn.Conv2d)][-1]
         last.weight *= BODY_START
         last.bias *= BODY_START
+
+
+@dataclass
+class Decoded:
+    """What an autoencoder makes of latents.
+
+    Args:
+        images: B 3 H W.
+        mask_logits: B K H W, and class_logits: B N; None without such a head.
+    """
+
+    images: Tensor
+    mask_logits: Tensor | None = None
+    class_logits: Tensor | None = None
+
+
+def decode_all(autoencoder: Any, latents: Tensor) -> Decoded:
+    """The image and the predictions of all heads from latents (B C h w); the decoder runs once."""
+    config = autoencoder.config
+    class_logits = autoencoder.classify(latents) if config.get("num_classes") else None
+    if not config.get("num_mask_classes"):
+        return Decoded(autoencoder.decode(latents).sample, None, class_logits)
+    decoded = autoencoder.decode_with_masks(latents)
+    return Decoded(decoded.sample, decoded.mask_logits, class_logits)
+
+
+def latents_of(encoded: Any) -> Tensor:
+    """The latents (B C h w) in what `encode` of any autoencoder returns: the posterior's mode where it has one."""
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+
+@torch.no_grad()
+def measure_latents(
+    autoencoder: Any, data: MapDataset, num_images: int, device: torch.device, poll: Callable[[], None]
+) -> None:
+    """Measure the latents' mean and standard deviation per channel and write them into the model's config.
+
+    Args:
+        data: its first `num_images` rows are encoded.
+        poll: called before each batch; it raises when the run is asked to stop.
+    """
+    from pipelines.common.latents import write_latent_statistics
+
+    count = 0
+    total = squares = torch.zeros(1, dtype=torch.float64)
+    rows = min(len(data), num_images)
+    for start in range(0, rows, STATISTICS_BATCH):
+        poll()
+        keys = [SampleKey(i, 0) for i in range(start, min(start + STATISTICS_BATCH, rows))]
+        latents = latents_of(autoencoder.encode(fetch(data, keys)["pixel_values"].to(device)))
+        values = latents.cpu().double().movedim(1, 0).flatten(1)
+        count += values.shape[1]
+        total = total + values.sum(1)
+        squares = squares + values.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
+    write_latent_statistics(autoencoder, mean.tolist(), std.tolist())

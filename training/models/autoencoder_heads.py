@@ -17,14 +17,15 @@ from torch import Tensor
 
 from pipelines.common.class_colors import class_picture
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
-from training.core.run_config import option
+from training.core.options import Options, option
 from training.data.checks import chunks
 from training.data.companions import SegmentationMask
 from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, LabelMap, load_label_map
 from training.data.source import DataConfig, load_all_splits, named_split, require_column, undecoded_images
 from training.data.transforms import BrokenImage, open_image
+from training.metrics.images import psnr, to_pil
+from training.models.autoencoder import Decoded
 from training.objectives.segmentation import IGNORE_INDEX, class_areas, mean_iou, pixel_accuracy
 
 logger = logging.getLogger("halftone")
@@ -37,27 +38,24 @@ AREAS = ("hit", "total", "taken")
 
 
 @dataclass
-class HeadsConfig:
+class HeadsConfig(Options):
     """Which heads the autoencoder has, and what they weigh."""
 
-    heads: list[Literal["segmentation", "classification"]] = option([], on_resume="error")
+    heads: list[Literal["segmentation", "classification"]] = option([])
     """Heads beside the reconstruction: segmentation (of --mask_column), classification (of --label_column)"""
-    num_mask_classes: int = option(0, on_resume="error")
+    num_mask_classes: int = option(0, at_least=0)
     """Classes of the masks; 0 counts them in the training data"""
-    mask_class_names: list[str] = option([], on_resume="error")
+    mask_class_names: list[str] = option([])
     """Names of the classes of the masks, from id 0 on; they are saved with the model"""
-    segmentation_weight: float = option(0.01)
+    segmentation_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy per pixel; a fresh head's is some ten times the reconstruction's error"""
-    classification_weight: float = option(0.01)
+    classification_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy per picture"""
-    learned_loss_weights: bool = option(False, on_resume="error")
+    learned_loss_weights: bool = option(False)
     """Train the weights of reconstruction and heads (Kendall et al. 2018); they start as the weights given"""
 
-    def validate_heads(self, class_name: str) -> None:
-        """Raise UserError for heads that cannot be."""
-        check_at_least("segmentation_weight", self.segmentation_weight, 0)
-        check_at_least("classification_weight", self.classification_weight, 0)
-        check_at_least("num_mask_classes", self.num_mask_classes, 0)
+    def check_heads(self, class_name: str) -> None:
+        """Raise UserError for heads that do not go together, or not with an autoencoder of this class."""
         if not self.heads:
             if self.learned_loss_weights:
                 raise UserError("--learned_loss_weights needs more than one loss; give --heads, or leave it out")
@@ -142,7 +140,7 @@ class Heads:
         return cls(mask_classes, label_map)
 
     def model_arguments(self) -> dict[str, Any]:
-        """Of MultiHeadAutoencoderKL; empty without heads."""
+        """The heads' arguments of MultiHeadAutoencoderKL; empty without heads."""
         arguments: dict[str, Any] = {}
         if self.mask_classes:
             names = dict(enumerate(self.mask_classes))
@@ -153,7 +151,7 @@ class Heads:
         return arguments
 
     def data_arguments(self) -> dict[str, Any]:
-        """Of ImageDataset."""
+        """The heads' arguments of ImageDataset."""
         labels = {"labels": True, "label_map": self.label_map} if self.label_map is not None else {}
         return {"num_mask_classes": len(self.mask_classes), **labels}
 
@@ -179,8 +177,22 @@ class Heads:
             found["val_top1_accuracy"] = sums["recognised"] / sums["count"]
         return found
 
+    def preview_cells(self, batch: Mapping[str, Any], decoded: Decoded) -> list[tuple[Image.Image, str]]:
+        """Each image, its reconstruction and its masks, with captions; then a legend of the masks' colours."""
+        images = batch["pixel_values"]
+        decibels = psnr(decoded.images, images).tolist()
+        words = self.class_words(batch, decoded.class_logits)
+        masks = self.mask_cells(batch, decoded.mask_logits)
+        cells = []
+        for row in range(len(images)):
+            target, predicted = words[row]
+            cells.append((to_pil(images[row]), f"original{target}"))
+            cells.append((to_pil(decoded.images[row]), f"reconstruction, {decibels[row]:.1f} dB{predicted}"))
+            cells += masks[row]
+        return cells + self.legend(images.shape[-1])
+
     def class_words(self, batch: Mapping[str, Any], class_logits: Tensor | None) -> list[tuple[str, str]]:
-        """Of each picture, what to add to its caption and to its reconstruction's: the true class and the one read."""
+        """For each image, what its caption and its reconstruction's say of its class: the target and the prediction."""
         if class_logits is None or self.label_map is None:
             return [("", "")] * len(batch["pixel_values"])
         names = self.label_map.names
@@ -188,7 +200,7 @@ class Heads:
         return [(f", {names[true]}", f", read as {names[read]}") for true, read in pairs]
 
     def mask_cells(self, batch: Mapping[str, Any], mask_logits: Tensor | None) -> list[list[tuple[Image.Image, str]]]:
-        """Of each picture, its true mask and the one read, with captions; empty lists without a segmentation head."""
+        """For each image its target mask and the predicted one, with captions; empty without a segmentation head."""
         if mask_logits is None:
             return [[] for _ in batch["pixel_values"]]
         cells = []

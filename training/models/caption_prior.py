@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
+from training.core.batches import fetch
+from training.core.draws import Draws, SampleKey
+from training.core.options import Options, option
+from training.core.stage import Batch, MapDataset
+from training.data.fingerprints import evenly_spaced
 
 logger = logging.getLogger("halftone")
 
@@ -23,34 +27,21 @@ RAMP_STEPS = 20
 
 
 @dataclass
-class CaptionPriorConfig:
+class CaptionPriorConfig(Options):
     """The network that predicts latents from the caption alone (pipelines/models/caption_prior.py)."""
 
-    hidden_size: int = 0
+    hidden_size: int = option(0, at_least=0)
     """Width of its hidden layers; 0 trains without one"""
-    dropout: float = 0.1
-    """In its hidden layers"""
-    weight: float = 1.0
+    dropout: float = option(0.1, at_least=0, below=1)
+    """Dropout in its hidden layers"""
+    weight: float = option(1.0, at_least=0)
     """Weight of its squared error in the loss"""
-    warmup_steps: int = 250
+    warmup_steps: int = option(250, at_least=0)
     """Steps of regression, of it and of a text encoder trained along, before the run's first step"""
-    warmup_batch_size: int = 64
-    """Captions in one of them"""
-    warmup_samples: int = 2048
-    """Pictures they are drawn from"""
-
-
-def validate_caption_prior_config(config: CaptionPriorConfig, with_captions: bool) -> None:
-    """Raises UserError for values that cannot be."""
-    check_at_least("caption_prior.hidden_size", config.hidden_size, 0)
-    check_at_least("caption_prior.weight", config.weight, 0)
-    check_at_least("caption_prior.warmup_steps", config.warmup_steps, 0)
-    for name in ("warmup_batch_size", "warmup_samples"):
-        check_at_least(f"caption_prior.{name}", getattr(config, name), 1)
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"--caption_prior.dropout is {config.dropout}; it is a share in [0, 1)")
-    if config.hidden_size and not with_captions:
-        raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
+    warmup_batch_size: int = option(64, at_least=1)
+    """Captions in a step of that regression"""
+    warmup_samples: int = option(2048, at_least=1)
+    """Images that the regression draws from"""
 
 
 def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
@@ -58,6 +49,25 @@ def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shap
     from pipelines.models.caption_prior import CaptionPrior
 
     return CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
+
+
+def regression_samples(
+    data: MapDataset, latents: Callable[[Batch, Draws], Tensor], config: CaptionPriorConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids (N L) and latents (N C h w) of evenly spaced rows of `data`: what the prior is warmed up on.
+
+    Args:
+        latents: gives a batch's latents, B C h w.
+    """
+    input_ids: list[Tensor] = []
+    targets: list[Tensor] = []
+    sampled = evenly_spaced(len(data), config.warmup_samples)
+    for start in range(0, len(sampled), config.warmup_batch_size):
+        rows = sampled[start : start + config.warmup_batch_size]
+        batch = fetch(data, [SampleKey(row, 0) for row in rows])
+        input_ids.append(batch["input_ids"])
+        targets.append(latents(batch, Draws(seed, 0, rows)))
+    return torch.cat(input_ids), torch.cat(targets)
 
 
 def warm_up(

@@ -5,7 +5,7 @@ B batch, C h w latents, L tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,15 @@ def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[in
         if "pixel_values" in batch:
             return encode_latents(vae, batch["pixel_values"], noise)
         return latents_from_moments(vae, batch["mean"], batch.get("logvar"), noise)
+
+
+def batch_images(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
+    """A batch's images (B 3 H W), decoded from its latents where they come from a cache. `shape`: C, h, w."""
+    from pipelines.common.latents import decode_latents
+
+    if "pixel_values" in batch:
+        return batch["pixel_values"]
+    return decode_latents(vae, batch_latents(vae, batch, draws, shape))
 
 
 def caption_and_class(
@@ -45,3 +54,28 @@ def caption_and_class(
     if unet.config.num_class_embeds:
         arguments["class_labels"] = torch.where(dropped, null_class(unet), batch["label"])
     return arguments
+
+
+def pipeline_conditions(
+    count: int, texts: Sequence[str] | None, labels: Sequence[int] | None, id2label: Mapping[int, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments with which a pipeline draws samples, and the captions to show under its images.
+
+    Args:
+        count: how many images are drawn without any condition.
+        texts: prompts; None for a model without captions.
+        labels: class ids, as many as texts; None for a model without classes.
+        id2label: names of the classes; those that it lacks are shown by their number.
+    """
+    if texts is None and labels is None:
+        return {"num_images_per_prompt": count}, [f"sample {i + 1}" for i in range(count)]
+    conditions: dict[str, Any] = {}
+    names = [id2label.get(label, f"class {label}") for label in labels or ()]
+    if labels is not None:
+        conditions["class_labels"] = list(labels)
+    if texts is None:
+        return conditions, names
+    captions = list(texts)
+    if names:
+        captions = [f"{text} [{name}]" for text, name in zip(texts, names, strict=True)]
+    return {**conditions, "prompt": list(texts)}, captions

@@ -3,61 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least, check_deepest_feature_map
+from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.options import Options, option
 
 
 @dataclass
-class ImageCaptionModelConfig:
+class ImageCaptionModelConfig(Options):
     """The model; names are those of ImageCaptionModel."""
 
-    latent_size: int = 1024
+    latent_size: int = option(1024, at_least=1)
     """Numbers in the latent vector"""
-    max_length: int = 100
+    max_length: int = option(100, at_least=3)
     """Tokens per caption, <START> and <END> included; longer ones are cut"""
-    patch_size: int = 4
+    patch_size: int = option(4, at_least=1)
     """Side of the pixel patches that the convolutions work on"""
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 384, 512])
+    block_out_channels: list[int] = option([128, 256, 384, 512])
     """Channels of each level; every one after the first halves the side"""
-    layers_per_block: int = 1
+    layers_per_block: int = option(1, at_least=1)
     """Residual blocks per level"""
-    norm_num_groups: int = 32
-    """Groups of the group norms"""
-    map_channels: int = 32
+    norm_num_groups: int = option(32, at_least=1)
+    """Groups of the group normalization"""
+    map_channels: int = option(32, at_least=1)
     """Channels of the map between convolutions and latent vector"""
-    text_hidden_size: int = 512
+    text_hidden_size: int = option(512, at_least=1)
     """Width of both Transformers"""
-    num_attention_heads: int = 8
+    num_attention_heads: int = option(8, at_least=1)
     """Attention heads of both"""
-    num_encoder_layers: int = 4
+    num_encoder_layers: int = option(4, at_least=1)
     """Layers of the caption's encoder"""
-    num_decoder_layers: int = 6
+    num_decoder_layers: int = option(6, at_least=1)
     """Layers of the caption's decoder"""
-    prefix_length: int = 8
+    prefix_length: int = option(8, at_least=1)
     """Tokens before a caption that tell its decoder the latent vector"""
 
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        check_multiples(
+            f"{prefix}block_out_channels", self.block_out_channels, f"{prefix}norm_num_groups", self.norm_num_groups
+        )
+        check_multiples(
+            f"{prefix}text_hidden_size",
+            [self.text_hidden_size],
+            f"{prefix}num_attention_heads",
+            self.num_attention_heads,
+        )
 
-def validate_model_config(config: ImageCaptionModelConfig, resolution: int) -> None:
-    """Raises UserError for numbers that do not go together."""
-    counts = asdict(config)
-    widths = counts.pop("block_out_channels")
-    for name, value in counts.items():
-        check_at_least(f"model.{name}", value, 3 if name == "max_length" else 1)
-    if not widths or any(width < 1 or width % config.norm_num_groups for width in widths):
-        raise UserError(
-            f"--model.block_out_channels {widths} must be multiples of --model.norm_num_groups {config.norm_num_groups}"
+    def check_resolution(self, resolution: int) -> None:
+        """Raise UserError for a network that does not suit images of `resolution` pixels."""
+        check_deepest_feature_map(
+            resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
         )
-    if config.text_hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"--model.text_hidden_size {config.text_hidden_size} must be a multiple of "
-            f"--model.num_attention_heads {config.num_attention_heads}"
-        )
-    check_deepest_feature_map(resolution, config.patch_size, len(widths), "--model.block_out_channels")
 
 
 def build_model(config: ImageCaptionModelConfig, resolution: int, tokenizer: Any) -> Any:

@@ -7,39 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
 from training.core.draws import Draws
+from training.core.options import Options, option
 from training.core.stage import Batch, Phase
 from training.objectives.diffusion import Diffusion, DiffusionConfig
 
 
 @dataclass
-class LatentPriorConfig:
+class LatentPriorConfig(Options):
     """The prior; names are those of LatentPriorModel, where it has them."""
 
-    hidden_size: int = 512
+    hidden_size: int = option(512, at_least=0)
     """Width; 0 trains no prior, and the pipeline invents no pairs"""
-    num_layers: int = 4
+    num_layers: int = option(4, at_least=1)
     """Residual perceptrons"""
-    repeats: int = 4
-    """Noise levels that each latent is seen at in a step: the prior is cheap, and the latents are not"""
-    start: float = 0.6
-    """Share of the run after which it learns: before, the latents move, and who has followed them learns badly after"""
-    learning_rate: float | None = None
+    repeats: int = option(4, at_least=1)
+    """Noise levels at which each latent is trained in a step: the prior is cheap to run, and the latents are not"""
+    start: float = option(0.6, at_least=0, below=1, usual="0.6")
+    """Fraction of training after which the prior starts; earlier, the latents still change, and a prior that tracks
+    them ends up worse"""
+    learning_rate: float | None = option(None, above=0)
     """Unset: that of the autoencoder"""
 
 
-def validate_latent_prior_config(config: LatentPriorConfig) -> None:
-    """Raises UserError for numbers that cannot be."""
-    for name, least in (("hidden_size", 0), ("num_layers", 1), ("repeats", 1)):
-        check_at_least(f"prior.{name}", getattr(config, name), least)
-    if not 0 <= config.start < 1:
-        raise UserError(f"--prior.start is {config.start}; it is a share of the run in [0, 1), such as 0.6")
+def build_latent_prior(config: LatentPriorConfig, latent_size: int) -> Any:
+    """A LatentPriorModel with fresh weights for latent vectors of this size."""
+    from pipelines.models.latent_prior import LatentPriorModel
+
+    return LatentPriorModel(latent_size, config.hidden_size, config.num_layers)
 
 
 class LatentPriorPhase(Phase):
@@ -58,7 +58,7 @@ class LatentPriorPhase(Phase):
         return int(self.config.start * total_steps)
 
     def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
-        """Of each latent vector (B D), the mean over `repeats` noise levels. B."""
+        """The loss of each latent vector (B D), the mean over `repeats` noise levels. B."""
         seen = []
         for repeat in range(repeats):
             own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)

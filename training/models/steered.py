@@ -19,7 +19,7 @@ from training.core.stage import Batch
 from training.data.briefs import BriefedPosters
 from training.data.images import DataConfig, ImageDataset, load_label_map
 from training.data.tokenization import CaptionTokens
-from training.models.conditioning import batch_latents, caption_and_class
+from training.models.conditioning import batch_latents, caption_and_class, pipeline_conditions
 from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
 
 
@@ -126,15 +126,12 @@ class LatentBase(ControlBase):
         return FusionControlNetPipeline(**parts, **config, controlnet=controlnet)
 
     def prompts(self, data: Any, batch: Batch, rows: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
-        arguments: dict[str, Any] = {}
-        words = [f"sample {row + 1}" for row in rows]
-        if self.unet.config.num_class_embeds:
-            arguments["class_labels"] = [int(batch["label"][row]) for row in rows]
-            names = self.pipeline.config.id2label or {}
-            words = [names.get(str(label), f"class {label}") for label in arguments["class_labels"]]
-        if self.caption_tokens is not None:
-            arguments["prompt"] = words = [batch["caption"][row] for row in rows]
-        return arguments, words
+        texts = [batch["caption"][row] for row in rows] if self.caption_tokens is not None else None
+        labels = [int(batch["label"][row]) for row in rows] if self.unet.config.num_class_embeds else None
+        id2label = {int(id_): name for id_, name in (self.pipeline.config.id2label or {}).items()}
+        conditions, captions = pipeline_conditions(len(rows), texts, labels, id2label)
+        # The controls say how many images there are.
+        return ({} if texts is labels is None else conditions), captions
 
 
 class PosterBase(ControlBase):

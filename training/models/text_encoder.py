@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least
+from training.core.checks import check_multiples
+from training.core.options import Options, option
+from training.data.tokenization import CaptionTokens, load_tokenizer
 
 WORD_STD, POSITION_STD = 1.0, 0.2
 
 
 @dataclass
-class TextEncoderConfig:
+class TextEncoderConfig(Options):
     """The text encoder that is trained jointly; names are those of transformers.CLIPTextConfig."""
 
-    hidden_size: int = 128
+    hidden_size: int = option(128, at_least=1)
     """Width D of a token"""
-    num_hidden_layers: int = 2
+    num_hidden_layers: int = option(2, at_least=1)
     """Transformer layers"""
-    num_attention_heads: int = 4
+    num_attention_heads: int = option(4, at_least=1)
     """Attention heads"""
-    max_length: int = 32
-    """Tokens per caption; longer ones are cut"""
+    max_length: int = option(32, at_least=3)
+    """Tokens per caption, its start and end included; longer captions are cut"""
 
-
-def validate_text_encoder_config(config: TextEncoderConfig) -> None:
-    """Raises UserError for numbers that do not go together."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        check_at_least(f"text_encoder.{name}", getattr(config, name), 1)
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"--text_encoder.hidden_size {config.hidden_size} must be a multiple of "
-            f"--text_encoder.num_attention_heads {config.num_attention_heads}"
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        check_multiples(
+            f"{prefix}hidden_size", [self.hidden_size], f"{prefix}num_attention_heads", self.num_attention_heads
         )
-    if config.max_length < 3:
-        raise UserError(f"--text_encoder.max_length is {config.max_length}; a caption with its ends needs 3 tokens")
+
+
+def build_text(
+    config: TextEncoderConfig, tokenizer_name: str | None, pretrained: str | None
+) -> tuple[CaptionTokens, Any]:
+    """Token ids of captions, and the text encoder that reads them.
+
+    Args:
+        config: of a text encoder with fresh weights, for which the global generator is used.
+        tokenizer_name: a tokenizer's folder or name; None takes the pretrained text encoder's own.
+        pretrained: a text encoder of Transformers by name or folder; None makes a new one.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not belong together.
+    """
+    from pipelines.latent_diffusion import max_caption_length
+
+    tokenizer = load_tokenizer(tokenizer_name or pretrained or "")
+    text_encoder = load_text_encoder(pretrained) if pretrained else new_text_encoder(config, tokenizer)
+    check_vocabulary(tokenizer, text_encoder)
+    max_length = config.max_length
+    with contextlib.suppress(ValueError):  # neither has a limit of its own
+        max_length = min(max_length, max_caption_length(tokenizer, text_encoder))
+    return CaptionTokens(tokenizer, max_length, padding="max_length"), text_encoder
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:

@@ -6,84 +6,76 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from pipelines.tools.cli import UserError
+from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.options import Options, option
 
 
 @dataclass
-class _UNetShape:
+class _UNetShape(Options):
     """Names are those of diffusers.UNet2DConditionModel where it has them."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 192])
+    block_out_channels: list[int] = option([128, 192])
     """Channels per resolution; each after the first halves it"""
-    layers_per_block: int = 2
+    layers_per_block: int = option(2, at_least=1)
     """Residual blocks per resolution on the way down; one more on the way up"""
-    attention_head_dim: int = 32
+    attention_head_dim: int = option(32, at_least=1)
     """Channels of one attention head"""
-    transformer_layers_per_block: int = 1
+    transformer_layers_per_block: int = option(1, at_least=1)
     """Transformer layers in each attention block"""
-    norm_num_groups: int = 32
+    norm_num_groups: int = option(32, at_least=1)
     """Groups of the group normalization"""
-    dropout: float = 0.0
-    """In residual blocks"""
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = "scale_shift"
+    dropout: float = option(0.0, at_least=0, below=1)
+    """Dropout in residual blocks"""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = option("scale_shift")
     """How the time embedding acts on residual blocks: added, or as scale and shift"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        for name in ("norm_num_groups", "attention_head_dim"):
+            check_multiples(f"{prefix}block_out_channels", self.block_out_channels, prefix + name, getattr(self, name))
 
 
 @dataclass
 class UNetConfig(_UNetShape):
     """The U-Net of latents."""
 
-    attention_levels: list[int] = field(default_factory=lambda: [0, 1])
+    attention_levels: list[int] = option([0, 1])
     """Resolutions with attention, 0 the highest; [] for none but the middle's"""
-    text_in_time_embedding: bool = True
+    text_in_time_embedding: bool = option(True)
     """The caption as a whole, pooled by attention, joins the time embedding (addition_embed_type text)"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        levels = len(self.block_out_channels)
+        if any(not 0 <= level < levels for level in self.attention_levels):
+            raise UserError(f"--{prefix}attention_levels {self.attention_levels} must lie in 0 to {levels - 1}")
 
 
 @dataclass
 class PixelUNetConfig(_UNetShape):
-    """The U-Net of pictures."""
+    """The U-Net of images."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 384])
+    block_out_channels: list[int] = option([64, 128, 256, 384])
     """Channels per resolution; each after the first halves it"""
-    attention_resolutions: list[int] = field(default_factory=lambda: [32])
+    attention_resolutions: list[int] = option([32])
     """Sides of the feature maps with attention, to themselves and to the brief, down and up; [] for none at all"""
 
-
-def validate_unet_config(config: UNetConfig) -> None:
-    """Raises UserError for numbers that do not go together."""
-    _validate_shape(config)
-    levels = len(config.block_out_channels)
-    if any(not 0 <= level < levels for level in config.attention_levels):
-        raise UserError(f"--model.attention_levels {config.attention_levels} must lie in 0 to {levels - 1}")
-
-
-def validate_pixel_unet_config(config: PixelUNetConfig, resolution: int) -> None:
-    """Raises UserError for numbers that do not go together in a network for pictures of this side."""
-    _validate_shape(config)
-    there = feature_map_sides(config, resolution)
-    for side in config.attention_resolutions:
-        if side not in there:
-            raise UserError(
-                f"--model.attention_resolutions has {side}, but at --resolution {resolution} the network's "
-                f"resolutions are {', '.join(map(str, there))}; choose among them, or [] for no attention"
-            )
-
-
-def _validate_shape(config: _UNetShape) -> None:
-    widths = config.block_out_channels
-    if not widths:
-        raise UserError("--model.block_out_channels is empty; give one number per resolution, e.g. '[128,192]'")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"--model.dropout is {config.dropout}; it is a share in [0, 1)")
-    for flag in ("norm_num_groups", "attention_head_dim"):
-        part = getattr(config, flag)
-        if part < 1 or any(width % part for width in widths):
-            raise UserError(f"--model.block_out_channels {widths} must be multiples of --model.{flag} {part}")
+    def check_resolution(self, resolution: int) -> None:
+        """Raise UserError for a network that does not suit images of this side."""
+        check_deepest_feature_map(resolution, 1, len(self.block_out_channels), "--model.block_out_channels")
+        sides = feature_map_sides(self, resolution)
+        for side in self.attention_resolutions:
+            if side not in sides:
+                raise UserError(
+                    f"--model.attention_resolutions has {side}, but at --resolution {resolution} the network's "
+                    f"resolutions are {', '.join(map(str, sides))}; choose among them, or [] for no attention"
+                )
 
 
 def feature_map_sides(config: _UNetShape, resolution: int) -> list[int]:
@@ -99,14 +91,19 @@ def build_unet(
     num_classes: int,
     condition_channels: int = 0,
 ) -> nn.Module:
-    """A U-Net with fresh weights for `channels` × `size` × `size`.
+    """A U-Net with fresh weights for latents of `channels` × `size` × `size`.
 
     Args:
         text_width: of the text condition; None builds one without text, whose attention is self-attention alone.
         num_classes: 0 for none; else one class more is made, the last, for "no class".
-        condition_channels: of what is put beside the noisy latents.
+        condition_channels: channels that are put beside the noisy latents.
+
+    Raises:
+        UserError: latents too small for the number of levels.
     """
-    attends = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+    levels = len(config.block_out_channels)
+    check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "the latents' side")
+    attends = [level in config.attention_levels for level in range(levels)]
     return _stock_unet(
         config,
         attends,

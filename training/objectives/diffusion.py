@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_at_least, check_choice
 from training.core.draws import Draws
-from training.core.run_config import option
+from training.core.options import Options, option
 from training.objectives import functional
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -22,66 +21,54 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 
 @dataclass
-class NoiseScheduleConfig:
+class NoiseScheduleConfig(Options):
     """Flags that make a model what it is: one that is built on it takes them over."""
 
-    prediction_type: str = option("flow_prediction", on_resume="error")
+    prediction_type: str = option("flow_prediction", choices=functional.PREDICTION_TYPES)
     """epsilon, v_prediction, sample, or flow_prediction (rectified flow)"""
-    num_train_timesteps: int = option(1000, on_resume="error")
+    num_train_timesteps: int = option(1000, at_least=2)
     """Noise levels of the schedule"""
-    beta_schedule: str = option("scaled_linear", on_resume="error")
+    beta_schedule: str = option("scaled_linear", choices=BETA_SCHEDULES)
     """linear, scaled_linear or squaredcos_cap_v2; flow matching has none"""
-    beta_start: float = option(0.00085, on_resume="error")
+    beta_start: float = option(0.00085)
     """First beta"""
-    beta_end: float = option(0.012, on_resume="error")
+    beta_end: float = option(0.012)
     """Last beta"""
-    rescale_betas_zero_snr: bool = option(False, on_resume="error")
+    rescale_betas_zero_snr: bool = option(False)
     """Zero terminal SNR (Lin et al. 2024); for v_prediction and sample"""
-    flow_shift: float = option(1.0, on_resume="error")
+    flow_shift: float = option(1.0, above=0, usual="1")
     """Shift of the flow's times towards noise, in training and sampling; above 1 for large latents"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.rescale_betas_zero_snr and self.prediction_type not in ("v_prediction", "sample"):
+            raise UserError(
+                f"--rescale_betas_zero_snr does not go with --prediction_type {self.prediction_type}; "
+                "use v_prediction or sample"
+            )
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Options):
     """Flags of how it is trained."""
 
-    timestep_sampling: str = option("logit_normal")
+    timestep_sampling: str = option("logit_normal", on_resume="warn", choices=TIMESTEP_SAMPLINGS)
     """uniform or logit_normal"""
-    logit_mean: float = option(0.0)
+    logit_mean: float = option(0.0, on_resume="warn")
     """Of logit_normal"""
-    logit_std: float = option(1.0)
+    logit_std: float = option(1.0, on_resume="warn")
     """Of logit_normal"""
-    snr_gamma: float | None = option(None)
+    snr_gamma: float | None = option(None, on_resume="warn", above=0, usual="5")
     """Min-SNR weighting (Hang et al. 2023); 5 is the paper's"""
-    noise_offset: float = option(0.0)
+    noise_offset: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of offset noise"""
-    cfg_dropout: float = option(0.1)
+    cfg_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Share of samples trained without their condition, for classifier-free guidance"""
 
 
 @dataclass
 class DiffusionConfig(ObjectiveConfig, NoiseScheduleConfig):
     """All flags of the objective."""
-
-
-def validate_diffusion_config(config: DiffusionConfig) -> None:
-    """Raises UserError for values that cannot be."""
-    check_choice("prediction_type", config.prediction_type, functional.PREDICTION_TYPES)
-    check_choice("beta_schedule", config.beta_schedule, BETA_SCHEDULES)
-    check_choice("timestep_sampling", config.timestep_sampling, TIMESTEP_SAMPLINGS)
-    check_at_least("noise_offset", config.noise_offset, 0)
-    check_at_least("num_train_timesteps", config.num_train_timesteps, 2)
-    if not 0 <= config.cfg_dropout <= 1:
-        raise UserError(f"--cfg_dropout is {config.cfg_dropout}; it is a share in [0, 1] (0.1 is usual)")
-    if config.snr_gamma is not None and not config.snr_gamma > 0:
-        raise UserError(f"--snr_gamma is {config.snr_gamma}; it must be above 0 (5 is usual), or unset")
-    if not config.flow_shift > 0:
-        raise UserError(f"--flow_shift is {config.flow_shift}; it must be above 0 (1 shifts nothing)")
-    if config.rescale_betas_zero_snr and config.prediction_type not in ("v_prediction", "sample"):
-        raise UserError(
-            f"--rescale_betas_zero_snr does not go with --prediction_type {config.prediction_type}; "
-            "use v_prediction or sample"
-        )
 
 
 @dataclass

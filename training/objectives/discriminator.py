@@ -1,8 +1,19 @@
-"""A patch discriminator (Isola et al. 2017, "PatchGAN"), with group normalization so that samples stay independent."""
+"""A patch discriminator (Isola et al. 2017, "PatchGAN") and its training.
+
+It has group normalization, so that samples stay independent.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
+
+from training.core.draws import Draws
+from training.core.stage import Batch, Phase
+from training.objectives.functional import hinge_discriminator_loss
 
 
 class PatchDiscriminator(nn.Module):
@@ -30,3 +41,50 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+@contextmanager
+def parameters_fixed(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients flow through `module` but not to its parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class DiscriminatorPhase(Phase):
+    """Tells images from reconstructions; the autoencoder is trained by its own phase's adversarial term alone.
+
+    Args:
+        reconstruct: (images B 3 H W in [-1, 1], draws) → reconstructions as the autoencoder's phase makes them.
+        start: the step from which the discriminator trains.
+        learning_rate: None takes the run's.
+    """
+
+    name = "discriminator"
+
+    def __init__(
+        self,
+        discriminator: PatchDiscriminator,
+        reconstruct: Callable[[Tensor, Draws], Tensor],
+        start: int,
+        learning_rate: float | None,
+    ):
+        super().__init__()
+        self.discriminator = discriminator
+        self.learning_rate = learning_rate
+        self._start, self._reconstruct = start, reconstruct
+
+    def first_step(self, total_steps: int) -> int:
+        return self._start
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            fake = self._reconstruct(batch["pixel_values"], draws)
+        real_score, fake_score = self.discriminator(batch["pixel_values"]), self.discriminator(fake)
+        loss = hinge_discriminator_loss(real_score, fake_score)
+        return loss, {"real": real_score.detach().mean(), "fake": fake_score.detach().mean()}

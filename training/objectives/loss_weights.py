@@ -59,3 +59,29 @@ class LearnedLossWeights(nn.Module):
 
     def _halves(self, name: str) -> float:
         return 2.0 if name in self.regression else 1.0
+
+
+def weighted_sum(
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    learned: LearnedLossWeights | None,
+    groups: Mapping[str, Collection[str]],
+) -> Tensor:
+    """The loss that is minimized, a scalar.
+
+    Args:
+        losses, weights: scalars of the same names.
+        learned: None takes the weights given; else a loss (or group) of one of its names is weighted by it instead,
+            and the others keep their weights.
+        groups: losses that count as one loss for `learned`, the sum of their weighted values, by its name there.
+    """
+    weighted = {name: weights[name] * value for name, value in losses.items()}
+    if learned is None:
+        return torch.stack(list(weighted.values())).sum()
+    tasks = {
+        group: torch.stack([weighted.pop(name) for name in names if name in weighted]).sum()
+        for group, names in groups.items()
+    }
+    tasks |= {name: losses[name] for name in learned.log_variances if name in losses}
+    fixed = [value for name, value in weighted.items() if name not in tasks]
+    return torch.stack([learned(tasks), *fixed]).sum()

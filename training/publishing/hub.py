@@ -22,7 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipelines.tools.cli import UserError, cause, nearest, one_line
+from pipelines.tools.cli import UserError, cause, one_line
+from training.core.options import Options, option
 
 # What a run uploads, and when; as in the Transformers Trainer.
 HUB_STRATEGIES = {
@@ -38,6 +39,24 @@ SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bWANDB_API_KEY\s*[=:]\s*\S+"
 TEXT_SUFFIXES = {".json", ".yaml", ".yml", ".md", ".txt", ".csv", ".toml", ".py", ".log", ".jsonl", ".sh", ".ini", ""}
 
 Notify = Callable[[str], None]
+
+
+@dataclass
+class HubConfig(Options):
+    """Whether and how a run is uploaded to the Hugging Face Hub."""
+
+    push_to_hub: bool = option(False, on_resume="free")
+    """Upload the pipeline when it is complete (and at the moments that `--hub_strategy` says)."""
+    hub_model_id: str | None = option(None, on_resume="free")
+    """user/name; unset: your user and the folder's name."""
+    hub_token: str | None = option(None, on_resume="free", secret=True)
+    """Unset: the token of `hf auth login` or HF_TOKEN. It is never saved."""
+    hub_private_repo: bool = option(False, on_resume="free")
+    """Create the repository as a private one."""
+    hub_strategy: str = option("end", on_resume="free", choices=tuple(HUB_STRATEGIES))
+    """end (the pipeline, once), every_save (at each checkpoint), checkpoint (and the newest one) or all_checkpoints."""
+    license: str | None = option(None, on_resume="free")
+    """Licence of the model for its card, e.g. cc-by-4.0. Nothing is assumed."""
 
 
 @dataclass
@@ -60,36 +79,24 @@ class Publisher:
     """One model repo and the uploads of one run into it. Used on the main process only.
 
     Args:
-        model_id: `user/name`, `name` (the user's own namespace), or None: the run folder's name.
+        config: names the repository, the token and the strategy.
         run_dir: the run's folder; snapshots wait in a hidden folder of it, on the same disk as the checkpoints.
-        token: None takes HF_TOKEN or the stored login.
-        private: of a repo that is made new; None is the account's default.
-        strategy: one of `HUB_STRATEGIES`.
         notify: takes the lines for the user.
         retry_delays: seconds to wait before each further attempt at a failed upload.
-
-    Raises:
-        UserError: an unknown strategy.
     """
 
     def __init__(
         self,
-        model_id: str | None,
+        config: HubConfig,
         *,
         run_dir: Path,
-        token: str | None = None,
-        private: bool | None = None,
-        strategy: str = "end",
         notify: Notify = tqdm.write,
         retry_delays: Sequence[float] = RETRY_DELAYS,
     ):
-        if strategy not in HUB_STRATEGIES:
-            known = ", ".join(HUB_STRATEGIES)
-            raise UserError(f"--hub_strategy {strategy}: unknown{nearest(strategy, HUB_STRATEGIES)} (known: {known})")
-        self.model_id = model_id or run_dir.name
+        self.model_id = config.hub_model_id or run_dir.name
         self.run_dir = run_dir
-        self.strategy = strategy
-        self._token, self._private = token, private
+        self.strategy = config.hub_strategy
+        self._token, self._private = config.hub_token, config.hub_private_repo
         self._notify = notify
         self._retry_delays = tuple(retry_delays)
         self._queue_dir = run_dir / ".hub_queue"

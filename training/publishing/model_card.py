@@ -11,16 +11,16 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipelines.common.class_colors import class_color
 from pipelines.common.poster_domain import hex_color
 from pipelines.tools.cli import UserError, nearest, one_line
+from pipelines.tools.resources import own_version, shipped_path
 from training.core.files import write_atomically
 
-TEMPLATES = Path(__file__).resolve().parent.parent.parent / "model_cards"
+TEMPLATES = shipped_path("model_cards")
 CARD_NAME = "README.md"
 # What the Hub takes in a card's `license`; anything else goes under "other" with its name.
 HUB_LICENSES = frozenset(
@@ -61,6 +61,22 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
     Raises:
         UserError: no such template.
     """
+    folder = Path(folder)
+    path = folder / CARD_NAME
+    write_atomically(path, _render(folder, template, record))
+    return path
+
+
+def check_card(template: str) -> None:
+    """Render an empty card, so that a template that is missing or broken is known before the first step.
+
+    Raises:
+        UserError: no such template, or none that it extends.
+    """
+    _render(TEMPLATES, template, {})
+
+
+def _render(folder: Path, template: str, record: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -70,16 +86,13 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    facts = card_facts(folder, {key: value for key, value in record.items() if value is not None})
     try:
-        source = environment.get_template(template)
+        text = environment.get_template(template).render(facts)
     except jinja2.TemplateNotFound as error:
         known = sorted(path.name for path in TEMPLATES.glob("*.jinja"))
         raise UserError(f"no card template {error.name} in {TEMPLATES}{nearest(str(error.name), known)}") from None
-    folder = Path(folder)
-    text = source.render(card_facts(folder, {key: value for key, value in record.items() if value is not None}))
-    path = folder / CARD_NAME
-    write_atomically(path, re.sub(r"\n{3,}", "\n\n", text))
-    return path
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "mask_classes": mask_legend(record.get("mask_classes") or []),
         "classes": [one_line(name) for name in record.get("classes") or []],
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
-        "halftone": _own_version(),
+        "halftone": own_version(),
     }
 
 
@@ -283,10 +296,3 @@ def _yaml(config: Mapping[str, Any]) -> str:
 def _cell(text: str) -> str:
     """Text for a table, where `|` would end the cell."""
     return text.replace("|", "\\|")
-
-
-def _own_version() -> str:
-    try:
-        return version("halftone")
-    except PackageNotFoundError:  # run from a checkout
-        return ""

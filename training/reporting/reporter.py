@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipelines.tools.commands import this_command
 from training.core.files import write_atomically
 from training.core.previews import Previews, save_png
-from training.core.run_config import RunConfig, this_command
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
-from training.reporting.tracking import Trackers, parse_report_to, start_trackers
+from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers
 from training.run.folder import RunFolder
 from training.run.metrics_log import EpochLoss, MetricsLog
 from training.run.state import EpochSummary, RunState
@@ -36,38 +37,46 @@ MOST_TIME_FOR_CURVES = 0.01
 
 
 class Reporter:
-    """The reports of one session."""
+    """The reports of one session, from where its run stands: metrics.csv is cut there, and trackers continue there.
 
-    trackers: Trackers
-    metrics_log: MetricsLog
+    Args:
+        settings: the run's config as plain values, for the trackers.
+        is_main: whether this is the main process; on others the reporter only counts.
+    """
 
     def __init__(
-        self, stage: Stage, config: RunConfig, folder: RunFolder, state: RunState, steps_per_epoch: int, is_main: bool
+        self,
+        stage: Stage,
+        config: TrackerConfig,
+        settings: Mapping[str, Any],
+        folder: RunFolder,
+        state: RunState,
+        steps_per_epoch: int,
+        is_main: bool,
     ):
-        self.stage, self.config, self.folder, self.state = stage, config, folder, state
+        self.stage, self.folder, self.state = stage, folder, state
         self.steps_per_epoch, self.is_main = steps_per_epoch, is_main
+        # A row of the current step is still to be written when what falls due after it is.
+        last_row = state.step - 1 if state.pending_events else state.step
+        if is_main:
+            self.metrics_log = MetricsLog(folder.metrics_file, last_row)
+        self.trackers = start_trackers(
+            parse_report_to(config.report_to),
+            project=config.tracker_project_name,
+            run_name=folder.name,
+            run_dir=folder.path,
+            config=settings,
+            previous_id=state.tracker_id,
+            first_step=last_row + 1,
+            notify=logger.info,
+        )
+        if is_main:
+            state.tracker_id = self.trackers.run_id
         self._bar: tqdm | None = None
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
         self._line_said = time.perf_counter()
         self._curves_due = self._line_said + SECONDS_BETWEEN_CURVES
-
-    def start(self) -> None:
-        """Open metrics.csv, cut to where the run stands, and the trackers; main process only."""
-        # A row of the current step is still to be written when what falls due after it is.
-        last_row = self.state.step - 1 if self.state.pending_events else self.state.step
-        self.metrics_log = MetricsLog(self.folder.metrics_file, last_row)
-        self.trackers = start_trackers(
-            parse_report_to(self.config.report_to),
-            project=self.config.tracker_project_name,
-            run_name=self.config.run_name or self.folder.path.name,
-            run_dir=self.folder.path,
-            config=self.config.to_dict(),
-            previous_id=self.state.tracker_id,
-            first_step=last_row + 1,
-            notify=logger.info,
-        )
-        self.state.tracker_id = self.trackers.run_id
 
     def progress(self) -> tqdm:
         """The progress bar, a context manager."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.captioned_grid import image_grid
+from pipelines.tools.grids import image_grid
 from training.run.metrics_log import read_metrics
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError, cause, nearest
+from training.core.options import Options, option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +34,20 @@ STEP_METRIC = "step"
 FAILURES_BEFORE_GIVING_UP = 3
 
 Notify = Callable[[str], None]
+
+
+@dataclass
+class TrackerConfig(Options):
+    """Where metrics and preview images go beside the run folder."""
+
+    report_to: str | list[str] = option("wandb", on_resume="free")
+    """wandb, trackio, tensorboard, several (comma-separated), or none."""
+    tracker_project_name: str = option("halftone", on_resume="free")
+    """The project on the dashboard."""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        parse_report_to(self.report_to)
 
 
 def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
@@ -395,7 +411,7 @@ def _with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> li
 
 
 def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    from pipelines.tools.captioned_grid import image_grid
+    from pipelines.tools.grids import image_grid
 
     return image_grid(images, captions)
 

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from training.core.files import fsync_folder, write_json
+from training.core.options import Options, option
 
 logger = logging.getLogger("halftone")
 
@@ -31,6 +33,16 @@ WRITING = ".writing-"
 REPLACED = ".replaced-"
 DELETING = ".deleting-"
 LINKING = ".tmp"
+
+
+@dataclass
+class CheckpointConfig(Options):
+    """Which checkpoint a run resumes from, and how many are kept."""
+
+    resume_from_checkpoint: str = option("latest", on_resume="free")
+    """`latest`, `best`, `none`, or the path of a checkpoint."""
+    checkpoints_total_limit: int = option(2, on_resume="free", at_least=1)
+    """Number of the newest checkpoints that are kept, beside `best`."""
 
 
 class DamagedCheckpoint(Exception):

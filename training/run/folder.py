@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from pipelines.tools.cli import UserError
 from training.core.files import write_atomically
+from training.core.options import Options, option
 
 try:
     import fcntl
@@ -22,11 +24,24 @@ except ImportError:  # Windows has no advisory locks of this kind; the check for
 logger = logging.getLogger("halftone")
 
 
+@dataclass
+class RunFolderConfig(Options):
+    """Where a run lies."""
+
+    output_dir: str = option("", on_resume="free")
+    """The run folder; `runs/<stage>` if none is named."""
+    run_name: str = option("", on_resume="free")
+    """Name of the run, for dashboards and the model card; unset: the folder's name."""
+    overwrite: bool = option(False, on_resume="free")
+    """Start again in a used folder; the old run is set aside beside it, not deleted."""
+
+
 class RunFolder:
     """runs/<name>: config.yaml metrics.csv training_curves.png run.log samples/ checkpoints/ pipeline/."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, name: str = ""):
         self.path = Path(path)
+        self.name = name or self.path.name
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.csv"
         self.curves_file = self.path / "training_curves.png"
@@ -72,6 +87,16 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def has_checkpoint(self) -> bool:
+        """Whether this run folder has a checkpoint to resume from."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def is_exported(self, step: int) -> bool:
+        """Whether pipeline/ is that of this step."""
+        if not (self.pipeline / "model_index.json").is_file() or not self.record_file.is_file():
+            return False
+        return json.loads(self.record_file.read_text()).get("steps") == step
+
     def set_aside(self) -> Path | None:
         """Move an old run out of the way; nothing is deleted. Returns where it went."""
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -102,11 +127,6 @@ class RunFolder:
     def save_record(self, record: dict[str, Any]) -> None:
         """The figures of a run, for model cards and for people."""
         write_atomically(self.record_file, json.dumps(record, indent=2, default=str) + "\n")
-
-
-def has_checkpoint(path: str | Path) -> bool:
-    """Whether the run in this folder is going to be gone on with."""
-    return any(RunFolder(path).checkpoints.glob("step-*"))
 
 
 def start_logging(log_file: Path | None) -> None:

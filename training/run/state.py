@@ -5,9 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from training.core.options import Options, option
+from training.run.checkpoint import load_json, save_json
 from training.run.metrics_log import EpochLoss, RunningMeans
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass
+class EarlyStoppingConfig(Options):
+    """When a run stops because its validation metric no longer improves."""
+
+    early_stopping_patience: int = option(0, on_resume="warn", at_least=0)
+    """Stop after this many validations in a row without improvement; 0: never."""
+    early_stopping_min_delta: float = option(0.0, on_resume="warn", at_least=0)
+    """The smallest change of the metric that counts as an improvement."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,19 @@ class RunState:
     last_validation: dict[str, float] = field(default_factory=dict)
     best_validation: dict[str, float] = field(default_factory=dict)
 
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint's folder."""
+        save_json(self.to_json(), folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take the state from a checkpoint's folder."""
+        self.__dict__.update(vars(RunState.read(folder)))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState:
+        """The state in a checkpoint's folder."""
+        return cls.from_json(load_json(folder / STATE_FILE))
+
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["means"] = self.means.state()
@@ -64,20 +92,41 @@ class RunState:
         state.epochs = [EpochSummary(**epoch) for epoch in values["epochs"]]
         return state
 
-    def note_validation(self, value: float, lower_is_better: bool, min_delta: float) -> bool:
-        """Keep count of improvements; True when `value` is the best so far. NaN never is."""
+    def step_done(self, images: int) -> None:
+        """Count a step; what falls due after it is still to be done."""
+        self.step += 1
+        self.images_seen += images
+        self.pending_events = True
+
+    def count(self, values: dict[str, float], skipped: bool) -> None:
+        """Add a step's values to the sums of the next row; those of a step that was skipped do not count."""
+        if skipped:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            return
+        self.skipped_in_a_row = 0
+        self.means.add(values)
+        if "loss" in values:  # the first phase may start late
+            self.epoch_loss.add(values["loss"])
+
+    def note_validation(self, value: float, lower_is_better: bool, stopping: EarlyStoppingConfig) -> bool:
+        """Keep count of improvements; True when `value` is the best so far, which NaN never is."""
         if math.isfinite(value):
             sign = 1 if lower_is_better else -1
-            if self.best_value is None or sign * value < sign * self.best_value - min_delta:
+            if self.best_value is None or sign * value < sign * self.best_value - stopping.early_stopping_min_delta:
                 self.best_value, self.best_step = value, self.step
+                self.best_validation = dict(self.last_validation)
                 self.validations_without_improvement = 0
                 return True
         self.validations_without_improvement += 1
         return False
 
+    def patience_is_spent(self, stopping: EarlyStoppingConfig) -> bool:
+        """Whether there were as many validations in a row without improvement as `stopping` allows."""
+        patience = stopping.early_stopping_patience
+        return bool(patience) and self.validations_without_improvement >= patience
 
-def due(step: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> bool:
-    """The one cadence: whether something falls due after `step` steps; 0 switches a count off."""
-    by_steps = every_steps > 0 and step % every_steps == 0
-    by_epochs = every_epochs > 0 and step % (every_epochs * steps_per_epoch) == 0
-    return step > 0 and (by_steps or by_epochs)
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.goal_steps or self.stopped_early

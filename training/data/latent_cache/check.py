@@ -11,7 +11,7 @@ from pipelines.tools.cli import UserError
 from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, transform_fingerprint
 from training.data.latent_cache.dataset import LatentCache
-from training.data.latent_cache.format import SCRIPT
+from training.data.latent_cache.format import MAKER
 from training.objectives.segmentation import IGNORE_INDEX
 
 
@@ -91,7 +91,7 @@ def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
 
 def _rebuild_command(cache: LatentCache, config: DataConfig, vae_name: str) -> str:
     """The command line that makes this cache anew for `config`, with the splits and storage it has."""
-    words = ["accelerate", "launch", SCRIPT, "--vae", vae_name, "--output_dir", str(cache.path), "--overwrite", "true"]
+    words = [*shlex.split(MAKER), "--vae", vae_name, "--output_dir", str(cache.path), "--overwrite", "true"]
     given = {
         field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)
     }

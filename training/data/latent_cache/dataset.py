@@ -17,7 +17,7 @@ from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.data.classes import column_classes
 from training.data.images import DataConfig, collate_items, load_split
-from training.data.latent_cache.format import FORMAT_VERSION, SCRIPT, captions_of_row, read_manifest, read_shard
+from training.data.latent_cache.format import FORMAT_VERSION, MAKER, captions_of_row, read_manifest, read_shard
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips, pick_caption
 from training.objectives.segmentation import IGNORE_INDEX
@@ -35,12 +35,12 @@ class LatentCache:
         manifest = read_manifest(self.path)
         if manifest is None:
             state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
-            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {SCRIPT}")
+            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {MAKER}")
         self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"the latent cache '{path}' has format {self.manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; make it again: {SCRIPT} --overwrite true"
+                f"{FORMAT_VERSION}; make it again: {MAKER} --overwrite true"
             )
         self._check_files()
 
@@ -111,7 +111,7 @@ class LatentCache:
         if name not in self.splits:
             raise UserError(
                 f"the latent cache '{self.path}' has no split '{name}'{nearest(name, self.splits)}; "
-                f"it has {', '.join(self.splits)}: make it with {SCRIPT} --splits '[{', '.join([*self.splits, name])}]'"
+                f"it has {', '.join(self.splits)}: make it with {MAKER} --splits '[{', '.join([*self.splits, name])}]'"
             )
         if random_flip and not self.has_flips:
             raise UserError(
@@ -128,6 +128,12 @@ class LatentCache:
             masks=num_mask_classes > 0,
             config=config,
         )
+
+    def require(self, *, captions: bool, labels: bool) -> None:
+        """Raise UserError when the cache lacks what a run is conditioned on."""
+        for wanted, there, name in ((captions, self.has_captions, "captions"), (labels, bool(self.id2label), "labels")):
+            if wanted and not there:
+                raise UserError(f"the latent cache {self.path} has no {name}; make it with {name}")
 
     def _check_masks(self, split: str, num_classes: int, config: DataConfig | None) -> None:
         if config and self.mask_column not in (None, config.mask_column):
@@ -154,7 +160,7 @@ class LatentCache:
                 if size != shard["bytes"]:
                     fact = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
                     raise UserError(
-                        f"{file} {fact}; run {SCRIPT} with the cache's flags again, it makes what is damaged"
+                        f"{file} {fact}; run {MAKER} with the cache's flags again, it makes what is damaged"
                     )
 
 

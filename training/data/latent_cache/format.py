@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pipelines.tools.commands import command
 from training.core.files import write_atomically, write_json
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -29,7 +30,7 @@ from training.objectives.segmentation import IGNORE_INDEX
 # without them are the same files as ever.
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
-SCRIPT = "data_scripts/precompute_latents.py"
+MAKER = command("data_scripts/precompute_latents.py")
 # Several captions of one picture are kept in one field; no caption contains this.
 _CAPTION_SEPARATOR = "\0"
 

@@ -1,6 +1,6 @@
-"""Pictures with text: grids with captions and titles, rendered large enough to be looked at.
+"""Images for people to look at: grids with or without text, small images enlarged, controls in colour.
 
-Sizes are in pixels, `(width, height)` as in Pillow.
+Sizes are in pixels, `(width, height)` as in Pillow. Shapes: C control channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -10,17 +10,36 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAPER = (255, 255, 255)
 INK = (38, 38, 38)
 FRAME = (217, 217, 217)
-MARGIN = 16  # around the grid
-GAP = 12  # between pictures
-CELL = 192  # smaller pictures are enlarged towards this width
+MARGIN = 16  # around a grid with text
+GAP = 12  # between its images
+PLAIN_GAP = 4  # around and between the images of a grid without text
+CELL = 192  # in a grid with text, smaller images are enlarged towards this width
+COMFORTABLE = 128  # pixels of a side below which an image is hard to see on a screen
+CHANNEL_COLORS = ((1, 1, 1), (0.9, 0.3, 0.2), (0.2, 0.5, 0.9), (0.95, 0.8, 0.2), (0.3, 0.7, 0.4), (0.6, 0.4, 0.8))
 MAX_CAPTION_LINES = 4
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+class Spacing(NamedTuple):
+    """The room around a grid's images, and whether each has a frame."""
+
+    margin: int
+    gap: int
+    framed: bool
+
+
+WITH_TEXT, PLAIN = Spacing(MARGIN, GAP, framed=True), Spacing(PLAIN_GAP, PLAIN_GAP, framed=False)
 
 
 def image_grid(
@@ -32,18 +51,18 @@ def image_grid(
     column_titles: Sequence[str] | None = None,
     cell: int = CELL,
 ) -> Image.Image:
-    """`images` in rows of `columns`, each with its caption wrapped under it; returns one RGB picture.
+    """`images` in rows of `columns`, each with its caption wrapped under it; returns one RGB image.
 
-    Small pictures are enlarged by a whole factor with nearest neighbour, so that each pixel stays what it is, until
-    they are about `cell` wide; none is made smaller.
+    Small images are enlarged by a whole factor with nearest neighbour, so that each pixel stays what it is, until they
+    are about `cell` wide; none is made smaller.
 
     Args:
         images: any mode and size; transparent ones are laid on a checkerboard. An empty list gives an empty sheet.
-        captions: none, or up to one per picture.
+        captions: none, or up to one per image.
         columns: None takes the squarest grid.
         row_titles: shown to the left, one per row.
         column_titles: shown on top, one per column.
-        cell: width in pixels that pictures are enlarged towards.
+        cell: width in pixels that images are enlarged towards.
 
     Raises:
         ValueError: more captions than images, or `columns` below 1.
@@ -56,12 +75,11 @@ def image_grid(
     if not images:
         return Image.new("RGB", (2 * MARGIN + cell, 2 * MARGIN + cell // 2), PAPER)
     columns = min(columns or _squarest(len(images)), len(images))
-    pictures = [_enlarged(_opaque(image), cell) for image in images]
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    font_size = _font_size(width)
-    texts = [_wrapped(text, width, font_size) for text in captions] + [[]] * (len(pictures) - len(captions))
-    rows = [list(zip(pictures, texts))[start : start + columns] for start in range(0, len(pictures), columns)]
-    return _sheet(rows, columns, (width, height), font_size, list(row_titles or []), list(column_titles or []))
+    shown = [_times(_opaque(image), round(cell / max(image.size))) for image in images]
+    width = max(image.width for image in shown)
+    texts = [_wrapped(text, width, _font_size(width)) for text in captions] + [[]] * (len(shown) - len(captions))
+    rows = [list(zip(shown, texts))[start : start + columns] for start in range(0, len(shown), columns)]
+    return _sheet(rows, columns, WITH_TEXT, list(row_titles or []), list(column_titles or []))
 
 
 def comparison_grid(
@@ -74,49 +92,75 @@ def comparison_grid(
     """One row per example, one titled column per version of it (original, reconstruction, ...).
 
     Raises:
-        ValueError: a row with another number of pictures than there are titles.
+        ValueError: a row with another number of images than there are titles.
     """
     for number, row in enumerate(rows):
         if len(row) != len(column_titles):
-            raise ValueError(f"row {number} has {len(row)} pictures for {len(column_titles)} column titles")
+            raise ValueError(f"row {number} has {len(row)} images for {len(column_titles)} column titles")
     images = [image for row in rows for image in row]
     return image_grid(images, columns=len(column_titles), column_titles=column_titles, row_titles=row_titles, cell=cell)
+
+
+def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images of one size on white, with a small gap and without text; one RGB image. Rows may differ in
+    length."""
+    return _sheet([[(_opaque(image), []) for image in row] for row in rows], max(map(len, rows)), PLAIN, [], [])
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small image by the whole factor that makes its shorter side at least `COMFORTABLE`, its pixels as squares;
+    a larger one as it is."""
+    return _times(image, -(-COMFORTABLE // min(image.size)))
+
+
+def control_picture(control: Tensor) -> Image.Image:
+    """A control (C H W, in [0, 1]) to look at: three channels as colours, otherwise a colour for each channel."""
+    channels = control.detach().float().cpu().numpy()
+    if len(channels) != 3:
+        colors = np.resize(np.array(CHANNEL_COLORS), (len(channels), 3))
+        channels = (channels[:, None] * colors[:, :, None, None]).max(0)
+    pixels = (channels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def _sheet(
     rows: list[list[tuple[Image.Image, list[str]]]],
     columns: int,
-    cell_size: tuple[int, int],
-    font_size: int,
+    spacing: Spacing,
     row_titles: list[str],
     column_titles: list[str],
 ) -> Image.Image:
-    width, height = cell_size
+    """Rows of (image, lines of its caption) on one sheet; every cell is as large as the largest image."""
+    margin, gap, framed = spacing
+    width = max(image.width for row in rows for image, _ in row)
+    height = max(image.height for row in rows for image, _ in row)
+    font_size = _font_size(width)
     line_height = _line_height(font_size)
-    left = MARGIN + (_title_width(row_titles, font_size) + GAP if row_titles else 0)
+    left = margin + (_title_width(row_titles, font_size) + gap if row_titles else 0)
     title_lines = [_wrapped(title, width, font_size, bold=True) for title in column_titles]
-    top = MARGIN + (max(map(len, title_lines)) * line_height + GAP // 2 if title_lines else 0)
+    top = margin + (max(map(len, title_lines)) * line_height + gap // 2 if title_lines else 0)
     caption_heights = [max(len(text) for _, text in row) * line_height for row in rows]
     row_heights = [height + (6 + caption if caption else 0) for caption in caption_heights]
     total = (
-        left + columns * width + (columns - 1) * GAP + MARGIN,
-        top + sum(row_heights) + (len(rows) - 1) * GAP + MARGIN,
+        left + columns * width + (columns - 1) * gap + margin,
+        top + sum(row_heights) + (len(rows) - 1) * gap + margin,
     )
     sheet = Image.new("RGB", total, PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(title_lines[:columns]):
-        _write(draw, (left + column * (width + GAP), MARGIN), lines, font_size, bold=True)
+        _write(draw, (left + column * (width + gap), margin), lines, font_size, bold=True)
     y = top
     for number, (row, row_height) in enumerate(zip(rows, row_heights)):
         if number < len(row_titles):
-            lines = _wrapped(row_titles[number], left - MARGIN - GAP, font_size, bold=True, max_lines=8)
-            _write(draw, (MARGIN, y), lines, font_size, bold=True)
-        for column, (picture, text) in enumerate(row):
-            x = left + column * (width + GAP)
-            draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
-            sheet.paste(picture, (x, y))
+            lines = _wrapped(row_titles[number], left - margin - gap, font_size, bold=True, max_lines=8)
+            _write(draw, (margin, y), lines, font_size, bold=True)
+        for column, (image, text) in enumerate(row):
+            x = left + column * (width + gap)
+            if framed:
+                draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=FRAME)
+            sheet.paste(image, (x, y))
             _write(draw, (x, y + height + 6), text, font_size)
-        y += row_height + GAP
+        y += row_height + gap
     return sheet
 
 
@@ -147,9 +191,9 @@ def _opaque(image: Image.Image) -> Image.Image:
     return board
 
 
-def _enlarged(image: Image.Image, cell: int) -> Image.Image:
-    factor = max(1, round(cell / max(image.size)))
-    if factor == 1:
+def _times(image: Image.Image, factor: int) -> Image.Image:
+    """Each pixel as a square of `factor` pixels; the image as it is for a factor of 1 and below."""
+    if factor <= 1:
         return image
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 

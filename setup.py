@@ -1,0 +1,17 @@
+"""What a wheel holds: the packages, and the files that they need, which lie at the top of the repository.
+
+In an installed copy these files lie inside halftone_trainer; pipelines/tools/resources.py finds them in both places.
+Everything else about the distribution is in pyproject.toml.
+"""
+
+from setuptools import find_packages, setup
+
+CODE = ["pipelines", "training", "data_scripts", "halftone_trainer"]
+FILES = {"halftone_trainer.configs": "configs", "halftone_trainer.model_cards": "model_cards"}
+
+setup(
+    packages=[*find_packages(include=[*CODE, *(f"{package}.*" for package in CODE)]), *FILES],
+    package_dir=FILES,
+    package_data={"halftone_trainer.configs": ["**/*.yaml"], "halftone_trainer.model_cards": ["*.jinja"]},
+    include_package_data=False,
+)

@@ -1,0 +1,167 @@
+"""One rule for the device: `get_device`, and no command that asks torch by itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.tools.cli import USER_ERROR_STATUS, UserError
+from pipelines.tools.devices import DEVICE_HELP, get_device, has_accelerator_device
+from tests.conftest import ROOT
+
+SOURCES = [p for folder in ("pipelines", "training", "data_scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
+RULE = ROOT / "pipelines" / "tools" / "devices.py"
+LOADS_A_MODEL = re.compile(r"\b(load_pipeline|load_captioner|load_vae)\(")
+
+
+def machine(monkeypatch, cuda: int = 0, mps: bool = False, use_cpu: str | None = None) -> None:
+    """As torch would answer on a machine with so many CUDA devices, or with MPS."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if use_cpu is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({}, "cpu"),
+        ({"cuda": 2}, "cuda"),
+        ({"mps": True}, "mps"),
+        ({"cuda": 2, "use_cpu": "false"}, "cuda"),
+        ({"cuda": 2, "use_cpu": "true"}, "cpu"),
+        ({"mps": True, "use_cpu": "1"}, "cpu"),
+        ({"use_cpu": "True"}, "cpu"),
+    ],
+)
+def test_the_default_is_the_gpu_unless_it_is_forbidden(monkeypatch, there, expected):
+    machine(monkeypatch, **there)
+    assert get_device() == torch.device(expected)
+    assert has_accelerator_device() == (expected != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("there", "local_rank", "expected"),
+    [
+        ({"cuda": 4}, 3, "cuda:3"),
+        ({"cuda": 4}, 5, "cuda:1"),
+        ({"cuda": 4, "use_cpu": "true"}, 3, "cpu"),
+        ({"mps": True}, 1, "mps"),
+        ({}, 1, "cpu"),
+    ],
+)
+def test_each_process_of_several_takes_a_gpu_of_its_own(monkeypatch, there, local_rank, expected):
+    machine(monkeypatch, **there)
+    assert get_device(local_rank=local_rank) == torch.device(expected)
+
+
+def test_a_named_device_is_taken_whatever_the_default(monkeypatch):
+    machine(monkeypatch, cuda=2)
+    assert get_device("cpu", local_rank=1) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["warp", "gpu", "", "cuda:99", "cuda:x", "hpu", "meta", "privateuseone"])
+def test_a_device_that_is_not_here_is_a_user_error(name):
+    with pytest.raises(UserError, match=rf"^--device {name} cannot be used here \(.+\); name another, such as cpu"):
+        get_device(name)
+
+
+def words(command: str, folder: Path) -> list[str]:
+    """Arguments with which the command comes as far as its device; the model is an empty pipeline folder."""
+    model, image = str(folder / "model"), str(folder / "images" / "0.png")
+    return {
+        "sample": ["--model", model, "--prompt", "a", "--output", str(folder / "grid.png")],
+        "caption": [image, "--model", model],
+        "analyze": [image, "--model", model, "--output_dir", str(folder / "report")],
+        "make_controls": ["--kind", "layout", "--encoder", model, "--train_data_dir", str(folder / "images")]
+        + ["--output_dir", str(folder / "controls")],
+        "precompute_latents": ["--vae", model, "--dataset_name", "any", "--output_dir", str(folder / "cache")],
+        "evaluate_posters": ["--model", model],
+        "evaluate_decoder": ["--model", model, "--reader", model],
+        "evaluate_controlnet": ["--models", f"[{model}]", "--reader", model, "--dataset_name", "any"],
+        "evaluate_captions": ["--model", model],
+        "captions": ["--side", "memory", "--preset", "emoji_64", "--output", str(folder / "figures.json")],
+    }[command]
+
+
+def commands_with_models() -> list[Path]:
+    """Every command that loads a model and does not train it by the loop, which leaves the device to Accelerate."""
+    texts = {path: path.read_text() for path in SOURCES}
+    return [
+        path
+        for path, text in texts.items()
+        if "__main__" in text and LOADS_A_MODEL.search(text) and "from training.engine.loop import" not in text
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    here = tmp_path_factory.mktemp("devices")
+    for name in ("model", "images"):
+        (here / name).mkdir()
+    (here / "model" / "model_index.json").write_text("{}")
+    Image.new("RGB", (64, 64)).save(here / "images" / "0.png")
+    return here
+
+
+@pytest.mark.parametrize(
+    "path", [*commands_with_models(), ROOT / "training/benchmarks/captions.py"], ids=lambda p: p.stem
+)
+def test_every_command_takes_a_device_and_checks_it_before_the_model(folder, path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    with pytest.raises(UserError, match="--device warp cannot be used here"):
+        module.main([*words(path.stem, folder), "--device", "warp"])
+
+
+def test_as_a_program_a_device_that_is_not_here_is_one_line_and_status_2(folder):
+    command = [sys.executable, ROOT / "pipelines" / "sample.py", *words("sample", folder), "--device", "warp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == USER_ERROR_STATUS
+    assert done.stderr.startswith("error: --device warp cannot be used here")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def device_helps(path: Path) -> list[str]:
+    """What a source says of its option `device`: under the dataclass field, or in `add_argument`."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for field, text in zip(node.body, node.body[1:]):
+                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "device":
+                    found.append(ast.literal_eval(text.value) if isinstance(text, ast.Expr) else "")
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.args[0]) == "'--device'":
+            found += [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "help"]
+    return [DEVICE_HELP if text == "DEVICE_HELP" else text for text in found]
+
+
+def test_every_command_says_the_same_of_its_device():
+    helps = {path.stem: device_helps(path) for path in SOURCES if device_helps(path)}
+    assert set(helps) >= {path.stem for path in commands_with_models()}
+    assert {text for texts in helps.values() for text in texts} == {DEVICE_HELP}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path != RULE], ids=lambda p: p.stem)
+def test_nothing_else_asks_which_devices_there_are(path):
+    """Nor names one, but to compare (`device.type == "cuda"`, for memory statistics)."""
+    text = path.read_text()
+    for question in ("cuda.is_available(", "backends.mps", "mps.is_available(", "ACCELERATE_USE_CPU"):
+        assert question not in text, f"{path}: use get_device of pipelines/tools/devices.py"
+    tree = ast.parse(text)
+    compared = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
+    named = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ("cuda", "mps") and id(node) not in compared
+    ]
+    assert named == [], f"{path}: use get_device of pipelines/tools/devices.py"

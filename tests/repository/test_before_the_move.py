@@ -1,0 +1,222 @@
+"""Runs and pipelines of before the code moved into folders go on and load: the commit `BEFORE` is tried for real.
+
+Its code is unpacked beside the tests and started as users started it; then this code takes over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.common.poster_domain import COLOR_ROLES
+from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
+from tests.support.environments import environment_without_halftone
+from tests.support.runs import ROOT, environment, rows, tensors
+
+pytestmark = pytest.mark.slow
+
+BEFORE = "2f86a53"
+INTERRUPTED = ROOT / "tests/support/interrupted.py"
+PUBLISHED = ROOT / "tests/support/published.py"
+# Two epochs of four steps each; stopped in the second one.
+STEPS, STOPPED_AT = 8, 4
+TWO_EPOCHS = ("--num_train_epochs", "2")
+# Of a checkpoint's trainer_state.json: what depends on the clock, or counts the sessions.
+OF_THE_SESSION = {"elapsed_seconds", "sessions", "tracker_id"}
+# Heads, a second phase that starts late, and learned weights: everything that a checkpoint may have to hold.
+AUTOENCODER = (
+    *("--heads", "[segmentation,classification]", "--mask_column", "color_role"),
+    *("--mask_class_names", f"[{','.join(COLOR_ROLES)}]", "--learned_loss_weights", "true"),
+    *("--adversarial_weight", "0.1", "--discriminator_start", "2"),
+)
+CACHED = ("--condition_on", "[caption,label]", "--balance_by", "style", "--caption_prior.hidden_size", "16")
+CONTROLNET = (
+    *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
+    *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2", "--num_read", "3"),
+    *("--conditioning_image_column", "[text_mask, image_mask]"),
+)
+# Pipelines that no run of this test makes, from the tiny models of that commit's own tests.
+SAVE_TINY_PIPELINES = """
+import sys
+from pathlib import Path
+
+from tests import test_layout_analysis, test_poster_decoder, tiny_captions, tiny_controlnets
+
+here = Path(sys.argv[1])
+test_layout_analysis.tiny_pipeline().save_pretrained(here / "layout_analysis")
+test_poster_decoder.tiny_decoder().save_pretrained(here / "poster_decoder")
+tiny_controlnets.tiny_controlled_decoder("film").save_pretrained(here / "poster_controlnet")
+tiny_captions.tiny_caption_pipeline().save_pretrained(here / "image_caption")
+"""
+TINY_PIPELINES = ("layout_analysis", "poster_decoder", "poster_controlnet", "image_caption")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory) -> Path:
+    """The code of `BEFORE`."""
+    known = ["git", "-C", str(ROOT), "cat-file", "-e", f"{BEFORE}^{{commit}}"]
+    if shutil.which("git") is None or subprocess.run(known, capture_output=True).returncode != 0:
+        pytest.skip(f"the commit {BEFORE} is not in this clone (a shallow one, or no clone at all)")
+    folder = tmp_path_factory.mktemp("before")
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", BEFORE], capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+    return folder
+
+
+def python(code: Path, *words: str | Path, status: int = 0, cwd: Path | None = None) -> None:
+    """Run Python on `words` with the packages that lie in `code`."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd or code, env=environment(PYTHONPATH=str(code)), capture_output=True, text=True,
+    )  # fmt: skip
+    said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == status, f"status {done.returncode} of {' '.join(map(str, words))}\n{said}"
+
+
+class Trials:
+    """Runs of each stage: whole ones of the code before, and ones that it began and this code finished."""
+
+    def __init__(self, before: Path, folder: Path):
+        self.before, self.folder = before, folder
+        self.posters, self.tokenizer, self.cache = folder / "posters", folder / "tokenizer", folder / "latents"
+        shares = ("--validation_fraction", "0.1", "--test_fraction", "0.1", "--num_workers", "1")
+        self._old("data_scripts/make_posters.py", "--num_posters", "40", *shares, "--output_dir", self.posters)
+        self._old("data_scripts/train_tokenizer.py", *self.data, "--output_dir", self.tokenizer)
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        return "--dataset_name", str(self.posters)
+
+    def _old(self, script: str, *flags: str | Path) -> None:
+        python(self.before, self.before / script, *flags, cwd=self.folder)
+
+    def flags(self, case: str) -> tuple[str, tuple[str, ...]]:
+        """(stage, flags) of a case; what it needs is made first."""
+        if case == "autoencoder":
+            return "autoencoder", (*COMMON, *TINY_AUTOENCODER, *AUTOENCODER, *self.data)
+        vae = self.whole("autoencoder")
+        diffusion = (*COMMON, *TINY_DIFFUSION, *self.data, "--tokenizer", str(self.tokenizer), "--vae", str(vae))
+        if case == "latent_diffusion":
+            return "latent_diffusion", diffusion
+        if case == "latent_diffusion_cached":
+            if not self.cache.exists():
+                encoded = ("--resolution", "64", "--mask_column", "color_role", "--vae", vae)
+                self._old("data_scripts/precompute_latents.py", *self.data, *encoded, "--output_dir", self.cache)
+            return "latent_diffusion", (*diffusion, *CACHED, "--latent_cache", str(self.cache))
+        assert case == "controlnet"
+        base = self.whole("latent_diffusion")
+        return "controlnet", (*COMMON, *CONTROLNET, *self.data, "--base_model", str(base))
+
+    def whole(self, case: str) -> Path:
+        """A finished run of the code before, never interrupted."""
+        run = self.folder / "whole" / case
+        if not run.exists():
+            stage, flags = self.flags(case)
+            self._old(f"training/train_{stage}.py", *flags, *TWO_EPOCHS, "--output_dir", run)
+        return run
+
+    def begun_before(self, case: str) -> Path:
+        """A run that the code before began, a SIGTERM stopped in mid-epoch, and this code finished."""
+        run = self.folder / "begun" / case
+        stage, flags = self.flags(case)
+        script, words = f"training/train_{stage}.py", (*flags, *TWO_EPOCHS, "--output_dir", run)
+        stopped = (INTERRUPTED, str(STOPPED_AT), self.before / script)
+        python(self.before, *stopped, *words, status=75, cwd=self.folder)
+        step = state(run)["step"]
+        assert STEPS // 2 < step < STEPS, f"the run was to stop in its second epoch, and did so after step {step}"
+        python(ROOT, ROOT / script, *words, cwd=self.folder)
+        return run
+
+
+def state(run: Path) -> dict:
+    return json.loads((run / "checkpoints/latest/trainer_state.json").read_text())
+
+
+def pipeline_tensors(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "pipeline").rglob("*.safetensors"))
+    return {f"{file.parent.name}:{name}": t for file in files for name, t in load_file(file).items()}
+
+
+def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert expected
+    assert found.keys() == expected.keys()
+    other = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert other == [], f"{len(other)} of {len(expected)} tensors differ"
+
+
+@pytest.fixture(scope="module")
+def trials(before, tmp_path_factory) -> Trials:
+    return Trials(before, tmp_path_factory.mktemp("trials"))
+
+
+@pytest.mark.parametrize("case", ["autoencoder", "latent_diffusion", "latent_diffusion_cached", "controlnet"])
+def test_a_run_begun_before_ends_with_the_same_bits(trials, case):
+    whole, run = trials.whole(case), trials.begun_before(case)
+    assert_equal_tensors(tensors(run), tensors(whole))
+    assert_equal_tensors(pipeline_tensors(run), pipeline_tensors(whole))
+    assert rows(run) == rows(whole)
+    ours, theirs = state(run), state(whole)
+    shared = ours.keys() & theirs.keys() - OF_THE_SESSION
+    assert ours["step"] == STEPS
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_measured_latent_statistics_are_the_same(trials):
+    """Of the autoencoder that was finished by this code: they are in its config, not among its tensors."""
+    runs = (trials.whole("autoencoder"), trials.folder / "begun/autoencoder")
+    if not runs[1].exists():
+        trials.begun_before("autoencoder")
+    configs = [json.loads((run / "pipeline/vae/config.json").read_text()) for run in runs]
+    assert configs[0]["latents_mean"]
+    for name in ("latents_mean", "latents_std", "scaling_factor"):
+        assert configs[0][name] == configs[1][name]
+
+
+@pytest.fixture(scope="module")
+def published(trials, tmp_path_factory) -> dict[str, Path]:
+    """Pipeline folders of the code before, one of each kind."""
+    folder = tmp_path_factory.mktemp("published")
+    script = folder / "save.py"
+    script.write_text(SAVE_TINY_PIPELINES)
+    python(trials.before, script, folder, cwd=folder)
+    found = {name: folder / name for name in TINY_PIPELINES}
+    for case in ("autoencoder", "latent_diffusion", "latent_diffusion_cached", "controlnet"):
+        found[case] = folder / case
+        found[case].symlink_to(trials.whole(case) / "pipeline")
+    return found
+
+
+@pytest.fixture(scope="module")
+def given(trials, published, tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
+    """What all of them give with the code before, with this code, and without Halftone."""
+    here = tmp_path_factory.mktemp("given")
+    folders = list(published.values())
+    python(trials.before, PUBLISHED, "pipelines.loading", here / "before.npz", *folders, cwd=here)
+    python(ROOT, PUBLISHED, "pipelines.tools.loading", here / "now.npz", *folders, cwd=here)
+    outside = environment_without_halftone(here / "venv")
+    done = subprocess.run(
+        [outside, PUBLISHED, "diffusers", here / "alone.npz", *folders],
+        cwd=here, env=environment(PYTHONPATH="", HF_HOME=str(here / "cache"), HF_HUB_OFFLINE="1"),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: dict(np.load(here / f"{name}.npz")) for name in ("before", "now", "alone")}
+
+
+@pytest.mark.parametrize("how", ["now", "alone"])
+def test_pipelines_published_before_give_the_same(given, how):
+    expected, found = given["before"], given[how]
+    kinds = {name.split("/")[0] for name in expected}
+    assert kinds > set(TINY_PIPELINES)
+    assert len(kinds) == 8
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
+    assert all(value.std() > 0 for name, value in expected.items() if name.endswith("/images")), "a blank image"

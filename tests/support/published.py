@@ -1,0 +1,85 @@
+"""What published pipelines give, as arrays: `python published.py LOADER OUTPUT.npz FOLDER …`.
+
+LOADER is a module of Halftone that has `load_pipeline`, or `diffusers`. Nothing of Halftone is imported otherwise, so
+that this runs with any version of it, and without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+PROMPT = "a minimalist poster, blue on cream, one picture"
+BRIEF = {"style": "swiss", "palette": ["cream", "#d33"], "pictures": 2, "energy": 0.8}
+
+
+def load(loader: str, folder: Path) -> Any:
+    if loader == "diffusers":
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline = importlib.import_module(loader).load_pipeline(folder)
+    module = type(pipeline).__module__
+    assert module.startswith("pipelines."), f"{folder.name} was loaded with the code that it carries ({module})"
+    return pipeline
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def picture(side: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def masks(side: int) -> torch.Tensor:
+    """Two control masks, 1 2 H W."""
+    return (torch.rand(1, 2, side, side, generator=seeded()) > 0.5).float()
+
+
+def given_by(pipeline: Any) -> dict[str, np.ndarray]:
+    """What the pipeline makes of fixed inputs, by name."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "generator": seeded(), "output_type": "np"}
+    name = type(pipeline).__name__
+    if name == "AutoencoderPipeline":
+        return {"images": pipeline(picture(64), output_type="np").images, "masks": pipeline.segment(picture(64), "np")}
+    if name == "LatentDiffusionPipeline":
+        return {"images": pipeline(PROMPT, **options).images}
+    if name == "FusionControlNetPipeline":
+        return {"images": pipeline(PROMPT, control_image=masks(64), **options).images}
+    if name == "PosterDecoderPipeline":
+        return {"images": pipeline(BRIEF, **options).images}
+    if name == "PosterControlNetPipeline":
+        return {"images": pipeline(BRIEF, control_image=masks(16), **options).images}
+    if name == "LayoutAnalysisPipeline":
+        reading = pipeline(picture(48))
+        return {
+            "features": reading.features[0],
+            "grammar": np.array(list(reading.grammar[0].values())),
+            "overlay": np.asarray(reading.overlays[0]),
+        }
+    if name == "ImageCaptionPipeline":
+        captions = pipeline.caption(picture(32), num_beams=2)
+        return {"images": pipeline.draw("a red circle", output_type="np").images, "captions": np.array(captions)}
+    raise ValueError(f"no inputs for {name}")
+
+
+def main() -> None:
+    loader, output, *folders = sys.argv[1:]
+    found = {}
+    for folder in map(Path, folders):
+        for name, value in given_by(load(loader, folder)).items():
+            found[f"{folder.name}/{name}"] = value
+    np.savez(output, **found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""When something falls due: by steps, by epochs, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.core.options import Options, option
+
+
+@dataclass
+class CadenceConfig(Options):
+    """How often a run logs, validates, shows previews and saves."""
+
+    logging_steps: int = option(10, on_resume="warn", at_least=1)
+    """Steps between rows of metrics.csv; each epoch's end has one as well."""
+    validation_epochs: int = option(1, on_resume="warn", at_least=0)
+    """Epochs between validations; 0: never by epochs."""
+    validation_steps: int = option(0, on_resume="warn", at_least=0)
+    """Steps between validations; 0: never by steps."""
+    preview_epochs: int = option(1, on_resume="free", at_least=0)
+    """Epochs between previews; 0: never by epochs."""
+    preview_steps: int = option(0, on_resume="free", at_least=0)
+    """Steps between previews; 0: never by steps."""
+    checkpointing_epochs: int = option(1, on_resume="free", at_least=0)
+    """Epochs between checkpoints; 0: never by epochs."""
+    checkpointing_steps: int = option(0, on_resume="free", at_least=0)
+    """Steps between checkpoints; 0: never by steps."""
+
+
+class Cadence:
+    """What falls due after a step of a run with `steps_per_epoch` steps in an epoch."""
+
+    def __init__(self, config: CadenceConfig, steps_per_epoch: int):
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+
+    def validation_due(self, step: int) -> bool:
+        return due(step, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
+
+    def preview_due(self, step: int) -> bool:
+        return due(step, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)
+
+    def checkpoint_due(self, step: int) -> bool:
+        return due(step, self.config.checkpointing_steps, self.config.checkpointing_epochs, self.steps_per_epoch)
+
+    def row_due(self, step: int) -> bool:
+        return self.ends_epoch(step) or step % self.config.logging_steps == 0
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
+
+
+def due(step: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> bool:
+    """The one rule of cadence: whether something falls due after `step` steps; 0 switches a count off."""
+    by_steps = every_steps > 0 and step % every_steps == 0
+    by_epochs = every_epochs > 0 and step % (every_epochs * steps_per_epoch) == 0
+    return step > 0 and (by_steps or by_epochs)

@@ -1,0 +1,79 @@
+"""How a session ends: the run is complete, was complete already, or was asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+from training.engine.signals import Interrupted, StopSignal
+from training.engine.training import Training
+from training.engine.validation import evaluating, gather, interrupted_together
+from training.publishing.exporter import Exporter
+from training.reporting.reporter import Reporter
+from training.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("halftone")
+
+
+def is_complete(training: Training, folder: RunFolder) -> bool:
+    """Whether a restored run has nothing left to do, export included; main process only."""
+    state = training.state
+    return state.is_over and not state.pending_events and folder.is_exported(state.step)
+
+
+def say_complete(training: Training, folder: RunFolder) -> None:
+    """Tell how to extend a run that is complete."""
+    state = training.state
+    how = "stopped early, its validation did not improve any more" if state.stopped_early else "complete"
+    logger.info(
+        "the run in %s is %s: %d steps, %d images. The pipeline is in %s. "
+        "To train on: --extra_epochs N, or a larger --num_train_epochs; to start anew: --overwrite",
+        folder.path,
+        how,
+        state.step,
+        state.images_seen,
+        folder.pipeline,
+    )
+
+
+def finish(
+    training: Training, folder: RunFolder, exporter: Exporter, reporter: Reporter, accelerator: Accelerator
+) -> bool:
+    """Export the pipeline of a run that is over; every process calls it.
+
+    Returns:
+        False when the process was asked to stop in between: then the same command finishes the run.
+    """
+    try:
+        with interrupted_together(accelerator), evaluating(training.modules, training.ema):
+            if training.state.stopped_early:
+                training.load_best(folder.checkpoints / "best")
+            training.stage.finish()
+            # No barrier here: a process that is asked to stop leaves by an exception, which all then learn of.
+            if accelerator.is_main_process:
+                exporter.write(training.record())
+    except Interrupted:
+        return False
+    if accelerator.is_main_process:
+        reporter.trackers.summary(training.record())
+        reporter.trackers.finish()
+        reporter.end_session(complete=True)
+    return True
+
+
+def leave(
+    training: Training, exporter: Exporter, reporter: Reporter, accelerator: Accelerator, stop: StopSignal
+) -> int:
+    """After a stop, when everything is saved: say how to resume; returns the exit status, the same on every process."""
+    if accelerator.is_main_process:
+        state = training.state
+        logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
+        reporter.end_session(complete=False)
+        reporter.trackers.finish()
+        exporter.close()
+    numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
+    return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)

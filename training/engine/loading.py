@@ -1,0 +1,64 @@
+"""The micro-batches of a run, in the order in which the sampler deals them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from training.core.batches import collate_function, fetch, to_device
+from training.core.draws import Draws
+from training.core.layout import BatchLayout
+from training.core.stage import Batch, MapDataset
+from training.engine.sampler import StepSampler, Strata
+from training.engine.signals import ignore_interrupts
+
+
+class MicroBatches:
+    """This process's share of every step's samples.
+
+    Args:
+        strata: for weighted draws; None takes each row once an epoch.
+        num_workers: processes that read ahead; 0 reads in this one.
+    """
+
+    def __init__(
+        self,
+        data: MapDataset,
+        layout: BatchLayout,
+        *,
+        seed: int,
+        strata: Strata | None,
+        num_workers: int,
+        device: torch.device,
+    ):
+        self.data, self.layout, self.seed, self.strata = data, layout, seed, strata
+        self.num_workers, self.device = num_workers, device
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step in `start <= step < stop`, on the device."""
+        loader = DataLoader(
+            self.data,  # type: ignore[arg-type]
+            batch_sampler=self._sampler(start, stop),  # type: ignore[arg-type]
+            collate_fn=collate_function(self.data),
+            num_workers=self.num_workers,
+            worker_init_fn=ignore_interrupts if self.num_workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        batches = iter(loader)
+        for _ in range(start, stop):
+            yield [to_device(next(batches), self.device) for _ in range(self.layout.gradient_accumulation_steps)]
+
+    def first(self) -> tuple[Batch, Draws]:
+        """The first micro-batch of the run, with its draws."""
+        batch = fetch(self.data, self._sampler(0, 1).keys(0, 0))
+        return to_device(batch, self.device), Draws(self.seed, 0, self.layout.positions(0), self.device)
+
+    def rows(self, step: int, micro_batches: list[int]) -> list[int]:
+        """The dataset's rows in some of the step's micro-batches."""
+        sampler = self._sampler(0, 1)
+        return [key.index for micro_batch in micro_batches for key in sampler.keys(step, micro_batch)]
+
+    def _sampler(self, start: int, stop: int) -> StepSampler:
+        return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)

@@ -1,0 +1,73 @@
+"""The settings that all stages share, each defined beside the code that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.tools.cli import UserError
+from training.core.layout import BatchConfig
+from training.core.options import Options, option
+from training.engine.balance import BalanceConfig
+from training.engine.cadence import CadenceConfig
+from training.engine.ema import EMAConfig
+from training.engine.launch import LaunchConfig
+from training.engine.length import LengthConfig
+from training.engine.phase_runner import PhaseConfig
+from training.engine.prepare import PrepareConfig
+from training.engine.schedule import ScheduleConfig
+from training.engine.weights import FreezeConfig
+from training.publishing.hub import HubConfig
+from training.reporting.tracking import TrackerConfig
+from training.run.checkpoint import CheckpointConfig
+from training.run.folder import RunFolderConfig
+from training.run.state import EarlyStoppingConfig
+
+
+@dataclass
+class SessionConfig(Options):
+    """What a command does with the run, and the seed of everything random in it."""
+
+    seed: int = option(0)
+    """Every random number of the run is a function of this seed."""
+    dry_run: bool = option(False, on_resume="free")
+    """Print the resolved config, sizes, steps per epoch and a memory estimate, and exit."""
+    validate_only: bool = option(False, on_resume="free")
+    """Load the checkpoint, validate, print the metrics, and exit."""
+    validate_model: str | None = option(None, on_resume="free")
+    """With --validate_only: another run, checkpoint or pipeline to validate; no run folder is made."""
+    dataloader_num_workers: int = option(0, on_resume="free", at_least=0)
+    """Number of processes that read and decode images."""
+    max_nonfinite_steps: int = option(10, on_resume="free", at_least=1)
+    """Stop after this many steps in a row whose loss or gradient was not finite."""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.validate_model and not self.validate_only:
+            raise UserError(f"--validate_model {self.validate_model} names what to validate; add --validate_only")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the command trains, rather than looking at a config or a model."""
+        return not (self.dry_run or self.validate_only)
+
+
+@dataclass
+class RunConfig(
+    HubConfig,
+    TrackerConfig,
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    CadenceConfig,
+    EMAConfig,
+    PhaseConfig,
+    ScheduleConfig,
+    FreezeConfig,
+    BalanceConfig,
+    LaunchConfig,
+    LengthConfig,
+    BatchConfig,
+    PrepareConfig,
+    SessionConfig,
+    RunFolderConfig,
+):
+    """The flags of every stage. A stage adds its own in a subclass."""

@@ -1,0 +1,92 @@
+"""When a phase takes part in a run, and its learning rate at each step."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.tools.cli import UserError
+from training.core.options import Options, option
+from training.core.stage import Phase
+
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+
+
+@dataclass
+class ScheduleConfig(Options):
+    """How the learning rate changes over the run."""
+
+    lr_scheduler: str = option("constant_with_warmup", on_resume="warn", choices=LR_SCHEDULERS)
+    """linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or piecewise_constant."""
+    lr_warmup_steps: int = option(100, on_resume="warn", at_least=0)
+    """Optimizer steps of warm-up, independent of the number of processes and of gradient accumulation."""
+    lr_num_cycles: int = option(1, on_resume="warn")
+    """Number of cycles of cosine_with_restarts."""
+    lr_power: float = option(1.0, on_resume="warn")
+    """Power of polynomial."""
+    lr_step_rules: str | None = option(None, on_resume="warn")
+    """For piecewise_constant: '1:100,0.1:200,0.01' is factor 1 until step 100, 0.1 until 200, then 0.01."""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
+            raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:100,0.1:200,0.01'")
+        if self.lr_step_rules and not re.fullmatch(r"([\d.eE+-]+:\d+,)*[\d.eE+-]+", self.lr_step_rules):
+            raise UserError(
+                f"--lr_step_rules is {self.lr_step_rules!r}; write factor:step,…,factor: 1:100,0.1:200,0.01"
+            )
+
+
+class PhaseSchedule:
+    """The part that one phase takes in a run of `total_steps`.
+
+    Args:
+        learning_rate: the highest rate of the schedule, which begins with the phase and ends with the run.
+    """
+
+    def __init__(self, phase: Phase, config: ScheduleConfig, learning_rate: float, total_steps: int):
+        self.first_step = phase.first_step(total_steps)
+        self._learning_rate = learning_rate
+        self._factor = learning_rate_factor(config, max(1, total_steps - self.first_step))
+
+    def has_begun(self, step: int) -> bool:
+        """Whether the phase takes part in `step` (from 0)."""
+        return step >= self.first_step
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of `step` (from 0) of the run."""
+        return self._learning_rate * self._factor(max(0, step - self.first_step))
+
+
+def learning_rate_factor(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
+    """step (from 0) → factor on the learning rate: the schedules of `diffusers.optimization.get_scheduler`.
+
+    They are functions of the step, so nothing about them needs saving, and neither processes nor accumulation enter.
+    """
+    from diffusers.optimization import get_scheduler
+
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer=placeholder,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    return scheduler.lr_lambdas[0]

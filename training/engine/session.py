@@ -1,0 +1,178 @@
+"""One session of a run, from the command to its exit status: opened, restored, trained, and finished or left."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from training.core.stage import Stage, StageContext
+from training.engine import dry_run, ending, restoring
+from training.engine.launch import on_main, start_accelerator
+from training.engine.loop import Loop
+from training.engine.prepare import interrupted_while_making
+from training.engine.run_config import RunConfig
+from training.engine.saving import CheckpointWriter
+from training.engine.signals import Interrupted, StopSignal
+from training.engine.training import Training
+from training.engine.validation import evaluating, print_metrics, validate
+from training.engine.weights import freeze_parameters, load_initial_weights
+from training.publishing.exporter import Exporter
+from training.publishing.hub import Publisher
+from training.reporting.reporter import Reporter
+from training.run import checkpoint
+from training.run.folder import RunFolder, start_logging
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("halftone")
+
+BuildStage = Callable[[Any, StageContext], Stage]
+
+
+def train(build_stage: BuildStage, config: RunConfig) -> int:
+    """Train the stage that `build_stage` makes, from wherever the run in `config.output_dir` stands.
+
+    Args:
+        build_stage: a Stage class, or a function like one; called with the config and a `StageContext` on every
+            process, once the inputs that `config.prepare` can make are there.
+        config: validated; `config.output_dir` names the run folder.
+
+    Returns:
+        The exit status of the process.
+
+    Raises:
+        UserError: something that the user can correct, found before the first step.
+    """
+    accelerator = start_accelerator(config)
+    folder = RunFolder(config.output_dir, config.run_name)
+    with StopSignal() as stop:
+        try:
+            status = _session(build_stage, config, accelerator, folder, stop)
+            # When one process leaves first, gloo's threads in another now and then abort it, its work done.
+            accelerator.wait_for_everyone()
+            return status
+        finally:
+            # Without it a distributed script can abort after its work is done.
+            accelerator.end_training()
+            folder.release()
+
+
+def _session(
+    build_stage: BuildStage,
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopSignal,
+) -> int:
+    _open(folder, config, accelerator)
+    if config.dry_run and (missing := dry_run.missing_inputs(config)):
+        return _print_on_main(missing, accelerator)
+    if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
+        return stop.exit_status(stop.requested or signal.SIGTERM)
+    context = StageContext(accelerator.device, folder.has_checkpoint(), config.trains, stop.check)
+    stage = build_stage(config, context)
+    freeze_parameters(stage, config.freeze_parameters)
+    if config.dry_run:
+        return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
+    try:
+        if config.validate_model:
+            return _validate_model(stage, config, accelerator, stop)
+        training = Training(stage, config, accelerator)
+        resumed = restoring.restore(training, config, folder, accelerator)
+        if config.validate_only:
+            return _validate(training, config, accelerator, stop)
+    except Interrupted:
+        return stop.exit_status(stop.requested or signal.SIGTERM)
+    if on_main(accelerator, lambda: ending.is_complete(training, folder)):
+        if accelerator.is_main_process:
+            ending.say_complete(training, folder)
+        return 0
+    return _train(training, config, accelerator, folder, stop, resumed)
+
+
+def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> None:
+    """Open the run folder and its log; a dry run leaves no trace, and a validated model has no folder."""
+    own_folder = not (config.dry_run or config.validate_model)
+    if own_folder:
+        on_main(accelerator, lambda: restoring.open_run(folder, config, config.resume_from_checkpoint))
+    start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
+    if not config.validate_model:
+        on_main(accelerator, lambda: restoring.compare_configs(folder, config))
+
+
+def _train(
+    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal, resumed: str
+) -> int:
+    """Train a restored run to its end, or until the process is asked to stop."""
+    is_main = accelerator.is_main_process
+    publisher = Publisher(config, run_dir=folder.path, notify=logger.info) if config.push_to_hub and is_main else None
+    on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
+    settings = config.to_dict()
+    exporter = Exporter(training.stage, settings, folder, publisher)
+    reporter = Reporter(training.stage, config, settings, folder, training.state, training.steps_per_epoch, is_main)
+    writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
+    if is_main:
+        training.state.sessions += 1
+        folder.save_config(settings)
+        _say_start(training, folder, resumed)
+    loop = Loop(training, config, accelerator, reporter, writer, stop)
+    loop.run()
+    if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator):
+        return 0
+    return ending.leave(training, exporter, reporter, accelerator, stop)
+
+
+def _check_before_start(training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None) -> None:
+    """What would otherwise be found out after hours: room on the disk, and the right to upload."""
+    checkpoint.relink_best(folder.checkpoints, training.state.best_step)
+    restoring.check_disk(folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
+    if publisher is not None:
+        publisher.check()
+
+
+def _say_start(training: Training, folder: RunFolder, resumed: str) -> None:
+    logger.info(
+        "%s in %s: %s. %d images, %d steps an epoch, batch %d, %.1f M parameters trained, on %d × %s",
+        training.stage.name,
+        folder.path,
+        resumed,
+        training.num_images,
+        training.steps_per_epoch,
+        training.layout.global_batch_size,
+        training.trained_parameters / 1e6,
+        training.num_processes,
+        training.device.type,
+    )
+
+
+def _validate(training: Training, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> int:
+    """`--validate_only`: the metrics of the restored EMA weights."""
+    with evaluating(training.modules, training.ema):
+        _print_validation(training.stage, config, accelerator, stop)
+    return 0
+
+
+def _validate_model(stage: Stage, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> int:
+    """`--validate_model`: the metrics of a model outside of any run."""
+    assert config.validate_model is not None
+    load_initial_weights(config.validate_model, stage.ema_of, "--validate_model")
+    modules = [*stage.frozen, *stage.phases]
+    for module in modules:
+        module.to(accelerator.device)
+    with evaluating(modules, None):
+        _print_validation(stage, config, accelerator, stop)
+    return 0
+
+
+def _print_validation(stage: Stage, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> None:
+    batch_size = config.validation_batch_size or config.train_batch_size
+    print_metrics(validate(stage, accelerator, seed=config.seed, batch_size=batch_size, poll=stop.check), accelerator)
+
+
+def _print_on_main(text: str, accelerator: Accelerator) -> int:
+    if accelerator.is_main_process:
+        print(text)
+    return 0

@@ -1,0 +1,131 @@
+"""What a run trains, counts and keeps: built whole from a stage and a config, before anything is read from the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from training.core.layout import BatchLayout, steps_per_epoch
+from training.core.stage import Stage
+from training.engine.balance import balanced_strata
+from training.engine.ema import EMA
+from training.engine.launch import peak_memory_mib
+from training.engine.loading import MicroBatches
+from training.engine.phase_runner import PhaseRunner
+from training.engine.run_config import RunConfig
+from training.run.checkpoint import load_json, save_json
+from training.run.state import RunState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class CheckpointPart(Protocol):
+    """Something that a checkpoint carries: what `save` writes into its folder, `load` restores exactly."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Training:
+    """The stage on its devices, with its data, optimizers, EMA weights and counts."""
+
+    def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator):
+        self.stage = stage
+        self.device = accelerator.device
+        self.num_processes = accelerator.num_processes
+        data = stage.train_data()
+        self.layout = BatchLayout(
+            config.train_batch_size,
+            accelerator.num_processes,
+            config.gradient_accumulation_steps,
+            accelerator.process_index,
+        )
+        self.num_images = len(data)
+        self.steps_per_epoch = steps_per_epoch(len(data), self.layout)
+        self.batches = MicroBatches(
+            data,
+            self.layout,
+            seed=config.seed,
+            strata=balanced_strata(data, config),
+            num_workers=config.dataloader_num_workers,
+            device=accelerator.device,
+        )
+        for module in stage.frozen:
+            module.requires_grad_(False).eval().to(accelerator.device)
+        self.runners = [
+            PhaseRunner(
+                phase, config, accelerator, self.layout, seed=config.seed, prefix="" if i == 0 else f"{phase.name}_"
+            )
+            for i, phase in enumerate(stage.phases)
+        ]
+        self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
+        self.state = RunState(global_batch_size=self.layout.global_batch_size, num_samples=len(data))
+        # The one list of what is saved and restored; what is not in it does not outlive the process.
+        self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
+        if self.ema is not None:
+            self.checkpoint_parts.append(self.ema)
+        if accelerator.scaler is not None:
+            self.checkpoint_parts.append(ScalerPart(accelerator.scaler))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Everything that is in another mode, and has other weights, while it is evaluated."""
+        return [*self.stage.phases, *self.stage.ema_of.values()]
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for runner in self.runners for p in runner.parameters)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: phases, EMA weights, and a pipeline with its frozen parts."""
+        size = sum(runner.checkpoint_bytes() for runner in self.runners)
+        size += 2 * sum(p.numel() * p.element_size() for m in self.stage.ema_of.values() for p in m.parameters())
+        return size + sum(p.numel() * p.element_size() for m in self.stage.frozen for p in m.parameters())
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Give the models the weights of the best validation, for the export of a run that was stopped early."""
+        self.state.last_validation = self.state.best_validation or self.state.last_validation
+        if self.ema is not None:
+            self.ema.load_live(checkpoint)
+            return
+        for runner in self.runners:
+            runner.load_weights(checkpoint)
+
+    def record(self) -> dict[str, Any]:
+        """The run's own record: what the card and the trackers' summary are made from."""
+        state = self.state
+        return {
+            "stage": self.stage.name,
+            "steps": state.step,
+            "epochs": round(state.step / self.steps_per_epoch, 2),
+            "images_seen": state.images_seen,
+            "num_train_images": self.num_images,
+            "global_batch_size": self.layout.global_batch_size,
+            "elapsed_seconds": round(state.elapsed_seconds, 1),
+            "skipped_steps": state.skipped_steps,
+            "trained_parameters": self.trained_parameters,
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "hardware": f"{self.num_processes} × {self.device.type}",
+            "metrics": state.last_validation,
+            "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},
+        }
+
+
+class ScalerPart:
+    """The gradient scaler of fp16 in a checkpoint. One written without a scaler leaves the scaler as it is."""
+
+    FILE = "scaler.json"
+
+    def __init__(self, scaler: Any):
+        self._scaler = scaler
+
+    def save(self, folder: Path) -> None:
+        save_json(self._scaler.state_dict(), folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        if (folder / self.FILE).is_file():
+            self._scaler.load_state_dict(load_json(folder / self.FILE))

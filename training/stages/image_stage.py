@@ -1,0 +1,129 @@
+"""What the stages have in common beyond the seam: opening and checking images, initial weights, and previews."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.core.batches import fetch, to_device
+from training.core.draws import SampleKey
+from training.core.options import Options, option
+from training.core.stage import Batch, Stage, StageContext
+from training.data.checks import require_clean
+from training.data.source import DataConfig, load_split
+from training.engine.run_config import RunConfig
+from training.engine.weights import load_initial_weights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger("halftone")
+
+
+@dataclass
+class ImageStageConfig(RunConfig, DataConfig):
+    """The flags of every stage that trains on images."""
+
+    init_from: str | None = option(None, on_resume="warn")
+    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start from zero"""
+
+
+@dataclass
+class PreviewConfig(Options):
+    """How many previews a stage shows, and how they are sampled."""
+
+    num_previews: int = option(8, on_resume="free", at_least=1)
+    """Number of samples in a preview"""
+    preview_guidance_scale: float = option(2.0, on_resume="free")
+    """Guidance scale of the previews"""
+    preview_inference_steps: int = option(25, on_resume="free", at_least=1)
+    """Number of sampling steps of the previews"""
+
+
+class OpenDataset(Protocol):
+    """Makes a stage's dataset from stored rows; `augment`: as training sees them."""
+
+    def __call__(self, rows: Dataset, *, augment: bool) -> Any: ...
+
+
+class ImageStage(Stage):
+    """A stage that trains on images. A subclass opens its data, builds its models, and says `phases` and `ema_of`.
+
+    Attributes:
+        training_set, validation_set: set by `open_data`; the latter is None where nothing is held out.
+    """
+
+    config: Any
+    training_set: Any
+    validation_set: Any = None
+
+    def __init__(self, config: ImageStageConfig, context: StageContext):
+        super().__init__(context)
+        self.config = config
+
+    def open_data(self, dataset: OpenDataset) -> None:
+        """Open the training and the held-out rows, and look for rows that cannot be used.
+
+        Raises:
+            UserError: no such data, or rows that cannot be used.
+        """
+        config = self.config
+        self.training_set = dataset(load_split(config, "train", config.seed), augment=True)
+        held_out = load_split(config, "validation", config.seed)
+        self.validation_set = dataset(held_out, augment=False) if len(held_out) else None
+        for data in filter(None, (self.training_set, self.validation_set)):
+            require_clean(data, tell=logger.info)
+
+    def train_data(self) -> Any:
+        return self.training_set
+
+    def validation_data(self) -> Any:
+        return self.validation_set
+
+    def take_initial_weights(self, modules: Mapping[str, nn.Module]) -> None:
+        """Copy the weights that `--init_from` names into `modules`, unless a checkpoint will replace them anyway."""
+        if self.config.init_from and not self.context.resuming:
+            load_initial_weights(self.config.init_from, modules)
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The mean loss; stages with more metrics override it."""
+        return {"val_loss": sums["loss"] / sums["count"]}
+
+    def shown_rows(self, most: int) -> range:
+        """The rows that previews show: the first of the held-out data, or of the training data without any."""
+        return range(min(most, len(self.shown_data)))
+
+    def shown_batch(self, rows: Sequence[int]) -> Batch:
+        """Samples that previews show, on the device."""
+        return to_device(fetch(self.shown_data, [SampleKey(row, 0) for row in rows]), self.context.device)
+
+    @property
+    def shown_data(self) -> Any:
+        """The data that previews show."""
+        return self.validation_set or self.training_set
+
+    def sample(self, pipeline: Any, *arguments: Any, seeds: Sequence[int], **options: Any) -> Any:
+        """What `pipeline` draws with the previews' settings; between sampling steps a request to stop is heard."""
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            *arguments,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            guidance_scale=self.config.preview_guidance_scale,
+            num_inference_steps=self.config.preview_inference_steps,
+            callback_on_step_end=self._poll_between_steps,
+            **options,
+        ).images
+
+    def _poll_between_steps(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.context.poll()
+        return {}
+
+
+def loss_sums(losses: Tensor) -> dict[str, Tensor]:
+    """The statistics of a batch's losses (B) from which `ImageStage.metrics` makes their mean."""
+    return {"loss": losses.sum(), "count": torch.tensor(len(losses))}
