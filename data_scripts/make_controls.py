@@ -26,7 +26,6 @@ from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
 from pipelines.tools.commands import command
-from pipelines.tools.devices import get_device
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.data.fingerprints import evenly_spaced
@@ -238,18 +237,16 @@ def drawer(config: MakeControlsConfig) -> Draw:
     return lambda picture: [control for kind in config.kinds for control in draws[kind](picture)]
 
 
-def _reader(path: str, device_name: str | None) -> Any:
+def _reader(path: str, device: str | None) -> Any:
     """The LayoutAnalysisPipeline at `path`, on its device."""
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
 
-    folder = find_pipeline(path)
-    device = get_device(device_name)
-    pipeline = load_pipeline(folder)
+    pipeline = load_on_device(path, device)
     if getattr(pipeline, "encoder", None) is None:
         raise UserError(
             f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; name a run that has one"
         )
-    return pipeline.to(device)
+    return pipeline
 
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
-from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import read_image
 
 if TYPE_CHECKING:
@@ -189,12 +189,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _load(model: str, device_name: str | None) -> Any:
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+def _load(model: str, device: str | None) -> Any:
+    from pipelines.tools.loading import load_on_device
 
-    folder = find_pipeline(model)
-    device = get_device(device_name)
-    pipeline = load_pipeline(folder)
+    pipeline = load_on_device(model, device)
     if type(pipeline).__name__ != "LayoutAnalysisPipeline":
         raise UserError(
             f"--model {model} is a {type(pipeline).__name__}, which reads no posters; "
@@ -202,7 +200,7 @@ def _load(model: str, device_name: str | None) -> Any:
         )
     if pipeline.encoder is None:
         raise UserError(f"--model {model} was trained without --encoder and reads no pictures; train it with one")
-    return pipeline.to(device)
+    return pipeline
 
 
 if __name__ == "__main__":

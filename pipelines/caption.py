@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
-from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_image_header, check_output, read_image
 
 if TYPE_CHECKING:
@@ -78,18 +78,15 @@ def load_captioner(model: str, device: str | None) -> Any:
     Raises:
         UserError: no such model, one that knows no captions of pictures, or no such device.
     """
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
 
-    # Looked for before the slow imports, so that a mistyped path is told at once.
-    folder = find_pipeline(model)
-    chosen = get_device(device)
-    pipeline = load_pipeline(folder)
+    pipeline = load_on_device(model, device)
     if type(pipeline).__name__ != "ImageCaptionPipeline":
         raise UserError(
             f"--model {model} is a {type(pipeline).__name__}, which captions no pictures; "
             "name a run of training/train_image_caption.py"
         )
-    return pipeline.to(chosen)
+    return pipeline
 
 
 def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:

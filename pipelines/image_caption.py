@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .common.checks import check_output_type, check_positive_integers
-from .common.control_images import to_rgb
 from .common.generation import SamplersByName
+from .common.pixels import pixel_channels, to_rgb
 from .common.sampling import denoise, generator_per_picture, initial_noise
 from .common.schedulers import FLOW, check_scheduler
 from .common.standalone import StandalonePipelineMixin
@@ -138,7 +138,7 @@ def fitted(image: Image.Image, size: int, image_fit: str, interpolation_mode: st
         image = image.crop(box)
     else:
         image = image.resize((size, size), Image.Resampling[interpolation_mode.upper()], box=box)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().mul_(2 / 255).sub_(1)
+    return pixel_channels(image).float().mul_(2 / 255).sub_(1)
 
 
 class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
@@ -263,13 +263,15 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         check_output_type(output_type)
         check_positive_integers(num_images_per_prompt=num_images_per_prompt)
         posterior = self._caption_posterior(prompts)
-        latents = posterior.mean.repeat_interleave(num_images_per_prompt, dim=0)
+        # A posterior for each image, of the kind that the model gives.
+        posterior = type(posterior)(*(part.repeat_interleave(num_images_per_prompt, dim=0) for part in posterior))
+        latents = posterior.mean
         if generator is not None or num_images_per_prompt > 1:
-            spread = torch.exp(0.5 * posterior.logvar).repeat_interleave(num_images_per_prompt, dim=0)
-            if generator is None:
-                spread[::num_images_per_prompt] = 0
             generators = generator_per_picture(generator, len(latents))
-            latents = latents + spread * initial_noise(latents.shape, generators, latents.device)
+            noise = initial_noise(latents.shape, generators, latents.device)
+            if generator is None:
+                noise[::num_images_per_prompt] = 0
+            latents = posterior.sample(noise)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .common.layout_pictures import overlay_picture
+from .common.pixels import pixel_channels
 from .common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
 from .common.standalone import StandalonePipelineMixin
 
@@ -102,7 +103,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         scale = size / min(picture.size)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
+        pixels = pixel_channels(scaled).float() / 127.5 - 1
         return self.encoder(pixels[None].to(self._execution_device, self.encoder.dtype)).probabilities()
 
     @staticmethod

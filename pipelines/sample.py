@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.control_files import controls_of, open_controls
-from pipelines.tools.devices import DEVICE_HELP, get_device
+from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_output
 from pipelines.tools.grids import control_picture, enlarged, plain_grid
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
@@ -300,20 +300,23 @@ def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> d
 def _load(options: argparse.Namespace) -> Any:
     import torch
 
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
 
-    # Looked for before the slow imports, so that a mistyped path is told at once.
-    folder = find_pipeline(options.model, options.checkpoint)
-    device, dtype = get_device(options.device), getattr(torch, options.dtype)
-    pipeline = load_pipeline(folder, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    pipeline = load_on_device(
+        options.model,
+        options.device,
+        options.checkpoint,
+        dtype=getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+    )
     if not hasattr(pipeline, "set_scheduler"):
-        raise UserError(f"{folder} holds a {type(pipeline).__name__}, which draws no pictures from noise")
+        raise UserError(f"--model {options.model} is a {type(pipeline).__name__}, which draws no images from noise")
     if options.scheduler:
         try:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
-    return pipeline.to(device)
+    return pipeline
 
 
 def _check_output(output: Path) -> None:

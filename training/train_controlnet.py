@@ -139,9 +139,9 @@ class ControlNetStage(ImageStage):
         columns = config.conditioning_image_column
         control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
         self.open_data(functools.partial(self.base.dataset, config=config, control=control))
-        self.reader = (
-            ControlReader(config.reader, control.kind, control.names, control.channels) if config.reader else None
-        )
+        self.reader = None
+        if config.reader:
+            self.reader = ControlReader(config.reader, control.kind, control.names, control.channels)
         torch.manual_seed(config.seed)
         try:
             self.controlnet = FusionControlNetModel.from_unet(

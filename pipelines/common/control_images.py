@@ -2,7 +2,7 @@
 
 Shapes: B pictures, C control channels, H W pixels.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .pixels import pixel_channels, to_rgb
 
 
 def control_tensor(config: Any, control: Any, height: int, width: int) -> Tensor:
@@ -67,11 +69,10 @@ def _one(kind: str, channels: int, pictures: list[Image.Image]) -> Tensor:
         if len(beyond):
             raise ValueError(f"`control_image` has class id {int(beyond[0])}; the model knows 0 to {channels - 1}")
         return torch.stack([ids == c for c in range(channels)]).float()
-    arrays = [np.atleast_3d(np.array(to_rgb(one).convert("RGB" if kind == "image" else "L"))) for one in pictures]
-    sizes = {array.shape[:2] for array in arrays}
+    sizes = {one.size for one in pictures}
     if len(sizes) > 1:
-        raise ValueError(f"the pictures of one control must be of one size, but are {sorted(sizes)}")
-    return torch.from_numpy(np.concatenate(arrays, axis=2)).movedim(2, 0).float() / 255
+        raise ValueError(f"the images of one control must be of one size, but are {sorted(sizes)} (width, height)")
+    return pixel_channels(*(to_rgb(one).convert("RGB" if kind == "image" else "L") for one in pictures)).float() / 255
 
 
 def _class_ids(picture: Image.Image) -> np.ndarray:
@@ -81,30 +82,6 @@ def _class_ids(picture: Image.Image) -> np.ndarray:
             f"`control_image` has colours (mode {picture.mode}), not one class id per pixel; save it as 8-bit grey"
         )
     return np.array(picture).astype(np.int64)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: transparency laid on white, 16-bit and float grey scaled, as training reads all its pictures."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep_gray(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layers = image.convert("RGBA")
-    white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layers).convert("RGB")
-
-
-def _from_deep_gray(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey to RGB. Pillow's own `convert` clips them at 255, which turns scans white."""
-    values = np.asarray(image).astype(np.float64)
-    brightest = values.max(initial=0)
-    if image.mode == "F":
-        scale = 255.0 if brightest <= 1 else 255 / 65535 if brightest > 255 else 1.0
-    else:
-        scale = 255 / 65535 if image.mode.startswith("I;16") or brightest > 255 else 1.0
-    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
 
 
 def step_share(timesteps: Tensor, timestep: Any) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.standalone import HASH_SUFFIX
 from .cli import UserError, nearest
+from .devices import get_device
 
 INDEX = "model_index.json"
 
@@ -50,6 +51,21 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         # What a half-copied or foreign folder does to diffusers is of these kinds.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+
+
+def load_on_device(path: str | Path, device: str | None, checkpoint: str | None = None, **options: Any) -> Any:
+    """The DiffusionPipeline at `path` on the device that `--device` names (see `get_device`).
+
+    A mistyped path, then a device that is not here, is told before the slow imports.
+
+    Args:
+        **options: of `load_pipeline`.
+
+    Raises:
+        UserError: nothing there that can be loaded, or no such device.
+    """
+    folder, chosen = find_pipeline(path, checkpoint), get_device(device)
+    return load_pipeline(folder, **options).to(chosen)
 
 
 @contextmanager

@@ -121,7 +121,12 @@ GREY = Image.new("L", (WIDTH, HEIGHT))
         ("image", 3, Image.new("RGB", (HEIGHT, WIDTH)), r"3 channels of 4×6 .* but has shape \(3, 6, 4\); resize it"),
         ("masks", 2, [GREY], "must have 2 pictures for each control, but has 1"),
         ("masks", 2, [[GREY] * 3], "must have 2 pictures for each control, but has 3"),
-        ("masks", 2, [GREY, Image.new("L", (2, 2))], r"must be of one size, but are \[\(2, 2\), \(4, 6\)\]"),
+        (
+            "masks",
+            2,
+            [GREY, Image.new("L", (2, 2))],
+            r"must be of one size, but are \[\(2, 2\), \(6, 4\)\] .width, height",
+        ),
         ("masks", 2, [GREY, [GREY, GREY]], "mixes pictures and lists of pictures"),
         ("classes", 3, Image.new("L", (WIDTH, HEIGHT), 3), "has class id 3; the model knows 0 to 2"),
         ("classes", 3, Image.new("RGB", (WIDTH, HEIGHT)), r"has colours \(mode RGB\), not one class id per pixel"),

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 SOURCES = [p for folder in ("pipelines", "training", "data_scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
 RULE = ROOT / "pipelines" / "tools" / "devices.py"
-LOADS_A_MODEL = re.compile(r"\b(load_pipeline|load_captioner|load_vae)\(")
+LOADS_A_MODEL = re.compile(r"\b(load_pipeline|load_on_device|load_captioner|load_vae)\(")
 
 
 def machine(monkeypatch, cuda: int = 0, mps: bool = False, use_cpu: str | None = None) -> None:

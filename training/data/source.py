@@ -90,7 +90,7 @@ class DataConfig(Options):
         columns = self.conditioning_image_column
         if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
             raise UserError(
-                f"--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
+                "--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
                 f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
             )
 

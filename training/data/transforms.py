@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.common.control_images import to_rgb
+from pipelines.common.pixels import to_rgb
 from training.core.draws import mix
 
 RESAMPLING = {

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import get_device
 from pipelines.tools.grids import comparison_grid, control_picture
 from training.core.files import write_atomically
 from training.core.options import Options, option
@@ -76,24 +75,21 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
     Raises:
         UserError: no such model, reader or data, or models that take other controls.
     """
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
 
     torch.set_num_threads(threads_per_process())
     figures: dict[str, dict[str, float]] = {}
     pictures: dict[str, Tensor] = {}
-    folders = {model: find_pipeline(model) for model in config.models}
-    device = get_device(config.device)
-    for model, folder in folders.items():
-        pipeline = load_pipeline(folder)
+    for model in config.models:
+        pipeline = load_on_device(model, config.device)
         if not hasattr(pipeline, "controlnet"):
             raise UserError(f"--models: {model} is a {type(pipeline).__name__}; name runs of train_controlnet.py")
-        pipeline.to(device)
         name = _name(model, pipeline)
         pipeline.set_progress_bar_config(desc=name)
         net = pipeline.controlnet.config
         real, controls = _data(config, net, pipeline)
         reader = ControlReader(config.reader, net.control_kind, net.control_names, net.conditioning_channels)
-        reader.module.to(device)
+        reader.module.to(pipeline.device)
         if not pictures:
             pictures["base"] = _paint(pipeline, controls, config, scale=0.0)
         own, wrong = (_paint(pipeline, c, config) for c in (controls, others(controls)))

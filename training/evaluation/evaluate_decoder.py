@@ -18,7 +18,6 @@ from PIL import Image
 
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import get_device
 from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
 from training.core.options import Options, option
@@ -74,20 +73,16 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data, or a reader that reads no pictures or no grammar.
     """
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
     from training.data.briefs import brief_of
     from training.data.images import DataConfig, load_split
     from training.data.posters import NUMBER_COLUMNS, require_poster_columns
 
     torch.set_num_threads(threads_per_process())
-    folders = find_pipeline(config.model), find_pipeline(config.reader)
-    device = get_device(config.device)
-    decoder, reader = (load_pipeline(folder) for folder in folders)
+    decoder, reader = (load_on_device(path, config.device) for path in (config.model, config.reader))
     _check_kinds(decoder, reader, config)
     if config.scheduler:
         decoder.set_scheduler(config.scheduler)
-    decoder.to(device)
-    reader.to(device)
     decoder.set_progress_bar_config(desc="painting posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     require_poster_columns(rows, ["image", "palette", *NUMBER_COLUMNS], config.dataset_name)

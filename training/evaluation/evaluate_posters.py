@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command
-from pipelines.tools.devices import get_device
 from pipelines.tools.grids import comparison_grid
 from training.core.files import write_atomically
 from training.core.options import Options
@@ -73,16 +72,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     Raises:
         UserError: no such model or data.
     """
-    from pipelines.tools.loading import find_pipeline, load_pipeline
+    from pipelines.tools.loading import load_on_device
     from training.data.images import DataConfig, load_split
 
     torch.set_num_threads(threads_per_process())
-    folder = find_pipeline(config.model)
-    device = get_device(config.device)
-    pipeline = load_pipeline(folder)
+    pipeline = load_on_device(config.model, config.device)
     if config.scheduler:
         pipeline.set_scheduler(config.scheduler)
-    pipeline.to(device)
     pipeline.set_progress_bar_config(desc="drawing posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.devices import get_device
 from pipelines.tools.grids import PAPER, image_grid
 from training.core.files import write_atomically
 from training.core.previews import save_png
@@ -208,9 +207,9 @@ def _draw(
     """
     import torch
 
-    from pipelines.tools.loading import load_pipeline
+    from pipelines.tools.loading import load_on_device
 
-    pipeline = load_pipeline(folder.pipeline).to(get_device())
+    pipeline = load_on_device(folder.pipeline, None)
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(samples.seed, samples.seed + samples.count)
     arguments, titles = _conditions(pipeline, prompts, seeds)

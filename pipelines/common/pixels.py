@@ -1,0 +1,43 @@
+"""PIL images as the pixels that networks read.
+
+Shapes: C channels, H W pixels.
+
+This file is shipped inside published pipelines, so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def pixel_channels(*images: Image.Image) -> Tensor:
+    """The channels of 8-bit images of one size, one image after another: C H W, uint8."""
+    channels_last = np.concatenate([np.atleast_3d(np.array(image, dtype=np.uint8)) for image in images], axis=2)
+    return torch.from_numpy(channels_last).movedim(2, 0)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency laid on white, 16-bit and float grey scaled, as training reads all its images."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_gray(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layers = image.convert("RGBA")
+    white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, layers).convert("RGB")
+
+
+def _from_deep_gray(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey to RGB. Pillow's own `convert` clips them at 255, which turns scans white."""
+    values = np.asarray(image).astype(np.float64)
+    brightest = values.max(initial=0)
+    if image.mode == "F":
+        scale = 255.0 if brightest <= 1 else 255 / 65535 if brightest > 255 else 1.0
+    else:
+        scale = 255 / 65535 if image.mode.startswith("I;16") or brightest > 255 else 1.0
+    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
