@@ -22,12 +22,12 @@ from training.data.captions import captions_of
 from training.data.source import DataConfig, load_split, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
-    SMALLEST_BPE,
     SPECIAL_TOKENS,
     TokenizerReport,
     report_on,
     round_trip,
     save_tokenizer,
+    smallest_vocabulary,
     train_tokenizer,
 )
 
@@ -67,7 +67,7 @@ class TokenizerConfig(DataConfig):
         super().validate(prefix)
         if not self.output_dir:
             raise UserError("--output_dir is missing; it is the folder the tokenizer is written to")
-        smallest = SMALLEST_BPE if self.model == "bpe" else len(SPECIAL_TOKENS) + 1
+        smallest = smallest_vocabulary(self.model)
         if self.vocab_size < smallest:
             raise UserError(
                 f"vocab_size is {self.vocab_size}; --vocab_size must be at least {smallest} for {self.model}"

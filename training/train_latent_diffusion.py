@@ -29,8 +29,9 @@ from training.data.latent_cache.dataset import LatentCache
 from training.engine.session import train
 from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
+from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
-from training.models.conditioning import batch_images, batch_latents, caption_and_class, pipeline_conditions
+from training.models.conditioning import caption_and_class, pipeline_conditions
 from training.models.text_encoder import TextEncoderConfig, build_text
 from training.models.unet import UNetConfig, build_unet
 from training.models.vae_loading import load_vae

@@ -148,8 +148,14 @@ def test_mistakes_are_user_errors(folder: Path, tmp_path: Path, settings: dict, 
     (tmp_path / "empty").mkdir()
     places = {"FOLDER": str(folder), "EMPTY": str(tmp_path / "empty")}
     config = DataConfig(**{name: places.get(value, value) for name, value in settings.items()})
+
+    def check_and_open() -> None:
+        config.validate()
+        for split in ("train", "validation"):
+            ImageDataset(load_split(config, split, 0), config)
+
     with pytest.raises(UserError, match=message):
-        [ImageDataset(load_split(config, split, 0), config) for split in ("train", "validation")]
+        check_and_open()
 
 
 def test_a_column_of_something_else_is_refused(tmp_path: Path):

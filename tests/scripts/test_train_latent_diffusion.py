@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
+from training.models.conditioning import caption_and_class
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
@@ -162,20 +165,21 @@ def test_cached_latents_give_the_same_losses(tmp_path, diffusion_flags, cache):
         assert cached == pytest.approx(pictures, rel=1e-5), name
 
 
-def dropped(stage, data, steps: int, dropout: float) -> torch.Tensor:
-    """Which samples lost their caption, steps × 100: seen where the text encoder gets its tokens."""
-    stage.config.cfg_dropout = dropout
+@contextmanager
+def read_captions(stage) -> Iterator[list[torch.Tensor]]:
+    """The ids that the text encoder reads meanwhile, B L for each of its forward passes."""
     read: list[torch.Tensor] = []
     hook = stage.phase.text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
-    batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
-    empty = tokenize_captions(stage.caption_tokens.tokenizer, [""], stage.caption_tokens.max_length)
-    assert not (batch["input_ids"] == empty).all(1).any()
-    with torch.no_grad():
-        for step in range(steps):
-            stage.phase.condition(batch, Draws(0, step, range(100)).uniform("cfg_dropout") < dropout)
+    yield read
     hook.remove()
+
+
+def lost_captions(stage, batch, read: list[torch.Tensor]) -> torch.Tensor:
+    """Which samples of the batch lost their caption, a row for each pass; the others kept it as it was."""
+    empty = tokenize_captions(stage.tokens.tokenizer, [""], stage.tokens.max_length)
+    assert not (batch["input_ids"] == empty).all(1).any()
     lost = torch.stack([(ids == empty).all(1) for ids in read])
     assert all(torch.equal(ids[~gone], batch["input_ids"][~gone]) for ids, gone in zip(read, lost, strict=True))
     return lost
@@ -185,7 +189,13 @@ def dropped(stage, data, steps: int, dropout: float) -> torch.Tensor:
 def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags, cache, source):
     """10,000 samples: within three standard deviations, no batch as a whole, and others every time."""
     stage = stage_of(diffusion_flags, *(("--latent_cache", str(cache)) if source == "cache" else ()))
-    lost = dropped(stage, stage.train_data(), 100, 0.1)
+    data, phase = stage.train_data(), stage.phase
+    batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
+    with torch.no_grad(), read_captions(stage) as read:
+        for step in range(100):
+            dropped = Draws(0, step, range(100)).uniform("cfg_dropout") < 0.1
+            caption_and_class(stage.unet, phase.text_encoder, phase.empty_ids, batch, dropped)
+    lost = lost_captions(stage, batch, read)
     assert lost.shape == (100, 100)
     assert abs(lost.float().mean().item() - 0.1) < 3 * (0.1 * 0.9 / 10_000) ** 0.5
     per_batch = lost.float().mean(1)
@@ -196,21 +206,17 @@ def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags
     assert per_position.max() < 0.3  # frozen dropout would have 1
 
 
-def test_the_rate_holds_in_the_loss_itself(diffusion_flags, monkeypatch):
-    """Not only in `condition`: the phase's forward drops by its config, and validation nothing."""
+def test_the_rate_holds_in_the_loss_itself(diffusion_flags):
+    """Training drops by its config, and validation nothing."""
     stage = stage_of(diffusion_flags)
-    seen = []
-    condition = type(stage.phase).condition
-    monkeypatch.setattr(
-        type(stage.phase), "condition", lambda self, b, d: seen.append(d.clone()) or condition(self, b, d)
-    )
     batch = fetch(stage.train_data(), [SampleKey(i, i) for i in range(8)])
-    with torch.no_grad():
+    with torch.no_grad(), read_captions(stage) as read:
         for step in range(40):
             stage.phase(batch, Draws(0, step, range(8)))
         stage.validation_step(batch, Draws(0, "validation", range(8)))
-    assert not seen.pop().any()
-    share = torch.stack(seen).float().mean().item()
+    *trained, validated = lost_captions(stage, batch, read)
+    assert not validated.any()
+    share = torch.stack(trained).float().mean().item()
     assert abs(share - 0.1) < 3 * (0.1 * 0.9 / 320) ** 0.5
 
 

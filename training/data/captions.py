@@ -26,15 +26,15 @@ from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.source import column_values, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
-    SMALLEST_BPE,
     SPECIAL_TOKENS,
     CaptionTokens,
     load_tokenizer,
     report_on,
     round_trip,
+    smallest_vocabulary,
     train_tokenizer,
 )
-from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor
+from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor, upright_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ class CaptionDataConfig(DataConfig):
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        smallest = SMALLEST_BPE if self.tokenizer_model == "bpe" else len(SPECIAL_TOKENS) + 1
+        smallest = smallest_vocabulary(self.tokenizer_model)
         check_bounds(f"{prefix}vocab_size", self.vocab_size, at_least=smallest)
 
 
@@ -97,8 +97,7 @@ class CaptionedPictures(ImageDataset):
                 image = open_image(self.dataset[row][self.config.image_column])
             except BrokenImage:
                 continue  # what is to be done about it is --on_bad_sample's to say
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
+            width, height = upright_size(image)
             ratios.append(width / height)
         return round(statistics.median(ratios), 3) if ratios else 1.0
 

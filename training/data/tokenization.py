@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<PAD>", "<START>", "<END>", "<UNK>")
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
-# With a byte alphabet and the special tokens there is no smaller BPE vocabulary.
-SMALLEST_BPE = 260
+BYTES = 256
 # Above this share of unknown words a text encoder misses much of what prompts say.
 MANY_UNKNOWN = 0.05
 # Words keep their hyphens and apostrophes ("medium-light", "don't"); every other sign is a word of its own.
@@ -48,6 +47,11 @@ class TokenizerReport:
     @property
     def unknown_share(self) -> float:
         return self.unknown_words / max(1, self.words)
+
+
+def smallest_vocabulary(model: Literal["word_level", "bpe"]) -> int:
+    """Entries that a tokenizer needs at least: the special tokens, and a word or the alphabet of bytes."""
+    return len(SPECIAL_TOKENS) + (BYTES if model == "bpe" else 1)
 
 
 def train_tokenizer(

@@ -142,13 +142,19 @@ def verify_image(source: Any) -> tuple[int, int]:
         BrokenImage: it cannot be decoded completely.
     """
     image = open_image(source)
-    width, height = image.size
     try:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        image.draft(None, (max(1, width // 8), max(1, height // 8)))
+        size = upright_size(image)
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
     except Exception as error:  # as in load_rgb
         raise BrokenImage(f"the picture is damaged ({_first_line(error)})") from error
+    return size
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened image once its EXIF orientation is applied."""
+    width, height = image.size
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 

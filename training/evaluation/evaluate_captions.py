@@ -12,7 +12,6 @@ everything else by the first.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
-from training.core.files import write_atomically
+from training.core.files import write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -128,7 +127,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     if config.pictures:
         _save_pictures(pipeline, data, rows, told, config)
     if config.output:
-        write_atomically(Path(config.output), json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        write_json(config.output, figures)
     return figures
 
 

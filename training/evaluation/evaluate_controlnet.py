@@ -11,7 +11,6 @@ N pictures, C control channels, R resolution.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.grids import comparison_grid, control_picture
-from training.core.files import write_atomically
+from training.core.files import write_atomically, write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -99,7 +98,7 @@ def evaluate(config: ControlEvaluationConfig) -> dict[str, dict[str, float]]:
     if config.grid:
         _save_grid(config.grid, controls, real, pictures)
     if config.output:
-        write_atomically(Path(config.output), json.dumps(figures, indent=2) + "\n")
+        write_json(config.output, figures)
     if config.table:
         write_atomically(Path(config.table), table(figures))
     return figures

@@ -6,10 +6,8 @@ python training/evaluation/evaluate_decoder.py --model runs/posters/decoder_64 -
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from PIL import Image
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.grids import comparison_grid
-from training.core.files import write_atomically
+from training.core.files import write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -107,7 +105,7 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
         words = [brief.describe() for brief in briefs[:GRID_BRIEFS]]
         save_png(comparison_grid(shown, titles, row_titles=words), config.grid)
     if config.output:
-        write_atomically(Path(config.output), json.dumps(figures, indent=2) + "\n")
+        write_json(config.output, figures)
     return figures
 
 

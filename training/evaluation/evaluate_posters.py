@@ -5,10 +5,8 @@ python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_di
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from PIL import Image
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command
 from pipelines.tools.grids import comparison_grid
-from training.core.files import write_atomically
+from training.core.files import write_json
 from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -90,7 +88,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     if config.grid:
         save_png(_grid(pipeline, briefs, posters, config), config.grid)
     if config.output:
-        write_atomically(Path(config.output), json.dumps(figures, indent=2) + "\n")
+        write_json(config.output, figures)
     return figures
 
 

@@ -1,6 +1,6 @@
-"""What a latent diffusion model is trained on: a batch's latents, and the U-Net's condition with some of it dropped.
+"""The condition of a latent diffusion model: in training, with some of it dropped, and for its pipeline.
 
-B batch, C h w latents, L tokens, D text width.
+B batch, L tokens.
 """
 
 from __future__ import annotations
@@ -11,28 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.core.draws import Draws
 from training.core.stage import Batch
-
-
-def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
-    """B C h w, scaled; from pictures or from cached moments, the posterior drawn anew each time. `shape`: C, h, w."""
-    from pipelines.common.latents import encode_latents, latents_from_moments
-
-    noise = draws.normal("posterior", shape)
-    with torch.no_grad():
-        if "pixel_values" in batch:
-            return encode_latents(vae, batch["pixel_values"], noise)
-        return latents_from_moments(vae, batch["mean"], batch.get("logvar"), noise)
-
-
-def batch_images(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
-    """A batch's images (B 3 H W), decoded from its latents where they come from a cache. `shape`: C, h, w."""
-    from pipelines.common.latents import decode_latents
-
-    if "pixel_values" in batch:
-        return batch["pixel_values"]
-    return decode_latents(vae, batch_latents(vae, batch, draws, shape))
 
 
 def caption_and_class(

@@ -19,7 +19,8 @@ from training.core.stage import Batch
 from training.data.briefs import BriefedPosters
 from training.data.images import DataConfig, ImageDataset, load_label_map
 from training.data.tokenization import CaptionTokens
-from training.models.conditioning import batch_latents, caption_and_class, pipeline_conditions
+from training.models.batch_latents import batch_latents
+from training.models.conditioning import caption_and_class, pipeline_conditions
 from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
 
 
