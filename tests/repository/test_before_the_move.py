@@ -21,7 +21,8 @@ from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
 from tests.support.environments import environment_without_halftone
 from tests.support.runs import ROOT, environment, rows, tensors
 
-pytestmark = pytest.mark.slow
+# Each test may be the first, and then starts all runs that it needs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BEFORE = "2f86a53"
 INTERRUPTED = ROOT / "tests/support/interrupted.py"

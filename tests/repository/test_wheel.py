@@ -21,7 +21,7 @@ from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
 from tests.support.environments import environment_of
 from tests.support.runs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
 NEEDED_TO_BUILD = (*PACKAGES, "configs", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
