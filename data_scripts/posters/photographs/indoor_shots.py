@@ -152,18 +152,28 @@ def _hair(light: np.ndarray, sitter: Sitter, strands: np.ndarray) -> np.ndarray:
     return mixed(light, lit, volume[3] * np.maximum(fringe, temples))
 
 
+@dataclass(frozen=True)
+class Table:
+    """Where a still life stands: the view's coordinates (H × W, in half heights), and the light's direction."""
+
+    x: np.ndarray
+    y: np.ndarray
+    lamp: Direction
+
+
 def still_life(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A bottle or a vase and fruit on a table: a pool of light from one side, soft shadows, a glint."""
     x, y = view(shape)
     half_width, side = float(x[0, -1]), pick(rng, (-1.0, 1.0))
     lamp = (0.66 * side, -0.5, 0.56)
+    table = Table(x, y, lamp)
     edge = rng.uniform(0.1, 0.3)
     light = _table(rng, x, y, edge, side)
     place = (side * rng.uniform(0.1, 0.35) * half_width, edge + 0.32)
-    light = _bottle(light, rng, x, y, place, lamp)
+    light = _bottle(light, rng, table, place)
     for _ in range(pick(rng, (1, 2, 3))):
         place = (-side * rng.uniform(-0.15, 0.75) * half_width, edge + rng.uniform(0.38, 0.6))
-        light = _fruit(light, rng, x, y, place, lamp)
+        light = _fruit(light, rng, table, place)
     return light
 
 
@@ -178,15 +188,9 @@ def _table(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, edge: float, 
     return blurred(mixed(light, top, smooth_step(-0.012, 0.012, y - edge)), 0.012 * x.shape[0])
 
 
-def _fruit(
-    light: np.ndarray,
-    rng: np.random.Generator,
-    x: np.ndarray,
-    y: np.ndarray,
-    place: tuple[float, float],
-    lamp: Direction,
-) -> np.ndarray:
+def _fruit(light: np.ndarray, rng: np.random.Generator, table: Table, place: tuple[float, float]) -> np.ndarray:
     """A round fruit that stands at `place`."""
+    x, y, lamp = table.x, table.y, table.lamp
     radius = rng.uniform(0.2, 0.3)
     cx, cy = place[0], place[1] - radius
     skin, other = pick(rng, FRUIT)
@@ -200,15 +204,9 @@ def _fruit(
     return mixed(light, lit * (1 - 0.75 * stalk)[..., None], body[3])
 
 
-def _bottle(
-    light: np.ndarray,
-    rng: np.random.Generator,
-    x: np.ndarray,
-    y: np.ndarray,
-    place: tuple[float, float],
-    lamp: Direction,
-) -> np.ndarray:
+def _bottle(light: np.ndarray, rng: np.random.Generator, table: Table, place: tuple[float, float]) -> np.ndarray:
     """A turned body that stands at `place`: its normals lie level; glass lets the background through."""
+    x, y, lamp = table.x, table.y, table.lamp
     hue, glass = pick(rng, BOTTLES)
     width, tall, neck = rng.uniform(0.17, 0.24), rng.uniform(0.85, 1.1), pick(rng, (0.32, 0.45))
     up = (place[1] - y) / tall
