@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from training.core.checks import check_bounds, check_choice
 
-Part = TypeVar("Part", bound="Options")
 OnResume = Literal["error", "warn", "free"]
 
 
@@ -55,7 +54,7 @@ class Options:
     """Base of every config and of every part of one."""
 
     def validate(self, prefix: str = "") -> None:
-        """Raise UserError for values that cannot be: here, those that their own fields rule out.
+        """Raise UserError for impossible values: here, those outside the bounds and choices of their own fields.
 
         A part overrides this for what concerns several of its fields, and calls `super().validate(prefix)` first, so
         that the checks of all parts that a config is derived from run.
@@ -79,10 +78,6 @@ class Options:
         """Plain values of every field but secrets; groups of options as dicts."""
         values = dataclasses.asdict(self)
         return {f.name: values[f.name] for f in dataclasses.fields(self) if not f.metadata.get("secret")}
-
-    def part(self, kind: type[Part]) -> Part:
-        """A copy of the fields that belong to one of the parts this config is derived from."""
-        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
         """What differs from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}."""
