@@ -25,6 +25,7 @@ from training.data.tokenization import CaptionTokens
 from training.evaluation import evaluate_captions
 from training.metrics.captions import caption_scores
 from training.run.checkpoint import load_tensors
+from training.run.folder import RunFolder
 
 SCRIPT = ROOT / "training/train_image_caption.py"
 CONFIGS = sorted((ROOT / "configs/experiments/image_caption").glob("*.yaml"))
@@ -54,9 +55,9 @@ def train(folder: Path, flags, *more: str) -> int:
 
 
 def stage_of(flags, *more: str) -> train_image_caption.ImageCaptionStage:
-    return train_image_caption.ImageCaptionStage(
-        parse_config(train_image_caption.Config, [*flags, *more]), StageContext()
-    )
+    config = parse_config(train_image_caption.Config, [*flags, *more])
+    context = StageContext(resuming=RunFolder(config.output_dir).has_checkpoint())
+    return train_image_caption.ImageCaptionStage(config, context)
 
 
 def gradients(stage, rows_=range(6), batch=None) -> dict[str, torch.Tensor]:
@@ -228,7 +229,7 @@ def test_before_its_start_there_is_no_prior_to_draw_from(tmp_path, flags):
 
 @pytest.mark.parametrize("start", ["1", "-0.1", "2000"])
 def test_a_prior_that_would_never_start(start, flags, tmp_path, capsys):
-    with pytest.raises(UserError, match="share of the run"):
+    with pytest.raises(UserError, match=r"--prior.start is .* must lie in \[0, 1\)"):
         parse_config(train_image_caption.Config, [*flags, "--prior.start", start]).validate()
 
 
@@ -286,11 +287,11 @@ def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
     [
         (("--image_weight", "0", "--caption_weight", "0", "--alignment_weight", "0"), "nothing to learn from"),
         (("--train_batch_size", "1"), "no other pair"),
-        (("--cross_share", "2"), "share in \\[0, 1\\]"),
-        (("--word_dropout", "-0.1"), "share in \\[0, 1\\]"),
+        (("--cross_share", "2"), "--cross_share is 2.0; it must lie in"),
+        (("--word_dropout", "-0.1"), "--word_dropout is -0.1; it must lie in"),
         (("--kl_weight", "-1"), "at least 0"),
         (("--preview_prompts", '["a cat", " "]'), "an empty caption"),
-        (("--model.num_attention_heads", "3"), "multiple of"),
+        (("--model.num_attention_heads", "3"), "must be multiples of --model.num_attention_heads 3"),
         (("--model.norm_num_groups", "5"), "multiples of"),
         (("--model.max_length", "2"), "at least 3"),
         (("--resolution", "16"), "deepest feature map"),
