@@ -254,7 +254,7 @@ def test_an_impossible_brief_names_row_column_and_what_is_allowed(tmp_path):
     ("more", "message"),
     [
         (("--model.attention_resolutions", "[24]"), "has 24, but at --resolution 32 .* are 32, 16; choose among them"),
-        (("--field_dropout", "1.5"), r"--field_dropout is 1.5; it is a share in \[0, 1\]"),
+        (("--field_dropout", "1.5"), r"--field_dropout is 1.5; it must lie in \[0, 1\]"),
         (("--resolution", "33"), "33 is not a multiple of 2"),
         (("--brief_encoder.token_width", "0"), "--brief_encoder.token_width is 0; it must be at least 1"),
     ],
