@@ -206,6 +206,7 @@ def _open(config: MakeControlsConfig) -> DatasetDict:
         train_data_dir=config.train_data_dir,
         image_column=config.image_column,
     )
+    data.validate()
     splits = {name: split for name, split in load_all_splits(data).items() if len(split)}
     if not splits:
         raise UserError(f"{config.source} has no rows; give it some pictures")

@@ -272,7 +272,7 @@ def test_earlier_controls_are_set_aside_only_when_asked(pictures, tmp_path, caps
         (["--kind", "layout", "--encoder", "/nowhere/x"], "no pipeline, run or checkpoint at '/nowhere/x'"),
         (["--kind", "edges", "--columns", "[a, b]"], r"give 1 different names, in place of conditioning_image"),
         (["--kind", "edges", "--columns", "[mask]"], "the dataset has a column 'mask' already; .*--columns"),
-        (["--kind", "edges", "--sigma", "-1"], "--sigma is -1.0; give 0 or more"),
+        (["--kind", "edges", "--sigma", "-1"], "--sigma is -1.0; it must be at least 0"),
         (["--kind", "edges", "--low_threshold", "0.5"], "--low_threshold 0.5 and --high_threshold 0.1"),
         (["--kind", "palette", "--colors", "0"], "--colors is 0; give 1 to 256"),
         (["--kind", "edges", "--image_column", "imag"], "no column 'imag'; did you mean 'image'"),

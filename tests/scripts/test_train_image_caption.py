@@ -291,7 +291,7 @@ def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
         (("--word_dropout", "-0.1"), "--word_dropout is -0.1; it must lie in"),
         (("--kl_weight", "-1"), "at least 0"),
         (("--preview_prompts", '["a cat", " "]'), "an empty caption"),
-        (("--model.num_attention_heads", "3"), "must be multiples of --model.num_attention_heads 3"),
+        (("--model.num_attention_heads", "3"), "must be a multiple of --model.num_attention_heads 3"),
         (("--model.norm_num_groups", "5"), "multiples of"),
         (("--model.max_length", "2"), "at least 3"),
         (("--resolution", "16"), "deepest feature map"),

@@ -45,6 +45,12 @@ def check_bounds(
     raise UserError(f"--{name} is {value}; it must {rule}{hint}")
 
 
+def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise UserError unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        raise UserError(f"--{name} {value} must be a multiple of --{divisor_name} {divisor}")
+
+
 def check_multiples(name: str, values: Sequence[int], divisor_name: str, divisor: int) -> None:
     """Raise UserError unless there are values, all of them positive multiples of `divisor`."""
     if not values or any(value < 1 or value % divisor for value in values):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.checks import check_deepest_feature_map, check_multiple, check_multiples
 from training.core.options import Options, option
 
 
@@ -46,12 +46,8 @@ class ImageCaptionModelConfig(Options):
         check_multiples(
             f"{prefix}block_out_channels", self.block_out_channels, f"{prefix}norm_num_groups", self.norm_num_groups
         )
-        check_multiples(
-            f"{prefix}text_hidden_size",
-            [self.text_hidden_size],
-            f"{prefix}num_attention_heads",
-            self.num_attention_heads,
-        )
+        heads = f"{prefix}num_attention_heads"
+        check_multiple(f"{prefix}text_hidden_size", self.text_hidden_size, heads, self.num_attention_heads)
 
     def check_resolution(self, resolution: int) -> None:
         """Raise UserError for a network that does not suit images of `resolution` pixels."""

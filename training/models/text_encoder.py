@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipelines.tools.cli import UserError
-from training.core.checks import check_multiples
+from training.core.checks import check_multiple
 from training.core.options import Options, option
 from training.data.tokenization import CaptionTokens, load_tokenizer
 
@@ -31,8 +31,8 @@ class TextEncoderConfig(Options):
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        check_multiples(
-            f"{prefix}hidden_size", [self.hidden_size], f"{prefix}num_attention_heads", self.num_attention_heads
+        check_multiple(
+            f"{prefix}hidden_size", self.hidden_size, f"{prefix}num_attention_heads", self.num_attention_heads
         )
 
 
