@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.tools.cli import UserError
 from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer, hub  # noqa: F401  (a fixture)
-from training.publishing.hub import Publisher
+from training.publishing.hub import HubConfig, Publisher
 
 FAST = (0.05, 0.1, 0.2)  # seconds between attempts
 
@@ -52,17 +52,14 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
-def make_publisher(tmp_path: Path, model_id: str | None = "posters", **kwargs) -> tuple[Publisher, list[str]]:
+def make_publisher(tmp_path: Path, model_id: str | None = "posters", **settings) -> tuple[Publisher, list[str]]:
     lines: list[str] = []
-    publisher = Publisher(model_id, run_dir=tmp_path / "run", notify=lines.append, retry_delays=FAST, **kwargs)
-    return publisher, lines
-
-
-# --- before the first step -----------------------------------------------------------------------------------------
+    config = HubConfig(hub_model_id=model_id, **settings)
+    return Publisher(config, run_dir=tmp_path / "run", notify=lines.append, retry_delays=FAST), lines
 
 
 def test_check_makes_the_repo_in_the_users_namespace(hub, tmp_path):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, private=True)
+    publisher, _ = make_publisher(tmp_path, hub_private_repo=True)
     publisher.check()
     publisher.check()  # it exists now
     assert publisher.model_id == "ada/posters"
@@ -93,7 +90,7 @@ def test_an_organization_of_the_user_will_do(hub, tmp_path):  # noqa: F811
     ],
 )
 def test_what_would_fail_later_is_refused_before_the_first_step(hub, tmp_path, token, model_id, message):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, model_id, token=token)
+    publisher, _ = make_publisher(tmp_path, model_id, hub_token=token)
     with pytest.raises(UserError, match=message):
         publisher.check()
     assert not hub.repos
@@ -101,7 +98,7 @@ def test_what_would_fail_later_is_refused_before_the_first_step(hub, tmp_path, t
 
 def test_a_repo_of_somebody_else_that_can_be_read_is_refused(hub, tmp_path):  # noqa: F811
     make_publisher(tmp_path, "posters")[0].check()  # ada's, public
-    publisher, _ = make_publisher(tmp_path, "ada/posters", token=OTHER_TOKEN)
+    publisher, _ = make_publisher(tmp_path, "ada/posters", hub_token=OTHER_TOKEN)
     with pytest.raises(UserError, match="may not write there"):
         publisher.check()
 
@@ -118,12 +115,9 @@ def test_no_network(hub, tmp_path):  # noqa: F811
         make_publisher(tmp_path)[0].check()
 
 
-def test_an_unknown_strategy_is_named(tmp_path):
+def test_an_unknown_strategy_is_named():
     with pytest.raises(UserError, match="did you mean 'checkpoint'"):
-        make_publisher(tmp_path, strategy="checkpoints")
-
-
-# --- uploads -------------------------------------------------------------------------------------------------------
+        HubConfig(hub_strategy="checkpoints").validate()
 
 
 def test_a_pipeline_goes_up_and_comes_back_from_an_empty_cache(hub, tmp_path, pipeline):  # noqa: F811
@@ -165,7 +159,7 @@ def test_training_goes_on_while_an_upload_waits_and_what_is_uploaded_is_a_snapsh
 
 
 def test_a_checkpoint_that_is_pruned_while_it_waits_is_uploaded_whole(hub, tmp_path, checkpoint):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, strategy="checkpoint")
+    publisher, _ = make_publisher(tmp_path, hub_strategy="checkpoint")
     publisher.check()
     before = (checkpoint / "optimizer.safetensors").read_bytes()
     hub.gate.clear()
@@ -207,7 +201,7 @@ def test_server_errors_are_tried_again(hub, tmp_path, pipeline):  # noqa: F811
 
 
 def test_a_hub_that_dies_costs_one_warning_and_a_command_to_type(hub, tmp_path, pipeline):  # noqa: F811
-    publisher, lines = make_publisher(tmp_path, strategy="every_save")
+    publisher, lines = make_publisher(tmp_path, hub_strategy="every_save")
     publisher.check()
     hub.stop()
     for number in range(3):
@@ -249,9 +243,6 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
     assert "failed, training goes on" in lines[0]
 
 
-# --- what is uploaded ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("strategy", "paths"),
     [
@@ -262,7 +253,7 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
     ],
 )
 def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkpoint, strategy, paths):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, strategy=strategy)
+    publisher, _ = make_publisher(tmp_path, hub_strategy=strategy)
     publisher.check()
     publisher.checkpoint_saved(checkpoint)
     assert publisher.finish(timeout=30).uploaded == paths
@@ -275,7 +266,7 @@ def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkp
 def test_a_checkpoints_pipeline_goes_to_the_root_at_every_save(hub, tmp_path, checkpoint):  # noqa: F811
     (checkpoint / "pipeline").mkdir()
     (checkpoint / "pipeline" / "model_index.json").write_text("{}")
-    publisher, _ = make_publisher(tmp_path, strategy="every_save")
+    publisher, _ = make_publisher(tmp_path, hub_strategy="every_save")
     publisher.check()
     publisher.checkpoint_saved(checkpoint)
     publisher.finish(timeout=30)
@@ -298,7 +289,7 @@ def test_finish_may_be_called_again_and_uploads_may_follow_it(hub, tmp_path, pip
 
 
 def test_the_last_checkpoint_replaces_the_one_before_it(hub, tmp_path, checkpoint):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, strategy="checkpoint")
+    publisher, _ = make_publisher(tmp_path, hub_strategy="checkpoint")
     publisher.check()
     (checkpoint / "only_in_the_first.json").write_text("{}")
     publisher.checkpoint_saved(checkpoint)
@@ -331,9 +322,6 @@ def test_training_state_and_secrets_stay_at_home(hub, tmp_path, pipeline):  # no
         "unet/diffusion_pytorch_model.safetensors",
     }
     assert sum("access token" in line for line in lines) == 1
-
-
-# --- the server itself ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # test_standalone.py does so with our own pipelines
@@ -376,7 +364,7 @@ def test_the_server_answers_ranges_and_private_repos_as_the_hub_does(hub: HubSer
     import urllib.error
     import urllib.request
 
-    publisher, _ = make_publisher(tmp_path, private=True)
+    publisher, _ = make_publisher(tmp_path, hub_private_repo=True)
     publisher.check()
     publisher.upload(pipeline, "Step 10")
     publisher.finish(timeout=30)
