@@ -72,7 +72,7 @@ def _session(
         return _print_on_main(missing, accelerator)
     if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
         return stop.exit_status(stop.requested or signal.SIGTERM)
-    context = StageContext(accelerator.device, folder.has_checkpoint(), config.trains, stop.check)
+    context = StageContext(accelerator.device, resuming=folder.has_checkpoint(), trains=config.trains, poll=stop.check)
     stage = build_stage(config, context)
     freeze_parameters(stage, config.freeze_parameters)
     if config.dry_run:

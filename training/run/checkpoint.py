@@ -2,9 +2,10 @@
 
 checkpoints/step-00001000/
     manifest.json               names, sizes and SHA-256 of every other file
-    trainer_state.json          step, running sums, best, gradient scaler, …
+    trainer_state.json          step, running sums, best value, …
     phase_<name>.safetensors    weights          optimizer_<name>.safetensors + .json
-    ema.safetensors             averages         pipeline/   the public pipeline, with the averaged weights
+    ema.safetensors             EMA weights      scaler.json   the gradient scaler of fp16
+    pipeline/                   the public pipeline, with the EMA weights
 checkpoints/latest, best        links
 """
 
