@@ -110,7 +110,7 @@ class ControlWriter:
         if problems and not self.skip_broken:
             row, reason = next(iter(problems.items()))
             raise UserError(
-                f"row {row} of the dataset: {reason}; mend or remove it ({CHECK} lists all such "
+                f"row {row} of the dataset: {reason}; fix or remove it ({CHECK} lists all such "
                 "rows), or leave it out: --on_bad_sample skip"
             )
         if problems:

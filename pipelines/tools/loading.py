@@ -56,7 +56,7 @@ def load_pipeline(
 def load_on_device(path: str | Path, device: str | None, checkpoint: str | None = None, **options: Any) -> Any:
     """The DiffusionPipeline at `path` on the device that `--device` names (see `get_device`).
 
-    A mistyped path, then a device that is not here, is told before the slow imports.
+    The path and then the device are checked before the slow imports.
 
     Args:
         **options: of `load_pipeline`.

@@ -69,7 +69,7 @@ def _never_asked_to_stop() -> None:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is told about the process that it is built in; the defaults are those outside of any run."""
+    """What a stage may know of the process that builds it; the defaults are for use outside of a run."""
 
     device: torch.device = torch.device("cpu")
     """Where the loop moves phases and frozen modules to, once the stage is built."""

@@ -324,7 +324,7 @@ class ImageDataset(torch.utils.data.Dataset):
         message = f"{self.where(index)}, column '{bad.column}': {bad}"
         if self.config.on_bad_sample == "error":
             raise BadRow(
-                f"{message}; mend or remove it ({CHECK} lists all such rows), or train without it: --on_bad_sample skip"
+                f"{message}; fix or remove it ({CHECK} lists all such rows), or train without it: --on_bad_sample skip"
             ) from bad
         self._bad[index] = 1
         logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))

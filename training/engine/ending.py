@@ -31,7 +31,7 @@ def say_complete(training: Training, folder: RunFolder) -> None:
     how = "stopped early, its validation did not improve any more" if state.stopped_early else "complete"
     logger.info(
         "the run in %s is %s: %d steps, %d images. The pipeline is in %s. "
-        "To train on: --extra_epochs N, or a larger --num_train_epochs; to start anew: --overwrite",
+        "To train on: --extra_epochs N, or a larger --num_train_epochs; to start again: --overwrite",
         folder.path,
         how,
         state.step,

@@ -27,7 +27,8 @@ def open_run(folder: RunFolder, config: RunFolderConfig, resume_from_checkpoint:
     """Create the folder, or open the one that is there; main process only.
 
     Raises:
-        UserError: a folder that is no run, a used one with `--resume_from_checkpoint none`, or one not writable.
+        UserError: the folder holds something other than a run, holds a run although `--resume_from_checkpoint` is
+            none, or cannot be written.
     """
     used = folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir())
     if used and config.overwrite:
@@ -42,7 +43,7 @@ def open_run(folder: RunFolder, config: RunFolderConfig, resume_from_checkpoint:
     elif used and resume_from_checkpoint == "none" and folder.saved_config() is not None:
         raise UserError(
             f"{folder.path} holds a run and --resume_from_checkpoint is none; "
-            "add --overwrite to start anew (the old run is set aside), or leave the flag out to go on"
+            "add --overwrite to start again (the old run is set aside), or leave the flag out to resume"
         )
     folder.create()
 
@@ -56,7 +57,7 @@ def compare_configs(folder: RunFolder, config: Options) -> None:
     if changes["error"]:
         raise UserError(
             f"the run in {folder.path} was started with other settings: {'; '.join(changes['error'])}. "
-            "Put them back, choose another --output_dir, or start anew with --overwrite"
+            "Put them back, choose another --output_dir, or start again with --overwrite"
         )
     if changes["warn"]:
         logger.warning("resuming with changed settings: %s", "; ".join(changes["warn"]))
@@ -107,7 +108,7 @@ def _load(training: Training, folder: Path) -> None:
         first = str(error).splitlines()[0]
         raise UserError(
             f"the checkpoint {folder} is of another model or optimizer ({first}); "
-            "put the old settings back, or start anew with --overwrite"
+            "put the old settings back, or start again with --overwrite"
         ) from None
 
 

@@ -19,7 +19,7 @@ def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config:
     """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
 
     Raises:
-        UserError: which of VAE, transform and dataset differs, both values, and the command that makes it anew.
+        UserError: which of VAE, transform and dataset differs, both values, and the command that makes it again.
     """
     differences = _vae_differences(cache, vae, vae_name)
     if config is not None:
@@ -29,7 +29,7 @@ def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config:
     if differences:
         raise UserError(
             f"the latent cache '{cache.path}' does not belong to this run: {'; '.join(differences)}. "
-            f"Make it anew:\n  {_rebuild_command(cache, config or DataConfig(), vae_name)}"
+            f"Make it again:\n  {_rebuild_command(cache, config or DataConfig(), vae_name)}"
         )
 
 
@@ -90,7 +90,7 @@ def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
 
 
 def _rebuild_command(cache: LatentCache, config: DataConfig, vae_name: str) -> str:
-    """The command line that makes this cache anew for `config`, with the splits and storage it has."""
+    """The command line that makes this cache again for `config`, with the splits and storage it has."""
     words = [*shlex.split(MAKER), "--vae", vae_name, "--output_dir", str(cache.path), "--overwrite", "true"]
     given = {
         field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)
