@@ -82,15 +82,15 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
     from PIL import Image as PIL_Image
     from PIL import ImageDraw, ImageFont, ImageOps
 
-    from pipelines.common.layout_pictures import feature_picture, hierarchy_picture
+    from pipelines.common.layout_pictures import draw_features, draw_hierarchy
 
     features: np.ndarray = reading.features[0]
     upright = ImageOps.exif_transpose(picture).convert("RGB")
     panels = {
         "the poster": upright,
         "text (red), pictures (green)": reading.overlays[0],
-        "colour roles": feature_picture(features),
-        "what leads the eye": hierarchy_picture(features),
+        "colour roles": draw_features(features),
+        "what leads the eye": draw_hierarchy(features),
     }
     font = ImageFont.load_default(FONT_SIZE)
     scale = PANEL / max(upright.size)

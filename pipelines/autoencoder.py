@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .common.checks import OUTPUT_TYPES, check_output_type
-from .common.class_colors import class_picture
+from .common.class_colors import class_ids_to_pil
 from .common.latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
 from .common.standalone import StandalonePipelineMixin
 
@@ -106,7 +106,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         if output_type == "pt":
             return logits.float().softmax(1)
         ids = logits.argmax(1).to(torch.uint8).cpu().numpy()
-        return ids if output_type == "np" else [class_picture(mask) for mask in ids]
+        return ids if output_type == "np" else [class_ids_to_pil(mask) for mask in ids]
 
     @torch.no_grad()
     def classify(self, images: Any) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLo
 from .common.checks import check_output_type, check_positive_integers
 from .common.generation import SamplersByName
 from .common.pixels import pixel_channels, to_rgb
-from .common.sampling import denoise, generator_per_picture, initial_noise
+from .common.sampling import denoise, generator_per_image, initial_noise
 from .common.schedulers import FLOW, check_scheduler
 from .common.standalone import StandalonePipelineMixin
 
@@ -229,8 +229,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             # Streams of their own for all draws: one goes on for as long as the longest caption of the batch.
             streams = [
                 stream
-                for one in generator_per_picture(generator, len(latents)) or []
-                for stream in generator_per_picture(one, num_candidates) or []
+                for one in generator_per_image(generator, len(latents)) or []
+                for stream in generator_per_image(one, num_candidates) or []
             ]
             rows = latents.repeat_interleave(num_candidates, dim=0)
             drawn: list[str] = []
@@ -267,7 +267,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         posterior = type(posterior)(*(part.repeat_interleave(num_images_per_prompt, dim=0) for part in posterior))
         latents = posterior.mean
         if generator is not None or num_images_per_prompt > 1:
-            generators = generator_per_picture(generator, len(latents))
+            generators = generator_per_image(generator, len(latents))
             noise = initial_noise(latents.shape, generators, latents.device)
             if generator is None:
                 noise[::num_images_per_prompt] = 0
@@ -305,7 +305,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             raise ValueError("this model has no latent prior, and cannot invent pairs")
         check_positive_integers(num_pairs=num_pairs, num_inference_steps=num_inference_steps)
         check_scheduler(self.scheduler, FLOW)
-        generators = generator_per_picture(generator, num_pairs)
+        generators = generator_per_image(generator, num_pairs)
         latents = self._invented(num_pairs, generators, num_inference_steps)
         captions = self._captions(latents, num_beams, top_p, temperature, generators, max_length)
         images = self.decode_latents(latents, output_type)
@@ -369,7 +369,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
     ) -> list[str]:
         processors: list[Any] = []
         if top_p is not None:
-            generators = generator_per_picture(generator, len(latents))
+            generators = generator_per_image(generator, len(latents))
             warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
             processors = [*warpers, TopPLogitsWarper(top_p), GumbelNoise(generators)]
         ids = self.model.generate_captions(

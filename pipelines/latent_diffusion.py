@@ -5,8 +5,8 @@ Shapes: B pictures, L tokens, D text width, C latent channels, h w latent cells,
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or absent prompt is the empty prompt. Class labels go through the U-Net's class embedding, whose last index is
 the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model
-predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions`, `beside`
- and `null_class` of this file, so that it cannot differ from sampling.
+predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions`,
+`concat_condition` and `null_class` of this file, so that it cannot differ from sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .common.checks import OUTPUT_TYPES
 from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
 from .common.latents import decode_latents, downsampling_factor, latent_shape
-from .common.sampling import generator_per_picture, initial_noise
+from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
 
@@ -64,7 +64,7 @@ def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
     return text_encoder(input_ids=input_ids).last_hidden_state
 
 
-def beside(noisy: Tensor, expected: Tensor | None) -> Tensor:
+def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
     """The U-Net's input: noisy latents (B C h w), and beside them what the caption leads to expect (B 2C h w).
 
     No gradient flows into `expected`: it is learned by regression alone, and so stays an expectation.
@@ -186,7 +186,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
         labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
         pictures = count * num_images_per_prompt
-        generators = generator_per_picture(generator, pictures)
+        generators = generator_per_image(generator, pictures)
         noise = self._initial_latents(latents, pictures, height, width, generators, device)
         options = SamplingOptions(
             num_inference_steps, guidance_scale if guided else None, generators,
@@ -313,7 +313,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
 
         def predict(x: Tensor, timestep: Any, prompt_embeds: Tensor | None, expected: Tensor | None) -> Tensor:
             return self.unet(
-                beside(x, expected),
+                concat_condition(x, expected),
                 timestep,
                 encoder_hidden_states=prompt_embeds,
                 class_labels=class_labels,

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .common.layout_pictures import overlay_picture
+from .common.layout_pictures import draw_overlay
 from .common.pixels import pixel_channels
 from .common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
 from .common.standalone import StandalonePipelineMixin
@@ -78,7 +78,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         size = reading_size or self.encoder.config.sample_size
         read = [self._read(picture, size) for picture in pictures]
         features = [self._features(probabilities, picture.size) for probabilities, picture in zip(read, pictures)]
-        drawn = [overlay_picture(p, f) for p, f in zip(pictures, features, strict=True)] if overlays else None
+        drawn = [draw_overlay(p, f) for p, f in zip(pictures, features, strict=True)] if overlays else None
         grammar, counts = self._abstract(read)
         self.maybe_free_model_hooks()
         output = LayoutAnalysisOutput(features=features, overlays=drawn, grammar=grammar, counts=counts)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .common.design_brief import DesignBrief, brief_tensors
 from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
-from .common.sampling import generator_per_picture, initial_noise
+from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
 Brief = DesignBrief | Mapping[str, Any]
@@ -97,7 +97,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         guided = guidance_scale > 1 and any(brief.to_dict() for brief in asked)
         tokens, whole = self.encode_briefs(asked, device, guided, num_images_per_prompt)
         pictures = len(asked) * num_images_per_prompt
-        generators = generator_per_picture(generator, pictures)
+        generators = generator_per_image(generator, pictures)
         noise = initial_noise((pictures, 3, height, width), generators, device)
         options = SamplingOptions(
             num_inference_steps, guidance_scale if guided else None, generators,

@@ -26,7 +26,7 @@ from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.control_files import controls_of, open_controls
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_output
-from pipelines.tools.grids import control_picture, enlarged, plain_grid
+from pipelines.tools.grids import control_to_pil, enlarged, plain_grid
 from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
 from pipelines.tools.resources import BRIEFS, find_file
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     both = makes_pairs(pipeline)
     rows = drawings(pipeline, options.prompt, options) if both else generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
-    shown = [[control_picture(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
+    shown = [[control_to_pil(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
     plain_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
     steps = "" if both else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
     print(f"{len(rows)} x {len(rows[0])} pictures, {steps}{elapsed_seconds:.1f} s: {output}")

@@ -32,7 +32,7 @@ from training.core.stage import Batch, Phase, StageContext
 from training.data.posters import PosterDataConfig, PosterDataset
 from training.engine.session import train
 from training.engine.weights import load_component
-from training.metrics.regression import regression_figures, regression_sums, scatter_plots
+from training.metrics.regression import regression_metrics, regression_sums, scatter_plots
 from training.models.posters import AbstractorConfig, build_abstractor
 from training.objectives.segmentation import one_hot
 from training.stages.image_stage import ImageStage, ImageStageConfig
@@ -135,7 +135,7 @@ class AbstractorStage(ImageStage):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
         for prefix in self._readings():
-            figures = regression_figures(sums, sums["count"], {prefix + name: name for name in GRAMMAR})
+            figures = regression_metrics(sums, sums["count"], {prefix + name: name for name in GRAMMAR})
             found[f"{prefix}r2"] = sum(r2 for _, r2 in figures.values()) / len(figures)
             found[f"{prefix}mae"] = sum(mae for mae, _ in figures.values()) / len(figures)
             for name in COUNTS:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.grids import control_picture
+from pipelines.tools.grids import control_to_pil
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -194,7 +194,7 @@ class ControlNetStage(ImageStage):
         batch = self.shown_batch(rows)
         conditions, words = self.base.prompts(self.shown_data, batch, rows)
         painted = self._paint(batch, rows, conditions, "pil")
-        controls = [control_picture(control) for control in batch["conditioning_pixel_values"]]
+        controls = [control_to_pil(control) for control in batch["conditioning_pixel_values"]]
         images, captions = [], []
         for control, image, real, text in zip(controls, painted, batch["pixel_values"], words, strict=True):
             images += [control, image, to_pil(real)]

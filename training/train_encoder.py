@@ -143,7 +143,7 @@ class LayoutEncoderStage(ImageStage):
         }
 
     def previews(self) -> Previews:
-        from pipelines.common.layout_pictures import error_picture, feature_picture
+        from pipelines.common.layout_pictures import draw_errors, draw_features
 
         batch = self.shown_batch(self.shown_rows(PREVIEWS))
         predictions = self.encoder(batch["pixel_values"]).f_tensor().cpu().numpy()
@@ -151,8 +151,8 @@ class LayoutEncoderStage(ImageStage):
         targets = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).cpu().numpy()
         images, captions = [], []
         for poster, true, predicted in zip(batch["pixel_values"], targets, predictions, strict=True):
-            error, share = error_picture(predicted, true)
-            images += [to_pil(poster), feature_picture(true), feature_picture(predicted), error]
+            error, share = draw_errors(predicted, true)
+            images += [to_pil(poster), draw_features(true), draw_features(predicted), error]
             captions += ["poster", "its features", "as the encoder reads it", f"wrong in {share:.1%} of the pixels"]
         return Previews(images, captions, columns=4)
 

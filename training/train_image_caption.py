@@ -28,7 +28,7 @@ from training.core.previews import Previews
 from training.core.stage import Batch, StageContext
 from training.data.captions import (
     CaptionDataConfig,
-    CaptionedPictures,
+    CaptionedImages,
     pixel_variance,
     tell_round_trips,
     tokenizer_for,
@@ -42,7 +42,7 @@ from training.models.caption_previews import caption_previews
 from training.models.image_caption import ImageCaptionModelConfig, build_model, model_summary
 from training.models.image_caption_phase import ImageCaptionObjectiveConfig, ImageCaptionPhase
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, build_latent_prior
-from training.objectives.captions import same_captions, same_pictures, scaled_errors
+from training.objectives.captions import same_captions, same_images, scaled_errors
 from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig
 
 logger = logging.getLogger("halftone")
@@ -89,7 +89,7 @@ class ImageCaptionStage(ImageStage):
         weights, max_length = self._weights(), config.model.max_length
         self.tokenizer = tokenizer_for(config, load_split(config, "train", config.seed), max_length, weights)
         tokens = CaptionTokens(self.tokenizer, max_length, padding="longest")
-        self.open_data(functools.partial(CaptionedPictures, config=config, caption_tokens=tokens))
+        self.open_data(functools.partial(CaptionedImages, config=config, caption_tokens=tokens))
         shown, which = self.shown_data, "validation" if self.validation_set else "training"
         tell_round_trips(self.tokenizer, shown.captioned, self.training_set.captioned, config.caption_column, which)
         self.aspect_ratio = self.training_set.aspect_ratio()
@@ -123,7 +123,7 @@ class ImageCaptionStage(ImageStage):
         phase, pixels, share = self.phase, batch["pixel_values"], self.config.cross_share
         ids, mask = batch["input_ids"], batch["attention_mask"]
         image, caption = (posterior.mean for posterior in phase.posteriors(batch, ids, mask))
-        same = same_captions(ids, mask) | same_pictures(pixels)
+        same = same_captions(ids, mask) | same_images(pixels)
         told, tokens = phase.caption_losses(image, ids, mask)
         repeated, _ = phase.caption_losses(caption, ids, mask)
         decoded = self.model.decode_image(image).float()

@@ -135,7 +135,7 @@ class LatentDiffusionPhase(Phase):
         self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The losses of denoising, and of the caption prior where there is one, for each sample. B each."""
-        from pipelines.latent_diffusion import beside
+        from pipelines.latent_diffusion import concat_condition
 
         x_0 = self.latents(batch, draws)
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
@@ -143,7 +143,7 @@ class LatentDiffusionPhase(Phase):
         condition = caption_and_class(self.unet, self.text_encoder, self.empty_ids, batch, dropped)
         expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
         with attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing):
-            prediction = self.unet(beside(noisy.x_t, expected), noisy.timesteps, **condition).sample
+            prediction = self.unet(concat_condition(noisy.x_t, expected), noisy.timesteps, **condition).sample
         return noisy.loss(prediction), None if expected is None else mse_per_sample(expected, x_0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -35,7 +35,7 @@ def class_color(class_id: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def class_picture(ids: np.ndarray) -> Image.Image:
+def class_ids_to_pil(ids: np.ndarray) -> Image.Image:
     """Class ids (H W, 0 to 255) as a picture with a palette: its pixels are the ids, and it shows their colours."""
     picture = Image.fromarray(ids.astype(np.uint8))
     picture.putpalette([channel for class_id in range(256) for channel in class_color(class_id)])

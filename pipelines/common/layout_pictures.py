@@ -21,13 +21,13 @@ TINT = 0.45
 DIMMED = 0.35
 
 
-def feature_picture(features: np.ndarray) -> Image.Image:
+def draw_features(features: np.ndarray) -> Image.Image:
     """Colour roles flat, text tinted red, pictures tinted green; H × W."""
     pixels = ROLE_COLORS[features[2].astype(int)]
     return _picture(_tinted(pixels, features))
 
 
-def hierarchy_picture(features: np.ndarray) -> Image.Image:
+def draw_hierarchy(features: np.ndarray) -> Image.Image:
     """What leads the eye, from white (nothing) to dark red (most); H × W."""
     place = np.clip(features[3], 0, 1) * (len(HIERARCHY_COLORS) - 1)
     lower = np.minimum(place.astype(int), len(HIERARCHY_COLORS) - 2)
@@ -35,7 +35,7 @@ def hierarchy_picture(features: np.ndarray) -> Image.Image:
     return _picture((1 - share) * HIERARCHY_COLORS[lower] + share * HIERARCHY_COLORS[lower + 1])
 
 
-def overlay_picture(image: Image.Image, features: np.ndarray) -> Image.Image:
+def draw_overlay(image: Image.Image, features: np.ndarray) -> Image.Image:
     """The poster itself, paled, its text tinted and framed red, its pictures green; of the poster's size."""
     height, width = features.shape[1:]
     if image.size != (width, height):
@@ -48,7 +48,7 @@ def overlay_picture(image: Image.Image, features: np.ndarray) -> Image.Image:
     return _picture(pixels)
 
 
-def error_picture(predicted: np.ndarray, true: np.ndarray) -> tuple[Image.Image, float]:
+def draw_errors(predicted: np.ndarray, true: np.ndarray) -> tuple[Image.Image, float]:
     """Where two F_Tensors differ (red text, green pictures, blue colour role, grey hierarchy), and in what share of the
     pixels a class is wrong."""
     difference = np.abs(predicted[3] - true[3])[..., None]

@@ -60,7 +60,7 @@ def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
-def generator_per_picture(
+def generator_per_image(
     generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
 ) -> list[torch.Generator] | None:
     """A stream of noise for each picture: its initial noise and the noise of its own steps.

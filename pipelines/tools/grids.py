@@ -113,7 +113,7 @@ def enlarged(image: Image.Image) -> Image.Image:
     return _times(image, -(-COMFORTABLE // min(image.size)))
 
 
-def control_picture(control: Tensor) -> Image.Image:
+def control_to_pil(control: Tensor) -> Image.Image:
     """A control (C H W, in [0, 1]) to look at: three channels as colours, otherwise a colour for each channel."""
     channels = control.detach().float().cpu().numpy()
     if len(channels) != 3:

@@ -14,7 +14,7 @@ from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.data.captions import (
     CaptionDataConfig,
-    CaptionedPictures,
+    CaptionedImages,
     captions_of,
     load_captioned,
     pixel_variance,
@@ -67,7 +67,7 @@ def test_lists_of_captions(tmp_path, config):
     several = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, validation_fraction=0)
     tokenizer = tiny_caption_tokenizer()
     tokens = CaptionTokens(tokenizer, 12, "longest")
-    data = CaptionedPictures(load_split(several, "train", 0), several, caption_tokens=tokens)
+    data = CaptionedImages(load_split(several, "train", 0), several, caption_tokens=tokens)
     assert list(captions_of(data.captioned, "text"))[:2] == [caption(0), "a picture"]
     batch = fetch(data, [SampleKey(0, key) for key in range(20)])
     assert set(batch["caption"]) == {caption(0), "a picture"}

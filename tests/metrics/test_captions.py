@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from training.metrics.captions import (
-    alignment_figures,
+    alignment_metrics,
     best_constant_caption,
     caption_scores,
     perplexity,
-    retrieval_figures,
+    retrieval_metrics,
     same_pairs,
 )
 
@@ -76,7 +76,7 @@ def test_perplexity_of_uniform_guesses_is_their_number():
 
 def test_recall():
     similarity = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.5], [0.1, 0.2, 0.6]])
-    found = retrieval_figures(similarity, same_pairs(["a", "b", "c"]))
+    found = retrieval_metrics(similarity, same_pairs(["a", "b", "c"]))
     assert found["image_to_text_recall_1"] == pytest.approx(2 / 3)  # picture 1 finds caption 0
     assert found["text_to_image_recall_1"] == 1
     assert found["image_to_text_recall_5"] == found["text_to_image_recall_10"] == 1
@@ -84,26 +84,26 @@ def test_recall():
 
 def test_recall_of_chance_and_of_ties():
     generator = np.random.default_rng(0)
-    found = retrieval_figures(generator.normal(size=(400, 400)), np.eye(400, dtype=bool))
+    found = retrieval_metrics(generator.normal(size=(400, 400)), np.eye(400, dtype=bool))
     assert found["text_to_image_recall_10"] == pytest.approx(10 / 400, abs=0.02)
     # A model that says the same of everything has found nothing.
-    assert retrieval_figures(np.ones((20, 20)), np.eye(20, dtype=bool))["text_to_image_recall_10"] == 0
-    assert retrieval_figures(np.full((20, 20), np.nan), np.eye(20, dtype=bool))["image_to_text_recall_10"] == 0
+    assert retrieval_metrics(np.ones((20, 20)), np.eye(20, dtype=bool))["text_to_image_recall_10"] == 0
+    assert retrieval_metrics(np.full((20, 20), np.nan), np.eye(20, dtype=bool))["image_to_text_recall_10"] == 0
 
 
 def test_any_picture_of_the_caption_is_a_right_answer():
     similarity = np.array([[0.1, 0.9, 0.0], [0.8, 0.2, 0.0], [0.3, 0.3, 0.5]])
-    assert retrieval_figures(similarity, same_pairs(["a", "b", "c"]))["text_to_image_recall_1"] == pytest.approx(1 / 3)
-    assert retrieval_figures(similarity, same_pairs(["a", "a", "c"]))["text_to_image_recall_1"] == 1
+    assert retrieval_metrics(similarity, same_pairs(["a", "b", "c"]))["text_to_image_recall_1"] == pytest.approx(1 / 3)
+    assert retrieval_metrics(similarity, same_pairs(["a", "a", "c"]))["text_to_image_recall_1"] == 1
     same_picture = same_pairs(["a", "b", "c"], ["x", "x", "y"])
-    assert retrieval_figures(similarity, same_picture)["text_to_image_recall_1"] == 1
+    assert retrieval_metrics(similarity, same_picture)["text_to_image_recall_1"] == 1
 
 
 def test_alignment_of_true_and_shuffled_pairs():
     generator = np.random.default_rng(1)
     similarity = generator.normal(0.1, 0.2, size=(300, 300))
     similarity[np.diag_indices(300)] += 0.5
-    found = alignment_figures(similarity, np.eye(300, dtype=bool))
+    found = alignment_metrics(similarity, np.eye(300, dtype=bool))
     assert found["alignment"] == pytest.approx(0.6, abs=0.05)
     assert found["alignment_shuffled"] == pytest.approx(0.1, abs=0.05)
     assert found["alignment_standard_error"] == pytest.approx(0.2 / math.sqrt(300), rel=0.15)
@@ -112,11 +112,11 @@ def test_alignment_of_true_and_shuffled_pairs():
 
 def test_alignment_of_chance_is_no_gap():
     similarity = np.random.default_rng(2).normal(size=(300, 300))
-    assert abs(alignment_figures(similarity, np.eye(300, dtype=bool))["alignment_gap"]) < 4
+    assert abs(alignment_metrics(similarity, np.eye(300, dtype=bool))["alignment_gap"]) < 4
 
 
 def test_shuffled_pairs_with_the_true_words_are_left_out():
     """Two captions in turn: what a shuffle pairs with equal words is no wrong pair."""
     texts = ["a", "b"] * 20
     similarity = np.array([[0.9 if one == other else 0.0 for other in texts] for one in texts])
-    assert alignment_figures(similarity, same_pairs(texts))["alignment_shuffled"] == pytest.approx(0)
+    assert alignment_metrics(similarity, same_pairs(texts))["alignment_shuffled"] == pytest.approx(0)

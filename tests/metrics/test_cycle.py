@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.metrics.cycle import cycle_figures, mean_correlation, palette_distance
+from training.metrics.cycle import cycle_metrics, mean_correlation, palette_distance
 
 
 def test_perfect_readings_score_one_and_stand_out():
@@ -13,7 +13,7 @@ def test_perfect_readings_score_one_and_stand_out():
     grammar, counts = rng.random((64, 8)), rng.integers(0, 4, 64)
     distances = rng.uniform(50, 100, (64, 64))
     np.fill_diagonal(distances, 5)
-    found = cycle_figures(grammar, grammar, counts, counts, distances)
+    found = cycle_metrics(grammar, grammar, counts, counts, distances)
     assert found["grammar_correlation"] == pytest.approx(1)
     assert found["picture_count_share"] == 1
     assert found["palette_distance"] == 5
@@ -25,7 +25,7 @@ def test_perfect_readings_score_one_and_stand_out():
 
 def test_readings_of_something_else_do_not():
     rng = np.random.default_rng(1)
-    found = cycle_figures(
+    found = cycle_metrics(
         rng.random((64, 8)), rng.random((64, 8)), rng.integers(0, 4, 64), rng.integers(0, 4, 64), rng.random((64, 64))
     )
     assert all(abs(value) < 4 for name, value in found.items() if name.endswith("_gain"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics.regression import regression_figures, regression_sums, scatter_plots
+from training.metrics.regression import regression_metrics, regression_sums, scatter_plots
 
 
 def test_figures_from_added_sums_equal_those_of_the_whole():
@@ -19,7 +19,7 @@ def test_figures_from_added_sums_equal_those_of_the_whole():
     for part in (slice(0, 7), slice(7, 50)):
         for name, value in regression_sums(read[part], true[part], ["a", "b"]).items():
             sums[name] = sums.get(name, 0.0) + float(value)
-    found = regression_figures(sums, 50, {"a": "first", "b": "second"})
+    found = regression_metrics(sums, 50, {"a": "first", "b": "second"})
     for column, name in enumerate(("first", "second")):
         y, z = true[:, column].double(), read[:, column].double()
         r2 = 1 - (z - y).square().sum() / (y - y.mean()).square().sum()
@@ -30,10 +30,10 @@ def test_r2_of_truth_mean_and_a_constant():
     true = torch.tensor([[0.0], [1.0], [0.5]])
     perfect = {k: float(v) for k, v in regression_sums(true, true, ["x"]).items()}
     mean = {k: float(v) for k, v in regression_sums(torch.full((3, 1), 0.5), true, ["x"]).items()}
-    assert regression_figures(perfect, 3, {"x": "x"})["x"] == (0, 1)
-    assert regression_figures(mean, 3, {"x": "x"})["x"][1] == pytest.approx(0)
+    assert regression_metrics(perfect, 3, {"x": "x"})["x"] == (0, 1)
+    assert regression_metrics(mean, 3, {"x": "x"})["x"][1] == pytest.approx(0)
     flat = {k: float(v) for k, v in regression_sums(true, torch.full((3, 1), 0.25), ["x"]).items()}
-    assert math.isnan(regression_figures(flat, 3, {"x": "x"})["x"][1])
+    assert math.isnan(regression_metrics(flat, 3, {"x": "x"})["x"][1])
 
 
 def test_scatter_plots_have_a_panel_per_number():

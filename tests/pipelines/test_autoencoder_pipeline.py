@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipelines.autoencoder import AutoencoderPipeline
-from pipelines.common.class_colors import COLOR_BLIND_SAFE, UNLABELLED, UNLABELLED_COLOR, class_color, class_picture
+from pipelines.common.class_colors import COLOR_BLIND_SAFE, UNLABELLED, UNLABELLED_COLOR, class_color, class_ids_to_pil
 from pipelines.common.latents import encode_latents
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 from pipelines.tools.loading import load_pipeline
@@ -139,5 +139,5 @@ def test_class_colours_differ_and_stay():
     assert [class_color(id_) for id_ in range(8)] == list(COLOR_BLIND_SAFE)
     assert class_color(UNLABELLED) == UNLABELLED_COLOR
     assert len({class_color(id_) for id_ in range(64)}) == 64
-    shown = class_picture(np.array([[0, 3, 255]])).convert("RGB")
+    shown = class_ids_to_pil(np.array([[0, 3, 255]])).convert("RGB")
     assert [shown.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (0, 158, 115), UNLABELLED_COLOR]

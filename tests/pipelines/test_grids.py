@@ -15,7 +15,7 @@ from pipelines.tools.grids import (
     PAPER,
     PLAIN_GAP,
     comparison_grid,
-    control_picture,
+    control_to_pil,
     enlarged,
     image_grid,
     plain_grid,
@@ -141,8 +141,8 @@ def test_small_pictures_are_enlarged_by_a_whole_factor(size, shown):
 
 def test_controls_are_shown_in_colours_of_their_own():
     control = torch.eye(4).reshape(4, 2, 2)
-    colors = np.asarray(control_picture(control)).reshape(4, 3)
+    colors = np.asarray(control_to_pil(control)).reshape(4, 3)
     assert len({tuple(color) for color in colors}) == 4
     assert tuple(colors[0]) == (255, 255, 255)
     picture = torch.rand(3, 2, 2)
-    assert np.array_equal(np.asarray(control_picture(picture)), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    assert np.array_equal(np.asarray(control_to_pil(picture)), (picture.permute(1, 2, 0) * 255).round().byte().numpy())

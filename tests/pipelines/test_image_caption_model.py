@@ -22,7 +22,7 @@ from training.objectives.captions import (
     contrastive_losses,
     cosine_distances,
     same_captions,
-    same_pictures,
+    same_images,
     scaled_errors,
     token_losses,
     with_unknown_words,
@@ -233,7 +233,7 @@ def test_rows_with_one_picture_are_told_by_their_pixels():
     images[3, 2, 15, 15] += 1 / 127
     expected = torch.eye(4, dtype=torch.bool)
     expected[0, 2] = expected[2, 0] = True
-    assert torch.equal(same_pictures(images), expected)
+    assert torch.equal(same_images(images), expected)
 
 
 def test_the_contrastive_loss_is_exact_under_autocast():

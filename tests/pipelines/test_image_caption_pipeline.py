@@ -33,7 +33,7 @@ from tests.support.tiny_captions import (
 )
 from tests.support.tiny_models import tiny_pipeline, tiny_tokenizer
 from training.core.draws import SampleKey
-from training.data.captions import CaptionDataConfig, CaptionedPictures
+from training.data.captions import CaptionDataConfig, CaptionedImages
 from training.data.images import load_split
 
 
@@ -144,7 +144,7 @@ def test_similarity_is_the_cosine_of_latents(pipeline):
 def test_pictures_are_read_as_in_training(tmp_path, fit, size):
     folder = draw_folder(tmp_path / "pictures", 3, size)
     config = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, image_fit=fit, validation_fraction=0)
-    data = CaptionedPictures(load_split(config, "train", 0), config)
+    data = CaptionedImages(load_split(config, "train", 0), config)
     pixels = data[SampleKey(1, 0)]["pixel_values"]
     assert torch.equal(fitted(Image.open(folder / "001.png"), RESOLUTION, fit), pixels)
 
@@ -185,7 +185,7 @@ def test_words_that_are_not_read_are_told(pipeline, caplog):
 def test_stretched_pictures_come_back_in_proportion(tmp_path):
     folder = draw_folder(tmp_path / "pictures", 3, (128, 32))
     config = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, image_fit="stretch")
-    ratio = CaptionedPictures(load_split(config, "train", 0), config).aspect_ratio()
+    ratio = CaptionedImages(load_split(config, "train", 0), config).aspect_ratio()
     assert ratio == 4
     drawn = tiny_caption_pipeline(image_fit="stretch", aspect_ratio=ratio).draw("a red circle").images[0]
     assert drawn.size == (128, 32)

@@ -23,7 +23,7 @@ from pipelines.common.schedulers import (
 )
 from pipelines.latent_diffusion import (
     LatentDiffusionPipeline,
-    beside,
+    concat_condition,
     encode_captions,
     max_caption_length,
     null_class,
@@ -303,10 +303,10 @@ def test_expected_latents_of_another_size_are_interpolated():
 def test_the_prior_is_learned_by_regression_alone():
     expected = torch.ones(1, 4, 4, 4, requires_grad=True)
     noisy = torch.zeros(1, 4, 4, 4, requires_grad=True)
-    beside(noisy, expected).sum().backward()
+    concat_condition(noisy, expected).sum().backward()
     assert noisy.grad is not None
     assert expected.grad is None
-    assert beside(noisy, None) is noisy
+    assert concat_condition(noisy, None) is noisy
 
 
 def test_a_t5_text_encoder():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pipelines import analyze
-from pipelines.common.layout_pictures import IMAGE_COLOR, TEXT_COLOR, error_picture, overlay_picture
+from pipelines.common.layout_pictures import IMAGE_COLOR, TEXT_COLOR, draw_errors, draw_overlay
 from pipelines.common.poster_domain import COUNTS, GRAMMAR
 from pipelines.layout_analysis import LayoutAnalysisPipeline, feature_channels
 from pipelines.models.grammar_abstractor import GrammarAbstractorModel
@@ -130,13 +130,13 @@ def test_the_folder_stands_alone(saved, tmp_path):
 def test_overlays_mark_text_red_and_pictures_green():
     features = np.zeros((4, 40, 40), dtype=np.float32)
     features[0, 4:10, 4:30], features[1, 20:36, 8:30] = 1, 1
-    pixels = np.asarray(overlay_picture(Image.new("RGB", (40, 40), "white"), features))
+    pixels = np.asarray(draw_overlay(Image.new("RGB", (40, 40), "white"), features))
     assert tuple(pixels[4, 15]) == TEXT_COLOR
     assert tuple(pixels[20, 15]) == IMAGE_COLOR
     assert tuple(pixels[15, 35]) == (255, 255, 255)
     other = features.copy()
     other[2, :4] = 3
-    assert error_picture(other, features)[1] == pytest.approx(0.1)
+    assert draw_errors(other, features)[1] == pytest.approx(0.1)
 
 
 def test_analyze_writes_a_report(saved, tmp_path, capsys):

@@ -43,7 +43,7 @@ logger = logging.getLogger("halftone")
 
 CHECKED_CAPTIONS = 20_000
 SHOWN_CAPTIONS = 3
-ASPECT_PICTURES = 64
+ASPECT_IMAGES = 64
 
 
 @dataclass
@@ -67,7 +67,7 @@ class CaptionDataConfig(DataConfig):
         check_bounds(f"{prefix}vocab_size", self.vocab_size, at_least=smallest)
 
 
-class CaptionedPictures(ImageDataset):
+class CaptionedImages(ImageDataset):
     """`ImageDataset` with captions, whose pictures may be stretched instead of cut (`--image_fit`)."""
 
     config: CaptionDataConfig
@@ -92,7 +92,7 @@ class CaptionedPictures(ImageDataset):
         if self.config.image_fit == "crop":
             return 1.0
         ratios = []
-        for row in evenly_spaced(len(self), ASPECT_PICTURES):
+        for row in evenly_spaced(len(self), ASPECT_IMAGES):
             try:
                 image = open_image(self.dataset[row][self.config.image_column])
             except BrokenImage:
@@ -104,16 +104,16 @@ class CaptionedPictures(ImageDataset):
 
 def load_captioned(
     config: CaptionDataConfig, seed: int, caption_tokens: CaptionTokens | None = None, *, every_caption: bool = False
-) -> tuple[CaptionedPictures, CaptionedPictures | None]:
+) -> tuple[CaptionedImages, CaptionedImages | None]:
     """Training and validation data, the latter None where nothing is held out; arguments as of `ImageDataset`.
 
     Raises:
         UserError: no such data.
     """
     flags: dict[str, Any] = {"caption_tokens": caption_tokens, "every_caption": every_caption}
-    train = CaptionedPictures(load_split(config, "train", seed), config, **flags)
+    train = CaptionedImages(load_split(config, "train", seed), config, **flags)
     held_out = load_split(config, "validation", seed)
-    return train, CaptionedPictures(held_out, config, augment=False, **flags) if len(held_out) else None
+    return train, CaptionedImages(held_out, config, augment=False, **flags) if len(held_out) else None
 
 
 def captions_of(dataset: Dataset, column: str) -> Iterator[str]:

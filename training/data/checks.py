@@ -77,7 +77,7 @@ def scan(
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
-    for row, problems in checked_pictures(dataset, shuffled, lambda: time.monotonic() > deadline):
+    for row, problems in checked_images(dataset, shuffled, lambda: time.monotonic() > deadline):
         report.images_checked += 1
         for problem in problems:
             report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
@@ -116,15 +116,15 @@ def require_clean(
         )
 
 
-def checked_pictures(
+def checked_images(
     dataset: ImageDataset, rows: Sequence[int], stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[int, list[BadSample]]]:
     """(row, what is wrong with its pictures), decoded on all cores, until `stop` says so."""
-    pictures = dataset.dataset.select_columns(dataset.picture_columns)
+    pictures = dataset.dataset.select_columns(dataset.image_columns)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk, values in chunks(pictures, rows):
             records = [{name: column[i] for name, column in values.items()} for i in range(len(chunk))]
-            yield from zip(chunk, pool.map(dataset.picture_problems, records), strict=True)
+            yield from zip(chunk, pool.map(dataset.image_problems, records), strict=True)
             if stop():
                 return
 

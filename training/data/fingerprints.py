@@ -51,11 +51,11 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
         digest.update(json.dumps(dataset.label_map.names).encode())
         for label in column_values(dataset.dataset, config.label_column):
             digest.update(f"{label}\n".encode())
-    images = dataset.dataset.select_columns(dataset.picture_columns)
+    images = dataset.dataset.select_columns(dataset.image_columns)
     sampled = evenly_spaced(rows, SAMPLED_IMAGES)
     for start in range(0, len(sampled), _IMAGES_PER_READ):
         columns = images[sampled[start : start + _IMAGES_PER_READ]]
-        for sources in zip(*(columns[name] for name in dataset.picture_columns), strict=True):
+        for sources in zip(*(columns[name] for name in dataset.image_columns), strict=True):
             for source in sources:
                 digest.update(hashlib.sha256(encoded_bytes(source)).digest())
     return digest.hexdigest()

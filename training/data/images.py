@@ -282,7 +282,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 problems.append(problem)
         return problems
 
-    def picture_problems(self, row: dict[str, Any]) -> list[BadSample]:
+    def image_problems(self, row: dict[str, Any]) -> list[BadSample]:
         """What is wrong with a row's pictures, masks and control images; all are decoded."""
         try:
             size = verify_image(row[self.config.image_column])
@@ -297,8 +297,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return problems
 
     @property
-    def picture_columns(self) -> list[str]:
-        """What `picture_problems` looks at."""
+    def image_columns(self) -> list[str]:
+        """What `image_problems` looks at."""
         return [self.config.image_column, *(name for c in self.companions.values() for name in c.columns)]
 
     def where(self, index: int) -> str:

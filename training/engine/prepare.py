@@ -38,7 +38,7 @@ _LAUNCHER_VARIABLES = (
     "GROUP_RANK",
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
-OWN_PICTURES = (
+OWN_IMAGES = (
     f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
     "runs/my_autoencoder, then see 'Your own pictures' in README.md"
 )
@@ -76,7 +76,7 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
     """
     missing = {path: command for path, command in recipes.items() if not Path(path).exists()}
     if missing and len(sys.argv) == 1:
-        logger.info("no arguments: this is the quickstart. %s", OWN_PICTURES)
+        logger.info("no arguments: this is the quickstart. %s", OWN_IMAGES)
     for number, (path, command) in enumerate(missing.items(), 1):
         logger.info("%s is missing; making it (%d of %d): %s", path, number, len(missing), typed(command))
         status = run_script(_checked(command), stop_requested)

@@ -31,15 +31,15 @@ from training.core.files import write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
-from training.data.captions import CaptionDataConfig, CaptionedPictures, captions_of, load_captioned
+from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of, load_captioned
 from training.data.tokenization import CaptionTokens
 from training.engine.launch import threads_per_process
 from training.metrics.captions import (
-    alignment_figures,
+    alignment_metrics,
     best_constant_caption,
     caption_scores,
     perplexity,
-    retrieval_figures,
+    retrieval_metrics,
     same_pairs,
 )
 from training.metrics.images import psnr, ssim, to_pil
@@ -100,8 +100,8 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
         raise UserError(f"the data of {config.model} has no held-out pairs; look at --split train")
     rows = list(range(len(data)))
     if data is held_out:
-        known = {name for batch in _batches(train, range(len(train))) for name in picture_names(batch)}
-        seen = [name in known for batch in _batches(data, rows) for name in picture_names(batch)]
+        known = {name for batch in _batches(train, range(len(train))) for name in image_names(batch)}
+        seen = [name in known for batch in _batches(data, rows) for name in image_names(batch)]
         rows = [row for row in rows if not seen[row]]
         if not rows:
             raise UserError(f"all {len(data):,} held-out pictures of {config.model} are among those it trained on")
@@ -120,8 +120,8 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
         "constant_caption_bleu_4": constant_bleu,
         "exact_captions": sum(a in map(_plain, own) for a, own in zip(told, references)) / len(rows),
         **found,
-        **retrieval_figures(similarity, right),
-        **alignment_figures(similarity, right, config.seed),
+        **retrieval_metrics(similarity, right),
+        **alignment_metrics(similarity, right, config.seed),
         **_invented(pipeline, config.seed),
     }
     if config.pictures:
@@ -131,7 +131,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     return figures
 
 
-def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPictures, CaptionedPictures | None]:
+def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedImages, CaptionedImages | None]:
     """The pairs that the run trained on and those that it held out. Raises UserError."""
     run = next((f for f in _folders(Path(config.model).expanduser()) if (f / "config.yaml").is_file()), None)
     settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text()) if run else {}
@@ -148,12 +148,12 @@ def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedPi
     return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0), every_caption=True)
 
 
-def picture_names(batch: Mapping[str, Any]) -> list[str]:
+def image_names(batch: Mapping[str, Any]) -> list[str]:
     """A name for each picture of a batch: equal ones have the same."""
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["pixel_values"].contiguous()]
 
 
-def _batches(data: CaptionedPictures, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+def _batches(data: CaptionedImages, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
     for start in range(0, len(rows), BATCH):
         yield fetch(data, [SampleKey(row, 0) for row in rows[start : start + BATCH]])
 
@@ -175,7 +175,7 @@ def _plain(text: str) -> str:
 
 @torch.no_grad()
 def _over_batches(
-    pipeline: Any, data: CaptionedPictures, rows: Sequence[int], config: CaptionEvaluationConfig
+    pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionEvaluationConfig
 ) -> dict[str, Any]:
     """Captions, latents' similarities and means over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
@@ -192,7 +192,7 @@ def _over_batches(
         ids, mask = text["input_ids"], text["attention_mask"]
         image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
         references += own_references
-        pictures += picture_names(batch)
+        pictures += image_names(batch)
         generators = [torch.Generator().manual_seed(config.seed + len(told) + i) for i in range(len(pixels))]
         told += pipeline.caption(
             (pixels + 1) / 2,
@@ -241,7 +241,7 @@ def _invented(pipeline: Any, seed: int) -> dict[str, float]:
 
 def _save_pictures(
     pipeline: Any,
-    data: CaptionedPictures,
+    data: CaptionedImages,
     rows: Sequence[int],
     told: Sequence[str],
     config: CaptionEvaluationConfig,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.grids import comparison_grid, control_picture
+from pipelines.tools.grids import comparison_grid, control_to_pil
 from training.core.files import write_atomically, write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -200,7 +200,7 @@ def _cell(key: str, value: float | None) -> str:
 
 def _save_grid(path: str, controls: Tensor, real: Tensor, pictures: dict[str, Tensor]) -> None:
     rows = [
-        [control_picture(controls[i]), to_pil(real[i]), *(to_pil(images[i]) for images in pictures.values())]
+        [control_to_pil(controls[i]), to_pil(real[i]), *(to_pil(images[i]) for images in pictures.values())]
         for i in range(min(GRID_ROWS, len(controls)))
     ]
     save_png(comparison_grid(rows, ["control", "its real poster", "base alone", *list(pictures)[1:]]), path)

@@ -22,7 +22,7 @@ from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.engine.launch import threads_per_process
-from training.metrics.cycle import cycle_figures, palette_distance
+from training.metrics.cycle import cycle_metrics, palette_distance
 
 GRID_BRIEFS = 8
 BATCH = 16
@@ -65,7 +65,7 @@ class DecoderEvaluationConfig(Options):
 
 
 def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
-    """Figures of `cycle_figures` for painted posters, and for the real ones of the same briefs (`real_…`): what reading
+    """Figures of `cycle_metrics` for painted posters, and for the real ones of the same briefs (`real_…`): what reading
     alone costs.
 
     Raises:
@@ -122,7 +122,7 @@ def _figures(images: Sequence[Image.Image], read: Any, posters: Sequence[dict[st
     pixels = [np.asarray(image.convert("RGB")) for image in images]
     outside = [features[1] < 0.5 for features in read.features]
     distances = [[palette_distance(p, o, row["palette"]) for row in posters] for p, o in zip(pixels, outside)]
-    return cycle_figures(
+    return cycle_metrics(
         asked,
         found,
         np.array([row["pictures"] for row in posters]),

@@ -65,7 +65,7 @@ def comparison_table(runs: Runs, outcomes: Mapping[str, str]) -> Table:
     rows = []
     for name, (stage, folder, _) in runs.items():
         row = {"name": name, "outcome": outcomes.get(name, ""), **{key: settings[name].get(key) for key in differing}}
-        rows.append(row | run_figures(stage, folder))
+        rows.append(row | run_metrics(stage, folder))
     figures = list(dict.fromkeys(key for row in rows for key in row))
     first = ["name", "outcome", *differing, "parameters", "steps"]
     last = ["images_per_second", "training_seconds", "peak_memory_mib"]
@@ -79,7 +79,7 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
 
 
-def run_figures(stage: str, folder: RunFolder) -> dict[str, Any]:
+def run_metrics(stage: str, folder: RunFolder) -> dict[str, Any]:
     """What a run has recorded so far; nothing for one that has not saved yet.
 
     `best_<metric>` and `best_step` are of the metric that the stage's `best` goes by; other figures are the last ones.

@@ -90,7 +90,7 @@ def same_pairs(captions: Sequence[str], pictures: Sequence[str] | None = None) -
     return same
 
 
-def retrieval_figures(similarity: np.ndarray, right: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(similarity: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """Recall at 1, 5 and 10, from pictures to captions and back: whether a right answer is among the first so many.
 
     Args:
@@ -106,12 +106,12 @@ def retrieval_figures(similarity: np.ndarray, right: np.ndarray) -> dict[str, fl
     return figures
 
 
-def alignment_figures(similarity: np.ndarray, right: np.ndarray, seed: int = 0) -> dict[str, float]:
+def alignment_metrics(similarity: np.ndarray, right: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean cosine of true pairs and of shuffled ones, with standard errors of the means.
 
     Args:
         similarity: N × N cosines, of picture i with caption j.
-        right: N × N, bool, as in `retrieval_figures`; a shuffled pair that is right is left out.
+        right: N × N, bool, as in `retrieval_metrics`; a shuffled pair that is right is left out.
 
     Returns:
         alignment, alignment_shuffled, each with _standard_error; and alignment_gap, their difference in standard errors

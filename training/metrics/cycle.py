@@ -14,7 +14,7 @@ from pipelines.common.poster_domain import color_distance, rgb_color
 SHUFFLES = 1000
 
 
-def cycle_figures(
+def cycle_metrics(
     asked: np.ndarray,
     read: np.ndarray,
     asked_pictures: np.ndarray,

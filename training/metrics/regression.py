@@ -25,7 +25,7 @@ def regression_sums(predicted: Tensor, true: Tensor, names: Sequence[str]) -> di
     return {f"{name}_{part}": values[i] for part, values in parts.items() for i, name in enumerate(names)}
 
 
-def regression_figures(
+def regression_metrics(
     sums: Mapping[str, float], count: float, names: Mapping[str, str]
 ) -> dict[str, tuple[float, float]]:
     """(mean absolute error, R²) by `names`' values, from `regression_sums` under `names`' keys.

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.common.class_colors import class_picture
+from pipelines.common.class_colors import class_ids_to_pil
 from pipelines.tools.cli import UserError
 from training.core.options import Options, option
 from training.data.checks import chunks
@@ -206,7 +206,7 @@ class Heads:
         cells = []
         for true, read in zip(batch["mask"].cpu(), mask_logits.argmax(1).cpu(), strict=True):
             iou = mean_iou(*(area.tolist() for area in class_areas(read, true, len(self.mask_classes))))
-            cells.append([(mask_picture(true), "mask"), (mask_picture(read), f"mask as read, IoU {iou:.2f}")])
+            cells.append([(mask_to_pil(true), "mask"), (mask_to_pil(read), f"mask as read, IoU {iou:.2f}")])
         return cells
 
     def legend(self, size: int) -> list[tuple[Image.Image, str]]:
@@ -215,7 +215,7 @@ class Heads:
         if not 0 < number <= MOST_LEGEND_COLORS:
             return []
         stripes = np.arange(size) * number // size
-        picture = class_picture(np.repeat(stripes[:, None], size, axis=1)).convert("RGB")
+        picture = class_ids_to_pil(np.repeat(stripes[:, None], size, axis=1)).convert("RGB")
         return [(picture, f"from the top: {', '.join(self.mask_classes)}")]
 
     def card_facts(self) -> dict[str, Any]:
@@ -224,6 +224,6 @@ class Heads:
         return {"mask_classes": self.mask_classes, "classes": list(labels)}
 
 
-def mask_picture(ids: Tensor) -> Image.Image:
+def mask_to_pil(ids: Tensor) -> Image.Image:
     """Class ids H W in the colours of their classes."""
-    return class_picture(ids.to(torch.uint8).numpy()).convert("RGB")
+    return class_ids_to_pil(ids.to(torch.uint8).numpy()).convert("RGB")

@@ -22,7 +22,7 @@ from training.objectives.captions import (
     contrastive_losses,
     cosine_distances,
     same_captions,
-    same_pictures,
+    same_images,
     scaled_errors,
     token_losses,
     with_unknown_words,
@@ -119,7 +119,7 @@ class ImageCaptionPhase(Phase):
         shown = _either(drawn[0], drawn[1], draws.uniform("image_route") < self.config.cross_share)
         told = _either(drawn[1], drawn[0], draws.uniform("caption_route") < self.config.cross_share)
 
-        same = same_captions(ids, mask) | same_pictures(batch["pixel_values"])
+        same = same_captions(ids, mask) | same_images(batch["pixel_values"])
 
         def caption_loss() -> Tensor:
             # Each caption counts the same, however many its tokens: any split into micro-batches is the same loss.

@@ -114,10 +114,10 @@ class LatentBase(ControlBase):
             return caption_and_class(self.unet, self.pipeline.text_encoder, empty_ids, batch, dropped)
 
     def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
-        from pipelines.latent_diffusion import beside
+        from pipelines.latent_diffusion import concat_condition
 
         prior = self.pipeline.caption_prior
-        return noisy if prior is None else beside(noisy, prior(condition["encoder_hidden_states"]))
+        return noisy if prior is None else concat_condition(noisy, prior(condition["encoder_hidden_states"]))
 
     def controlled(self, controlnet: Any) -> Any:
         from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline

@@ -58,7 +58,7 @@ def same_captions(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return (ids[:, None] == ids[None]).all(-1)
 
 
-def same_pictures(pixel_values: Tensor) -> Tensor:
+def same_images(pixel_values: Tensor) -> Tensor:
     """Which rows are the same picture, by two weighted sums of its numbers. B B, bool.
 
     Args:

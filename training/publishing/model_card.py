@@ -35,7 +35,7 @@ HUB_LICENSES = frozenset(
 SECRET_KEYS = re.compile(r"(^|_)(token|api_key|password|secret)$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STOCK_LIBRARIES = ("diffusers", "transformers")
-FIGURE_NAMES = {
+METRIC_NAMES = {
     "val_loss": "validation loss",
     "val_psnr": "PSNR on validation pictures (dB)",
     "val_ssim": "SSIM on validation pictures",
@@ -120,7 +120,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "training": _training(record),
         "config": config,
         "config_yaml": _yaml(config) if config else "",
-        "metrics": [(_cell(_figure_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
+        "metrics": [(_cell(_metric_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
         "best": _best(record.get("best") or {}),
         "memorization": _memorization(record.get("memorization")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
@@ -228,18 +228,18 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _memorization(result: Any) -> str:
     if isinstance(result, Mapping):
-        return ", ".join(f"{_figure_name(name)} {_figure(value)}" for name, value in result.items())
+        return ", ".join(f"{_metric_name(name)} {_figure(value)}" for name, value in result.items())
     return one_line(result) if result else ""
 
 
 def _best(best: Mapping[str, Any]) -> str:
     if best.get("metric") is None or best.get("value") is None or not best.get("step"):
         return ""
-    return f"Best {_figure_name(best['metric'])}: {_figure(best['value'])}, at step {best['step']:,}."
+    return f"Best {_metric_name(best['metric'])}: {_figure(best['value'])}, at step {best['step']:,}."
 
 
-def _figure_name(name: str) -> str:
-    words = FIGURE_NAMES.get(name)
+def _metric_name(name: str) -> str:
+    words = METRIC_NAMES.get(name)
     if words:
         return words
     return name.removeprefix("val_").replace("_", " ") + (" (validation)" if name.startswith("val_") else "")

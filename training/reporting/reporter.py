@@ -30,7 +30,7 @@ logger = logging.getLogger("halftone")
 
 # Without a terminal there is no bar: a line now and then says that it is alive.
 SECONDS_BETWEEN_LINES = 60.0
-FIGURES_IN_BAR = 5
+METRICS_IN_BAR = 5
 # Drawing takes half a second or more, which short epochs would feel.
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
@@ -115,7 +115,7 @@ class Reporter:
 
     def _figures(self) -> list[tuple[str, float]]:
         """The first of the last validation's figures: what a bar has room for."""
-        return list(self.state.last_validation.items())[:FIGURES_IN_BAR]
+        return list(self.state.last_validation.items())[:METRICS_IN_BAR]
 
     def log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
         """A row of metrics for the step just done: means since the last one, and what was validated."""
