@@ -1,10 +1,13 @@
-# make quickstart | test | lint | bench: each sets itself up first (.venv). PYTHON chooses the interpreter.
+# make quickstart [MINUTES=10] | test | lint | bench: each sets itself up first (.venv). PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.halftone-installed
 
-.PHONY: setup quickstart quickstart-tiny test test-slow lint bench clean
+# One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
+PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+
+.PHONY: setup quickstart quickstart-tiny test test-slow test-long lint bench clean
 
 setup: $(STAMP)
 
@@ -17,16 +20,19 @@ $(STAMP): pyproject.toml setup.py
 	@touch $(STAMP)
 
 quickstart: $(STAMP)
-	@$(RUN)/python training/quickstart.py
+	@$(RUN)/python training/quickstart.py $(if $(MINUTES),--minutes $(MINUTES))
 
 quickstart-tiny: $(STAMP)
 	@$(RUN)/python training/quickstart.py --tiny true
 
 test: $(STAMP)
-	$(RUN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 test-slow: $(STAMP)
-	$(RUN)/python -m pytest -m slow
+	$(PYTEST) -m "slow and not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -1,6 +1,7 @@
-"""Make posters, train on them, and generate new ones from prompts, in about ten minutes on two CPU cores.
+"""Make posters, train on them, and generate new ones from prompts: about ten minutes on two CPU cores.
 
-Every stage is a command of its own, which is printed; the same command typed again goes on where it stood.
+Every stage is a command of its own, which is printed. Run the quickstart again to resume it. Both trainings measure how
+fast this machine is before they begin, and train fewer steps where the full recipe would take longer than --minutes.
 """
 
 from __future__ import annotations
@@ -12,32 +13,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
-from training.core.files import write_atomically
-from training.core.options import Options
+from training.core.files import write_atomically, write_json
+from training.core.options import Options, option
 from training.core.parsing import parse_config
+from training.engine.speed import SPEED_FILE
 
 START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
-RUN = "runs/quickstart"
+RUN = Path("runs/quickstart")
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
+AUTOENCODER, DIFFUSION = "train_autoencoder", "train_latent_diffusion"
 TITLES = {
-    "make_posters.py": ("drawing 2,000 posters with captions", "10 seconds"),
-    "train_tokenizer.py": ("learning the captions' words", "10 seconds"),
-    "train_autoencoder.py": ("training an autoencoder: posters to latents and back", "3 minutes"),
-    "precompute_latents.py": ("encoding the posters once", "15 seconds"),
+    "make_posters": "drawing 2,000 posters with captions",
+    "train_tokenizer": "building a tokenizer from the captions",
+    AUTOENCODER: "training an autoencoder, which turns posters into latents and back",
+    "precompute_latents": "encoding the posters once",
+    DIFFUSION: "training latent diffusion, which turns captions into posters",
+    "evaluate_posters": "generating 64 posters for captions that were not trained on, and measuring them",
 }
 TINY = {
-    "make_posters.py": "--num_posters 300",
-    "train_autoencoder.py": "--max_train_steps 30 --report_to none",
-    "train_latent_diffusion.py": "--max_train_steps 30 --train_batch_size 16 --report_to none",
-    "evaluate_posters.py": "--num_briefs 8 --num_inference_steps 5 --grid_rows 3",
+    "make_posters": "--num_posters 300",
+    AUTOENCODER: "--max_train_steps 30 --report_to none",
+    DIFFUSION: "--max_train_steps 30 --train_batch_size 16 --report_to none",
+    "evaluate_posters": "--num_briefs 8 --num_inference_steps 5 --grid_rows 3",
+}
+# The part of the remaining time that the autoencoder trains, as in the full recipe.
+AUTOENCODER_SHARE = 1 / 3
+# What comes after the diffusion model's training: starting two processes, and sampling, which takes as long as about
+# this many training steps of the autoencoder.
+STARTING_SECONDS, EVALUATION_STEPS = 15.0, 150
+# What the full recipe reaches; see docs/LOG.md.
+GOALS = {
+    "background_color_share": (0.98, "posters with the background colour of their prompt"),
+    "palette_share_ratio": (0.9, "pixels in the colours of the prompt, relative to real posters"),
+    "title_position_share": (0.9, "posters with the title where the prompt puts it"),
+    "picture_count_share": (0.7, "posters with the right number of pictures"),
+    "autoencoder_psnr": (26.0, "dB, PSNR of the autoencoder on posters that it was not trained on"),
 }
 
 
@@ -45,101 +64,195 @@ TINY = {
 class QuickstartConfig(Options):
     """Flags of quickstart.py."""
 
+    minutes: float = option(10.0, at_least=2)
+    """Minutes that the quickstart may take; a machine that needs longer for the full recipe trains fewer steps"""
     tiny: bool = False
-    """A few steps of everything, to see that it runs; the posters will be blobs"""
+    """Run a few steps of every stage, to see that it works; the posters will be blobs"""
 
 
-def stages(tiny: bool) -> list[tuple[str, str, str, str | None]]:
-    """(what it does, how long it takes, command, the path that says it is done) of every stage, in order."""
+@dataclass
+class Plan:
+    """What was decided and done so far; kept in runs/quickstart/plan.json, so that nothing is decided twice."""
+
+    minutes: float
+    training_minutes: dict[str, float] = field(default_factory=dict)
+    """Name of a training script → minutes that it was given."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Name of each script that is done → seconds that it took."""
+
+    FILE = RUN / "plan.json"
+
+    @classmethod
+    def open(cls, minutes: float) -> Plan:
+        """Return the plan of the quickstart in this folder, or a new one of `minutes`."""
+        if not cls.FILE.is_file():
+            return cls(minutes)
+        plan = cls(**json.loads(cls.FILE.read_text()))
+        if plan.training_minutes and plan.minutes != minutes:
+            print(
+                f"{RUN} was begun with --minutes {plan.minutes:g}, which stays. For another number of minutes, delete "
+                f"or move {RUN} and data/posters_64_latents, and start again"
+            )
+        elif not plan.training_minutes:
+            plan.minutes = minutes
+        return plan
+
+    def save(self) -> None:
+        RUN.mkdir(parents=True, exist_ok=True)
+        write_json(self.FILE, asdict(self))
+
+    def minutes_for(self, script: str) -> float:
+        """Return the minutes that a training script may take; decided when it first starts."""
+        if script not in self.training_minutes:
+            remaining = 60 * self.minutes - sum(self.seconds.values()) - STARTING_SECONDS
+            if script == AUTOENCODER:
+                remaining *= AUTOENCODER_SHARE
+            elif speed := speed_of("autoencoder"):
+                remaining -= EVALUATION_STEPS * sum(speed["seconds"]["phases"].values())
+            self.training_minutes[script] = round(max(remaining, 1) / 60, 2)
+            self.save()
+        return self.training_minutes[script]
+
+
+def speed_of(run: str) -> dict[str, Any] | None:
+    """Return what a training run of the quickstart measured and decided; None if it was not fitted to a time."""
+    file = RUN / run / SPEED_FILE
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def stages(tiny: bool) -> list[tuple[str, str | None]]:
+    """Return (command, the path that exists once it is done) of every stage, in order."""
     recipes = yaml.safe_load(shipped_path(CONFIG).read_text())["prepare"]
-    found: list[tuple[str, str, str, str | None]] = []
-    for path, command in recipes.items():
-        title, duration = TITLES[Path(command.split()[0]).name]
-        found.append((title, duration, command, path))
-    found.append(
-        ("training latent diffusion: captions to posters", "6 minutes",
-         f"training/train_latent_diffusion.py --config {CONFIG}", None)
-    )  # fmt: skip
-    found.append(
-        ("drawing 64 posters for captions never trained on, and measuring them", "30 seconds",
-         f"training/evaluation/evaluate_posters.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 "
-         f"--guidance_scale 1.75 --grid {RUN}/grid.png --output {RUN}/figures.json", None)
-    )  # fmt: skip
-    if tiny:
-        found = [(t, "seconds", f"{c} {TINY.get(Path(c.split()[0]).name, '')}".strip(), p) for t, _, c, p in found]
-    return found
+    plan: list[tuple[str, str | None]] = [(command, path) for path, command in recipes.items()]
+    plan += [
+        (f"training/train_latent_diffusion.py --config {CONFIG}", None),
+        (
+            f"training/evaluation/evaluate_posters.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 "
+            f"--guidance_scale 1.75 --grid {RUN}/grid.png --output {RUN}/figures.json",
+            None,
+        ),
+    ]
+    return [(f"{command} {TINY.get(script_name(command), '')}".strip(), path) if tiny else (command, path)
+            for command, path in plan]  # fmt: skip
+
+
+def script_name(command: str) -> str:
+    return Path(command.split()[0]).stem
 
 
 def run_stage(command: str) -> float:
-    """Run one of the project's scripts; returns seconds. Raises UserError when it fails."""
+    """Run one of the project's scripts; return the seconds that it took. Raises UserError when it fails."""
     started = time.monotonic()
     script, *flags = shlex.split(command)
     status = subprocess.run([sys.executable, str(CODE / script), *flags]).returncode
     if status:
         raise UserError(
             f"the quickstart stopped at: {command} (exit status {status}); the reason is above. "
-            f"`{START}` typed again goes on there"
+            f"Run `{START}` again to resume there"
         )
     return time.monotonic() - started
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(QuickstartConfig, argv, description=__doc__)
-    plan, seconds = stages(config.tiny), {}
-    for number, (title, duration, command, done) in enumerate(plan, 1):
+    plan, commands = Plan.open(config.minutes), stages(config.tiny)
+    print(
+        f"The quickstart takes about {plan.minutes:g} minutes. Both trainings measure the speed of this machine first, "
+        "say how long the full recipe would take, and train fewer steps where the time is too short for it.",
+        flush=True,
+    )
+    for number, (command, done) in enumerate(commands, 1):
+        script = script_name(command)
         if done and Path(done).exists():
-            print(f"\n[{number}/{len(plan)}] {title}: already done ({done})", flush=True)
+            print(f"\n[{number}/{len(commands)}] {TITLES[script]}: already done ({done})", flush=True)
             continue
-        print(f"\n[{number}/{len(plan)}] {title} (about {duration})\n      {typed(command)}", flush=True)
-        seconds[Path(command.split()[0]).stem] = round(run_stage(command), 1)
-    summary = summarize(seconds)
-    _say(summary)
+        if script in (AUTOENCODER, DIFFUSION):
+            command += f" --max_train_minutes {plan.minutes_for(script):g}"
+        print(f"\n[{number}/{len(commands)}] {TITLES[script]}\n      {typed(command)}", flush=True)
+        seconds = run_stage(command)
+        plan.seconds[script] = max(plan.seconds.get(script, 0.0), round(seconds, 1))
+        plan.save()
+    summary = summarize(plan)
+    write_atomically(RUN / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _print_summary(summary)
 
 
-def summarize(seconds: dict[str, float]) -> dict[str, float | int | dict]:
-    """Collect the figures of all stages into runs/quickstart/summary.json."""
-    run = Path(RUN)
-    record = json.loads((run / "autoencoder/record.json").read_text())
-    diffusion = json.loads((run / "latent_diffusion/record.json").read_text())
-    summary = {
-        **json.loads((run / "figures.json").read_text()),
-        "autoencoder_psnr": record["metrics"]["val_psnr"],
-        "autoencoder_ssim": record["metrics"]["val_ssim"],
+def summarize(plan: Plan) -> dict[str, Any]:
+    """Collect the metrics of all stages, and say which goals of the full recipe were reached."""
+    records = [json.loads((RUN / name / "record.json").read_text()) for name in ("autoencoder", "latent_diffusion")]
+    autoencoder, diffusion = records
+    metrics = {
+        **json.loads((RUN / "figures.json").read_text()),
+        "autoencoder_psnr": autoencoder["metrics"]["val_psnr"],
+        "autoencoder_ssim": autoencoder["metrics"]["val_ssim"],
         "diffusion_val_loss": diffusion["metrics"]["val_loss"],
-        "autoencoder_steps": record["steps"],
+    }
+    recipe = full_recipe(plan)
+    return {
+        **metrics,
+        "autoencoder_steps": autoencoder["steps"],
         "diffusion_steps": diffusion["steps"],
         "cpu_cores": os.cpu_count(),
-        "seconds": seconds,
-        "total_seconds": round(sum(seconds.values()), 1),
+        "minutes": plan.minutes,
+        "seconds": plan.seconds,
+        "total_seconds": round(sum(plan.seconds.values()), 1),
+        "goals": {name: _judge(metrics[name], goal, recipe) for name, (goal, _) in GOALS.items()},
+        "full_recipe": recipe,
     }
-    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
-def _say(summary: dict) -> None:
-    asked = {
-        "background_color_share": "posters with the background colour that was asked for",
-        "palette_share_ratio": "pixels in the asked colours, relative to real posters",
-        "title_position_share": "posters with the title where it was asked for",
-        "picture_count_share": "posters with the right number of pictures",
+def full_recipe(plan: Plan) -> dict[str, Any]:
+    """Say how much of the full recipe was trained, how long all of it takes here, and by which commands."""
+    speeds = [speed for name in ("autoencoder", "latent_diffusion") if (speed := speed_of(name))]
+    rest = sum(seconds for script, seconds in plan.seconds.items() if script not in (AUTOENCODER, DIFFUSION))
+    seconds = rest + sum(speed["all_steps_estimated_seconds"] for speed in speeds)
+    minutes = round(seconds / 60 + 1)
+    new = f"make quickstart MINUTES={minutes}" if IS_CHECKOUT else f"{START} --minutes {minutes}"
+    longer = f"training/train_latent_diffusion.py --config {CONFIG}"
+    return {
+        "complete": all(speed["steps"] >= speed["all_steps"] for speed in speeds),
+        "steps": [speed["all_steps"] for speed in speeds],
+        "estimated_minutes_here": minutes,
+        "train_on": typed(longer),
+        "from_the_beginning": f"rm -r {RUN} data/posters_64_latents && {new}",
     }
-    print(f"\nOver held-out captions (all figures: {RUN}/summary.json):")
-    for name, words in asked.items():
+
+
+def _judge(value: float, goal: float, recipe: dict[str, Any]) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"goal": goal, "reached": value >= goal}
+    if value < goal and not recipe["complete"]:
+        verdict["note"] = (
+            "this machine cannot train the full recipe in the given minutes; train on with: " + recipe["train_on"]
+        )
+    return verdict
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    recipe = summary["full_recipe"]
+    print(f"\nOn captions that were not trained on (all metrics: {RUN}/summary.json):")
+    for name, (goal, words) in GOALS.items():
         real = summary.get("reader_" + name.removesuffix("_ratio") + "_real")
-        print(f"  {summary[name]:.2f}  {words}" + (f" (the same reader on real posters: {real:.2f})" if real else ""))
-    print(f"  {summary['autoencoder_psnr']:.1f}  dB, the autoencoder on held-out posters")
+        reached = "reached" if summary["goals"][name]["reached"] else "not reached"
+        print(f"  {summary[name]:5.2f}  {words}; goal {goal:g}, {reached}"
+              + (f" (real posters: {real:.2f})" if real else ""))  # fmt: skip
+    if not recipe["complete"]:
+        print(
+            f"\nIn {summary['minutes']:g} minutes this machine trained {summary['autoencoder_steps']} steps of the "
+            f"autoencoder and {summary['diffusion_steps']} of the diffusion model; the full recipe has "
+            f"{' and '.join(map(str, recipe['steps']))}, which takes about {recipe['estimated_minutes_here']} minutes "
+            f"here: {recipe['from_the_beginning']}"
+        )
     more = (
         f"pipelines/sample.py --model {RUN}/latent_diffusion "
         '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
         "--guidance_scale 1.75 --output more.png"
     )
-    steps = 2 * summary["diffusion_steps"]
-    longer = f"training/train_latent_diffusion.py --config {CONFIG} --max_train_steps {steps}"
+    steps = f" --max_train_steps {2 * summary['diffusion_steps']}" if recipe["complete"] else ""
     print(
         f"\nLook at the posters:  {RUN}/grid.png\n"
         + ("With .venv active (source .venv/bin/activate):\n" if IS_CHECKOUT else "")
-        + f"Draw more:            {typed(more)}\n"
-        f"Go on training:       {typed(longer)}"
+        + f"Generate more:        {typed(more)}\n"
+        f"Train on:             {recipe['train_on']}{steps}"
     )
 
 

@@ -42,6 +42,18 @@ class Cadence:
     def checkpoint_due(self, step: int) -> bool:
         return due(step, self.config.checkpointing_steps, self.config.checkpointing_epochs, self.steps_per_epoch)
 
+    def validation_steps(self, steps: int) -> set[int]:
+        """Steps up to `steps` after which a validation is due."""
+        return all_due(steps, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
+
+    def preview_steps(self, steps: int) -> set[int]:
+        """Steps up to `steps` after which previews are due."""
+        return all_due(steps, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)
+
+    def checkpoint_steps(self, steps: int) -> set[int]:
+        """Steps up to `steps` after which a checkpoint is due."""
+        return all_due(steps, self.config.checkpointing_steps, self.config.checkpointing_epochs, self.steps_per_epoch)
+
     def row_due(self, step: int) -> bool:
         return self.ends_epoch(step) or step % self.config.logging_steps == 0
 
@@ -54,3 +66,9 @@ def due(step: int, every_steps: int, every_epochs: int, steps_per_epoch: int) ->
     by_steps = every_steps > 0 and step % every_steps == 0
     by_epochs = every_epochs > 0 and step % (every_epochs * steps_per_epoch) == 0
     return step > 0 and (by_steps or by_epochs)
+
+
+def all_due(steps: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> set[int]:
+    """Every step from 1 to `steps` for which `due` is true."""
+    periods = [period for period in (every_steps, every_epochs * steps_per_epoch) if period > 0]
+    return {step for period in periods for step in range(period, steps + 1, period)}

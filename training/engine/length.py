@@ -19,6 +19,8 @@ class LengthConfig(Options):
     """Train this many epochs more from where the run stands, instead of a total."""
     max_train_steps: int = option(0, on_resume="free", at_least=0)
     """Number of steps in total; 0 counts epochs."""
+    max_train_minutes: float = option(0.0, on_resume="free", at_least=0)
+    """Train fewer steps where that is needed to finish within this many minutes on this machine; 0 sets no limit."""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

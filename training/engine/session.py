@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from training.engine.prepare import interrupted_while_making
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.signals import Interrupted, StopSignal
+from training.engine.speed import fit_length
 from training.engine.training import Training
 from training.engine.validation import evaluating, print_metrics, validate
 from training.engine.weights import freeze_parameters, load_initial_weights
@@ -46,11 +48,12 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
     Raises:
         UserError: something that the user can correct, found before the first step.
     """
+    started = time.perf_counter()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
     with StopSignal() as stop:
         try:
-            status = _session(build_stage, config, accelerator, folder, stop)
+            status = _session(build_stage, config, accelerator, folder, stop, started)
             # When one process leaves first, gloo's threads in another now and then abort it, its work done.
             accelerator.wait_for_everyone()
             return status
@@ -66,6 +69,7 @@ def _session(
     accelerator: Accelerator,
     folder: RunFolder,
     stop: StopSignal,
+    started: float,
 ) -> int:
     _open(folder, config, accelerator)
     if config.dry_run and (missing := dry_run.missing_inputs(config)):
@@ -84,6 +88,8 @@ def _session(
         resumed = restoring.restore(training, config, folder, accelerator)
         if config.validate_only:
             return _validate(training, config, accelerator, stop)
+        if config.max_train_minutes:
+            fit_length(training, config, folder, accelerator, stop, started)
     except Interrupted:
         return stop.exit_status(stop.requested or signal.SIGTERM)
     if on_main(accelerator, lambda: ending.is_complete(training, folder)):

@@ -51,7 +51,13 @@ def interrupted_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def validate(
-    stage: Stage, accelerator: Accelerator, *, seed: int, batch_size: int, poll: Callable[[], None]
+    stage: Stage,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    batch_size: int,
+    poll: Callable[[], None],
+    max_batches: int | None = None,
 ) -> dict[str, float]:
     """Validation metrics over the whole validation set; empty where there is none.
 
@@ -59,6 +65,7 @@ def validate(
 
     Args:
         poll: called before each batch; raises `Interrupted` when this process is asked to stop.
+        max_batches: number of batches of each process after which to stop, to time them; None takes all rows.
 
     Raises:
         Interrupted: on every process, when any of them was asked to stop.
@@ -67,6 +74,8 @@ def validate(
     if data is None:
         return {}
     rows = range(accelerator.process_index, len(data), accelerator.num_processes)
+    if max_batches is not None:
+        rows = rows[: max_batches * batch_size]
     sums: dict[str, float] = {}
     with interrupted_together(accelerator):
         for start in range(0, len(rows), batch_size):

@@ -1,0 +1,227 @@
+"""How fast this machine trains: some seconds of the run's real steps, timed before the run begins.
+
+`--max_train_minutes` fits the number of steps to a time with it. Everything that a step changes is restored afterwards
+from a temporary checkpoint, so a run that was timed first gives the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.core.files import write_json
+from training.core.stage import Batch
+from training.engine.cadence import Cadence
+from training.engine.launch import on_main
+from training.engine.restoring import check_disk
+from training.engine.run_config import RunConfig
+from training.engine.schedule import PhaseSchedule
+from training.engine.signals import Interrupted, StopSignal
+from training.engine.training import Training
+from training.engine.validation import evaluating, gather, interrupted_together, validate
+from training.run.checkpoint import WRITING, load_json
+from training.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("halftone")
+
+SPEED_FILE = "speed.json"
+# The first steps allocate memory and choose kernels; they are not typical of the rest.
+WARM_UP_STEPS = 3
+TIMED_SECONDS, MIN_TIMED_STEPS, MAX_TIMED_STEPS = 4.0, 3, 400
+VALIDATION_BATCHES = 2
+# A run shorter than this trains nothing worth looking at, whatever time was asked for.
+MIN_STEPS = 50
+
+
+@dataclass
+class Speed:
+    """Seconds that each part of a run takes on this machine, as measured by `measure_speed`."""
+
+    startup: float
+    """From the start of the session to its first step, this measurement included."""
+    phases: dict[str, float]
+    """Name of each phase → seconds of one of its steps. The first one's include loading the batch and the EMA."""
+    validation: float
+    previews: float
+    checkpoint: float
+
+    def seconds(self, steps: int, training: Training, config: RunConfig) -> float:
+        """Estimated seconds of a whole run of `steps` steps, from the start of its session to the exported pipeline."""
+        cadence = Cadence(config, training.steps_per_epoch)
+        total = self.startup + self.checkpoint  # the export at the end costs about as much as a checkpoint
+        for runner in training.runners:
+            first = PhaseSchedule(runner.phase, config, runner.learning_rate, steps).first_step
+            total += self.phases[runner.phase.name] * max(0, steps - first)
+        validations = cadence.validation_steps(steps) | {steps}
+        total += self.validation * len(validations) + self.previews * len(cadence.preview_steps(steps) | {steps})
+        # A validation that is the best so far writes a checkpoint as well; early in a run most of them are.
+        return total + self.checkpoint * len(cadence.checkpoint_steps(steps) | validations)
+
+    def steps_in(self, seconds: float, most: int, training: Training, config: RunConfig) -> int:
+        """The largest number of steps up to `most` with which a run takes at most `seconds`; at least MIN_STEPS."""
+        low, high = min(MIN_STEPS, most), most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.seconds(middle, training, config) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def fit_length(
+    training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal, started: float
+) -> None:
+    """Set the goal of a run so that it takes `--max_train_minutes` on this machine, and say what to expect.
+
+    The speed is measured once for each run, before its first step, and kept in its folder, so that a resumed session
+    computes the same goal from it.
+
+    Args:
+        started: `time.perf_counter()` at the start of the session.
+
+    Raises:
+        Interrupted: on every process, when any of them was asked to stop.
+    """
+    state, file = training.state, folder.path / SPEED_FILE
+    saved = on_main(accelerator, lambda: load_json(file)["seconds"] if file.is_file() else None)
+    speed = Speed(**saved) if saved else measure_speed(training, config, folder, accelerator, stop, started)
+    full = state.goal_steps
+    state.goal_steps = max(state.step, speed.steps_in(60 * config.max_train_minutes, full, training, config))
+    plan = {
+        "max_train_minutes": config.max_train_minutes,
+        "steps": state.goal_steps,
+        "estimated_seconds": round(speed.seconds(state.goal_steps, training, config), 1),
+        "all_steps": full,
+        "all_steps_estimated_seconds": round(speed.seconds(full, training, config), 1),
+        "seconds": asdict(speed),
+    }
+    if accelerator.is_main_process:
+        write_json(file, plan)
+        if state.step < state.goal_steps:
+            _say_what_to_expect(plan)
+
+
+def measure_speed(
+    training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal, started: float
+) -> Speed:
+    """Time the parts of a run; models, optimizers, EMA weights and counts are as before afterwards."""
+    kept = folder.checkpoints / f"{WRITING}speed"
+    check_room = functools.partial(check_disk, folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
+    on_main(accelerator, check_room)
+    checkpoint = on_main(accelerator, lambda: _seconds(lambda: _save(training, kept)))
+    try:
+        with interrupted_together(accelerator):
+            phases = _time_steps(training, accelerator, stop)
+            with evaluating(training.modules, training.ema):
+                validation = _time_validation(training, config, accelerator, stop)
+                previews = _seconds(training.stage.previews) if accelerator.is_main_process else 0.0
+    finally:
+        for part in training.checkpoint_parts:
+            part.load(kept)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(kept, ignore_errors=True)
+    speed = Speed(time.perf_counter() - started, phases, validation, previews, checkpoint)
+    return Speed(**gather(accelerator, asdict(speed))[0])  # the main process decides for all
+
+
+def _save(training: Training, folder: Path) -> None:
+    """Write what a checkpoint holds, in the way that a checkpoint is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    with evaluating(training.modules, training.ema):
+        training.stage.pipeline().save_pretrained(folder / "pipeline")
+    for part in training.checkpoint_parts:
+        part.save(folder)
+
+
+def _time_steps(training: Training, accelerator: Accelerator, stop: StopSignal) -> dict[str, float]:
+    """Mean seconds of each phase's step. Every phase takes part, also one that begins later in the run."""
+    for runner in training.runners:
+        runner.settle_buckets(*training.batches.first())
+    steps = training.batches.steps(0, WARM_UP_STEPS + MAX_TIMED_STEPS)
+    for step in range(WARM_UP_STEPS):
+        last = _one_step(training, step, next(steps), stop)
+    wished = round(TIMED_SECONDS / max(sum(last.values()), 1e-6))
+    # All processes take the same number of steps, since each step is an exchange between them.
+    count = gather(accelerator, max(MIN_TIMED_STEPS, min(MAX_TIMED_STEPS, wished)))[0]
+    total = dict.fromkeys(last, 0.0)
+    started = time.perf_counter()
+    for step in range(WARM_UP_STEPS, WARM_UP_STEPS + count):
+        for name, seconds in _one_step(training, step, next(steps), stop).items():
+            total[name] += seconds
+    # Loading the batches and updating the EMA weights belong to every step: they go to the first phase.
+    total[next(iter(total))] += time.perf_counter() - started - sum(total.values())
+    return {name: seconds / count for name, seconds in total.items()}
+
+
+def _one_step(training: Training, step: int, batches: list[Batch], stop: StopSignal) -> dict[str, float]:
+    """Take one step of every phase; returns the seconds of each."""
+    seconds, stop_agreed = {}, False
+    for runner in training.runners:
+        started = time.perf_counter()
+        outcome = runner.step(step, batches, runner.learning_rate, stop.requested is not None)
+        seconds[runner.phase.name] = time.perf_counter() - started
+        stop_agreed |= outcome.stop
+    if training.ema is not None:
+        training.ema.update(step + 1)
+    if stop_agreed:
+        raise Interrupted
+    return seconds
+
+
+def _time_validation(training: Training, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> float:
+    """Estimated seconds of a whole validation, from a few of its batches."""
+    data = training.stage.validation_data()
+    if data is None:
+        return 0.0
+    batch_size = config.validation_batch_size or config.train_batch_size
+    batches = math.ceil(len(data) / (batch_size * accelerator.num_processes))
+    few = min(VALIDATION_BATCHES, batches)
+
+    def first_batches(count: int) -> None:
+        validate(
+            training.stage, accelerator, seed=config.seed, batch_size=batch_size, poll=stop.check, max_batches=count
+        )
+
+    first_batches(1)
+    return _seconds(lambda: first_batches(few)) * batches / few
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _say_what_to_expect(plan: Mapping[str, Any]) -> None:
+    logger.info(
+        "a step takes %.3g seconds on this machine; all %d steps would take about %s",
+        sum(plan["seconds"]["phases"].values()),
+        plan["all_steps"],
+        _duration(plan["all_steps_estimated_seconds"]),
+    )
+    if plan["steps"] < plan["all_steps"]:
+        logger.info(
+            "--max_train_minutes is %.3g, so the run trains %d steps, in about %s. To train all %d steps later, run "
+            "the same command without that flag",
+            plan["max_train_minutes"],
+            plan["steps"],
+            _duration(plan["estimated_seconds"]),
+            plan["all_steps"],
+        )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
