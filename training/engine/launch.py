@@ -39,7 +39,7 @@ class LaunchConfig(Options):
     """Precision and threads of each process; everything else comes from the Accelerate config."""
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
-    """Mixed precision. auto: bf16 if the device computes in bf16, else no. Default: the Accelerate config's value."""
+    """no, fp16, bf16 or auto (bf16 if the device computes in it, else no). Default: the Accelerate config's value."""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes."""
 

@@ -16,7 +16,7 @@ class LengthConfig(Options):
     num_train_epochs: int = option(10, on_resume="free", at_least=0)
     """Total number of epochs, counted from the first start of the run."""
     extra_epochs: int = option(0, on_resume="free", at_least=0)
-    """Train N more epochs after a complete run; overrides the two total lengths; 0 disables it."""
+    """Train N more epochs after a complete run; overrides --num_train_epochs and --max_train_steps; 0 disables it."""
     max_train_steps: int = option(0, on_resume="free", at_least=0)
     """Total number of optimizer steps; overrides --num_train_epochs; 0 disables it."""
 
