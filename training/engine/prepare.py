@@ -100,7 +100,7 @@ def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callabl
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
     path = (CODE / script).resolve()
-    # YAML files come from other people, so they may only run this project's own scripts.
+    # A YAML file may come from another person, so it can only run this project's own scripts.
     if path.parent not in [CODE / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
         raise UserError(
             f"`prepare` runs '{script}', which is not one of this project's own scripts; "

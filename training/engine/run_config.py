@@ -43,7 +43,7 @@ class SessionConfig(Options):
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if self.validate_model and not self.validate_only:
-            raise UserError(f"--validate_model {self.validate_model} is used by --validate_only alone; add that flag")
+            raise UserError(f"--validate_model {self.validate_model} needs --validate_only; add that flag")
 
     @property
     def trains(self) -> bool:

@@ -164,7 +164,7 @@ def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
         existing = ", ".join(f.name for f in _by_step(checkpoints)) or "none"
         raise UserError(
             f"--resume_from_checkpoint {name}: {folder} does not exist; "
-            f"use one of the checkpoints in this run: {existing}"
+            f"choose another checkpoint (in this run: {existing})"
         )
     try:
         verify(folder)
