@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# One thread per test process: tiny models only lose time to thread starts.
+# One thread per test process: for tiny models, starting threads takes longer than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,16 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real pictures and a pretrained VAE beside the checkout; tests that want them skip elsewhere."""
+    """Folder with real images and a pretrained VAE next to the checkout; tests that need it are skipped without it."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
-        pytest.skip("no ../shared beside the checkout")
+        pytest.skip("needs ../shared next to the checkout")
     return path
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps the first run's precision and topology for the whole process."""
+    """Reset Accelerate after each test: it keeps the precision and topology of the first run in a process."""
     yield
     forget_accelerate()
 

@@ -1,4 +1,4 @@
-"""Files are whole or absent: what a crash in the middle of writing leaves behind."""
+"""Atomic writing of files: complete after a success, unchanged after an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_the_new_file_appears_only_when_it_is_whole(tmp_path):
+def test_the_new_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "new.txt"
     with replacing(path) as temporary:
         temporary.write_text("new")

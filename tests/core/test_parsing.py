@@ -1,4 +1,4 @@
-"""From words and YAML to one config: flags win, mistakes are named with the nearest known word."""
+"""Parsing flags and YAML files into a config: flags override files, and errors suggest the nearest known name."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def yaml_file(tmp_path, text: str) -> str:
     return str(tmp_path / "c.yaml")
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     path = yaml_file(tmp_path, "seed: 3\nlearning_rate: 1.0e-3\nmodel:\n  dropout: 0.5\n")
     config = parse("--config", path, "--seed", "4", "--model.block_out_channels", "[4,8,12]")
     assert (config.seed, config.learning_rate, config.train_batch_size) == (4, 1e-3, 16)
     assert config.model == Model([4, 8, 12], 0.5)
 
 
-def test_numbers_as_people_write_them(tmp_path):
-    """YAML takes 1e-3 for a word; a learning rate written so is a number all the same."""
+def test_numbers_in_common_notations(tmp_path):
+    """YAML reads 1e-3 as a string; as a learning rate it must still be a number."""
     assert parse("--config", yaml_file(tmp_path, "learning_rate: 1e-3\n")).learning_rate == 1e-3
     assert parse("--learning_rate", "1e-3").learning_rate == 1e-3
     assert parse("--names", "[]").names == []
@@ -94,7 +94,7 @@ def test_mistakes_in_files(tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_no_words_at_all_take_the_preset(tmp_path):
+def test_without_arguments_the_preset_is_used(tmp_path):
     preset = yaml_file(tmp_path, "seed: 9\n")
     assert parse_config(Config, [], preset=preset).seed == 9
     assert parse_config(Config, ["--train_batch_size", "2"], preset=preset).seed == 0
@@ -112,14 +112,14 @@ def test_a_preset_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         parse("--config")
 
 
-def test_help_has_every_flag_with_its_sentence(capsys):
-    with pytest.raises(SystemExit) as left:
+def test_help_has_every_flag_with_its_description(capsys):
+    with pytest.raises(SystemExit) as exit_info:
         parse("--help")
-    assert left.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    assert exit_info.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
     for name in known_names(Config):
-        assert f"--{name}" in said, name
-    assert "Images per micro-batch on one process." in said
+        assert f"--{name}" in output, name
+    assert "Batch size per process (of one micro-batch)." in output
 
 
 def test_a_config_written_and_read_again_is_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""Previews: their grid, and how its file is written."""
+"""Previews: the grid of images, and writing its file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def square(color, size=64, mode="RGB") -> Image.Image:
     return Image.new(mode, (size, size), color)
 
 
-def test_previews_draw_themselves():
+def test_the_grid_has_the_given_columns():
     assert Previews([square(RED)] * 4, ["a"] * 4, columns=4).grid().width > Previews([square(RED)] * 4, []).grid().width
 
 
-def test_a_png_is_written_whole_and_leaves_nothing_else(tmp_path):
+def test_a_png_is_written_completely_and_leaves_nothing_else(tmp_path):
     path = save_png(square(RED), tmp_path / "samples" / "epoch_0001.png")
     save_png(square(BLUE), path)
     assert Image.open(path).getpixel((0, 0)) == BLUE
@@ -28,12 +28,12 @@ def test_a_png_is_written_whole_and_leaves_nothing_else(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_failed_write_leaves_the_old_picture(tmp_path):
+def test_a_failed_write_leaves_the_old_image(tmp_path):
     path = save_png(square(RED), tmp_path / "a.png")
 
     class Unwritable:
         def save(self, file, format):
-            file.write(b"half a picture")
+            file.write(b"half an image")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

@@ -1,4 +1,7 @@
-"""A new stage through the public seam alone: a masked autoencoder (He et al. 2022). B batch, T patches, P numbers."""
+"""A new stage that uses the public interface only: a masked autoencoder (He et al. 2022).
+
+B batch, T patches, P values per patch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Config(RunConfig):
 
 
 class Stripes(torch.utils.data.Dataset):
-    """Images of random stripes as patches, T P: row i is a function of i alone."""
+    """Images of random stripes as patches, T P. Row i is a function of i alone."""
 
     def __init__(self, size: int):
         self.size = size
@@ -108,7 +111,7 @@ def test_it_trains_resumes_validates_previews_and_exports(tmp_path, capsys):
     assert run("whole") == 0
     losses = [float(row["val_loss"]) for row in rows(tmp_path / "whole") if row.get("val_loss")]
     assert len(losses) == 4
-    assert losses[-1] < losses[0] / 1.5, "it learns nothing"
+    assert losses[-1] < losses[0] / 1.5, "the model learns nothing"
     assert run("parted", num_train_epochs=2) == run("parted") == 0
     assert_same_state(tmp_path / "whole", tmp_path / "parted")
     assert (tmp_path / "whole/samples/epoch_0004.png").is_file()

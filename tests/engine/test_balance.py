@@ -1,4 +1,4 @@
-"""--balance_by: shares of an epoch, rows that take turns, the same draw everywhere, and what is refused."""
+"""--balance_by: class shares of an epoch, rows that take turns, reproducible draws, and error messages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from training.engine.balance import BalanceConfig, balanced_strata
 from training.engine.sampler import StepSampler, Strata, StratifiedDraw, _permutation
 
 COUNTS = (600, 300, 75, 20, 5)  # 1,000 rows in five classes
-# Of the chi-square distribution with 4 degrees of freedom: exceeded by one draw in 1,000.
+# The 0.999 quantile of the chi-square distribution with 4 degrees of freedom.
 CHI_SQUARE_4_LIMIT = 18.47
 
 
 class Rows:
-    """Training data as far as balancing looks at them: rows of the classes lie anywhere."""
+    """Training data with the classes that balancing needs; the rows of the classes are mixed."""
 
     def __init__(self, counts=COUNTS):
         ids = torch.cat([torch.full((count,), i) for i, count in enumerate(counts)])
@@ -38,14 +38,14 @@ class Rows:
 
 
 def weights(power: float) -> torch.Tensor:
-    """Shares by the definition: the sum of n_c^-p over the rows of each class."""
+    """Compute the shares by their definition: the sum of n_c^-p over the rows of each class."""
     per_row = torch.tensor([count**-power for count in COUNTS for _ in range(count)], dtype=torch.float64)
     per_class = torch.stack([part.sum() for part in per_row.split(COUNTS)])
     return per_class / per_class.sum()
 
 
 def drawn(power: float, seed: int, epoch: int, batch: int = 50) -> torch.Tensor:
-    """The rows of an epoch, by the sampler."""
+    """Return the rows of an epoch, as drawn by the sampler."""
     data = Rows()
     strata = balanced_strata(data, BalanceConfig("kind", power))
     sampler = StepSampler(len(data.ids), BatchLayout(batch), seed, strata=strata)
@@ -65,24 +65,25 @@ def test_class_shares_of_an_epoch_match_the_weights(power, seed):
     for epoch in (0, 7):
         observed = torch.bincount(ids[drawn(power, seed, epoch)], minlength=5)
         assert chi_square(observed, weights(power)) < CHI_SQUARE_4_LIMIT
-        assert (observed - 1000 * weights(power)).abs().max() < 1  # systematic: to within rounding
-        for wrong in {0.0, 0.25, 0.5, 1.0} - {power}:  # the test can fail
+        assert (observed - 1000 * weights(power)).abs().max() < 1  # systematic resampling is exact up to rounding
+        for wrong in {0.0, 0.25, 0.5, 1.0} - {power}:  # the test fails for other powers
             assert chi_square(observed, weights(wrong)) > CHI_SQUARE_4_LIMIT
 
 
 def test_classes_are_spread_over_an_epoch():
-    """Class by tenth of the epoch: what a seeded shuffle leaves, neither in blocks nor dealt out evenly."""
+    """The counts of each class in each tenth of an epoch vary as in a random shuffle, neither more nor less."""
     ids = Rows().ids
     statistics = []
     for epoch in range(20):
         table = torch.stack([torch.bincount(ids[part], minlength=5) for part in drawn(1.0, 0, epoch).chunk(10)])
         statistics.append(chi_square(table, torch.full_like(table, 1 / 50, dtype=torch.float64)))
-    # 36 degrees of freedom: mean 36, deviation 8.5; the mean of twenty within four of its deviations.
+    # 36 degrees of freedom: mean 36, standard deviation 8.5. The mean of 20 statistics is within four of its
+    # standard deviations.
     assert sum(statistics) / 20 == pytest.approx(36, abs=4 * 8.5 / 20**0.5)
 
 
 def test_rows_of_a_class_take_turns():
-    """After any number of epochs no row was drawn more than once more often than another of its class."""
+    """After any number of epochs, the numbers of draws of two rows of a class differ by at most 1."""
     ids = Rows().ids
     seen = torch.zeros(1000, dtype=torch.int64)
     for epoch in range(6):
@@ -102,7 +103,7 @@ def test_expected_counts_are_exact_on_average():
     )
 
 
-def test_power_0_is_the_permutation_there_always_was():
+def test_power_0_gives_the_permutation_without_balancing():
     data = Rows()
     assert balanced_strata(data, BalanceConfig("kind", 0.0)) is None
     plain = StepSampler(1000, BatchLayout(50), 0)
@@ -111,7 +112,7 @@ def test_power_0_is_the_permutation_there_always_was():
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
-    """Asked for in any order: a resumed run begins in the middle, and a validation may look back."""
+    """Epochs may be asked for in any order, e.g. when a resumed run begins in the middle."""
     strata = balanced_strata(Rows(), BalanceConfig("kind", 1.0))
     forward, jumping = StratifiedDraw(strata, 950, 4), StratifiedDraw(strata, 950, 4)
     orders = [forward.order(epoch) for epoch in range(6)]
@@ -153,7 +154,7 @@ def test_classes_are_the_distinct_values(values, names):
     assert classes.ids.tolist() == [1, 0, 1]
 
 
-def pictures(folder: Path, **columns) -> datasets.Dataset:
+def image_data(folder: Path, **columns) -> datasets.Dataset:
     rows = len(next(iter(columns.values())))
     images = [Image.new("RGB", (8, 8), (i, i, i)) for i in range(rows)]
     features = datasets.Features(
@@ -165,8 +166,8 @@ def pictures(folder: Path, **columns) -> datasets.Dataset:
     return ImageDataset(load_split(config, "train", 0), config, captions=False)
 
 
-def test_pictures_are_balanced_by_any_column_of_theirs(tmp_path, caplog):
-    data = pictures(tmp_path, kind=[0] * 6 + [1] * 3 + [2])
+def test_images_are_balanced_by_any_column(tmp_path, caplog):
+    data = image_data(tmp_path, kind=[0] * 6 + [1] * 3 + [2])
     with caplog.at_level(logging.INFO, "halftone"):
         strata = balanced_strata(data, BalanceConfig("kind", 1.0))
     assert strata.group_of_row.tolist() == [0] * 6 + [1] * 3 + [2]
@@ -174,7 +175,7 @@ def test_pictures_are_balanced_by_any_column_of_theirs(tmp_path, caplog):
     assert "a 60 → 33.3 %, b 30 → 33.3 %, c 10 → 33.3 %" in caplog.text
 
 
-def test_many_classes_are_summed_up(caplog):
+def test_many_classes_are_summarized(caplog):
     with caplog.at_level(logging.INFO, "halftone"):
         balanced_strata(Rows([100 - i for i in range(40)]), BalanceConfig("kind", 0.5))
     assert "class 0 " in caplog.text
@@ -183,7 +184,7 @@ def test_many_classes_are_summed_up(caplog):
 
 
 def test_mistakes_are_user_errors(tmp_path):
-    data = pictures(tmp_path, kind=[0, 0, 1, 1])
+    data = image_data(tmp_path, kind=[0, 0, 1, 1])
     with pytest.raises(UserError, match="no column 'knid'; did you mean 'kind'.*--balance_by"):
         balanced_strata(data, BalanceConfig("knid", 1.0))
     with pytest.raises(UserError, match="'c' of its 3 classes has no sample in the training data"):
@@ -199,7 +200,7 @@ def test_mistakes_are_user_errors(tmp_path):
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_draws_what_the_weights_say_and_goes_on_with_it(tmp_path):
+def test_a_run_draws_weighted_samples_and_resumes_exactly(tmp_path):
     flags = ("--balance_by", "kind", "--num_train_epochs", "2")
     assert run(tmp_path / "whole", *flags) == 0
     assert run(tmp_path / "parts", *flags, "--signal_step", "9") == 75
@@ -208,7 +209,7 @@ def test_a_run_draws_what_the_weights_say_and_goes_on_with_it(tmp_path):
     assert run(tmp_path / "plain", "--num_train_epochs", "2") == 0
     weights = [tensors_of(tmp_path / name / "checkpoints/latest", "phase_*") for name in ("plain", "whole")]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert LAYOUT.global_batch_size == 8  # 48 rows, 6 of them rare: half of each epoch is drawn from those
+    assert LAYOUT.global_batch_size == 8  # 48 rows, of which 6 are rare: they are half of the draws of each epoch
 
 
 @pytest.mark.parametrize("power", ["-0.1", "1.5"])

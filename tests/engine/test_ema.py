@@ -7,7 +7,7 @@ from torch import nn
 from training.engine.ema import EMA
 
 
-def test_the_average_is_the_recursion_with_warm_up():
+def test_ema_weights_follow_the_recursion_with_warm_up():
     layer = nn.Linear(1, 1, bias=False)
     ema = EMA({"layer": layer}, decay=0.9)
     expected = layer.weight.item()
@@ -20,7 +20,7 @@ def test_the_average_is_the_recursion_with_warm_up():
     assert ema.state_dict()["layer.weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_updating_every_few_steps_follows_slow_weights_closely():
+def test_updates_every_few_steps_are_close_to_updates_every_step():
     often, seldom = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     averages = [EMA({"m": often}, 0.99), EMA({"m": seldom}, 0.99, update_every=4)]
     for step in range(1, 2001):
@@ -32,8 +32,8 @@ def test_updating_every_few_steps_follows_slow_weights_closely():
     assert a == pytest.approx(b, rel=0.01)
 
 
-def test_an_average_that_begins_late_is_one_of_a_run_that_begins_there():
-    """Else its initial weight would still be most of it after forty steps."""
+def test_ema_weights_that_begin_late_equal_those_of_a_run_that_begins_there():
+    """Without this, the initial weight would still dominate after 40 steps."""
     soon, late, alone = (nn.Linear(1, 1, bias=False) for _ in range(3))
     ema, reference = EMA({"soon": soon, "late": late}, 0.99), EMA({"alone": alone}, 0.99)
     ema.begin_at({late.weight: 200})
@@ -53,7 +53,7 @@ def test_an_average_that_begins_late_is_one_of_a_run_that_begins_there():
     assert ema.state_dict()["soon.weight"].item() != pytest.approx(ema.state_dict()["late.weight"].item(), rel=1e-3)
 
 
-def test_weights_come_back_even_after_an_exception():
+def test_weights_are_restored_even_after_an_exception():
     layer = nn.Linear(3, 3)
     ema = EMA({"layer": layer}, 0.5)
     before = layer.weight.detach().clone()
@@ -72,10 +72,10 @@ def test_weights_come_back_even_after_an_exception():
         look_and_fail()
     assert torch.equal(seen[0], before)
     assert torch.equal(layer.weight, live)
-    assert layer.weight.data_ptr() == pointer  # optimizers and graphs hold on to it
+    assert layer.weight.data_ptr() == pointer  # optimizers and compiled graphs refer to it
 
 
-def test_a_state_loads_back_and_a_foreign_one_does_not():
+def test_a_state_loads_and_one_of_another_model_does_not():
     layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
     ema, copy = EMA({"m": layer}, 0.9), EMA({"m": other}, 0.9)
     copy.load_state_dict({name: tensor.clone() for name, tensor in ema.state_dict().items()})

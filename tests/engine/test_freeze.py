@@ -1,4 +1,4 @@
-"""--freeze_parameters: what matches stays as it is to the last bit, everything else trains."""
+"""--freeze_parameters: matching parameters are bit-identical after training, and all others are trained."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_pattern_that_matches_nothing_is_refused():
         freeze_parameters(stage, ["*"])
 
 
-def test_nothing_is_frozen_unasked():
+def test_nothing_is_frozen_by_default():
     stage = ToyStage(ToyConfig())
     freeze_parameters(stage, [])
     assert all(parameter.requires_grad for parameter in stage.unet.parameters())
 
 
-def test_what_is_frozen_may_not_change_in_a_run(tmp_path):
+def test_frozen_parameters_may_not_change_in_a_run(tmp_path):
     run(tmp_path / "run", *PATTERNS, "--max_train_steps", "1")
     with pytest.raises(UserError, match="--freeze_parameters"):
         run(tmp_path / "run", "--max_train_steps", "2")

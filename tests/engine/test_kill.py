@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, while a checkpoint is written above all: the next start goes on from a whole one."""
+"""After a SIGKILL at any moment, especially while a checkpoint is written, the run resumes from an undamaged one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.run import checkpoint
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-# A checkpoint at every step: most of the time is spent writing, linking and pruning them.
+# With a checkpoint at every step, most of the time is spent on writing, linking and deleting checkpoints.
 FLAGS = (
     "--train_batch_size", "4", "--critic", "true", "--num_train_epochs", "9", "--checkpointing_steps", "1",
     "--checkpoints_total_limit", "2", "--validation_steps", "7", "--preview_epochs", "0", "--logging_steps", "3",
@@ -28,7 +28,7 @@ def words(folder: Path) -> list[str]:
 
 
 def kill_after(folder: Path, seconds: float) -> bool:
-    """Start the run, and kill it `seconds` after its first new checkpoint; False when it was done before that."""
+    """Start the run and kill it `seconds` after its first new checkpoint; return False if it ended before that."""
     process = subprocess.Popen(
         command(TOY, *words(folder)), env=environment(), cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -55,14 +55,14 @@ def test_killed_at_twenty_moments(tmp_path):
         kills += 1
         leftovers = [p.name for p in (killed / "checkpoints").glob(".*")]
         in_writing += bool(leftovers)
-        found = checkpoint.find_checkpoint(killed / "checkpoints", "latest")
-        if found is not None:
-            checkpoint.verify(found)
+        latest = checkpoint.find_checkpoint(killed / "checkpoints", "latest")
+        if latest is not None:
+            checkpoint.verify(latest)
             checkpoint.verify(killed / "checkpoints" / "latest")
-            steps.append(int(found.name.removeprefix("step-")))
-    assert kills == KILLS, "the run is too short for so many kills"
-    assert steps == sorted(steps), "a start went on from an older checkpoint than the one before"
-    print(f"checkpoints after each kill: {steps}; {in_writing} kills while one was written, linked or pruned")
+            steps.append(int(latest.name.removeprefix("step-")))
+    assert kills == KILLS, f"the run is too short for {KILLS} kills"
+    assert steps == sorted(steps), "a session resumed from an older checkpoint than the session before it"
+    print(f"checkpoints after each kill: {steps}; {in_writing} kills while one was written, linked or deleted")
     assert in_writing >= 3
     assert steps[-1] > 5
     start(killed, *FLAGS, processes=1)

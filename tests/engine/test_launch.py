@@ -1,4 +1,4 @@
-"""Threads, processes and mistakes on the main process."""
+"""Threads, precision, processes, and errors on the main process."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def threads():
     [
         (None, [], "1", CORES),
         ("3", [], "1", 3),
-        ("1", [], "1", 1),  # the user's own
-        ("1", ["accelerate", "launch"], "1", CORES),  # the launcher's
+        ("1", [], "1", 1),  # set by the user
+        ("1", ["accelerate", "launch"], "1", CORES),  # set by the launcher
         ("3", ["accelerate", "launch"], "1", 3),
         (None, [], str(2 * CORES), 1),
     ],
@@ -55,7 +55,7 @@ def test_cpu_threads_are_set(threads):
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, threads, native):
+def test_auto_precision_is_bf16_if_the_cpu_supports_it(monkeypatch, threads, native):
     forget_accelerate()
     monkeypatch.setattr(launch, "computes_in_bf16", lambda: native)
     assert start_accelerator(RunConfig(mixed_precision="auto", cpu_threads=1)).mixed_precision == (
@@ -64,8 +64,8 @@ def test_auto_precision_is_bf16_where_the_cpu_has_it(monkeypatch, threads, nativ
     forget_accelerate()
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="asks Linux about its CPU")
-def test_bf16_arithmetic_is_found():
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="reads /proc/cpuinfo")
+def test_bf16_arithmetic_is_detected():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert computes_in_bf16() == bool({"avx512_bf16", "amx_bf16"}.intersection(flags))
 
@@ -78,7 +78,7 @@ def test_bf16_arithmetic_is_found():
         ["accelerate", "launch", "--config_file", "FILE", "x.py"],
     ],
 )
-def test_fewer_processes_than_asked_for_are_an_error(monkeypatch, tmp_path, command):
+def test_fewer_processes_than_requested_are_an_error(monkeypatch, tmp_path, command):
     (tmp_path / "a.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
     words = [str(tmp_path / "a.yaml") if word == "FILE" else word for word in command]
     monkeypatch.setattr(launch, "launcher_command", lambda: words)
@@ -92,20 +92,20 @@ def test_a_rank_that_trains_alone_is_an_error(monkeypatch):
         launch._check_world_size(1)
 
 
-def test_the_result_and_the_mistake_of_the_main_process():
+def test_the_result_and_the_error_of_the_main_process():
     accelerator = start_accelerator(RunConfig())
     assert on_main(accelerator, lambda: 7) == 7
 
     def fail():
-        raise UserError("so and so")
+        raise UserError("wrong value")
 
-    with pytest.raises(UserError, match="so and so"):
+    with pytest.raises(UserError, match="wrong value"):
         on_main(accelerator, fail)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_kept():
-    """Forty blocks of 32 MB, one after another: pages are fetched for the first of them, not for each."""
+    """Of 40 blocks of 32 MB, allocated one after another, only the first one causes page faults."""
     code = (
         "import os, resource, torch; from training.engine.launch import start_accelerator; "
         "from training.engine.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"

@@ -1,4 +1,4 @@
-"""What the shared loop promises, on a small real stage: each test is a sentence of its specification."""
+"""The specification of the training loop, tested on a small real stage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training.run import checkpoint
 
 
 def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]:
-    """The same steps written out by hand: zero, accumulate, clip, AdamW, for each phase; and the gradient norms."""
+    """Make the steps in plain PyTorch (zero, accumulate, clip, AdamW, for each phase); return also gradient norms."""
     stage = ToyStage(config)
     data, sampler = stage.train_data(), StepSampler(config.num_samples, LAYOUT, config.seed)
     optimizers = [torch.optim.AdamW(p.parameters(), config.learning_rate, weight_decay=0.01) for p in stage.phases]
@@ -53,7 +53,7 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
             if config.max_grad_norm and norm > config.max_grad_norm:
                 for gradient in gradients:
                     gradient.mul_(config.max_grad_norm / (norm + 1e-6))  # as PyTorch does
-            if config.lr_scheduler == "linear":  # to zero, from the step at which the phase begins
+            if config.lr_scheduler == "linear":  # from the first step of the phase down to 0
                 optimizer.param_groups[0]["lr"] = (
                     config.learning_rate * (steps - step) / (steps - phase.first_step(steps))
                 )
@@ -64,9 +64,8 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
 
 
 @pytest.mark.parametrize(("max_grad_norm", "lr_scheduler"), [(0.0, "constant"), (0.05, "constant"), (0.0, "linear")])
-def test_a_step_is_the_one_written_out_by_hand(tmp_path, max_grad_norm, lr_scheduler):
-    """Accumulation, clipping, each phase's schedule, and no gradient of one phase in another: the critic gets none of
-    the denoiser's."""
+def test_a_step_equals_one_in_plain_pytorch(tmp_path, max_grad_norm, lr_scheduler):
+    """Accumulation, clipping and each phase's schedule; the critic gets no gradients of the denoiser's loss."""
     flags = {
         "learning_rate": 1e-2,
         "max_grad_norm": max_grad_norm,
@@ -78,13 +77,14 @@ def test_a_step_is_the_one_written_out_by_hand(tmp_path, max_grad_norm, lr_sched
     run(tmp_path / "run", "--critic", "true", "--double", "true", *words)
     stage, norms = reference_run(ToyConfig(critic=True, double=True, **flags), 6)
     assert column(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-6)
-    found = tensors(tmp_path / "run", "phase_*.safetensors")
+    trained = tensors(tmp_path / "run", "phase_*.safetensors")
     for phase in stage.phases:
         for name, expected in phase.state_dict().items():
-            assert found[f"phase_{phase.name}.safetensors:{name}"] == pytest.approx(expected, rel=1e-9, abs=1e-11), name
+            tensor = trained[f"phase_{phase.name}.safetensors:{name}"]
+            assert tensor == pytest.approx(expected, rel=1e-9, abs=1e-11), name
 
 
-def test_the_learning_rate_counts_steps_whatever_the_accumulation(tmp_path):
+def test_the_learning_rate_does_not_depend_on_accumulation(tmp_path):
     schedule = (
         "--lr_scheduler",
         "cosine",
@@ -103,39 +103,39 @@ def test_the_learning_rate_counts_steps_whatever_the_accumulation(tmp_path):
     assert column(tmp_path / "one", "learning_rate") == rates
 
 
-def test_looking_changes_nothing(tmp_path):
-    """Validation, previews and checkpoints between steps leave weights, averages and randomness as they were."""
-    run(tmp_path / "blind", "--validation_epochs", "0", "--preview_epochs", "0", "--checkpointing_epochs", "0")
-    run(tmp_path / "looking", "--validation_steps", "1", "--preview_steps", "1", *EVERY_STEP)
-    assert_equal(tensors(tmp_path / "blind"), tensors(tmp_path / "looking"))
-    live = tensors(tmp_path / "looking", "phase_*.safetensors")
-    average = tensors(tmp_path / "looking", "ema.safetensors")
+def test_events_do_not_affect_training(tmp_path):
+    """Validation, previews and checkpoints between steps change neither weights, EMA weights nor random numbers."""
+    run(tmp_path / "rare", "--validation_epochs", "0", "--preview_epochs", "0", "--checkpointing_epochs", "0")
+    run(tmp_path / "frequent", "--validation_steps", "1", "--preview_steps", "1", *EVERY_STEP)
+    assert_equal(tensors(tmp_path / "rare"), tensors(tmp_path / "frequent"))
+    live = tensors(tmp_path / "frequent", "phase_*.safetensors")
+    average = tensors(tmp_path / "frequent", "ema.safetensors")
     same = [torch.equal(v, average[f"ema.safetensors:{k.split(':')[1]}"]) for k, v in live.items()]
-    assert not all(same), "the averages are those of a model that does not move"
+    assert not all(same), "the EMA weights equal the live weights"
 
 
-def test_loader_workers_change_nothing(tmp_path):
+def test_loader_workers_do_not_affect_training(tmp_path):
     run(tmp_path / "none")
     run(tmp_path / "two", "--dataloader_num_workers", "2")
     assert_equal(tensors(tmp_path / "none"), tensors(tmp_path / "two"))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, monkeypatch):
-    switched_on = []
-    enable = ToyStage.__init__
+    unets = []
+    initialize = ToyStage.__init__
 
     def remember(self, config, context):
-        enable(self, config, context)
-        switched_on.append(self.unet)
+        initialize(self, config, context)
+        unets.append(self.unet)
 
     monkeypatch.setattr(ToyStage, "__init__", remember)
     run(tmp_path / "plain")
     run(tmp_path / "checkpointed", "--gradient_checkpointing", "true")
-    assert [unet.is_gradient_checkpointing for unet in switched_on] == [False, True]
+    assert [unet.is_gradient_checkpointing for unet in unets] == [False, True]
     assert column(tmp_path / "checkpointed", "grad_norm") == pytest.approx(column(tmp_path / "plain", "grad_norm"))
 
 
-def test_bf16_computes_in_half_and_keeps_float32_weights(tmp_path):
+def test_bf16_computes_in_half_precision_and_keeps_float32_weights(tmp_path):
     run(tmp_path / "full")
     run(tmp_path / "half", "--mixed_precision", "bf16")
     assert {t.dtype for t in tensors(tmp_path / "half", "phase_*.safetensors").values()} == {torch.float32}
@@ -146,7 +146,7 @@ def test_bf16_computes_in_half_and_keeps_float32_weights(tmp_path):
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
-        pytest.skip("there is a device that can")
+        pytest.skip("this machine has a device that supports fp16")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         run(tmp_path / "run", "--mixed_precision", "fp16")
     assert not (tmp_path / "run").exists()
@@ -168,7 +168,7 @@ def test_8_bit_adamw_trains_and_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_compile_gives_the_same_losses_and_the_same_names(tmp_path):
-    run(tmp_path / "plain", "--dropout", "0")  # compiled code draws dropout otherwise
+    run(tmp_path / "plain", "--dropout", "0")  # compiled code draws other random numbers for dropout
     run(tmp_path / "compiled", "--dropout", "0", "--compile", "true")
     assert tensors(tmp_path / "plain").keys() == tensors(tmp_path / "compiled").keys()
     assert not any("_orig_mod" in name for name in tensors(tmp_path / "compiled"))
@@ -183,7 +183,7 @@ def test_a_first_phase_that_starts_late(tmp_path):
 
 
 def steps_with(row: int, steps: int) -> list[int]:
-    """Steps (from 1) whose batch holds `row`."""
+    """Return the steps (from 1) whose batch contains `row`."""
     sampler = StepSampler(48, LAYOUT, 0)
     return [s + 1 for s in range(steps) if any(k.index == row for m in range(2) for k in sampler.keys(s, m))]
 
@@ -209,7 +209,7 @@ def test_the_rows_of_a_bad_micro_batch_are_named(tmp_path):
     (share,) = [s for s in ([k.index for k in sampler.keys(bad - 1, m)] for m in range(2)) if 3 in s]
     log = (tmp_path / "run/run.log").read_text()
     assert f"step {bad}: the loss or gradient of 'denoiser' is not finite" in log
-    assert f"Rows of its batch: {', '.join(map(str, sorted(share)))}\n" in log
+    assert f"Rows of the batch: {', '.join(map(str, sorted(share)))}\n" in log
 
 
 def test_counts_of_skipped_steps_survive_a_resume(tmp_path):
@@ -217,7 +217,7 @@ def test_counts_of_skipped_steps_survive_a_resume(tmp_path):
     run(tmp_path / "run", *flags)
     whole = tensors(tmp_path / "run")
     first, _ = steps_with(3, 12)
-    cut_after(tmp_path / "run", first)  # the very step that was skipped
+    cut_after(tmp_path / "run", first)  # the step that was skipped
     run(tmp_path / "run", *flags)
     assert state_of(tmp_path / "run")["skipped_steps"] == 2
     assert_equal(tensors(tmp_path / "run"), whole)
@@ -229,13 +229,13 @@ def test_training_stops_when_nothing_is_finite_any_more(tmp_path):
     every_row = str(list(range(48)))
     with pytest.raises(UserError, match=r"4 steps in a row .* --learning_rate"):
         run(tmp_path / "run", "--num_train_epochs", "3", "--bad_rows", every_row, "--max_nonfinite_steps", "4")
-    found = checkpoint.find_checkpoint(tmp_path / "run/checkpoints", "latest")
-    assert found is not None
-    assert found.name == "step-00000006"
+    latest = checkpoint.find_checkpoint(tmp_path / "run/checkpoints", "latest")
+    assert latest is not None
+    assert latest.name == "step-00000006"
     assert_equal(tensors(tmp_path / "run"), good)
 
 
-def test_an_epoch_without_a_finite_step_ends_all_the_same(tmp_path):
+def test_an_epoch_without_a_finite_step_ends_normally(tmp_path):
     run(tmp_path / "run", "--bad_rows", str(list(range(48))), "--max_nonfinite_steps", "50", "--critic", "true")
     assert state_of(tmp_path / "run")["skipped_steps"] == 6
     assert all(torch.isfinite(t).all() for t in tensors(tmp_path / "run", "phase_*").values())
@@ -250,11 +250,11 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path
     assert state_of(tmp_path / "run")["skipped_steps"] == 1
     sampler = [StepSampler(48, BatchLayout(2, 2, 2, rank), 0) for rank in range(2)]
     share = [s for s in ([k.index for k in r.keys(bad - 1, m)] for r in sampler for m in range(2)) if 3 in s]
-    named = (tmp_path / "run/run.log").read_text().split("Rows of its batch: ")[1].splitlines()[0]
+    named = (tmp_path / "run/run.log").read_text().split("Rows of the batch: ")[1].splitlines()[0]
     assert set(map(str, share[0])) <= set(named.split(", "))
 
 
-def test_validate_only_prints_the_checkpoints_figures(tmp_path, capsys):
+def test_validate_only_prints_the_metrics_of_the_checkpoint(tmp_path, capsys):
     run(tmp_path / "run")
     expected = column(tmp_path / "run", "val_loss")[-1]
     before = {k: v for k, v in snapshot(tmp_path / "run").items() if not k.endswith(("run.log", ".lock"))}
@@ -265,48 +265,48 @@ def test_validate_only_prints_the_checkpoints_figures(tmp_path, capsys):
     assert {k: v for k, v in snapshot(tmp_path / "run").items() if not k.endswith(("run.log", ".lock"))} == before
 
 
-def test_validate_only_wants_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="--validate_only: there is no checkpoint"):
+def test_validate_only_needs_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="--validate_only needs a checkpoint"):
         run(tmp_path / "run", "--validate_only", "true")
 
 
-def test_a_dry_run_says_all_and_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path, capsys):
     assert run(tmp_path / "run", "--dry_run", "true", "--critic", "true") == 0
-    said = capsys.readouterr().out
-    assert "48 images, 6 steps an epoch of 8 images, 6 steps in all" in said
-    assert "phase 'critic'" in said
-    assert "8×8: " in said
-    assert "4×4: " in said
-    assert "memory, about" in said
-    assert "learning_rate: 0.0001" in said
+    output = capsys.readouterr().out
+    assert "48 images, 6 steps per epoch with a global batch of 8 images, 6 steps in total" in output
+    assert "phase 'critic'" in output
+    assert "8×8: " in output
+    assert "4×4: " in output
+    assert "estimated memory" in output
+    assert "learning_rate: 0.0001" in output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_makes_no_inputs_and_names_those_that_are_missing(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(f"prepare:\n  {tmp_path}/posters: data_scripts/make_posters.py --num_posters 1\n")
     assert run(tmp_path / "run", "--config", str(tmp_path / "c.yaml"), "--dry_run", "true") == 0
-    said = capsys.readouterr().out
-    assert "learning_rate: 0.0001" in said
-    assert "python data_scripts/make_posters.py --num_posters 1" in said
+    output = capsys.readouterr().out
+    assert "learning_rate: 0.0001" in output
+    assert "python data_scripts/make_posters.py --num_posters 1" in output
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
 
 
 def test_rows_of_metrics(tmp_path):
     run(tmp_path / "run", "--num_train_epochs", "2", "--critic", "true")
     with (tmp_path / "run/metrics.csv").open() as file:
-        found = list(csv.DictReader(file))
-    assert [int(r["step"]) for r in found] == list(range(1, 13))
-    assert [int(r["images_seen"]) for r in found] == list(range(8, 104, 8))
-    assert [float(r["epoch"]) for r in found] == pytest.approx([s / 6 for s in range(1, 13)], abs=1e-4)
+        table = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in table] == list(range(1, 13))
+    assert [int(r["images_seen"]) for r in table] == list(range(8, 104, 8))
+    assert [float(r["epoch"]) for r in table] == pytest.approx([s / 6 for s in range(1, 13)], abs=1e-4)
     for name in ("loss", "error", "grad_norm", "learning_rate", "elapsed_seconds", "images_per_second"):
-        assert all(math.isfinite(float(r[name])) for r in found), name
-    assert [bool(r["critic_loss"]) for r in found] == [False, False] + [True] * 10  # it starts with step 3
+        assert all(math.isfinite(float(r[name])) for r in table), name
+    assert [bool(r["critic_loss"]) for r in table] == [False, False] + [True] * 10  # the critic starts with step 3
     for end in (6, 12):
-        losses = [float(r["loss"]) for r in found[end - 6 : end]]
-        summary = [float(found[end - 1][f"epoch_loss_{kind}"]) for kind in ("mean", "min", "max")]
+        losses = [float(r["loss"]) for r in table[end - 6 : end]]
+        summary = [float(table[end - 1][f"epoch_loss_{kind}"]) for kind in ("mean", "min", "max")]
         assert summary == pytest.approx([sum(losses) / 6, min(losses), max(losses)])
-        assert found[end - 1]["val_loss"]
-        assert not found[end - 2]["val_loss"]
+        assert table[end - 1]["val_loss"]
+        assert not table[end - 2]["val_loss"]
 
 
 def test_a_row_is_the_mean_since_the_last_one(tmp_path):
@@ -322,15 +322,15 @@ def test_the_run_folder_is_complete(tmp_path, capsys):
     folder = tmp_path / "run"
     for name in ("config.yaml", "metrics.csv", "run.log", "record.json", "pipeline/README.md"):
         assert (folder / name).stat().st_size > 0, name
-    with Image.open(folder / "training_curves.png") as picture:
-        picture.verify()
-    said = capsys.readouterr()
-    assert "\r" not in said.out + said.err  # no bar where there is no terminal, lines instead
-    assert "epoch 1, step 6: loss mean" in said.out
-    assert "epoch 2, step 12: loss mean" in said.out
+    with Image.open(folder / "training_curves.png") as image:
+        image.verify()
+    output = capsys.readouterr()
+    assert "\r" not in output.out + output.err  # without a terminal: lines instead of a progress bar
+    assert "epoch 1, step 6: loss mean" in output.out
+    assert "epoch 2, step 12: loss mean" in output.out
 
 
-def test_a_long_epoch_is_heard_of_without_a_terminal(tmp_path, capsys, monkeypatch):
+def test_a_long_epoch_prints_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("training.reporting.reporter.SECONDS_BETWEEN_LINES", 0.0)
     run(tmp_path / "run")
     assert "step 3 of 6: loss" in capsys.readouterr().out
@@ -342,7 +342,7 @@ def test_wandb_is_the_default_and_needs_neither_key_nor_network(tmp_path):
     flags = ("--output_dir", str(tmp_path / "run"), *COMMON[:-4], "--cpu_threads", "1")
     done = subprocess.run(command(TOY, *flags), capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    said = (done.stdout + done.stderr).replace(str(tmp_path), "")
-    lines = [line for line in said.splitlines() if "wandb" in line.lower()]
+    output = (done.stdout + done.stderr).replace(str(tmp_path), "")
+    lines = [line for line in output.splitlines() if "wandb" in line.lower()]
     assert len(lines) == 1, lines
     assert "wandb sync" in lines[0]

@@ -14,7 +14,7 @@ from training.run.checkpoint import load_json, load_tensors, save_json, save_ten
 def trained(config, steps, seed=0, optimizer=None, layer=None):
     if layer is None:
         torch.manual_seed(seed)
-        layer = nn.Linear(80, 80)  # more than 4,096 numbers: smaller ones stay in 32 bit
+        layer = nn.Linear(80, 80)  # more than 4,096 weights, as bitsandbytes keeps smaller tensors in 32 bit
         optimizer = optimizers.build_optimizer(config, layer.parameters(), 1e-2)
     for step in range(steps):
         torch.manual_seed(100 + step)
@@ -25,7 +25,7 @@ def trained(config, steps, seed=0, optimizer=None, layer=None):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_goes_on_where_it_was(tmp_path, name):
+def test_an_optimizer_resumes_exactly(tmp_path, name):
     if name == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     config = RunConfig(optimizer=name)
@@ -60,7 +60,7 @@ def test_settings_are_checked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_a_clipped_step_is_a_step_on_scaled_gradients(name, dtype, tmp_path):
-    """In the fused kernels or before them: the same weights as from gradients scaled by hand."""
+    """Whether the fused kernels scale the gradients or not, the weights equal those from gradients scaled by hand."""
     from accelerate import Accelerator
 
     config = RunConfig(output_dir=str(tmp_path), optimizer=name)

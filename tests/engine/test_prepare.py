@@ -1,4 +1,4 @@
-"""Inputs that are missing are made in order, by the project's own scripts, outside of the launcher's processes."""
+"""Missing inputs are made in order, by the project's own scripts, without the launcher's variables."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def posters(folder, number: int = 4) -> str:
     return f"data_scripts/make_posters.py --output_dir {folder} --num_posters {number} --num_workers 1"
 
 
-def test_what_is_there_is_left_alone_and_what_is_missing_is_made(tmp_path, monkeypatch):
+def test_existing_inputs_are_unchanged_and_missing_ones_are_made(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    # A launcher's variables would make the script wait for ranks that never come.
+    # With a launcher's variables, the script would wait for other ranks, which are never started.
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "ACCELERATE_MIXED_PRECISION": "no"}.items():
         monkeypatch.setenv(name, value)
     recipes = {str(tmp_path / "there"): "data_scripts/nothing.py", str(tmp_path / "new"): posters(tmp_path / "new")}
@@ -37,8 +37,8 @@ def test_what_is_there_is_left_alone_and_what_is_missing_is_made(tmp_path, monke
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_a_mistake_in_a_recipe_is_the_users(tmp_path, capfd):
-    with pytest.raises(UserError, match="could not be made, for the reason given above"):
+def test_a_mistake_in_a_recipe_is_a_user_error(tmp_path, capfd):
+    with pytest.raises(UserError, match="could not be made; see the error above"):
         prepare.make_missing({str(tmp_path / "x"): posters(tmp_path / "x", number=-1)}, nobody)
     assert "error:" in capfd.readouterr().err
 
@@ -48,7 +48,7 @@ def test_a_recipe_that_makes_something_else(tmp_path):
         prepare.make_missing({str(tmp_path / "x"): posters(tmp_path / "y")}, nobody)
 
 
-def test_no_arguments_say_what_to_type_for_ones_own_pictures(tmp_path, monkeypatch, caplog):
+def test_without_arguments_the_command_for_own_images_is_logged(tmp_path, monkeypatch, caplog):
     import logging
 
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
@@ -59,7 +59,7 @@ def test_no_arguments_say_what_to_type_for_ones_own_pictures(tmp_path, monkeypat
     assert "is missing; making it (1 of 1)" in caplog.text
 
 
-def test_only_what_the_settings_name_is_made():
+def test_only_inputs_named_in_the_settings_are_made():
     recipes = {
         "data/posters": "data_scripts/make_posters.py --output_dir data/posters",
         "runs/reader/pipeline": "training/train_encoder.py --dataset_name data/posters --output_dir runs/reader",
@@ -67,7 +67,7 @@ def test_only_what_the_settings_name_is_made():
     }
     config = LoopConfig(output_dir="runs/x", prepare=recipes, dataset="data/others")
     assert list(config.recipes()) == ["data/others"]
-    config.dataset = "runs/reader"  # a folder of what is made, and through it what that is made from
+    config.dataset = "runs/reader"  # a parent folder of an input; the posters that this input needs are made as well
     assert list(config.recipes()) == ["data/posters", "runs/reader/pipeline"]
     config.dataset = "data/post"
     assert config.recipes() == {}

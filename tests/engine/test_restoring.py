@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit."""
+"""A run that was interrupted and resumed is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.support.runs import assert_same_state, rows, tensors
 from tests.support.toy import main as toy_main
 
-# 48 samples, batches of 4 twice: 6 steps an epoch.
+# 48 samples, and global batches of 8 (two micro-batches of 4): 6 steps per epoch.
 COMMON = (
     "--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--logging_steps", "4", "--validation_steps", "5",
     "--checkpointing_epochs", "0", "--checkpointing_steps", "1", "--checkpoints_total_limit", "50", "--critic", "true",
@@ -24,7 +24,7 @@ def run(output_dir, *flags):
 
 
 def stop_at(output_dir, step):
-    """Make a run that ended like a killed one: its checkpoints up to `step`, its metrics as they were later."""
+    """Make a run as if it had been killed: with checkpoints up to `step`, and rows of metrics of later steps."""
     run(output_dir)
     cut_after(output_dir, step)
 
@@ -61,10 +61,10 @@ def test_resumed_twice_equals_uninterrupted(tmp_path, uninterrupted):
 
 
 def test_two_sessions_equal_one(tmp_path, uninterrupted):
-    """Two epochs tonight, one tomorrow: with a schedule that does not look at the total."""
+    """Two epochs now and one later equal three epochs, if the schedule does not depend on the total."""
     run(tmp_path / "run", "--num_train_epochs", "2")
     run(tmp_path / "run", "--num_train_epochs", "3")
-    # The end of the first session is a validation of its own, at the end of an epoch.
+    # The first session validates at its end, which is the end of an epoch, so no row is added.
     steps = [row["step"] for row in rows(tmp_path / "run")]
     assert steps == sorted(set(steps), key=int)
     a, b = tensors(tmp_path / "run"), tensors(uninterrupted)

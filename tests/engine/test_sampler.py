@@ -1,4 +1,4 @@
-"""Sampling and draws are functions of (seed, step, position), whatever the topology."""
+"""Samples and random draws are functions of (seed, step, position) for any number of processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.engine.sampler import StepSampler
 
 
 def global_batches(num_samples, steps, batch, processes, accumulation, seed=3):
-    """Each step's keys by position in the global batch, gathered over processes."""
+    """Return the keys of each step by position in the global batch, gathered over processes."""
     gathered = []
     for step in range(steps):
         keys = {}
@@ -46,7 +46,7 @@ def test_a_sampler_that_starts_later_yields_the_same_tail():
     assert len(StepSampler(40, layout, 1, 7, 12)) == 10
 
 
-def test_a_sample_has_another_seed_each_time_it_is_seen():
+def test_a_sample_has_another_seed_each_time_it_is_drawn():
     sampler = StepSampler(8, BatchLayout(8), seed=0)
     seen = [key.key for step in range(20) for key in sampler.keys(step, 0)]
     assert len(set(seen)) == len(seen)

@@ -1,4 +1,4 @@
-"""Asked to stop, wherever it happens to be: the step is finished, everything saved, and the exit status says why."""
+"""A run that is asked to stop, at any point, finishes the step, saves everything and exits with the right status."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true
 
 
 def started(folder: Path, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    """A run in a process of its own, in the middle of training."""
+    """Start a run in a separate process, and wait until it is training."""
     words = ["--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS, *flags]
     process = subprocess.Popen(
         [*before, *command(TOY, *words)] if not before else [*before, str(TOY), *words],
@@ -41,7 +41,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
-def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(tmp_path, number):
+def test_a_process_asked_to_stop_saves_and_says_how_to_resume(tmp_path, number):
     process = started(tmp_path / "run", "--slow_seconds", "0.05", "--logging_steps", "1")
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -78,7 +78,7 @@ def test_a_stop_anywhere_loses_nothing(tmp_path, where):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_stop_while_an_input_is_made(tmp_path, number):
-    """The script that makes it is told, and the run ends with the status of the signal."""
+    """The script that makes the input receives the signal, and the run ends with its exit status."""
     target = tmp_path / "posters"
     (tmp_path / "c.yaml").write_text(
         f"prepare:\n  {target}: data_scripts/make_posters.py --output_dir {target} --num_posters 50000\n"
@@ -87,14 +87,14 @@ def test_a_stop_while_an_input_is_made(tmp_path, number):
     process = subprocess.Popen(command(TOY, *words), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: psutil.Process(process.pid).children(), process)
     time.sleep(0.5)
-    process.send_signal(number)  # to the trainer alone: a scheduler's or `kill`'s, not a terminal's
+    process.send_signal(number)  # to the trainer alone, as a scheduler or `kill` does, unlike a terminal
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS), errors
     assert not (target / "data").exists()
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(target) in (p.info["cmdline"] or [])]
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         assert stop.requested is None
@@ -104,20 +104,20 @@ def test_handlers_are_put_back():
 
 
 def test_a_stop_between_two_inputs_makes_no_more(tmp_path):
-    asked: list[int] = []
+    calls: list[int] = []
     recipes = {str(tmp_path / name): "data_scripts/make_posters.py --help" for name in "ab"}
 
     def stop_requested() -> int | None:
-        asked.append(1)
-        return signal.SIGTERM if len(asked) > 1 else None
+        calls.append(1)
+        return signal.SIGTERM if len(calls) > 1 else None
 
     with pytest.raises(Interrupted):
         prepare.make_missing(recipes, stop_requested)
 
 
 @pytest.mark.slow
-def test_a_launcher_that_dies_of_a_sigterm_stops_the_trainer(tmp_path):
-    """`accelerate launch` does not pass it on: the trainer notices that its parent is gone, saves and ends."""
+def test_a_launcher_ended_by_a_sigterm_stops_the_trainer(tmp_path):
+    """`accelerate launch` does not pass the signal on: the trainer notices that its parent is gone, saves and exits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     toy(whole, *FLAGS)
     launcher = str(Path(sys.executable).with_name("accelerate"))
@@ -145,8 +145,8 @@ def test_only_the_projects_own_scripts_are_run(tmp_path):
             prepare.make_missing({str(tmp_path / "x"): command_line}, lambda: None)
 
 
-def test_a_stop_is_heard_in_a_validation_outside_any_run(tmp_path, capsys):
-    """`--validate_only --validate_model DIR` polls as a run does: a real signal ends it, and no metrics are printed."""
+def test_validating_a_model_outside_of_a_run_can_be_interrupted(tmp_path, capsys):
+    """`--validate_only --validate_model DIR` polls as a run does: a signal ends it, and no metrics are printed."""
     run(tmp_path / "run", "--max_train_steps", "1")
     flags = ("--validate_only", "--validate_model", str(tmp_path / "run" / "pipeline"))
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The same run on other processes, and exact resumption on several: real processes under torchrun."""
+"""The same run on different numbers of processes, and exact resuming on several: real processes under torchrun."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.toy import main as toy_main
 
 pytestmark = pytest.mark.slow
 
-# Twenty steps of eight samples, with both phases; 56 samples make seven steps an epoch. Dropout inside a model is drawn
-# for a micro-batch as a whole, so that it alone depends on the split.
+# Twenty steps of eight samples, with both phases; 56 samples make seven steps per epoch. Dropout is off, as its
+# random numbers are drawn per micro-batch, and so depend on the split.
 TWENTY = (
     "--critic", "true", "--dropout", "0", "--num_samples", "56", "--max_train_steps", "20", "--learning_rate", "1e-3",
     "--lr_warmup_steps", "5", "--preview_epochs", "0", "--checkpointing_epochs", "0", "--validation_epochs", "1",
@@ -40,7 +40,7 @@ def train(folder: Path, name: str, double: str, *flags: str) -> None:
 
 
 def start(folder: Path, *flags: str, processes: int) -> None:
-    """Under torchrun; a single process in this one, which spares its start."""
+    """Run with torchrun, or, for a single process, in this process, which saves the time for starting one."""
     if processes > 1:
         toy(folder, *flags, processes=processes)
         return
@@ -68,13 +68,13 @@ def test_any_split_of_a_global_batch_trains_the_same_model(tmp_path, reference, 
         assert difference <= LIMITS[double], files
 
 
-def test_a_wrong_seed_is_seen(tmp_path, reference):
-    """The limits above can fail: another order of samples is far outside them."""
+def test_another_seed_exceeds_the_limits(tmp_path, reference):
+    """The limits are strict enough: with another order of samples, the difference is far larger."""
     train(tmp_path / "run", "1×8", "false", "--seed", "1")
     assert relative_difference(tmp_path / "run", reference["false"]) > 1e-2
 
 
-# Six steps an epoch, whatever the number of processes; slow enough to be interrupted at a chosen step.
+# Six steps per epoch for any number of processes.
 INTERRUPTED = (
     "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "4", "--validation_steps", "5",
     "--critic", "true", "--lr_scheduler", "cosine", "--lr_warmup_steps", "3", "--num_train_epochs", "3",
@@ -91,7 +91,7 @@ def flags_for(folder: Path, processes: int) -> list[str]:
 
 
 def interrupt_at(folder: Path, step: int, processes: int) -> int:
-    """Start the run and have its trainers sent a SIGTERM during `step` (from 1); returns where it stopped."""
+    """Start the run, whose processes send themselves a SIGTERM during `step` (from 1); return the saved step."""
     flags = [*flags_for(folder, processes), "--signal_step", str(step)]
     if processes == 1:
         forget_accelerate()
@@ -108,7 +108,7 @@ def interrupt_at(folder: Path, step: int, processes: int) -> int:
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, processes):
-    """In mid-epoch, then at an epoch's end, to the last bit and the last row."""
+    """Interrupted within an epoch and at the end of one, the run has bit-identical tensors and the same metrics."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     start(whole, *flags_for(whole, processes)[6:], processes=processes)
     assert interrupt_at(parts, 4, processes) == 4
@@ -118,7 +118,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, processes):
 
 
 def test_balanced_samples_are_the_same_on_two_processes_and_after_a_resume(tmp_path, reference):
-    """One row in eight is rare and drawn half of the time, wherever it is drawn."""
+    """One row in eight is rare, and half of the draws are of rare rows, on any number of processes."""
     balanced = ("--balance_by", "kind")
     train(tmp_path / "one", "1×8", "true", *balanced)
     train(tmp_path / "two", "2×4", "true", *balanced)
@@ -134,7 +134,7 @@ def test_balanced_samples_are_the_same_on_two_processes_and_after_a_resume(tmp_p
 
 
 def test_torchrun_passes_a_sigterm_on_and_everything_is_saved(tmp_path):
-    """The signal goes to torchrun alone, at no chosen moment, while the trainers are at work."""
+    """The signal is sent to torchrun only, at an arbitrary moment of training."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     toy(whole, *flags_for(whole, 2)[6:], processes=2)
     slow = [*flags_for(parts, 2), "--slow_seconds", "0.2"]
@@ -152,7 +152,7 @@ def test_torchrun_passes_a_sigterm_on_and_everything_is_saved(tmp_path):
 
 
 def test_a_stop_while_one_process_exports_ends_them_all(tmp_path):
-    """Only the main process hears of it, in the middle of finishing: no process may wait for it for ever."""
+    """Only the main process receives the signal, during `finish`: no other process may wait for it forever."""
     run = tmp_path / "run"
     flags = [*flags_for(run, 2), "--signal_at", "finish", "--signal_rank", "0"]
     done = subprocess.run(

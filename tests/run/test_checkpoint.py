@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are written atomically, verified and pruned."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def test_a_damaged_one_is_skipped_with_a_warning(tmp_path, caplog, harm):
     assert "step-00000002 is damaged" in caplog.text
 
 
-def test_a_damaged_one_asked_for_by_path_is_an_error(tmp_path):
+def test_a_damaged_one_named_by_path_is_an_error(tmp_path):
     newest = write(tmp_path, 2)
     (newest / "a.bin").write_text("x")
     with pytest.raises(UserError, match="damaged"):
         checkpoint.find_checkpoint(tmp_path, str(newest))
     with pytest.raises(UserError, match="every checkpoint"):
         checkpoint.find_checkpoint(tmp_path, "latest")
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         checkpoint.find_checkpoint(tmp_path, "best")
 
 
-def test_nothing_is_left_of_a_write_that_fails(tmp_path):
+def test_a_write_that_fails_leaves_nothing(tmp_path):
     older = write(tmp_path, 1)
 
     def fail(target):
@@ -72,7 +72,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_leftovers_of_a_kill_are_cleared_and_a_replaced_one_restored(tmp_path):
+def test_leftovers_of_a_killed_process_are_deleted_and_a_replaced_checkpoint_is_restored(tmp_path):
     whole = write(tmp_path, 5)
     (tmp_path / ".writing-step-00000006").mkdir()
     whole.rename(tmp_path / ".replaced-step-00000005")  # killed between the two renames

@@ -1,4 +1,4 @@
-"""Coming back to a run folder: best and latest, early stops, older checkpoints, full disks, other settings."""
+"""Run folders that are used again: best and latest, early stopping, older checkpoints, full disks, other settings."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_early_stopping_exports_the_best(tmp_path, use_ema):
     assert snapshot(tmp_path / "run/checkpoints") == before
 
 
-def test_extra_epochs_after_an_early_stop_have_their_patience_anew(tmp_path):
+def test_extra_epochs_after_an_early_stop_have_the_full_patience_again(tmp_path):
     run(tmp_path / "run", *NO_IMPROVEMENT, "--num_train_epochs", "5")
     run(tmp_path / "run", *NO_IMPROVEMENT, "--extra_epochs", "1")
-    assert rows(tmp_path / "run")[-1]["step"] == "7"  # three more without improvement
+    assert rows(tmp_path / "run")[-1]["step"] == "7"  # three more validations without improvement
 
 
-def test_best_latest_and_as_many_of_the_newest_as_asked_for(tmp_path):
+def test_best_and_the_given_number_of_newest_checkpoints_are_kept(tmp_path):
     run(tmp_path / "run", *NO_IMPROVEMENT[:2], *NO_IMPROVEMENT[4:], *EVERY_STEP[:2], "--checkpoints_total_limit", "2")
     folder = tmp_path / "run/checkpoints"
     assert sorted(f.name for f in folder.glob("step-*")) == ["step-00000001", "step-00000005", "step-00000006"]
@@ -50,14 +50,14 @@ def test_best_latest_and_as_many_of_the_newest_as_asked_for(tmp_path):
         checkpoint.verify(folder / name)
 
 
-def test_without_validation_there_is_a_best_all_the_same(tmp_path):
+def test_without_validation_there_is_still_a_best_checkpoint(tmp_path):
     assert run(tmp_path / "run", "--signal_at", "validation") == 75
     assert (tmp_path / "run/checkpoints/best").is_dir()
     assert (tmp_path / "run/checkpoints/latest").is_dir()
 
 
-def test_going_back_to_an_older_checkpoint_and_on_from_there(tmp_path):
-    """The newer ones belong to a branch that was given up: neither resumed from nor kept instead of the new ones."""
+def test_resuming_from_an_older_checkpoint(tmp_path):
+    """Checkpoints of later steps are outdated: they are not resumed from, nor kept instead of the new ones."""
     folder = tmp_path / "run"
     run(folder, *EVERY_STEP)
     old = str(folder / "checkpoints/step-00000002")
@@ -73,7 +73,7 @@ def test_going_back_to_an_older_checkpoint_and_on_from_there(tmp_path):
     assert changed.keys() == tensors(folder).keys()
 
 
-def test_a_best_that_was_not_linked_when_the_process_was_killed(tmp_path):
+def test_a_process_killed_before_it_linked_best(tmp_path):
     folder = tmp_path / "run"
     run(folder, *EVERY_STEP, "--validation_steps", "1")
     best = state_of(folder)["best_step"]
@@ -87,13 +87,13 @@ def test_a_best_that_was_not_linked_when_the_process_was_killed(tmp_path):
 def test_extra_epochs_killed_before_the_export_are_not_trained_again(tmp_path):
     run(tmp_path / "run")
     run(tmp_path / "run", "--extra_epochs", "1")
-    shutil.rmtree(tmp_path / "run/pipeline")  # killed when the last checkpoint was written and the pipeline was not
+    shutil.rmtree(tmp_path / "run/pipeline")  # as if killed after the last checkpoint and before the export
     run(tmp_path / "run", "--extra_epochs", "1")
     assert rows(tmp_path / "run")[-1]["step"] == "12"
     assert (tmp_path / "run/pipeline/model_index.json").is_file()
 
 
-def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(tmp_path):
+def test_a_full_disk_costs_a_checkpoint_but_does_not_end_the_run(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "run"
     run(folder, "--max_train_steps", "2")
@@ -101,10 +101,10 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(tmp_path):
     largest = max(f.stat().st_size for f in (folder / "checkpoints/latest").rglob("*"))
     others = max(f.stat().st_size for f in folder.rglob("*") if f.is_file() and "checkpoints" not in f.parts)
     if others >= largest:
-        pytest.skip("no file size tells checkpoints from the rest")
+        pytest.skip("no limit on the file size affects checkpoints only")
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))
     try:
-        with pytest.raises((OSError, UserError)):  # at its last step it must be said
+        with pytest.raises((OSError, UserError)):  # the checkpoint of the last step must not fail
             run(folder, "--max_train_steps", "4", *EVERY_STEP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -151,9 +151,9 @@ def test_overwrite_sets_the_old_run_aside(tmp_path):
     assert rows(tmp_path / "run")[-1]["step"] == "1"
 
 
-def test_a_folder_of_something_else_is_not_trained_in(tmp_path):
+def test_a_folder_with_other_contents_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="does not contain a run"):
         run(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -163,13 +163,13 @@ def test_a_folder_of_something_else_is_not_trained_in(tmp_path):
     [
         (("--seed", "1"), r"--seed: 0 → 1.*--overwrite"),
         (("--dropout", "0.2"), r"--dropout: 0.1 → 0.2"),
-        (("--train_batch_size", "8"), r"global batch of 8 and this one has 16"),
+        (("--train_batch_size", "8"), r"global batch size of 8, which is now 16"),
         (("--num_samples", "40"), r"started on 48 images and the data set now has 40"),
         (("--resume_from_checkpoint", "none"), r"add --overwrite"),
-        (("--resume_from_checkpoint", "nowhere"), r"nowhere is not there"),
+        (("--resume_from_checkpoint", "nowhere"), r"nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_gone_on_with(tmp_path, flags, message):
+def test_changes_that_a_run_cannot_resume_with(tmp_path, flags, message):
     run(tmp_path / "run", "--max_train_steps", "1")
     before = snapshot(tmp_path / "run/checkpoints") | snapshot(tmp_path / "run/pipeline")
     with pytest.raises(UserError, match=message):
@@ -177,17 +177,17 @@ def test_what_cannot_be_gone_on_with(tmp_path, flags, message):
     assert snapshot(tmp_path / "run/checkpoints") | snapshot(tmp_path / "run/pipeline") == before
 
 
-def test_what_may_change_is_listed_in_one_warning(tmp_path):
+def test_allowed_changes_are_listed_in_one_warning(tmp_path):
     run(tmp_path / "run", "--max_train_steps", "1")
     changed = ("--learning_rate", "5e-4", "--weight_decay", "0.1")
     run(tmp_path / "run", "--max_train_steps", "2", *changed, "--checkpoints_total_limit", "9")
     (line,) = [s for s in (tmp_path / "run/run.log").read_text().splitlines() if "resuming with changed settings" in s]
     assert line.endswith("--learning_rate: 0.0001 → 0.0005; --weight_decay: 0.01 → 0.1")
-    run(tmp_path / "run", "--max_train_steps", "3", *changed)  # the run's settings by now
+    run(tmp_path / "run", "--max_train_steps", "3", *changed)  # no longer a change: they were saved with the run
     assert (tmp_path / "run/run.log").read_text().count("resuming with changed settings") == 1
 
 
-def test_the_same_global_batch_may_be_split_otherwise(tmp_path):
+def test_the_same_global_batch_may_be_split_differently(tmp_path):
     run(tmp_path / "run", "--max_train_steps", "1")
     assert run(tmp_path / "run", "--train_batch_size", "8", "--gradient_accumulation_steps", "1") == 0
 
@@ -196,7 +196,7 @@ def test_a_complete_run_says_how_to_extend_it_and_changes_nothing(tmp_path, caps
     run(tmp_path / "run")
     before = {k: v for k, v in snapshot(tmp_path / "run").items() if not k.endswith(("run.log", ".lock"))}
     assert run(tmp_path / "run") == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert "is complete: 6 steps, 48 images" in said
-    assert "--extra_epochs N" in said
+    message = capsys.readouterr().out.splitlines()[-1]
+    assert "is complete: 6 steps, 48 images" in message
+    assert "--extra_epochs N" in message
     assert {k: v for k, v in snapshot(tmp_path / "run").items() if not k.endswith(("run.log", ".lock"))} == before

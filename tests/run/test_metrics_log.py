@@ -1,4 +1,4 @@
-"""metrics.csv grows, is cut back where a run resumes, and its means are means."""
+"""metrics.csv: new rows and columns, rows deleted when a run resumes, and the running means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from training.run.metrics_log import EpochLoss, MetricsLog, RunningMeans, read_metrics
 
 
-def test_columns_appear_as_metrics_do_timing_last(tmp_path):
+def test_new_metrics_add_columns_before_the_timing_columns(tmp_path):
     log = MetricsLog(tmp_path / "m.csv")
     log.write({"step": 1, "epoch": 0.5, "images_seen": 8, "loss": 0.25, "elapsed_seconds": 1.0})
     log.write({"step": 2, "epoch": 1.0, "images_seen": 16, "loss": 0.5, "val_loss": 0.75, "elapsed_seconds": 2.0})
@@ -18,7 +18,7 @@ def test_columns_appear_as_metrics_do_timing_last(tmp_path):
     assert lines == ["1,0.5,8,0.25,,1.0", "2,1.0,16,0.5,0.75,2.0", "3,1.5,24,1.0,,3.0"]
 
 
-def test_numbers_come_back_exactly(tmp_path):
+def test_numbers_are_saved_exactly(tmp_path):
     log = MetricsLog(tmp_path / "m.csv")
     values = [0.1 + 0.2, 1e-300, 1 / 3, math.pi * 1e20]
     for step, value in enumerate(values, 1):
@@ -26,7 +26,7 @@ def test_numbers_come_back_exactly(tmp_path):
     assert [float(row["loss"]) for row in read_metrics(tmp_path / "m.csv")] == values
 
 
-def test_rows_after_the_step_resumed_from_are_cut_with_their_columns(tmp_path):
+def test_rows_after_the_resume_step_are_deleted_with_their_columns(tmp_path):
     path = tmp_path / "m.csv"
     log = MetricsLog(path)
     for step in range(1, 5):
@@ -38,7 +38,7 @@ def test_rows_after_the_step_resumed_from_are_cut_with_their_columns(tmp_path):
     assert [row["loss"] for row in read_metrics(path)] == ["1.0", "2.0", "9.0"]
 
 
-def test_a_row_torn_by_a_crash_is_dropped(tmp_path):
+def test_a_row_cut_off_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "m.csv"
     log = MetricsLog(path)
     log.write({"step": 1, "loss": 1.0})
@@ -48,7 +48,7 @@ def test_a_row_torn_by_a_crash_is_dropped(tmp_path):
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [("1", "1.0"), ("2", "2.0"), ("3", "3.0")]
 
 
-def test_a_run_from_the_start_leaves_no_old_row(tmp_path):
+def test_a_run_from_scratch_deletes_all_old_rows(tmp_path):
     path = tmp_path / "m.csv"
     MetricsLog(path).write({"step": 1, "loss": 1.0})
     MetricsLog(path, resume_step=0)
@@ -66,7 +66,7 @@ def test_running_means_survive_a_checkpoint():
     assert copy.means() == {}
 
 
-def test_an_epochs_loss_is_mean_minimum_maximum():
+def test_the_loss_of_an_epoch_has_a_mean_minimum_and_maximum():
     loss = EpochLoss(json.loads(json.dumps(EpochLoss().state())))
     assert loss.summary() == {}
     for value in (3.0, 1.0, 2.0):

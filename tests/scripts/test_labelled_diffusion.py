@@ -43,7 +43,7 @@ def base(tmp_path_factory, cache_flags) -> Path:
 def test_a_balanced_labelled_run_on_cached_latents(base, cache_flags):
     assert (base / "samples/epoch_0001.png").is_file()
     log = (base / "run.log").read_text()
-    assert "balanced by style (power 1), share of the rows → of an epoch:" in log
+    assert "balancing by style (power 1); share of the rows → share of an epoch:" in log
     assert rows(base)[-1]["val_loss"]
     stage = train_latent_diffusion.LatentDiffusionStage(
         parse_config(train_latent_diffusion.Config, [*cache_flags, *LABELLED]), StageContext()

@@ -1,4 +1,4 @@
-"""Python environments made without a network: of links to what is installed here."""
+"""Python environments made without a network, from links to the packages installed here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from packaging.utils import canonicalize_name
 
 
 def environment_without_halftone(folder: Path) -> str:
-    """The Python of an environment that has torch, diffusers and transformers, what those require, and no more."""
+    """Make an environment with only torch, diffusers, transformers and their requirements; return its Python."""
     return environment_of(folder, "torch", "diffusers", "transformers")
 
 
 def environment_of(folder: Path, *requirements: str) -> str:
-    """The Python of an environment that has these packages, what they require, and no more."""
+    """Make an environment with only these packages and their requirements; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site_packages = next(folder.glob("lib/python*/site-packages"))
     for name in required_packages(*requirements):
@@ -30,19 +30,21 @@ def environment_of(folder: Path, *requirements: str) -> str:
 
 
 def required_packages(*requirements: str) -> set[str]:
-    """The names in `requirements` (`jsonargparse[signatures]`) and of all that they require, as far as it is installed
-    here."""
-    found: set[tuple[str, str]] = set()
+    """Return the packages in `requirements` (such as `jsonargparse[signatures]`) and everything that they require.
+
+    Packages that are not installed here are left out.
+    """
+    visited: set[tuple[str, str]] = set()
     waiting = [Requirement(requirement) for requirement in requirements]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        for extra in {"", *requirement.extras} - {known for package, known in found if package == name}:
+        for extra in {"", *requirement.extras} - {known for package, known in visited if package == name}:
             try:
                 lines = importlib.metadata.requires(name) or []
             except importlib.metadata.PackageNotFoundError:
-                break  # for another platform
-            found.add((name, extra))
+                break  # a package for another platform
+            visited.add((name, extra))
             parsed = [Requirement(line) for line in lines]
             waiting += [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": extra})]
-    return {name for name, _ in found}
+    return {name for name, _ in visited}

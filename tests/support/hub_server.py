@@ -1,11 +1,12 @@
 """A small Hugging Face Hub on 127.0.0.1, for the real `huggingface_hub` client and Diffusers' `from_pretrained`.
 
-Model repos with branch `main` only: whoami, create, write check, preupload, LFS batch and upload, commit, info, tree,
-and download with ETags and ranges, as the client 1.x and 2.x speak them. Xet, which the client prefers when `hf_xet` is
-installed, is a storage protocol of its own and not spoken here: the `hub` fixture turns it off
+It serves model repos with the branch `main` only: whoami, create, write check, preupload, LFS batch and upload, commit,
+info, tree, and download with ETags and ranges, as the clients 1.x and 2.x use them. Xet, a separate storage protocol
+that the client prefers if `hf_xet` is installed, is not supported: the `hub` fixture disables it
 (`HF_HUB_DISABLE_XET=1`), and the client falls back to LFS.
 
-As a test's fixture: `from tests.hub_server import hub` in conftest.py; `hub.env()` is the environment for a subprocess.
+To use the fixture in a test file: `from tests.support.hub_server import hub`. `hub.env()` returns the environment
+variables for a subprocess.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt", ".npy")
 
 @dataclass
 class Blob:
-    oid: str  # git's SHA-1 of the content, or of nothing in particular for LFS files
+    oid: str  # git's SHA-1 of the content; for LFS files an arbitrary value
     size: int
     sha256: str
     lfs: bool
@@ -43,7 +44,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """One model repo: its commits, oldest first, each the whole tree as path -> Blob."""
+    """A model repo: its commits, oldest first, each with the complete tree as path -> Blob."""
 
     private: bool = False
     commits: list[tuple[str, str, dict[str, Blob]]] = field(default_factory=list)  # sha, message, tree
@@ -74,7 +75,7 @@ class HubError(Exception):
 
 
 class HubServer:
-    """The server and what tests want to know of it and do to it."""
+    """The server, with methods for tests to inspect and control it."""
 
     def __init__(self, folder: Path):
         self.blobs = folder
@@ -83,7 +84,7 @@ class HubServer:
         self.users = {WRITE_TOKEN: ("ada", "write"), READ_TOKEN: ("ada", "read"), OTHER_TOKEN: ("bob", "write")}
         self.organizations = {"ada": ["museum"], "bob": []}
         self.requests: list[Request] = []
-        self.gate = threading.Event()  # cleared, it holds whatever writes to a repo
+        self.gate = threading.Event()  # while it is cleared, requests that write to a repo wait
         self.gate.set()
         self._failures: list[tuple[re.Pattern[str], int]] = []
         self._lock = threading.Lock()
@@ -98,16 +99,16 @@ class HubServer:
         self._failures += [(re.compile(match), status)] * count
 
     def stop(self) -> None:
-        """As a crash: connections are refused from now on."""
+        """Stop as in a crash: connections are refused from now on."""
         self.gate.set()
         self._server.shutdown()
         self._server.server_close()
-        for connection in self.connections:  # the client keeps them open, and their threads would go on answering
+        for connection in self.connections:  # the client keeps them open, and their threads would still answer
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def env(self, token: str | None = WRITE_TOKEN, home: Path | None = None) -> dict[str, str]:
-        """Variables that point a process at this server; `home`: its (empty) cache."""
+        """Return environment variables that make a process use this server; `home` is the folder of its cache."""
         variables = {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         variables["HF_HUB_OFFLINE"] = "0"  # the other tests run offline
         if token:
@@ -117,7 +118,7 @@ class HubServer:
         return variables
 
     def files(self, repo_id: str) -> dict[str, bytes]:
-        """What is in a repo's main branch now."""
+        """Return the files in the current main branch of a repo."""
         tree = self.repos[repo_id].commits[-1][2]
         return {path: (self.blobs / blob.sha256).read_bytes() for path, blob in tree.items()}
 
@@ -155,7 +156,7 @@ class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news here."""
+        """Print nothing when a client disconnects."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -241,17 +242,17 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, account, {}
 
     def create_repo(self) -> Answer:
-        wanted = json.loads(self.body)
+        options = json.loads(self.body)
         if self.user is None:
             raise HubError(401, "", "Invalid username or password.")
-        namespace = wanted.get("organization") or self.user
-        repo_id = f"{namespace}/{wanted['name']}"
+        namespace = options.get("organization") or self.user
+        repo_id = f"{namespace}/{options['name']}"
         if self.role != "write" or not self.hub.owns(self.user, namespace):
             raise HubError(403, "", f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         url = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repos:
             return 409, {**url, "error": "You already created this model repo"}, {}
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        private = options.get("visibility") == "private" or bool(options.get("private"))
         repo = self.hub.repos[repo_id] = Repo(private=private)
         repo.commit("initial commit", {".gitattributes": self.hub.store(b"*.safetensors filter=lfs\n")})
         return 200, url, {}
@@ -294,10 +295,10 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo: str) -> Answer:
         self._check_write(repo)
         objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            known = (self.hub.blobs / wanted["oid"]).exists()
-            upload = {"upload": {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}"}}
-            objects.append({**wanted} if known else {**wanted, "actions": upload})
+        for requested in json.loads(self.body)["objects"]:
+            known = (self.hub.blobs / requested["oid"]).exists()
+            upload = {"upload": {"href": f"{self.hub.endpoint}/lfs/{requested['oid']}"}}
+            objects.append({**requested} if known else {**requested, "actions": upload})
         return 200, {"transfer": "basic", "objects": objects}, {}
 
     def lfs_upload(self, oid: str) -> Answer:
@@ -318,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}"}, {}
 
     def _apply(self, key: str, value: dict[str, Any], tree: dict[str, Blob]) -> str | None:
-        """One operation of a commit on `tree`; returns the message if it is the header."""
+        """Apply one operation of a commit to `tree`; if it is the header, return the commit message."""
         path = value.get("path", "")
         if key == "header":
             return value["summary"]
@@ -340,10 +341,10 @@ class _Handler(BaseHTTPRequestHandler):
     # --- reading ---
 
     def _revision(self, repo: Repo, revision: str) -> tuple[str, dict[str, Blob]]:
-        found = repo.at(revision)
-        if found is None:
+        commit = repo.at(revision)
+        if commit is None:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return found
+        return commit
 
     def info(self, repo: str, revision: str | None = None) -> Answer:
         target = self.hub.readable(repo, self.user)
@@ -425,13 +426,13 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A fresh Hub; this process talks to it as ada (write access) with an empty cache."""
+    """An empty Hub; this process uses it as the user ada, with write access and an empty cache."""
     from huggingface_hub import constants
 
     server = HubServer(tmp_path / "hub_server")
     for name, value in server.env(home=tmp_path / "hf_home").items():
         monkeypatch.setenv(name, value)
-    # The client read its settings when it was imported.
+    # The client reads the variables when it is imported, which may be before.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
@@ -441,7 +442,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     server.stop()
 
 
-if __name__ == "__main__":  # to try things by hand: python -m tests.hub_server
+if __name__ == "__main__":  # to try things by hand: python -m tests.support.hub_server
     import tempfile
 
     running = HubServer(Path(tempfile.mkdtemp(prefix="hub_server_")))

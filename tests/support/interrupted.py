@@ -1,6 +1,8 @@
-"""A training script that gets a SIGTERM at the beginning of a step: `python interrupted.py STEP script.py flags …`.
+"""Run a training script that receives a SIGTERM at the beginning of a step.
 
-Steps count from 0. Nothing of Halftone is imported, so that the script may be of any version.
+    python interrupted.py STEP script.py flags …
+
+Steps count from 0. Halftone is not imported here, so that the script may be of any version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What published pipelines give, as arrays: `python published.py LOADER OUTPUT.npz FOLDER …`.
+"""Save the outputs of published pipelines as arrays: `python published.py LOADER OUTPUT.npz FOLDER …`.
 
-LOADER is a module of Halftone that has `load_pipeline`, or `diffusers`. Nothing of Halftone is imported otherwise, so
-that this runs with any version of it, and without it.
+LOADER is a module of Halftone that has `load_pipeline`, or `diffusers`. No other module of Halftone is imported, so
+that the script runs with any version of Halftone, and without it.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def picture(side: int) -> Image.Image:
+def image(side: int) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def masks(side: int) -> torch.Tensor:
-    """Two control masks, 1 2 H W."""
+    """Return two control masks, 1 2 H W."""
     return (torch.rand(1, 2, side, side, generator=seeded()) > 0.5).float()
 
 
-def given_by(pipeline: Any) -> dict[str, np.ndarray]:
-    """What the pipeline makes of fixed inputs, by name."""
+def outputs(pipeline: Any) -> dict[str, np.ndarray]:
+    """Return the pipeline's outputs for fixed inputs, by name."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 3, "generator": seeded(), "output_type": "np"}
     name = type(pipeline).__name__
     if name == "AutoencoderPipeline":
-        return {"images": pipeline(picture(64), output_type="np").images, "masks": pipeline.segment(picture(64), "np")}
+        return {"images": pipeline(image(64), output_type="np").images, "masks": pipeline.segment(image(64), "np")}
     if name == "LatentDiffusionPipeline":
         return {"images": pipeline(PROMPT, **options).images}
     if name == "FusionControlNetPipeline":
@@ -60,25 +60,25 @@ def given_by(pipeline: Any) -> dict[str, np.ndarray]:
     if name == "PosterControlNetPipeline":
         return {"images": pipeline(BRIEF, control_image=masks(16), **options).images}
     if name == "LayoutAnalysisPipeline":
-        reading = pipeline(picture(48))
+        reading = pipeline(image(48))
         return {
             "features": reading.features[0],
             "grammar": np.array(list(reading.grammar[0].values())),
             "overlay": np.asarray(reading.overlays[0]),
         }
     if name == "ImageCaptionPipeline":
-        captions = pipeline.caption(picture(32), num_beams=2)
+        captions = pipeline.caption(image(32), num_beams=2)
         return {"images": pipeline.draw("a red circle", output_type="np").images, "captions": np.array(captions)}
     raise ValueError(f"no inputs for {name}")
 
 
 def main() -> None:
     loader, output, *folders = sys.argv[1:]
-    found = {}
+    arrays = {}
     for folder in map(Path, folders):
-        for name, value in given_by(load(loader, folder)).items():
-            found[f"{folder.name}/{name}"] = value
-    np.savez(output, **found)
+        for name, value in outputs(load(loader, folder)).items():
+            arrays[f"{folder.name}/{name}"] = value
+    np.savez(output, **arrays)
 
 
 if __name__ == "__main__":

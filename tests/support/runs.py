@@ -1,4 +1,4 @@
-"""Launching runs as users do, and comparing what they leave behind."""
+"""Launching runs as users do, and comparing their checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def launch(script: Path, *flags: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """`python script flags`, or under torchrun for several processes; output as text."""
+    """Run `python script flags`, with torchrun for several processes, and capture the output as text."""
     return subprocess.run(
         command(script, *flags, processes=processes),
         capture_output=True,
@@ -54,38 +54,38 @@ def toy(output_dir: Path, *flags: str, processes: int = 1, check: bool = True) -
 
 
 def tensors(run: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
-    """Every tensor of the run's latest checkpoint, by file and name."""
+    """Return every tensor of the run's latest checkpoint, by file and name."""
     folder = run / "checkpoints" / "latest"
-    found = {}
+    loaded = {}
     for file in sorted(folder.glob(pattern)):
-        found |= {f"{file.name}:{name}": tensor for name, tensor in load_file(file).items()}
-    return found
+        loaded |= {f"{file.name}:{name}": tensor for name, tensor in load_file(file).items()}
+    return loaded
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, averages and optimizer bit for bit, and the same rows of metrics, timing columns aside."""
+    """Assert that weights, EMA weights and optimizer states are bit-identical, and metrics equal except for timings."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     assert a
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
     assert rows(one) == rows(other)
-    scaled = [json.loads((r / "checkpoints/latest/trainer_state.json").read_text()) for r in (one, other)]
-    for state in scaled:
+    states = [json.loads((r / "checkpoints/latest/trainer_state.json").read_text()) for r in (one, other)]
+    for state in states:
         for name in ("elapsed_seconds", "sessions", "tracker_id"):
             state.pop(name)
-    assert scaled[0] == scaled[1]
+    assert states[0] == states[1]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as file:
-        found = list(csv.DictReader(file))
-    assert found
-    return [{name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in found]
+        table = list(csv.DictReader(file))
+    assert table
+    return [{name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in table]
 
 
 def relative_difference(one: Path, other: Path, files: Sequence[str] = ("phase_*.safetensors",)) -> float:
-    """|a - b| / |b| over all weights together."""
+    """Return |a - b| / |b|, where the norms are over all weights."""
     a = {k: v for pattern in files for k, v in tensors(one, pattern).items()}
     b = {k: v for pattern in files for k, v in tensors(other, pattern).items()}
     assert a.keys() == b.keys()

@@ -1,4 +1,4 @@
-"""Tiny joint models of pictures and captions, and pictures for them: coloured shapes that captions describe."""
+"""Tiny joint models of images and captions, and data for them: images of coloured shapes with captions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def picture(i: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
 
 
 def draw_folder(folder: Path, number: int = 48, size: tuple[int, int] = (32, 32)) -> Path:
-    """An imagefolder of `number` captioned pictures."""
+    """Make an imagefolder of `number` images with captions."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(number):

@@ -1,4 +1,4 @@
-"""Tiny ControlNets and the pipelines that they steer, as after some training."""
+"""Tiny ControlNets whose parameters are changed, as if trained, and pipelines with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PICTURE: dict[str, Any] = {"control_kind": "image", "conditioning_channels": 3}
 
 
 def tiny_net(base: Any, mode: str = "add", control: dict[str, Any] = MASKS, seed: int = 6) -> FusionControlNetModel:
-    """A ControlNet for the pipeline `base`, every parameter of which has moved from where it starts."""
+    """Make a ControlNet for the pipeline `base`; every parameter differs from its initial value."""
     torch.manual_seed(seed)
     downsampling = getattr(base, "vae_scale_factor", 1)
     net = FusionControlNetModel.from_unet(base.unet, fusion_mode=mode, downsampling=downsampling, **control).eval()
@@ -33,7 +33,7 @@ def tiny_net(base: Any, mode: str = "add", control: dict[str, Any] = MASKS, seed
 
 
 def controlled(base: Any, *nets: FusionControlNetModel) -> Any:
-    """`base` (latent diffusion or the poster decoder) with these ControlNets, its components shared."""
+    """Add these ControlNets to the pipeline `base` (latent diffusion or poster decoder), sharing its components."""
     pipeline_class = PosterControlNetPipeline if hasattr(base, "brief_encoder") else FusionControlNetPipeline
     config = {} if hasattr(base, "brief_encoder") else {"id2label": base.config.id2label}
     pipeline = pipeline_class(**base.components, **config, controlnet=nets[0] if len(nets) == 1 else list(nets))

@@ -1,4 +1,4 @@
-"""Tiny real components for tests of pipelines: seconds become milliseconds, everything else is as in earnest."""
+"""Tiny components for tests of pipelines: real models, small enough to run in milliseconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.models.caption_prior import CaptionPrior
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 
 WORDS = ["<PAD>", "<START>", "<END>", "<UNK>", "a", "red", "blue", "poster", "of", "circles"]
-TOKENS = 8  # of a padded caption
+TOKENS = 8  # length of a padded caption
 TEXT_WIDTH = 16
 TWO_LEVELS = {
     "block_out_channels": (8, 16),
@@ -54,7 +54,7 @@ def tiny_text_encoder() -> CLIPTextModel:
 def tiny_unet(
     text: bool = True, classes: int | None = None, in_channels: int = 4, condition_channels: int = 0
 ) -> UNet2DConditionModel:
-    """`classes` counts the real ones; the null class is added."""
+    """Make a U-Net; `classes` is the number of classes without the null class, which is added."""
     torch.manual_seed(2)
     options: dict[str, Any] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -81,7 +81,7 @@ def tiny_unet(
 
 
 def tiny_vae(patch_size: int | None = None) -> AutoencoderKL:
-    """A stock one, or with `patch_size` our own."""
+    """Make a VAE of Diffusers, or Halftone's multi-head autoencoder if `patch_size` is given."""
     torch.manual_seed(3)
     if patch_size is None:
         return AutoencoderKL(**TWO_LEVELS).eval()

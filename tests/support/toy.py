@@ -1,6 +1,6 @@
-"""A small real stage for testing the loop: a U-Net that denoises, and optionally a critic as a second phase.
+"""A small real stage for testing the loop: a denoising U-Net, and optionally a critic as a second phase.
 
-Runs as a script too: python tests/support/toy.py --output_dir … (or under torchrun, for topologies).
+It is also a script: python tests/support/toy.py --output_dir … (or under torchrun, for several processes).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class ToyConfig(RunConfig):
     dropout: float = option(0.1)
     bad_rows: list[int] = option([], on_resume="warn")
     slow_seconds: float = option(0.0, on_resume="free")
-    """Longer micro-batches, validations and so on, so that signals can be sent in time."""
+    """Extra seconds per micro-batch, validation and so on, so that signals can be sent in time."""
     signal_at: str = option("", on_resume="free")
-    """Where this process asks itself to stop by SIGUSR1: validation, previews or finish."""
+    """Where this process sends itself a SIGUSR1: validation, previews or finish."""
     signal_step: int = option(0, on_resume="free")
     """The step (from 1) during which this process sends itself a SIGTERM."""
     signal_rank: int = option(-1, on_resume="free")
-    """The only process that does so; -1 is all of them."""
+    """Rank of the only process that sends itself signals; -1 means all processes."""
     denoiser_start: int = option(0, on_resume="warn")
 
     def is_signalled(self) -> bool:
@@ -46,7 +46,7 @@ class ToyConfig(RunConfig):
 
 
 class ToyData(torch.utils.data.Dataset):
-    """Row i is a fixed 8×8 pattern, shifted by an augmentation that is a function of the key."""
+    """Row i is a fixed 8×8 pattern, which an augmentation shifts by a distance that depends on the key."""
 
     def __init__(self, config: ToyConfig, size: int, augment: bool):
         self.config, self.size, self.augment = config, size, augment
@@ -63,7 +63,7 @@ class ToyData(torch.utils.data.Dataset):
         return {"image": image.double() if self.config.double else image, "index": key.index}
 
     def classes(self, column: str) -> RowClasses:
-        """One row in eight is rare, whatever the column."""
+        """Return two classes, the same for every column; one row in eight is of the class "rare"."""
         return RowClasses((torch.arange(self.size) % 8 == 0).long(), ["common", "rare"])
 
 
@@ -114,7 +114,7 @@ class ToyStage(Stage):
     name = "toy"
     card_template = "autoencoder.md.jinja"
 
-    def __init__(self, config: ToyConfig, context: StageContext = StageContext()):  # noqa: B008 - it is frozen
+    def __init__(self, config: ToyConfig, context: StageContext = StageContext()):  # noqa: B008 - the default is immutable
         import diffusers
 
         super().__init__(context)
@@ -170,7 +170,7 @@ class ToyStage(Stage):
         return diffusers.DDPMPipeline(self.unet, diffusers.DDPMScheduler())
 
     def _wait(self, where: str) -> None:
-        """Ask this process to stop, when the test wants it to be asked here."""
+        """Send this process a signal if `signal_at` names this place, and poll as long work does."""
         if self.config.signal_at == where and self.config.is_signalled():
             signal.raise_signal(signal.SIGUSR1)
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""Short runs of tests/support/toy.py within the test's own process, and looking into what they leave behind."""
+"""Short runs of tests/support/toy.py in the test's own process, and functions to inspect their folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.toy import main as toy_main
 from training.core.layout import BatchLayout
 from training.run.checkpoint import load_tensors
 
-# 48 samples in batches of 4, twice: 6 steps an epoch.
+# 48 samples, and global batches of 8 (two micro-batches of 4): 6 steps per epoch.
 LAYOUT = BatchLayout(4, gradient_accumulation_steps=2)
 COMMON = (
     "--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--num_train_epochs", "1",
@@ -55,7 +55,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def cut_after(folder: Path, step: int) -> None:
-    """Make it a run that was killed before its next checkpoint was there."""
+    """Delete the pipeline and all checkpoints after `step`, as if the run had been killed then."""
     for saved in (folder / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) > step:
             shutil.rmtree(saved)

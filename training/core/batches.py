@@ -1,4 +1,4 @@
-"""Batches of a map-style dataset, as the data loader makes them, and their way to the device."""
+"""Fetching batches of a map-style dataset, and moving them to a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.core.stage import Batch, MapDataset
 
 
 def fetch(data: MapDataset, keys: list[SampleKey]) -> Batch:
-    """One batch, as the data loader would make it."""
+    """Return one batch; it equals the data loader's batch for the same keys."""
     items = data.__getitems__(keys) if hasattr(data, "__getitems__") else [data[key] for key in keys]
     return collate_function(data)(items)
 
@@ -23,7 +23,7 @@ def collate_function(data: MapDataset) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors of a batch on the device; everything else as it is."""
+    """Move the tensors of a batch to the device; other values are unchanged."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):

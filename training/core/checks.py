@@ -1,4 +1,4 @@
-"""Checks of config values: each raises a UserError that names the flag, the value and what to write instead."""
+"""Checks of config values. Each raises a UserError that names the flag, the value and the allowed values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_bounds(
     below: float | None = None,
     usual: str = "",
 ) -> None:
-    """Raise UserError unless `value` lies within the bounds that are given; NaN lies in none."""
+    """Raise UserError unless `value` is within the given bounds; NaN is always out of bounds."""
     bounded = [
         at_least is None or value >= at_least,
         above is None or value > above,
@@ -52,26 +52,27 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> No
 
 
 def check_multiples(name: str, values: Sequence[int], divisor_name: str, divisor: int) -> None:
-    """Raise UserError unless there are values, all of them positive multiples of `divisor`."""
+    """Raise UserError unless `values` is not empty and all of them are positive multiples of `divisor`."""
     if not values or any(value < 1 or value % divisor for value in values):
         raise UserError(f"--{name} {list(values)} must be multiples of --{divisor_name} {divisor}")
 
 
 def check_deepest_feature_map(size: int, divisor: int, levels: int, flag: str, what: str = "--resolution") -> None:
-    """Raise UserError unless `size / divisor` halves evenly `levels - 1` times and stays at 4×4 or more.
+    """Raise UserError unless `size / divisor` can be halved `levels - 1` times without a remainder, to at least 4.
 
     Args:
-        size: side of the input in `what`'s units (pixels, or latent cells).
-        divisor: reduction before the first level (patches).
-        levels: resolutions of the network.
-        flag: the one that sets their number.
+        size: side length of the input, in pixels or latent cells.
+        divisor: downsampling factor before the first level (the patch size).
+        levels: number of resolutions of the network.
+        flag: the flag that sets the number of levels.
+        what: the flag, or a description, of `size`.
     """
     factor = divisor * 2 ** (levels - 1)
     deepest = size // factor
     if size % factor:
         raise UserError(
             f"{what} {size} is not a multiple of {factor}, which {levels} levels ({flag}) need; "
-            f"take {max(1, round(size / factor)) * factor}"
+            f"use {max(1, round(size / factor)) * factor}"
         )
     if deepest < SMALLEST_MAP:
         fitting = levels

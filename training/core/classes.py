@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowClasses:
-    """The class of each row. ids: N, int64, from 0 to K - 1; names: of the K classes, those without a row included."""
+    """The class of each row. ids: N, int64, from 0 to K - 1; names: K, including classes that have no rows."""
 
     ids: Tensor
     names: Sequence[str]

@@ -1,7 +1,7 @@
-"""Every random number of a run: a function of (seed, step, position in the global batch, name).
+"""The random numbers of a run: each is a function of (seed, step, position in the global batch, name).
 
-Nothing here has a state to save. A run that is resumed, or spread over other processes, asks the same questions and
-gets the same answers.
+Nothing here has a state to save. A run that is resumed, or distributed over another number of processes, draws the same
+numbers.
 
 B batch.
 """
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 class SampleKey(NamedTuple):
-    """What the sampler yields for one position: the dataset row, and the seed of that sample's own randomness."""
+    """One position of a batch: the index of the dataset row, and a seed for the random transforms of this sample."""
 
-    index: int  # type: ignore[assignment]  # shadows tuple.index
+    index: int  # type: ignore[assignment]  # it replaces the method tuple.index
     key: int
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed from integers and words; the same on every machine and Python version."""
+    """Return a 63-bit seed derived from integers and strings; it is the same on every machine and Python version."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 class Draws:
     """The random numbers of one micro-batch: row i is a function of (seed, step, positions[i], name) alone.
 
-    Drawn on the CPU whatever the device, so that a run moved to other hardware sees the same noise.
+    They are drawn on the CPU for any device, so that a run that moves to other hardware gets the same noise.
     """
 
     def __init__(self, seed: int, step: int | str, positions: Sequence[int], device: torch.device | str = "cpu"):
@@ -44,11 +44,11 @@ class Draws:
         return len(self.positions)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers, B × shape, float32. `name` tells apart the draws of one sample."""
+        """Return standard normal numbers, B × shape, float32. Different names give independent numbers."""
         return self._fill(name, shape, torch.Tensor.normal_)
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
-        """Numbers uniform in [0, 1), B × shape, float32."""
+        """Return numbers uniform in [0, 1), B × shape, float32. Different names give independent numbers."""
         return self._fill(name, shape, torch.Tensor.uniform_)
 
     def _fill(self, name: str, shape: Sequence[int], fill) -> Tensor:

@@ -1,4 +1,7 @@
-"""Files that a reader, or a crash, finds either whole or not there: written aside, flushed to the disk, renamed."""
+"""Atomic writing of files: into a temporary file, which is flushed to the disk and then renamed.
+
+A reader sees either the complete old file or the complete new one, also after a crash.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place when the block ends without an error.
+    """Yield a temporary path in the folder of `path`, and rename it to `path` if the block ends without an error.
 
-    File and folder are flushed to the disk, so that a power cut leaves the old file or the new one. The folder must
-    exist. After an error the old file is untouched and the temporary one is gone.
+    The file and its folder are flushed to the disk, so that a power cut leaves either the old file or the new one.
+    After an error, the old file is unchanged and the temporary file is deleted. The folder must exist.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
@@ -31,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], None]) -> None:
-    """Write a file whole or not at all: a text (as UTF-8), bytes, or whatever a function writes into an open file."""
+    """Write a file atomically: a text (as UTF-8), bytes, or what a function writes into the open file."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         if callable(content):
             content(file)
@@ -40,15 +43,15 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callab
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON whole or not at all; the same content gives the same bytes."""
+    """Write a JSON file atomically; the same content gives the same bytes."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
+    """Flush the folder's entries (the names of its files) to the disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders; its renames are journalled
+    except OSError:  # Windows cannot open folders, but journals renames
         return
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How a global batch is split over processes and micro-batches, and how many there are in an epoch."""
+"""Splitting a global batch over processes and micro-batches, and the number of global batches per epoch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from training.core.options import Options, option
 
 @dataclass
 class BatchConfig(Options):
-    """How many images a step takes."""
+    """Options for the number of images per step."""
 
     train_batch_size: int = option(16, on_resume="warn", at_least=1)
-    """Images per micro-batch on one process."""
+    """Batch size per process (of one micro-batch)."""
     gradient_accumulation_steps: int = option(1, on_resume="warn", at_least=1)
-    """Micro-batches per process in one step."""
+    """Number of micro-batches to accumulate before each optimizer step."""
     validation_batch_size: int = option(0, on_resume="free", at_least=0)
-    """Images per batch in validation; 0 takes `--train_batch_size`."""
+    """Batch size for validation; 0 uses --train_batch_size."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is split over processes and micro-batches.
+    """The split of a global batch over processes and micro-batches.
 
-    The positions of a global batch are dealt out micro-batch by micro-batch and, within one, process by process, so
-    that any two layouts of equal `global_batch_size` train on the same set of samples in each step.
+    The positions of a global batch are assigned micro-batch by micro-batch and, within each, process by process. Any
+    two layouts with the same `global_batch_size` therefore train on the same set of samples in each step.
     """
 
     train_batch_size: int
@@ -38,18 +38,18 @@ class BatchLayout:
         return self.train_batch_size * self.num_processes * self.gradient_accumulation_steps
 
     def positions(self, micro_batch: int) -> range:
-        """This process's positions in the global batch for one of its micro-batches."""
+        """Return the positions in the global batch of one of this process's micro-batches."""
         start = (micro_batch * self.num_processes + self.rank) * self.train_batch_size
         return range(start, start + self.train_batch_size)
 
 
 def steps_per_epoch(num_samples: int, layout: BatchLayout) -> int:
-    """Whole global batches in the data. Raises UserError when there is not one."""
+    """Return the number of complete global batches in the data. Raises UserError when it is 0."""
     steps = num_samples // layout.global_batch_size
     if steps == 0:
         raise UserError(
             f"a batch of {layout.global_batch_size} images (--train_batch_size {layout.train_batch_size} × "
             f"{layout.num_processes} processes × --gradient_accumulation_steps {layout.gradient_accumulation_steps}) "
-            f"is larger than the data set of {num_samples}; lower --train_batch_size"
+            f"is larger than the data set of {num_samples} images; lower --train_batch_size"
         )
     return steps

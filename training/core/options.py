@@ -1,8 +1,8 @@
-"""Options: config fields that carry their bounds, and what it means to change them on a run that has begun.
+"""Options: config fields with bounds, and with a rule for changing them when a run is resumed.
 
-A config is a dataclass derived from `Options`. Whatever owns a setting (the optimizer, the checkpoints, a model)
-defines its part, with its checks, beside the code that uses it; a command's config is derived from the parts it needs.
-Flags are flat; a part that is a field of its own (`model: UNetConfig = option(UNetConfig)`) has flags with a dot.
+A config is a dataclass derived from `Options`. Each module (the optimizer, the checkpoints, a model) defines its own
+part of the config with its checks, and a command's config is derived from the parts that it needs. Flags are flat; a
+part that is a field (`model: UNetConfig = option(UNetConfig)`) has flags with a dot, such as `--model.layers`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def option(
     usual: str = "",
     secret: bool = False,
 ) -> Any:
-    """A config field.
+    """Define a config field.
 
     Args:
         default: a value (lists and dicts are copied), or a class derived from `Options` for a group of options.
-        on_resume: what changing it means on a run that has begun. `error`: it would be another model or other data;
-            `warn`: the change is listed in one warning; `free`: nothing to say.
-        choices: the values allowed, or the entries allowed in a list.
-        at_least, above, at_most, below: bounds of the value, or of each entry of a list; None values pass.
-        usual: a usual value, named in the message about one out of bounds.
-        secret: never written into a file.
+        on_resume: effect of changing the value when a run is resumed. `error`: refused, as it would be another model or
+            other data; `warn`: listed in a warning; `free`: allowed.
+        choices: the allowed values, or the allowed entries of a list.
+        at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
+        usual: a usual value, shown in the message about a value that is out of bounds.
+        secret: whether the value must not be written into a file.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"on_resume": on_resume, "choices": choices, "bounds": bounds, "usual": usual, "secret": secret}
@@ -51,16 +51,16 @@ def option(
 
 @dataclass
 class Options:
-    """Base of every config and of every part of one."""
+    """Base class of configs and of their parts."""
 
     def validate(self, prefix: str = "") -> None:
-        """Raise UserError for impossible values: here, those outside the bounds and choices of their own fields.
+        """Raise UserError for invalid values. This base method checks the bounds and choices of each field.
 
-        A part overrides this for what concerns several of its fields, and calls `super().validate(prefix)` first, so
-        that the checks of all parts that a config is derived from run.
+        A part overrides it to check several fields together, and calls `super().validate(prefix)` first, so that the
+        checks of all base classes of a config run.
 
         Args:
-            prefix: what stands before the flags' names, such as "model." for a group of options.
+            prefix: prefix of the flags' names, such as "model." for a group of options.
         """
         for option_field in dataclasses.fields(self):
             value, flag = getattr(self, option_field.name), prefix + option_field.name
@@ -75,12 +75,12 @@ class Options:
                     check_bounds(flag, entry, **rules["bounds"], usual=rules["usual"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of every field but secrets; groups of options as dicts."""
+        """Return the values of all fields except secrets as plain values, and groups of options as dicts."""
         values = dataclasses.asdict(self)
         return {f.name: values[f.name] for f in dataclasses.fields(self) if not f.metadata.get("secret")}
 
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
-        """What differs from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}."""
+        """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}."""
         changes: dict[OnResume, list[str]] = {"error": [], "warn": []}
         own = self.to_dict()
         for option_field in dataclasses.fields(self):

@@ -1,4 +1,4 @@
-"""From a command line and a YAML file to one validated dataclass (jsonargparse does the work)."""
+"""Parsing a command line and a YAML file into a validated dataclass, with jsonargparse."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ Config = TypeVar("Config", bound=Options)
 def parse_config(
     config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None, preset: str = ""
 ) -> Config:
-    """Parse `--config run.yaml` and then flags (flags win) into `config_class`.
+    """Parse `--config run.yaml` and flags, which override the file, into a validated `config_class`.
 
     Args:
-        config_class: a dataclass of options; the docstring under a field is its help; groups are `--model.field`.
-        argv: the words after the program's name; None is the process's own.
+        config_class: a dataclass of options. The docstring under a field is its help text; the fields of a group are
+            `--model.field`.
+        argv: the arguments after the program's name; None uses the arguments of this process.
         description: shown by `--help`.
-        preset: a shipped YAML file, taken when there are no words at all.
+        preset: name of the preset to use if `argv` is empty.
 
     Raises:
-        UserError: an unknown flag or key (with the nearest known one), a value of the wrong type, a file that is not
-            there, or what the class's own `validate()` finds.
+        UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
+            missing file, or an error from the class's own `validate()`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
@@ -55,7 +56,7 @@ def parse_config(
 
 
 def known_names(config_class: type, prefix: str = "") -> list[str]:
-    """Every flag of `config_class` without its dashes, nested ones with dots."""
+    """Return the name of every flag of `config_class` without its dashes; nested names contain dots."""
     names = []
     for field in dataclasses.fields(config_class):
         names.append(prefix + field.name)
@@ -66,14 +67,18 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
 
 
 class _ConfigFile(jsonargparse.ActionConfigFile):
-    """`--config`: the user's own file, or a preset that comes with the code."""
+    """`--config`: a YAML file, or the name of a preset that comes with the code."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, str(find_file(values)), option_string)
 
 
 def _resolve_annotations(config_class: type) -> None:
-    """Inherited fields' types are names of the modules that define them; jsonargparse looks in the subclass's only."""
+    """Replace the annotations of all fields by types.
+
+    Annotations are strings. jsonargparse resolves the names in an inherited field's annotation in the subclass's
+    module only, and not in the module that defines the field.
+    """
     hints = get_type_hints(config_class)
     initializer: Any = config_class.__dict__["__init__"]
     initializer.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
@@ -91,7 +96,8 @@ def _parser(config_class: type, description: str | None) -> jsonargparse.Argumen
     parser.add_argument(
         "--config",
         action=_ConfigFile,
-        help="YAML file with any of the options below, or a preset (latent_diffusion/quickstart); flags win over it",
+        help="YAML file with any of the options below, or the name of a preset such as latent_diffusion/quickstart; "
+        "flags override it",
     )
     parser.add_class_arguments(config_class, as_group=False)
     for action in parser._actions:
@@ -112,7 +118,7 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
 
 
 def _explain(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message as one line; for an unknown YAML key, with the nearest known one."""
+    """Return jsonargparse's message as one line; for an unknown YAML key, suggest the nearest known one."""
     text = " ".join(message.split())
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", text)
     if group:
@@ -124,7 +130,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
     value = re.search(r'Parser key "([^"]+)": (.*)', text)
     if value and "Unable to load config" in value[2]:
         inside = next((name for name in known if name.startswith(f"{value[1]}.")), f"{value[1]}.NAME")
-        return f"--{value[1]} is a group of options, not an option; name one of them, such as --{inside}"
+        return f"--{value[1]} is a group of options, not a single option; use one of the group, such as --{inside}"
     if value:
         return f"--{value[1]}: {value[2]}"
     return text

@@ -1,4 +1,4 @@
-"""What a stage shows at a preview, and pictures written whole or not at all."""
+"""Preview images of a stage, and atomic writing of PNG files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from training.core.files import write_atomically
 
 @dataclass
 class Previews:
-    """What a stage shows at a preview.
+    """Preview images of a stage.
 
     Attributes:
-        images: pictures from the public pipeline, RGB.
-        captions: one line each: the prompt, the label, or what the picture is.
-        references: training pictures to judge them by (collapse detection); None where nothing compares.
-        columns: of the grid; None chooses.
+        images: RGB images from the public pipeline.
+        captions: one line per image: the prompt, the label, or a description.
+        references: training images to compare with, for collapse detection; None if none are comparable.
+        columns: number of columns of the grid; None chooses it automatically.
     """
 
     images: list[Image.Image]
@@ -33,7 +33,7 @@ class Previews:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write `image` as a PNG that is either whole or absent, making its folder; returns the path."""
+    """Write `image` as a PNG file atomically, create its folder if needed, and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: image.save(file, format="PNG"))

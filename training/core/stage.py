@@ -1,7 +1,7 @@
-"""The seam between a stage and the loop: what a stage must say, and all that the loop may ask.
+"""The interface between a stage and the training loop.
 
-A stage owns models, data and meaning; the loop owns steps, devices, files and processes. Neither looks behind this
-file.
+A stage defines models, data, losses and metrics. The loop is responsible for steps, devices, files and processes. They
+use each other through the classes in this file only.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Batch = Mapping[str, Any]
 
 
 class MapDataset(Protocol):
-    """A map-style dataset whose items may depend on a key of their own, and on nothing else that is random.
+    """A map-style dataset whose random transforms are seeded by the key of each item.
 
-    It may also implement `__getitems__(list[SampleKey])` (one call a batch), `collate(list) -> Batch`, and, for
-    `--balance_by`, `classes(column) -> balance.RowClasses`: the class of each row.
+    It may also implement `__getitems__(list[SampleKey])` (called once per batch), `collate(list) -> Batch`, and, for
+    `--balance_by`, `classes(column) -> RowClasses`: the class of each row.
     """
 
     def __len__(self) -> int: ...
@@ -36,73 +36,74 @@ class MapDataset(Protocol):
 
 
 class Phase(nn.Module):
-    """One optimizer's share of a step: `forward(batch, draws) -> (scalar loss, metrics)`.
+    """The part of a step that one optimizer trains: `forward(batch, draws) -> (scalar loss, metrics)`.
 
-    The loop wraps the Phase (DDP, compile, autocast), never the modules inside it. Registered modules are trained (as
-    far as they require gradients) and saved; modules given to `borrow` are used, but neither trained nor saved here.
+    The loop wraps the Phase (DDP, compile, autocast), never the modules inside it. Registered modules are saved, and
+    trained if they require gradients. Modules passed to `borrow` are used, but neither trained nor saved by this phase.
     """
 
     name: str = "train"
     learning_rate: float | None = None
-    """None takes the run's `--learning_rate`."""
+    """Peak learning rate; None uses the run's `--learning_rate`."""
 
     def borrow(self, **modules: nn.Module) -> None:
-        """Make `self.<name>` available without registering it: its owner is another phase, or nobody (frozen)."""
+        """Set `self.<name>` without registering the module, because another phase trains it or it is frozen."""
         for name, module in modules.items():
             object.__setattr__(self, name, module)
 
     def first_step(self, total_steps: int) -> int:
-        """The step (from 0) of a run of `total_steps` from which this phase takes part; a discriminator starts late.
+        """Return the first step (from 0) of this phase in a run of `total_steps`. A discriminator may start late.
 
-        Its learning-rate schedule begins there, and so do the EMA weights of what it alone trains.
+        Its learning-rate schedule begins at this step, and so do the EMA weights of parameters that only it trains.
         """
         return 0
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss is a mean over the micro-batch; metrics are detached scalars."""
+        """Return the loss, as a mean over the micro-batch, and metrics, as detached scalars."""
         raise NotImplementedError
 
 
-def _never_asked_to_stop() -> None:
+def _never_interrupt() -> None:
     pass
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may know of the process that builds it; the defaults are for use outside of a run."""
+    """Information for a stage about the process that builds it; the defaults are for use outside of a run."""
 
     device: torch.device = torch.device("cpu")
-    """Where the loop moves phases and frozen modules to, once the stage is built."""
+    """Device that the loop moves phases and frozen modules to after the stage is built."""
     resuming: bool = False
-    """Whether the run folder has a checkpoint to resume from: initial weights will be replaced."""
+    """Whether the run folder has a checkpoint to resume from, which will replace the initial weights."""
     trains: bool = True
-    """Whether the stage is going to be trained, rather than validated or described."""
-    poll: Callable[[], None] = _never_asked_to_stop
-    """Called by long work (previews, `finish`) between its parts; it raises when the run is asked to stop."""
+    """Whether the stage will be trained, rather than only validated or described."""
+    poll: Callable[[], None] = _never_interrupt
+    """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
 
 
 class Stage(ABC):
-    """What one training script defines; `train_encoder.py` is a short one.
+    """Base class of stages; each training script defines one. `train_encoder.py` is a short example.
 
     Args:
-        context: what the stage may know of the process that trains it.
+        context: information about the process that trains the stage.
     """
 
     name: ClassVar[str]
     card_template: ClassVar[str]
-    """A file in model_cards/."""
+    """Template of the model card, a file in model_cards/."""
 
     phases: Sequence[Phase]
-    """In this order at every step."""
+    """The phases of each step, in their order."""
     ema_of: Mapping[str, nn.Module] = {}
-    """Modules of which an exponential moving average is kept; validation, previews and the pipeline use it."""
+    """Modules with EMA weights, which validation, previews and the pipeline use."""
     frozen: Sequence[nn.Module] = ()
-    """Borrowed modules that nobody trains; the loop moves them to the device."""
+    """Modules that no phase trains; the loop freezes them and moves them to the device."""
     best_metric: str = "val_loss"
-    """The validation metric that `best` and early stopping look at."""
+    """Validation metric that the `best` checkpoint and early stopping depend on."""
     best_is_lower: bool = True
+    """Whether a lower value of `best_metric` is better."""
     trivial_loss: float | None = None
-    """The training loss of a model that has learned nothing, where it is known."""
+    """Training loss of a model that has learned nothing, if it is known."""
 
     def __init__(self, context: StageContext):
         self.context = context
@@ -114,27 +115,27 @@ class Stage(ABC):
         return None
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Summable statistics of one batch (numerators, counts): the loop adds them over batches and processes.
+        """Return statistics of one batch (numerators and counts), which the loop sums over batches and processes.
 
-        `draws` depend on the samples' rows alone, so every validation sees the same noise.
+        `draws` depend only on the rows of the samples, so that every validation has the same noise.
         """
         raise NotImplementedError
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Validation metrics, names starting with `val_`, from the sums of `validation_step`."""
+        """Compute the validation metrics from the sums of `validation_step`; their names start with `val_`."""
         return dict(sums)
 
     def previews(self) -> Previews | None:
-        """Images with captions, from fixed seeds, made by `pipeline()`; None shows nothing."""
+        """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing."""
         return None
 
     def finish(self) -> None:  # noqa: B027 - most stages have nothing to do here
-        """Once, when training is done and before the final pipeline is made; every process calls it."""
+        """Called once on every process, after training and before the final pipeline is built."""
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
-        """The public pipeline over the modules as they are now."""
+        """Return the public pipeline with the current weights of the modules."""
 
     def card_facts(self) -> dict[str, Any]:
-        """What the model card should know beside the run's own record."""
+        """Return values for the model card, in addition to the run's record."""
         return {}

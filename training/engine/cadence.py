@@ -1,4 +1,4 @@
-"""When something falls due: by steps, by epochs, or both."""
+"""When a run logs, validates, previews and saves: every N steps, every N epochs, or both."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ class CadenceConfig(Options):
     """How often a run logs, validates, shows previews and saves."""
 
     logging_steps: int = option(10, on_resume="warn", at_least=1)
-    """Steps between rows of metrics.csv; each epoch's end has one as well."""
+    """Write a row to metrics.csv every N steps, and at the end of each epoch."""
     validation_epochs: int = option(1, on_resume="warn", at_least=0)
-    """Epochs between validations; 0: never by epochs."""
+    """Validate every N epochs; 0 disables it."""
     validation_steps: int = option(0, on_resume="warn", at_least=0)
-    """Steps between validations; 0: never by steps."""
+    """Validate every N steps; 0 disables it."""
     preview_epochs: int = option(1, on_resume="free", at_least=0)
-    """Epochs between previews; 0: never by epochs."""
+    """Save previews every N epochs; 0 disables it."""
     preview_steps: int = option(0, on_resume="free", at_least=0)
-    """Steps between previews; 0: never by steps."""
+    """Save previews every N steps; 0 disables it."""
     checkpointing_epochs: int = option(1, on_resume="free", at_least=0)
-    """Epochs between checkpoints; 0: never by epochs."""
+    """Save a checkpoint every N epochs; 0 disables it."""
     checkpointing_steps: int = option(0, on_resume="free", at_least=0)
-    """Steps between checkpoints; 0: never by steps."""
+    """Save a checkpoint every N steps; 0 disables it."""
 
 
 class Cadence:
-    """What falls due after a step of a run with `steps_per_epoch` steps in an epoch."""
+    """Decides what is due after each step of a run with `steps_per_epoch` steps per epoch."""
 
     def __init__(self, config: CadenceConfig, steps_per_epoch: int):
         self.config, self.steps_per_epoch = config, steps_per_epoch
@@ -62,7 +62,7 @@ class Cadence:
 
 
 def due(step: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> bool:
-    """The one rule of cadence: whether something falls due after `step` steps; 0 switches a count off."""
+    """Return whether an event is due after `step` steps; 0 disables `every_steps` or `every_epochs`."""
     by_steps = every_steps > 0 and step % every_steps == 0
     by_epochs = every_epochs > 0 and step % (every_epochs * steps_per_epoch) == 0
     return step > 0 and (by_steps or by_epochs)

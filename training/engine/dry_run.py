@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would be, without training a step."""
+"""`--dry_run`: describe a run without training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def missing_inputs(config: RunConfig) -> str | None:
-    """What a run would make before anything else, and could not be looked at without; None when all is there."""
+    """Describe the missing inputs, without which the stage cannot be built; None when all inputs exist."""
     missing = {path: command for path, command in config.recipes().items() if not Path(path).exists()}
     if not missing:
         return None
-    lines = [_resolved(config), "inputs that are missing; the run would make them first, and so can you:"]
+    lines = [_resolved(config), "missing inputs; the run makes them first, and these commands make them by hand:"]
     lines += [f"  {path}\n    python {command}" for path, command in missing.items()]
-    return "\n".join([*lines, "parameters, shapes and memory can be told once they are there"])
+    return "\n".join([*lines, "parameter counts, shapes and memory can be estimated once these inputs exist"])
 
 
 def _resolved(config: RunConfig) -> str:
@@ -36,20 +36,23 @@ def _resolved(config: RunConfig) -> str:
 
 
 def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
-    """The resolved config, parameters, tensor shapes per resolution, steps per epoch and a memory estimate."""
+    """Return the resolved config, parameter counts, feature maps per resolution, steps per epoch and memory."""
     data = stage.train_data()
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
     spe = steps_per_epoch(len(data), layout)
     total = config.total_steps(spe)
     lines = [_resolved(config)]
-    lines.append(f"{len(data)} images, {spe} steps an epoch of {layout.global_batch_size} images, {total} steps in all")
-    balanced_strata(data, config)
+    lines.append(
+        f"{len(data)} images, {spe} steps per epoch with a global batch of {layout.global_batch_size} images, "
+        f"{total} steps in total"
+    )
+    balanced_strata(data, config)  # for its checks and its log line
     state_bytes = 0
     activations = 0
     for phase in stage.phases:
         trained = sum(p.numel() for p in phase.parameters() if p.requires_grad)
-        fixed = sum(p.numel() for p in phase.parameters() if not p.requires_grad)
-        lines.append(f"\nphase '{phase.name}': {trained:,} parameters trained, {fixed:,} fixed")
+        frozen = sum(p.numel() for p in phase.parameters() if not p.requires_grad)
+        lines.append(f"\nphase '{phase.name}': {trained:,} trainable parameters, {frozen:,} frozen")
         for name, module in phase.named_children():
             lines.append(
                 f"  {name}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters"
@@ -57,7 +60,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
         shapes, phase_activations = _shapes(stage, phase, data, config, layout)
         lines += shapes
         activations = max(activations, phase_activations)
-        state_bytes += (4 * 4) * trained + 4 * fixed  # weights, gradients, two moments
+        state_bytes += (4 * 4) * trained + 4 * frozen  # weights, gradients, two moments
     for module in stage.frozen:
         size = sum(p.numel() for p in module.parameters())
         lines.append(f"frozen: {type(module).__name__}, {size:,} parameters")
@@ -65,28 +68,28 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     if config.use_ema:
         state_bytes += 4 * sum(p.numel() for m in stage.ema_of.values() for p in m.parameters())
     lines.append(
-        f"\nmemory, about: {state_bytes / 2**20:.0f} MiB for weights, gradients, optimizer and EMA weights, and "
+        f"\nestimated memory: {state_bytes / 2**20:.0f} MiB for weights, gradients, optimizer and EMA weights, and "
         f"{activations * config.train_batch_size / 2**20:.0f} MiB for activations at --train_batch_size "
-        f"{config.train_batch_size} (float32; half of that under bf16 or fp16)"
+        f"{config.train_batch_size} (float32; activations take half as much with bf16 or fp16)"
     )
     return "\n".join(lines)
 
 
 def _shapes(stage: Stage, phase, data, config, layout) -> tuple[list[str], int]:
-    """Lines on the feature maps of one forward pass with one sample, and the bytes of all module outputs."""
+    """Run one forward pass with one sample; return lines about its feature maps, and the bytes of its activations."""
     maps: dict[tuple[int, int], list[int]] = defaultdict(list)
     total = 0
 
-    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
         nonlocal total
         if not isinstance(output, torch.Tensor):
             return
-        if not any(module.children()):
+        if not any(module.children()):  # a container returns the tensor of its last child, which is counted there
             total += output.numel() * output.element_size()
         if output.ndim == 4:
             maps[tuple(output.shape[-2:])].append(output.shape[1])
 
-    hooks = [module.register_forward_hook(note) for module in phase.modules()]
+    hooks = [module.register_forward_hook(record) for module in phase.modules()]
     key = StepSampler(len(data), layout, config.seed).keys(0, 0)[:1]
     try:
         with evaluating([phase], None):

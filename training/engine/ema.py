@@ -1,4 +1,4 @@
-"""EMA weights: the exponential moving average of a model's weights (Polyak averaging), with warm-up."""
+"""EMA weights: an exponential moving average of a model's weights (Polyak averaging), with a warm-up of the decay."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ EMA_FILE = "ema.safetensors"
 
 @dataclass
 class EMAConfig(Options):
-    """The exponential moving average of the weights."""
+    """Options for the exponential moving average (EMA) of the weights."""
 
     use_ema: bool = option(True)
-    """Keep an average of the weights; validation, previews and the exported pipeline use it."""
+    """Keep an exponential moving average (EMA) of the weights; validation, previews and the pipeline use it."""
     ema_decay: float = option(0.999, on_resume="warn", at_least=0, below=1, usual="0.999")
-    """Decay per step, reached after a warm-up of (1 + step) / (10 + step)."""
+    """EMA decay per step. Early steps use the smaller value (1 + step) / (10 + step)."""
     ema_update_every: int = option(1, on_resume="warn", at_least=1)
-    """Steps between updates, each by the decay to that power; larger values save time on small machines."""
+    """Update the EMA weights every N steps, with the decay to the power of N; larger values save time."""
 
 
 class EMA:
-    """Averages of every floating-point parameter and buffer of some modules, in float32 or wider.
+    """EMA of every floating-point parameter and buffer of some modules, in the dtype of each tensor.
 
-    At step t (from 1) the decay is min(decay, (1 + t) / (10 + t)), so that early averages forget the initial weights.
-    With `update_every` = k the average moves every k steps by decay**k: k times cheaper, and for the decays in use
-    indistinguishable.
+    At step t (from 1) the decay is min(decay, (1 + t) / (10 + t)): the smaller decay at the beginning makes the EMA
+    weights forget the initial weights. With `update_every` = k they are updated every k steps with decay**k, which is
+    k times cheaper and makes no visible difference for the usual decays.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float, update_every: int = 1):
@@ -42,7 +42,7 @@ class EMA:
         self._modules = dict(modules)
         self._live = [tensor for _, tensor in self._named_live()]
         self._average = [tensor.detach().clone() for tensor in self._live]
-        # Frozen tensors never move: nothing to average.
+        # Frozen parameters do not change, so they need no average. Buffers may change without a gradient.
         self._moving = [i for i, t in enumerate(self._live) if t.requires_grad or not isinstance(t, nn.Parameter)]
         self.begin_at({})
 
@@ -53,21 +53,22 @@ class EMA:
                     yield f"{prefix}.{name}", tensor
 
     def begin_at(self, first_steps: Mapping[Tensor, int]) -> None:
-        """Let each average begin at the step (from 0) at which its tensor is first trained; all others begin at 0.
+        """Set the step (from 0) at which each tensor is first trained; its EMA begins there. The default is 0.
 
-        The warm-up counts from there, or the initial weights would be a large part of an average that begins late.
+        The warm-up of the decay counts from that step. Counted from step 0, it would already be over, and the EMA
+        weights would consist mostly of the initial weights for a long time.
         """
         self._since: dict[int, list[int]] = {}
         for i in self._moving:
             self._since.setdefault(first_steps.get(self._live[i], 0), []).append(i)
 
     def decay_at(self, step: int) -> float:
-        """The decay of one step; `step` counts from 1, at the average's beginning."""
+        """Return the decay at `step`, which counts from 1 at the first update of a tensor."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the averages towards the live weights after optimizer step `step` (from 1)."""
+        """Update the EMA weights from the live weights after optimizer step `step` (from 1)."""
         if step % self.update_every:
             return
         for first, tensors in self._since.items():
@@ -78,7 +79,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The modules hold the averages inside, and their own weights again after, whatever happens."""
+        """Give the modules their EMA weights inside the block, and restore the live weights after it."""
         self._swap()
         try:
             yield
@@ -87,7 +88,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # Values are exchanged in place: wrappers, optimizers and compiled graphs hold on to the live tensors.
+        # Values are exchanged in place, as wrappers, optimizers and compiled graphs refer to the live tensors.
         for live, average in zip(self._live, self._average, strict=True):
             held = live.detach().clone()
             live.copy_(average)
@@ -101,20 +102,20 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
         if own.keys() != state.keys():
-            raise KeyError(f"EMA weights do not fit: {sorted(own.keys() ^ state.keys())[:5]}")
+            raise KeyError(f"EMA weights of other tensors: {sorted(own.keys() ^ state.keys())[:5]}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
     def save(self, folder: Path) -> None:
-        """Write the averages into a checkpoint's folder."""
+        """Write the EMA weights into a checkpoint's folder."""
         save_tensors(self.state_dict(), folder / EMA_FILE)
 
     def load(self, folder: Path) -> None:
-        """Take the averages from a checkpoint's folder."""
+        """Load the EMA weights from a checkpoint's folder."""
         self.load_state_dict(load_tensors(folder / EMA_FILE))
 
     def load_live(self, folder: Path) -> None:
-        """Give the modules themselves the averages in a checkpoint's folder."""
+        """Load the EMA weights from a checkpoint's folder into the modules themselves."""
         tensors = load_tensors(folder / EMA_FILE)
         for name, module in self._modules.items():
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

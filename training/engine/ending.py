@@ -1,4 +1,4 @@
-"""How a session ends: the run is complete, was complete already, or was asked to stop."""
+"""The end of a session: the run is complete, was already complete, or was interrupted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ logger = logging.getLogger("halftone")
 
 
 def is_complete(training: Training, folder: RunFolder) -> bool:
-    """Whether a restored run has nothing left to do, export included; main process only."""
+    """Return whether a restored run is trained and exported; called on the main process only."""
     state = training.state
     return state.is_over and not state.pending_events and folder.is_exported(state.step)
 
 
-def say_complete(training: Training, folder: RunFolder) -> None:
-    """Tell how to extend a run that is complete."""
+def log_complete(training: Training, folder: RunFolder) -> None:
+    """Log that the run is complete, and how to extend it."""
     state = training.state
-    how = "stopped early, its validation did not improve any more" if state.stopped_early else "complete"
+    how = "complete (stopped early: validation no longer improved)" if state.stopped_early else "complete"
     logger.info(
         "the run in %s is %s: %d steps, %d images. The pipeline is in %s. "
-        "To train on: --extra_epochs N, or a larger --num_train_epochs; to start again: --overwrite",
+        "To train further, add --extra_epochs N or a larger --num_train_epochs; to start again, add --overwrite",
         folder.path,
         how,
         state.step,
@@ -43,17 +43,17 @@ def say_complete(training: Training, folder: RunFolder) -> None:
 def finish(
     training: Training, folder: RunFolder, exporter: Exporter, reporter: Reporter, accelerator: Accelerator
 ) -> bool:
-    """Export the pipeline of a run that is over; every process calls it.
+    """Export the pipeline of a trained run; every process calls it.
 
     Returns:
-        False when the process was asked to stop in between: then the same command finishes the run.
+        False when the export was interrupted; the same command, run again, finishes it.
     """
     try:
         with interrupted_together(accelerator), evaluating(training.modules, training.ema):
             if training.state.stopped_early:
                 training.load_best(folder.checkpoints / "best")
             training.stage.finish()
-            # No barrier here: a process that is asked to stop leaves by an exception, which all then learn of.
+            # No barrier here: an interrupted process would never reach it. `interrupted_together` is the barrier.
             if accelerator.is_main_process:
                 exporter.write(training.record())
     except Interrupted:
@@ -68,7 +68,7 @@ def finish(
 def leave(
     training: Training, exporter: Exporter, reporter: Reporter, accelerator: Accelerator, stop: StopSignal
 ) -> int:
-    """After a stop, when everything is saved: say how to resume; returns the exit status, the same on every process."""
+    """Log how to resume an interrupted run that is saved; return the exit status, the same on every process."""
     if accelerator.is_main_process:
         state = training.state
         logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)

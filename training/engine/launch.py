@@ -1,4 +1,4 @@
-"""Processes, devices, threads and precision: what must be settled before a model is built."""
+"""Processes, devices, threads and precision, which are set up before a model is built."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ T = TypeVar("T")
 # Previews and exports keep one process busy while the others wait for it.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
-
-# Of mallopt(3): what may stay at the heap's end, and from what size a block is the system's own, never kept.
+# Parameters of mallopt(3): the free memory above which the heap is trimmed, and the size from which a block is mapped
+# separately and returned to the system when it is freed.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES, LARGEST_KEPT_BLOCK = 2_000_000_000, 1_000_000_000
 
 
 @dataclass
 class LaunchConfig(Options):
-    """Precision and threads of each process; the Accelerate config says the rest."""
+    """Precision and threads of each process; everything else comes from the Accelerate config."""
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
-    """Unset: what the Accelerate config says. auto: bf16 where the device has its arithmetic, else no."""
+    """no, fp16, bf16 or auto (bf16 if the device computes in it, else no). Default: the Accelerate config's value."""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
-    """Threads on a CPU; 0 shares the machine's cores among its processes."""
+    """Number of CPU threads per process; 0 divides the machine's cores among its processes."""
 
 
 def start_accelerator(config: LaunchConfig) -> Accelerator:
-    """The Accelerator of this run, on the device and topology that the launcher gave.
+    """Create the Accelerator of this run, for the device and the processes that the launcher chose.
 
     Raises:
-        UserError: fp16 on a CPU, or a launcher that was asked for several processes and started one.
+        UserError: fp16 on a CPU, or a launcher that started another number of processes than requested.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -57,16 +57,16 @@ def start_accelerator(config: LaunchConfig) -> Accelerator:
         precision = "bf16" if computes_in_bf16() else "no"
     if precision == "fp16" and not has_accelerator_device():
         raise UserError(
-            "--mixed_precision fp16 needs a GPU, and this run is on a CPU; take bf16 or no "
+            "--mixed_precision fp16 needs a GPU, and this run is on a CPU; use bf16 or no "
             "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
         )
     accelerator = Accelerator(
-        # Without being told so, Accelerate starts one process per rank, each on its own, under torchrun on CPUs.
+        # Without cpu=True, Accelerate ignores torchrun on CPUs: each rank would train alone.
         cpu=not has_accelerator_device(),
         mixed_precision=precision,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
-            # Buffers are not broadcast: nothing here keeps running statistics that could differ between ranks.
+            # Buffers need no broadcast, as no model keeps running statistics that could differ between ranks.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -74,15 +74,15 @@ def start_accelerator(config: LaunchConfig) -> Accelerator:
     if accelerator.device.type == "cpu":
         torch.set_num_threads(config.cpu_threads or threads_per_process())
         keep_freed_memory()
-        # For the captions of one batch its threads gain nothing, and they take turns with those that multiply.
+        # The tokenizer's threads gain nothing for the captions of one batch, and compete with torch's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return accelerator
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its result, or its UserError, reaches every process.
+    """Run `action` on the main process; return its result, or raise its UserError, on every process.
 
-    Other exceptions end the main process, and the launcher the rest.
+    Any other exception ends the main process, and the launcher then ends the others.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -100,10 +100,10 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def threads_per_process() -> int:
-    """This machine's usable cores shared out among its processes, unless the user's OMP_NUM_THREADS says otherwise.
+    """Return the number of usable cores divided by the processes on this machine, or the user's OMP_NUM_THREADS.
 
-    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, half the speed of a two-core machine: under a launcher
-    a 1 is taken for theirs.
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1, which halves the speed of a two-core machine. A value
+    of 1 is therefore ignored under a launcher.
     """
     chosen = _as_int(os.environ.get("OMP_NUM_THREADS"))
     if chosen and not (chosen == 1 and launcher_command()):
@@ -113,10 +113,11 @@ def threads_per_process() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell the C library's allocator to keep what is freed, where it is GNU's and the user has not told it otherwise.
+    """Make glibc's allocator keep freed memory instead of returning it to the system, unless the user configured it.
 
-    A step asks for the memory that the one before gave back. Handed to the system in between, it comes back page by
-    page and zeroed: 25,000 page faults a step for the quickstart's U-Net, a tenth of its time.
+    Each step allocates the memory that the previous step freed. If it was returned to the system in between, it has to
+    be mapped again page by page, and filled with zeros. This costs 25,000 page faults per step for the quickstart's
+    U-Net, a tenth of its time.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -127,7 +128,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory this process has had: on a GPU what torch allocated there, else resident; None if unknown."""
+    """Return the peak memory in MiB: allocated by torch on a GPU, otherwise resident; None if it is unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     with contextlib.suppress(ImportError):  # Windows
@@ -138,19 +139,23 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return None
 
 
-def _check_world_size(came: int) -> None:
-    """`accelerate launch --cpu --num_processes 2` and MULTI_CPU configs silently start one process."""
-    for asked in (_asked_processes(launcher_command()), _as_int(os.environ.get("WORLD_SIZE"))):
-        if asked is not None and asked != came:
+def _check_world_size(started: int) -> None:
+    """Raise UserError unless the launcher started as many processes as requested.
+
+    `accelerate launch --cpu --num_processes 2` and MULTI_CPU configs start a single process without a warning.
+    """
+    for requested in (_requested_processes(launcher_command()), _as_int(os.environ.get("WORLD_SIZE"))):
+        if requested is not None and requested != started:
             raise UserError(
-                f"the launcher was asked for {asked} processes and started {came}; "
-                f"on CPUs use: torchrun --nproc-per-node {asked} training/train_X.py …"
+                f"the launcher was asked for {requested} processes and started {started}; "
+                f"on CPUs use: torchrun --nproc-per-node {requested} training/train_X.py …"
             )
 
 
-def _asked_processes(command: list[str]) -> int | None:
+def _requested_processes(command: list[str]) -> int | None:
+    """Return the number of processes in an `accelerate launch` command or its config file; None if unknown."""
     if not any("accelerate" in word for word in command[:6]):
-        return None  # torchrun starts what it is asked for
+        return None  # torchrun always starts the requested number
     for position, word in enumerate(command):
         if word.startswith(("--num_processes=", "--num-processes=")):
             return _as_int(word.split("=", 1)[1])

@@ -1,4 +1,4 @@
-"""How long a run is."""
+"""The length of a run, in epochs or steps."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from training.run.state import RunState
 
 @dataclass
 class LengthConfig(Options):
-    """How long a run trains: one of three ways to say it."""
+    """Three ways to set the length of a run."""
 
     num_train_epochs: int = option(10, on_resume="free", at_least=0)
-    """Number of epochs in total, counted from the very beginning of the run."""
+    """Total number of epochs, counted from the first start of the run."""
     extra_epochs: int = option(0, on_resume="free", at_least=0)
-    """Train this many epochs more from where the run stands, instead of a total."""
+    """Train N more epochs after a complete run; overrides --num_train_epochs and --max_train_steps; 0 disables it."""
     max_train_steps: int = option(0, on_resume="free", at_least=0)
-    """Number of steps in total; 0 counts epochs."""
+    """Total number of optimizer steps; overrides --num_train_epochs; 0 disables it."""
     max_train_minutes: float = option(0.0, on_resume="free", at_least=0)
-    """Train fewer steps where that is needed to finish within this many minutes on this machine; 0 sets no limit."""
+    """Train fewer steps if needed to finish within this many minutes on this machine; 0 disables the limit."""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if not (self.num_train_epochs or self.max_train_steps or self.extra_epochs):
-            raise UserError("nothing to train: give --num_train_epochs, --max_train_steps or --extra_epochs")
+            raise UserError(
+                "--num_train_epochs, --max_train_steps and --extra_epochs are all 0: nothing to train; set one of them"
+            )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """The total that `max_train_steps` or `num_train_epochs` asks for."""
+        """Return the total number of steps according to `max_train_steps` or `num_train_epochs`."""
         return self.max_train_steps or self.num_train_epochs * steps_per_epoch
 
 
 def goal_steps(config: LengthConfig, state: RunState, steps_per_epoch: int, exported: bool) -> int:
-    """The number of steps that the run has when it is complete.
+    """Return the number of steps at which the run is complete.
 
-    `--extra_epochs` counts from where a finished session ended. A session that was interrupted, even between its last
-    step and the export, keeps its goal, so that the same command typed again finishes it instead of setting a new one.
+    `--extra_epochs` counts from the last step of a complete run. An interrupted session keeps its goal, even if the
+    interruption came between its last step and the export: the same command, run again, finishes the session instead
+    of adding further epochs.
 
     Args:
-        exported: whether the run's pipeline is the one of `state.step`.
+        exported: whether the exported pipeline is that of `state.step`.
     """
     if config.extra_epochs:
         finished = exported and (state.stopped_early or state.step >= state.goal_steps)

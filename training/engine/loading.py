@@ -1,4 +1,4 @@
-"""The micro-batches of a run, in the order in which the sampler deals them out."""
+"""The micro-batches of a run, in the sampler's order."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from training.engine.signals import ignore_interrupts
 
 
 class MicroBatches:
-    """This process's share of every step's samples.
+    """The samples of each step that this process trains on.
 
     Args:
-        strata: for weighted draws; None takes each row once an epoch.
-        num_workers: processes that read ahead; 0 reads in this one.
+        strata: classes and their shares for weighted draws; with None each row is drawn once per epoch.
+        num_workers: number of loader processes; 0 loads in this process.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MicroBatches:
         self.num_workers, self.device = num_workers, device
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step in `start <= step < stop`, on the device."""
+        """Yield the micro-batches of each step in `start <= step < stop`, on the device."""
         loader = DataLoader(
             self.data,  # type: ignore[arg-type]
             batch_sampler=self._sampler(start, stop),  # type: ignore[arg-type]
@@ -51,12 +51,12 @@ class MicroBatches:
             yield [to_device(next(batches), self.device) for _ in range(self.layout.gradient_accumulation_steps)]
 
     def first(self) -> tuple[Batch, Draws]:
-        """The first micro-batch of the run, with its draws."""
+        """Return the first micro-batch of the run and its random draws."""
         batch = fetch(self.data, self._sampler(0, 1).keys(0, 0))
         return to_device(batch, self.device), Draws(self.seed, 0, self.layout.positions(0), self.device)
 
     def rows(self, step: int, micro_batches: list[int]) -> list[int]:
-        """The dataset's rows in some of the step's micro-batches."""
+        """Return the indices of the dataset rows in the given micro-batches of a step."""
         sampler = self._sampler(0, 1)
         return [key.index for micro_batch in micro_batches for key in sampler.keys(step, micro_batch)]
 

@@ -1,7 +1,7 @@
-"""The loop that all stages share: the order of a step, and of what falls due after it.
+"""The training loop of all stages: the order of a step, and of the events after it.
 
-A step is one optimizer step of every phase that has begun, on the same micro-batches. The loop knows nothing about any
-model; what it needs is built before it (`training.py`) and restored (`restoring.py`).
+A step is one optimizer step of every phase that has begun, on the same micro-batches. The loop does not depend on any
+model: everything it uses is built in `training.py` and restored in `restoring.py` before the loop starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_ROWS_NAMED = 64
 
 
 class Loop:
-    """Trains from where the run stands to its goal, to an early stop, or until the process is asked to stop."""
+    """Trains from the restored step until the goal is reached, the run stops early, or it is interrupted."""
 
     def __init__(
         self,
@@ -52,11 +52,12 @@ class Loop:
         self.stop_agreed = False
 
     def run(self) -> None:
-        """Returns when the run is over, or when all processes have agreed to stop (`stop_agreed`)."""
+        """Train until the run is over, or until all processes have agreed to stop (`stop_agreed`)."""
         state, training = self.state, self.training
         for runner in training.runners:
             runner.settle_buckets(*training.batches.first())
         if training.ema is not None:
+            # In reverse: for a parameter of several phases the first of these phases counts.
             begins = zip(reversed(training.runners), reversed(self.schedules), strict=True)
             training.ema.begin_at({p: schedule.first_step for runner, schedule in begins for p in runner.parameters})
         if state.pending_events:
@@ -68,14 +69,14 @@ class Loop:
                 self.events()
 
     def step(self, batches: list[Batch]) -> None:
-        """One optimizer step of every phase that has begun; `batches`: this process's micro-batches."""
+        """Make one optimizer step of every phase that has begun. `batches` are this process's micro-batches."""
         state, skipped = self.state, False
         values: dict[str, float] = {}
         for runner, schedule in zip(self.training.runners, self.schedules, strict=True):
             if not schedule.has_begun(state.step):
                 continue
-            stop_asked = self.stop.requested is not None
-            outcome = runner.step(state.step, batches, schedule.learning_rate_at(state.step), stop_asked)
+            stop_requested = self.stop.requested is not None
+            outcome = runner.step(state.step, batches, schedule.learning_rate_at(state.step), stop_requested)
             self.stop_agreed |= outcome.stop
             values |= outcome.values
             if not outcome.finite:
@@ -91,7 +92,11 @@ class Loop:
             self._give_up()
 
     def events(self) -> None:
-        """What falls due after the step just done, in this order. A stop leaves all of it for the next session."""
+        """Validate, preview, log and save, in this order, whatever is due after the last step.
+
+        If the run is interrupted here, the checkpoint notes that these events are pending, and the next session begins
+        with them.
+        """
         state, last = self.state, self.state.step >= self.state.goal_steps
         try:
             if self.stop_agreed:
@@ -112,7 +117,7 @@ class Loop:
         self.reporter.restart_clock()
 
     def validate(self) -> dict[str, float]:
-        """Metrics of the EMA weights on the validation data. Raises Interrupted on every process."""
+        """Compute the validation metrics with the EMA weights. Raises Interrupted on every process."""
         with evaluating(self.training.modules, self.training.ema):
             metrics = validate(
                 self.stage,
@@ -126,7 +131,7 @@ class Loop:
         return metrics
 
     def show_previews(self) -> None:
-        """Draw and save the previews, on the main process. Raises Interrupted on every process."""
+        """Generate and save the previews on the main process. Raises Interrupted on every process."""
         with interrupted_together(self.accelerator):
             if self.accelerator.is_main_process:
                 with evaluating(self.training.modules, self.training.ema):
@@ -135,7 +140,7 @@ class Loop:
                     self.reporter.keep_previews(previews)
 
     def _judge(self, validated: dict[str, float]) -> bool:
-        """Whether the validation metric is the best so far; without improvement for too long, the run stops early."""
+        """Return whether the validation metric is the best so far; stop the run early if patience is exhausted."""
         if self.stage.best_metric not in validated:
             return False
         value = validated[self.stage.best_metric]
@@ -148,7 +153,7 @@ class Loop:
         everywhere = sorted({row for share in gather(self.accelerator, rows) for row in share})
         shown = ", ".join(map(str, everywhere[:MOST_ROWS_NAMED])) + (" …" if len(everywhere) > MOST_ROWS_NAMED else "")
         logger.warning(
-            "step %d: the loss or gradient of '%s' is not finite; the update is skipped. Rows of its batch: %s",
+            "step %d: the loss or gradient of '%s' is not finite; the update is skipped. Rows of the batch: %s",
             self.state.step + 1,
             runner.phase.name,
             shown,
@@ -156,7 +161,7 @@ class Loop:
 
     def _give_up(self) -> None:
         raise UserError(
-            f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (the last at step "
-            f"{self.state.step}); the last good checkpoint is untouched in {self.writer.folder.checkpoints}. Lower "
-            "--learning_rate, use --mixed_precision bf16 or no, or look at the rows named above"
+            f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
+            f"{self.state.step}; the last good checkpoint in {self.writer.folder.checkpoints} is unchanged. Lower "
+            "--learning_rate, use --mixed_precision bf16 or no, or check the dataset rows named above"
         )

@@ -1,4 +1,4 @@
-"""Optimizers as configured, their clipped step, and their state as flat tensors for safetensors."""
+"""Optimizers: building them, a step with gradient clipping, and their state as flat tensors for safetensors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
 
 @dataclass
 class OptimizerConfig(Options):
-    """The optimizer of every phase."""
+    """Options for the optimizers; every phase has its own."""
 
     learning_rate: float = option(1e-4, on_resume="warn", above=0, usual="1e-4")
-    """The highest learning rate of the schedule."""
+    """Peak learning rate."""
     optimizer: str = option("adamw", choices=OPTIMIZERS)
-    """adamw (fused), adamw_8bit (bitsandbytes), adam or sgd."""
+    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adam or sgd."""
     adam_beta1: float = option(0.9, on_resume="warn", at_least=0, below=1)
-    """Decay of the first moment."""
+    """Adam's beta1, the decay rate of the first moment."""
     adam_beta2: float = option(0.999, on_resume="warn", at_least=0, below=1)
-    """Decay of the second moment."""
+    """Adam's beta2, the decay rate of the second moment."""
     adam_epsilon: float = option(1e-8, on_resume="warn", at_least=0)
-    """Added to the square root of the second moment."""
+    """Adam's epsilon, added to the denominator for numerical stability."""
     weight_decay: float = option(0.01, on_resume="warn", at_least=0)
-    """Decoupled weight decay."""
+    """Weight decay of adamw, adamw_8bit and sgd."""
     max_grad_norm: float = option(1.0, on_resume="warn", at_least=0)
-    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    """Maximum gradient norm for gradient clipping; 0 disables it."""
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], learning_rate: float):
-    """The optimizer of one phase. Raises UserError when bitsandbytes is asked for and not installed."""
+    """Build the optimizer of one phase. Raises UserError when it needs bitsandbytes, which is not installed."""
     parameters = list(parameters)
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adamw_8bit":
@@ -70,16 +70,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clipped_step(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """`optimizer.step()` on gradients whose global `norm` is scaled down to `max_norm`.
+    """Scale the gradients, whose global norm is `norm`, down to `max_norm`, and call `optimizer.step()`.
 
     Args:
-        optimizer: as Accelerate wraps it.
+        optimizer: an optimizer wrapped by Accelerate.
     """
     inner = optimizer.optimizer
     fused = getattr(inner, "_step_supports_amp_scaling", False) and norm.dtype == torch.float32
     if fused and optimizer.scaler is None:
-        # Fused kernels divide as they read, which spares a pass over all gradients: what a GradScaler asks of them.
-        inner.grad_scale = (norm + 1e-6) / max_norm  # as clip_grads_with_norm_ has it
+        # Fused kernels divide by grad_scale (meant for a GradScaler) as they read: no extra pass over all gradients.
+        inner.grad_scale = (norm + 1e-6) / max_norm  # the 1e-6 as in clip_grads_with_norm_
         try:
             optimizer.step()
         finally:
@@ -90,7 +90,10 @@ def clipped_step(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor, m
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and a JSON-able rest; bitsandbytes nests quantized states one deeper."""
+    """Return an optimizer's state as named tensors, and the rest as JSON values; the inverse is `unflatten_optimizer`.
+
+    Names are paths such as `0/exp_avg`; they are longer for bitsandbytes, which nests its quantized states.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -100,7 +103,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
             if isinstance(value, Mapping):
                 put(f"{prefix}{name}/", value)
             elif isinstance(value, Tensor):
-                # bitsandbytes shares its quantization maps between parameters; safetensors refuses shared memory.
+                # bitsandbytes shares its quantization maps between parameters; safetensors does not save shared memory.
                 tensors[f"{prefix}{name}"] = value.detach().clone().contiguous()
             else:
                 scalars[f"{prefix}{name}"] = value
@@ -110,7 +113,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Load what `flatten_optimizer` gave. Raises ValueError when it was of another model or optimizer."""
+    """Load the results of `flatten_optimizer`. Raises ValueError when they are of another model or optimizer."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["scalars"].items()]:
         index, *path, name = key.split("/")

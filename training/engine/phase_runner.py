@@ -1,4 +1,4 @@
-"""One phase with what the loop wraps around it: device, DDP, autocast, compile, optimizer."""
+"""Runs one phase: device, DDP, autocast, compilation, gradient accumulation and optimizer."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepOutcome:
-    """What one phase's step gave, the same on every process."""
+    """Result of one phase's step; the same on every process, except for `bad_micro_batches`."""
 
     values: dict[str, float]
     finite: bool
     bad_micro_batches: list[int]
-    """Micro-batches of this process whose loss was not finite; all of them when only the gradient was."""
+    """Micro-batches of this process whose loss is not finite; all of them if only the gradient is not finite."""
     stop: bool
+    """Whether any process was asked to stop."""
 
 
 @dataclass
 class PhaseConfig(OptimizerConfig):
-    """How each phase is run and optimized."""
+    """Options for running and optimizing each phase."""
 
     compile: bool = option(False, on_resume="warn")
-    """torch.compile each phase."""
+    """Compile each phase with torch.compile."""
     gradient_checkpointing: bool = option(False, on_resume="warn")
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory and takes more time."""
 
 
 class PhaseRunner:
     """Forward, backward, checks, clipping and optimizer step of one phase.
 
     Args:
-        prefix: put before the names of the phase's metrics; empty for the first phase.
+        prefix: prefix of the names of the phase's metrics; empty for the first phase.
     """
 
     def __init__(
@@ -77,19 +78,20 @@ class PhaseRunner:
         self.parameters = [p for p in phase.parameters() if p.requires_grad]
         optimizer = optimizers.build_optimizer(config, self.parameters, self.learning_rate)
         if config.compile:
-            phase.compile()  # in place: no wrapper, so no `_orig_mod.` in any saved name
-        # Accelerate replaces `forward` by one under autocast; the phase itself stays what is saved.
+            phase.compile()  # in place, without a wrapper, so that saved names have no `_orig_mod.`
+        # Accelerate replaces the phase's `forward` by one with autocast; the phase itself is still what is saved.
         with warnings.catch_warnings():
-            # Newer versions of torch have another name for `broadcast_buffers`.
+            # Newer versions of torch rename `broadcast_buffers`, and warn.
             warnings.simplefilter("ignore", category=FutureWarning)
             self.wrapped = accelerator.prepare_model(phase)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     def settle_buckets(self, batch: Batch, draws: Draws) -> None:
-        """Two backward passes whose gradients are thrown away, under DDP only.
+        """Run two backward passes and discard their gradients; under DDP with several processes only.
 
-        DDP reorders its gradient buckets after the first backward pass, and with them the order of sums; a resumed
-        run would do so at another step than an uninterrupted one (seen from three processes on).
+        DDP rearranges its gradient buckets after the first backward pass, which changes the order of summation. A
+        resumed run would do this at another step than an uninterrupted one, and their results would differ in the last
+        bits (seen with three or more processes).
         """
         if self.wrapped is self.phase or self.accelerator.num_processes == 1:
             return
@@ -99,22 +101,22 @@ class PhaseRunner:
         self.optimizer.zero_grad()
 
     def step(self, step: int, batches: Sequence[Batch], learning_rate: float, stop: bool) -> StepOutcome:
-        """One optimizer step, unless a loss or gradient is not finite on any process: then nothing changes.
+        """Make one optimizer step; if a loss or gradient is not finite on any process, change nothing.
 
         Args:
-            step: the number of the step (from 0) in the run.
-            batches: one for each micro-batch of this process.
-            stop: whether this process was asked to stop; the outcome says whether any process was.
+            step: number of the step (from 0) in the run.
+            batches: the micro-batches of this process.
+            stop: whether this process was asked to stop; `StepOutcome.stop` tells whether any process was.
         """
-        # Before, not after: another phase's backward pass may have left gradients in these parameters.
+        # Before the step, not after it: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
         losses, metrics = self._accumulate(step, batches)
         gradient_norm = self._gradient_norm()
-        names, row, stop_asked = self._reduce(losses, metrics, gradient_norm, stop)
+        names, row, stop_requested = self._reduce(losses, metrics, gradient_norm, stop)
         values = dict(zip(names, row, strict=True))
         loss, norm = values[f"{self.prefix}loss"], values[f"{self.prefix}grad_norm"]
         scaler = self.accelerator.scaler
-        # An fp16 overflow shows in the gradient alone; the scaler then skips the step and lowers its scale.
+        # An fp16 overflow affects the gradient only; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
         if finite:
             optimizers.set_learning_rate(self.optimizer, learning_rate)
@@ -127,14 +129,14 @@ class PhaseRunner:
         if self.accelerator.scaler is not None:
             values[f"{self.prefix}grad_scale"] = self.accelerator.scaler.get_scale()
         bad = [m for m, value in enumerate(losses) if not torch.isfinite(value)] if not finite else []
-        return StepOutcome(values, finite, bad or list(range(len(losses))), stop_asked)
+        return StepOutcome(values, finite, bad or list(range(len(losses))), stop_requested)
 
     def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         losses: list[Tensor] = []
         metrics: dict[str, Tensor] = {}
         for micro_batch, batch in enumerate(batches):
             positions = self.layout.positions(micro_batch)
-            # Dropout inside models uses the global generator, which data loaders and previews move.
+            # Dropout in models uses the global generator, whose state data loaders and previews change.
             torch.manual_seed(mix(self.seed, "model", step, positions[0], self.phase.name))
             draws = self._draws_class(self.seed, step, positions, self.accelerator.device)
             last = micro_batch == len(batches) - 1
@@ -147,7 +149,7 @@ class PhaseRunner:
         return losses, metrics
 
     def _gradient_norm(self) -> Tensor:
-        """The global norm of the gradients, unscaled."""
+        """Return the global norm of the gradients, without the scale of fp16."""
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -156,15 +158,18 @@ class PhaseRunner:
     def _reduce(
         self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, stop: bool
     ) -> tuple[list[str], list[float], bool]:
-        """Means over processes in one exchange: NaN on any process is NaN on all, and so is the wish to stop."""
+        """Average metric values over the processes, and tell whether any of them was asked to stop.
+
+        One exchange serves for both. A value that is NaN on any process is NaN on all of them.
+        """
         loss = torch.stack(losses).mean()
         names = [f"{self.prefix}loss", *(self.prefix + n for n in metrics), f"{self.prefix}grad_norm"]
         row = torch.stack([v.float().reshape(()) for v in (loss, *metrics.values(), gradient_norm)])
         if self.accelerator.num_processes == 1:
             return names, row.tolist(), stop
         row = torch.cat([row, row.new_tensor([float(stop)])])
-        *numbers, asked = self.accelerator.reduce(row, reduction="mean").tolist()
-        return names, numbers, asked > 0
+        *means, share_stopping = self.accelerator.reduce(row, reduction="mean").tolist()
+        return names, means, share_stopping > 0
 
     def save(self, folder: Path) -> None:
         checkpoint.save_tensors(self.phase.state_dict(), folder / f"phase_{self.phase.name}.safetensors")
@@ -173,7 +178,7 @@ class PhaseRunner:
         checkpoint.save_json(rest, folder / f"optimizer_{self.phase.name}.json")
 
     def load_weights(self, folder: Path) -> None:
-        """The phase's weights in a checkpoint, without its optimizer."""
+        """Load the phase's weights from a checkpoint, without its optimizer."""
         self.phase.load_state_dict(checkpoint.load_tensors(folder / f"phase_{self.phase.name}.safetensors"))
 
     def load(self, folder: Path) -> None:
@@ -185,15 +190,15 @@ class PhaseRunner:
         )
 
     def checkpoint_bytes(self) -> int:
-        """Size of the phase in a checkpoint: its weights, and two moments for each that is trained."""
+        """Return the size of the phase in a checkpoint: its weights, and two moments for each trained weight."""
         weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
         return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
 
 
 def draws_outside_graphs() -> type[Draws]:
-    """Draws for compiled phases: seeded CPU generators are something that torch.compile cannot trace.
+    """Return a class of `Draws` for compiled phases, as torch.compile cannot trace seeded CPU generators.
 
-    A function, since the front end of torch.compile takes three seconds to import.
+    The class is made on demand because importing the front end of torch.compile takes three seconds.
     """
     untraced = {name: torch.compiler.disable(getattr(Draws, name)) for name in ("normal", "uniform")}
     return type("DrawsOutsideGraphs", (Draws,), untraced)
@@ -201,7 +206,8 @@ def draws_outside_graphs() -> type[Draws]:
 
 def _enable_gradient_checkpointing(phase: Phase) -> None:
     for module in phase.modules():
-        # Diffusers' method and Transformers', which checks that the model has it.
+        # Diffusers' models have the first method and Transformers' the second. Diffusers' raises an error in models
+        # that do not support it, hence the check.
         if hasattr(module, "enable_gradient_checkpointing") and getattr(
             module, "_supports_gradient_checkpointing", False
         ):

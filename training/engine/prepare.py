@@ -1,7 +1,7 @@
-"""Inputs that are missing and that a config knows how to make: posters, tokenizer, autoencoder, latents.
+"""Making the missing inputs of a run: posters, tokenizer, autoencoder, latents.
 
-A YAML file may say, under `prepare`, which path each of the project's scripts makes; what is there already is left
-alone. Called on the main process only.
+The `prepare` key of a YAML file maps each path to the script of this project that makes it. Paths that exist are left
+unchanged. These functions are called on the main process only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.engine.signals import REQUEUE_STATUS, Interrupted
 logger = logging.getLogger("halftone")
 
 _OWN_FOLDERS = ("data_scripts", "training")
-# What a launcher sets for its own processes would make a script started from one wait for ranks that never come.
+# Variables of a launcher are not passed on to a script: it would wait for other ranks, which are never started.
 _LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -39,24 +39,24 @@ _LAUNCHER_VARIABLES = (
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_IMAGES = (
-    f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
-    "runs/my_autoencoder, then see 'Your own pictures' in README.md"
+    f"To train on your own images: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
+    "runs/my_autoencoder, then see README.md"
 )
 
 
 @dataclass
 class PrepareConfig(Options):
-    """Inputs that are made before training where they are missing."""
+    """Inputs that are made before training if they are missing."""
 
     prepare: dict[str, str] = option({}, on_resume="free")
-    """Inputs that may be missing: path → the script (and its flags) that makes it; for YAML files"""
+    """Inputs to make if they are missing: path → script and flags that make it. Meant for YAML files."""
 
     def recipes(self) -> dict[str, str]:
-        """The entries of `prepare` that are needed: those for a path that the config names, or another such entry."""
+        """Return the entries of `prepare` whose path is used in the config or in another such entry."""
         settings = self.to_dict()
         named = set(_strings({name: value for name, value in settings.items() if name != "prepare"}))
         needed: dict[str, str] = {}
-        for path, command in reversed(self.prepare.items()):  # what is made from others comes after them
+        for path, command in reversed(self.prepare.items()):  # an entry comes after the entries that it uses
             if any(path == name or path.startswith(f"{name}/") for name in named):
                 needed[path] = command
                 named |= set(command.split())
@@ -64,32 +64,32 @@ class PrepareConfig(Options):
 
 
 def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> None:
-    """Run, in order, the command of each path that does not exist.
+    """Run the command of each path that does not exist, in order.
 
     Args:
-        recipes: path → command line, a script of data_scripts/ or training/ and its flags.
-        stop_requested: the signal that asked this process to stop, if any; it is passed on to the command.
+        recipes: path → command line, consisting of a script in data_scripts/ or training/ and its flags.
+        stop_requested: returns the signal that asked this process to stop, or None; it is passed on to the command.
 
     Raises:
-        UserError: a command that is none of ours, fails, or does not make its path.
-        Interrupted: a stop was asked for.
+        UserError: a command does not run a script of this project, fails, or does not make its path.
+        Interrupted: this process or a command was asked to stop.
     """
     missing = {path: command for path, command in recipes.items() if not Path(path).exists()}
     if missing and len(sys.argv) == 1:
-        logger.info("no arguments: this is the quickstart. %s", OWN_IMAGES)
+        logger.info("no arguments given: running the quickstart. %s", OWN_IMAGES)
     for number, (path, command) in enumerate(missing.items(), 1):
         logger.info("%s is missing; making it (%d of %d): %s", path, number, len(missing), typed(command))
         status = run_script(_checked(command), stop_requested)
         if stop_requested() or status in (130, REQUEUE_STATUS):
             raise Interrupted
         if status == USER_ERROR_STATUS:
-            raise UserError(f"{path} could not be made, for the reason given above")
+            raise UserError(f"{path} could not be made; see the error above")
         if status != 0 or not Path(path).exists():
-            raise UserError(f"{path} was not made (exit status {status}); run it by itself: {typed(command)}")
+            raise UserError(f"{path} was not made (exit status {status}); run its command alone: {typed(command)}")
 
 
 def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> bool:
-    """`make_missing`, and whether a stop came between."""
+    """Run `make_missing`; return whether it was interrupted."""
     try:
         make_missing(recipes, stop_requested)
     except Interrupted:
@@ -100,36 +100,39 @@ def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callabl
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
     path = (CODE / script).resolve()
-    # A shared YAML file may start the project's own scripts and nothing else.
+    # A YAML file may come from another person, so it can only run this project's own scripts.
     if path.parent not in [CODE / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
-        raise UserError(f"`prepare` may run the project's own scripts, and '{script}' is none")
+        raise UserError(
+            f"`prepare` runs '{script}', which is not one of this project's own scripts; "
+            f"name one in {' or '.join(f'{folder}/' for folder in _OWN_FOLDERS)}"
+        )
     return [sys.executable, str(path), *arguments]
 
 
 def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> int:
-    """Run a command of its own, outside any launcher, and pass a request to stop on to it; returns its exit status."""
+    """Run a command outside any launcher, pass a request to stop on to it, and return its exit status."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
     }
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
-        environment.pop("OMP_NUM_THREADS", None)  # the launcher's 1, not the user's choice
+        environment.pop("OMP_NUM_THREADS", None)  # set to 1 by the launcher, not chosen by the user
     process = subprocess.Popen(command, env=environment)
-    told = False
+    forwarded = False
     while process.poll() is None:
         number = stop_requested()
-        if number is not None and not told:
-            # A terminal's Ctrl-C has reached the command already, and a second one would stop it without saving;
-            # `kill -INT` has not: a SIGTERM is right for both.
+        if number is not None and not forwarded:
+            # Ctrl-C in a terminal also reaches the command, and a second SIGINT would stop it without saving.
+            # `kill -INT` reaches this process only. SIGTERM is right in both cases.
             process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-        told = told or number is not None
+        forwarded = forwarded or number is not None
         time.sleep(0.1)
     return process.returncode
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested dicts and lists."""
+    """Yield every string in nested dicts and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""The settings that all stages share, each defined beside the code that it is for."""
+"""The options that all stages share; each part is defined in the module that uses it."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from training.run.state import EarlyStoppingConfig
 
 @dataclass
 class SessionConfig(Options):
-    """What a command does with the run, and the seed of everything random in it."""
+    """The random seed, and what the command does instead of training."""
 
     seed: int = option(0)
-    """Every random number of the run is a function of this seed."""
+    """Random seed; the same seed gives the same run."""
     dry_run: bool = option(False, on_resume="free")
-    """Print the resolved config, sizes, steps per epoch and a memory estimate, and exit."""
+    """Print the resolved config, parameter counts, steps per epoch and a memory estimate, and exit."""
     validate_only: bool = option(False, on_resume="free")
     """Load the checkpoint, validate, print the metrics, and exit."""
     validate_model: str | None = option(None, on_resume="free")
-    """With --validate_only: another run, checkpoint or pipeline to validate; no run folder is made."""
+    """Run, checkpoint or pipeline for --validate_only to validate, instead of the run in --output_dir."""
     dataloader_num_workers: int = option(0, on_resume="free", at_least=0)
-    """Number of processes that read and decode images."""
+    """Number of processes that load data; 0 loads in the training process."""
     max_nonfinite_steps: int = option(10, on_resume="free", at_least=1)
-    """Stop after this many steps in a row whose loss or gradient was not finite."""
+    """Stop with an error after N steps in a row whose loss or gradient is not finite."""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if self.validate_model and not self.validate_only:
-            raise UserError(f"--validate_model {self.validate_model} names what to validate; add --validate_only")
+            raise UserError(f"--validate_model {self.validate_model} needs --validate_only; add that flag")
 
     @property
     def trains(self) -> bool:
-        """Whether the command trains, rather than looking at a config or a model."""
+        """Whether the command trains, rather than only validating a model or describing a run."""
         return not (self.dry_run or self.validate_only)
 
 
@@ -70,4 +70,4 @@ class RunConfig(
     SessionConfig,
     RunFolderConfig,
 ):
-    """The flags of every stage. A stage adds its own in a subclass."""
+    """The options of every stage. A stage adds its own in a subclass."""

@@ -1,7 +1,7 @@
-"""Which sample sits where, and every random number: functions of (seed, step, position in the global batch).
+"""Which sample is at which position of which batch: a function of (seed, step, position in the global batch).
 
-Nothing here has a state to save. A run that is resumed, or spread over other processes, asks the same questions and
-gets the same answers.
+Nothing here has a state to save. A run that is resumed, or distributed over another number of processes, trains on the
+same samples in each step.
 
     B  micro-batch size on one process        G  global batch size = B × processes × accumulation
     N  rows of the dataset                    K  groups of rows (classes)
@@ -22,7 +22,7 @@ from training.core.layout import BatchLayout
 
 @dataclass(frozen=True)
 class Strata:
-    """Rows in groups (classes) that are to have given shares of what is drawn.
+    """Groups of rows (classes), and the share that each group should have of the drawn samples.
 
     group_of_row: N, int64, from 0 to K - 1, no group empty. shares: K, float64, above 0, summing to 1.
     """
@@ -32,41 +32,48 @@ class Strata:
 
 
 class StratifiedDraw:
-    """Epochs of `size` weighted draws with replacement; each is a function of (seed, epoch) alone.
+    """Epochs of `size` weighted draws; each epoch is a function of (seed, epoch) alone.
 
-    It varies as little as whole rows allow, at two levels. Groups: systematic resampling (Kitagawa 1996) lays the
-    points k + u, k = 0 to size - 1, on the expected counts size · share put end to end, with u uniform in [0, 1) drawn
-    for the epoch: a group gets the whole number below its expected count or the one above, and the expected count on
-    average. Rows: the members of a group take turns. Its draws of all epochs, one after another, are read off seeded
-    permutations of its rows, so that at any time no row was drawn more than once more often than another of its group.
-    Then a seeded permutation of the epoch mixes the groups.
+    The number of draws of each group and of each row varies as little as integers allow:
 
-    Independent draws would scatter a group's count by the root of it, and of a large group whose rows are drawn once on
-    average would leave out every third. A chi-square test of the shares therefore finds less scatter than that of
-    independent draws, close to 0, whatever the seed; it still fails when the shares are wrong.
+    - Groups: systematic resampling (Kitagawa 1996). The expected counts size · share form adjacent intervals on a line,
+      and the points k + u, k = 0 to size - 1, select a group each; u is uniform in [0, 1) and drawn once per epoch. The
+      count of a group is its expected count rounded down or up, and equals the expected count on average.
+    - Rows: the rows of a group take turns. The draws of a group, counted over all epochs, follow a sequence of seeded
+      permutations of its rows. At any time, the numbers of draws of two rows of a group differ by at most 1.
+
+    Finally, a seeded permutation of the epoch mixes the groups.
+
+    With independent draws the count of a group would have a standard deviation of about its square root, and a third
+    of the rows that are drawn once on average would be left out of an epoch. The chi-square statistic of the shares is
+    therefore smaller than for independent draws, close to 0 for any seed; it is still large when the shares are wrong.
     """
 
     def __init__(self, strata: Strata, size: int, seed: int):
         self.size, self.seed = size, seed
         self._rows = [(strata.group_of_row == group).nonzero().flatten() for group in range(len(strata.shares))]
+        # Boundaries of the groups' intervals. The last one is exactly `size`, whatever the rounding of the sum.
         edges = size * strata.shares.cumsum(0)
         self._edges = torch.cat([edges.new_zeros(1), edges[:-1], edges.new_tensor([size])])
         self._counted = 0
         self._drawn_before = torch.zeros(len(self._rows), dtype=torch.int64)
 
     def counts(self, epoch: int) -> Tensor:
-        """How often each group is drawn in an epoch. K, int64."""
-        offset = mix(self.seed, "groups", epoch) / 2**63
+        """Return the number of draws of each group in an epoch. K, int64."""
+        offset = mix(self.seed, "groups", epoch) / 2**63  # u: uniform in [0, 1)
         return torch.ceil(self._edges - offset).diff().long()
 
     def order(self, epoch: int) -> Tensor:
-        """The rows of an epoch. size, int64."""
+        """Return the rows of an epoch in the order of training. size, int64."""
         starts, counts = self._counts_before(epoch).tolist(), self.counts(epoch).tolist()
         drawn = torch.cat([self._turns(group, *span) for group, span in enumerate(zip(starts, counts, strict=True))])
         return drawn[_permutation(self.size, self.seed, "order", epoch)]
 
     def _counts_before(self, epoch: int) -> Tensor:
-        """How often each group is drawn in all epochs before this one: remembered, as epochs are asked for in turn."""
+        """Return the number of draws of each group in all earlier epochs. K, int64.
+
+        The sum is kept for the next call, as training asks for one epoch after another.
+        """
         if epoch < self._counted:
             self._counted, self._drawn_before = 0, torch.zeros_like(self._drawn_before)
         while self._counted < epoch:
@@ -75,7 +82,7 @@ class StratifiedDraw:
         return self._drawn_before
 
     def _turns(self, group: int, start: int, count: int) -> Tensor:
-        """`count` rows of a group, beginning with the `start`-th of all its draws."""
+        """Return `count` rows of a group, beginning with draw number `start` (from 0, over all epochs) of the group."""
         rows = self._rows[group]
         first, stop = start // len(rows), -(-(start + count) // len(rows))
         turns = [rows[_permutation(len(rows), self.seed, "turn", group, turn)] for turn in range(first, stop)]
@@ -83,10 +90,10 @@ class StratifiedDraw:
 
 
 class StepSampler(Sampler[list[SampleKey]]):
-    """Batches of keys for the steps `start_step <= step < stop_step`, `gradient_accumulation_steps` of them a step.
+    """Yields the keys of each micro-batch of this process, for the steps `start_step <= step < stop_step`.
 
-    An epoch is a seeded permutation of the dataset; its remainder is dropped: `num_samples // G` steps an epoch. With
-    `strata` an epoch has as many steps, of rows drawn by `StratifiedDraw`; nothing is dropped of what it draws.
+    An epoch is a seeded permutation of the dataset, of `num_samples // G` steps; the remainder is dropped. With
+    `strata` an epoch has the same number of steps, and `StratifiedDraw` draws exactly the rows for these steps.
     """
 
     def __init__(
@@ -118,7 +125,7 @@ class StepSampler(Sampler[list[SampleKey]]):
                 yield self.keys(step, micro_batch)
 
     def keys(self, step: int, micro_batch: int) -> list[SampleKey]:
-        """The keys of this process's `micro_batch`-th batch in `step` (both from 0)."""
+        """Return the keys of this process's batch number `micro_batch` in `step` (both from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = self._rows_of(epoch).tolist()

@@ -1,4 +1,4 @@
-"""Writing checkpoints while a run goes on."""
+"""Writing checkpoints during a run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("halftone")
 
 
 class CheckpointWriter:
-    """Writes the run's parts and its pipeline as one checkpoint, prunes the older ones, and passes it to the Hub.
+    """Writes checkpoints (the state of the run and its pipeline), deletes old ones, and uploads them to the Hub.
 
     Args:
-        keep: how many of the newest checkpoints stay, beside `best`.
+        keep: number of the newest checkpoints to keep, in addition to `best`.
     """
 
     def __init__(
@@ -33,13 +33,14 @@ class CheckpointWriter:
         self.accelerator, self.keep = accelerator, keep
 
     def write(self, *, must_succeed: bool) -> None:
-        """A checkpoint of this moment; every process calls it.
+        """Write a checkpoint of the current state; every process calls it.
 
         Args:
-            must_succeed: False lets training continue when the disk is full; the earlier checkpoints stay.
+            must_succeed: if False, training continues after a failed write (such as a full disk); the earlier
+                checkpoints are kept.
 
         Raises:
-            UserError: it could not be written although it had to be.
+            UserError: the checkpoint could not be written, and `must_succeed` is True.
         """
         if self.accelerator.is_main_process:
             step = self.training.state.step
@@ -49,8 +50,8 @@ class CheckpointWriter:
                 logger.error("the checkpoint of step %d could not be written: %s", step, error)
                 if must_succeed:
                     raise UserError(
-                        f"the checkpoint of step {step} could not be written ({error}); make room on the "
-                        f"disk of {self.folder.path} and type the command again: it goes on from the one before"
+                        f"the checkpoint of step {step} could not be written ({error}); free space on the disk of "
+                        f"{self.folder.path} and run the command again to resume from the previous checkpoint"
                     ) from error
             else:
                 if self.training.state.best_step == step or not (self.folder.checkpoints / "best").exists():

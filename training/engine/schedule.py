@@ -1,4 +1,4 @@
-"""When a phase takes part in a run, and its learning rate at each step."""
+"""The step at which a phase begins, and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ LR_SCHEDULERS = (
 
 @dataclass
 class ScheduleConfig(Options):
-    """How the learning rate changes over the run."""
+    """Options for the learning-rate schedule."""
 
     lr_scheduler: str = option("constant_with_warmup", on_resume="warn", choices=LR_SCHEDULERS)
-    """linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or piecewise_constant."""
+    """One of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, piecewise_constant."""
     lr_warmup_steps: int = option(100, on_resume="warn", at_least=0)
-    """Optimizer steps of warm-up, independent of the number of processes and of gradient accumulation."""
+    """Number of optimizer steps over which the learning rate rises to its peak."""
     lr_num_cycles: int = option(1, on_resume="warn")
-    """Number of cycles of cosine_with_restarts."""
+    """Number of cycles of the cosine_with_restarts schedule."""
     lr_power: float = option(1.0, on_resume="warn")
-    """Power of polynomial."""
+    """Power of the polynomial schedule."""
     lr_step_rules: str | None = option(None, on_resume="warn")
-    """For piecewise_constant: '1:100,0.1:200,0.01' is factor 1 until step 100, 0.1 until 200, then 0.01."""
+    """Factors of piecewise_constant: '1:100,0.1:200,0.01' is 1 until step 100, 0.1 until step 200, then 0.01."""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -45,15 +45,18 @@ class ScheduleConfig(Options):
             raise UserError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:100,0.1:200,0.01'")
         if self.lr_step_rules and not re.fullmatch(r"([\d.eE+-]+:\d+,)*[\d.eE+-]+", self.lr_step_rules):
             raise UserError(
-                f"--lr_step_rules is {self.lr_step_rules!r}; write factor:step,…,factor: 1:100,0.1:200,0.01"
+                f"--lr_step_rules is {self.lr_step_rules!r}; it must have the form factor:step,…,factor, "
+                "e.g. '1:100,0.1:200,0.01'"
             )
 
 
 class PhaseSchedule:
-    """The part that one phase takes in a run of `total_steps`.
+    """The first step of one phase in a run of `total_steps`, and its learning rate at each step.
+
+    The learning-rate schedule begins with the phase and ends with the run.
 
     Args:
-        learning_rate: the highest rate of the schedule, which begins with the phase and ends with the run.
+        learning_rate: peak learning rate.
     """
 
     def __init__(self, phase: Phase, config: ScheduleConfig, learning_rate: float, total_steps: int):
@@ -62,18 +65,19 @@ class PhaseSchedule:
         self._factor = learning_rate_factor(config, max(1, total_steps - self.first_step))
 
     def has_begun(self, step: int) -> bool:
-        """Whether the phase takes part in `step` (from 0)."""
+        """Return whether the phase is trained in `step` (from 0)."""
         return step >= self.first_step
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of `step` (from 0) of the run."""
+        """Return the learning rate at `step` (from 0) of the run."""
         return self._learning_rate * self._factor(max(0, step - self.first_step))
 
 
 def learning_rate_factor(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
-    """step (from 0) → factor on the learning rate: the schedules of `diffusers.optimization.get_scheduler`.
+    """Return a schedule of `diffusers.optimization.get_scheduler` as a function: step (from 0) → learning-rate factor.
 
-    They are functions of the step, so nothing about them needs saving, and neither processes nor accumulation enter.
+    A function of the step has no state to save, and does not depend on the number of processes or on gradient
+    accumulation.
     """
     from diffusers.optimization import get_scheduler
 

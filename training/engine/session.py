@@ -1,4 +1,4 @@
-"""One session of a run, from the command to its exit status: opened, restored, trained, and finished or left."""
+"""One session of a run, from the command to the exit status: open, restore, train, and finish or be interrupted."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ BuildStage = Callable[[Any, StageContext], Stage]
 
 
 def train(build_stage: BuildStage, config: RunConfig) -> int:
-    """Train the stage that `build_stage` makes, from wherever the run in `config.output_dir` stands.
+    """Train the stage that `build_stage` returns, starting from the last checkpoint in `config.output_dir`, if any.
 
     Args:
-        build_stage: a Stage class, or a function like one; called with the config and a `StageContext` on every
-            process, once the inputs that `config.prepare` can make are there.
-        config: validated; `config.output_dir` names the run folder.
+        build_stage: a Stage class, or a function that returns a stage. It is called with the config and a
+            `StageContext` on every process, after the missing inputs in `config.prepare` are made.
+        config: validated options; `config.output_dir` is the run folder.
 
     Returns:
         The exit status of the process.
 
     Raises:
-        UserError: something that the user can correct, found before the first step.
+        UserError: a mistake that the user can correct; most are detected before the first step.
     """
     started = time.perf_counter()
     accelerator = start_accelerator(config)
@@ -54,11 +54,11 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
     with StopSignal() as stop:
         try:
             status = _session(build_stage, config, accelerator, folder, stop, started)
-            # When one process leaves first, gloo's threads in another now and then abort it, its work done.
+            # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
             accelerator.wait_for_everyone()
             return status
         finally:
-            # Without it a distributed script can abort after its work is done.
+            # Otherwise the process group is still open at exit, and a distributed script can abort there.
             accelerator.end_training()
             folder.release()
 
@@ -94,13 +94,13 @@ def _session(
         return stop.exit_status(stop.requested or signal.SIGTERM)
     if on_main(accelerator, lambda: ending.is_complete(training, folder)):
         if accelerator.is_main_process:
-            ending.say_complete(training, folder)
+            ending.log_complete(training, folder)
         return 0
     return _train(training, config, accelerator, folder, stop, resumed)
 
 
 def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> None:
-    """Open the run folder and its log; a dry run leaves no trace, and a validated model has no folder."""
+    """Open the run folder and its log. A dry run writes nothing, and `--validate_model` has no run folder."""
     own_folder = not (config.dry_run or config.validate_model)
     if own_folder:
         on_main(accelerator, lambda: restoring.open_run(folder, config, config.resume_from_checkpoint))
@@ -112,7 +112,7 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
 def _train(
     training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal, resumed: str
 ) -> int:
-    """Train a restored run to its end, or until the process is asked to stop."""
+    """Train a restored run until it is complete or interrupted; return the exit status."""
     is_main = accelerator.is_main_process
     publisher = Publisher(config, run_dir=folder.path, notify=logger.info) if config.push_to_hub and is_main else None
     on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
@@ -123,7 +123,7 @@ def _train(
     if is_main:
         training.state.sessions += 1
         folder.save_config(settings)
-        _say_start(training, folder, resumed)
+        _log_start(training, folder, resumed)
     loop = Loop(training, config, accelerator, reporter, writer, stop)
     loop.run()
     if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator):
@@ -132,16 +132,16 @@ def _train(
 
 
 def _check_before_start(training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None) -> None:
-    """What would otherwise be found out after hours: room on the disk, and the right to upload."""
+    """Check the disk space and the right to upload, which would otherwise fail after hours of training."""
     checkpoint.relink_best(folder.checkpoints, training.state.best_step)
     restoring.check_disk(folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     if publisher is not None:
         publisher.check()
 
 
-def _say_start(training: Training, folder: RunFolder, resumed: str) -> None:
+def _log_start(training: Training, folder: RunFolder, resumed: str) -> None:
     logger.info(
-        "%s in %s: %s. %d images, %d steps an epoch, batch %d, %.1f M parameters trained, on %d × %s",
+        "%s in %s: %s. %d images, %d steps per epoch, global batch size %d, %.1f M trainable parameters, on %d × %s",
         training.stage.name,
         folder.path,
         resumed,
@@ -155,14 +155,14 @@ def _say_start(training: Training, folder: RunFolder, resumed: str) -> None:
 
 
 def _validate(training: Training, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> int:
-    """`--validate_only`: the metrics of the restored EMA weights."""
+    """Print the validation metrics of the restored run, with its EMA weights (`--validate_only`)."""
     with evaluating(training.modules, training.ema):
         _print_validation(training.stage, config, accelerator, stop)
     return 0
 
 
 def _validate_model(stage: Stage, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> int:
-    """`--validate_model`: the metrics of a model outside of any run."""
+    """Print the validation metrics of a model that need not belong to this run (`--validate_model`)."""
     assert config.validate_model is not None
     load_initial_weights(config.validate_model, stage.ema_of, "--validate_model")
     modules = [*stage.frozen, *stage.phases]

@@ -1,6 +1,7 @@
-"""Asked to stop: finish the step, save, say how to go on.
+"""Signals that ask a run to stop: it finishes the step, saves a checkpoint and says how to resume.
 
-SIGTERM and SIGUSR1 (a cluster's warning) end in exit status 75, "requeue me"; SIGINT (Ctrl-C) in 130.
+The exit status is 75 ("requeue this job") after SIGTERM or SIGUSR1 (which clusters send as a warning), and 130 after
+SIGINT (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT) + ((signal.SIGUSR1,) if hasattr(signa
 
 
 class Interrupted(Exception):
-    """A stop was asked for in the middle of validation, previews or the like."""
+    """Raised when the process was asked to stop during long work between steps, such as validation or previews."""
 
 
 class StopSignal:
-    """Remembers that somebody asked this process to stop; a context manager that restores the handlers it found.
+    """Records that this process was asked to stop; a context manager that restores the previous signal handlers.
 
-    `accelerate launch` dies of a SIGTERM without passing it on, so the end of a launcher counts as SIGTERM too.
-    A second Ctrl-C stops at once, without saving.
+    `accelerate launch` exits after a SIGTERM without passing it on, so the end of the launcher is treated as a SIGTERM.
+    A second Ctrl-C stops the process at once, without saving.
     """
 
     def __init__(self) -> None:
@@ -44,13 +45,13 @@ class StopSignal:
 
     @property
     def requested(self) -> int | None:
-        """The signal's number, or None when nobody asked."""
+        """Number of the signal that asked this process to stop, or None."""
         if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
             self._signal = signal.SIGTERM
         return self._signal
 
     def check(self) -> None:
-        """Raise Interrupted when a stop was asked for."""
+        """Raise Interrupted if this process was asked to stop."""
         if self.requested is not None:
             raise Interrupted
 
@@ -67,12 +68,12 @@ class StopSignal:
 
 
 def ignore_interrupts(worker_id: int = 0) -> None:
-    """For data-loading workers: Ctrl-C reaches the whole group, and only the trainer should answer."""
+    """Ignore SIGINT in data-loading workers: Ctrl-C reaches all processes, and only the trainer should handle it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def launcher_command() -> list[str]:
-    """The command line of the parent process if that is `accelerate launch` or `torchrun`, else nothing."""
+    """Return the parent's command line if the parent is `accelerate launch` or `torchrun`, otherwise an empty list."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""What a run trains, counts and keeps: built whole from a stage and a config, before anything is read from the disk."""
+"""Everything that a run trains, counts and saves, built from a stage and a config before a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointPart(Protocol):
-    """Something that a checkpoint carries: what `save` writes into its folder, `load` restores exactly."""
+    """Part of a checkpoint: `save` writes it into the checkpoint's folder, and `load` restores it exactly."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -31,7 +31,7 @@ class CheckpointPart(Protocol):
 
 
 class Training:
-    """The stage on its devices, with its data, optimizers, EMA weights and counts."""
+    """The stage on its device, with its data, optimizers, EMA weights and counters."""
 
     def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator):
         self.stage = stage
@@ -64,7 +64,7 @@ class Training:
         ]
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
         self.state = RunState(global_batch_size=self.layout.global_batch_size, num_samples=len(data))
-        # The one list of what is saved and restored; what is not in it does not outlive the process.
+        # Everything that checkpoints save and restore. Any other state is lost when the process ends.
         self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
         if self.ema is not None:
             self.checkpoint_parts.append(self.ema)
@@ -73,7 +73,7 @@ class Training:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Everything that is in another mode, and has other weights, while it is evaluated."""
+        """The modules that are put into eval mode and get their EMA weights during evaluation."""
         return [*self.stage.phases, *self.stage.ema_of.values()]
 
     @property
@@ -81,13 +81,13 @@ class Training:
         return sum(p.numel() for runner in self.runners for p in runner.parameters)
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: phases, EMA weights, and a pipeline with its frozen parts."""
+        """Estimate the size of a checkpoint: phases, EMA weights, and a pipeline with its frozen components."""
         size = sum(runner.checkpoint_bytes() for runner in self.runners)
         size += 2 * sum(p.numel() * p.element_size() for m in self.stage.ema_of.values() for p in m.parameters())
         return size + sum(p.numel() * p.element_size() for m in self.stage.frozen for p in m.parameters())
 
     def load_best(self, checkpoint: Path) -> None:
-        """Give the models the weights of the best validation, for the export of a run that was stopped early."""
+        """Load the weights with the best validation metric, to export a run that stopped early."""
         self.state.last_validation = self.state.best_validation or self.state.last_validation
         if self.ema is not None:
             self.ema.load_live(checkpoint)
@@ -96,7 +96,7 @@ class Training:
             runner.load_weights(checkpoint)
 
     def record(self) -> dict[str, Any]:
-        """The run's own record: what the card and the trackers' summary are made from."""
+        """Return the results and settings of the run for record.json, the model card and the trackers' summary."""
         state = self.state
         return {
             "stage": self.stage.name,
@@ -116,7 +116,7 @@ class Training:
 
 
 class ScalerPart:
-    """The gradient scaler of fp16 in a checkpoint. One written without a scaler leaves the scaler as it is."""
+    """The gradient scaler of fp16 in a checkpoint. A checkpoint without one leaves the scaler unchanged."""
 
     FILE = "scaler.json"
 

@@ -1,4 +1,4 @@
-"""Running a stage's models for evaluation: EMA weights, eval mode, and each process its share of the rows."""
+"""Evaluating a stage's models: with EMA weights, in eval mode, and with the rows divided among the processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module], ema: EMA | None) -> Iterator[None]:
-    """Inside, the modules have their EMA weights, are in eval mode and compute no gradients; all is restored after."""
+    """Give the modules their EMA weights, eval mode and no gradients inside the block; restore everything after it."""
     parts = [part for module in modules for part in module.modules()]
     were_training = [part.training for part in parts]
     for part in parts:
@@ -40,7 +40,7 @@ def evaluating(modules: Iterable[nn.Module], ema: EMA | None) -> Iterator[None]:
 
 @contextmanager
 def interrupted_together(accelerator: Accelerator) -> Iterator[None]:
-    """An `Interrupted` inside, on any process, is raised on all of them when each has left the block."""
+    """If any process raises `Interrupted` inside the block, raise it on every process at the end of the block."""
     interrupted = False
     try:
         yield
@@ -59,16 +59,16 @@ def validate(
     poll: Callable[[], None],
     max_batches: int | None = None,
 ) -> dict[str, float]:
-    """Validation metrics over the whole validation set; empty where there is none.
+    """Compute the metrics over the whole validation set; empty for a stage without validation data.
 
-    Rows are dealt out to the processes; nothing is exchanged until the end, so uneven shares do no harm.
+    The rows are divided among the processes. Their numbers of batches may differ, as only the final sums are exchanged.
 
     Args:
-        poll: called before each batch; raises `Interrupted` when this process is asked to stop.
-        max_batches: number of batches of each process after which to stop, to time them; None takes all rows.
+        poll: called before each batch; raises `Interrupted` if this process was asked to stop.
+        max_batches: number of batches after which each process stops, to time them; None takes all rows.
 
     Raises:
-        Interrupted: on every process, when any of them was asked to stop.
+        Interrupted: on every process, if any of them was asked to stop.
     """
     data = stage.validation_data()
     if data is None:
@@ -98,14 +98,14 @@ def _add(total: dict[str, float], amounts: Mapping[str, float]) -> None:
 
 
 def print_metrics(metrics: Mapping[str, float], accelerator: Accelerator) -> None:
-    """Print one metric a line, on the main process."""
+    """Print one metric per line on the main process."""
     if accelerator.is_main_process:
         for name, value in metrics.items():
             print(f"{name} {value:.6g}")
 
 
 def gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    """One small object from each process, in order of rank, on every process."""
+    """Return the values of all processes in order of rank, on every process; meant for small objects."""
     if accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object

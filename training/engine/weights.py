@@ -1,4 +1,4 @@
-"""Starting from the weights of another run, building on its models, and keeping parts of one as they are."""
+"""Initial weights from another run, components of other runs, and frozen parameters."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ logger = logging.getLogger("halftone")
 
 @dataclass
 class FreezeConfig(Options):
-    """Which parameters are not trained."""
+    """Options for parameters that are not trained."""
 
     freeze_parameters: list[str] = option([])
-    """Patterns of parameters that keep their values, e.g. '[unet.down_blocks.*]'; names are the pipeline's."""
+    """Parameters to freeze, as patterns of their names in the pipeline, e.g. '[unet.down_blocks.*]'."""
 
 
 def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str = "--init_from") -> None:
-    """Copy the components of the pipeline at `path` (run, checkpoint, folder or Hub id) into modules of the same names.
+    """Load the weights of the pipeline at `path` into the modules, which have the names of its components.
+
+    Args:
+        path: a run, a checkpoint, a pipeline folder or a Hub id.
+        flag: the flag that `path` comes from, for error messages.
 
     Raises:
-        UserError: no such component, or weights of another shape; `flag` is what named them.
+        UserError: the pipeline lacks a component, or its weights have other names or shapes.
     """
     from pipelines.tools.loading import load_pipeline
 
@@ -39,41 +43,48 @@ def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str 
     for name, module in modules.items():
         source = components.get(name)
         if source is None:
-            raise UserError(f"{flag} {path} has no {name}; it holds {', '.join(k for k, v in components.items() if v)}")
+            raise UserError(
+                f"{flag} {path} has no {name} (it has {', '.join(k for k, v in components.items() if v)}); "
+                "name a run that trained one"
+            )
         try:
             module.load_state_dict(source.state_dict())
         except RuntimeError as error:
             first = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
             raise UserError(
-                f"{flag} {path}: its {name} is another model than the one configured ({first}); "
-                "make the settings of the model equal, e.g. with --config and the config.yaml of its run"
+                f"{flag} {path}: its {name} differs from the configured model ({first}); "
+                "use the same model settings, e.g. with --config and the config.yaml of its run"
             ) from None
-    logger.info("weights of %s taken from %s", ", ".join(modules), path)
+    logger.info("initial weights of %s loaded from %s", ", ".join(modules), path)
 
 
 def load_component(path: str, name: str, flag: str) -> Any:
-    """The component `name` of the pipeline at `path` (run, checkpoint, folder or Hub id), frozen and in eval mode.
+    """Load the component `name` of the pipeline at `path`; return it frozen and in eval mode.
+
+    Args:
+        path: a run, a checkpoint, a pipeline folder or a Hub id.
+        flag: the flag that `path` comes from, for error messages.
 
     Raises:
-        UserError: no pipeline there, or none with such a component; `flag` is what named it.
+        UserError: `path` is not a pipeline, or the pipeline lacks the component.
     """
     from pipelines.tools.loading import load_pipeline
 
     components = load_pipeline(path).components
     if components.get(name) is None:
         has = ", ".join(key for key, value in components.items() if value is not None)
-        raise UserError(f"{flag} {path} has no {name} (it holds {has}); name a run that trained one")
+        raise UserError(f"{flag} {path} has no {name} (it has {has}); name a run that trained one")
     return components[name].requires_grad_(False).eval()
 
 
 def freeze_parameters(stage: Stage, patterns: Sequence[str]) -> None:
-    """Keep the parameters that match one of the shell-style `patterns` as they are, from now on.
+    """Freeze the parameters whose names match one of the shell-style `patterns`.
 
-    Names are those of the stage's components in its pipeline: `unet.down_blocks.0.resnets.0.conv1.weight`. They are
-    given to no optimizer, so neither updates nor weight decay move them.
+    A name begins with the component in the pipeline, as in `unet.down_blocks.0.resnets.0.conv1.weight`. Optimizers do
+    not receive these parameters, so neither updates nor weight decay change them.
 
     Raises:
-        UserError: a pattern that matches nothing, or a phase with nothing left to train.
+        UserError: a pattern matches no parameter, or a phase has no trainable parameter left.
     """
     named = {f"{name}.{key}": p for name, module in stage.ema_of.items() for key, p in module.named_parameters()}
     for pattern in patterns:
@@ -82,7 +93,7 @@ def freeze_parameters(stage: Stage, patterns: Sequence[str]) -> None:
             modules = {key.rsplit(".", depth)[0] + ".*" for key in named for depth in range(1, key.count(".") + 1)}
             raise UserError(
                 f"--freeze_parameters: '{pattern}' matches none of the {len(named)} parameters"
-                f"{nearest(pattern, modules)} (they begin with {', '.join(stage.ema_of)}; as in 'unet.down_blocks.*')"
+                f"{nearest(pattern, modules)} (names begin with {', '.join(stage.ema_of)}, as in 'unet.down_blocks.*')"
             )
         for key in matched:
             named[key].requires_grad_(False)
@@ -90,6 +101,9 @@ def freeze_parameters(stage: Stage, patterns: Sequence[str]) -> None:
         return
     for phase in stage.phases:
         if not any(p.requires_grad for p in phase.parameters()):
-            raise UserError(f"--freeze_parameters {list(patterns)} leaves nothing to train in phase '{phase.name}'")
+            raise UserError(
+                f"--freeze_parameters {list(patterns)} leaves nothing to train in phase '{phase.name}'; "
+                "remove some of the patterns"
+            )
     frozen = sum(p.numel() for p in named.values() if not p.requires_grad)
-    logger.info("%s of %s parameters stay as they are", f"{frozen:,}", f"{sum(p.numel() for p in named.values()):,}")
+    logger.info("%s of %s parameters are frozen", f"{frozen:,}", f"{sum(p.numel() for p in named.values()):,}")

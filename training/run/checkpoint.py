@@ -1,4 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, checked by a manifest, renamed, and only then pruned.
+"""Checkpoints that are written atomically: into a temporary folder, which gets a manifest and is then renamed.
+
+Older checkpoints are deleted only after that.
 
 checkpoints/step-00001000/
     manifest.json               names, sizes and SHA-256 of every other file
@@ -38,25 +40,26 @@ LINKING = ".tmp"
 
 @dataclass
 class CheckpointConfig(Options):
-    """Which checkpoint a run resumes from, and how many are kept."""
+    """Options for resuming from checkpoints and keeping them."""
 
     resume_from_checkpoint: str = option("latest", on_resume="free")
-    """`latest`, `best`, `none`, or the path of a checkpoint."""
+    """Checkpoint to resume from: latest, best, none, or the path of a checkpoint."""
     checkpoints_total_limit: int = option(2, on_resume="free", at_least=1)
-    """Number of the newest checkpoints that are kept, beside `best`."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint folder whose files are not what its manifest says."""
+    """Raised for a checkpoint whose files do not match its manifest."""
 
 
 def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> Path:
-    """Let `write_files(folder)` fill a temporary folder; seal, rename and link it as `latest`.
+    """Write a checkpoint with `write_files(folder)`, link it as `latest`, and return its folder.
 
-    A folder of the same step is replaced only once the new one is whole.
+    The files are written into a temporary folder, which gets a manifest and is renamed when it is complete. An existing
+    checkpoint of the same step is replaced only then.
 
     Raises:
-        OSError: nothing could be written (a full disk); what was there before is untouched.
+        OSError: the checkpoint could not be written, e.g. because the disk is full; existing checkpoints are unchanged.
     """
     from safetensors import SafetensorError
 
@@ -85,7 +88,7 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
 
 
 def clear_leftovers(checkpoints: Path) -> None:
-    """Tidy up after a killed process: delete what it was writing or deleting, restore what it was replacing."""
+    """Clean up after a killed process: delete what it was writing or deleting, and restore what it was replacing."""
     for replaced in checkpoints.glob(f"{REPLACED}*"):
         original = checkpoints / replaced.name.removeprefix(REPLACED)
         if not original.exists():
@@ -98,7 +101,7 @@ def clear_leftovers(checkpoints: Path) -> None:
 
 
 def link(checkpoints: Path, name: str, target: Path) -> None:
-    """Point `latest` or `best` at a checkpoint, atomically."""
+    """Make `latest` or `best` a link to a checkpoint, atomically."""
     temporary = checkpoints / f".{name}{LINKING}{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -106,26 +109,29 @@ def link(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def relink_best(checkpoints: Path, step: int) -> None:
-    """Point `best` at the checkpoint of `step` if it is there: a kill may have come between writing and linking it."""
+    """Link `best` to the checkpoint of `step` if it exists: a process may be killed between writing and linking it."""
     folder = checkpoints / f"step-{step:08d}"
     if folder.is_dir() and (checkpoints / "best").resolve() != folder.resolve():
         link(checkpoints, "best", folder)
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the `keep` newest and `best`; those after `latest` are of a branch that was given up."""
+    """Delete all checkpoints except `best` and the `keep` newest ones up to `latest`.
+
+    Checkpoints of later steps than `latest` are left over from before the run returned to an older checkpoint.
+    """
     best = (checkpoints / "best").resolve()
     kept = list(_up_to_latest(checkpoints))[:keep]
     for folder in list(_by_step(checkpoints)):
         if folder not in kept and folder.resolve() != best:
-            # Renamed first: a kill in the middle of deleting must not leave half a checkpoint under a real name.
-            doomed = checkpoints / f"{DELETING}{folder.name}"
-            folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            # Renamed first, so that a process killed while deleting does not leave an incomplete checkpoint.
+            deleting = checkpoints / f"{DELETING}{folder.name}"
+            folder.rename(deleting)
+            shutil.rmtree(deleting, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
-    """Raise DamagedCheckpoint, saying what is wrong, unless every file is there with its size and SHA-256."""
+    """Raise DamagedCheckpoint with the reason unless every file exists with the size and SHA-256 of the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -137,49 +143,53 @@ def verify(folder: Path) -> None:
         if path.stat().st_size != expected["size"]:
             raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
         if _sha256(path) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{name} has other contents than when it was written")
+            raise DamagedCheckpoint(f"the contents of {name} changed after it was written")
 
 
-def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
-    """The checkpoint to go on from, verified; None when there is none.
+def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
+    """Return the verified checkpoint to resume from; None if the run has not saved any.
 
-    `latest`: the last one written that is whole, damaged ones skipped with a warning; `best`; or a path, which must be
-    whole.
+    Args:
+        name: `latest` (the newest checkpoint that is not damaged; damaged ones are skipped with a warning), `best`, or
+            the path of a checkpoint.
 
     Raises:
-        UserError: `best` or a path that is missing or damaged, or checkpoints that are all damaged.
+        UserError: `best` or the path is missing or damaged, or all checkpoints are damaged.
     """
     clear_leftovers(checkpoints)
-    if wanted == "latest":
-        return _newest_whole(checkpoints)
-    folder = checkpoints / "best" if wanted == "best" else Path(wanted)
+    if name == "latest":
+        return _newest_undamaged(checkpoints)
+    folder = checkpoints / "best" if name == "best" else Path(name)
     if not folder.is_dir():
-        have = ", ".join(f.name for f in _by_step(checkpoints)) or "none"
-        raise UserError(f"--resume_from_checkpoint {wanted}: {folder} is not there (checkpoints in this run: {have})")
+        existing = ", ".join(f.name for f in _by_step(checkpoints)) or "none"
+        raise UserError(
+            f"--resume_from_checkpoint {name}: {folder} does not exist; "
+            f"choose another checkpoint (in this run: {existing})"
+        )
     try:
         verify(folder)
     except DamagedCheckpoint as damage:
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: the checkpoint is damaged, {damage}; "
-            "name another, or `latest` for the newest whole one"
+            f"--resume_from_checkpoint {name}: the checkpoint is damaged ({damage}); "
+            "use another checkpoint, or `latest` for the newest undamaged one"
         ) from None
     return folder.resolve()
 
 
-def _newest_whole(checkpoints: Path) -> Path | None:
+def _newest_undamaged(checkpoints: Path) -> Path | None:
     damaged = []
     for folder in _up_to_latest(checkpoints):
         try:
             verify(folder)
         except DamagedCheckpoint as damage:
-            logger.warning("checkpoint %s is damaged, %s; trying the one before it", folder.name, damage)
+            logger.warning("checkpoint %s is damaged (%s); trying the previous one", folder.name, damage)
             damaged.append(folder.name)
             continue
         return folder
     if damaged:
         raise UserError(
             f"every checkpoint in {checkpoints} is damaged ({', '.join(damaged)}); "
-            "restore one from a backup, or start anew with --overwrite (the old run is set aside)"
+            "restore one from a backup, or start again with --overwrite (the old run is kept in another folder)"
         )
     return None
 
@@ -201,7 +211,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    # Modules may share a tensor under two names; safetensors wants each to own its memory.
+    # Modules may share a tensor under two names (tied weights), but safetensors does not save shared memory.
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
@@ -212,13 +222,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _by_step(checkpoints: Path) -> Iterator[Path]:
-    """Newest first, by the step in the name."""
+    """Yield the checkpoint folders, newest first, by the step in the name."""
     folders = [f for f in checkpoints.glob("step-*") if f.name.removeprefix("step-").isdigit()]
     yield from sorted(folders, key=lambda f: int(f.name.removeprefix("step-")), reverse=True)
 
 
 def _up_to_latest(checkpoints: Path) -> Iterator[Path]:
-    """Newest first, without those of later steps than `latest`: a run that went back to an older one left them."""
+    """Yield the checkpoint folders up to `latest`, newest first.
+
+    Checkpoints of later steps are left over from before the run returned to an older checkpoint.
+    """
     latest = (checkpoints / "latest").resolve()
     folders = list(_by_step(checkpoints))
     names = [folder.name for folder in folders]
@@ -226,6 +239,7 @@ def _up_to_latest(checkpoints: Path) -> Iterator[Path]:
 
 
 def _seal(folder: Path) -> None:
+    """Flush all files to the disk and write the manifest."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:

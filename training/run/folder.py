@@ -1,4 +1,4 @@
-"""The folder of one run: its paths, its config, its log, and who may write to it."""
+"""The folder of one run: paths, lock, saved config and log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.core.options import Options, option
 
 try:
     import fcntl
-except ImportError:  # Windows has no advisory locks of this kind; the check for a second writer is skipped there
+except ImportError:  # Windows lacks these locks, so the check for a second process is skipped there
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("halftone")
@@ -26,14 +26,14 @@ logger = logging.getLogger("halftone")
 
 @dataclass
 class RunFolderConfig(Options):
-    """Where a run lies."""
+    """Options for the folder and name of a run."""
 
     output_dir: str = option("", on_resume="free")
-    """The run folder; `runs/<stage>` if none is named."""
+    """Run folder; a run in it is resumed."""
     run_name: str = option("", on_resume="free")
-    """Name of the run, for dashboards and the model card; unset: the folder's name."""
+    """Name of the run for experiment trackers and the model card; empty uses the folder's name."""
     overwrite: bool = option(False, on_resume="free")
-    """Start again in a used folder; the old run is set aside beside it, not deleted."""
+    """Start again although the folder contains a run; the old run is renamed, not deleted."""
 
 
 class RunFolder:
@@ -53,7 +53,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def create(self) -> None:
-        """Make the folder and take its lock. Raises UserError when it can't be written or another process has it."""
+        """Create and lock the folder. Raises UserError if it cannot be written, or another process has the lock."""
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -65,7 +65,7 @@ class RunFolder:
         self._take(self._lock)
 
     def check_unused(self) -> None:
-        """Raise UserError when another process has the folder's lock."""
+        """Raise UserError if another process has the folder's lock."""
         lock = self.path / ".lock"
         if lock.is_file():
             with lock.open() as file:
@@ -82,23 +82,23 @@ class RunFolder:
             ) from None
 
     def release(self) -> None:
-        """Let others write to the folder."""
+        """Release the folder's lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def has_checkpoint(self) -> bool:
-        """Whether this run folder has a checkpoint to resume from."""
+        """Return whether this run folder has a checkpoint to resume from."""
         return any(self.checkpoints.glob("step-*"))
 
     def is_exported(self, step: int) -> bool:
-        """Whether pipeline/ is that of this step."""
+        """Return whether the exported pipeline is that of `step`."""
         if not (self.pipeline / "model_index.json").is_file() or not self.record_file.is_file():
             return False
         return json.loads(self.record_file.read_text()).get("steps") == step
 
     def set_aside(self) -> Path | None:
-        """Move an old run out of the way; nothing is deleted. Returns where it went."""
+        """Rename the folder of an old run and return its new path; None if there is nothing in the folder."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return None
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -110,13 +110,11 @@ class RunFolder:
         try:
             self.path.rename(target)
         except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be set aside as {target} ({error.strerror}); move it by hand"
-            ) from None
+            raise UserError(f"{self.path} cannot be renamed to {target} ({error.strerror}); move it by hand") from None
         return target
 
     def saved_config(self) -> dict[str, Any] | None:
-        """The config the run was started with, or None."""
+        """Return the config that the run was started with; None if it was not saved."""
         if not self.config_file.is_file():
             return None
         return yaml.safe_load(self.config_file.read_text())
@@ -125,12 +123,12 @@ class RunFolder:
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     def save_record(self, record: dict[str, Any]) -> None:
-        """The figures of a run, for model cards and for people."""
+        """Write record.json: the metrics and settings of the run, for the model card and for users."""
         write_atomically(self.record_file, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def start_logging(log_file: Path | None) -> None:
-    """Messages to the terminal and, on the main process, to run.log with their time; other processes only warn."""
+    """Send log messages to the terminal and to `log_file`, with their time; without a file, only errors are shown."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
@@ -145,11 +143,11 @@ def start_logging(log_file: Path | None) -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Lines that do not tear the progress bar apart."""
+    """Prints messages without breaking the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         tqdm.write(prefix + record.getMessage())
-        sys.stdout.flush()  # into a file or a pipe as well, while it happens
+        sys.stdout.flush()  # so that messages reach a file or a pipe at once

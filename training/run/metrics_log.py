@@ -1,4 +1,4 @@
-"""metrics.csv, and the running sums from which its rows are made."""
+"""metrics.csv, and the running sums for its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ FIRST_COLUMNS = ("step", "epoch", "images_seen")
 
 
 class MetricsLog:
-    """One row per logged step; columns appear as metrics do. Rows after the step a run resumes from are cut."""
+    """metrics.csv with one row per logged step. A new metric adds a column.
+
+    Rows after `resume_step`, the step that the run resumes from, are deleted.
+    """
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
@@ -24,7 +27,7 @@ class MetricsLog:
             self._cut(resume_step)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append a row. A new column rewrites the file (atomically), which happens a few times in a run."""
+        """Append a row. If it has a new column, the file is rewritten (atomically), a few times per run."""
         new = [name for name in row if name not in self.columns]
         if new or not self.path.is_file():
             rows = read_metrics(self.path) if self.path.is_file() else []
@@ -38,13 +41,13 @@ class MetricsLog:
     def _cut(self, resume_step: int) -> None:
         kept = []
         for row in read_metrics(self.path):
-            # A row torn by a crash is one that was being written after the last checkpoint.
+            # An incomplete row, cut off by a crash, was written after the last checkpoint.
             if not (row.get("step") or "").isdigit() or int(row["step"]) > resume_step:
                 break
             kept.append(row)
         self.columns = [*kept[0]] if kept else [*FIRST_COLUMNS]
         if kept:
-            # Columns that only rows after the cut had would differ from those of a run that was never interrupted.
+            # Columns without values in the kept rows are dropped, so that the file equals an uninterrupted run's.
             used = {name for row in kept for name, value in row.items() if value not in ("", None)}
             self.columns = [name for name in self.columns if name in used]
             self._rewrite(kept)
@@ -68,7 +71,7 @@ def _as_text(row: Mapping[str, float]) -> dict[str, str]:
 
 
 class RunningMeans:
-    """Means since the last reset; a plain dict of numbers, so that a checkpoint carries it exactly."""
+    """Means of values since the last reset. The state is a plain dict of numbers, which JSON saves exactly."""
 
     def __init__(self, state: Mapping[str, list[float]] | None = None):
         self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
@@ -90,7 +93,7 @@ class RunningMeans:
 
 
 class EpochLoss:
-    """Mean, minimum and maximum of an epoch's finite step losses."""
+    """Mean, minimum and maximum of the finite step losses of an epoch."""
 
     def __init__(self, state: Mapping[str, float] | None = None):
         self.total, self.count, self.low, self.high = (

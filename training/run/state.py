@@ -1,4 +1,4 @@
-"""Where a run stands: everything a checkpoint must carry beside tensors, as plain numbers."""
+"""The progress of a run: everything that a checkpoint saves besides tensors, as plain values."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass
 class EarlyStoppingConfig(Options):
-    """When a run stops because its validation metric no longer improves."""
+    """Options for stopping when the validation metric no longer improves."""
 
     early_stopping_patience: int = option(0, on_resume="warn", at_least=0)
-    """Stop after this many validations in a row without improvement; 0: never."""
+    """Stop after N validations in a row without improvement; 0 disables it."""
     early_stopping_min_delta: float = option(0.0, on_resume="warn", at_least=0)
-    """The smallest change of the metric that counts as an improvement."""
+    """Smallest change of the validation metric that counts as an improvement."""
 
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """One finished epoch: mean training loss, validation loss (None if it was not measured), last learning rate."""
+    """A finished epoch: mean training loss, validation loss (None if it was not measured), last learning rate."""
 
     epoch: int
     loss: float
@@ -37,12 +37,15 @@ class EpochSummary:
 
 @dataclass
 class RunState:
-    """Counts steps and images; holds the sums between two logged rows, so that a resumed row equals an unbroken one."""
+    """Counters of a run, and the running sums for the next row of metrics.csv.
+
+    The sums are saved, so that the next row is the same as in a run that was not interrupted.
+    """
 
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     goal_steps: int = 0
-    """Steps this run is meant to have."""
+    """Number of steps at which the run is complete."""
     images_seen: int = 0
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
@@ -52,7 +55,7 @@ class RunState:
     validations_without_improvement: int = 0
     stopped_early: bool = False
     pending_events: bool = False
-    """The step is done, but not what falls due after it (validation, previews, the row): a stop came between."""
+    """Whether the run was interrupted before the events after the last step (validation, previews, logging)."""
     global_batch_size: int = 0
     num_samples: int = 0
     tracker_id: str | None = None
@@ -64,16 +67,16 @@ class RunState:
     best_validation: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint's folder."""
+        """Write the state into the folder of a checkpoint."""
         save_json(self.to_json(), folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Take the state from a checkpoint's folder."""
+        """Load the state from the folder of a checkpoint."""
         self.__dict__.update(vars(RunState.read(folder)))
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """The state in a checkpoint's folder."""
+        """Return the state in the folder of a checkpoint."""
         return cls.from_json(load_json(folder / STATE_FILE))
 
     def to_json(self) -> dict[str, Any]:
@@ -93,13 +96,13 @@ class RunState:
         return state
 
     def step_done(self, images: int) -> None:
-        """Count a step; what falls due after it is still to be done."""
+        """Count a step; the events after it are now pending."""
         self.step += 1
         self.images_seen += images
         self.pending_events = True
 
     def count(self, values: dict[str, float], skipped: bool) -> None:
-        """Add a step's values to the sums of the next row; those of a step that was skipped do not count."""
+        """Add the values of a step to the running sums, unless the step was skipped."""
         if skipped:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
@@ -110,7 +113,7 @@ class RunState:
             self.epoch_loss.add(values["loss"])
 
     def note_validation(self, value: float, lower_is_better: bool, stopping: EarlyStoppingConfig) -> bool:
-        """Keep count of improvements; True when `value` is the best so far, which NaN never is."""
+        """Record a validation metric; return whether it is the best so far. NaN never is."""
         if math.isfinite(value):
             sign = 1 if lower_is_better else -1
             if self.best_value is None or sign * value < sign * self.best_value - stopping.early_stopping_min_delta:
@@ -122,11 +125,11 @@ class RunState:
         return False
 
     def patience_is_spent(self, stopping: EarlyStoppingConfig) -> bool:
-        """Whether there were as many validations in a row without improvement as `stopping` allows."""
+        """Return whether patience is exhausted: too many validations in a row without improvement."""
         patience = stopping.early_stopping_patience
         return bool(patience) and self.validations_without_improvement >= patience
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether training is finished, by reaching the goal or by early stopping."""
         return self.step >= self.goal_steps or self.stopped_early
