@@ -40,7 +40,7 @@ _LAUNCHER_VARIABLES = (
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_IMAGES = (
     f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
-    "runs/my_autoencoder, then see 'Your own pictures' in README.md"
+    "runs/my_autoencoder, then see 'Your own images' in README.md"
 )
 
 
