@@ -1,4 +1,4 @@
-"""Rules for the files of the repository: layers, names, allowed imports, sizes, and constants that code must not have."""
+"""Rules for the source files: layers, names, allowed imports, sizes, and constants that must not be in them."""
 
 from __future__ import annotations
 
