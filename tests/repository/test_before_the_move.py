@@ -1,6 +1,6 @@
-"""Runs and pipelines of before the code moved into folders go on and load: the commit `BEFORE` is tried for real.
+"""Runs and pipelines from before the code moved into folders: the runs resume, and the pipelines load.
 
-Its code is unpacked beside the tests and started as users started it; then this code takes over.
+The code of the commit `BEFORE` is unpacked and started as users started it. Then the current code takes over.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
 from tests.support.environments import environment_without_halftone
 from tests.support.runs import ROOT, environment, rows, tensors
 
-# Each test may be the first, and then starts all runs that it needs.
+# The first test that runs starts all runs that it needs, so each one may take long.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BEFORE = "2f86a53"
 INTERRUPTED = ROOT / "tests/support/interrupted.py"
 PUBLISHED = ROOT / "tests/support/published.py"
-# Two epochs of four steps each; stopped in the second one.
+# Two epochs of four steps each; the run is stopped in the second epoch.
 STEPS, STOPPED_AT = 8, 4
 TWO_EPOCHS = ("--num_train_epochs", "2")
-# Of a checkpoint's trainer_state.json: what depends on the clock, or counts the sessions.
+# Keys of trainer_state.json that depend on the clock or on the number of sessions.
 OF_THE_SESSION = {"elapsed_seconds", "sessions", "tracker_id"}
-# Heads, a second phase that starts late, and learned weights: everything that a checkpoint may have to hold.
+# Heads, a second phase that starts late, and learned loss weights: everything that a checkpoint may contain.
 AUTOENCODER = (
     *("--heads", "[segmentation,classification]", "--mask_column", "color_role"),
     *("--mask_class_names", f"[{','.join(COLOR_ROLES)}]", "--learned_loss_weights", "true"),
@@ -44,7 +44,7 @@ CONTROLNET = (
     *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2", "--num_read", "3"),
     *("--conditioning_image_column", "[text_mask, image_mask]"),
 )
-# Pipelines that no run of this test makes, from the tiny models of that commit's own tests.
+# Pipelines that are not made by a run here; they are built from the tiny models in the tests of that commit.
 SAVE_TINY_PIPELINES = """
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ TINY_PIPELINES = ("layout_analysis", "poster_decoder", "poster_controlnet", "ima
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory) -> Path:
-    """The code of `BEFORE`."""
+    """The folder with the code of the commit `BEFORE`."""
     known = ["git", "-C", str(ROOT), "cat-file", "-e", f"{BEFORE}^{{commit}}"]
     if shutil.which("git") is None or subprocess.run(known, capture_output=True).returncode != 0:
         pytest.skip(f"the commit {BEFORE} is not in this clone (a shallow one, or no clone at all)")
@@ -73,17 +73,17 @@ def before(tmp_path_factory) -> Path:
 
 
 def python(code: Path, *words: str | Path, status: int = 0, cwd: Path | None = None) -> None:
-    """Run Python on `words` with the packages that lie in `code`."""
+    """Run Python with the arguments `words` and the packages in the folder `code`."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd or code, env=environment(PYTHONPATH=str(code)), capture_output=True, text=True,
     )  # fmt: skip
-    said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert done.returncode == status, f"status {done.returncode} of {' '.join(map(str, words))}\n{said}"
+    output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == status, f"status {done.returncode} of {' '.join(map(str, words))}\n{output}"
 
 
 class Trials:
-    """Runs of each stage: whole ones of the code before, and ones that it began and this code finished."""
+    """Runs of each stage: complete ones of the old code, and ones that it started and the current code finished."""
 
     def __init__(self, before: Path, folder: Path):
         self.before, self.folder = before, folder
@@ -100,7 +100,7 @@ class Trials:
         python(self.before, self.before / script, *flags, cwd=self.folder)
 
     def flags(self, case: str) -> tuple[str, tuple[str, ...]]:
-        """(stage, flags) of a case; what it needs is made first."""
+        """Return the stage and the flags of a case; make the inputs that it needs."""
         if case == "autoencoder":
             return "autoencoder", (*COMMON, *TINY_AUTOENCODER, *AUTOENCODER, *self.data)
         vae = self.whole("autoencoder")
@@ -117,7 +117,7 @@ class Trials:
         return "controlnet", (*COMMON, *CONTROLNET, *self.data, "--base_model", str(base))
 
     def whole(self, case: str) -> Path:
-        """A finished run of the code before, never interrupted."""
+        """Return a complete run of the old code that was never interrupted."""
         run = self.folder / "whole" / case
         if not run.exists():
             stage, flags = self.flags(case)
@@ -125,14 +125,14 @@ class Trials:
         return run
 
     def begun_before(self, case: str) -> Path:
-        """A run that the code before began, a SIGTERM stopped in mid-epoch, and this code finished."""
+        """Return a run that the old code started, a SIGTERM stopped in mid-epoch, and the current code finished."""
         run = self.folder / "begun" / case
         stage, flags = self.flags(case)
         script, words = f"training/train_{stage}.py", (*flags, *TWO_EPOCHS, "--output_dir", run)
         stopped = (INTERRUPTED, str(STOPPED_AT), self.before / script)
         python(self.before, *stopped, *words, status=75, cwd=self.folder)
         step = state(run)["step"]
-        assert STEPS // 2 < step < STEPS, f"the run was to stop in its second epoch, and did so after step {step}"
+        assert STEPS // 2 < step < STEPS, f"stopped after step {step}, but should have stopped in its second epoch"
         python(ROOT, ROOT / script, *words, cwd=self.folder)
         return run
 
@@ -146,11 +146,11 @@ def pipeline_tensors(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}:{name}": t for file in files for name, t in load_file(file).items()}
 
 
-def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert expected
-    assert found.keys() == expected.keys()
-    other = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
-    assert other == [], f"{len(other)} of {len(expected)} tensors differ"
+    assert actual.keys() == expected.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)]
+    assert different == [], f"{len(different)} of {len(expected)} tensors differ"
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_run_begun_before_ends_with_the_same_bits(trials, case):
 
 
 def test_measured_latent_statistics_are_the_same(trials):
-    """Of the autoencoder that was finished by this code: they are in its config, not among its tensors."""
+    """Compare the latent statistics of the finished autoencoder, which are in its config and not among its tensors."""
     runs = (trials.whole("autoencoder"), trials.folder / "begun/autoencoder")
     if not runs[1].exists():
         trials.begun_before("autoencoder")
@@ -183,22 +183,22 @@ def test_measured_latent_statistics_are_the_same(trials):
 
 @pytest.fixture(scope="module")
 def published(trials, tmp_path_factory) -> dict[str, Path]:
-    """Pipeline folders of the code before, one of each kind."""
+    """One pipeline folder of each kind, written by the old code."""
     folder = tmp_path_factory.mktemp("published")
     script = folder / "save.py"
     script.write_text(SAVE_TINY_PIPELINES)
     python(trials.before, script, folder, cwd=folder)
-    found = {name: folder / name for name in TINY_PIPELINES}
+    folders = {name: folder / name for name in TINY_PIPELINES}
     for case in ("autoencoder", "latent_diffusion", "latent_diffusion_cached", "controlnet"):
-        found[case] = folder / case
-        found[case].symlink_to(trials.whole(case) / "pipeline")
-    return found
+        folders[case] = folder / case
+        folders[case].symlink_to(trials.whole(case) / "pipeline")
+    return folders
 
 
 @pytest.fixture(scope="module")
-def given(trials, published, tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
-    """What all of them give with the code before, with this code, and without Halftone."""
-    here = tmp_path_factory.mktemp("given")
+def outputs(trials, published, tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
+    """Outputs of all pipelines with the old code, with the current code, and without Halftone."""
+    here = tmp_path_factory.mktemp("outputs")
     folders = list(published.values())
     python(trials.before, PUBLISHED, "pipelines.loading", here / "before.npz", *folders, cwd=here)
     python(ROOT, PUBLISHED, "pipelines.tools.loading", here / "now.npz", *folders, cwd=here)
@@ -213,11 +213,11 @@ def given(trials, published, tmp_path_factory) -> dict[str, dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("how", ["now", "alone"])
-def test_pipelines_published_before_give_the_same(given, how):
-    expected, found = given["before"], given[how]
+def test_pipelines_published_before_give_the_same_outputs(outputs, how):
+    expected, actual = outputs["before"], outputs[how]
     kinds = {name.split("/")[0] for name in expected}
     assert kinds > set(TINY_PIPELINES)
     assert len(kinds) == 8
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not np.array_equal(actual[name], expected[name])] == []
     assert all(value.std() > 0 for name, value in expected.items() if name.endswith("/images")), "a blank image"

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell people to type: every script is there, every flag parses, and the walkthrough runs."""
+"""Commands and links in README.md, CONTRIBUTING.md and docs/: scripts exist, flags parse, the walkthrough runs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.resources import PRESETS, find_shipped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Commands that are not ours; only those named here may stand in a guide.
+# Programs of other projects that the documents may use.
 FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill", "git"}
 TINY = {
     "train_tokenizer": [],
@@ -41,9 +41,9 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command of a shell block; continued lines joined, comments left out."""
-    found = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
-    return [_without_variables(words) for words in found if words]
+    """Split a shell block into commands, and each command into words; comments are left out."""
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [_without_variables(words) for words in lines if words]
 
 
 def _without_variables(words: list[str]) -> list[str]:
@@ -53,7 +53,7 @@ def _without_variables(words: list[str]) -> list[str]:
 
 
 def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
-    """(script, its words) of a command that starts one of ours, whatever launches it; None for other commands."""
+    """Return the script of this project that a command starts, and its flags; None for other commands."""
     if words[0] == "halftone":
         scripts = find_scripts()
         chosen, flags = choose(words[1:], scripts)
@@ -77,7 +77,7 @@ EVERY = [
 
 
 class _Parsed(Exception):
-    """Thrown once the flags were accepted, so that nothing of the script runs."""
+    """Raised after the flags have been accepted, so that the script does not run."""
 
 
 @pytest.mark.parametrize("words", EVERY)
@@ -88,13 +88,13 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert (ROOT / words[3]).is_file()
     elif words[:2] == ["halftone", "path"]:
         assert find_shipped(words[2], [PRESETS]).is_file()
-    elif (found := script_and_flags(words)) is None:
+    elif (started := script_and_flags(words)) is None:
         assert words[0] in FOREIGN
     else:
         _launcher_exists(words)
-        script, flags = found
+        script, flags = started
         assert (ROOT / script).is_file()
-        # Away from the checkout: what lies in its data/ and runs/ must make no difference.
+        # In another folder: the contents of data/ and runs/ in the checkout must not matter.
         (tmp_path / "configs").symlink_to(ROOT / "configs")
         monkeypatch.chdir(tmp_path)
         _parse(script, flags, monkeypatch)
@@ -122,16 +122,26 @@ def _parse(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> No
         module.main(flags)
 
 
-def test_a_wrong_flag_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_flag_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="learning_rate"):
         _parse("training/train_autoencoder.py", ["--learning_rte", "1e-3"], monkeypatch)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+def test_links_resolve(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name}: {link}"
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_python_blocks_compile() -> None:
@@ -146,22 +156,22 @@ def section(title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def draw_pictures(folder: Path, number: int = 60) -> None:
-    """Captioned circles and squares, with metadata.jsonl."""
+def draw_captioned_images(folder: Path, number: int = 60) -> None:
+    """Draw circles and squares, with their captions in metadata.jsonl."""
     folder.mkdir()
     lines = []
     for i in range(number):
         colour, shape = ("red", "blue", "green")[i % 3], ("circle", "square")[i % 2]
-        picture = Image.new("RGB", (72 + i, 80), "white")
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (72 + i, 80), "white")
+        draw = ImageDraw.Draw(image)
         (draw.ellipse if shape == "circle" else draw.rectangle)((10, 10, 50 + i % 9, 50 + i % 9), fill=colour)
-        picture.save(folder / f"{i:04d}.png")
+        image.save(folder / f"{i:04d}.png")
         lines.append(json.dumps({"file_name": f"{i:04d}.png", "text": f"a {colour} {shape}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def draw_classes(folder: Path, number: int = 60) -> None:
-    """One subfolder per class, no captions."""
+    """Draw images without captions, in one subfolder for each class."""
     for i in range(number):
         colour = ("red", "blue", "green")[i % 3]
         (folder / colour).mkdir(parents=True, exist_ok=True)
@@ -169,7 +179,7 @@ def draw_classes(folder: Path, number: int = 60) -> None:
 
 
 def type_it(words: list[str], folder: Path, extra: list[str]) -> None:
-    """Run one command of the guide in `folder`, at a tiny size."""
+    """Run one command of a document in `folder`, with flags that make it tiny."""
     script, flags = script_and_flags(words) or ("", [])
     launcher = ["-m", "accelerate.commands.launch"] if words[0] == "accelerate" else []
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -194,8 +204,8 @@ def workplace(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_walkthrough_with_captions(workplace: Path) -> None:
-    draw_pictures(workplace / "my_pictures")
-    captioned = FENCE.findall(section("Your own pictures"))
+    draw_captioned_images(workplace / "my_images")
+    captioned = FENCE.findall(section("Your own images"))
     shell = next(body for kind, body in captioned if kind == "bash")
     assert len(commands(shell)) == 6
     walk(shell, workplace)
@@ -205,23 +215,23 @@ def test_walkthrough_with_captions(workplace: Path) -> None:
     assert (run / "training_curves.png").is_file()
     assert list((run / "samples").glob("*.png"))
     _friend_loads(run / "pipeline", workplace)
-    going_on = next(body for kind, body in FENCE.findall(section("Stop, and go on")) if kind == "bash")
-    walk(going_on.replace("--extra_epochs 20", "--extra_epochs 1"), workplace)
+    extra_epochs = next(body for kind, body in FENCE.findall(section("Stop and resume")) if kind == "bash")
+    walk(extra_epochs.replace("--extra_epochs 20", "--extra_epochs 1"), workplace)
     assert json.loads((run / "record.json").read_text())["steps"] > 4
 
 
 def _friend_loads(pipeline: Path, folder: Path) -> None:
-    """The three lines of the README, on a folder instead of the Hub."""
+    """Run the Python example of the README with a local folder instead of a Hub id."""
     source = blocks(ROOT / "README.md", "python")[0].replace("you/your-model", str(pipeline))
     done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert Image.open(folder / "picture.png").size == (64, 64)
+    assert Image.open(folder / "image.png").size == (64, 64)
 
 
 @pytest.mark.slow
 def test_walkthrough_without_captions(workplace: Path) -> None:
-    draw_classes(workplace / "my_pictures")
-    captioned, classes = (body for kind, body in FENCE.findall(section("Your own pictures")) if kind == "bash")
+    draw_classes(workplace / "my_images")
+    captioned, classes = (body for kind, body in FENCE.findall(section("Your own images")) if kind == "bash")
     needed = [line for line in captioned.splitlines() if "train_autoencoder" in line or "precompute" in line]
     walk("\n".join(needed), workplace)
     by_label, by_nothing = classes.splitlines()

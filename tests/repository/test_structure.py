@@ -1,4 +1,4 @@
-"""What holds for the files themselves: layers, names, what is shipped, and numbers that must not be in code."""
+"""Rules for the source files: layers, names, allowed imports, sizes, and constants that must not be in them."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_folders_of_scripts_are_found():
 
 @pytest.mark.parametrize("folder", FOLDERS_OF_SCRIPTS)
 def test_no_script_hides_another_module(folder):
-    """Running a script puts its folder first on the path: `datasets.py` there would be everybody's `datasets`."""
+    """A script's folder comes first on `sys.path`, so a `datasets.py` there would hide the library `datasets`."""
     installed = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
     own = {*PACKAGES, "tests", "__init__"}
     names = {p.stem if p.is_file() else p.name for p in (ROOT / folder).iterdir() if p.suffix in (".py", "")} - own
     assert names & (installed - own) == set()
 
 
-def test_the_top_of_training_holds_commands_alone():
+def test_the_top_of_training_contains_only_commands():
     files = {path.name for path in (ROOT / "training").glob("*.py")}
     commands = {path.name for path in SCRIPTS if path.parent == ROOT / "training"}
     assert files - commands == {"__init__.py", "api.py"}
@@ -55,7 +55,7 @@ def module_name(path: Path) -> str:
 
 
 def executed_on_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements that run when a module is imported: not those of functions, or for type checkers alone."""
+    """Yield the import statements that run on import: not those inside functions or under TYPE_CHECKING."""
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
@@ -69,7 +69,7 @@ def executed_on_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.Import
 
 
 def modules_needed(path: Path, source: str, known: set[str]) -> set[str]:
-    """The modules among `known` whose import the module of this source begins with."""
+    """Return the modules among `known` that are imported when the module with this source is imported."""
     package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
     needed = set()
     for node in executed_on_import(ast.parse(source).body):
@@ -82,7 +82,7 @@ def modules_needed(path: Path, source: str, known: set[str]) -> set[str]:
     return needed & known
 
 
-def test_modules_do_not_import_each_other_in_circles():
+def test_there_are_no_circular_imports():
     known = {module_name(path) for path in SOURCES}
     graph = {module_name(path): modules_needed(path, path.read_text(), known) for path in SOURCES}
     assert sum(len(needed) for needed in graph.values()) > 300
@@ -92,7 +92,7 @@ def test_modules_do_not_import_each_other_in_circles():
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_a_circle_would_be_found():
+def test_modules_needed_are_recognised():
     known = {"training.core.stage", "training.core.layout", "training.core.draws", "training.core.files"}
     source = """
 from . import stage
@@ -110,21 +110,21 @@ def f():
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level modules that a file imports, wherever in it; relative imports aside."""
-    found = set()
+    """Return the top-level modules that a file imports anywhere, without relative imports."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module.split(".")[0])
+    return modules
 
 
-def test_pipelines_need_little():
+def test_pipelines_import_few_libraries():
     needed = {"torch", "diffusers", "transformers", "PIL", "numpy", "huggingface_hub", "yaml"}
     allowed = needed | sys.stdlib_module_names
     for path in (ROOT / "pipelines").rglob("*.py"):
-        # Its own folder by name only where a script is started as one, beside which nothing relative can be imported.
+        # Only scripts may import `pipelines` by name: a file that is run as a script cannot use relative imports.
         own = {"pipelines"} if "__main__" in path.read_text() else set()
         assert imported(path) - allowed - own == set(), path.name
 
@@ -135,8 +135,8 @@ def test_training_scripts_do_not_import_each_other():
         assert others == [], path.name
 
 
-def test_scaling_factors_are_read_never_written_down():
-    """SDXL's and SD's numbers, and FLUX's and SD3's, belong in a VAE's config."""
+def test_scaling_factors_are_read_from_configs():
+    """The scaling and shift factors of SDXL, SD, FLUX and SD3 belong in the config of a VAE, not in code."""
     constants = {0.13025, 0.18215, 0.3611, 1.5305, 0.1159, 0.0609}
     for path in SOURCES:
         numbers = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
@@ -144,7 +144,7 @@ def test_scaling_factors_are_read_never_written_down():
 
 
 def test_slow_libraries_are_imported_where_they_are_used():
-    """`--help` and a mistyped flag are answered in two seconds: nothing at the top of what scripts import is slow."""
+    """Importing a training script imports no slow library, so `--help` and errors appear within two seconds."""
     slow = {"diffusers", "transformers", "datasets", "wandb", "matplotlib", "huggingface_hub", "accelerate"}
     for script in sorted((ROOT / "training").glob("train_*.py")):
         code = f"import sys; sys.path.insert(0, '.'); import training.{script.stem}; print(*sys.modules)"
@@ -161,22 +161,22 @@ def test_files_and_functions_stay_small():
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
 
 
-def test_paths_that_code_names_are_there():
-    """A script that moved takes its name along in commands, messages and docstrings."""
+def test_paths_named_in_code_exist():
+    """Commands, messages and docstrings must name the current path of a script."""
     pattern = re.compile(
         rf"\b(?:{'|'.join((*PACKAGES, 'configs', 'model_cards', 'docs'))})/[a-z0-9_/.]+\.(?:py|yaml|md|jinja)\b"
     )
-    found = set()
+    seen = set()
     for path in SOURCES:
         strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
         named = {name for text in strings if isinstance(text, str) for name in pattern.findall(text)}
         assert {name for name in named if not (ROOT / name).is_file()} == set(), path
-        found |= named
-    assert len(found) > 30
+        seen |= named
+    assert len(seen) > 30
 
 
-def test_nobody_is_sent_to_the_package_of_that_name_on_the_index():
-    """`halftone` on the package index is not ours."""
+def test_install_commands_use_our_distribution_name():
+    """The package `halftone` on the package index is another project."""
     pattern = re.compile(r"pip install[^\n]*\bhalftone\b(?!-trainer|_trainer)")
     assert pattern.search("pip install 'halftone[cuda]'")
     assert not pattern.search("pip install halftone-trainer")

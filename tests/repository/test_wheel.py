@@ -1,4 +1,4 @@
-"""An installed copy works: a wheel holds all that is needed, and makes data, trains, samples and writes a card from any
+"""A wheel contains everything it needs: once installed, it makes data, trains, samples and writes model cards from any
 folder, without the repository."""
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ Run = Callable[..., subprocess.CompletedProcess]
 
 
 def run_in(folder: Path, python: str) -> Run:
-    """`run("halftone", …)`: a program of the environment of `python`, started in `folder`, that sees nothing else."""
+    """Return a function `run("halftone", …)` that starts a program of the environment of `python` in `folder`, isolated
+    from the repository."""
 
     def run(program: str, *words: str, status: int = 0) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [Path(python).with_name(program), *words],
             cwd=folder, env=environment(PYTHONPATH="", PYTHONSAFEPATH=""), capture_output=True, text=True,
         )  # fmt: skip
-        told = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        assert done.returncode == status, f"status {done.returncode} of {program} {' '.join(words)}\n{told}"
+        output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == status, f"status {done.returncode} of {program} {' '.join(words)}\n{output}"
         return done
 
     return run
@@ -57,7 +58,7 @@ def dependencies() -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what a wheel is built from: building leaves files beside it."""
+    """A copy of the files that a wheel is built from, because building leaves files behind."""
     folder = tmp_path_factory.mktemp("source")
     for name in NEEDED_TO_BUILD:
         if (ROOT / name).is_dir():
@@ -78,10 +79,10 @@ def wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> str:
-    """The Python of an environment with the wheel and what it requires."""
-    found = environment_of(tmp_path_factory.mktemp("installed") / "venv", *dependencies())
-    pip("--python", found, "install", *WITHOUT_NETWORK, wheel)
-    return found
+    """The Python interpreter of an environment with the wheel and its dependencies."""
+    interpreter = environment_of(tmp_path_factory.mktemp("installed") / "venv", *dependencies())
+    pip("--python", interpreter, "install", *WITHOUT_NETWORK, wheel)
+    return interpreter
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def run(workplace, python) -> Run:
 
 @pytest.fixture(scope="module")
 def autoencoder(run, workplace) -> Path:
-    """An autoencoder of a few steps on posters that its config makes: `halftone train autoencoder`."""
+    """A run of `halftone train autoencoder`: a few steps on posters that its config makes."""
     shares = "--validation_fraction 0.1 --test_fraction 0.1 --num_workers 1"
     recipe = f"data_scripts/make_posters.py --num_posters 40 {shares} --output_dir data/posters"
     (workplace / "mine.yaml").write_text(f"dataset_name: data/posters\nprepare:\n  data/posters: {recipe}\n")
@@ -118,21 +119,21 @@ def diffusion(run, workplace, diffusion_flags) -> Path:
     return workplace / "runs/diffusion"
 
 
-def test_it_holds_every_module_preset_and_template(wheel):
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+def test_it_contains_every_module_preset_and_template(wheel):
+    contained = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
     files = {*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "model_cards").rglob("*.jinja")}
     assert len(files) > 50
-    assert held == code | {f"halftone_trainer/{file.relative_to(ROOT).as_posix()}" for file in files}
+    assert contained == code | {f"halftone_trainer/{file.relative_to(ROOT).as_posix()}" for file in files}
 
 
-def test_the_repository_is_not_there(run):
-    told = run("python", "-c", "import training, sys; print(training.__file__); print(*sys.path, sep='\\n')").stdout
-    assert "site-packages" in told.splitlines()[0]
-    assert str(ROOT) not in told.replace(str(ROOT / ".venv"), "")
+def test_the_repository_is_not_on_the_path(run):
+    output = run("python", "-c", "import training, sys; print(training.__file__); print(*sys.path, sep='\\n')").stdout
+    assert "site-packages" in output.splitlines()[0]
+    assert str(ROOT) not in output.replace(str(ROOT / ".venv"), "")
 
 
-def test_an_autoencoder_trains_and_its_record_says_what_was_typed(autoencoder):
+def test_an_autoencoder_trains_and_its_record_contains_the_command(autoencoder):
     card = (autoencoder / "pipeline/README.md").read_text()
     assert "Halftone 0." in card
     assert "halftone train autoencoder --config mine.yaml" in (autoencoder / "sessions.md").read_text()
@@ -160,18 +161,18 @@ def test_presets_are_found_by_name_from_any_folder(run):
     code = "from training.api import load_config; c = load_config({!r}); print(type(c).__module__, c.resolution)"
     for name in ("latent_diffusion/quickstart", "configs/experiments/latent_diffusion/quickstart.yaml"):
         assert run("python", "-c", code.format(name)).stdout == "training.train_latent_diffusion 64\n"
-    told = run("halftone", "run_experiments", "configs/experiments/latent_diffusion/ablation/tiny/*.yaml",
-               "--print_commands").stdout  # fmt: skip
-    assert told.count("train_latent_diffusion.py --config") == 6
+    pattern = "configs/experiments/latent_diffusion/ablation/tiny/*.yaml"
+    output = run("halftone", "run_experiments", pattern, "--print_commands").stdout
+    assert output.count("train_latent_diffusion.py --config") == 6
 
 
-def test_mistakes_name_what_can_be_typed_here(run):
-    told = run("halftone", "train", "latent_diffusion", "--vae", "x", "--dataset_name", "x", status=2).stderr
-    assert "halftone data train_tokenizer" in told
-    assert "data_scripts/" not in told
+def test_error_messages_name_commands_that_work_here(run):
+    error = run("halftone", "train", "latent_diffusion", "--vae", "x", "--dataset_name", "x", status=2).stderr
+    assert "halftone data train_tokenizer" in error
+    assert "data_scripts/" not in error
     flags = ("--dataset_name", "data/posters", "--optimizer", "adamw_8bit", "--output_dir", "runs/x", "--cpu_threads")
-    told = run("halftone", "train", "autoencoder", *COMMON, *TINY_AUTOENCODER, *flags, "1", status=2).stderr
-    assert "pip install bitsandbytes" in told
+    error = run("halftone", "train", "autoencoder", *COMMON, *TINY_AUTOENCODER, *flags, "1", status=2).stderr
+    assert "pip install bitsandbytes" in error
 
 
 def test_an_editable_install_works_from_another_folder(source, tmp_path):
@@ -184,5 +185,5 @@ def test_an_editable_install_works_from_another_folder(source, tmp_path):
     run("halftone", "data", "make_posters", "--num_posters", "2", "--num_workers", "1", "--output_dir", "posters")
     code = "from training.publishing.model_card import check_card; check_card('autoencoder.md.jinja')"
     run("python", "-c", code)
-    told = run("halftone", "train", "autoencoder", "--config", "autoencoder/quickstrt", status=2).stderr
-    assert "did you mean 'autoencoder/quickstart'?" in told
+    error = run("halftone", "train", "autoencoder", "--config", "autoencoder/quickstrt", status=2).stderr
+    assert "did you mean 'autoencoder/quickstart'?" in error

@@ -39,8 +39,8 @@ _LAUNCHER_VARIABLES = (
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_IMAGES = (
-    f"To train on your own images: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
-    "runs/my_autoencoder, then see README.md"
+    f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
+    "runs/my_autoencoder, then see 'Your own images' in README.md"
 )
 
 
