@@ -143,7 +143,7 @@ def test_every_field_is_a_flag():
     ("arguments", "message"),
     [
         (["--style", "swis"], "style must be one of swiss, .*, but is 'swis'; did you mean 'swiss'"),
-        (["--palette", "#d33,blurple"], "palette: 'blurple' is no colour"),
+        (["--palette", "#d33,blurple"], "palette: 'blurple' is not a colour"),
         (["--energy", "1.2"], r"energy must be a number in \[0, 1\], but is 1.2"),
         (["--pictures", "7"], "pictures must be a whole number from 0 to 3, but is 7"),
         (["--balance", "high"], "--balance: invalid float value: 'high'"),

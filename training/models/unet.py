@@ -174,5 +174,5 @@ def _stock_unet(
 
 
 def _pooling_heads(text_width: int) -> int:
-    """Return the number of attention heads that pool a caption: heads of 16 channels if 16 divides the width, or one."""
+    """Return the number of attention heads that pool a caption: heads of 16 channels if 16 divides the width, or 1."""
     return text_width // 16 if text_width % 16 == 0 else 1
