@@ -155,10 +155,10 @@ def test_samplers_that_know_no_flow_matching_are_refused_with_those_that_do():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda config: diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction"), "samples v_pred"),
+        (lambda config: diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction"), "expects v_pred"),
         (lambda config: diffusers.DDIMScheduler.from_config(config, clip_sample=True), "clips predictions"),
         (lambda config: diffusers.DDIMScheduler(clip_sample=False), "another noise schedule"),
-        (lambda config: diffusers.FlowMatchEulerDiscreteScheduler(), "samples flow_prediction"),
+        (lambda config: diffusers.FlowMatchEulerDiscreteScheduler(), "expects flow_prediction"),
     ],
 )
 def test_a_scheduler_put_in_by_hand_is_checked(make, message):
@@ -195,7 +195,7 @@ def test_zero_terminal_snr_is_refused_where_it_has_no_meaning(prediction_type):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="`prediction_type` must be one of epsilon"):
         training_scheduler("noise")
-    with pytest.raises(ValueError, match="no scheduler 'eule'"):
+    with pytest.raises(ValueError, match="unknown scheduler 'eule'"):
         make_scheduler("eule", training_scheduler("epsilon"))
     assert type(make_scheduler("flow_euler", training_scheduler(FLOW))).__name__ == "FlowMatchEulerDiscreteScheduler"
 

@@ -328,7 +328,7 @@ def test_a_model_without_a_controlnet_takes_no_control(model, tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["--scheduler", "ddim"], "'ddim' does not suit this model.*use one of dpm, dpm_sde, euler, unipc, heun"),
-        (["--scheduler", "eular"], "no scheduler 'eular'"),
+        (["--scheduler", "eular"], "unknown scheduler 'eular'"),
         (["--promt", "a"], "unknown argument --promt; did you mean 'prompt'"),
         (["--class_label", "cat"], "'cat', which is no class of this model; it knows kind 0, kind 1"),
         (["--prompt", "a", "--height", "9"], "`height` must be a multiple of 2"),

@@ -202,7 +202,7 @@ def load_base(path: str, resolution: int) -> ControlBase:
     """Load the base model at `path` (run, checkpoint, pipeline folder or Hub id) and freeze it.
 
     Raises:
-        UserError: there is no pipeline, it cannot be steered by a ControlNet, or the resolution does not suit it.
+        UserError: the path has no pipeline that a ControlNet can steer, or the resolution does not suit it.
     """
     from pipelines.latent_diffusion import LatentDiffusionPipeline
     from pipelines.poster_decoder import PosterDecoderPipeline

@@ -44,7 +44,7 @@ def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
             if (path / (subfolder or "") / "config.json").is_file():
                 return AutoencoderKL.load_config(str(path / (subfolder or ""))), subfolder
         raise UserError(
-            f"there is no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
+            f"found no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
             "of a VAE, of a pipeline, or of a finished autoencoder run"
         )
     if path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir():
