@@ -32,7 +32,7 @@ from training.engine.session import train
 from training.metrics.images import psnr, ssim
 from training.models.autoencoder import (
     AutoencoderModelConfig,
-    Decoded,
+    AutoencoderOutput,
     build_autoencoder,
     decode_all,
     latents_of,
@@ -228,7 +228,7 @@ class AutoencoderStage(ImageStage):
     def card_facts(self) -> dict[str, Any]:
         return self.heads.card_facts()
 
-    def _decode_modes(self, batch: Batch) -> Decoded:
+    def _decode_modes(self, batch: Batch) -> AutoencoderOutput:
         """What is decoded from the modes of the posteriors of a batch's images."""
         encoded: Any = self.autoencoder.encode(batch["pixel_values"])
         return decode_all(self.autoencoder, latents_of(encoded))

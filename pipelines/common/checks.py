@@ -1,6 +1,6 @@
 """Checks of arguments that several pipelines take; each error quotes the argument and its value.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Colours for classes of pixels: the same class id has the same colour in every picture.
+"""Colours for pixel classes: a class id has the same colour in every image.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ COLOR_BLIND_SAFE = (
     (213, 94, 0),
     (204, 121, 167),
 )
-"""Eight colours that people with any kind of colour vision tell apart (Okabe and Ito 2008)."""
+"""Eight colours that people with any kind of colour vision can distinguish (Okabe and Ito 2008)."""
 UNLABELLED, UNLABELLED_COLOR = 255, (176, 176, 176)
-GOLDEN_SHARE = 0.618034  # of the colour circle: neighbouring ids get hues far apart
+GOLDEN_SHARE = 0.618034  # share of the colour circle between two ids in sequence, so that their hues lie far apart
 
 
 def class_color(class_id: int) -> tuple[int, int, int]:
-    """RGB of a class id (0 to 255); beyond the first eight, hues that only full colour vision tells apart."""
+    """Return the RGB colour of a class id (0 to 255).
+
+    The first eight colours suit any kind of colour vision; telling the others apart needs full colour vision.
+    """
     if class_id == UNLABELLED:
         return UNLABELLED_COLOR
     if class_id < len(COLOR_BLIND_SAFE):
@@ -36,7 +39,7 @@ def class_color(class_id: int) -> tuple[int, int, int]:
 
 
 def class_ids_to_pil(ids: np.ndarray) -> Image.Image:
-    """Class ids (H W, 0 to 255) as a picture with a palette: its pixels are the ids, and it shows their colours."""
-    picture = Image.fromarray(ids.astype(np.uint8))
-    picture.putpalette([channel for class_id in range(256) for channel in class_color(class_id)])
-    return picture
+    """Convert class ids (H W, 0 to 255) to a palette image: its pixel values are the ids, shown in their colours."""
+    image = Image.fromarray(ids.astype(np.uint8))
+    image.putpalette([channel for class_id in range(256) for channel in class_color(class_id)])
+    return image

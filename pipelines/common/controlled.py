@@ -1,7 +1,7 @@
-"""What the pipelines with a ControlNet share: their arguments of control, and the base pipeline's call with the U-Net
+"""Shared by the pipelines with a ControlNet: their control arguments, and calls of the base pipeline with its U-Net
 steered.
 
-Shapes: B pictures, C control channels, H W pixels.
+Shapes: B images, C control channels, H W pixels.
 
 This file is shipped inside published pipelines.
 """
@@ -20,9 +20,9 @@ from .control_images import control_tensor, per_net, step_share
 
 
 class ControlledMixin:
-    """The base pipeline with control images; without one it gives what the base gives.
+    """Adds control images to a base pipeline; without a control image, the result is that of the base pipeline.
 
-    Name it before the base pipeline's class, which stays as it is: the U-Net is steered from outside.
+    Name this class before that of the base pipeline, which needs no changes: hooks steer its U-Net from outside.
     """
 
     controlnet: Any
@@ -31,23 +31,26 @@ class ControlledMixin:
     _size: Any
 
     def set_controlnet(self, controlnet: Any) -> None:
-        """Put a FusionControlNetModel, FusionControlNets, or a list of the former in the place of what is there.
+        """Replace the ControlNet by a FusionControlNetModel, FusionControlNets, or a list of FusionControlNetModel.
 
         Raises:
-            ValueError: a ControlNet of another U-Net or VAE.
+            ValueError: the ControlNet was trained with another U-Net or VAE.
         """
-        downsampling = getattr(self, "vae_scale_factor", 1)  # a base of pixels has no VAE
+        downsampling = getattr(self, "vae_scale_factor", 1)  # a base pipeline on pixels has no VAE
         if isinstance(controlnet, (list, tuple)):
             controlnet = FusionControlNets.of(list(controlnet))
         for net in as_nets(controlnet):
             for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
                 mine, its = net.config[name], self.unet.config[name]
                 if _plain(mine) != _plain(its):
-                    raise ValueError(f"`controlnet` is of another U-Net: its `{name}` is {mine}, the U-Net's {its}")
+                    raise ValueError(
+                        f"`controlnet` was trained with another U-Net: its `{name}` is {mine}, but this U-Net's is "
+                        f"{its}; use it with the base model that it was trained with"
+                    )
             if net.downsampling != downsampling:
                 raise ValueError(
                     f"`controlnet` takes {net.downsampling} pixels per latent cell, but the base has {downsampling}: "
-                    "it was trained with another VAE"
+                    "it was trained with another VAE; use it with the base model that it was trained with"
                 )
         self.register_modules(controlnet=controlnet)  # type: ignore[attr-defined]
 
@@ -65,21 +68,22 @@ class ControlledMixin:
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> Any:
-        """What the base pipeline's call returns, with its U-Net steered by `control_image`.
+        """Call the base pipeline with its U-Net steered by `control_image`, and return its result.
 
         Args:
-            conditions: the base's arguments that say what the images show, such as its prompts; with several controls
-                each must have one entry, or as many as there are controls.
-            control_image: one control for all images, or one for each prompt (or one prompt for each control): see
-                `control_images.control_tensor`. With several ControlNets a list with an entry for each. None steers
-                nothing.
-            controlnet_conditioning_scale: how strongly a ControlNet steers; 0 gives what the base model gives. This and
-                the next two are one number, or one for each ControlNet.
-            control_guidance_start, control_guidance_end: steer between these shares of the steps, in [0, 1].
-            height, width, num_images_per_prompt, **options: those of the base pipeline.
+            conditions: the base pipeline's arguments that say what the images show, such as prompts. With several
+                controls, each argument must have one entry, or one for each control.
+            control_image: one control for all images, or one for each prompt (or one prompt for each control); see
+                `control_images.control_tensor`. With several ControlNets, a list with an entry for each. With None, the
+                U-Net is not steered.
+            controlnet_conditioning_scale: how strongly a ControlNet steers; 0 gives the result of the base pipeline.
+                This and the next two arguments are one number, or one for each ControlNet.
+            control_guidance_start, control_guidance_end: the shares of the sampling steps, in [0, 1], between which the
+                ControlNet steers.
+            height, width, num_images_per_prompt, **options: arguments of the base pipeline.
 
         Raises:
-            ValueError: an argument that cannot be used; the message quotes it.
+            ValueError: an argument cannot be used; the message quotes it.
         """
         base = super().__call__  # type: ignore[misc]
         options |= {"height": height, "width": width}
@@ -88,16 +92,16 @@ class ControlledMixin:
         controls = self.control_tensors(control_image, *self._size(height, width))
         conditions, count = _for_each_control(len(controls[0]), conditions)
         controls = [control.repeat_interleave(num_images_per_prompt, dim=0) for control in controls]
-        if count == 0:  # only the controls say how many images there are
+        if count == 0:  # without conditions, the number of images is the number of controls
             num_images_per_prompt = len(controls[0])
         with self.steered(controls, controlnet_conditioning_scale, control_guidance_start, control_guidance_end):
             return base(**conditions, num_images_per_prompt=num_images_per_prompt, **options)
 
     def control_tensors(self, control_image: Any, height: int, width: int) -> list[Tensor]:
-        """For each ControlNet its controls, B C H W in [0, 1].
+        """Convert the controls of each ControlNet to B C H W in [0, 1].
 
         Raises:
-            ValueError: what cannot be used, see `control_images.control_tensor`.
+            ValueError: a control cannot be used, see `control_images.control_tensor`.
         """
         nets = as_nets(self.controlnet)
         controls = per_net("control_image", control_image, len(nets)) if len(nets) > 1 else [control_image]
@@ -106,7 +110,10 @@ class ControlledMixin:
         ]
         counts = {len(tensor) for tensor in tensors} - {1}
         if len(counts) > 1:
-            raise ValueError(f"every ControlNet needs one control or equally many, but they have {sorted(counts)}")
+            raise ValueError(
+                "every ControlNet needs one control, or as many controls as the others, but they have "
+                f"{' and '.join(map(str, sorted(counts)))}"
+            )
         count = max(counts, default=1)
         return [tensor.expand(count, -1, -1, -1) for tensor in tensors]
 
@@ -117,10 +124,11 @@ class ControlledMixin:
         start: float | Sequence[float],
         end: float | Sequence[float],
     ) -> AbstractContextManager[None]:
-        """A context in which the U-Net is steered, from the share `start` of the steps to the share `end`.
+        """Return a context in which the U-Net is steered, from the share `start` of the sampling steps to `end`.
 
         Raises:
-            ValueError: shares that are none, or as many scales as there are no ControlNets.
+            ValueError: `start` and `end` are not increasing shares in [0, 1], or an argument is a list that does not
+                have one entry for each ControlNet.
         """
         nets = as_nets(self.controlnet)
         scales = per_net("controlnet_conditioning_scale", scale, len(nets))
@@ -141,11 +149,12 @@ class ControlledMixin:
 
 
 def _for_each_control(controls: int, conditions: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """The conditions with one entry for each of several controls, and how many entries the longest one had (0: all are
-    None).
+    """Return the conditions with one entry for each of several controls, and the number of entries of the longest one.
+
+    This number is 0 if all conditions are None.
 
     Raises:
-        ValueError: several controls and several entries, but not equally many.
+        ValueError: a condition has several entries, but not one for each control.
     """
     lists = {
         name: value if value is None or isinstance(value, (list, tuple, Tensor)) else [value]
@@ -155,7 +164,10 @@ def _for_each_control(controls: int, conditions: Mapping[str, Any]) -> tuple[dic
     count = max(lengths.values(), default=0)
     if controls > 1 and count > 1 and count != controls:
         longest = max(lengths, key=lambda name: lengths[name])
-        raise ValueError(f"`control_image` has {controls} controls, but `{longest}` has {count} entries")
+        raise ValueError(
+            f"`control_image` has {controls} controls, but `{longest}` has {count} entries; pass one entry, or one for "
+            "each control"
+        )
     if controls > 1 and count == 1:
         lists = {name: None if value is None else [value[0]] * controls for name, value in lists.items()}
     return lists, count

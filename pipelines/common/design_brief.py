@@ -1,4 +1,4 @@
-"""A design brief (V_Meta): what a poster is asked to be, in numbers and names. Any field may be left open.
+"""DesignBrief (V_Meta): describes in numbers and names how a poster should look. Any field may be left open.
 
 Shapes: B briefs.
 """
@@ -34,7 +34,7 @@ from .poster_domain import (
 )
 
 NUMBERS = ("energy", "formality", "warmth", *GRAMMAR)
-"""The fields that are numbers in [0, 1], in the order of `brief_tensors`."""
+"""Fields that are numbers in [0, 1], in the order of `brief_tensors`."""
 
 MAX_COUNTS = {"text_blocks": MAX_TEXT_BLOCKS, "pictures": MAX_PICTURES}
 
@@ -48,28 +48,28 @@ STYLE_MOODS = {
     "brutalist": (0.65, 0.35),
     "editorial": (0.3, 0.85),
 }
-"""Energy and formality of a style, for random briefs."""
+"""Energy and formality of each style, for random briefs."""
 
 READABLE_DISTANCE = 150
-"""RGB distance from which a shape stands out on its ground."""
+"""Smallest RGB distance at which a shape stands out from its background."""
 
 
 @dataclass(frozen=True)
 class DesignBrief:
-    """What is asked of a poster; None leaves a field open.
+    """Requirements for a poster; None leaves a field open.
 
     Args:
-        style: one of STYLES; "Art Deco" and "art-deco" are "art_deco".
-        energy, formality, warmth: in [0, 1].
+        style: one of STYLES; "Art Deco" and "art-deco" are read as "art_deco".
+        energy, formality, warmth: numbers in [0, 1].
         palette: 1 to 5 colours in the order background, primary, accent, ink: '#rgb', '#rrggbb' or names in COLORS, as
-            a list or parted by commas. It is kept as a tuple of '#rrggbb'. Where it is shorter than the poster's, the
-            rest is left open.
-        text_blocks: 0 to 3, the title among them.
-        pictures: 0 to 3.
-        balance, ..., image_share: the layout's grammar (GRAMMAR), in [0, 1].
+            a list or separated by commas. It is stored as a tuple of '#rrggbb'. A palette with fewer colours than the
+            poster leaves the others open.
+        text_blocks: number of text blocks, 0 to 3, including the title.
+        pictures: number of pictures, 0 to 3.
+        balance, ..., image_share: numbers of the layout's grammar (GRAMMAR), in [0, 1].
 
     Raises:
-        ValueError: the field, its value, and what is allowed.
+        ValueError: a value is not allowed; the message names the field, its value, and the allowed values.
     """
 
     style: str | None = None
@@ -98,10 +98,10 @@ class DesignBrief:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DesignBrief:
-        """From names and values, such as a YAML file has.
+        """Create a brief from field names and values, such as those of a YAML file.
 
         Raises:
-            ValueError: an unknown field, with the nearest known one, or a value that cannot be.
+            ValueError: a field is unknown (the message suggests the nearest known one), or a value is not allowed.
         """
         for name in values:
             if name not in FIELDS:
@@ -112,19 +112,19 @@ class DesignBrief:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> DesignBrief:
-        """From a row of a poster dataset: columns that are no fields are left aside, fields without a column open.
+        """Create a brief from a row of a poster dataset; other columns are ignored, and missing fields stay open.
 
         Raises:
-            ValueError: a value that cannot be.
+            ValueError: a value is not allowed.
         """
         return cls(**{name: row[name] for name in FIELDS if name in row})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> DesignBrief:
-        """From a YAML file of fields.
+        """Create a brief from a YAML file of fields.
 
         Raises:
-            ValueError: no such file, no YAML, or what `from_mapping` finds; the message names the file.
+            ValueError: the file cannot be read, is not YAML, or has wrong fields; the message names the file.
         """
         import yaml
 
@@ -132,10 +132,10 @@ class DesignBrief:
         try:
             values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
+            reason = getattr(error, "strerror", None) or "it is not a text file"
             raise ValueError(f"the brief {path} cannot be read: {reason}") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"the brief {path} is no YAML: {' '.join(str(error).split())}; {quote}") from None
+            raise ValueError(f"the brief {path} is not valid YAML: {' '.join(str(error).split())}; {quote}") from None
         if not isinstance(values, Mapping):
             raise ValueError(f"the brief {path} must hold lines such as `style: swiss`, but holds {values!r}")
         if "palette" in values and not values["palette"]:
@@ -147,9 +147,9 @@ class DesignBrief:
 
     @classmethod
     def random(cls, seed: int) -> DesignBrief:
-        """Every field but the grammar, suiting each other: colours that can be told apart, a style with its mood.
+        """Return a random brief whose fields suit each other: colours that stand out, and a style with its mood.
 
-        The grammar follows from a layout, and numbers drawn alone would ask for one that cannot be.
+        The grammar is left open, because random numbers might describe a layout that cannot exist.
         """
         rng = np.random.default_rng(seed)
         style = str(rng.choice(STYLES))
@@ -162,24 +162,27 @@ class DesignBrief:
             formality=round(moods[1], 2),
             warmth=round(float(np.mean([_warmth(COLORS[name]) for name in palette[:-1]])), 2),
             palette=palette,
-            # Two pictures and more leave no room for small text.
+            # Two or more pictures leave no room for small text.
             text_blocks=1 if pictures >= 2 else int(rng.integers(1, MAX_TEXT_BLOCKS + 1)),
             pictures=pictures,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are given, as plain values."""
+        """Return the fields that are not open, as plain values."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
     def to_yaml(self) -> str:
-        """What `from_yaml` reads."""
+        """Return the brief as YAML, which `from_yaml` reads."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
 
     def describe(self) -> str:
-        """The brief in a line for people: 'swiss, cream red black, 1 text, 2 pictures'; numbers if there is no more."""
+        """Describe the brief in one line, such as 'swiss, cream red black, 1 text, 2 pictures'.
+
+        The numbers are given only if all other fields are open.
+        """
         parts = [style_words(self.style)] if self.style else []
         if self.palette:
             parts.append(" ".join(nearest_color_name(rgb_color(color)) for color in self.palette))
@@ -195,7 +198,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(DesignBrief))
 
 
 def brief_tensors(briefs: Sequence[DesignBrief], device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Briefs as a `DesignBriefEncoder` takes them; what is absent is 0 there and False in its mask.
+    """Convert briefs to the inputs of a `DesignBriefEncoder`; an open field is 0, and False in its mask.
 
     Returns:
         style: B 1, int64, a position in STYLES.
@@ -221,16 +224,16 @@ def brief_tensors(briefs: Sequence[DesignBrief], device: torch.device | str | No
 
 
 def _padded_palette(palette: Sequence[str]) -> list[tuple[float, ...] | None]:
-    """MAX_PALETTE_COLORS colours in [0, 1], None beyond those there are."""
+    """Return MAX_PALETTE_COLORS colours in [0, 1], with None for missing ones."""
     colors = [tuple(value / 255 for value in rgb_color(color)) for color in palette]
     return [*colors, *[None] * (MAX_PALETTE_COLORS - len(colors))]
 
 
 def parse_color(text: Any) -> tuple[int, int, int]:
-    """'#d33', '#dd3333' or a name in COLORS to RGB of 0..255.
+    """Convert '#d33', '#dd3333' or a name in COLORS to RGB in 0..255.
 
     Raises:
-        ValueError: none of these.
+        ValueError: `text` is none of these.
     """
     word = text.strip().lower() if isinstance(text, str) else ""
     if word in COLORS:
@@ -240,7 +243,7 @@ def parse_color(text: Any) -> tuple[int, int, int]:
     if re.fullmatch(r"#[0-9a-f]{6}", word):
         return rgb_color(word)
     raise ValueError(
-        f"{text!r} is no colour{_nearest(word, COLORS)}; write '#rgb', '#rrggbb' or one of {', '.join(COLORS)}"
+        f"{text!r} is not a colour{_nearest(word, COLORS)}; write '#rgb', '#rrggbb' or one of {', '.join(COLORS)}"
     )
 
 
@@ -264,7 +267,7 @@ def _palette(name: str, value: Any) -> tuple[str, ...]:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], but is {value!r}")
-    return round(float(value), 6)  # a dataset's float32 0.9 is 0.9 again
+    return round(float(value), 6)  # so that the 0.9 of a float32 column is equal to 0.9
 
 
 def _count(name: str, value: Any) -> int:
@@ -279,9 +282,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _random_palette(rng: np.random.Generator) -> list[str]:
-    """Names of background, primary, accent (in half of the palettes) and ink, each readable on the background."""
+    """Return names of background, primary, accent (in half of the palettes) and ink, all readable on the background."""
     background = str(rng.choice(list(COLORS)))
-    # Ink is for letters alone: the darkest or the lightest colour, whichever stands out more.
+    # Ink is only for letters: the darkest or the lightest colour, whichever stands out more.
     ink = max(("black", "cream"), key=lambda name: _apart(background, name))
     others = [name for name in COLORS if name != ink and _apart(background, name) >= READABLE_DISTANCE]
     rng.shuffle(others)
@@ -293,5 +296,5 @@ def _apart(first: str, second: str) -> float:
 
 
 def _warmth(rgb: tuple[int, int, int]) -> float:
-    """0 for pure blue, 1 for pure red, in [0, 1]."""
+    """Return the warmth of a colour in [0, 1]: 0 for pure blue, 1 for pure red."""
     return 0.5 + (rgb[0] - rgb[2]) / 510

@@ -1,4 +1,4 @@
-"""What the pipelines that generate from noise share: samplers by name, and sampling with a guided U-Net and a callback
+"""Shared by the pipelines that generate from noise: samplers by name, and sampling with a guided U-Net and a callback
 after each step.
 
 Shapes: B images, C channels, h w latent cells or pixels.
@@ -21,10 +21,10 @@ from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise
 
 
 def known_prediction_type(prediction_type: str | None, scheduler: Any) -> str:
-    """`prediction_type`, or for None the one that `scheduler` samples.
+    """Return `prediction_type`, or that of `scheduler` if it is None.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: the prediction type is unknown.
     """
     prediction_type = prediction_type or prediction_type_of(scheduler)
     if prediction_type not in PREDICTION_TYPES:
@@ -33,24 +33,26 @@ def known_prediction_type(prediction_type: str | None, scheduler: Any) -> str:
 
 
 class SamplersByName:
-    """Gives a pipeline `set_scheduler`."""
+    """Adds `set_scheduler` to a pipeline."""
 
     scheduler: Any
-    # Samplers are built from and checked against this one, whatever has been put in its place meanwhile.
+    # The scheduler that the pipeline was created with. It has the model's noise schedule, so samplers are built from it
+    # and checked against it even after `scheduler` was replaced.
     _own_scheduler: Any
 
     def set_scheduler(self, name: str) -> None:
-        """Sample with `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms), built with the
-        model's own prediction type and noise schedule.
+        """Use the sampler `name` (ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms) from now on.
+
+        It is built with the model's own prediction type and noise schedule.
 
         Raises:
-            ValueError: one that does not suit the model; the message names those that do.
+            ValueError: the sampler does not suit the model; the message lists those that do.
         """
         self.scheduler = make_scheduler(name, self._own_scheduler)
 
 
 class SamplingOptions(NamedTuple):
-    """How to sample: those arguments of a pipeline's call that say nothing of what the images show."""
+    """Arguments of a pipeline's call that say how to sample, not what the images show."""
 
     num_inference_steps: int
     guidance_scale: float | None
@@ -61,9 +63,9 @@ class SamplingOptions(NamedTuple):
 
 
 class UNetSamplingMixin(SamplersByName):
-    """For a pipeline whose `unet` predicts what `config.prediction_type` says. Name it before DiffusionPipeline.
+    """Sampling for a pipeline with a `unet` and its `config.prediction_type`. Name it before DiffusionPipeline.
 
-    The first of `_callback_tensor_inputs` is the name of what is sampled.
+    The first entry of `_callback_tensor_inputs` is the name of the sampled tensor.
     """
 
     unet: Any
@@ -82,7 +84,7 @@ class UNetSamplingMixin(SamplersByName):
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Raise a ValueError that quotes the first argument that cannot be used, or says what the scheduler lacks."""
+        """Raise a ValueError if an argument cannot be used or the scheduler does not suit the model."""
         check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
         check_positive_integers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_output_type(output_type, self._output_types)
@@ -93,10 +95,10 @@ class UNetSamplingMixin(SamplersByName):
             )
 
     def _given_or_trained_size(self, height: int | None, width: int | None, factor: int = 1) -> tuple[int, int]:
-        """Height and width in pixels; None becomes the size that the U-Net was trained at, times `factor`.
+        """Return height and width in pixels; for None, the size that the U-Net was trained at, times `factor`.
 
         Raises:
-            ValueError: None, for a U-Net whose config does not say its size.
+            ValueError: a side is None, and the U-Net's config has no size.
         """
         sample_size = self.unet.config.sample_size
         cells = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
@@ -112,13 +114,13 @@ class UNetSamplingMixin(SamplersByName):
         conditions: Mapping[str, Tensor | None] | None = None,
         prepare: Callable[..., tuple] = tuple,
     ) -> Tensor:
-        """Standard normal noise to samples (B C h w); float32 throughout, only the U-Net's input takes its dtype.
+        """Turn standard normal noise into samples (B C h w) in float32; only the U-Net's input has the U-Net's dtype.
 
         Args:
-            predict: (U-Net's input, timestep, *prepare(**conditions)) → what the U-Net predicts, of B or 2B.
-            conditions: what the callback may look at and replace besides the samples.
-            prepare: makes of the conditions what `predict` takes; called at the start, and again after a callback that
-                replaced one of them.
+            predict: (input of the U-Net, timestep, *prepare(**conditions)) → prediction of the U-Net, for B or 2B.
+            conditions: tensors that the callback may read and replace, in addition to the samples.
+            prepare: function that turns the conditions into arguments of `predict`; it is called at the start, and
+                again after a callback has replaced one of them.
         """
         conditions = dict(conditions or {})
         prepared = prepare(**conditions)
@@ -149,7 +151,7 @@ class UNetSamplingMixin(SamplersByName):
         )  # fmt: skip
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """What a call returns for `images` (B 3 H W in [-1, 1]; for the output type latent they are as they are)."""
+        """Return the result of a call for `images` (B 3 H W in [-1, 1]); output type "latent" leaves them unchanged."""
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()

@@ -1,14 +1,14 @@
-"""Between a VAE's own units and the latents that a diffusion model sees: the one place where latents are scaled.
+"""Conversion between a VAE's own units and the scaled latents of a diffusion model. Latents are scaled nowhere else.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent cells. `images`: B 3 H W in [-1, 1].
 `z`: B C h w in the VAE's raw units. `latents`: B C h w in scaled units, what a U-Net is trained on.
 
-All numbers come from the VAE's own config; an absent one is neutral (shift 0, scale 1):
+All numbers come from the VAE's own config; a missing number has no effect (shift 0, scale 1):
 
     latents = (z - latents_mean) / latents_std * scaling_factor      where the config has mean or std (SDXL's rule)
-    latents = (z - shift_factor) * scaling_factor                    elsewhere (Stable Diffusion, Flux, tiny ones)
+    latents = (z - shift_factor) * scaling_factor                    otherwise (Stable Diffusion, Flux, AutoencoderTiny)
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 
 def encode_latents(vae: nn.Module, images: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Images (B 3 H W, in [-1, 1]) to scaled latents (B C h w, float32).
+    """Encode images (B 3 H W, in [-1, 1]) to scaled latents (B C h w, float32).
 
     Args:
-        noise: B C h w, standard normal: draws from the posterior, `mean + exp(logvar / 2) * noise`. None takes its
-            mode. A VAE without a posterior (AutoencoderTiny) has nothing to draw from and ignores it.
+        noise: B C h w, standard normal, to draw from the posterior as `mean + exp(logvar / 2) * noise`. With None, the
+            result is the posterior's mode. A VAE without a posterior (AutoencoderTiny) ignores the noise.
     """
     mean, logvar = posterior_moments(vae, images)
     return latents_from_moments(vae, mean, logvar, noise)
 
 
 def posterior_moments(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mean and log-variance (each B C h w, float32, raw VAE units) of q(z | images); images B 3 H W in [-1, 1].
+    """Return mean and log-variance (each B C h w, float32, raw VAE units) of q(z | images); images B 3 H W in [-1, 1].
 
     The log-variance is None for a VAE whose encoder is deterministic (AutoencoderTiny, VQModel).
     """
@@ -46,17 +46,17 @@ def posterior_moments(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | 
         if hasattr(encoded, field):
             return _at_least_float32(getattr(encoded, field)), None
     raise TypeError(
-        f"{type(vae).__name__}.encode gave {type(encoded).__name__}, which has no latent_dist and no latents"
+        f"{type(vae).__name__}.encode returned {type(encoded).__name__}, which has no latent_dist and no latents"
     )
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A draw from N(mean, exp(logvar)) by standard normal `noise`; all of one shape and dtype."""
+    """Draw from N(mean, exp(logvar)) with standard normal `noise`; all three have the same shape and dtype."""
     return mean + torch.exp(0.5 * logvar) * noise
 
 
 def latents_from_moments(vae: nn.Module, mean: Tensor, logvar: Tensor | None, noise: Tensor | None = None) -> Tensor:
-    """Scaled latents (B C h w) from posterior moments in raw units, as `encode_latents` makes them from images."""
+    """Return scaled latents (B C h w) from posterior moments in raw units, as `encode_latents` does from images."""
     z = _at_least_float32(mean)
     if noise is not None and logvar is not None:
         z = sample_posterior(z, logvar.to(z.dtype), noise.to(z.dtype))
@@ -64,21 +64,21 @@ def latents_from_moments(vae: nn.Module, mean: Tensor, logvar: Tensor | None, no
 
 
 def scale_latents(vae: nn.Module, z: Tensor) -> Tensor:
-    """Raw VAE units to what the diffusion model sees (B C h w; float32, or float64 for float64)."""
+    """Convert latents in raw VAE units to scaled latents (B C h w; float32, or float64 for float64 input)."""
     z = _at_least_float32(z)
     shift, std, factor = _scaling(vae, z)
     return (z - shift) / std * factor
 
 
 def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The exact inverse of `scale_latents`."""
+    """Convert scaled latents to raw VAE units; the exact inverse of `scale_latents`."""
     latents = _at_least_float32(latents)
     shift, std, factor = _scaling(vae, latents)
     return latents / factor * std + shift
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents (B C h w) to images (B 3 H W, float32, clamped to [-1, 1])."""
+    """Decode scaled latents (B C h w) to images (B 3 H W, float32, clamped to [-1, 1])."""
     z = unscale_latents(vae, latents)
     with _running_precision(vae, z.device) as dtype:
         images = vae.decode(z.to(dtype)).sample
@@ -86,26 +86,26 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def latent_channels(vae: nn.Module) -> int:
-    """C of the latents."""
+    """Return the number of latent channels C."""
     return int(vae.config.latent_channels)
 
 
 def downsampling_factor(vae: nn.Module) -> int:
-    """Pixels per latent cell along a side, the patch of an autoencoder that works on patches included."""
+    """Return the number of pixels per latent cell along a side, including the patches of an autoencoder on patches."""
     config = vae.config
-    if getattr(vae, "spatial_compression_ratio", None):  # says so itself, as our own and AutoencoderDC do
+    if getattr(vae, "spatial_compression_ratio", None):  # MultiHeadAutoencoderKL and AutoencoderDC have it
         return int(vae.spatial_compression_ratio)
     for name in ("encoder_block_out_channels", "block_out_channels"):
         if config.get(name):
             return 2 ** (len(config[name]) - 1)
-    raise ValueError(f"{type(vae).__name__} does not tell its downsampling: no block_out_channels in its config")
+    raise ValueError(f"the downsampling of {type(vae).__name__} is unknown: its config has no block_out_channels")
 
 
 def latent_shape(vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of an image of height x width pixels.
+    """Return the shape (C, h, w) of the latents of an image of height x width pixels.
 
     Raises:
-        ValueError: a side that is not a positive multiple of the VAE's downsampling.
+        ValueError: a side is not a positive multiple of the VAE's downsampling.
     """
     factor = downsampling_factor(vae)
     for name, side in (("height", height), ("width", width)):
@@ -118,12 +118,12 @@ def latent_shape(vae: nn.Module, height: int, width: int) -> tuple[int, int, int
 
 
 def write_latent_statistics(vae: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Put measured statistics of raw latents (one number per channel) into the VAE's config, so that scaled latents
+    """Write measured statistics of raw latents (one number per channel) into the VAE's config, so that scaled latents
     have mean 0 and standard deviation 1.
 
-    A class that knows `latents_mean` and `latents_std` gets both, and `scaling_factor` 1, because SDXL's rule
-    multiplies by that as well. One that does not (AutoencoderTiny) gets a scaling factor alone, 1 / the root mean
-    square of std: stock pipelines honour nothing else there.
+    A class with the arguments `latents_mean` and `latents_std` gets both, and `scaling_factor` 1, because SDXL's rule
+    multiplies by that as well. A class without them (AutoencoderTiny) gets only a scaling factor, 1 / the root mean
+    square of std, because stock pipelines read nothing else from its config.
     """
     known = inspect.signature(type(vae).__init__).parameters
     if "latents_mean" in known and "latents_std" in known:
@@ -134,13 +134,13 @@ def write_latent_statistics(vae: nn.Module, mean: Sequence[float], std: Sequence
         }
     else:
         numbers = {"scaling_factor": float(torch.tensor(list(std), dtype=torch.float64).square().mean().rsqrt())}
-    # A key listed as "left at its default" is dropped by `from_config(vae.config)`, which would undo what we write.
+    # `from_config(vae.config)` drops the keys listed as default values, which would undo what is written here.
     defaults = [name for name in vae.config.get("_use_default_values", []) if name not in numbers]
     vae.register_to_config(**numbers, _use_default_values=defaults)
 
 
 def _scaling(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(shift, std, factor), each broadcastable against B C h w, in the dtype and on the device of `like`."""
+    """Return (shift, std, factor), each broadcastable against B C h w, in the dtype and on the device of `like`."""
     config = vae.config
 
     def number(name: str, neutral: float) -> Tensor:
@@ -161,7 +161,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _running_precision(vae: nn.Module, device: torch.device) -> Iterator[torch.dtype]:
-    """The dtype the VAE runs in; with `force_upcast` float32, autocast off, and its own dtype given back after."""
+    """Yield the dtype in which the VAE runs in this context.
+
+    With `force_upcast` that is float32, and autocast is disabled; the VAE's own dtype is restored afterwards.
+    """
     dtype = next(vae.parameters()).dtype
     if not vae.config.get("force_upcast"):
         yield dtype

@@ -1,8 +1,8 @@
-"""PIL images as the pixels that networks read.
+"""Converts PIL images to pixel tensors for networks.
 
 Shapes: C channels, H W pixels.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def pixel_channels(*images: Image.Image) -> Tensor:
-    """The channels of 8-bit images of one size, one image after another: C H W, uint8."""
+    """Return the channels of 8-bit images of one size, one image after another, as C H W, uint8."""
     channels_last = np.concatenate([np.atleast_3d(np.array(image, dtype=np.uint8)) for image in images], axis=2)
     return torch.from_numpy(channels_last).movedim(2, 0)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: transparency laid on white, 16-bit and float grey scaled, as training reads all its images."""
+    """Convert an image to 8-bit RGB, as training does: on white if transparent, scaled if 16-bit or float grey."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_gray(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey to RGB. Pillow's own `convert` clips them at 255, which turns scans white."""
+    """Convert 16-bit, 32-bit or float grey to RGB. Pillow's `convert` clips them at 255, which turns scans white."""
     values = np.asarray(image).astype(np.float64)
     brightest = values.max(initial=0)
     if image.mode == "F":

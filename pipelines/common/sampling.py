@@ -1,8 +1,8 @@
-"""The sampling loop over any Diffusers scheduler, and noise that belongs to its picture.
+"""The sampling loop for any Diffusers scheduler, and noise from a generator for each image.
 
-Shapes: B pictures, C channels, h w latent cells or pixels.
+Shapes: B images, C channels, h w latent cells or pixels.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def denoise(
     progress_bar: Any,
     after_step: Callable[[int, Any, Tensor], tuple[Tensor, bool]],
 ) -> Tensor:
-    """Standard normal noise to samples (B C h w), float32 throughout.
+    """Turn standard normal noise into samples (B C h w), in float32 throughout.
 
     Args:
-        predict: (scaled x_t, timestep) → what the model predicts, float32, guided.
+        predict: (scaled x_t, timestep) → the model's prediction in float32, with guidance applied.
         noise: B C h w.
-        generators: of the scheduler's own noise, one a picture; None is the global one.
-        progress_bar: called with `total=`, a context manager whose `update()` counts a step.
-        after_step: (step from 0, timestep, x) → x, perhaps replaced, and whether to end here.
+        generators: one generator per image for the scheduler's own noise; None uses the global generator.
+        progress_bar: called with `total=`; returns a context manager whose `update()` counts a step.
+        after_step: (step from 0, timestep, x) → x, possibly replaced, and whether to stop after this step.
     """
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -49,10 +49,10 @@ def denoise(
 
 
 def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022), uncond + scale × (cond - uncond).
+    """Apply classifier-free guidance (Ho and Salimans 2022): uncond + scale × (cond - uncond).
 
     Args:
-        prediction: 2B C h w, the unconditional half first; B C h w with `guidance_scale` None, as it is.
+        prediction: 2B C h w, the unconditional half first; or, with `guidance_scale` None, B C h w, which is returned.
     """
     if guidance_scale is None:
         return prediction
@@ -61,27 +61,32 @@ def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
 
 
 def generator_per_image(
-    generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int
 ) -> list[torch.Generator] | None:
-    """A stream of noise for each picture: its initial noise and the noise of its own steps.
+    """Return a generator for each image, for its initial noise and for the noise of its sampling steps.
 
-    Drawn in one tensor for the batch, the second step's noise of the first picture would depend on how many there are.
+    If the noise of a batch were drawn as one tensor, an image's noise at the second step would depend on the number of
+    images.
 
     Raises:
-        ValueError: another number of generators than pictures.
+        ValueError: the number of generators is not the number of images.
     """
     if generator is None:
         return None
     if isinstance(generator, torch.Generator):
-        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(pictures)]
-        return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
-    if len(generator) != pictures:
-        raise ValueError(f"`generator` has {len(generator)} entries, but {pictures} pictures are asked for")
+        device = generator.device
+        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=device)) for _ in range(num_images)]
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    if len(generator) != num_images:
+        raise ValueError(
+            f"`generator` has {len(generator)} entries, but the number of images is {num_images}; pass one generator, "
+            "or one for each image"
+        )
     return list(generator)
 
 
 def initial_noise(shape: Sequence[int], generators: list[torch.Generator] | None, device: torch.device) -> Tensor:
-    """Standard normal, float32, of `shape` (B C h w), picture by picture from its own generator."""
+    """Draw standard normal noise of `shape` (B C h w) in float32, each image from its own generator."""
     if generators is None:
         return torch.randn(tuple(shape), device=device)
     drawn = [torch.randn(tuple(shape[1:]), generator=g, device=g.device).to(device) for g in generators]

@@ -1,14 +1,17 @@
-"""Which samplers suit which model, and how to build them: prediction type, noise schedule and clipping carried over.
+"""Samplers by name: which of them suit a model, and how to build them with the model's prediction type and noise
+schedule.
 
-Three things go wrong silently when one Diffusers scheduler is made from another's config, and are prevented here:
-- DDIM and its kin know no flow matching; `DDIMScheduler.from_config(flow_config)` becomes an epsilon sampler;
+Three things go wrong silently when one Diffusers scheduler is created from the config of another. They are prevented
+here:
+- DDIM and similar schedulers do not support flow matching; `DDIMScheduler.from_config(flow_config)` becomes a sampler
+  for epsilon prediction;
 - `from_config` drops numbers that the first scheduler had by default, and defaults differ (Heun starts its betas at
   0.00085, DDPM at 0.0001; DDPM and DDIM clip to [-1, 1], which latents exceed);
 - Heun and LMS ignore `rescale_betas_zero_snr`.
 
-PNDM and DEIS are not offered: with a perfect model they end 0.1 and more from its one picture.
+PNDM and DEIS are not offered: with a perfect model of a single image, their samples differ from it by 0.1 and more.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ PREDICTION_TYPES = (EPSILON, V_PREDICTION, SAMPLE, FLOW)
 
 @dataclass(frozen=True)
 class Sampler:
-    """One sampler: the class that samples diffusion models (`diffusion`), the one for flow matching (`flow`)."""
+    """One sampler: its scheduler class for diffusion models (`diffusion`) and the one for flow matching (`flow`)."""
 
     diffusion: str
     prediction_types: tuple[str, ...] = (EPSILON, V_PREDICTION, SAMPLE)
@@ -34,6 +37,7 @@ class Sampler:
     options: dict[str, Any] = field(default_factory=dict)
 
     def suits(self, prediction_type: str, zero_snr: bool) -> bool:
+        """Return whether the sampler works with models of this prediction type (and zero terminal SNR)."""
         if prediction_type == FLOW:
             return bool(self.flow)
         return prediction_type in self.prediction_types and (self.zero_snr or not zero_snr)
@@ -55,7 +59,7 @@ SAMPLERS = {
     "lms": Sampler("LMSDiscreteScheduler", (EPSILON, V_PREDICTION), zero_snr=False),  # needs scipy
 }
 
-# What must be the same in training and sampling, or the model meets noise levels under another timestep's name.
+# These must be equal in training and sampling; otherwise a timestep means another noise level than in training.
 NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
@@ -69,15 +73,17 @@ def training_scheduler(
     beta_end: float = 0.012,
     shift: float = 1.0,
 ) -> Any:
-    """The scheduler that a model is trained with; its pipeline carries `sampling_scheduler` of it.
+    """Return the scheduler for training a model; its pipeline gets the `sampling_scheduler` of this scheduler.
 
-    DDPMScheduler for epsilon, v_prediction and sample; FlowMatchEulerDiscreteScheduler for flow_prediction, which uses
-    only `num_train_timesteps` and `shift`. Sampling visits the last timestep ("trailing": Lin et al. 2024, "Common
-    diffusion noise schedules and sample steps are flawed", section 3.3) and clips nothing, latents being unbounded.
+    It is a DDPMScheduler for epsilon, v_prediction and sample, and a FlowMatchEulerDiscreteScheduler for
+    flow_prediction, which uses only `num_train_timesteps` and `shift`. Sampling includes the last timestep ("trailing":
+    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.3) and does not clip,
+    because latents are unbounded.
 
     Raises:
-        ValueError: an unknown prediction type; zero terminal SNR with epsilon, which says nothing about a picture that
-            is all noise (ibid., section 3.1), or with flow matching, which has it by construction.
+        ValueError: the prediction type is unknown, or zero terminal SNR is combined with epsilon, from which nothing
+            can be learned about an image that is all noise (Lin et al., section 3.1), or with flow matching, which has
+            it by construction.
     """
     import diffusers
 
@@ -85,7 +91,7 @@ def training_scheduler(
         raise ValueError(f"`prediction_type` must be one of {', '.join(PREDICTION_TYPES)}, but is '{prediction_type}'")
     if rescale_betas_zero_snr and prediction_type in (EPSILON, FLOW):
         raise ValueError(
-            f"`rescale_betas_zero_snr` does not go with `prediction_type` '{prediction_type}'; "
+            f"`rescale_betas_zero_snr` cannot be used with `prediction_type` '{prediction_type}'; "
             f"use {V_PREDICTION} or {SAMPLE}"
         )
     if prediction_type == FLOW:
@@ -103,40 +109,40 @@ def training_scheduler(
 
 
 def sampling_scheduler(scheduler: Any) -> Any:
-    """The sampler that a trained pipeline carries: Euler for flow matching, DPM-Solver++ elsewhere.
+    """Return the sampler of a trained pipeline: Euler for flow matching, DPM-Solver++ otherwise.
 
-    `training_scheduler`'s DDPM would need hundreds of steps.
+    The DDPM scheduler of `training_scheduler` would need hundreds of steps.
     """
     return make_scheduler("euler" if prediction_type_of(scheduler) == FLOW else "dpm", scheduler)
 
 
 def prediction_type_of(scheduler: Any) -> str:
-    """What a model must predict for `scheduler` to sample it (flow-match classes do not say so in their config)."""
+    """Return the prediction type that `scheduler` expects; the config of flow-match classes does not contain it."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return FLOW
     return str(scheduler.config.get("prediction_type", EPSILON))
 
 
 def noise_schedule_of(scheduler: Any) -> Tensor | None:
-    """Cumulative alphas (one per training timestep), or None for flow matching, which has but one schedule."""
+    """Return the cumulative alphas (one per training timestep), or None for flow matching, which has one schedule."""
     if prediction_type_of(scheduler) == FLOW:
         return None
     return getattr(scheduler, "alphas_cumprod", None)
 
 
 def suitable_samplers(prediction_type: str, zero_snr: bool = False) -> list[str]:
-    """Names for `make_scheduler` that suit a model of this prediction type (and zero terminal SNR)."""
+    """Return the names for `make_scheduler` that suit a model of this prediction type (and zero terminal SNR)."""
     return [name for name, sampler in SAMPLERS.items() if sampler.suits(prediction_type, zero_snr)]
 
 
 def make_scheduler(name: str, scheduler: Any) -> Any:
-    """The sampler `name` (a key of SAMPLERS, or `flow_euler`, `flow_heun`) for the model that `scheduler` belongs to.
+    """Build the sampler `name` (a key of SAMPLERS, `flow_euler` or `flow_heun`) for the model of `scheduler`.
 
     Args:
-        scheduler: the pipeline's own, whose noise schedule and prediction type are carried over.
+        scheduler: the pipeline's own scheduler, whose noise schedule and prediction type the sampler gets.
 
     Raises:
-        ValueError: an unknown name, or a sampler that does not suit the model.
+        ValueError: the name is unknown, or the sampler does not suit the model.
     """
     import diffusers
 
@@ -144,55 +150,58 @@ def make_scheduler(name: str, scheduler: Any) -> Any:
     suitable = ", ".join(suitable_samplers(prediction_type, zero_snr))
     plain_name = name.removeprefix("flow_") if prediction_type == FLOW else name
     if plain_name not in SAMPLERS:
-        raise ValueError(f"there is no scheduler '{name}'; for this model's {prediction_type}, use one of {suitable}")
+        raise ValueError(f"unknown scheduler '{name}'; for this model ({prediction_type}), use one of {suitable}")
     sampler = SAMPLERS[plain_name]
     if not sampler.suits(prediction_type, zero_snr):
         model = f"{prediction_type} with zero terminal SNR" if zero_snr else prediction_type
-        raise ValueError(f"scheduler '{name}' does not suit this model, which is {model}; use one of {suitable}")
+        raise ValueError(f"scheduler '{name}' does not suit this model, which predicts {model}; use one of {suitable}")
     if name == "lms" and not diffusers.utils.is_scipy_available():
-        raise ValueError("scheduler 'lms' needs scipy, which is not installed: `pip install scipy`, or take another")
+        raise ValueError(
+            "scheduler 'lms' needs scipy, which is not installed; run `pip install scipy`, or use another scheduler"
+        )
     if prediction_type == FLOW:
         return _flow_scheduler(getattr(diffusers, sampler.flow), scheduler.config, sampler.options)
     return _diffusion_scheduler(getattr(diffusers, sampler.diffusion), scheduler.config, sampler.options)
 
 
 def check_scheduler(scheduler: Any, prediction_type: str, noise_schedule: Tensor | None = None) -> None:
-    """Raise unless `scheduler` samples models of `prediction_type` on the noise schedule they were trained with.
+    """Raise ValueError if `scheduler` does not suit a model of `prediction_type` with its training's noise schedule.
 
     Args:
-        noise_schedule: cumulative alphas at training (`noise_schedule_of` the scheduler of then); None checks nothing.
+        noise_schedule: cumulative alphas of the training (`noise_schedule_of` its scheduler); None skips this check.
 
     Raises:
-        ValueError: says what differs, and which samplers suit.
+        ValueError: the scheduler does not suit the model; the message says what differs, and which samplers suit.
     """
     class_name = type(scheduler).__name__
-    # Samplers that would divide by the zero of a zero terminal SNR put 2**-24 there.
+    # With zero terminal SNR the last alpha is 0; samplers that would divide by it have 2**-24 instead.
     zero_snr = noise_schedule is not None and float(noise_schedule[-1]) in (0.0, 2**-24)
     advice = (
         f"use one of {', '.join(suitable_samplers(prediction_type, zero_snr))}: "
-        "`pipeline.set_scheduler(name)` builds it with the model's own numbers"
+        "`pipeline.set_scheduler(name)` builds it with the model's noise schedule"
     )
-    found = prediction_type_of(scheduler)
-    if found != prediction_type:
-        raise ValueError(f"the model predicts {prediction_type}, but {class_name} samples {found}; {advice}")
+    expected = prediction_type_of(scheduler)
+    if expected != prediction_type:
+        raise ValueError(f"the model predicts {prediction_type}, but {class_name} expects {expected}; {advice}")
     known = [s for s in SAMPLERS.values() if class_name in (s.diffusion, s.flow)]
     if known and not any(
-        s.suits(prediction_type, zero_snr) and class_name == (s.flow if found == FLOW else s.diffusion) for s in known
+        s.suits(prediction_type, zero_snr) and class_name == (s.flow if expected == FLOW else s.diffusion)
+        for s in known
     ):
         raise ValueError(f"{class_name} does not suit this model, which predicts {prediction_type}; {advice}")
-    if found == FLOW and scheduler.config.get("use_flow_sigmas") is False:
+    if expected == FLOW and scheduler.config.get("use_flow_sigmas") is False:
         raise ValueError(
             f"{class_name} has `use_flow_sigmas` False, but the model predicts {prediction_type}; {advice}"
         )
     if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
-        raise ValueError(f"{class_name} clips what it predicts, which is for pixels; latents are unbounded; {advice}")
+        raise ValueError(f"{class_name} clips predictions to the range of pixels, but latents are unbounded; {advice}")
     alphas = noise_schedule_of(scheduler)
     if noise_schedule is not None and alphas is not None and not _same_schedule(alphas, noise_schedule):
-        raise ValueError(f"{class_name} has another noise schedule than the model was trained with; {advice}")
+        raise ValueError(f"{class_name} has another noise schedule than the model had in training; {advice}")
 
 
 def _same_schedule(a: Tensor, b: Tensor) -> bool:
-    # The tolerance lets 2**-24 pass for the zero of a zero terminal SNR.
+    # The tolerance accepts 2**-24 in the place of the 0 of a zero terminal SNR.
     return a.shape == b.shape and torch.allclose(a.float().cpu(), b.float().cpu(), rtol=1e-3, atol=1e-6)
 
 

@@ -1,18 +1,20 @@
-"""Pipeline folders that load where Halftone is not installed: they carry the source files of what is not stock.
+"""Saves pipeline folders that load where Halftone is not installed, with the source files of all code that is not in
+Diffusers or Transformers.
 
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` of diffusers 0.42 copies the pipeline's file, the
-files that it imports relatively (those alone, not what they import in turn) and each custom component's one file into
-one flat folder shared by every repository, and runs a file anew in the module that already has its name. So a file of
-the same name from a second repository silently replaces the first one's code. Hence the three rules of `ship`:
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` of diffusers 0.42 copies source files into one flat
+folder that all repositories share: the pipeline's file, the files that it imports relatively (but not the files that
+those import), and one file for each custom component. A file whose name is already that of a loaded module is executed
+in that module. A file of the same name from a second repository would therefore silently replace the code of the first.
+Hence the three rules of `ship`:
 
-- every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`), and imports name it so, all in one
-  flat folder, whichever folders they lie in here;
-- the pipeline's published file also imports what only its helpers need;
-- a component's file imports no sibling.
+- every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`) and is imported by this name; all
+  files are in one flat folder, whichever folders they come from;
+- the published file of the pipeline also imports the files that only its helpers need;
+- a component's file imports no other file.
 
-A pipeline loaded from such a folder saves in the same way again: published files publish to themselves.
+A pipeline loaded from such a folder can be saved in the same way; its published files are then saved unchanged.
 
-This file is shipped inside published pipelines, so it imports nothing of ours.
+This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -32,20 +34,20 @@ STOCK_LIBRARIES = ("diffusers", "transformers")
 # Where Halftone keeps the classes of components, beside the folder of this file.
 MODELS_PACKAGE = "models"
 HELPERS_OF_HELPERS = (
-    "\n\n# Diffusers copies the files that this one imports, but not what those import: that is named here as well.\n"
+    "\n\n# Diffusers copies the files that this file imports, but not their imports, so those are imported here too.\n"
 )
 # Where diffusers puts the code that came with a folder or repository.
 REMOTE_PACKAGE = "diffusers_modules"
 
 
 class StandalonePipelineMixin:
-    """Gives a `DiffusionPipeline` a `save_pretrained` whose folder stands alone. Name it before DiffusionPipeline."""
+    """Adds a `save_pretrained` whose folder loads without Halftone. Name it before DiffusionPipeline."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does, and ship the source of what is not stock.
+        """Save as `DiffusionPipeline.save_pretrained` does, and add the source files of custom classes.
 
         Raises:
-            ValueError: `push_to_hub`, which would upload the folder before its source files are in it.
+            ValueError: `push_to_hub` is True; it would upload the folder before its source files are in it.
         """
         if push_to_hub:
             raise ValueError(
@@ -56,7 +58,7 @@ class StandalonePipelineMixin:
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The folder's config; inside Halftone it names our own classes, so that no shipped code is run there."""
+        """Load the folder's config. In Halftone itself, it names Halftone's classes, so that no shipped code runs."""
         loaded = super().load_config(*args, **kwargs)  # type: ignore[misc]
         if not cls.__module__.startswith(REMOTE_PACKAGE):
             config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -65,12 +67,11 @@ class StandalonePipelineMixin:
 
 
 def ship(pipeline: Any, folder: Path) -> None:
-    """Put the source files of `pipeline`'s class and custom components into its saved `folder`, and name them in
-    model_index.json.
+    """Add the source files of `pipeline`'s class and custom components to its saved `folder` and model_index.json.
 
     Raises:
-        ValueError: a component's file that imports a sibling, a relative import of something other than a file, or two
-            files of one name: such a folder would not load.
+        ValueError: the folder would not load, because a component's file imports another file, a relative import does
+            not name a file, or two files have the same name.
     """
     index_path = folder / "model_index.json"
     index = json.loads(index_path.read_text(encoding="utf-8"))
@@ -85,7 +86,10 @@ def ship(pipeline: Any, folder: Path) -> None:
         component_file = _source_file(component_class)
         files = _published_files(component_file)
         if len(files) > 1:
-            raise ValueError(f"{component_file.name} of component '{name}' imports a sibling, and could not load alone")
+            raise ValueError(
+                f"{component_file.name} of component '{name}' imports another file, but Diffusers loads a component's "
+                "file alone; move the imported code into it"
+            )
         index[name] = [_write(files, component_file, folder / name), component_class.__name__]
     index.pop("_name_or_path", None)
     index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -93,7 +97,7 @@ def ship(pipeline: Any, folder: Path) -> None:
 
 
 def _forget_local_paths(folder: Path) -> None:
-    """Diffusers writes the path that a component was loaded from into its config: nobody else's business."""
+    """Remove local paths from the configs: Diffusers writes there where a component was loaded from."""
     for config_path in folder.glob("*/config.json"):
         config = json.loads(config_path.read_text(encoding="utf-8"))
         if Path(config.get("_name_or_path") or "").is_absolute():
@@ -109,26 +113,30 @@ def _source_file(cls: type) -> Path:
 
 
 def _published_files(path: Path) -> dict[Path, tuple[str, str]]:
-    """File here -> (published module name, published source), of `path` and of all that it imports relatively.
+    """Return file -> (published module name, published source) for `path` and all files that it imports relatively.
 
     Raises:
-        ValueError: two files of one name, which a flat folder could not tell apart, or an import of a whole package,
-            which it does not have.
+        ValueError: two files have the same name, which a flat folder cannot hold, or a whole package is imported,
+            which a flat folder does not have.
     """
     files: dict[Path, tuple[str, str]] = {}
     _collect(path, files)
     stems = [HASH_SUFFIX.sub("", file.stem) for file in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
-        raise ValueError(f"{path.name} imports two files called {', '.join(twice)}; a published folder is flat")
+        raise ValueError(
+            f"{path.name} imports two files called {', '.join(twice)}; a published folder is flat, so rename one file"
+        )
     return files
 
 
 def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, ...] = ()) -> None:
-    """Add `path` and what it imports to `files`, helpers first: a file's hash covers the names of its helpers."""
+    """Add `path` and the files it imports to `files`, helpers first: a file's hash covers the names of its helpers."""
     source = path.read_text(encoding="utf-8")
     if PACKAGE_IMPORT.search(source):
-        raise ValueError(f"{path.name} says 'from . import', but a published folder has no packages; name the file")
+        raise ValueError(
+            f"{path.name} contains 'from . import', but a published folder has no packages; import from a file instead"
+        )
     direct = list(
         dict.fromkeys(_imported_file(path, dots, name) for _, dots, name, _ in RELATIVE_IMPORT.findall(source))
     )
@@ -150,17 +158,17 @@ def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, 
 
 
 def _imported_file(path: Path, dots: str, name: str) -> Path:
-    """The file that `from {dots}{name} import …` in `path` means. Raises ValueError if there is none."""
+    """Return the file that `from {dots}{name} import …` in `path` refers to. Raises ValueError if there is none."""
     file = path.parents[len(dots) - 1].joinpath(*name.split(".")).with_suffix(".py")
     if not file.is_file():
         raise ValueError(
-            f"{path.name} imports '{dots}{name}', which is no file ({file}); name one that can be published"
+            f"{path.name} imports '{dots}{name}', which is not a file ({file}); import from a file instead"
         )
     return file
 
 
 def _write(files: dict[Path, tuple[str, str]], main: Path, folder: Path) -> str:
-    """Write the published files; the published module name of `main`. Files of an older version there are removed."""
+    """Write the published files, remove older versions of them, and return the published module name of `main`."""
     stems = {HASH_SUFFIX.sub("", name) for name, _ in files.values()}
     for old in folder.glob("*.py"):
         if HASH_SUFFIX.search(old.stem) and HASH_SUFFIX.sub("", old.stem) in stems:
@@ -171,7 +179,7 @@ def _write(files: dict[Path, tuple[str, str]], main: Path, folder: Path) -> str:
 
 
 def _name_own_classes(config: Any, cls: type) -> None:
-    """Replace published module names by those of our own modules, which must be imported for diffusers to take them."""
+    """Replace published module names by those of Halftone's modules, and import these, as Diffusers requires."""
     import importlib
 
     import diffusers
@@ -183,7 +191,7 @@ def _name_own_classes(config: Any, cls: type) -> None:
     for name, value in config.items():
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and HASH_SUFFIX.search(value[0]):
             module = importlib.import_module(f"{package}.{MODELS_PACKAGE}.{HASH_SUFFIX.sub('', value[0])}")
-            # Diffusers looks up the base class that knows how to load, by its name, in the component's own module.
+            # Diffusers looks up the base class with the loading method by its name in the component's own module.
             for base in (diffusers.ModelMixin, transformers.PreTrainedModel):
                 vars(module).setdefault(base.__name__, base)
             config[name] = [module.__name__, value[1]]

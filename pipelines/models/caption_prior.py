@@ -1,12 +1,13 @@
-"""What a caption says of a picture before any noise is looked at: the expected latents, E[x_0 | caption].
+"""CaptionPrior: predicts the expected latents of an image from its caption alone, E[x_0 | caption].
 
 Shapes: B captions, L tokens, D text width, C latent channels, h w latent cells.
 
-A U-Net learns late which words decide where things are: its attention has no sense of place, and only the noisiest
-steps have anything to gain. Regression from captions to latents learns it at once. Its answer, a blurred mean of all
-pictures with such a caption, goes into the U-Net beside the noisy latents, as a U-Net for inpainting takes its mask.
+A U-Net learns only late which words decide where things are: its cross-attention does not know positions, and only the
+noisiest steps benefit from this knowledge. Regression from captions to latents learns it at once. Its prediction, a
+blurred mean of all images with such a caption, is concatenated to the noisy latents, as the mask is in a U-Net for
+inpainting.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import nn
 
 
 class CaptionPrior(ModelMixin, ConfigMixin):
-    """Text states to expected latents, by a perceptron over their mean.
+    """Predict the expected latents from the mean of the text states with an MLP.
 
     Args:
-        text_width: D.
-        latent_channels, latent_height, latent_width: C, h, w that it was trained at.
-        hidden_size: of its two hidden layers.
-        dropout: in them, while training.
+        text_width: width D of the text states.
+        latent_channels, latent_height, latent_width: shape C, h, w of the latents in training.
+        hidden_size: width of the two hidden layers.
+        dropout: dropout in the hidden layers during training.
     """
 
     @register_to_config
@@ -46,7 +47,7 @@ class CaptionPrior(ModelMixin, ConfigMixin):
         )  # fmt: skip
 
     def forward(self, text_states: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """B L D → B C h w, in units of scaled latents; `size` (h, w) other than the trained one is interpolated."""
+        """Predict latents (B C h w, in scaled units) from text states (B L D), interpolated to `size` (h, w)."""
         shape = (self.config.latent_channels, self.config.latent_height, self.config.latent_width)
         expected = self.layers(text_states.mean(1)).unflatten(1, shape)
         if size is not None and tuple(size) != shape[1:]:

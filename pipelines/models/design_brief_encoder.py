@@ -1,8 +1,8 @@
-"""A design brief as a U-Net takes it: a token for each field, to attend to, and one vector of the whole.
+"""DesignBriefEncoder: encodes a design brief for a U-Net, as a token for each field and one vector for the whole brief.
 
 Shapes: B briefs, L fields (tokens), D token width, E width of the global vector, F Fourier features.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from torch import Tensor, nn
 
 
 def fourier_features(x: Tensor, num_frequencies: int) -> Tensor:
-    """… → … F with F = 1 + 2 × num_frequencies: x, and sin and cos of π 2^k x (Mildenhall et al. 2020, eq. 4)."""
+    """Return x and the sin and cos of π 2^k x, for k < `num_frequencies` (Mildenhall et al. 2020, eq. 4).
+
+    They lie along a new last axis of size F = 1 + 2 × num_frequencies.
+    """
     angles = x[..., None] * (math.pi * 2.0 ** torch.arange(num_frequencies, device=x.device))
     return torch.cat([x[..., None], angles.sin(), angles.cos()], -1)
 
 
 class DesignBriefEncoder(ModelMixin, ConfigMixin):
-    """Brief tensors to tokens and a global vector. Each field has a learned null, which stands for "absent".
+    """Encode brief tensors as tokens and a global vector. Each field has a learned null token for absent values.
 
     Args:
-        token_width: D.
-        global_width: E.
-        num_styles: of the style's embedding.
-        num_numbers: fields in [0, 1].
-        max_counts: largest value of each field that counts.
-        palette_colors: longest palette.
-        num_frequencies: of the Fourier features of numbers and colours.
+        token_width: width D of the tokens.
+        global_width: width E of the global vector.
+        num_styles: number of styles.
+        num_numbers: number of fields that are numbers in [0, 1].
+        max_counts: largest value of each field that is a count.
+        palette_colors: maximum number of colours in a palette.
+        num_frequencies: number of frequencies in the Fourier features of numbers and colours.
     """
 
     @register_to_config
@@ -65,7 +68,7 @@ class DesignBriefEncoder(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """L, in the order style, numbers, counts, palette."""
+        """Number of tokens L, which are in the order style, numbers, counts, palette."""
         return 1 + self.config.num_numbers + len(self.config.max_counts) + self.config.palette_colors
 
     def forward(
@@ -79,16 +82,17 @@ class DesignBriefEncoder(ModelMixin, ConfigMixin):
         counts_present: Tensor,
         palette_present: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What `design_brief.brief_tensors` makes → (tokens B L D, global vector B E).
+        """Encode the tensors of `design_brief.brief_tensors` as tokens (B L D) and a global vector (B E).
 
         Args:
             style: B 1, int64.
             numbers: B num_numbers, in [0, 1].
             counts: B len(max_counts), int64.
             palette: B palette_colors 3, in [0, 1].
-            style_present, numbers_present, counts_present, palette_present: bool, B and the number of these fields.
+            style_present, numbers_present, counts_present, palette_present: bool, B and the number of these fields;
+                False where a field is absent.
         """
-        # In the weights' own precision after the features: sines of 8 π x want more digits than bfloat16 has.
+        # The features are computed in float32 and cast afterwards: sines of 8 π x need more digits than bfloat16 has.
         number_features = fourier_features(numbers.float(), self.config.num_frequencies).to(self.dtype)
         color_features = fourier_features(palette.float(), self.config.num_frequencies).flatten(2).to(self.dtype)
         tokens = [

@@ -1,23 +1,22 @@
-"""ControlNet with a choice of how its features meet those of the U-Net it steers.
+"""ControlNet with a choice of how its features are fused with those of the U-Net that it steers.
 
-Shapes: B pictures, C control channels, H W control pixels, n skip features, c h w one skip feature (level by level), T
-width of the time embedding, N control tokens.
+Shapes: B images, C control channels, H W control pixels, c h w one feature of the U-Net, T width of the time embedding.
 
 The trunk is a copy of the U-Net's encoder that also sees the control image (Zhang, Rao and Agrawala 2023, "Adding
-Conditional Control to Text-to-Image Diffusion Models"). Its feature r and the U-Net's feature h of the same place are
-fused on the U-Net's skips and after its middle, with s the conditioning scale:
+Conditional Control to Text-to-Image Diffusion Models"). The trunk's feature r and the U-Net's feature h of the same
+place are fused on the U-Net's skip connections and after its middle block. With the conditioning scale s:
 
-    add               h + s Z(r)                           Z a 1×1 convolution that starts at 0 (ibid.)
+    add               h + s Z(r)                           Z a 1×1 convolution that starts at 0 (as in that paper)
     gated             h + s tanh(G(t)) P(r)                G(t) from the time embedding, a gate per channel, starts at 0
     concat            h + s (W [h, r] - h)                 W a 1×1 convolution that starts as [identity, 0]
     film              h + s (scale(r) h + shift(r))        1×1 convolutions that start at 0 (Perez et al. 2018)
     cross_attention   h + s O(attention(h, tokens of r))   O starts at 0; tokens are r pooled to at most 16 × 16
 
-so at step 0, and at s = 0 ever after, the output is the U-Net's own. In each mode one factor is zero at the start and
-the other is not: both zero would never train.
+At step 0, and at s = 0 also later, the output is therefore exactly that of the U-Net alone. In each mode one factor is
+zero at the start and the other is not; if both were zero, neither would get a gradient.
 
-`steering` hangs the fusion into a U-Net for the calls made inside it; the U-Net itself stays as it is. This file is
-shipped beside the weights of published models, so it imports nothing of ours.
+`steering` attaches the fusion to a U-Net for the calls inside its context; the U-Net itself is not changed. This file
+is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ FUSION_MODES = ("add", "gated", "concat", "film", "cross_attention")
 CONTROL_KINDS = ("image", "masks", "classes")
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
 _TOKEN_SIDE = 16
-# How strongly a query prefers its own place at the start: over 16 × 16 tokens, most of its attention falls there.
+# How strongly a query prefers its own place at the start: most of its attention over 16 × 16 tokens is then there.
 _NEARNESS = 4.0
-# What a ControlNet takes over from the U-Net's config; the rest of it is the trunk's own.
+# What a ControlNet copies from the U-Net's config.
 _FROM_UNET = (
     "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention",
     "block_out_channels", "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn",
@@ -52,19 +51,19 @@ _FROM_UNET = (
 
 
 class FusionControlNetModel(ControlNetModel):
-    """A trunk that reads the control image, and the fusion of its features with a U-Net's.
+    """A trunk that reads the control image, and the fusion of its features with those of a U-Net.
 
-    With `fusion_mode` "add" the weights, and what `forward` gives, are those of a stock `ControlNetModel`.
+    With `fusion_mode` "add", the weights and the output of `forward` are those of a stock `ControlNetModel`.
 
     Args:
         fusion_mode: one of `FUSION_MODES`.
-        control_kind: what the control channels are: "image" (RGB), "masks" (grey, one a channel) or "classes" (one-hot
-            by class id). All in [0, 1].
-        control_names: of the control channels or classes, for those who use the model.
-        **kwargs: those of `ControlNetModel`.
+        control_kind: meaning of the control channels: "image" (RGB), "masks" (one grey mask per channel) or "classes"
+            (one-hot class ids). All values are in [0, 1].
+        control_names: names of the control channels or classes, for users of the model.
+        **kwargs: arguments of `ControlNetModel`.
 
     Raises:
-        ValueError: an unknown mode or kind.
+        ValueError: `fusion_mode` or `control_kind` is unknown.
     """
 
     controlnet_down_blocks: nn.ModuleList
@@ -120,14 +119,14 @@ class FusionControlNetModel(ControlNetModel):
         super().__init__(**arguments)
         widths = [conv.in_channels for conv in (*self.controlnet_down_blocks, self.controlnet_mid_block)]
         self.fusions: nn.ModuleList | None = None
-        if fusion_mode != "add":  # whose zero convolutions are the parent's
+        if fusion_mode != "add":  # "add" uses the zero convolutions of the parent class
             maker = {
                 "gated": GatedFusion, "concat": ConcatFusion, "film": FilmFusion,
                 "cross_attention": CrossAttentionFusion,
             }[fusion_mode]  # fmt: skip
             time_width = self.time_embedding.linear_2.out_features
             self.fusions = nn.ModuleList(maker(width, time_width, norm_num_groups or 1) for width in widths)
-            # The fusions have projections of their own; the trunk hands on its features as they are.
+            # The fusions have their own projections, so the trunk returns its features unprojected.
             self.controlnet_down_blocks = nn.ModuleList(nn.Identity() for _ in self.controlnet_down_blocks)
             self.controlnet_mid_block = nn.Identity()
 
@@ -146,10 +145,10 @@ class FusionControlNetModel(ControlNetModel):
 
         Args:
             downsampling: pixels of the control image per cell of the U-Net's input, along a side: the VAE's factor for
-                latent diffusion, 1 for a U-Net of pixels.
+                latent diffusion, 1 for a U-Net on pixels.
 
         Raises:
-            ValueError: a factor that is no power of two.
+            ValueError: `downsampling` is not a power of two.
         """
         config = {name: unet.config[name] for name in _FROM_UNET if name in unet.config}
         controlnet = cls(
@@ -172,7 +171,7 @@ class FusionControlNetModel(ControlNetModel):
         return 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)
 
     def features(self, sample: Tensor, timestep: Any, control: Tensor, condition: Mapping[str, Any]) -> TrunkFeatures:
-        """What the trunk makes of a noisy input (B C h w) and a control (B C H W, in [0, 1]).
+        """Run the trunk on a noisy input (B C h w) and a control (B C H W, in [0, 1]).
 
         Args:
             condition: the U-Net's own arguments `encoder_hidden_states`, `class_labels`, `added_cond_kwargs`.
@@ -184,8 +183,11 @@ class FusionControlNetModel(ControlNetModel):
         return TrunkFeatures([*skips, middle], self.time_embedding(self.time_proj(times).to(sample.dtype)))
 
     def fuse(self, place: int, h: Tensor, features: TrunkFeatures, scale: float = 1.0) -> Tensor:
-        """`h` (B c h w), the U-Net's feature at `place` (skips in the order they are made, then the middle), steered
-        with s = `scale`."""
+        """Fuse the U-Net's feature `h` (B c h w) with the trunk's feature of the same place, with s = `scale`.
+
+        Args:
+            place: number of the skip, in the order in which the encoder makes them; the middle block comes after them.
+        """
         r = features.of_place[place]
         change = r if self.fusions is None else self.fusions[place](h, r, features.time)
         return h + scale * change.to(h.dtype)
@@ -196,20 +198,20 @@ _INIT_KEYS = set(FusionControlNetModel._get_init_keys(FusionControlNetModel))
 
 @dataclass
 class TrunkFeatures:
-    """of_place: r of every skip, then of the middle, each B c h w; time: B T."""
+    """Output of a trunk. of_place: r of every skip and then of the middle, each B c h w; time: its embedding, B T."""
 
     of_place: list[Tensor]
     time: Tensor
 
 
 class FusionControlNets(ModelMixin, ConfigMixin):
-    """Several ControlNets as one component of a pipeline; each fuses with what those before it have left.
+    """Several ControlNets as one component of a pipeline, whose features are fused with the U-Net's one after another.
 
-    Of "add" and "gated" the order does not matter, of the others it does: they read the U-Net's feature as the nets
-    before them have changed it. Every trunk sees the noisy input and its own control only.
+    The order does not matter for "add" and "gated". It matters for the other modes, which read the U-Net's feature as
+    the ControlNets before them have changed it. Each trunk sees only the noisy input and its own control.
 
     Args:
-        configs: one for each net.
+        configs: one config for each ControlNet.
     """
 
     @register_to_config
@@ -219,23 +221,24 @@ class FusionControlNets(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(cls, nets: Sequence[FusionControlNetModel]) -> FusionControlNets:
-        """These nets, their weights shared."""
+        """Combine these ControlNets; their weights are shared, not copied."""
         together = cls([{k: v for k, v in net.config.items() if not k.startswith("_")} for net in nets])
         together.nets = nn.ModuleList(nets)
         return together
 
 
 def as_nets(controlnet: Any) -> list[FusionControlNetModel]:
-    """The single nets of a FusionControlNetModel or FusionControlNets, in the order in which they fuse."""
+    """Return a FusionControlNetModel, or each one of FusionControlNets, as a list in the order of fusion."""
     return list(controlnet.nets) if hasattr(controlnet, "nets") else [controlnet]
 
 
 def embedding_channels(downsampling: int) -> tuple[int, ...]:
-    """Channels of the control image's embedding, which halves the sides between one and the next; 8 gives the stock
-    (16, 32, 96, 256).
+    """Return the channels of the control image's embedding; its sides are halved between one entry and the next.
+
+    A `downsampling` of 8 gives the stock channels (16, 32, 96, 256).
 
     Raises:
-        ValueError: no power of two.
+        ValueError: `downsampling` is not a power of two.
     """
     halvings = int(math.log2(downsampling)) if downsampling >= 1 else -1
     if 2**halvings != downsampling:
@@ -251,14 +254,15 @@ def steering(
     controls: Sequence[Tensor],
     scale_of: Callable[[int, Any], Any] = lambda net, timestep: 1.0,
 ) -> Iterator[None]:
-    """Inside, every call of `unet` (a UNet2DConditionModel) is steered by `nets`, one after another.
+    """Steer every call of `unet` (a UNet2DConditionModel) inside this context by `nets`, one after another.
 
     Args:
-        controls: for each net B C H W in [0, 1]; a batch that is a multiple of B (classifier-free guidance) repeats it.
-        scale_of: (number of the net, timestep) → s; a net with s = 0 does not run.
+        controls: the control of each net, B C H W in [0, 1]. It is repeated if the batch of the U-Net's input is a
+            multiple of B, as with classifier-free guidance.
+        scale_of: (index of the net, timestep) → conditioning scale s; a net with s = 0 does not run.
 
     Raises:
-        ValueError: a control that does not fit the U-Net's input.
+        ValueError: a control does not fit the U-Net's input.
     """
     steered = _SteeredCall(unet, nets, controls, scale_of)
     with ExitStack() as stack:
@@ -268,25 +272,35 @@ def steering(
 
 
 class _SteeredCall:
-    """The hooks of `steering`. Trunks run before the U-Net does; skips are fused where an up block takes them."""
+    """The hooks of `steering`: one before the U-Net, one after its middle block, and one before each up block.
+
+    A stock U-Net can only add a ControlNet's features to its own (`down_block_additional_residuals`). The fusion modes
+    other than "add" also have to read the U-Net's features, which exist only during its forward pass; hooks reach them
+    without a U-Net class of our own, so that any stock U-Net can be steered and published unchanged.
+    """
 
     def __init__(self, unet: Any, nets: Sequence[Any], controls: Sequence[Tensor], scale_of: Callable[[int, Any], Any]):
         self.unet, self.nets, self.controls, self.scale_of = unet, nets, controls, scale_of
         self.running: list[tuple[Any, TrunkFeatures, Any]] = []
-        # The number of the first skip that each up block takes; the last are taken first.
+        # The index of the first skip that each up block takes. Up blocks take the skips from the last to the first.
         taken = [len(block.resnets) for block in unet.up_blocks]
         self.skips = sum(taken)
         self.first = [self.skips - sum(taken[: i + 1]) for i in range(len(taken))]
 
     def hooks(self) -> list[Any]:
         unet = self.unet
+        # Trunks need the U-Net's own arguments, so they run when it is called.
         hooks = [unet.register_forward_pre_hook(self._before, with_kwargs=True)]
+        # What a forward hook returns replaces the output of the block.
         hooks.append(unet.mid_block.register_forward_hook(lambda module, args, h: self._fused(self.skips, h)))
+        # Skips are fused where they are used rather than where they are made: a skip is also the input of the next
+        # down block, which must see the U-Net's own feature.
         for first, block in zip(self.first, unet.up_blocks, strict=True):
             hooks.append(block.register_forward_pre_hook(self._at_up_block(first), with_kwargs=True))
         return hooks
 
     def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        # Callers may give these arguments by position or by name.
         given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
         sample, timestep = given.pop("sample"), given.pop("timestep")
         self.running = []
@@ -294,8 +308,8 @@ class _SteeredCall:
             expected = tuple(side * net.downsampling for side in sample.shape[-2:])
             if tuple(control.shape[-2:]) != expected or len(sample) % len(control):
                 raise ValueError(
-                    f"the control must be {expected[0]}×{expected[1]} pixels for each of {len(sample)} inputs, but is "
-                    f"{tuple(control.shape)}"
+                    f"the control must be {expected[0]}×{expected[1]} pixels for each of {len(sample)} inputs, but has "
+                    f"shape {tuple(control.shape)}; resize it, or pass one control for each input"
                 )
             scale = self.scale_of(number, timestep)
             if scale:
@@ -323,7 +337,7 @@ def _zero(module: nn.Module) -> Any:
 
 
 class GatedFusion(nn.Module):
-    """tanh(G(t)) P(r): a gate per channel that depends on the timestep and starts at 0."""
+    """Mode "gated", tanh(G(t)) P(r): a gate per channel that depends on the timestep and starts at 0."""
 
     def __init__(self, width: int, time_width: int, groups: int):
         super().__init__()
@@ -335,7 +349,7 @@ class GatedFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """W [h, r] - h with a 1×1 convolution W."""
+    """Mode "concat", W [h, r] - h with a 1×1 convolution W."""
 
     def __init__(self, width: int, time_width: int, groups: int):
         super().__init__()
@@ -344,7 +358,7 @@ class ConcatFusion(nn.Module):
             self.mix.weight[:, :width, 0, 0] = torch.eye(width)
 
     def forward(self, h: Tensor, r: Tensor, time: Tensor) -> Tensor:
-        # (W_h - 1) h + W_r r rather than W [h, r] - h, which would round to something else than 0 at the start.
+        # Computed as (W_h - 1) h + W_r r, because rounding would make W [h, r] - h differ from 0 at the start.
         weight, width = self.mix.weight, h.shape[1]
         identity = torch.eye(width, dtype=weight.dtype, device=weight.device)[:, :, None, None]
         change = torch.cat([weight[:, :width] - identity, weight[:, width:]], 1)
@@ -352,7 +366,7 @@ class ConcatFusion(nn.Module):
 
 
 class FilmFusion(nn.Module):
-    """scale(r) h + shift(r), per channel and cell."""
+    """Mode "film", scale(r) h + shift(r), per channel and cell."""
 
     def __init__(self, width: int, time_width: int, groups: int):
         super().__init__()
@@ -364,10 +378,11 @@ class FilmFusion(nn.Module):
 
 
 class CrossAttentionFusion(nn.Module):
-    """Every cell of h attends to tokens of r.
+    """Mode "cross_attention": every cell of h attends to tokens of r.
 
-    Queries and keys carry sinusoidal places, in each head, so that a cell looks at its own place at the start; from
-    there it learns where else to look. Without that, all cells get the mean of all tokens, and it takes long to leave.
+    A sinusoidal encoding of positions is added to queries and keys in each head, so that a cell attends to its own
+    place at the start and then learns where else to attend. Without it, all cells get the mean of all tokens at the
+    start, and training takes long to change that.
     """
 
     def __init__(self, width: int, time_width: int, groups: int):
@@ -388,15 +403,15 @@ class CrossAttentionFusion(nn.Module):
         return self.output(attended)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """B c h w → B heads (h w) c/heads."""
+        """Split the channels into heads: B c h w → B heads (h w) c/heads."""
         return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
 
 
 def places(channels: int, size: Sequence[int], like: Tensor) -> Tensor:
-    """Sinusoidal encoding of the places of h × w cells, in [-1, 1]; (h w) × channels, on the device of `like`.
+    """Return a sinusoidal encoding of the places of h × w cells, in [-1, 1]: (h w) × channels, on the device of `like`.
 
-    A quarter of the channels each for sin and cos of row and column; frequencies from half a period over the picture
-    up to one every two of 16 cells. Places alike in maps of another size are alike.
+    The sin and cos of row and column have a quarter of the channels each. Frequencies reach from half a period over
+    the image to one period per two of 16 cells. The same place in maps of different sizes has the same encoding.
     """
     count = max(1, channels // 4)
     frequencies = math.pi * _TOKEN_SIDE ** torch.linspace(0, 1, count, device=like.device)

@@ -1,9 +1,9 @@
-"""A poster's feature tensor to its design grammar: eight numbers about the layout, and how much text and how many
-pictures there are.
+"""GrammarAbstractorModel: predicts a poster's design grammar from its feature tensor (F_Tensor → V_Grammar): eight
+numbers about the layout, and the counts of its elements.
 
 Shapes: B posters, C feature channels, H W pixels, S side that the network works at.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 @dataclass
 class GrammarAbstractorOutput(BaseOutput):
-    """What the abstractor says of every poster.
+    """Predictions of the abstractor.
 
     Args:
         grammar: B × (numbers), in [0, 1].
-        standardized: the same in units of the training data's deviation from its mean, not clipped.
-        counts: one B × (largest count + 1) of logits for each thing that is counted.
+        standardized: the same numbers, standardized by the mean and deviation of the training data, not clipped.
+        counts: logits B × (largest count + 1) for each count.
     """
 
     grammar: Tensor
@@ -34,26 +34,28 @@ class GrammarAbstractorOutput(BaseOutput):
     counts: tuple[Tensor, ...]
 
     def counted(self) -> Tensor:
-        """The likeliest counts, int64, B × (things counted)."""
+        """Return the most likely counts, int64, B × (number of counts)."""
         return torch.stack([logits.argmax(1) for logits in self.counts], 1)
 
 
 class GrammarAbstractorModel(ModelMixin, ConfigMixin):
-    """F_Tensor → V_Grammar and counts.
+    """Predict the grammar numbers and counts of posters from their features.
 
-    A layout's numbers hang on where things are, so the network is told every cell's place, and its last feature map is
-    read cell by cell rather than averaged.
+    The numbers of a layout depend on where its elements are. The coordinates of each cell are therefore input channels
+    of the network, and its last feature map is flattened rather than averaged.
 
     Args:
-        in_channels: C: text, image, one per colour role, hierarchy; each in [0, 1].
+        in_channels: number of feature channels C: text, image, one per colour role, hierarchy; each in [0, 1].
         block_out_channels: channels of each level; every level halves the side.
-        hidden_size: of the layer that reads the last feature map.
-        num_grammar: numbers to predict.
-        largest_counts: for each thing that is counted, the most there can be.
-        sample_size: S; features of another size are averaged (or enlarged) to it.
-        patch_size: p; the network works on p × p patches of the S × S cells, of which it sees every one.
-        grammar_mean, grammar_std: of each number over the training posters; the network predicts in these units.
-        dropout: before the last layers, while training.
+        hidden_size: width of the layers after the last feature map.
+        num_grammar: number of grammar numbers to predict.
+        largest_counts: largest value of each count.
+        sample_size: side S of the network's input in cells; features of another size are resized by area.
+        norm_num_groups: number of groups for group normalization.
+        patch_size: side of the patches of cells that the network works on; no cell is left out.
+        grammar_mean, grammar_std: mean and standard deviation of each number over the training posters; the network
+            predicts numbers standardized by them.
+        dropout: dropout in the layers after the last feature map, during training.
     """
 
     @register_to_config
@@ -94,7 +96,7 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
         self.counts = nn.ModuleList(nn.Linear(hidden_size, largest + 1) for largest in largest_counts)
 
     def forward(self, features: Tensor) -> GrammarAbstractorOutput:
-        """B C H W in [0, 1] (see `feature_channels`) → GrammarAbstractorOutput."""
+        """Predict from features B C H W in [0, 1], as `feature_channels` of the layout analysis gives them."""
         side = self.config.sample_size
         if features.shape[-2:] != (side, side):
             features = F.interpolate(features, size=(side, side), mode="area")
@@ -110,12 +112,12 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
         )
 
     def in_own_units(self, standardized: Tensor) -> Tensor:
-        """Standardized numbers (B × numbers) as they are in the training data, about [0, 1]."""
+        """Convert standardized numbers (B × numbers) to the units of the training data, about [0, 1]."""
         mean, std = (standardized.new_tensor(numbers) for numbers in self._scale())
         return mean + std * standardized
 
     def standardize(self, grammar: Tensor) -> Tensor:
-        """The inverse of `in_own_units`."""
+        """Standardize numbers; the inverse of `in_own_units`."""
         mean, std = (grammar.new_tensor(numbers) for numbers in self._scale())
         return (grammar - mean) / std
 

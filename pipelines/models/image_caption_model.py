@@ -1,14 +1,15 @@
-"""Pictures and captions through one latent vector.
+"""ImageCaptionModel: autoencoders of images and of captions that share one latent vector.
 
-Shapes: B pairs, H W pixels, p patch side, C h w the latent map between pixels and vector, D latent vector, L tokens of
-a caption (`<START>` and `<END>` included), P prefix tokens, V vocabulary.
+Shapes: B pairs, H W pixels, p patch side, C h w the feature map between pixels and latent vector, D size of the latent
+vector, L tokens of a caption (`<START>` and `<END>` included), P prefix tokens, V size of the vocabulary.
 
-Encoders of both kinds end in a Gaussian posterior over one vector of D numbers; decoders of both kinds read such a
-vector, from whichever encoder it comes. Posterior means are scaled to a root mean square of 1: the sphere of radius √D,
-near which a standard normal vector lies too. So noise of a given size means the same throughout training (an encoder
-cannot drown it by making its latents larger), and the latents are as a latent prior wants them.
+The encoders of images and of captions each predict a Gaussian posterior over one vector of D numbers. Each decoder
+reads such a vector, whichever encoder it comes from. Posterior means are scaled to a root mean square of 1, that is to
+the sphere of radius √D, near which standard normal vectors lie too. Noise of a given size therefore has the same effect
+throughout training (an encoder cannot drown it by making its latents larger), and the latents have the scale that a
+latent prior needs.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 LOGVAR_RANGE = (-12.0, 3.0)
-INITIAL_LOGVAR = -4.0
+INITIAL_LOGVAR = -4.0  # a standard deviation of about 0.14
 INITIAL_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the similarities in the contrastive loss, as in CLIP
 
 
 class LatentPosterior(NamedTuple):
-    """A Gaussian over latent vectors. mean: B D, of root mean square 1; logvar: B D."""
+    """Gaussian posterior over latent vectors. mean: B D, with a root mean square of 1; logvar: B D."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """`noise`: B D, standard normal."""
+        """Draw latents (B D) with standard normal `noise` (B D)."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class ImageEncoder(nn.Module):
-    """B 3 H W in [-1, 1] to the posterior's numbers, B 2D: convolutions on patches, and a linear map beside them.
+    """Encode images (B 3 H W in [-1, 1]) as posterior parameters (B 2D) by convolutions on patches and a linear map.
 
-    The linear map is learned within a few hundred steps; what is not linear is left to the network. Each channel's
-    largest value anywhere is told as well: what a picture shows, wherever it is, which is what captions speak of.
+    The linear map is learned within a few hundred steps, and the convolutions only have to learn the rest. The
+    maximum of each channel over all positions is passed on as well: captions mostly say what an image shows, wherever
+    it is in the image.
     """
 
     def __init__(self, patch_size: int, map_channels: int, cells: int, latent_size: int, **blocks: Any):
@@ -73,7 +75,7 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Latent vectors, B D, to pictures, B 3 H W: the encoder's mirror image."""
+    """Decode latent vectors (B D) to images (B 3 H W) with the mirrored layers of the encoder."""
 
     def __init__(self, patch_size: int, map_channels: int, cells: int, latent_size: int, **blocks: Any):
         super().__init__()
@@ -97,8 +99,10 @@ class ImageDecoder(nn.Module):
 
 
 class CaptionEncoder(nn.Module):
-    """Token ids and their mask (B L, 1 for tokens, 0 for padding) to the posterior's numbers, B 2D: BERT's layers, and
-    the mean over the tokens that are no padding."""
+    """Encode token ids and their mask (B L, 1 for tokens, 0 for padding) as posterior parameters (B 2D).
+
+    The states of a BERT encoder are averaged over all tokens except padding.
+    """
 
     def __init__(self, config: BertConfig, latent_size: int):
         super().__init__()
@@ -112,7 +116,7 @@ class CaptionEncoder(nn.Module):
 
 
 class CaptionDecoder(nn.Module):
-    """GPT-2's layers after a prefix of P tokens made from the latent vector."""
+    """Decode captions with GPT-2, which continues a prefix of P tokens made from the latent vector."""
 
     def __init__(self, config: GPT2Config, latent_size: int, prefix_length: int):
         super().__init__()
@@ -123,37 +127,41 @@ class CaptionDecoder(nn.Module):
         self.body = GPT2LMHeadModel(config)
 
     def embed(self, latents: Tensor, input_ids: Tensor) -> Tensor:
-        """Prefix and tokens, B (P + L) width."""
+        """Return the embeddings of prefix and tokens, B (P + L) width."""
         prefix = self.prefix(latents).unflatten(1, (self.prefix_length, -1))
         tokens = self.body.transformer.wte(input_ids)
         return torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
 
     def forward(self, latents: Tensor, input_ids: Tensor) -> Tensor:
-        """What follows each token: logits, B L V. Attention is causal, so padding after a caption changes nothing."""
+        """Predict the token after each token: logits, B L V.
+
+        Attention is causal, so padding after a caption changes nothing.
+        """
         embeds = self.embed(latents, input_ids)
         states = self.body.transformer(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return self.body.lm_head(states[:, self.prefix_length :])
 
 
 class ImageCaptionModel(ModelMixin, ConfigMixin):
-    """An autoencoder of pictures and one of captions that share one latent vector.
+    """An autoencoder of images and one of captions that share one latent vector.
 
     Args:
-        vocab_size: V.
-        max_length: L at most.
-        sample_size: side of the pictures in pixels.
-        latent_size: D.
-        patch_size: p; the convolutions work on patches.
-        block_out_channels: channels of each level; every one after the first halves the side.
-        layers_per_block, norm_num_groups: of the levels.
-        map_channels: C of the map between the convolutions and the vector.
-        text_hidden_size, num_attention_heads: of both Transformers.
-        num_encoder_layers, num_decoder_layers: of the caption's encoder and decoder.
-        prefix_length: P.
-        pad_token_id, start_token_id, end_token_id, unknown_token_id: the tokenizer's.
+        vocab_size: size V of the vocabulary.
+        max_length: maximum number of tokens L.
+        sample_size: side of the images in pixels.
+        latent_size: size D of the latent vector.
+        patch_size: side p of the pixel patches that the convolutions work on.
+        block_out_channels: channels of each level; every level after the first halves the side.
+        layers_per_block: residual blocks per level.
+        norm_num_groups: number of groups for group normalization.
+        map_channels: channels C of the feature map between the convolutions and the latent vector.
+        text_hidden_size, num_attention_heads: hidden size and attention heads of the caption encoder and decoder.
+        num_encoder_layers, num_decoder_layers: layers of the caption encoder and decoder.
+        prefix_length: number of prefix tokens P.
+        pad_token_id, start_token_id, end_token_id, unknown_token_id: ids of the tokenizer's special tokens.
 
     Raises:
-        ValueError: a picture's side that the levels do not divide.
+        ValueError: `sample_size` is not a multiple of the image encoder's downsampling.
     """
 
     _supports_gradient_checkpointing = True
@@ -183,7 +191,10 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
         super().__init__()
         factor = patch_size * 2 ** (len(block_out_channels) - 1)
         if sample_size % factor:
-            raise ValueError(f"`sample_size` must be a multiple of {factor} (patches and levels), but is {sample_size}")
+            raise ValueError(
+                f"`sample_size` must be a multiple of {factor} (`patch_size` and a halving for each level after the "
+                f"first), but is {sample_size}"
+            )
         self._build_image_part(sample_size // factor)
         self._build_caption_part()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
@@ -226,7 +237,7 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
             attn_pdrop=0.0,
             bos_token_id=config.start_token_id,
             eos_token_id=config.end_token_id,
-            # Ended captions are fed padding while others go on; a padding token here would have GPT-2 warn of that.
+            # `generate` feeds padding to captions that have ended; GPT-2 warns about that if it knows a padding token.
             pad_token_id=None,
             tie_word_embeddings=False,  # Diffusers does not save weights that share memory
         )
@@ -235,7 +246,7 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def _start_with_narrow_posteriors(self) -> None:
-        """At a deviation of 1, where fresh weights put it, noise drowns the first latents."""
+        """Initialize the posteriors' standard deviation to about 0.14; at about 1, noise drowns the first latents."""
         size = self.config.latent_size
         for out in (self.image_encoder.out, self.caption_encoder.out):
             out.weight[size:] *= 0.1
@@ -243,28 +254,29 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode_image(self, pixel_values: Tensor) -> LatentPosterior:
-        """`pixel_values`: B 3 H W in [-1, 1]."""
+        """Return the posterior of images `pixel_values` (B 3 H W in [-1, 1])."""
         return _posterior(self.image_encoder(pixel_values))
 
     @apply_forward_hook
     def encode_caption(self, input_ids: Tensor, attention_mask: Tensor) -> LatentPosterior:
-        """`input_ids`, `attention_mask`: B L; the mask is 1 for tokens and 0 for padding."""
+        """Return the posterior of captions. `input_ids`, `attention_mask` (1 for tokens, 0 for padding): B L."""
         return _posterior(self.caption_encoder(input_ids, attention_mask))
 
     @apply_forward_hook
     def decode_image(self, latents: Tensor) -> Tensor:
-        """Latent vectors, B D, to pictures, B 3 H W; about [-1, 1], not clamped."""
+        """Decode latent vectors (B D) to images (B 3 H W), which are about in [-1, 1] but not clamped."""
         return self.image_decoder(latents.to(self.image_decoder.into.weight.dtype))
 
     @apply_forward_hook
     def caption_logits(self, latents: Tensor, input_ids: Tensor) -> Tensor:
-        """Of the token after each one of `input_ids` (B L), given latent vectors (B D). B L V."""
+        """Return the logits (B L V) of the token after each one of `input_ids` (B L), given latent vectors (B D)."""
         return self.caption_decoder(latents.to(self.caption_decoder.prefix.weight.dtype), input_ids)
 
     @apply_forward_hook
     def similarity_scale(self) -> Tensor:
-        """The learned inverse temperature of the contrastive loss, capped as in CLIP."""
-        # The gradient passes the cap: `clamp` alone would have none there, and the scale would never come down again.
+        """Return the learned inverse temperature of the contrastive loss, capped as in CLIP."""
+        # The excess over the cap is subtracted without a gradient. With `clamp`, the gradient would be 0 above the cap,
+        # and the scale could never decrease again.
         above = (self.logit_scale - math.log(LARGEST_SCALE)).clamp(min=0).detach()
         return (self.logit_scale - above).exp()
 
@@ -278,17 +290,17 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
         num_beams: int = 1,
         logits_processor: Sequence[Any] = (),
     ) -> Tensor:
-        """Token ids of captions, B T, by Transformers' `generate` with its cache of keys and values.
+        """Generate captions as token ids (B T), with the `generate` of Transformers and its cache of keys and values.
 
         Args:
             latents: B D.
-            max_length: tokens at most, `<START>` and `<END>` included; by default what the model knows.
-            min_length: `<END>` comes no sooner.
-            num_beams: 1 takes the best token each time; more is beam search.
-            logits_processor: what changes the logits before a token is taken, as Transformers has it.
+            max_length: maximum number of tokens, including `<START>` and `<END>`; by default the model's maximum.
+            min_length: minimum number of tokens before `<END>`, including `<START>`.
+            num_beams: number of beams; 1 is greedy decoding.
+            logits_processor: logits processors of Transformers, applied before each token is chosen.
 
         Returns:
-            The ids after `<START>`, with `<END>` where a caption ends, and padding from there on.
+            The ids after `<START>`: a caption, `<END>`, and padding.
         """
         config, decoder = self.config, self.caption_decoder
         start = torch.full((len(latents), 1), config.start_token_id, device=latents.device)
@@ -303,7 +315,7 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
             do_sample=False,
             logits_processor=list(logits_processor),
             suppress_tokens=sorted(never),
-            renormalize_logits=True,  # of what is left: beams are compared by their likelihoods
+            renormalize_logits=True,  # after suppression, because beams are compared by their likelihoods
             eos_token_id=config.end_token_id,
             pad_token_id=config.pad_token_id,
         )
@@ -311,11 +323,11 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[LatentPosterior, LatentPosterior]:
-        """The posteriors of pictures and of captions."""
+        """Return the posteriors of images and of captions."""
         return self.encode_image(pixel_values), self.encode_caption(input_ids, attention_mask)
 
 
 def _posterior(numbers: Tensor) -> LatentPosterior:
-    """B 2D to a posterior, in float32."""
+    """Convert posterior parameters (B 2D) to a posterior in float32."""
     mean, logvar = numbers.float().chunk(2, dim=1)
     return LatentPosterior(F.normalize(mean, dim=1) * mean.shape[1] ** 0.5, logvar.clamp(*LOGVAR_RANGE))

@@ -1,8 +1,8 @@
-"""A prior over latent vectors: noise to latents that an encoder could have given, by flow matching.
+"""LatentPriorModel: generates latent vectors like those of an encoder from noise, by flow matching.
 
-Shapes: B latents, D their size, E hidden width.
+Shapes: B latents, D size of a latent, E hidden size.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TIME_FEATURES = 256
 
 
 class PriorBlock(nn.Module):
-    """A residual perceptron whose scale, shift and gate come from the time (adaLN-Zero, Peebles and Xie 2023)."""
+    """Residual MLP block with scale, shift and gate computed from the time (adaLN-Zero, Peebles and Xie 2023)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -35,12 +35,12 @@ class PriorBlock(nn.Module):
 
 
 class LatentPriorModel(ModelMixin, ConfigMixin):
-    """The velocity, noise - latents, from noisy latents and the time (rectified flow: Liu et al. 2022).
+    """Predict the velocity, noise - latents, from noisy latents and the time (rectified flow: Liu et al. 2022).
 
     Args:
-        latent_size: D; latents have about unit variance.
-        hidden_size: E.
-        num_layers: residual perceptrons.
+        latent_size: size D of the latents, which have about unit variance.
+        hidden_size: width E of the residual blocks.
+        num_layers: number of residual blocks.
     """
 
     @register_to_config
@@ -52,7 +52,8 @@ class LatentPriorModel(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(PriorBlock(hidden_size) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.out_of = nn.Linear(hidden_size, latent_size)
-        # What a Gaussian's velocity is, a multiple of x that depends on the time, need not go through E numbers.
+        # For Gaussian latents the velocity is x times a factor that depends on the time. This factor is predicted
+        # directly, so that x does not have to pass through the hidden layers for it.
         self.share_of_x = nn.Linear(hidden_size, 1)
         for last in (self.out_of, self.share_of_x):
             nn.init.zeros_(last.weight)
@@ -60,11 +61,11 @@ class LatentPriorModel(ModelMixin, ConfigMixin):
 
     @property
     def has_learned(self) -> bool:
-        """False as long as the weights are those of a new model, whose velocity is zero everywhere."""
+        """Whether the model has been trained; a new model predicts a velocity of zero everywhere."""
         return bool(self.out_of.weight.any() or self.share_of_x.weight.any())
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """x: B D; timesteps: B, from 0 (latents) to 1000 (noise). B D."""
+        """Predict the velocity (B D) of x (B D) at timesteps (B, from 0 for latents to 1000 for noise)."""
         time = F.silu(self.time_embedding(self.time_features(timesteps).to(self.into.weight.dtype)))
         hidden = self.into(x)
         for block in self.blocks:

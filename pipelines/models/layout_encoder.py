@@ -1,12 +1,12 @@
-"""A poster's picture to its feature tensor (F_Tensor): where text and pictures are, what each colour is for, what leads
-the eye.
+"""LayoutEncoderModel: predicts a poster's feature tensor from its image (P_Image → F_Tensor): where text and images
+are, which role each colour has, and how strongly each element leads the eye.
 
-Shapes: B pictures, H W pixels, p patch side, K colour roles.
+Shapes: B images, H W pixels, p patch side, K colour roles.
 
-The network is a U-Net after Ronneberger, Fischer and Brox (2015): two convolutions a level, skips across, and four
-heads on the last feature map. Group norm and padded convolutions stand where the original has none.
+The network is a U-Net after Ronneberger, Fischer and Brox (2015): two convolutions per level, skip connections, and
+four heads on the last feature map. Unlike the original, it has group normalization and padded convolutions.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 @dataclass
 class LayoutEncoderOutput(BaseOutput):
-    """What the four heads say of every pixel.
+    """Predictions of the four heads for every pixel.
 
     Args:
         text_mask, image_mask: B 1 H W, logits.
@@ -38,28 +38,28 @@ class LayoutEncoderOutput(BaseOutput):
     hierarchy: Tensor
 
     def probabilities(self) -> Tensor:
-        """B (3 + K) H W in [0, 1]: text, image, K roles, hierarchy. What the grammar's abstractor takes."""
+        """Return B (3 + K) H W in [0, 1]: text, image, K roles, hierarchy; the input of the grammar abstractor."""
         masks = torch.cat([self.text_mask, self.image_mask], 1).float().sigmoid()
         return torch.cat([masks, self.color_role.float().softmax(1), self.hierarchy.float()], 1)
 
     def f_tensor(self) -> Tensor:
-        """B 4 H W: text mask {0, 1}, image mask {0, 1}, colour role (a class id), hierarchy [0, 1]."""
+        """Return B 4 H W: text mask {0, 1}, image mask {0, 1}, colour role (a class id), hierarchy [0, 1]."""
         masks = (torch.cat([self.text_mask, self.image_mask], 1) > 0).float()
         role = self.color_role.argmax(1, keepdim=True).float()
         return torch.cat([masks, role, self.hierarchy.float()], 1)
 
 
 class LayoutEncoderModel(ModelMixin, ConfigMixin):
-    """P_Image → F_Tensor.
+    """Predict text mask, image mask, colour roles and hierarchy for every pixel of a poster.
 
     Args:
-        block_out_channels: channels of each level; every level halves the sides. The default has 31 million
-            parameters.
-        patch_size: p; the network works on p × p patches of pixels and answers for every pixel of them. 1 is the
-            U-Net as published; 2 takes a quarter of the time.
-        num_color_roles: K.
-        norm_num_groups: of the group norms; it must divide every number of channels.
-        sample_size: side of the pictures that it was trained on, in pixels.
+        block_out_channels: channels of each level; every level after the first halves the sides. The default has 31
+            million parameters.
+        patch_size: side p of the pixel patches that the network works on; it still predicts every pixel. 1 is the
+            U-Net as published; 2 takes about a quarter of the time.
+        num_color_roles: number of colour roles K.
+        norm_num_groups: number of groups for group normalization; it must divide every entry of `block_out_channels`.
+        sample_size: side of the training images in pixels.
     """
 
     _supports_gradient_checkpointing = True
@@ -94,14 +94,14 @@ class LayoutEncoderModel(ModelMixin, ConfigMixin):
 
     @property
     def divisor(self) -> int:
-        """Sides are padded to multiples of this, and the answer is cut back."""
+        """The number to whose multiples the sides of an input are padded; the output is cropped again."""
         return self.config.patch_size * 2 ** (len(self.config.block_out_channels) - 1)
 
     def forward(self, pixel_values: Tensor) -> LayoutEncoderOutput:
-        """B 3 H W in [-1, 1] → LayoutEncoderOutput at the same H W, whatever they are."""
+        """Predict from images B 3 H W in [-1, 1], of any H and W; the output has the same H and W."""
         height, width = pixel_values.shape[-2:]
         padding = (0, -width % self.divisor, 0, -height % self.divisor)
-        # Replicated borders look like more of the page; zeros would look like a grey frame.
+        # Replicated borders look like a larger page; zeros would look like a grey frame.
         x = self.unshuffle(F.pad(pixel_values, padding, mode="replicate") if any(padding) else pixel_values)
         skips = []
         for number, block in enumerate(self.down):
@@ -119,7 +119,7 @@ class LayoutEncoderModel(ModelMixin, ConfigMixin):
 
 
 class _DoubleConv(nn.Sequential):
-    """Twice: 3 × 3 convolution, group norm, ReLU."""
+    """3 × 3 convolution, group normalization and ReLU, twice."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         layers: list[nn.Module] = []

@@ -1,17 +1,17 @@
-"""An AutoencoderKL that may work on patches of pixels, and may have heads that read what is in a picture.
+"""MultiHeadAutoencoderKL: an AutoencoderKL that can work on patches of pixels, and can have heads for segmentation and
+classification.
 
 Shapes: B batch, H W pixels, p patch side, C latent channels, h w latent cells; h = H / (p * 2 ** (levels - 1)).
-K classes of pixels, N classes of pictures.
+K pixel classes, N image classes.
 
-At `patch_size` p the network sees an image of H/p x W/p cells with 3 p^2 channels (pixel unshuffle on the way in, pixel
-shuffle on the way out) and spends nothing on full-resolution convolutions, where a stock autoencoder spends most of its
-time. Images in, images out: callers never see the patches.
+With `patch_size` p, the network sees an image of H/p x W/p cells with 3 p^2 channels (pixel unshuffle at the input,
+pixel shuffle at the output). This saves the full-resolution convolutions, where a stock autoencoder spends most of its
+time. Inputs and outputs are images as usual; callers never see the patches.
 
-The segmentation head reads the decoder's last features, the classification head the latents. Both answer for latents,
-so what can be read in a picture can be read in generated latents as well. All latents here are in the autoencoder's own
-(raw) units.
+The segmentation head reads the decoder's last features, and the classification head reads the latents. Both predict
+from latents, so they also work on generated latents. All latents in this file are in the autoencoder's own (raw) units.
 
-This file is shipped beside the weights of published models, so it imports nothing of ours.
+This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_HEADS = {"num_mask_classes": 0, "num_classes": 0, "id2mask_class": None, "id2
 
 @dataclass
 class MaskedDecoderOutput(BaseOutput):
-    """Pictures, and what their pixels show.
+    """Decoded images and the class logits of their pixels.
 
     Args:
         sample: B 3 H W.
@@ -43,10 +43,10 @@ class MaskedDecoderOutput(BaseOutput):
 
 
 class WithShortcut(nn.Module):
-    """`body(x) + shortcut(x)`: a linear map past an encoder or decoder, which then only learns what is not linear.
+    """`body(x) + shortcut(x)`: an encoder or decoder with a linear map beside it, so that it only learns the rest.
 
-    A linear autoencoder is learned within a hundred steps; without the shortcut the network spends many hundreds on
-    less. (The idea, not the form, of residual autoencoding: Chen et al. 2024, DC-AE.)
+    A linear autoencoder is learned within a hundred steps; without the shortcut, the network needs many hundreds of
+    steps for a worse result. (The idea is that of residual autoencoding, in another form: Chen et al. 2024, DC-AE.)
     """
 
     def __init__(self, body: nn.Module, shortcut: nn.Module):
@@ -59,7 +59,7 @@ class WithShortcut(nn.Module):
 
 
 def segmentation_head(channels: int, num_classes: int, patch_size: int) -> nn.Sequential:
-    """Features B channels H/p W/p to logits B num_classes H W."""
+    """Build a head that maps features (B channels H/p W/p) to logits (B num_classes H W)."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         nn.SiLU(),
@@ -69,9 +69,9 @@ def segmentation_head(channels: int, num_classes: int, patch_size: int) -> nn.Se
 
 
 def classification_head(latent_channels: int, channels: int, norm_num_groups: int, num_classes: int) -> nn.Sequential:
-    """Latents B latent_channels h w to logits B num_classes, at any h and w.
+    """Build a head that maps latents (B latent_channels h w, any h and w) to logits (B num_classes).
 
-    The norms come after convolutions: a norm of the latents themselves would hide their size from the head.
+    Normalization comes only after a convolution: normalizing the latents would hide their magnitude from the head.
     """
     return nn.Sequential(
         nn.Conv2d(latent_channels, channels, 3, padding=1),
@@ -87,24 +87,24 @@ def classification_head(latent_channels: int, channels: int, norm_num_groups: in
 
 
 class MultiHeadAutoencoderKL(AutoencoderKL):
-    """`AutoencoderKL` with pixel patches and heads; its other arguments, methods and outputs are its parent's.
+    """`AutoencoderKL` with pixel patches and heads; all other arguments, methods and outputs are those of its parent.
 
-    Without heads (the default) its weights are those of the parent class by name, patches and shortcut aside.
+    Without heads (the default), the weights have the names of the parent class, except those of patches and shortcut.
 
     Args:
         patch_size: side of the pixel patches that the network works on; 1 is the stock architecture.
-        in_channels, out_channels: channels of the images (not of the patches), which is what the config keeps.
-        linear_shortcut: adds a linear map from pixels to latents, and back, beside encoder and decoder. With it the
-            class is no stock one at `patch_size` 1 either.
-        sample_size: side of an image in pixels; tiles of that size where tiling is enabled.
-        scaling_factor: 1 by default, because an autoencoder of ours gets its latents' statistics measured
-            (`latents_mean`, `latents_std`).
-        num_mask_classes: K, with a segmentation head; 0 for none.
-        num_classes: N, with a classification head; 0 for none.
+        in_channels, out_channels: channels of the images (not of the patches); the config keeps these numbers.
+        linear_shortcut: adds a linear map from pixels to latents, and one back, beside encoder and decoder. The model
+            is then not a stock one, even with `patch_size` 1.
+        sample_size: side of an image in pixels, and of a tile if tiling is enabled.
+        scaling_factor: 1 by default, because training measures the statistics of the latents and writes them to
+            `latents_mean` and `latents_std`.
+        num_mask_classes: number of pixel classes K of the segmentation head; 0 for no such head.
+        num_classes: number of image classes N of the classification head; 0 for no such head.
         id2mask_class, id2label: names by class id; the config keeps the ids as strings, as JSON does.
 
     Raises:
-        ValueError: a patch size below 1, a head of one class, or names that are not one for each class.
+        ValueError: `patch_size` is below 1, a head has one class, or there is not one name for each class.
     """
 
     encoder: nn.Module
@@ -162,7 +162,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
             use_post_quant_conv=use_post_quant_conv,
             mid_block_add_attention=mid_block_add_attention,
         )
-        # super().__init__ registered the patches' channels; from_config would multiply them a second time.
+        # super().__init__ registered the channels of patches, which from_config would multiply a second time.
         self.register_to_config(in_channels=in_channels, out_channels=out_channels)
         self.register_to_config(id2mask_class=mask_names, id2label=label_names)
         self._take_patches()
@@ -170,7 +170,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         self.tile_latent_min_size: int = max(1, sample_size // self.spatial_compression_ratio)
 
     def _take_patches(self) -> None:
-        """Patches at both ends of the network, and the linear shortcuts past it, as the config says."""
+        """Add patches at both ends of the network and linear shortcuts beside it, as configured."""
         config, patch_size = self.config, self.config.patch_size
         if patch_size > 1:
             # Inside the encoder and decoder rather than around them, so that tiling and slicing see pixels, as they
@@ -201,12 +201,13 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
 
     @apply_forward_hook
     def decode_with_masks(self, z: Tensor) -> MaskedDecoderOutput:
-        """The pictures of latents and the class logits of their pixels, from one pass through the decoder.
+        """Decode latents to images and the class logits of their pixels, in one pass through the decoder.
 
-        z: B C h w. Tiling and slicing are for `decode` alone.
+        Args:
+            z: B C h w. Tiling and slicing apply only to `decode`.
 
         Raises:
-            ValueError: there is no segmentation head.
+            ValueError: the model has no segmentation head.
         """
         z, features = self._decoder_features(z)
         sample = self._decoder_body.conv_out(features)
@@ -216,29 +217,29 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
 
     @apply_forward_hook
     def segment(self, z: Tensor) -> Tensor:
-        """Class logits of every pixel, B K H W, of latents B C h w.
+        """Return the class logits of every pixel, B K H W, from latents B C h w.
 
         Raises:
-            ValueError: there is no segmentation head.
+            ValueError: the model has no segmentation head.
         """
         _, features = self._decoder_features(z)
         return self.segmentation_head(features)
 
     @apply_forward_hook
     def classify(self, z: Tensor) -> Tensor:
-        """Class logits of the pictures, B N, of latents B C h w.
+        """Return the class logits of images, B N, from latents B C h w.
 
         Raises:
-            ValueError: there is no classification head.
+            ValueError: the model has no classification head.
         """
         if not self.config.num_classes:
             raise ValueError("this autoencoder has no classification head (`num_classes` is 0)")
         return self.classification_head(z)
 
     def autoencoder(self) -> AutoencoderKL:
-        """The model without heads, sharing this one's weights: what a diffusion pipeline carries.
+        """Return the model without heads, for use in a diffusion pipeline; it shares the weights of this model.
 
-        Where `patch_size` is 1, and without a shortcut, that is a stock `AutoencoderKL`, which loads without this file.
+        With `patch_size` 1 and no shortcut, it is a stock `AutoencoderKL`, which loads without this file.
         """
         own = self.config.patch_size > 1 or self.config.linear_shortcut
         if own and not (self.config.num_mask_classes or self.config.num_classes):
@@ -246,7 +247,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         model_class = MultiHeadAutoencoderKL if own else AutoencoderKL
         names = model_class._get_init_keys(model_class) - {"self"}
         arguments = {name: NO_HEADS[name] if name in NO_HEADS else self.config[name] for name in names}
-        with torch.device("meta"):
+        with torch.device("meta"):  # its weights are replaced at once, so none are initialized
             bare = model_class(**arguments)
         for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
             setattr(bare, name, getattr(self, name))
@@ -257,9 +258,9 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
         return self.decoder.body if isinstance(self.decoder, WithShortcut) else self.decoder
 
     def _decoder_features(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder takes (B C h w), and what it has before its last convolution (B channels H/p W/p).
+        """Return the decoder's input (B C h w) and its features before the last convolution (B channels H/p W/p).
 
-        The parent class has no way to ask for the features; these are the steps of its decoder's `forward`.
+        The parent class does not give access to these features, so the steps of its decoder's `forward` are repeated.
         """
         if not self.config.num_mask_classes:
             raise ValueError("this autoencoder has no segmentation head (`num_mask_classes` is 0)")
@@ -278,7 +279,7 @@ class MultiHeadAutoencoderKL(AutoencoderKL):
 def _class_names(
     number_name: str, number: int, names_name: str, names: Mapping[int | str, str] | None
 ) -> dict[str, str] | None:
-    """`names` with their ids as strings, which must be those from 0 to `number` - 1."""
+    """Return `names` with their ids as strings; raise ValueError unless the ids are 0 to `number` - 1."""
     if number < 0 or number == 1:
         raise ValueError(f"`{number_name}` must be 0 (no head) or at least 2, but is {number}")
     by_id = {str(id_): str(name) for id_, name in (names or {}).items()}

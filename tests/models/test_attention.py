@@ -1,4 +1,4 @@
-"""Which attention kernel is chosen, and that the choice changes no result."""
+"""The choice of the attention kernel, which changes no result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.models.attention import PLAIN_ATTENTION_TOKENS, attention_kernel
 pytestmark = pytest.mark.skipif(has_accelerator_device(), reason="for CPUs")
 
 
-def test_attention_over_few_tokens_is_plain_and_the_same():
+def test_attention_over_few_tokens_uses_plain_products_with_equal_results():
     query, key, value = torch.randn(3, 2, 4, 64, 8).unbind()
     fused = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     with attention_kernel(PLAIN_ATTENTION_TOKENS + 1):

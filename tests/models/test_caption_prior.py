@@ -1,4 +1,4 @@
-"""Regression from captions to latents: it finds conditional means, by words and by their order, and repeats itself."""
+"""Regression from captions to latents: it learns conditional means from words and their order, and is reproducible."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ def parts(seed: int = 0):
     return CaptionPrior(WIDTH, 1, 2, 2, hidden_size=64, dropout=0.0), new_text_encoder(encoder, tiny_tokenizer())
 
 
-def expected(prior, encoder, captions: list[str]) -> torch.Tensor:
+def predict(prior, encoder, captions: list[str]) -> torch.Tensor:
     with torch.no_grad():
         return prior(encode_captions(encoder, tokenize_captions(tiny_tokenizer(), captions, 8)))
 
 
-def test_conditional_means_by_words_and_by_their_order():
+def test_conditional_means_depend_on_words_and_their_order():
     means = {"red of blue": -1.0, "blue of red": 1.0, "a poster": 0.25}
     captions = list(means) * 40
     torch.manual_seed(1)
     latents = torch.tensor([means[c] for c in captions])[:, None, None, None] + 0.2 * torch.randn(120, 1, 2, 2)
     prior, encoder = parts()
     warm_up(prior, encoder, tokenize_captions(tiny_tokenizer(), captions, 8), latents, CONFIG, seed=0)
-    for caption, found in zip(means, expected(prior, encoder, list(means)), strict=True):
+    for caption, predicted in zip(means, predict(prior, encoder, list(means)), strict=True):
         own = latents[[i for i, c in enumerate(captions) if c == caption]].mean(0)
-        assert (found - own).abs().max() < 0.1, caption
+        assert (predicted - own).abs().max() < 0.1, caption
 
 
 def test_the_same_seed_gives_the_same_weights():
     ids, latents = tokenize_captions(tiny_tokenizer(), ["a red poster", "blue"], 8), torch.randn(2, 1, 2, 2)
-    found = []
+    weights = []
     for seed in (0, 0, 1):
         prior, encoder = parts()
         short = CaptionPriorConfig(hidden_size=64, warmup_steps=5, warmup_batch_size=3)
         warm_up(prior, encoder, ids, latents, short, seed)
-        found.append(torch.cat([p.detach().flatten() for m in (prior, encoder) for p in m.parameters()]))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        weights.append(torch.cat([p.detach().flatten() for m in (prior, encoder) for p in m.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_frozen_text_encoder_stays_as_it_is():
+def test_a_frozen_text_encoder_is_not_changed():
     prior, encoder = parts()
     encoder.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -74,7 +74,7 @@ def test_impossible_values(settings, message):
         CaptionPriorConfig(**settings).validate()
 
 
-def test_it_needs_captions():
+def test_the_prior_needs_captions():
     config = Config(
         vae="vae", condition_on=["label"], caption_prior=CaptionPriorConfig(hidden_size=8), report_to="none"
     )

@@ -1,4 +1,4 @@
-"""The U-Net's condition from ids of a batch: dropping it equals the empty caption and the null class, per sample."""
+"""The U-Net's condition for a batch: a dropped condition is the empty caption and the null class, for each sample."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def test_dropped_samples_have_the_condition_of_no_prompt(dropped: list[bool]):
     tokens = CaptionTokens(tiny_tokenizer(), TOKENS, "max_length")
     unet, encoder = tiny_unet(classes=3), tiny_text_encoder()
     batch = {**tokens(CAPTIONS), "label": torch.tensor([0, 1, 2, 1])}
-    found = caption_and_class(unet, encoder, tokens([""])["input_ids"], batch, torch.tensor(dropped))
-    told = ["" if drop else caption for caption, drop in zip(CAPTIONS, dropped)]
-    expected = encode_captions(encoder, tokenize_captions(tiny_tokenizer(), told, TOKENS))
-    assert torch.equal(found["encoder_hidden_states"], expected)
+    arguments = caption_and_class(unet, encoder, tokens([""])["input_ids"], batch, torch.tensor(dropped))
+    captions = ["" if drop else caption for caption, drop in zip(CAPTIONS, dropped)]
+    expected = encode_captions(encoder, tokenize_captions(tiny_tokenizer(), captions, TOKENS))
+    assert torch.equal(arguments["encoder_hidden_states"], expected)
     labels = [null_class(unet) if drop else label for label, drop in zip([0, 1, 2, 1], dropped)]
-    assert found["class_labels"].tolist() == labels
+    assert arguments["class_labels"].tolist() == labels
 
 
 def test_a_model_without_text_and_classes_has_no_condition():

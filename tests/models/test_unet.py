@@ -1,7 +1,4 @@
-"""The decoder's U-Net: its size, and where its attention runs, seen by hooks on the real default model at 256 px.
-
-Shapes: B pictures, L tokens, D token width, E global width.
-"""
+"""The decoder's U-Net: its size, and where it has attention, observed by hooks on the real default model at 256 px."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ TOKENS, TOKEN_WIDTH, GLOBAL_WIDTH = 19, 256, 512
 
 
 def on_meta(resolution: int = 256, **options) -> torch.nn.Module:
-    """Shapes without numbers: the 256 px default runs in a second."""
+    """Build the U-Net on the meta device, which computes shapes only: the 256 px default runs in a second."""
     with torch.device("meta"):
         return build_pixel_unet(PixelUNetConfig(**options), resolution, TOKEN_WIDTH, GLOBAL_WIDTH).eval()
 
 
 def attention_calls(unet: torch.nn.Module, resolution: int = 256) -> list[tuple[str, str, int, int]]:
-    """(part of the network, "self" or "cross", queries, keys) of each attention in one forward pass."""
+    """Return (part of the network, "self" or "cross", queries, keys) of each attention in one forward pass."""
     calls = []
 
     def note(name):
@@ -51,7 +48,7 @@ def test_the_default_has_about_sixty_million_parameters():
     assert type(unet).__module__.startswith("diffusers.")
 
 
-def test_attention_runs_at_32_only_down_and_up_to_itself_and_to_the_brief():
+def test_default_attention_is_self_and_cross_attention_at_32_only():
     calls = attention_calls(on_meta())
     assert {queries for _, _, queries, _ in calls} == {32 * 32}
     assert {(part, kind) for part, kind, _, _ in calls} >= {
@@ -62,7 +59,7 @@ def test_attention_runs_at_32_only_down_and_up_to_itself_and_to_the_brief():
     assert {keys for _, kind, _, keys in calls if kind == "self"} == {32 * 32}
 
 
-def test_attention_at_another_resolution_leaves_the_middle_without():
+def test_attention_at_another_resolution_removes_it_from_the_middle():
     calls = attention_calls(on_meta(attention_resolutions=[64]))
     assert {queries for _, _, queries, _ in calls} == {64 * 64}
     assert {part for part, *_ in calls} == {"down", "up"}
@@ -79,7 +76,7 @@ def test_other_sizes(resolution):
 
 
 def test_the_global_vector_reaches_every_residual_block():
-    """It joins the time embedding, which each of them is given."""
+    """It is added to the time embedding, which each block receives."""
     unet = build_pixel_unet(
         PixelUNetConfig(block_out_channels=[8, 16, 16], norm_num_groups=4, attention_head_dim=8), 32, 8, 6
     ).eval()
@@ -94,7 +91,7 @@ def test_the_global_vector_reaches_every_residual_block():
     assert all(not torch.allclose(embedding[0], embedding[1]) for embedding in seen)
 
 
-def test_a_resolution_that_is_none_of_the_networks_is_refused():
+def test_a_resolution_that_the_network_does_not_have_is_refused():
     with pytest.raises(UserError, match=r"has 48, but at --resolution 256 .* are 256, 128, 64, 32; choose among them"):
         PixelUNetConfig(attention_resolutions=[32, 48]).check_resolution(256)
     PixelUNetConfig(attention_resolutions=[]).check_resolution(256)

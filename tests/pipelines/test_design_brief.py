@@ -1,4 +1,4 @@
-"""Design briefs: what is taken, what is refused, and what the encoder makes of them.
+"""Design briefs: accepted and refused values, their tensors, and their encoder.
 
 Shapes: B briefs, L fields (tokens), D token width, E global width.
 """
@@ -53,7 +53,7 @@ def test_every_number_of_the_grammar_is_a_field():
     assert set(WHOLE) == set(FIELDS)
 
 
-def test_what_is_given_is_kept_in_one_form():
+def test_values_are_stored_in_one_form():
     brief = DesignBrief.from_mapping(WHOLE)
     assert brief.palette == ("#f6ecd6", "#dd3333", "#10a0ff")
     assert brief.warmth == 1.0
@@ -63,7 +63,7 @@ def test_what_is_given_is_kept_in_one_form():
     assert DesignBrief(palette=" red, #FFF").palette == ("#d0202a", "#ffffff")
 
 
-def test_absent_fields_stay_absent():
+def test_open_fields_stay_open():
     assert DesignBrief().to_dict() == {}
     assert DesignBrief.from_mapping({"style": None, "pictures": 2}).to_dict() == {"pictures": 2}
 
@@ -78,10 +78,13 @@ def test_a_row_of_a_dataset_has_more_columns_and_may_lack_the_grammar():
     [
         ({"style": "swis"}, "style must be one of swiss, .*, but is 'swis'; did you mean 'swiss'?"),
         ({"style": 3}, "style must be one of .*, but is 3"),
-        ({"palette": ["blu"]}, "palette: 'blu' is no colour; did you mean 'blue'.*'#rgb', '#rrggbb' or one of cream"),
-        ({"palette": "#12"}, "palette: '#12' is no colour"),
-        ({"palette": "#gggggg"}, "palette: '#gggggg' is no colour"),
-        ({"palette": [None]}, "palette: None is no colour"),
+        (
+            {"palette": ["blu"]},
+            "palette: 'blu' is not a colour; did you mean 'blue'.*'#rgb', '#rrggbb' or one of cream",
+        ),
+        ({"palette": "#12"}, "palette: '#12' is not a colour"),
+        ({"palette": "#gggggg"}, "palette: '#gggggg' is not a colour"),
+        ({"palette": [None]}, "palette: None is not a colour"),
         ({"palette": []}, r"palette must be 1 to 5 colours, but is \[\]"),
         ({"palette": ["red"] * 6}, "palette must be 1 to 5 colours, but is"),
         ({"palette": 7}, "palette must be 1 to 5 colours, but is 7"),
@@ -95,7 +98,7 @@ def test_a_row_of_a_dataset_has_more_columns_and_may_lack_the_grammar():
         ({"energie": 0.5}, "a brief has no field 'energie'; did you mean 'energy'.*its fields are style, energy"),
     ],
 )
-def test_bad_values_name_field_value_and_what_is_allowed(fields, message):
+def test_errors_name_the_field_its_value_and_the_allowed_values(fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         DesignBrief.from_mapping(fields)
     assert "\n" not in str(caught.value)
@@ -106,7 +109,7 @@ def test_colours():
     assert all(parse_color(name) == rgb for name, rgb in COLORS.items())
 
 
-def test_a_file_and_back(tmp_path):
+def test_a_brief_is_read_from_and_written_to_a_file(tmp_path):
     path = tmp_path / "brief.yaml"
     path.write_text("style: swiss\npalette: ['#d33', cream]\npictures: 2\nenergy: 0.8\n")
     brief = DesignBrief.from_yaml(path)
@@ -120,12 +123,12 @@ def test_a_file_and_back(tmp_path):
     [
         ("style: swis", "brief.yaml: style must be one of"),
         ("palette: #d33", "palette is empty; colours are written in quotes"),
-        ("palette: [#d33]", "is no YAML: .* colours are written in quotes"),
+        ("palette: [#d33]", "is not valid YAML: .* colours are written in quotes"),
         ("swiss", "must hold lines such as `style: swiss`, but holds 'swiss'"),
         ("", "but holds None"),
     ],
 )
-def test_bad_files_name_the_file(tmp_path, text, message):
+def test_errors_in_a_file_name_the_file(tmp_path, text, message):
     path = tmp_path / "brief.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -134,7 +137,7 @@ def test_bad_files_name_the_file(tmp_path, text, message):
         DesignBrief.from_yaml(tmp_path / "none.yaml")
 
 
-def test_random_briefs_are_whole_and_their_fields_suit_each_other():
+def test_random_briefs_are_complete_and_their_fields_suit_each_other():
     briefs = [DesignBrief.random(seed) for seed in range(200)]
     assert DesignBrief.random(3) == briefs[3]
     assert {brief.style for brief in briefs} == set(STYLES)
@@ -148,11 +151,11 @@ def test_random_briefs_are_whole_and_their_fields_suit_each_other():
         assert abs(brief.energy - STYLE_MOODS[brief.style][0]) <= 0.06
 
 
-def test_moods_are_those_of_the_posters():
+def test_moods_are_those_of_the_generated_posters():
     assert {name: (c.energy, c.formality) for name, c in CHARACTERS.items()} == STYLE_MOODS
 
 
-def test_a_brief_in_a_line():
+def test_a_brief_is_described_in_one_line():
     assert DesignBrief().describe() == "no brief"
     brief = DesignBrief(style="art_deco", palette=("#f6ecd6", "#d33"), pictures=1, text_blocks=2, energy=0.5)
     assert brief.describe() == "art deco, cream red, 2 texts, 1 picture"
@@ -183,7 +186,7 @@ def test_tensors_and_masks():
 # --- the encoder
 
 
-def test_the_defaults_are_those_of_the_domain():
+def test_the_encoders_defaults_are_those_of_the_domain():
     config = DesignBriefEncoder().config
     assert config.num_styles == len(STYLES)
     assert config.num_numbers == len(NUMBERS)
@@ -192,9 +195,9 @@ def test_the_defaults_are_those_of_the_domain():
 
 
 def test_fourier_features_by_hand():
-    found = fourier_features(torch.tensor([[0.0, 0.5]]), 2)
-    assert found.shape == (1, 2, 5)
-    assert torch.allclose(found[0], torch.tensor([[0.0, 0, 0, 1, 1], [0.5, 1, 0, 0, -1]]), atol=1e-6)
+    features = fourier_features(torch.tensor([[0.0, 0.5]]), 2)
+    assert features.shape == (1, 2, 5)
+    assert torch.allclose(features[0], torch.tensor([[0.0, 0, 0, 1, 1], [0.5, 1, 0, 0, -1]]), atol=1e-6)
 
 
 def test_tokens_and_global_vector():
@@ -205,7 +208,7 @@ def test_tokens_and_global_vector():
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_each_field_changes_its_own_tokens_and_the_whole(field):
+def test_each_field_changes_its_own_tokens_and_the_global_vector(field):
     encoder = tiny_encoder().eval()
     without = {name: value for name, value in WHOLE.items() if name != field}
     briefs = [DesignBrief.from_mapping(values) for values in (WHOLE, without)]
@@ -217,7 +220,7 @@ def test_each_field_changes_its_own_tokens_and_the_whole(field):
 
 
 @pytest.mark.parametrize(("field", "other"), [("style", "pop"), ("energy", 0.6), ("pictures", 1), ("palette", "red")])
-def test_values_are_told_apart(field, other):
+def test_different_values_give_different_tokens(field, other):
     tokens, whole = tiny_encoder()(
         **brief_tensors([DesignBrief(**{field: WHOLE[field]}), DesignBrief(**{field: other})])
     )
@@ -225,7 +228,7 @@ def test_values_are_told_apart(field, other):
     assert not torch.allclose(whole[0], whole[1], atol=1e-4)
 
 
-def test_an_absent_brief_is_its_nulls_whatever_lies_behind_the_masks():
+def test_an_open_brief_gives_the_null_tokens_whatever_the_masked_values_are():
     encoder = tiny_encoder()
     tensors = brief_tensors([DesignBrief.from_mapping(WHOLE)])
     hidden = {k: torch.zeros_like(v) if k.endswith("present") else v for k, v in tensors.items()}
@@ -233,7 +236,7 @@ def test_an_absent_brief_is_its_nulls_whatever_lies_behind_the_masks():
         assert torch.equal(one, other)
 
 
-def test_every_parameter_gets_a_gradient_even_from_the_global_vector_alone():
+def test_every_parameter_gets_a_gradient_from_the_global_vector():
     encoder = tiny_encoder()
     _, whole = encoder(**brief_tensors([DesignBrief.from_mapping(WHOLE), DesignBrief()]))
     whole.square().sum().backward()

@@ -1,4 +1,5 @@
-"""Fusion of a ControlNet's features with a U-Net's: exact at the start, trainable at once, stock where it can be."""
+"""Fusion of a ControlNet's features with a U-Net's: no effect at step 0, trainable from then on, and compatible with
+the stock ControlNet in the mode "add"."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ PIXELS = 4 * DOWNSAMPLING
 
 
 def pixel_unet() -> UNet2DConditionModel:
-    """As build_pixel_unet's: a global vector as class embedding, attention at the lowest resolution."""
+    """A U-Net as build_pixel_unet builds it: a global vector as class embedding, attention at the lowest resolution."""
     torch.manual_seed(5)
     return UNet2DConditionModel(
         sample_size=16,
@@ -73,7 +74,7 @@ def steered(unet, nets, controls, scale=1.0, **given) -> Tensor:
 
 
 def moved(net: FusionControlNetModel, seed: int = 9) -> FusionControlNetModel:
-    """As after some training: every parameter has moved."""
+    """Change every parameter of `net`, as training does."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -82,7 +83,7 @@ def moved(net: FusionControlNetModel, seed: int = 9) -> FusionControlNetModel:
 
 
 @pytest.mark.parametrize("mode", FUSION_MODES)
-def test_at_step_0_the_output_is_the_base_models_exactly(mode: str):
+def test_at_step_0_the_output_is_exactly_that_of_the_base_model(mode: str):
     unet = tiny_unet(classes=3)
     given = {**inputs(), "class_labels": torch.tensor([0, 3])}
     base = unet(**given).sample
@@ -100,7 +101,7 @@ def test_at_step_0_the_output_is_the_base_models_exactly(mode: str):
 
 @pytest.mark.parametrize("mode", FUSION_MODES)
 def test_every_parameter_gets_a_gradient_in_the_first_steps(mode: str):
-    """Of the fusion by step 2, of the rest by step 3: the embedding's last convolution starts at 0 as well."""
+    """Those of the fusion by step 2, the others by step 3: the embedding's last convolution also starts at 0."""
     unet = tiny_unet().requires_grad_(False)
     net = controlnet_of(unet, mode)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -116,13 +117,13 @@ def test_every_parameter_gets_a_gradient_in_the_first_steps(mode: str):
     fusion = [name for name in fusion if not name.startswith("controlnet_cond_embedding")]
     assert fusion
     assert {name for name in fusion if moved_by.get(name, 9) > 1} <= {name for name in fusion if "key.bias" in name}
-    # Keys' biases shift all scores of a query alike: softmax does not see them.
+    # A bias of the keys shifts all scores of a query by the same value, which softmax cancels.
     silent = {name for name, _ in net.named_parameters() if name not in moved_by}
     assert {name for name in silent if "key.bias" not in name} == set()
 
 
 @pytest.mark.parametrize("mode", FUSION_MODES)
-def test_scale_0_is_the_base_model_and_the_control_matters_otherwise(mode: str):
+def test_scale_0_gives_the_base_model_and_scale_1_uses_the_control(mode: str):
     unet = tiny_unet()
     net, base = moved(controlnet_of(unet, mode)), unet(**inputs()).sample
     assert torch.equal(steered(unet, [net], [control()], scale=0.0), base)
@@ -132,7 +133,7 @@ def test_scale_0_is_the_base_model_and_the_control_matters_otherwise(mode: str):
     assert torch.equal(unet(**inputs()).sample, base)  # nothing is left in the U-Net
 
 
-def test_modes_differ_in_more_than_name():
+def test_all_modes_give_different_outputs():
     unet = tiny_unet()
     outputs = [steered(unet, [moved(controlnet_of(unet, mode))], [control()]) for mode in FUSION_MODES]
     for i, one in enumerate(outputs):
@@ -170,16 +171,16 @@ def test_gates_depend_on_the_timestep():
     assert not torch.allclose(early, late, atol=1e-3)
 
 
-def test_places_are_the_same_for_maps_of_another_size():
+def test_the_encoding_of_places_does_not_depend_on_the_size_of_the_map():
     like = torch.zeros(1)
     coarse = places(16, (4, 4), like)
     fine = places(16, (12, 12), like).reshape(12, 12, 16)
-    torch.testing.assert_close(fine[1::3, 1::3].flatten(0, 1), coarse)  # the middle of three cells is where one is
-    assert (torch.cdist(coarse, coarse) + 10 * torch.eye(16)).min() > 0.5  # no two cells look alike
+    torch.testing.assert_close(fine[1::3, 1::3].flatten(0, 1), coarse)  # the middle cell of three has the same place
+    assert (torch.cdist(coarse, coarse) + 10 * torch.eye(16)).min() > 0.5  # all places have different encodings
 
 
 @pytest.mark.parametrize("side", [8, 16, 32])
-def test_a_cell_looks_at_its_own_place_at_the_start(side: int):
+def test_a_cell_attends_to_its_own_place_at_the_start(side: int):
     torch.manual_seed(0)
     fusion = CrossAttentionFusion(128, 32, 8)
     torch.nn.init.dirac_(fusion.value.weight)
@@ -196,7 +197,7 @@ def test_a_cell_looks_at_its_own_place_at_the_start(side: int):
     assert elsewhere.mean() < 0.3
 
 
-def test_nets_fuse_one_after_another():
+def test_several_nets_are_fused_one_after_another():
     unet = tiny_unet()
     one, other = moved(controlnet_of(unet, "add"), 1), moved(controlnet_of(unet, "add"), 2)
     controls = [control(), 1 - control()]
@@ -205,7 +206,7 @@ def test_nets_fuse_one_after_another():
     film = moved(controlnet_of(unet, "film"), 3)
     first = steered(unet, [film, one], controls)
     assert not torch.allclose(first, steered(unet, [one, film], controls[::-1]), atol=1e-4)
-    # Zhang et al.'s zero control is not "no net": the second runs on its own control, whatever the first does.
+    # A new net has no effect, whatever the other net does.
     torch.testing.assert_close(steered(unet, [one, controlnet_of(unet)], controls), steered(unet, [one], controls[:1]))
 
 
@@ -227,7 +228,7 @@ def test_the_embedding_fits_the_downsampling(factor: int, halvings: int):
     assert embedding_channels(8) == (16, 32, 96, 256)
 
 
-def test_a_control_of_another_size_and_numbers_that_cannot_be_are_refused():
+def test_wrong_sizes_factors_and_modes_are_refused():
     unet = tiny_unet()
     with pytest.raises(ValueError, match="must be 16×16 pixels for each of 2 inputs"):
         steered(unet, [controlnet_of(unet)], [control(side=32)])
@@ -238,7 +239,7 @@ def test_a_control_of_another_size_and_numbers_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("mode", ["add", "cross_attention"])
-def test_saved_and_loaded_it_is_the_same(mode: str, tmp_path):
+def test_a_saved_and_loaded_net_gives_the_same_output(mode: str, tmp_path):
     unet = tiny_unet()
     net = moved(controlnet_of(unet, mode))
     net.save_pretrained(tmp_path / "one")
@@ -252,7 +253,7 @@ def test_saved_and_loaded_it_is_the_same(mode: str, tmp_path):
 
 
 def test_add_runs_in_a_stock_pipeline():
-    """With a base that is stock itself: a VAE with scalar scaling, epsilon prediction, CLIP."""
+    """The base model is stock as well: a VAE with scalar scaling, epsilon prediction, CLIP."""
     base = tiny_pipeline("epsilon")
     torch.manual_seed(0)
     net = FusionControlNetModel.from_unet(base.unet, downsampling=base.vae_scale_factor)
@@ -268,13 +269,13 @@ def test_add_runs_in_a_stock_pipeline():
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 8, 8)
+    control_image = torch.rand(1, 3, 8, 8)
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent", "height": 8, "width": 8}
     noise = torch.randn(1, 4, 4, 4)
-    stock = pipeline("a red poster", picture, latents=noise.clone(), **call).images
+    stock = pipeline("a red poster", control_image, latents=noise.clone(), **call).images
 
     def ours() -> Tensor:
-        with steering(base.unet, [net], [picture]):
+        with steering(base.unet, [net], [control_image]):
             return base("a red poster", latents=noise.clone(), **call).images
 
     torch.testing.assert_close(ours(), stock, atol=1e-4, rtol=1e-4)

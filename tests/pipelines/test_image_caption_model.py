@@ -1,7 +1,4 @@
-"""ImageCaptionModel: causal, indifferent to padding, cached as by full forwards; its objectives in closed form.
-
-B pairs, L tokens, D latent vector, V vocabulary.
-"""
+"""ImageCaptionModel: causal, independent of padding, with exact caching; its objectives in closed form."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def model() -> ImageCaptionModel:
     return tiny_caption_model()
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def images(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -57,8 +54,8 @@ def test_the_defaults_of_model_and_flags_are_the_same():
     assert (config.sample_size, config.vocab_size) == (256, 8000)
 
 
-def test_posteriors_lie_on_the_sphere_and_decode(model):
-    image, caption = model(pictures(), IDS, MASK)
+def test_posterior_means_lie_on_the_sphere_and_can_be_decoded(model):
+    image, caption = model(images(), IDS, MASK)
     for posterior in (image, caption):
         assert posterior.mean.shape == posterior.logvar.shape == (2, MODEL["latent_size"])
         assert torch.allclose(posterior.mean.square().mean(1), torch.ones(2), atol=1e-5)
@@ -67,7 +64,7 @@ def test_posteriors_lie_on_the_sphere_and_decode(model):
     assert model.caption_logits(image.mean, IDS).shape == (2, 5, model.config.vocab_size)
 
 
-def test_a_draw_has_the_posteriors_moments():
+def test_samples_have_the_moments_of_the_posterior():
     posterior = LatentPosterior(torch.tensor([[2.0]]), torch.tensor([[math.log(9.0)]]))
     drawn = posterior.sample(torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0)))
     assert abs(float(drawn.mean()) - 2) < 0.1
@@ -75,7 +72,7 @@ def test_a_draw_has_the_posteriors_moments():
 
 
 def test_the_caption_decoder_is_causal(model):
-    """A later token changes no earlier logit, and does change those from it on."""
+    """A token changes the logits from its position on, and none before."""
     latents = torch.randn(2, MODEL["latent_size"], generator=torch.Generator().manual_seed(2))
     changed = IDS.clone()
     changed[:, 3] = 10
@@ -84,7 +81,7 @@ def test_the_caption_decoder_is_causal(model):
     assert not torch.allclose(before[:, 3:], after[:, 3:])
 
 
-def test_the_latent_decides_the_caption(model):
+def test_the_latent_changes_the_caption(model):
     latents = torch.randn(2, MODEL["latent_size"], generator=torch.Generator().manual_seed(2))
     logits = model.caption_logits(latents, IDS[:1].expand(2, -1))
     assert not torch.allclose(logits[0, 0], logits[1, 0], atol=1e-4)
@@ -99,9 +96,9 @@ def test_padding_changes_no_latent(model):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_cached_generation_equals_a_loop_of_full_forwards(batch):
-    """Token by token and, in float64, whatever is said after <START>: greedy over the whole length."""
+    """The tokens are equal for greedy decoding over the whole length, in float64."""
     model = tiny_caption_model(seed=3).double()
-    # Larger weights than fresh ones have: every step's answer then depends on the latent and all tokens before it.
+    # With larger weights than new ones, every token depends on the latent and on all tokens before it.
     for parameter in model.caption_decoder.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -115,7 +112,7 @@ def test_cached_generation_equals_a_loop_of_full_forwards(batch):
 
 
 def test_generation_uses_the_cache(model):
-    """After the first, every forward sees one token."""
+    """Every forward pass after the first gets one token."""
     seen = []
     first_layer = model.caption_decoder.body.transformer.h[0]
     hook = first_layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
@@ -126,18 +123,18 @@ def test_generation_uses_the_cache(model):
     assert seen == [MODEL["prefix_length"] + 1, 1, 1, 1, 1]
 
 
-def test_generation_ends_at_end_and_never_says_padding_start_or_unknown(model):
+def test_generation_stops_at_end_and_never_contains_padding_start_or_unknown(model):
     with torch.no_grad():
         model = tiny_caption_model()
         model.caption_decoder.body.lm_head.weight[[0, 1, 3]] *= 1e3
         ids = model.generate_captions(torch.randn(8, MODEL["latent_size"], generator=torch.Generator().manual_seed(0)))
     for row in ids.tolist():
-        spoken = row[: row.index(2)] if 2 in row else row
-        assert not {0, 1, 3} & set(spoken)
-        assert set(row[len(spoken) + 1 :]) <= {0}
+        words = row[: row.index(2)] if 2 in row else row
+        assert not {0, 1, 3} & set(words)
+        assert set(row[len(words) + 1 :]) <= {0}
 
 
-def test_beam_search_finds_what_is_at_least_as_likely_as_greedy():
+def test_beam_search_is_at_least_as_likely_as_greedy_decoding():
     model = tiny_caption_model(seed=6).double()
     for parameter in model.caption_decoder.parameters():
         if parameter.ndim == 2:
@@ -147,21 +144,21 @@ def test_beam_search_finds_what_is_at_least_as_likely_as_greedy():
     def log_likelihoods(ids: torch.Tensor) -> torch.Tensor:
         whole = torch.cat([torch.ones(16, 1, dtype=torch.long), ids], 1)
         logits = model.caption_logits(latents, whole)[:, :-1].clone()
-        logits[..., :4] = float("-inf")  # <END> too, which may not come so soon
+        logits[..., :4] = float("-inf")  # including <END>, which is not allowed before the minimum length
         return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].sum(1)
 
     lengths = {"min_length": 5, "max_length": 5}
     with torch.no_grad():
         greedy, beams = (model.generate_captions(latents, num_beams=n, **lengths) for n in (1, 8))
-        found = log_likelihoods(beams), log_likelihoods(greedy)
-    assert (found[0] >= found[1] - 1e-9).all()
-    assert (found[0] > found[1] + 1e-6).any()
+        of_beams, of_greedy = log_likelihoods(beams), log_likelihoods(greedy)
+    assert (of_beams >= of_greedy - 1e-9).all()
+    assert (of_beams > of_greedy + 1e-6).any()
 
 
-def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+def test_a_saved_and_loaded_model_gives_the_same_output(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = ImageCaptionModel.from_pretrained(tmp_path).eval()
-    for own, other in zip(model(pictures(), IDS, MASK), loaded(pictures(), IDS, MASK)):
+    for own, other in zip(model(images(), IDS, MASK), loaded(images(), IDS, MASK)):
         assert torch.allclose(own.mean, other.mean, atol=1e-6)
     latents = torch.randn(1, MODEL["latent_size"])
     for own, other in zip(*((m.caption_logits(latents, IDS[:1]), m.decode_image(latents)) for m in (model, loaded))):
@@ -174,7 +171,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = tiny_caption_model().train()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        image, caption = model(pictures(), IDS, MASK)
+        image, caption = model(images(), IDS, MASK)
         loss = model.decode_image(caption.mean).square().mean() + model.caption_logits(image.mean, IDS).square().mean()
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -182,7 +179,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(g, gradients[1][name], atol=1e-6) for name, g in gradients[0].items())
 
 
-def test_a_side_that_does_not_divide():
+def test_a_side_that_is_not_a_multiple_is_refused():
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny_caption_model(sample_size=30)
 
@@ -191,9 +188,9 @@ def test_a_side_that_does_not_divide():
 
 
 def test_token_losses_in_closed_form():
-    """Uniform logits cost log V for each token but <START>, whatever the padding's id or logits."""
+    """Uniform logits cost log V for each token but <START>; ids and logits of padding do not matter."""
     logits = torch.zeros(2, 5, 11)
-    logits[1, 3:] = torch.randn(2, 11)  # what follows <END>
+    logits[1, 3:] = torch.randn(2, 11)  # predictions after <END>
     sums, counts = token_losses(logits, IDS, MASK)
     assert counts.tolist() == [4, 3]
     assert torch.allclose(sums, counts * math.log(11))
@@ -201,8 +198,8 @@ def test_token_losses_in_closed_form():
     assert torch.allclose(token_losses(sure, IDS, MASK)[0], torch.zeros(2), atol=1e-5)
 
 
-def test_padding_that_is_also_the_end_is_told_apart():
-    """Tokenizers whose padding is their end token: the mask decides, and the end is learned."""
+def test_padding_with_the_id_of_the_end_is_distinguished_by_the_mask():
+    """Some tokenizers pad with their end token: only the tokens in the mask count, and the end is one of them."""
     ids = torch.tensor([[1, 5, 2, 2, 2]])
     assert token_losses(torch.zeros(1, 5, 11), ids, torch.tensor([[1, 1, 1, 0, 0]]))[1].item() == 2
 
@@ -216,17 +213,17 @@ def test_contrastive_losses_in_closed_form():
     assert torch.allclose(alike, torch.full((3,), math.log(3)))
 
 
-def test_rows_with_one_caption_are_no_wrong_answers():
+def test_rows_with_equal_captions_are_not_negatives():
     same = same_captions(torch.tensor([[1, 5, 2], [1, 5, 2], [1, 6, 2]]), torch.ones(3, 3))
     assert same.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     losses = contrastive_losses(torch.ones(3, 4), torch.ones(3, 4), torch.tensor(1.0), same)
     assert torch.allclose(losses, torch.tensor([math.log(2), math.log(2), math.log(3)]))
-    # Of one length once padding is left out, whatever stands there.
+    # Captions are compared without their padding.
     ids, mask = torch.tensor([[1, 2, 9], [1, 2, 0]]), torch.tensor([[1, 1, 0], [1, 1, 0]])
     assert same_captions(ids, mask).all()
 
 
-def test_rows_with_one_picture_are_told_by_their_pixels():
+def test_rows_with_equal_images_are_recognized_by_their_pixels():
     images = torch.rand(4, 3, 16, 16)
     images[2] = images[0]
     images[3] = images[1]
@@ -245,7 +242,7 @@ def test_the_contrastive_loss_is_exact_under_autocast():
         assert torch.allclose(contrastive_losses(image, caption, torch.tensor(100.0), same), exact, atol=1e-5)
 
 
-def test_unknown_words_spare_ends_and_padding():
+def test_unknown_words_replace_neither_ends_nor_padding():
     everything = torch.ones(2, 9, dtype=torch.bool)
     expected = torch.tensor([[1, 3, 3, 3, 2], [1, 3, 3, 2, 0]])
     assert torch.equal(with_unknown_words(IDS, MASK, everything, 3), expected)
@@ -270,14 +267,14 @@ def test_the_similarity_scale_is_capped():
     scale = model.similarity_scale()
     assert scale.item() == pytest.approx(100.0)
     scale.backward()
-    assert float(model.logit_scale.grad) == pytest.approx(100.0)  # or it would stay above for good
+    assert float(model.logit_scale.grad) == pytest.approx(100.0)  # without a gradient it could never decrease
 
 
 # --- the prior
 
 
 def test_the_prior_learns_a_distribution():
-    """Two points on a line of four dimensions: samples are one of them, about half each."""
+    """The data are two points in four dimensions; about half of the samples are near each of them."""
     from pipelines.common.sampling import denoise
     from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 
@@ -306,16 +303,16 @@ def test_the_prior_learns_a_distribution():
         def update(self): ...
 
     with torch.no_grad():
-        found = denoise(
+        samples = denoise(
             scheduler, lambda x, t: prior(x, t.reshape(1).expand(len(x))), noise, 30, None, NoBar,
             lambda step, t, x: (x, False),
         )  # fmt: skip
-    distances = torch.cdist(found, points)
+    distances = torch.cdist(samples, points)
     assert (distances.min(1).values < 0.5).float().mean() > 0.9
     assert 0.25 < (distances.argmin(1) == 0).float().mean() < 0.75
 
 
-def test_noise_levels_differ_between_repeats_and_not_between_calls():
+def test_noise_levels_differ_between_repeats_but_not_between_calls():
     phase = LatentPriorPhase(LatentPriorModel(4, 8, 1), LatentPriorConfig(), lambda batch, draws: torch.ones(2, 4))
     draws = Draws(0, 3, range(2))
     one, again, four = (phase.losses(torch.ones(2, 4), draws, repeats) for repeats in (1, 1, 4))

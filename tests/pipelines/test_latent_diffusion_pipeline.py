@@ -146,7 +146,7 @@ def test_samplers_that_know_no_flow_matching_are_refused_with_those_that_do():
     ):
         pipeline.set_scheduler("ddim")
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="predicts flow_prediction, but DDIMScheduler samples epsilon"):
+    with pytest.raises(ValueError, match="predicts flow_prediction, but DDIMScheduler expects epsilon"):
         pipeline()
     pipeline.set_scheduler("euler")
     pipeline(num_inference_steps=2)
@@ -155,10 +155,10 @@ def test_samplers_that_know_no_flow_matching_are_refused_with_those_that_do():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda config: diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction"), "samples v_pred"),
-        (lambda config: diffusers.DDIMScheduler.from_config(config, clip_sample=True), "clips what it predicts"),
+        (lambda config: diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction"), "expects v_pred"),
+        (lambda config: diffusers.DDIMScheduler.from_config(config, clip_sample=True), "clips predictions"),
         (lambda config: diffusers.DDIMScheduler(clip_sample=False), "another noise schedule"),
-        (lambda config: diffusers.FlowMatchEulerDiscreteScheduler(), "samples flow_prediction"),
+        (lambda config: diffusers.FlowMatchEulerDiscreteScheduler(), "expects flow_prediction"),
     ],
 )
 def test_a_scheduler_put_in_by_hand_is_checked(make, message):
@@ -188,14 +188,14 @@ def test_the_noise_schedule_is_carried_over_where_from_config_would_change_it():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", FLOW])
 def test_zero_terminal_snr_is_refused_where_it_has_no_meaning(prediction_type):
-    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` does not go with"):
+    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` cannot be used with"):
         training_scheduler(prediction_type, rescale_betas_zero_snr=True)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="`prediction_type` must be one of epsilon"):
         training_scheduler("noise")
-    with pytest.raises(ValueError, match="no scheduler 'eule'"):
+    with pytest.raises(ValueError, match="unknown scheduler 'eule'"):
         make_scheduler("eule", training_scheduler("epsilon"))
     assert type(make_scheduler("flow_euler", training_scheduler(FLOW))).__name__ == "FlowMatchEulerDiscreteScheduler"
 
@@ -410,7 +410,7 @@ def test_model_cpu_offload(patch_size):
         ({"prompt": "a", "num_inference_steps": 0}, "`num_inference_steps` must be a positive integer, but is 0"),
         ({"prompt": "a", "num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive .* but is 1.5"),
         ({"prompt": "a", "output_type": "jpeg"}, "`output_type` must be one of pil, np, pt, latent, but is 'jpeg'"),
-        ({"prompt": "a", "generator": [seeded()] * 2}, "`generator` has 2 entries, but 1 pictures"),
+        ({"prompt": "a", "generator": [seeded()] * 2}, "`generator` has 2 entries, but the number of images is 1"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 2, 2)}, r"`latents` must have shape \(1, 4, 4, 4\)"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"but has \['noise'\]"),
     ],

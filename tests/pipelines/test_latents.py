@@ -1,4 +1,4 @@
-"""Latent scaling: the scale each config says, in closed form, and decode as the exact inverse.
+"""Latent scaling: in closed form for each kind of config, with decoding as its exact inverse.
 
 Shapes: B batch, C latent channels, h w latent cells.
 """
@@ -61,7 +61,7 @@ VAES = {
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_latents_have_the_scale_the_config_says_and_decode_inverts_encode(name):
+def test_latents_are_scaled_by_the_config_and_decode_inverts_encode(name):
     make, rule = VAES[name]
     vae = make().double()
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
@@ -75,13 +75,13 @@ def test_latents_have_the_scale_the_config_says_and_decode_inverts_encode(name):
     )
 
 
-def test_the_rules_differ_so_that_mixing_them_up_is_seen():
+def test_the_rules_of_two_configs_give_different_latents():
     z = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     scaled = [scale_latents(make(), z) for make, _ in VAES.values()]
     assert all(not torch.allclose(a, b) for i, a in enumerate(scaled) for b in scaled[i + 1 :])
 
 
-def test_absent_numbers_are_neutral():
+def test_missing_numbers_have_no_effect():
     z = torch.randn(1, 4, 2, 2)
     vae = kl(latents_mean=MEAN, scaling_factor=None)
     assert torch.allclose(scale_latents(vae, z), z - column(MEAN, torch.float32))
@@ -118,8 +118,8 @@ def test_a_vae_without_posterior_ignores_noise():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_force_upcast_runs_in_float32_whatever_surrounds_it(dtype):
-    """The half-precision VAE, and autocast around it, give what its float32 copy gives; its dtype is given back."""
+def test_force_upcast_runs_in_float32_even_under_autocast(dtype):
+    """A half-precision VAE under autocast gives the results of its float32 copy, and its dtype is restored."""
     half = kl(force_upcast=True).to(dtype)
     reference = kl(force_upcast=True)
     reference.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
@@ -130,12 +130,12 @@ def test_force_upcast_runs_in_float32_whatever_surrounds_it(dtype):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(encode_latents(half, images), latents)
             assert torch.equal(decode_latents(half, latents), decoded)
-            # What would happen without the rule: visibly other numbers.
+            # Without upcasting, the numbers would differ visibly.
             assert not torch.equal(reference.encode(images).latent_dist.mean.float() * 0.18215, latents)
     assert {p.dtype for p in half.parameters()} == {dtype}
 
 
-def test_force_upcast_gives_the_dtype_back_when_the_vae_fails():
+def test_force_upcast_restores_the_dtype_when_the_vae_fails():
     vae = kl(force_upcast=True).to(torch.bfloat16)
     with pytest.raises(RuntimeError):
         encode_latents(vae, torch.rand(1, 5, 16, 16))
@@ -159,7 +159,7 @@ def test_shapes():
 
 
 def test_written_statistics_survive_saving_and_copying(tmp_path):
-    """`from_config(vae.config)` drops keys it takes for defaults: scaling_factor would be 0.18215 again."""
+    """`from_config(vae.config)` drops keys listed as default values: scaling_factor would be 0.18215 again."""
     vae = kl()
     write_latent_statistics(vae, MEAN, STD)
     vae.save_pretrained(tmp_path)
@@ -178,20 +178,20 @@ def test_written_statistics_give_unit_latents():
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-5
 
 
-def test_a_class_that_knows_no_mean_gets_a_scaling_factor(tmp_path):
+def test_a_class_without_latents_mean_gets_a_scaling_factor(tmp_path):
     vae = tiny_autoencoder()
     write_latent_statistics(vae, [0.0] * 4, [2.0] * 4)
     vae.save_pretrained(tmp_path)
     assert AutoencoderTiny.from_pretrained(tmp_path).config.scaling_factor == pytest.approx(0.5)
 
 
-def test_statistics_of_another_width_are_an_error():
+def test_statistics_with_a_wrong_number_of_channels_are_an_error():
     with pytest.raises(ValueError, match="has 3 latents_mean, but latents have 4 channels"):
         scale_latents(kl(latents_mean=[0.0] * 3, latents_std=[1.0] * 3), torch.zeros(1, 4, 2, 2))
 
 
-def test_a_real_pretrained_vae_gives_a_real_picture_back(shared_dir):
-    """The tiny SDXL autoencoder: images in [-1, 1] both ways, latents of about unit scale, 8 pixels per cell."""
+def test_a_real_pretrained_vae_reconstructs_a_real_image(shared_dir):
+    """The tiny SDXL autoencoder: images in [-1, 1] at both ends, latents of about unit scale, 8 pixels per cell."""
     vae = AutoencoderTiny.from_pretrained(shared_dir / "weights" / "taesdxl")
     y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
     disc = (x.square() + y.square() < 0.4).float() * 2 - 1

@@ -50,8 +50,8 @@ def test_config_keeps_image_channels_and_everything_round_trips(tmp_path):
     assert torch.equal(loaded(images).sample, vae(images).sample)
 
 
-def test_a_patch_is_seen_at_its_own_place():
-    """Moving the picture by one patch moves the patch encoder's input by one cell: channels are pixels of one patch."""
+def test_a_patch_becomes_the_channels_of_its_own_cell():
+    """The channels of the encoder's input at a cell are the pixels of one patch."""
     vae = tiny()
     images = torch.zeros(1, 3, 32, 32)
     images[:, :, 8:12, 4:8] = 1.0
@@ -93,7 +93,7 @@ def test_slicing_changes_nothing():
     assert torch.allclose(vae(images).sample, whole, atol=1e-5)
 
 
-def test_tiling_keeps_shapes_and_stays_near_the_untiled_picture():
+def test_tiling_keeps_shapes_and_stays_near_the_untiled_image():
     vae = tiny(sample_size=32)
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (32, 4)
     images = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(96, 64), mode="bilinear") * 2 - 1
@@ -101,8 +101,8 @@ def test_tiling_keeps_shapes_and_stays_near_the_untiled_picture():
     vae.enable_tiling()
     tiled = vae.encode(images).latent_dist.mean
     assert tiled.shape == whole.shape == (1, 5, 12, 8)
-    assert not torch.equal(tiled, whole), "no tile was cut: the sizes are wrong"
-    # Inside the first tile, away from its borders, nothing but group statistics differ.
+    assert not torch.equal(tiled, whole), "the image was not split into tiles: the sizes are wrong"
+    # Away from the borders of tiles, only the statistics of group normalization differ.
     assert (tiled - whole).abs().mean() < whole.std()
     assert vae.decode(tiled).sample.shape == images.shape
 
@@ -122,7 +122,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_it_learns_to_reconstruct():
+def test_the_autoencoder_learns_to_reconstruct():
     vae = tiny(block_out_channels=(16, 16)).train()
     images = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4), size=(32, 32)) * 2 - 1
     optimizer = torch.optim.AdamW(vae.parameters(), lr=5e-3)
@@ -145,7 +145,7 @@ def test_a_patch_size_of_zero_is_refused():
 
 
 @pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 4}, {"patch_size": 2, "linear_shortcut": True}])
-def test_heads_answer_for_every_pixel_and_picture_and_change_no_reconstruction(options):
+def test_heads_predict_every_pixel_and_image_and_change_no_reconstruction(options):
     vae = tiny(**options, **HEADS)
     images = torch.rand(2, 3, 32, 48) * 2 - 1
     z = vae.encode(images).latent_dist.mean
@@ -154,11 +154,13 @@ def test_heads_answer_for_every_pixel_and_picture_and_change_no_reconstruction(o
     assert decoded.mask_logits.shape == (2, 3, 32, 48)
     assert torch.equal(decoded.mask_logits, vae.segment(z))
     assert vae.classify(z).shape == (2, 4)
-    assert torch.allclose(vae.classify(z)[1], vae.classify(z[1:])[0], atol=1e-6), "a picture's class hangs on another"
+    assert torch.allclose(vae.classify(z)[1], vae.classify(z[1:])[0], atol=1e-6), (
+        "the class of an image depends on another image"
+    )
 
 
-def test_a_patch_of_mask_logits_lies_at_its_own_place():
-    """Pixel (y, x) of a class's patch is its channel y p + x of the cell."""
+def test_mask_logits_of_a_cell_become_the_pixels_of_its_patch():
+    """Pixel (y, x) of the patch of a class is channel y p + x of this class in the cell."""
     head = tiny(**HEADS).segmentation_head
     cells = torch.arange(3 * 16.0).reshape(1, 48, 1, 1).expand(1, 48, 2, 2)
     mask = head[-1](cells)
@@ -167,7 +169,7 @@ def test_a_patch_of_mask_logits_lies_at_its_own_place():
 
 
 @pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 4}, {"patch_size": 2, "linear_shortcut": True}])
-def test_without_heads_the_same_weights_give_the_same_pictures(tmp_path, options):
+def test_without_heads_the_same_weights_give_the_same_images(tmp_path, options):
     vae = tiny(**options, **HEADS, latents_mean=[0.1] * 5, latents_std=[2.0] * 5)
     bare = vae.autoencoder()
     assert (type(bare) is AutoencoderKL) == (options == {"patch_size": 1})
@@ -183,7 +185,7 @@ def test_without_heads_the_same_weights_give_the_same_pictures(tmp_path, options
     assert torch.equal(type(bare).from_pretrained(tmp_path)(images).sample, vae(images).sample)
 
 
-def test_models_saved_before_there_were_heads_still_load(tmp_path):
+def test_models_saved_by_versions_without_heads_still_load(tmp_path):
     vae = tiny(linear_shortcut=True)
     vae.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -231,13 +233,17 @@ def test_gradient_checkpointing_of_the_masks_gives_the_same_gradients():
         ({"num_classes": 3, "id2label": {0: "a", 1: "b"}}, "`id2label` must name the classes 0 to 2, but names 0, 1"),
     ],
 )
-def test_heads_that_cannot_be_are_refused(options, message):
+def test_invalid_heads_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
 
-def test_a_head_that_is_not_there_says_so():
+def test_using_a_missing_head_is_an_error():
     vae, z = tiny(), torch.zeros(1, 5, 4, 4)
-    for ask, head in ((vae.segment, "segmentation"), (vae.decode_with_masks, "segmentation"), (vae.classify, "class")):
+    for method, head in (
+        (vae.segment, "segmentation"),
+        (vae.decode_with_masks, "segmentation"),
+        (vae.classify, "class"),
+    ):
         with pytest.raises(ValueError, match=f"no {head}"):
-            ask(z)
+            method(z)

@@ -176,10 +176,10 @@ def test_the_perfect_model_of_one_picture_gives_it_back(name, monkeypatch):
 
 def test_a_sampler_that_does_not_suit_is_refused():
     pipeline = tiny_decoder(FLOW)
-    with pytest.raises(ValueError, match="'ddim' does not suit this model, which is flow_prediction; use one of dpm"):
+    with pytest.raises(ValueError, match="'ddim' does not suit .* which predicts flow_prediction; use one of dpm"):
         pipeline.set_scheduler("ddim")
     pipeline.scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match="the model predicts flow_prediction, but DDIMScheduler samples epsilon"):
+    with pytest.raises(ValueError, match="the model predicts flow_prediction, but DDIMScheduler expects epsilon"):
         draw(pipeline)
 
 
@@ -190,7 +190,7 @@ def test_a_sampler_that_does_not_suit_is_refused():
     ("arguments", "message"),
     [
         ({"briefs": {"style": "swis"}}, "style must be one of .*, but is 'swis'; did you mean 'swiss'"),
-        ({"briefs": [BRIEF, {"palette": "blurple"}]}, "palette: 'blurple' is no colour"),
+        ({"briefs": [BRIEF, {"palette": "blurple"}]}, "palette: 'blurple' is not a colour"),
         ({"briefs": [BRIEF, {"energy": 2}]}, r"energy must be a number in \[0, 1\], but is 2"),
         ({"briefs": "swiss"}, "`briefs` must be briefs or mappings of their fields, but has 'swiss'"),
         ({"briefs": []}, r"`briefs` must be one brief or more, but is \[\]"),
@@ -199,7 +199,7 @@ def test_a_sampler_that_does_not_suit_is_refused():
         ({"num_inference_steps": 0}, "`num_inference_steps` must be a positive integer, but is 0"),
         ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive integer, but is 1.5"),
         ({"output_type": "latent"}, "`output_type` must be one of pil, np, pt, but is 'latent'"),
-        ({"generator": [seeded()] * 2}, "`generator` has 2 entries, but 1 pictures"),
+        ({"generator": [seeded()] * 2}, "`generator` has 2 entries, but the number of images is 1"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"but has \['latents'\]"),
     ],
 )

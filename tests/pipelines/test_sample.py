@@ -143,7 +143,7 @@ def test_every_field_is_a_flag():
     ("arguments", "message"),
     [
         (["--style", "swis"], "style must be one of swiss, .*, but is 'swis'; did you mean 'swiss'"),
-        (["--palette", "#d33,blurple"], "palette: 'blurple' is no colour"),
+        (["--palette", "#d33,blurple"], "palette: 'blurple' is not a colour"),
         (["--energy", "1.2"], r"energy must be a number in \[0, 1\], but is 1.2"),
         (["--pictures", "7"], "pictures must be a whole number from 0 to 3, but is 7"),
         (["--balance", "high"], "--balance: invalid float value: 'high'"),
@@ -328,7 +328,7 @@ def test_a_model_without_a_controlnet_takes_no_control(model, tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["--scheduler", "ddim"], "'ddim' does not suit this model.*use one of dpm, dpm_sde, euler, unipc, heun"),
-        (["--scheduler", "eular"], "no scheduler 'eular'"),
+        (["--scheduler", "eular"], "unknown scheduler 'eular'"),
         (["--promt", "a"], "unknown argument --promt; did you mean 'prompt'"),
         (["--class_label", "cat"], "'cat', which is no class of this model; it knows kind 0, kind 1"),
         (["--prompt", "a", "--height", "9"], "`height` must be a multiple of 2"),

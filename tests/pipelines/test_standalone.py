@@ -1,7 +1,6 @@
-"""Published folders load where Halftone is not: in an environment with torch, diffusers and transformers alone.
+"""Published folders load without Halftone, in an environment with only torch, diffusers and transformers.
 
-One process without Halftone does all that is to be shown (loading costs seconds), and writes what it saw; the tests
-read that.
+Loading takes seconds, so one process without Halftone does all work and writes its results, which the tests read.
 """
 
 import importlib
@@ -62,7 +61,7 @@ if sys.argv[2:]:  # from a Hub
     np.savez(here / "from_hub.npz", ours=draw(ours), other=draw(other))
     sys.exit()
 ours, other, stock = load("ours"), load("other"), load("stock")
-images["other"], images["ours"] = draw(other), draw(ours)  # the first one after the second was loaded
+images["other"], images["ours"] = draw(other), draw(ours)  # "ours" is used after "other" was loaded
 images["stock"] = draw(stock)
 ours.save_pretrained(here / "again")
 ours.set_scheduler("dpm")
@@ -98,7 +97,7 @@ def draw(pipeline) -> np.ndarray:
 
 
 def other_code(folder: Path) -> type:
-    """Our pipeline with one helper changed (pictures come out inverted), as another version of Halftone would be."""
+    """Return our pipeline's class with one changed helper (images are inverted), like another version of Halftone."""
     package = folder / "other_version"
     shutil.copytree(Path(pipelines.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     latents = (package / "common" / "latents.py").read_text()
@@ -133,7 +132,7 @@ def made():
 
 
 def greeting(folder: Path, package: str, files: dict[str, str], imports: str, part: str = "DDIMScheduler()") -> Any:
-    """A pipeline from a package of its own: these `files`, and greeting.py with the pipeline, which has `imports`."""
+    """Return a pipeline from a new package with these `files` and a greeting.py, which has the given `imports`."""
     root = folder / package
     standalone = Path(pipelines.__file__).parent / "common" / "standalone.py"
     pipeline_file = GREETING.format(imports=imports, part=part)
@@ -159,7 +158,7 @@ NESTED = {
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """(folder, images, report) of a process without Halftone."""
+    """Folder, images and report of a process without Halftone."""
     here = tmp_path_factory.mktemp("standalone")
     ours = tiny_pipeline("flow_prediction", patch_size=4, prior=True)
     ours.save_pretrained(here / "ours")
@@ -175,7 +174,7 @@ def outside(tmp_path_factory):
     return here, dict(np.load(here / "images.npz")), json.loads((here / "report.json").read_text())
 
 
-def test_it_loads_without_halftone_and_gives_the_same_pictures(outside):
+def test_it_loads_without_halftone_and_gives_the_same_images(outside):
     here, images, report = outside
     assert report["module"].startswith("diffusers_modules.")
     assert np.array_equal(images["ours"], draw(LatentDiffusionPipeline.from_pretrained(here / "ours")))
@@ -185,23 +184,23 @@ def test_it_loads_without_halftone_and_gives_the_same_pictures(outside):
 
 
 def test_two_repositories_in_one_process_keep_their_own_code(outside):
-    """Same weights, other helper: each must have its own, whichever was loaded last."""
+    """With the same weights but another helper, each must use its own helper, whichever was loaded last."""
     _, images, _ = outside
     assert np.allclose(images["other"], 1 - images["ours"], atol=1e-6)
     assert not np.allclose(images["other"], images["ours"], atol=1e-2)
 
 
-def test_loaded_so_and_saved_again_it_loads_again(outside):
+def test_a_loaded_pipeline_can_be_saved_and_loaded_again(outside):
     here, images, _ = outside
     assert np.array_equal(images["again"], images["ours"])
-    # The same source files; our own classes load it too.
+    # The source files are the same, and Halftone's own classes load the folder too.
     sources = [{p.relative_to(here / name) for p in (here / name).rglob("*.py")} for name in ("ours", "again")]
     assert sources[0] == sources[1]
     again = LatentDiffusionPipeline.from_pretrained(here / "again")
     assert type(again.vae) is MultiHeadAutoencoderKL
     assert np.array_equal(draw(again), images["ours"])
     for config in (here / "again").rglob("*.json"):
-        assert str(here) not in config.read_text(), f"{config} tells where the pipeline lay on this machine"
+        assert str(here) not in config.read_text(), f"{config} contains a local path"
 
 
 def test_from_a_hub_with_an_empty_cache(outside, hub: HubServer, tmp_path, monkeypatch):  # noqa: F811
@@ -226,17 +225,17 @@ def test_from_a_hub_with_an_empty_cache(outside, hub: HubServer, tmp_path, monke
     assert np.array_equal(from_hub["other"], images["other"])
 
 
-def test_samplers_are_built_and_refused_there_too(outside):
+def test_samplers_are_built_and_refused_without_halftone_too(outside):
     _, images, report = outside
     assert not np.array_equal(images["dpm"], images["ours"])
     assert "use one of dpm" in report["refused"]
 
 
-def test_code_is_not_run_unasked(outside):
+def test_code_runs_only_with_trust_remote_code(outside):
     assert "trust_remote_code=True" in outside[2]["without_trust"]
 
 
-def test_every_shipped_file_has_its_content_in_its_name(outside):
+def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
     here, _, _ = outside
     names = sorted(path.name for path in (here / "ours").rglob("*.py"))
     stems = [name.rsplit("_", 1)[0] for name in names]
@@ -270,29 +269,29 @@ def test_saving_over_an_older_version_leaves_no_old_source(tmp_path):
     assert (tmp_path / "notes.py").exists()
 
 
-def test_push_to_hub_from_here_is_refused(tmp_path):
+def test_push_to_hub_is_refused(tmp_path):
     with pytest.raises(ValueError, match="save first, then upload"):
         tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_helpers_in_nested_folders_are_published_side_by_side(outside):
-    """The pipeline's file names what only its helpers need too, because diffusers copies no more than it names."""
+    """The pipeline's file also imports what only its helpers need, because diffusers copies only its direct imports."""
     here, _, _ = outside
     published = {path.name.rsplit("_", 1)[0]: path.read_text() for path in (here / "nested").glob("*.py")}
     assert set(published) == {"greeting", "phrases", "punctuation", "words", "deep", "standalone"}
     for name, source in published.items():
         imports = re.findall(r"^ *(from \..*)", source, flags=re.MULTILINE)
         assert all(re.match(r"from \.\w+_[0-9a-f]{8} import ", line) for line in imports), (name, imports)
-    named = re.findall(r"^from \.(\w+)_[0-9a-f]{8} import", published["greeting"], flags=re.MULTILINE)
-    assert sorted(named) == ["deep", "phrases", "punctuation", "standalone", "words"]
+    imported = re.findall(r"^from \.(\w+)_[0-9a-f]{8} import", published["greeting"], flags=re.MULTILINE)
+    assert sorted(imported) == ["deep", "phrases", "punctuation", "standalone", "words"]
 
 
-def test_a_helpers_helper_loads_without_halftone(outside):
+def test_the_helper_of_a_helper_loads_without_halftone(outside):
     assert outside[2]["nested"] == "deep words!"
 
 
-def test_a_published_folder_publishes_to_itself(outside):
-    """Saved again by the process without Halftone: the same files with the same hashes and the same content."""
+def test_a_published_folder_saves_the_same_files_again(outside):
+    """The process without Halftone saved the same files with the same hashes and the same content."""
     here, _, _ = outside
     for first, second in (("nested", "nested_again"), ("ours", "again")):
         before, after = (
@@ -314,11 +313,11 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("from .a import A", r"greeting.py imports '\.a', which is no file"),
-        ("from . import words", r"greeting.py says 'from \. import'"),
+        ("from .a import A", r"greeting.py imports '\.a', which is not a file"),
+        ("from . import words", r"greeting.py contains 'from \. import'"),
     ],
 )
-def test_an_import_that_names_no_file_is_refused(tmp_path, line, message):
+def test_an_import_that_is_not_from_a_file_is_refused(tmp_path, line, message):
     """A published folder is flat: it has no packages."""
     files = {"a/__init__.py": "A = 1\n", "words.py": "A = 1\n"}
     pipeline = greeting(tmp_path, f"package_{len(line)}", files, f"{line}\n")
@@ -326,8 +325,8 @@ def test_an_import_that_names_no_file_is_refused(tmp_path, line, message):
         pipeline.save_pretrained(tmp_path / "out")
 
 
-def test_a_component_that_imports_a_helper_is_refused(tmp_path):
-    """A component's file is loaded from its own folder, where nothing lies beside it."""
+def test_a_component_that_imports_another_file_is_refused(tmp_path):
+    """A component's file is loaded from its own folder, which has no other source files."""
     component = """
         from diffusers import ConfigMixin, ModelMixin
         from diffusers.configuration_utils import register_to_config
@@ -340,5 +339,5 @@ def test_a_component_that_imports_a_helper_is_refused(tmp_path):
     """
     files = {"words.py": "SIZE = 1\n", "models/part.py": textwrap.dedent(component)}
     pipeline = greeting(tmp_path, "leaning", files, "from .models.part import Part\n", part="Part()")
-    with pytest.raises(ValueError, match=r"part.py of component 'part' imports a sibling"):
+    with pytest.raises(ValueError, match=r"part.py of component 'part' imports another file"):
         pipeline.save_pretrained(tmp_path / "out")

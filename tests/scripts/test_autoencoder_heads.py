@@ -177,10 +177,10 @@ def test_the_grid_shows_masks_in_the_colours_of_their_classes(run):
     prompts = json.loads((run / "record.json").read_text())["prompts"]
     first = prompts[:4]
     assert first[0].removeprefix("original, ") in STYLES
-    assert "dB, read as " in first[1]
+    assert "dB, predicted: " in first[1]
     assert first[2] == "mask"
-    assert first[3].startswith("mask as read, IoU 0.")
-    assert prompts[-1] == f"from the top: {', '.join(COLOR_ROLES)}"
+    assert first[3].startswith("predicted mask, IoU 0.")
+    assert prompts[-1] == f"from top to bottom: {', '.join(COLOR_ROLES)}"
     assert len(prompts) == 4 * 4 + 1
     colors = {color for _, color in Image.open(run / "samples/epoch_0002.png").getcolors(1 << 24)}
     assert {class_color(id_) for id_ in range(6)} <= colors

@@ -78,7 +78,7 @@ AUTOENCODER = {
     "backbone that is none": (["--perceptual_weight", "1", "--perceptual_backbone", "/nowhere"], ["/nowhere"]),
     "patches for a stock class": (["--model.class_name", "AutoencoderKL"], ["--model.patch_size 4"]),
     "no masks": (["--heads", "[segmentation]"], ["'mask'", "--mask_column"]),
-    "masks that are no classes": ([*SEGMENTATION, "--mask_column", "text_mask"], ["'text_mask'", "two at least"]),
+    "masks that are no classes": ([*SEGMENTATION, "--mask_column", "text_mask"], ["'text_mask'", "at least two"]),
     "mask ids beyond the head": ([*SEGMENTATION, "--num_mask_classes", "3"], ["'color_role'", "beyond the 3 classes"]),
     "too few names": ([*SEGMENTATION, "--num_mask_classes", "6", "--mask_class_names", "[a,b]"], ["2 names", "is 6"]),
     "unknown head": (["--heads", "[segmentaton]"], ["--heads", "segmentaton"]),

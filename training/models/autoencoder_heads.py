@@ -1,6 +1,6 @@
-"""The autoencoder's heads: what they learn from, how well they read, and how that is shown.
+"""The heads of an autoencoder: their settings, targets, metrics and previews.
 
-B pictures, K classes of pixels, N classes of pictures, H W pixels.
+B images, K pixel classes, N image classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -25,63 +25,74 @@ from training.data.images import BadSample, LabelMap, load_label_map
 from training.data.source import DataConfig, load_all_splits, named_split, require_column, undecoded_images
 from training.data.transforms import BrokenImage, open_image
 from training.metrics.images import psnr, to_pil
-from training.models.autoencoder import Decoded
+from training.models.autoencoder import AutoencoderOutput
 from training.objectives.segmentation import IGNORE_INDEX, class_areas, mean_iou, pixel_accuracy
 
 logger = logging.getLogger("halftone")
 
-COUNTED_MASKS = 2048
-# More than this times as many ids as occur: the column holds grey values rather than class ids.
+COUNTED_MASKS = 2048  # masks that are read to count their classes
+# Where the ids up to the largest are more than this many times those that occur, the values are grey, not class ids.
 SPARSE_IDS = 8
 MOST_LEGEND_COLORS = 8
+# True positives, target pixels and predicted pixels per class, in the order of `class_areas`.
 AREAS = ("hit", "total", "taken")
 
 
 @dataclass
 class HeadsConfig(Options):
-    """Which heads the autoencoder has, and what they weigh."""
+    """Heads of the autoencoder and the weights of their losses."""
 
     heads: list[Literal["segmentation", "classification"]] = option([])
-    """Heads beside the reconstruction: segmentation (of --mask_column), classification (of --label_column)"""
+    """Heads to train: segmentation (targets from --mask_column), classification (targets from --label_column)"""
     num_mask_classes: int = option(0, at_least=0)
-    """Classes of the masks; 0 counts them in the training data"""
+    """Number of mask classes; 0 counts them in the training data"""
     mask_class_names: list[str] = option([])
-    """Names of the classes of the masks, from id 0 on; they are saved with the model"""
+    """Names of the mask classes, starting with id 0; they are saved with the model"""
     segmentation_weight: float = option(0.01, on_resume="warn", at_least=0)
-    """Weight of the cross-entropy per pixel; a fresh head's is some ten times the reconstruction's error"""
+    """Weight of the cross-entropy per pixel, which is about ten times the reconstruction error for an untrained head"""
     classification_weight: float = option(0.01, on_resume="warn", at_least=0)
-    """Weight of the cross-entropy per picture"""
+    """Weight of the cross-entropy per image"""
     learned_loss_weights: bool = option(False)
-    """Train the weights of reconstruction and heads (Kendall et al. 2018); they start as the weights given"""
+    """Learn the weights of the reconstruction and head losses (Kendall et al. 2018), starting from the given weights"""
 
     def check_heads(self, class_name: str) -> None:
-        """Raise UserError for heads that do not go together, or not with an autoencoder of this class."""
+        """Raise UserError for heads that cannot be combined, or that an autoencoder of this class cannot have."""
         if not self.heads:
             if self.learned_loss_weights:
-                raise UserError("--learned_loss_weights needs more than one loss; give --heads, or leave it out")
+                raise UserError(
+                    "--learned_loss_weights needs more than one loss; set --heads, or remove --learned_loss_weights"
+                )
             return
-        wanted = f"--heads '[{','.join(self.heads)}]'"
+        given = f"--heads '[{','.join(self.heads)}]'"
         if len(set(self.heads)) < len(self.heads):
-            raise UserError(f"{wanted} names a head twice; name each once")
+            raise UserError(f"{given} names a head twice; name each head once")
         if class_name != "MultiHeadAutoencoderKL":
-            raise UserError(f"{wanted} is for MultiHeadAutoencoderKL; leave --model.class_name {class_name} out")
+            raise UserError(f"{given} works only with MultiHeadAutoencoderKL; remove --model.class_name {class_name}")
         for head in self.heads if self.learned_loss_weights else ():
             if not getattr(self, f"{head}_weight"):
-                raise UserError(f"--{head}_weight is 0; learned weights start from it, so it must be above 0")
+                raise UserError(
+                    f"--{head}_weight is 0; --learned_loss_weights starts from this weight, so it must be above 0"
+                )
         names, number = self.mask_class_names, self.num_mask_classes
         if names and number and len(names) != number:
             raise UserError(
-                f"--mask_class_names has {len(names)} names and --num_mask_classes is {number}; leave the number out"
+                f"--mask_class_names has {len(names)} names, but --num_mask_classes is {number}; "
+                "remove --num_mask_classes"
             )
         if number == 1 or len(names) == 1 or max(number, len(names)) > IGNORE_INDEX:
-            raise UserError(f"{max(number, len(names))} classes of masks; a head tells apart 2 to {IGNORE_INDEX}")
+            raise UserError(
+                f"the number of mask classes must be 2 to {IGNORE_INDEX}, but is {max(number, len(names))}; "
+                "change --num_mask_classes or --mask_class_names"
+            )
 
 
 def count_mask_classes(config: DataConfig) -> int:
-    """One more than the largest class id in (up to `COUNTED_MASKS` of) the training split's masks.
+    """Return the number of mask classes in the training split: the largest class id in its masks, plus 1.
+
+    At most `COUNTED_MASKS` masks are read.
 
     Raises:
-        UserError: no such column, no mask that can be read, or ids that are no class ids.
+        UserError: the column is missing, none of its masks can be read, or its values are not class ids.
     """
     column = config.mask_column
     dataset = named_split(config, load_all_splits(config), config.train_split)
@@ -95,17 +106,19 @@ def count_mask_classes(config: DataConfig) -> int:
             try:
                 (mask,) = read_as.load({column: source}, open_image(source).size)
             except (BadSample, BrokenImage) as error:
-                problem = str(error)  # the look at all rows, later, names the row
+                problem = str(error)  # the later check of all rows names the row
             else:
                 pixels += np.bincount(np.asarray(mask).ravel(), minlength=len(pixels))
-    found = np.flatnonzero(pixels[:IGNORE_INDEX])
-    if not found.size:
-        raise UserError(f"column '{column}' has no masks ({problem or 'nothing is labelled'}); see --mask_column")
-    classes = int(found[-1]) + 1
-    if classes < 2 or classes > SPARSE_IDS * found.size:
+    ids = np.flatnonzero(pixels[:IGNORE_INDEX])
+    if not ids.size:
         raise UserError(
-            f"column '{column}' has class ids {', '.join(map(str, found[:10]))}; masks number their classes from 0, "
-            f"two at least ({IGNORE_INDEX} means unlabelled): choose another with --mask_column"
+            f"column '{column}' has no masks ({problem or 'no pixel is labelled'}); choose another with --mask_column"
+        )
+    classes = int(ids[-1]) + 1
+    if classes < 2 or classes > SPARSE_IDS * ids.size:
+        raise UserError(
+            f"column '{column}' has the class ids {', '.join(map(str, ids[:10]))}; mask classes must be numbered from "
+            f"0 and be at least two ({IGNORE_INDEX} means unlabelled); choose another column with --mask_column"
         )
     logger.info("%d classes in the masks of column '%s'", classes, column)
     return classes
@@ -113,19 +126,19 @@ def count_mask_classes(config: DataConfig) -> int:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of one autoencoder: the names of their classes, and what they need of the data."""
+    """The heads of one autoencoder: their class names, and the arguments that they need for the model and the data."""
 
     mask_classes: list[str]
-    """By id; empty without a segmentation head."""
+    """Names of the mask classes by id; empty without a segmentation head."""
     label_map: LabelMap | None
-    """None without a classification head."""
+    """Names of the image classes; None without a classification head."""
 
     @classmethod
     def of(cls, config: Any) -> Heads:
-        """What `config` (a HeadsConfig and DataConfig) asks for.
+        """Create the heads that `config` (a HeadsConfig and DataConfig) names.
 
         Raises:
-            UserError: the data has no such column, or nothing in it that could be classes.
+            UserError: a column is missing in the data, or its values are not classes.
         """
         mask_classes: list[str] = []
         if "segmentation" in config.heads:
@@ -134,13 +147,13 @@ class Heads:
         label_map = load_label_map(config) if "classification" in config.heads else None
         if label_map is not None and len(label_map) < 2:
             raise UserError(
-                f"column '{config.label_column}' has {len(label_map)} class, and there is nothing to tell apart; "
-                "choose another with --label_column, or leave classification out of --heads"
+                f"column '{config.label_column}' has {len(label_map)} class, but classification needs at least two; "
+                "choose another column with --label_column, or remove classification from --heads"
             )
         return cls(mask_classes, label_map)
 
     def model_arguments(self) -> dict[str, Any]:
-        """The heads' arguments of MultiHeadAutoencoderKL; empty without heads."""
+        """Return the arguments of MultiHeadAutoencoderKL for the heads; empty without heads."""
         arguments: dict[str, Any] = {}
         if self.mask_classes:
             names = dict(enumerate(self.mask_classes))
@@ -151,12 +164,12 @@ class Heads:
         return arguments
 
     def data_arguments(self) -> dict[str, Any]:
-        """The heads' arguments of ImageDataset."""
+        """Return the arguments of ImageDataset for the heads' targets."""
         labels = {"labels": True, "label_map": self.label_map} if self.label_map is not None else {}
         return {"num_mask_classes": len(self.mask_classes), **labels}
 
     def sums(self, batch: Mapping[str, Any], mask_logits: Tensor | None, class_logits: Tensor | None) -> dict:
-        """What `metrics` is made from, for one batch: numbers that can be added up."""
+        """Compute the sums from which `metrics` computes the metrics, for one batch; batches are added up."""
         sums: dict[str, Tensor] = {}
         if mask_logits is not None:
             areas = class_areas(mask_logits.argmax(1), batch["mask"], len(self.mask_classes))
@@ -167,18 +180,18 @@ class Heads:
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """val_pixel_accuracy, val_mean_iou (of areas summed over all pictures) and val_top1_accuracy."""
-        found: dict[str, float] = {}
+        """Compute val_pixel_accuracy, val_mean_iou (from areas summed over all images) and val_top1_accuracy."""
+        metrics: dict[str, float] = {}
         if self.mask_classes:
             ids = range(len(self.mask_classes))
             hit, total, taken = ([sums[f"{name}_{id_}"] for id_ in ids] for name in AREAS)
-            found |= {"val_pixel_accuracy": pixel_accuracy(hit, total), "val_mean_iou": mean_iou(hit, total, taken)}
+            metrics |= {"val_pixel_accuracy": pixel_accuracy(hit, total), "val_mean_iou": mean_iou(hit, total, taken)}
         if self.label_map is not None:
-            found["val_top1_accuracy"] = sums["recognised"] / sums["count"]
-        return found
+            metrics["val_top1_accuracy"] = sums["recognised"] / sums["count"]
+        return metrics
 
-    def preview_cells(self, batch: Mapping[str, Any], decoded: Decoded) -> list[tuple[Image.Image, str]]:
-        """Each image, its reconstruction and its masks, with captions; then a legend of the masks' colours."""
+    def preview_cells(self, batch: Mapping[str, Any], decoded: AutoencoderOutput) -> list[tuple[Image.Image, str]]:
+        """Return each image, its reconstruction and its masks, with captions, and a legend of the mask colours."""
         images = batch["pixel_values"]
         decibels = psnr(decoded.images, images).tolist()
         words = self.class_words(batch, decoded.class_logits)
@@ -192,38 +205,38 @@ class Heads:
         return cells + self.legend(images.shape[-1])
 
     def class_words(self, batch: Mapping[str, Any], class_logits: Tensor | None) -> list[tuple[str, str]]:
-        """For each image, what its caption and its reconstruction's say of its class: the target and the prediction."""
+        """Return the target class and the predicted class of each image, as endings for the captions of its cells."""
         if class_logits is None or self.label_map is None:
             return [("", "")] * len(batch["pixel_values"])
         names = self.label_map.names
         pairs = zip(batch["label"].tolist(), class_logits.argmax(1).tolist(), strict=True)
-        return [(f", {names[true]}", f", read as {names[read]}") for true, read in pairs]
+        return [(f", {names[target]}", f", predicted: {names[predicted]}") for target, predicted in pairs]
 
     def mask_cells(self, batch: Mapping[str, Any], mask_logits: Tensor | None) -> list[list[tuple[Image.Image, str]]]:
-        """For each image its target mask and the predicted one, with captions; empty without a segmentation head."""
+        """Return each image's target and predicted masks, with captions; empty without a segmentation head."""
         if mask_logits is None:
             return [[] for _ in batch["pixel_values"]]
         cells = []
-        for true, read in zip(batch["mask"].cpu(), mask_logits.argmax(1).cpu(), strict=True):
-            iou = mean_iou(*(area.tolist() for area in class_areas(read, true, len(self.mask_classes))))
-            cells.append([(mask_to_pil(true), "mask"), (mask_to_pil(read), f"mask as read, IoU {iou:.2f}")])
+        for target, predicted in zip(batch["mask"].cpu(), mask_logits.argmax(1).cpu(), strict=True):
+            iou = mean_iou(*(area.tolist() for area in class_areas(predicted, target, len(self.mask_classes))))
+            cells.append([(mask_to_pil(target), "mask"), (mask_to_pil(predicted), f"predicted mask, IoU {iou:.2f}")])
         return cells
 
     def legend(self, size: int) -> list[tuple[Image.Image, str]]:
-        """Stripes in the colours of the mask classes, with their names; nothing where there are too many of them."""
+        """Return an image with a stripe in each mask class's colour, with the names; empty for too many classes."""
         number = len(self.mask_classes)
         if not 0 < number <= MOST_LEGEND_COLORS:
             return []
         stripes = np.arange(size) * number // size
-        picture = class_ids_to_pil(np.repeat(stripes[:, None], size, axis=1)).convert("RGB")
-        return [(picture, f"from the top: {', '.join(self.mask_classes)}")]
+        image = class_ids_to_pil(np.repeat(stripes[:, None], size, axis=1)).convert("RGB")
+        return [(image, f"from top to bottom: {', '.join(self.mask_classes)}")]
 
     def card_facts(self) -> dict[str, Any]:
-        """What the model card says of the heads."""
+        """Return the facts about the heads for the model card."""
         labels: Sequence[str] = self.label_map.names if self.label_map is not None else []
         return {"mask_classes": self.mask_classes, "classes": list(labels)}
 
 
 def mask_to_pil(ids: Tensor) -> Image.Image:
-    """Class ids H W in the colours of their classes."""
+    """Convert class ids (H W) to an image in the colours of their classes."""
     return class_ids_to_pil(ids.to(torch.uint8).numpy()).convert("RGB")

@@ -1,4 +1,4 @@
-"""A batch's latents, from its images or from a latent cache, and its images from either.
+"""The latents and the images of a batch, which holds either images or moments from a latent cache.
 
 B batch, C h w latents, H W pixels.
 """
@@ -15,10 +15,10 @@ from training.core.stage import Batch
 
 
 def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
-    """A batch's latents (B C h w), scaled: drawn from the posterior of its images, or of its cached moments.
+    """Return a batch's scaled latents (B C h w), drawn from the posterior of its images or of its cached moments.
 
     Args:
-        shape: C, h, w.
+        shape: C, h, w of the latents.
     """
     from pipelines.common.latents import encode_latents, latents_from_moments
 
@@ -30,7 +30,7 @@ def batch_latents(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[in
 
 
 def batch_images(vae: nn.Module, batch: Batch, draws: Draws, shape: Sequence[int]) -> Tensor:
-    """A batch's images (B 3 H W), decoded from its latents where they come from a cache. `shape`: C, h, w."""
+    """Return a batch's images (B 3 H W); those of a batch from a latent cache are decoded. `shape`: C, h, w."""
     from pipelines.common.latents import decode_latents
 
     if "pixel_values" in batch:

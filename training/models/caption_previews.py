@@ -1,4 +1,4 @@
-"""What a joint model of pictures and captions shows at a preview."""
+"""Previews of the joint model of images and captions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.metrics.images import to_pil
 
 
 def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Callable[[], None]) -> Previews:
-    """Four rows: captions drawn, invented pairs (where there is a prior), pictures beside how they are reconstructed
-    and captioned.
+    """Draw the previews in four rows: images generated from captions, generated pairs (if there is a prior), original
+    images with their captions, and reconstructed images with predicted captions.
 
     Args:
-        config: of train_image_caption.py.
-        poll: called between the rows; it raises when the run is asked to stop.
+        config: the config of train_image_caption.py.
+        poll: called between the rows; it raises an exception when the run is asked to stop.
     """
     pipeline.set_progress_bar_config(disable=True)
     columns = max(config.num_previews, len(config.preview_prompts or []))
@@ -34,20 +34,20 @@ def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Calla
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(columns)]
         pairs = pipeline.sample(columns, generator=generators, num_inference_steps=config.preview_inference_steps)
         images += pairs.images
-        captions += [f"invented: {caption}" for caption in pairs.captions]
+        captions += [f"generated: {caption}" for caption in pairs.captions]
         poll()
     latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
-    told = pipeline.caption((batch["pixel_values"] + 1) / 2)
+    predicted = pipeline.caption((batch["pixel_values"] + 1) / 2)
     originals = pipeline.in_proportion([to_pil(image) for image in batch["pixel_values"]])
-    for row, words in ((originals, batch["caption"]), (pipeline.decode_latents(latents), told)):
+    for row, words in ((originals, batch["caption"]), (pipeline.decode_latents(latents), predicted)):
         images += row
-        captions += [f"{'truth' if row is originals else 'as told'}: {caption}" for caption in words]
+        captions += [f"{'original' if row is originals else 'predicted'}: {caption}" for caption in words]
         _fill_row(images, captions, columns)
     return Previews(images, captions, columns=columns)
 
 
 def _fill_row(images: list[Any], captions: list[str], columns: int) -> None:
-    """Blank pictures up to the row's end, where there are fewer than columns."""
+    """Fill the last row with blank images."""
     from PIL import Image
 
     while len(images) % columns:

@@ -1,4 +1,4 @@
-"""Training of the caption prior: its flags, and the regression that it starts with.
+"""Training of the caption prior: its settings, and the regression that warms it up.
 
 Shapes: N captions, L tokens, C latent channels, h w latent cells.
 """
@@ -22,8 +22,8 @@ from training.data.fingerprints import evenly_spaced
 
 logger = logging.getLogger("halftone")
 
-WARMUP_LEARNING_RATE = 2e-3
-RAMP_STEPS = 20
+WARMUP_LEARNING_RATE = 2e-3  # the peak, from which the rate falls linearly to 0
+RAMP_STEPS = 20  # in which the rate rises to the peak
 
 
 @dataclass
@@ -31,21 +31,21 @@ class CaptionPriorConfig(Options):
     """The network that predicts latents from the caption alone (pipelines/models/caption_prior.py)."""
 
     hidden_size: int = option(0, at_least=0)
-    """Width of its hidden layers; 0 trains without one"""
+    """Width of the hidden layers; 0 trains without a caption prior"""
     dropout: float = option(0.1, at_least=0, below=1)
-    """Dropout in its hidden layers"""
+    """Dropout in the hidden layers"""
     weight: float = option(1.0, at_least=0)
-    """Weight of its squared error in the loss"""
+    """Weight of the prior's squared error in the loss"""
     warmup_steps: int = option(250, at_least=0)
-    """Steps of regression, of it and of a text encoder trained along, before the run's first step"""
+    """Steps of regression before the run's first step, which train the prior and, unless frozen, the text encoder"""
     warmup_batch_size: int = option(64, at_least=1)
-    """Captions in a step of that regression"""
+    """Captions in each step of this regression"""
     warmup_samples: int = option(2048, at_least=1)
-    """Images that the regression draws from"""
+    """Number of training images that this regression uses"""
 
 
 def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:
-    """A CaptionPrior with fresh weights. `text_width`: D; `latent_shape`: C, h, w."""
+    """Build a CaptionPrior with new weights. `text_width`: width of the text states; `latent_shape`: C, h, w."""
     from pipelines.models.caption_prior import CaptionPrior
 
     return CaptionPrior(text_width, *latent_shape, hidden_size=config.hidden_size, dropout=config.dropout)
@@ -54,10 +54,10 @@ def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shap
 def regression_samples(
     data: MapDataset, latents: Callable[[Batch, Draws], Tensor], config: CaptionPriorConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (N L) and latents (N C h w) of evenly spaced rows of `data`: what the prior is warmed up on.
+    """Return token ids (N L) and latents (N C h w) of evenly spaced rows of `data`, as `warm_up` takes them.
 
     Args:
-        latents: gives a batch's latents, B C h w.
+        latents: function that returns a batch's latents, B C h w.
     """
     input_ids: list[Tensor] = []
     targets: list[Tensor] = []
@@ -73,10 +73,10 @@ def regression_samples(
 def warm_up(
     prior: nn.Module, text_encoder: Any, input_ids: Tensor, latents: Tensor, config: CaptionPriorConfig, seed: int
 ) -> None:
-    """Regress `latents` (N C h w, scaled) on captions (`input_ids`, N L), in place; deterministic by `seed`.
+    """Train `prior` in place to predict `latents` (N C h w, scaled) from captions (`input_ids`, N L).
 
-    The text encoder learns along, as far as its parameters require gradients: words mean something to it from the
-    diffusion model's first step on.
+    The same `seed` gives the same weights. Parameters of the text encoder that require gradients are trained as well,
+    so that it distinguishes words from the diffusion model's first step on.
     """
     from pipelines.latent_diffusion import encode_captions
 
@@ -101,4 +101,4 @@ def warm_up(
     prior.train(was_training)
     if first is not None and last is not None:
         seconds = time.monotonic() - started
-        logger.info("captions to mean latents: squared error %.2f → %.2f in %.0f s", first, last.item(), seconds)
+        logger.info("caption prior warmed up: squared error %.2f → %.2f in %.0f s", first, last.item(), seconds)

@@ -1,4 +1,4 @@
-"""The condition of a latent diffusion model: in training, with some of it dropped, and for its pipeline.
+"""The condition of a latent diffusion model: in training, where it is sometimes dropped, and for its pipeline.
 
 B batch, L tokens.
 """
@@ -17,15 +17,15 @@ from training.core.stage import Batch
 def caption_and_class(
     unet: Any, text_encoder: nn.Module | None, empty_ids: Tensor | None, batch: Batch, dropped: Tensor
 ) -> dict[str, Tensor | None]:
-    """The U-Net's arguments beside latents and timesteps.
+    """Return the U-Net's arguments other than latents and timesteps.
 
     Args:
         empty_ids: token ids of the empty caption, 1 L, on the batch's device; None for a model without text.
-        dropped: B, bool: samples that get the empty caption and the null class.
+        dropped: B, bool; True for samples that get the empty caption and the null class.
     """
     from pipelines.latent_diffusion import encode_captions, null_class
 
-    # The stock U-Net wants the argument even where nothing attends to text.
+    # The stock U-Net requires this argument even without cross-attention.
     arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
     if empty_ids is not None:
         input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
@@ -38,13 +38,13 @@ def caption_and_class(
 def pipeline_conditions(
     count: int, texts: Sequence[str] | None, labels: Sequence[int] | None, id2label: Mapping[int, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The arguments with which a pipeline draws samples, and the captions to show under its images.
+    """Return the arguments with which a pipeline generates images, and the captions to show under them.
 
     Args:
-        count: how many images are drawn without any condition.
+        count: number of images if there is neither a text nor a label.
         texts: prompts; None for a model without captions.
-        labels: class ids, as many as texts; None for a model without classes.
-        id2label: names of the classes; those that it lacks are shown by their number.
+        labels: class ids, one for each text; None for a model without classes.
+        id2label: names of the classes; a class without a name is shown by its id.
     """
     if texts is None and labels is None:
         return {"num_images_per_prompt": count}, [f"sample {i + 1}" for i in range(count)]

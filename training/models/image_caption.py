@@ -1,4 +1,4 @@
-"""The joint model of pictures and captions as configured: flags, checks, and fresh weights."""
+"""The joint model of images and captions: its settings and their checks, and new models."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from training.core.options import Options, option
 
 @dataclass
 class ImageCaptionModelConfig(Options):
-    """The model; names are those of ImageCaptionModel."""
+    """Architecture of the model; the names are those of ImageCaptionModel."""
 
     latent_size: int = option(1024, at_least=1)
-    """Numbers in the latent vector"""
+    """Size of the latent vector"""
     max_length: int = option(100, at_least=3)
-    """Tokens per caption, <START> and <END> included; longer ones are cut"""
+    """Maximum number of tokens per caption, including <START> and <END>; longer captions are truncated"""
     patch_size: int = option(4, at_least=1)
     """Side of the pixel patches that the convolutions work on"""
     block_out_channels: list[int] = option([128, 256, 384, 512])
-    """Channels of each level; every one after the first halves the side"""
+    """Channels of each level; every level after the first halves the resolution"""
     layers_per_block: int = option(1, at_least=1)
     """Residual blocks per level"""
     norm_num_groups: int = option(32, at_least=1)
-    """Groups of the group normalization"""
+    """Number of groups for group normalization"""
     map_channels: int = option(32, at_least=1)
-    """Channels of the map between convolutions and latent vector"""
+    """Channels of the feature map between the convolutions and the latent vector"""
     text_hidden_size: int = option(512, at_least=1)
-    """Width of both Transformers"""
+    """Hidden size of the caption encoder and decoder"""
     num_attention_heads: int = option(8, at_least=1)
-    """Attention heads of both"""
+    """Attention heads of the caption encoder and decoder"""
     num_encoder_layers: int = option(4, at_least=1)
-    """Layers of the caption's encoder"""
+    """Layers of the caption encoder"""
     num_decoder_layers: int = option(6, at_least=1)
-    """Layers of the caption's decoder"""
+    """Layers of the caption decoder"""
     prefix_length: int = option(8, at_least=1)
-    """Tokens before a caption that tell its decoder the latent vector"""
+    """Number of prefix tokens that pass the latent vector to the caption decoder"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -50,14 +50,14 @@ class ImageCaptionModelConfig(Options):
         check_multiple(f"{prefix}text_hidden_size", self.text_hidden_size, heads, self.num_attention_heads)
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise UserError for a network that does not suit images of `resolution` pixels."""
+        """Raise UserError if the network cannot work on images of `resolution` pixels."""
         check_deepest_feature_map(
             resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
         )
 
 
 def build_model(config: ImageCaptionModelConfig, resolution: int, tokenizer: Any) -> Any:
-    """An ImageCaptionModel with fresh weights for this tokenizer's vocabulary."""
+    """Build an ImageCaptionModel with new weights for this tokenizer's vocabulary."""
     from pipelines.models.image_caption_model import ImageCaptionModel
 
     return ImageCaptionModel(
@@ -72,7 +72,7 @@ def build_model(config: ImageCaptionModelConfig, resolution: int, tokenizer: Any
 
 
 def model_summary(modules: Mapping[str, nn.Module]) -> str:
-    """What there is to train, in one line: parts and millions of parameters."""
+    """Return one line with the parts of the model and their millions of parameters."""
     parts = []
     for name, module in modules.items():
         own = dict(module.named_children()) if name == "model" else {name: module}

@@ -1,6 +1,6 @@
-"""A latent prior trained beside the autoencoder whose latents it draws: flow matching over latent vectors.
+"""Training of a latent prior beside the autoencoder whose latents it generates: flow matching over latent vectors.
 
-B samples, D latent vector.
+B samples, D size of the latent vector.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from training.objectives.diffusion import Diffusion, DiffusionConfig
 
 @dataclass
 class LatentPriorConfig(Options):
-    """The prior; names are those of LatentPriorModel, where it has them."""
+    """The latent prior; the names of its architecture are those of LatentPriorModel."""
 
     hidden_size: int = option(512, at_least=0)
-    """Width; 0 trains no prior, and the pipeline invents no pairs"""
+    """Hidden size of the prior; 0 trains no prior, and the pipeline then cannot generate new pairs"""
     num_layers: int = option(4, at_least=1)
-    """Residual perceptrons"""
+    """Number of residual MLP blocks"""
     repeats: int = option(4, at_least=1)
-    """Noise levels at which each latent is trained in a step: the prior is cheap to run, and the latents are not"""
+    """Noise levels per latent in each step; the prior costs little to run compared with encoding the latents"""
     start: float = option(0.6, at_least=0, below=1, usual="0.6")
     """Fraction of training after which the prior starts; earlier, the latents still change, and a prior that tracks
     them ends up worse"""
     learning_rate: float | None = option(None, above=0)
-    """Unset: that of the autoencoder"""
+    """Peak learning rate of the prior; unset uses that of the autoencoder"""
 
 
 def build_latent_prior(config: LatentPriorConfig, latent_size: int) -> Any:
-    """A LatentPriorModel with fresh weights for latent vectors of this size."""
+    """Build a LatentPriorModel with new weights for latent vectors of this size."""
     from pipelines.models.latent_prior import LatentPriorModel
 
     return LatentPriorModel(latent_size, config.hidden_size, config.num_layers)
 
 
 class LatentPriorPhase(Phase):
-    """The flow-matching loss on latents that are drawn from their encoder's posteriors; the encoder learns nothing."""
+    """The flow-matching loss on latents drawn from the encoder's posteriors; the encoder gets no gradient."""
 
     name = "prior"
 
@@ -58,9 +58,10 @@ class LatentPriorPhase(Phase):
         return int(self.config.start * total_steps)
 
     def losses(self, latents: Tensor, draws: Draws, repeats: int, sampling: str | None = None) -> Tensor:
-        """The loss of each latent vector (B D), the mean over `repeats` noise levels. B."""
+        """Compute the loss of each latent vector (B D), averaged over `repeats` noise levels. B."""
         seen = []
         for repeat in range(repeats):
+            # Other noise and noise levels in every repeat, and other ones than the autoencoder's.
             own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)
             seen.append(self.diffusion.corrupt(latents, own, sampling=sampling))
         predicted = self.prior(torch.cat([noisy.x_t for noisy in seen]), torch.cat([noisy.timesteps for noisy in seen]))

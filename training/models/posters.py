@@ -1,4 +1,4 @@
-"""The networks of the poster stages as configured: flags, checks, and fresh weights."""
+"""The networks of the poster stages: their settings and their checks, and new models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LARGEST_COUNTS = {"text_blocks": MAX_TEXT_BLOCKS, "pictures": MAX_PICTURES}
 
 @dataclass
 class _PosterNetworkConfig(Options):
-    """What the networks that read posters have in common."""
+    """Settings shared by the networks that read posters."""
 
     block_out_channels: list[int] = option([64, 128, 256, 512, 1024])
-    """Channels of each level; the first works on patches, each further one on half the side"""
+    """Channels of each level; every level after the first halves the resolution"""
     patch_size: int = option(1, at_least=1)
-    """Side of the patches that the network works on; 2 takes a quarter of the time"""
+    """Side of the patches that the network works on; 2 takes about a quarter of the time of 1"""
     norm_num_groups: int = option(8, at_least=1)
-    """Groups of the group normalization"""
+    """Number of groups for group normalization"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -32,30 +32,30 @@ class _PosterNetworkConfig(Options):
 
 @dataclass
 class LayoutEncoderConfig(_PosterNetworkConfig):
-    """The layout encoder; names are those of LayoutEncoderModel."""
+    """Architecture of the layout encoder; the names are those of LayoutEncoderModel."""
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise UserError for a network that does not suit posters of this side."""
+        """Raise UserError if the network cannot work on posters of this side."""
         levels = len(self.block_out_channels)
         check_deepest_feature_map(resolution, self.patch_size, levels, "--model.block_out_channels")
 
 
 @dataclass
 class AbstractorConfig(_PosterNetworkConfig):
-    """The abstractor; names are those of GrammarAbstractorModel."""
+    """Architecture of the grammar abstractor; the names are those of GrammarAbstractorModel."""
 
     block_out_channels: list[int] = option([32, 64, 96, 128])
-    """Channels of each level; every level halves the side"""
+    """Channels of each level; every level halves the resolution"""
     hidden_size: int = option(512, at_least=1)
-    """Width of the layers that read the last feature map"""
+    """Width of the fully connected layers after the last feature map"""
     sample_size: int = option(64, at_least=1)
-    """Side to which the features are resized"""
+    """Side to which the input features are resized"""
     dropout: float = option(0.1, at_least=0, below=1)
-    """Dropout before the last layers"""
+    """Dropout in the fully connected layers"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        first = 2 * self.patch_size  # its own level halves the side as well
+        first = 2 * self.patch_size  # here the first level halves the side as well
         check_deepest_feature_map(
             self.sample_size,
             first,
@@ -67,16 +67,16 @@ class AbstractorConfig(_PosterNetworkConfig):
 
 @dataclass
 class BriefEncoderConfig(Options):
-    """The encoder of design briefs; names are those of DesignBriefEncoder."""
+    """Architecture of the design brief encoder; the names are those of DesignBriefEncoder."""
 
     token_width: int = option(256, at_least=1)
-    """Width D of the tokens that attention reads"""
+    """Width of the tokens for cross-attention"""
     global_width: int = option(512, at_least=1)
-    """Width E of the vector that joins the time embedding"""
+    """Width of the vector that is added to the time embedding"""
 
 
 def build_layout_encoder(config: LayoutEncoderConfig, resolution: int) -> Any:
-    """A LayoutEncoderModel with fresh weights for posters of this side."""
+    """Build a LayoutEncoderModel with new weights for posters of this side."""
     from pipelines.models.layout_encoder import LayoutEncoderModel
 
     return LayoutEncoderModel(
@@ -89,11 +89,11 @@ def build_layout_encoder(config: LayoutEncoderConfig, resolution: int) -> Any:
 
 
 def build_abstractor(config: AbstractorConfig, grammar_mean: list[float], grammar_std: list[float]) -> Any:
-    """A GrammarAbstractorModel with fresh weights.
+    """Build a GrammarAbstractorModel with new weights.
 
     Args:
-        grammar_mean, grammar_std: of each grammar number over the training posters; the network predicts in these
-            units.
+        grammar_mean, grammar_std: mean and standard deviation of each grammar number over the training posters; the
+            network predicts numbers standardized by them.
     """
     from pipelines.models.grammar_abstractor import GrammarAbstractorModel
 

@@ -1,6 +1,10 @@
-"""The frozen model that a ControlNet steers, latent diffusion or the poster decoder, as one thing to train on.
+"""The frozen base model that a ControlNet is trained on: latent diffusion or the poster decoder, with one interface.
 
-B batch, C channels, h w cells of the U-Net's input (latents or pixels), R resolution.
+A ControlNet's training needs few things from its base model: a dataset with the base model's condition, the U-Net's
+input, the condition as the base model was trained with it, and a pipeline for previews. Each base model's class below
+provides them, so that train_controlnet.py does not depend on the kind of base model.
+
+B batch, C channels, h w cells of the U-Net's input (latents or pixels).
 """
 
 from __future__ import annotations
@@ -25,52 +29,65 @@ from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveC
 
 
 class ControlBase(ABC):
-    """A base model: its data, its input, its condition, its pipeline."""
+    """A frozen base model: the data, the U-Net's input, the condition and the pipeline for training a ControlNet."""
 
     downsampling: int
     """Pixels per cell of the U-Net's input, along a side"""
     input_shape: tuple[int, int, int]
-    """C, h, w"""
+    """C, h, w of the U-Net's input"""
 
     def __init__(self, pipeline: Any):
         self.pipeline, self.unet = pipeline, pipeline.unet
         self.modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        # No parameter of the base is trained, but gradients must still pass through its U-Net: the ControlNet's
+        # features enter there. Hence no `torch.no_grad` around the U-Net.
         for module in self.modules:
             module.requires_grad_(False).eval()
 
     def objective(self, config: ObjectiveConfig) -> Diffusion:
-        """The base model's noise schedule with the objective's own settings."""
+        """Return the objective in `config` on the noise schedule of the base model.
+
+        The U-Net knows only the noise schedule and prediction type that it was trained with.
+        """
         flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(ObjectiveConfig)}
         schedule = dataclasses.asdict(noise_schedule_of_pipeline(self.pipeline))
         return Diffusion(DiffusionConfig(**schedule, **flags))
 
     @abstractmethod
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
-        """Pictures with control and with what steers the base. Raises UserError."""
+        """Return a dataset of images with their control and the base model's condition.
+
+        Raises:
+            UserError: the data does not suit the base model.
+        """
 
     @abstractmethod
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
-        """x_0: B C h w."""
+        """Return the clean samples x_0, B C h w."""
 
     @abstractmethod
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
-        """The U-Net's arguments beside input and timesteps; `dropped`: B, bool, samples without a condition."""
+        """Return the U-Net's arguments other than input and timesteps.
+
+        Args:
+            dropped: B, bool; True for samples whose condition is dropped.
+        """
 
     def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
-        """What the U-Net takes for `noisy` (B C h w)."""
+        """Return the U-Net's input for noisy samples (B C h w)."""
         return noisy
 
     @abstractmethod
     def controlled(self, controlnet: Any) -> Any:
-        """The pipeline of base and ControlNet."""
+        """Return a pipeline of the base model and `controlnet`."""
 
     @abstractmethod
     def prompts(self, data: Any, batch: Batch, rows: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
-        """The pipeline's arguments for these samples of a batch of `data`, and their words."""
+        """Return the pipeline's arguments for these rows of a batch of `data`, and the captions of their images."""
 
 
 class LatentBase(ControlBase):
-    """A LatentDiffusionPipeline."""
+    """A LatentDiffusionPipeline as base model."""
 
     def __init__(self, pipeline: Any, resolution: int):
         from pipelines.common.latents import latent_shape
@@ -89,9 +106,10 @@ class LatentBase(ControlBase):
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
         names = [self.pipeline.config.id2label[key] for key in sorted(self.pipeline.config.id2label or {}, key=int)]
         labels = load_label_map(config) if self.unet.config.num_class_embeds else None
+        # A class id is a position in these names, so other names or another order would be other classes.
         if labels is not None and names and labels.names != names:
             raise UserError(
-                f"the base model knows the classes {', '.join(names[:8])}, column '{config.label_column}' has "
+                f"the base model has the classes {', '.join(names[:8])}, but column '{config.label_column}' has "
                 f"{', '.join(labels.names[:8])}; train on data with the base model's classes"
             )
         return ImageDataset(
@@ -110,18 +128,21 @@ class LatentBase(ControlBase):
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
         empty_ids = None if self.empty_ids is None else self.empty_ids.to(dropped.device)
+        # The frozen text encoder lies before the ControlNet, so no gradient has to pass through it.
         with torch.no_grad():
             return caption_and_class(self.unet, self.pipeline.text_encoder, empty_ids, batch, dropped)
 
     def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
         from pipelines.latent_diffusion import concat_condition
 
+        # The U-Net of a base model with a caption prior takes the prior's latents as further input channels.
         prior = self.pipeline.caption_prior
         return noisy if prior is None else concat_condition(noisy, prior(condition["encoder_hidden_states"]))
 
     def controlled(self, controlnet: Any) -> Any:
         from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
 
+        # The base may itself be a pipeline with a ControlNet, which the new one replaces.
         parts = {name: part for name, part in self.pipeline.components.items() if name != "controlnet"}
         config = {name: self.pipeline.config[name] for name in ("prediction_type", "id2label", "max_text_length")}
         return FusionControlNetPipeline(**parts, **config, controlnet=controlnet)
@@ -131,19 +152,19 @@ class LatentBase(ControlBase):
         labels = [int(batch["label"][row]) for row in rows] if self.unet.config.num_class_embeds else None
         id2label = {int(id_): name for id_, name in (self.pipeline.config.id2label or {}).items()}
         conditions, captions = pipeline_conditions(len(rows), texts, labels, id2label)
-        # The controls say how many images there are.
+        # Without text and classes, the number of images is the number of controls.
         return ({} if texts is labels is None else conditions), captions
 
 
 class PosterBase(ControlBase):
-    """A PosterDecoderPipeline, which works on pixels."""
+    """A PosterDecoderPipeline as base model, which works on pixels."""
 
     downsampling = 1
 
     def __init__(self, pipeline: Any, resolution: int):
         super().__init__(pipeline)
         try:
-            pipeline._size(resolution, resolution)
+            pipeline._size(resolution, resolution)  # called for its check alone
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model: {error}") from None
         self.input_shape = (3, resolution, resolution)
@@ -155,6 +176,7 @@ class PosterBase(ControlBase):
         return batch["pixel_values"]
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
+        # The unconditional brief is the one in which every field is absent, as in the decoder's own training.
         brief = {
             name: value & ~dropped[:, None] if name.endswith("_present") else value
             for name, value in batch["brief"].items()
@@ -177,10 +199,10 @@ class PosterBase(ControlBase):
 
 
 def load_base(path: str, resolution: int) -> ControlBase:
-    """The base model at `path` (run, checkpoint, pipeline folder or Hub id), frozen.
+    """Load the base model at `path` (run, checkpoint, pipeline folder or Hub id) and freeze it.
 
     Raises:
-        UserError: no pipeline there, or one that no ControlNet steers; a resolution that does not suit it.
+        UserError: the path has no pipeline that a ControlNet can steer, or the resolution does not suit it.
     """
     from pipelines.latent_diffusion import LatentDiffusionPipeline
     from pipelines.poster_decoder import PosterDecoderPipeline
@@ -191,6 +213,6 @@ def load_base(path: str, resolution: int) -> ControlBase:
         if isinstance(pipeline, pipeline_class):
             return base(pipeline, resolution)
     raise UserError(
-        f"--base_model {path} is a {type(pipeline).__name__}; a ControlNet steers a run of train_latent_diffusion.py "
-        "or train_decoder.py"
+        f"--base_model {path} is a {type(pipeline).__name__}, which a ControlNet cannot steer; give a run of "
+        "train_latent_diffusion.py or train_decoder.py"
     )

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders for captions: a small one trained jointly, or a pretrained one kept frozen."""
+"""Tokenizers and text encoders for captions: a small encoder trained jointly, or a frozen pretrained one."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from training.core.checks import check_multiple
 from training.core.options import Options, option
 from training.data.tokenization import CaptionTokens, load_tokenizer
 
-WORD_STD, POSITION_STD = 1.0, 0.2
+WORD_STD, POSITION_STD = 1.0, 0.2  # standard deviations of new embeddings
 
 
 @dataclass
 class TextEncoderConfig(Options):
-    """The text encoder that is trained jointly; names are those of transformers.CLIPTextConfig."""
+    """Architecture of the jointly trained text encoder; the names are those of transformers.CLIPTextConfig."""
 
     hidden_size: int = option(128, at_least=1)
-    """Width D of a token"""
+    """Width of the tokens"""
     num_hidden_layers: int = option(2, at_least=1)
     """Transformer layers"""
     num_attention_heads: int = option(4, at_least=1)
     """Attention heads"""
     max_length: int = option(32, at_least=3)
-    """Tokens per caption, its start and end included; longer captions are cut"""
+    """Maximum number of tokens per caption, including its start and end tokens; longer captions are truncated"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -39,12 +39,12 @@ class TextEncoderConfig(Options):
 def build_text(
     config: TextEncoderConfig, tokenizer_name: str | None, pretrained: str | None
 ) -> tuple[CaptionTokens | None, Any]:
-    """Token ids of captions, and the text encoder that reads them; both None where neither is named.
+    """Return the caption tokenizer and the text encoder; both are None if neither is named.
 
     Args:
-        config: of a text encoder with fresh weights, for which the global generator is used.
-        tokenizer_name: a tokenizer's folder or name; None takes the pretrained text encoder's own.
-        pretrained: a text encoder of Transformers by name or folder; None makes a new one.
+        config: architecture of a new text encoder, whose weights are drawn from the global generator.
+        tokenizer_name: a tokenizer's folder or name; None takes the tokenizer of the pretrained text encoder.
+        pretrained: a text encoder of Transformers by name or folder; None builds a new one.
 
     Raises:
         UserError: one of them cannot be loaded, or they do not belong together.
@@ -57,13 +57,13 @@ def build_text(
     text_encoder = load_text_encoder(pretrained) if pretrained else new_text_encoder(config, tokenizer)
     check_vocabulary(tokenizer, text_encoder)
     max_length = config.max_length
-    with contextlib.suppress(ValueError):  # neither has a limit of its own
+    with contextlib.suppress(ValueError):  # raised if neither of them has a maximum length
         max_length = min(max_length, max_caption_length(tokenizer, text_encoder))
     return CaptionTokens(tokenizer, max_length, padding="max_length"), text_encoder
 
 
 def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
-    """A CLIPTextModel with fresh weights for this tokenizer's vocabulary."""
+    """Build a CLIPTextModel with new weights for this tokenizer's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     encoder = CLIPTextModel(
@@ -80,7 +80,8 @@ def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # At CLIP's own 0.02 words are drowned by what the first layers add, and told apart only after thousands of steps.
+    # With CLIP's standard deviation of 0.02, the first layers add far more than the word embeddings hold, and words
+    # can be distinguished only after thousands of steps.
     nn.init.normal_(encoder.get_input_embeddings().weight, std=WORD_STD)
     positions = [p for name, p in encoder.named_parameters() if name.endswith("position_embedding.weight")]
     nn.init.normal_(positions[0], std=POSITION_STD)
@@ -88,7 +89,7 @@ def new_text_encoder(config: TextEncoderConfig, tokenizer: Any) -> Any:
 
 
 def load_text_encoder(name_or_path: str) -> Any:
-    """A pretrained text encoder: CLIP's text half, T5's encoder, or whatever AutoModel gives with a last hidden state.
+    """Load a pretrained text encoder: CLIP's text model, T5's encoder, or an AutoModel with a last hidden state.
 
     Raises:
         UserError: it cannot be loaded.
@@ -108,10 +109,10 @@ def load_text_encoder(name_or_path: str) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, text_encoder: Any) -> None:
-    """Raises UserError when the tokenizer has ids that the text encoder has no embedding for."""
+    """Raise UserError if the tokenizer has ids for which the text encoder has no embedding."""
     size = text_encoder.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the text encoder embeds {size}; "
-            "--tokenizer and --pretrained_text_encoder do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, but the text encoder has embeddings for {size}; "
+            "choose a --tokenizer that belongs to --pretrained_text_encoder"
         )

@@ -1,6 +1,6 @@
-"""U-Nets as configured: stock `diffusers.UNet2DConditionModel`, from a few numbers.
+"""U-Nets from a few settings: stock `diffusers.UNet2DConditionModel`.
 
-`build_unet` is for latents and captions, `build_pixel_unet` for pictures and design briefs.
+`build_unet` builds one for latents and captions, `build_pixel_unet` one for images and design briefs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from training.core.options import Options, option
 
 @dataclass
 class _UNetShape(Options):
-    """Names are those of diffusers.UNet2DConditionModel where it has them."""
+    """Settings shared by both U-Nets; the names are those of diffusers.UNet2DConditionModel where it has them."""
 
     block_out_channels: list[int] = option([128, 192])
-    """Channels per resolution; each after the first halves it"""
+    """Channels of each level; every level after the first halves the resolution"""
     layers_per_block: int = option(2, at_least=1)
-    """Residual blocks per resolution on the way down; one more on the way up"""
+    """Residual blocks per level on the way down; each level has one more on the way up"""
     attention_head_dim: int = option(32, at_least=1)
-    """Channels of one attention head"""
+    """Channels per attention head"""
     transformer_layers_per_block: int = option(1, at_least=1)
     """Transformer layers in each attention block"""
     norm_num_groups: int = option(32, at_least=1)
-    """Groups of the group normalization"""
+    """Number of groups for group normalization"""
     dropout: float = option(0.0, at_least=0, below=1)
     """Dropout in residual blocks"""
     resnet_time_scale_shift: Literal["default", "scale_shift"] = option("scale_shift")
-    """How the time embedding acts on residual blocks: added, or as scale and shift"""
+    """How residual blocks use the time embedding: default adds it, scale_shift takes scale and shift from it"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -43,43 +43,46 @@ class _UNetShape(Options):
 
 @dataclass
 class UNetConfig(_UNetShape):
-    """The U-Net of latents."""
+    """The U-Net for latents."""
 
     attention_levels: list[int] = option([0, 1])
-    """Resolutions with attention, 0 the highest; [] for none but the middle's"""
+    """Levels with attention, where 0 has the highest resolution; [] leaves attention in the middle block only"""
     text_in_time_embedding: bool = option(True)
-    """The caption as a whole, pooled by attention, joins the time embedding (addition_embed_type text)"""
+    """Add the whole caption, pooled by attention, to the time embedding (addition_embed_type text)"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         levels = len(self.block_out_channels)
         if any(not 0 <= level < levels for level in self.attention_levels):
-            raise UserError(f"--{prefix}attention_levels {self.attention_levels} must lie in 0 to {levels - 1}")
+            raise UserError(
+                f"--{prefix}attention_levels {self.attention_levels} must lie in 0 to {levels - 1}, because "
+                f"--{prefix}block_out_channels has {levels} levels"
+            )
 
 
 @dataclass
 class PixelUNetConfig(_UNetShape):
-    """The U-Net of images."""
+    """The U-Net for images."""
 
     block_out_channels: list[int] = option([64, 128, 256, 384])
-    """Channels per resolution; each after the first halves it"""
+    """Channels of each level; every level after the first halves the resolution"""
     attention_resolutions: list[int] = option([32])
-    """Sides of the feature maps with attention, to themselves and to the brief, down and up; [] for none at all"""
+    """Sides of the feature maps with self-attention and with cross-attention to the brief; [] disables attention"""
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise UserError for a network that does not suit images of this side."""
+        """Raise UserError if the network cannot work on images of this side."""
         check_deepest_feature_map(resolution, 1, len(self.block_out_channels), "--model.block_out_channels")
         sides = feature_map_sides(self, resolution)
         for side in self.attention_resolutions:
             if side not in sides:
                 raise UserError(
                     f"--model.attention_resolutions has {side}, but at --resolution {resolution} the network's "
-                    f"resolutions are {', '.join(map(str, sides))}; choose among them, or [] for no attention"
+                    f"resolutions are {', '.join(map(str, sides))}; choose among them, or use [] for no attention"
                 )
 
 
 def feature_map_sides(config: _UNetShape, resolution: int) -> list[int]:
-    """Sides of the network's feature maps, the largest first."""
+    """Return the sides of the network's feature maps, the largest first."""
     return [resolution // 2**level for level in range(len(config.block_out_channels))]
 
 
@@ -91,15 +94,15 @@ def build_unet(
     num_classes: int,
     condition_channels: int = 0,
 ) -> nn.Module:
-    """A U-Net with fresh weights for latents of `channels` × `size` × `size`.
+    """Build a U-Net with new weights for latents of `channels` × `size` × `size`.
 
     Args:
-        text_width: of the text condition; None builds one without text, whose attention is self-attention alone.
-        num_classes: 0 for none; else one class more is made, the last, for "no class".
-        condition_channels: channels that are put beside the noisy latents.
+        text_width: width of the text condition; None builds a U-Net without text, which has only self-attention.
+        num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
+        condition_channels: channels that are concatenated to the noisy latents.
 
     Raises:
-        UserError: latents too small for the number of levels.
+        UserError: the latents are too small for the number of levels.
     """
     levels = len(config.block_out_channels)
     check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "the latents' side")
@@ -119,12 +122,12 @@ def build_unet(
 
 
 def build_pixel_unet(config: PixelUNetConfig, resolution: int, token_width: int, global_width: int) -> nn.Module:
-    """A U-Net with fresh weights for RGB pictures of this side, steered by a brief.
+    """Build a U-Net with new weights for RGB images of this side, conditioned on a design brief.
 
     Args:
-        token_width: of the tokens that attention looks at.
-        global_width: of the vector that joins the time embedding, and with it every residual block (the stock
-            class_embed_type "projection"; it is given as `class_labels`).
+        token_width: width of the tokens for cross-attention.
+        global_width: width of the vector that is added to the time embedding and so reaches every residual block (the
+            stock class_embed_type "projection"; it is passed as `class_labels`).
     """
     attends = [side in config.attention_resolutions for side in feature_map_sides(config, resolution)]
     return _stock_unet(
@@ -143,11 +146,16 @@ def build_pixel_unet(config: PixelUNetConfig, resolution: int, token_width: int,
 def _stock_unet(
     config: _UNetShape, attends: Sequence[bool], *, middle_attends: bool, text_width: int | None, **options: Any
 ) -> nn.Module:
-    """`attends`: which resolutions have attention, the highest first; `text_width`: of the tokens attended to."""
+    """Build the stock U-Net.
+
+    Args:
+        attends: whether each level has attention, from the highest resolution to the lowest.
+        text_width: width of the tokens for cross-attention; None leaves only self-attention.
+    """
     import diffusers
 
     with_attention = "CrossAttn{}Block2D" if text_width else "Attn{}Block2D"
-    # Diffusers means the number of heads by attention_head_dim where attention is of text, and their width elsewhere.
+    # In Diffusers, attention_head_dim is the number of heads for cross-attention, and the width of a head elsewhere.
     heads = [width // config.attention_head_dim for width in config.block_out_channels]
     return diffusers.UNet2DConditionModel(
         down_block_types=tuple((with_attention if a else "{}Block2D").format("Down") for a in attends),
@@ -166,5 +174,5 @@ def _stock_unet(
 
 
 def _pooling_heads(text_width: int) -> int:
-    """Attention heads that pool a caption: of 16 channels where that divides the width."""
+    """Return the number of attention heads that pool a caption: heads of 16 channels if 16 divides the width, or 1."""
     return text_width // 16 if text_width % 16 == 0 else 1

@@ -1,4 +1,4 @@
-"""Any VAE by name or path: a Diffusers VAE folder or Hub id, a pipeline, or a run of train_autoencoder.py."""
+"""Load a VAE by name or path: a Diffusers VAE folder or Hub id, a pipeline, or a run of train_autoencoder.py."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from pipelines.tools.cli import UserError, cause
 
-# Where a VAE may lie in a named folder or repo: itself, a pipeline's, a training run's.
+# Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
 
 
 def load_vae(name_or_path: str) -> torch.nn.Module:
-    """The VAE in float32, in eval mode, frozen, without heads: what a diffusion pipeline carries.
+    """Load a VAE for a diffusion pipeline: in float32, in eval mode, frozen, and without heads.
 
     Args:
         name_or_path: a VAE folder or Hub id (any autoencoder class of Diffusers, or `MultiHeadAutoencoderKL`), a
             pipeline with a `vae`, or the run folder of an autoencoder.
 
     Raises:
-        UserError: nothing there, no VAE, or damaged weights.
+        UserError: it does not exist, is not a VAE, or has damaged weights.
     """
     config, subfolder = _find_config(name_or_path)
     vae_class = _class_of(config, name_or_path)
@@ -35,7 +35,7 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
 
 
 def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
-    """(config.json, subfolder) of the VAE in a folder or Hub repo."""
+    """Return (config.json, subfolder) of the VAE in a folder or Hub repository."""
     from diffusers import AutoencoderKL
 
     path = Path(name_or_path).expanduser()
@@ -44,8 +44,8 @@ def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
             if (path / (subfolder or "") / "config.json").is_file():
                 return AutoencoderKL.load_config(str(path / (subfolder or ""))), subfolder
         raise UserError(
-            f"there is no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
-            "of a VAE, of a pipeline, or of an autoencoder run that has finished"
+            f"found no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
+            "of a VAE, of a pipeline, or of a finished autoencoder run"
         )
     if path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir():
         raise UserError(f"the VAE '{name_or_path}' does not exist; check --vae")
@@ -57,7 +57,9 @@ def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
             reason = reason or cause(error)
             if type(error.__context__).__name__ == "LocalEntryNotFoundError":  # no network: do not wait for it twice
                 break
-    raise UserError(f"the VAE '{name_or_path}' is no folder here and did not come from the Hub ({reason}); check --vae")
+    raise UserError(
+        f"the VAE '{name_or_path}' is not a local folder and cannot be downloaded from the Hub ({reason}); check --vae"
+    )
 
 
 def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
@@ -73,7 +75,7 @@ def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
     vae_class = getattr(diffusers, name, None) if name else None
     if vae_class is None or not (hasattr(vae_class, "encode") and hasattr(vae_class, "decode")):
         raise UserError(
-            f"'{name_or_path}' holds a {name or 'model without a class name'}, which is no autoencoder that Diffusers "
-            "knows; --vae takes an AutoencoderKL, AutoencoderTiny or the like"
+            f"'{name_or_path}' holds a {name or 'model without a class name'}, which is not an autoencoder class of "
+            "Diffusers; --vae takes an AutoencoderKL, AutoencoderTiny or similar"
         )
     return vae_class
