@@ -39,7 +39,7 @@ _LAUNCHER_VARIABLES = (
 )
 _LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 OWN_IMAGES = (
-    f"For your own pictures: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
+    f"To train on your own images: {typed('training/train_autoencoder.py --train_data_dir FOLDER --output_dir')} "
     "runs/my_autoencoder, then see 'Your own images' in README.md"
 )
 
