@@ -81,7 +81,7 @@ def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings that the dataset in `folder` was made with, or None if there is no complete one."""
+    """Return the settings that the dataset in `folder` was made with, or None if no complete one exists."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

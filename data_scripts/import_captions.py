@@ -2,7 +2,7 @@
 
     python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
 
-The JSON file can be a list of records ({"file_name": …, "caption": …}), have one record per line, map file names to
+The JSON file can be a list of records ({"file_name": …, "caption": …}), contain one record per line, map file names to
 captions or records, or be in COCO's format ("images" and "annotations"). Several captions of one image are kept as a
 list, and training draws one of them each time. Images are hard-linked if the file system supports it; otherwise they
 are copied.

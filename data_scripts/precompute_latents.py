@@ -79,7 +79,7 @@ class PrecomputeConfig(DataConfig):
     splits: list[str] = field(default_factory=lambda: ["train", "validation"])
     """Splits to encode"""
     seed: int = 0
-    """Random seed that selects the rows held out if there is no validation split, and those of max_train_samples"""
+    """Random seed that selects the held-out rows (without a validation split) and those of max_train_samples"""
     labels: Literal["auto", "yes", "no"] = "auto"
     """Cache label_column; auto caches it if it exists and has at least two rows per class"""
     masks: Literal["auto", "yes", "no"] = "auto"

@@ -54,7 +54,7 @@ class TokenizerConfig(DataConfig):
     model_max_length: int = option(77, at_least=3)
     """Maximum number of tokens per caption, including <START> and <END>; longer captions are truncated"""
     seed: int = 0
-    """Random seed that selects the rows held out if there is no validation split"""
+    """Random seed that selects the held-out rows (without a validation split)"""
     overwrite: bool = False
     """Replace an existing tokenizer; models trained with it do not work with the new one"""
 
@@ -114,7 +114,7 @@ def describe(report: TokenizerReport, name: str, limit: int) -> str:
     """Return the report in sentences."""
     sentences = [
         f"Of {report.words:,} words in {report.captions:,} {name} captions, {report.unknown_share:.2%} are unknown; "
-        f"{report.round_trips:,} captions are decoded to exactly the original text.",
+        f"{report.round_trips:,} captions are unchanged after encoding and decoding, apart from normalization.",
         f"The longest caption has {report.longest} tokens"
         + (f"; {report.cut:,} are truncated to {limit} (--model_max_length)." if report.cut else "."),
     ]

@@ -138,8 +138,8 @@ def regularity(boxes: np.ndarray) -> float:
     RM = (RM_alignment + RM_spacing) / 2, where both are 1 for a single element, otherwise
     RM_alignment = 1 - (n_vap + n_hap) / (2n), RM_spacing = 1 - (n_spacing - 1) / (2 (n - 1)),
     where n_vap and n_hap are the numbers of distinct left and upper edges (the starts of columns and rows), and
-    n_spacing is the number of distinct distances between consecutive starts. If all elements start at one point, there
-    is no distance and RM_spacing is 1.
+    n_spacing is the number of distinct distances between consecutive starts. If all elements start at one point, no
+    distance exists and RM_spacing is 1.
 
     Args:
         boxes: n × 4, on the page.
@@ -245,7 +245,7 @@ def _on_page(element: Mapping[str, Any]) -> tuple[float, float, float, float] | 
 
 
 def _quadrant_sums(quadrants: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum `values` (P) by quadrant and divide by the largest of the four sums; all are 0 if there are no parts."""
+    """Sum `values` (P) by quadrant and divide by the largest of the four sums; all are 0 without any part."""
     sums = np.bincount(quadrants, weights=values, minlength=4)
     return sums / sums.max() if sums.max() > 0 else sums
 

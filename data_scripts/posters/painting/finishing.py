@@ -67,7 +67,7 @@ def _own_duotone(brief: PosterBrief, rng: np.random.Generator) -> tuple[str, str
 
 
 def _rules(brief: PosterBrief, elements: list[Element], rng: np.random.Generator) -> list[Element]:
-    """Draw one to three rules, or fewer if there is no room, at a distance from text, pictures and each other."""
+    """Draw one to three rules, or fewer if the room is not enough, at a distance from text, pictures and each other."""
     thickness = pick(rng, RULE_THICKNESSES)
     count = pick(rng, range(1, MOST_RULES + 1))
     taken = [_grown(element.box, CLEARANCE, CLEARANCE) for element in elements if element.kind != "shape"]

@@ -60,7 +60,7 @@ def word_mask(word: str, font: str, size: tuple[int, int]) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def line_mask(text: str, size: tuple[int, int], font_pixels: int, align: str) -> Image.Image:
-    """Draw small text in a line of `size` (width, height in px), with the baseline at 3/4 of the height: "L" image."""
+    """Draw a line of text in `size` (width, height in px), with the baseline at 3/4 of the height: an "L" image."""
     width, height = size
     mask = Image.new("L", size, 0)
     x, anchor = (0, "ls") if align == "left" else (width // 2, "ms")
@@ -74,7 +74,7 @@ def text_width(text: str, font_pixels: int) -> float:
 
 
 def flow_text(first_phrase: int, widths: tuple[int, ...], font_pixels: int) -> list[str]:
-    """Fill lines of these widths (px) with words from phrase `first_phrase` on; words longer than a line are skipped."""
+    """Fill lines of these widths (px) with words from phrase `first_phrase` on, without words longer than a line."""
     font = _font(BODY_FONT, font_pixels)
     words = [word for k in range(len(PHRASES)) for word in PHRASES[(first_phrase + k) % len(PHRASES)].split()]
     lines = []

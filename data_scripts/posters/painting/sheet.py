@@ -61,7 +61,7 @@ class Sheet:
         return fill.crop(corners) if isinstance(fill, Image.Image) else Image.new("RGB", (x1 - x0, y1 - y0), fill)
 
     def print_mask(self, mask: Image.Image, corner: Corner, color: Color, role: str) -> None:
-        """Print `color` through `mask` ("L", upper left at `corner` in px); record `role` where the mask is over 1/2."""
+        """Print `color` through `mask` ("L", upper left at `corner` in px); record `role` where it exceeds 1/2."""
         self.paper.paste(color, corner, mask)
         self.maps["color_role"].paste(self.role_ids[role], corner, mask.point(_MAJORITY))
 
