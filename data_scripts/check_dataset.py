@@ -236,7 +236,7 @@ def _shared_images(reports: Sequence[SplitReport]) -> list[str]:
                 pairs = ", ".join(f"{a} = {b}" for a, b in shared[:_DUPLICATES_SHOWN])
                 lines.append(
                     f"{len(shared):,} images are in both {one.name} and {other.name} (rows {pairs}): "
-                    f"metrics on {other.name} will look better than they are."
+                    f"metrics on {other.name} will be too optimistic."
                 )
     return lines
 

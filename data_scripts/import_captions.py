@@ -219,8 +219,8 @@ def _keyed(name: str, value: Any, caption_field: str) -> dict[str, Any]:
 def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) -> str | None:
     """Return the image's path relative to the folder, with forward slashes; it never points outside the folder.
 
-    An absolute path comes from the machine where the file was written: it becomes its longest ending that exists in
-    the folder.
+    A path that is absolute or contains `..` comes from the machine where the file was written. It is replaced by its
+    longest ending that exists in the folder.
     """
     value = _file_value(record, file_field)
     if value is None:

@@ -293,7 +293,7 @@ def _plan(
         **({"mask_column": config.mask_column} if masks else {}),
         **({"label_column": config.label_column} if label_map and config.label_column != "label" else {}),
     }
-    # The VAE counts by its fingerprint alone: renaming or moving its folder changes nothing in a shard.
+    # The VAE is identified only by its fingerprint: renaming or moving its folder changes nothing in a shard.
     decisive = {**facts, "vae": facts["vae"]["fingerprint"], "on_bad_sample": config.on_bad_sample}
     works = []
     for name, dataset in images.items():

@@ -29,10 +29,10 @@ def require_scikit_image(kinds: Sequence[str]) -> None:
     try:
         import skimage  # noqa: F401
     except ImportError:
-        missing = [kind for kind in kinds if kind in ("edges", "soft_edges")]
-        if missing:
+        affected = [kind for kind in kinds if kind in ("edges", "soft_edges")]
+        if affected:
             raise UserError(
-                f"--kind {missing[0]} needs scikit-image, which is not installed: "
+                f"--kind {affected[0]} needs scikit-image, which is not installed: "
                 f"{install_command('controls', 'scikit-image')}"
             ) from None
 

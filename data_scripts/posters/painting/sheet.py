@@ -66,13 +66,13 @@ class Sheet:
         self.maps["color_role"].paste(self.role_ids[role], corner, mask.point(_MAJORITY))
 
     def print_box(self, box: Box, color: Color, role: str) -> None:
-        """Fill `box` and clear what the maps recorded below it."""
+        """Fill `box`, record `role`, and clear what the other maps recorded there."""
         corners = self.pixel_box(box)
         self.paper.paste(color, corners)
         self.mark_box(box, text_mask=0, image_mask=0, color_role=self.role_ids[role], hierarchy=0)
 
     def print_polygon(self, points: list[Point], color: Color, role: str) -> None:
-        """Fill a polygon (u) and clear what the maps recorded below it."""
+        """Fill a polygon (u), record `role`, and clear what the other maps recorded there."""
         self._draw_polygon(self.paper, points, color)
         self.mark_polygon(points, text_mask=0, image_mask=0, color_role=self.role_ids[role], hierarchy=0)
 
