@@ -1,4 +1,5 @@
-# make quickstart [MINUTES=10] | test | lint | bench: each sets itself up first (.venv). PYTHON chooses the interpreter.
+# make quickstart [MINUTES=10] | test | lint | bench: each target first installs the project into .venv.
+# PYTHON sets the interpreter.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin

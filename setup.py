@@ -1,7 +1,7 @@
-"""What a wheel holds: the packages, and the files that they need, which lie at the top of the repository.
+"""The contents of a wheel: the packages, and the data files that they need from the top level of the repository.
 
-In an installed copy these files lie inside halftone_trainer; pipelines/tools/resources.py finds them in both places.
-Everything else about the distribution is in pyproject.toml.
+In an installed copy these files are inside halftone_trainer; pipelines/tools/resources.py finds them in both places.
+All other settings of the distribution are in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

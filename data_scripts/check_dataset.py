@@ -1,9 +1,9 @@
-"""Check every row of a dataset before training on it: broken images, empty captions, misfit labels and masks.
+"""Check every row of a dataset before training: broken images, empty captions, invalid labels, mismatched masks.
 
     python data_scripts/check_dataset.py --dataset_name DATA
 
-All problems are listed in one pass, by row; the exit status is 2 if there are any. Duplicates are reported, not held
-against the data.
+All problems are listed by row in one pass, and the exit status is 2 if there are any. Duplicate images are reported,
+but do not count as problems.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class CheckConfig(DataConfig):
     """Flags of this script."""
 
     splits: list[str] = field(default_factory=list)
-    """Splits to check; all of them if none is named"""
+    """Splits to check; an empty list checks all of them"""
     max_listed: int = 1000
-    """Problems to list; 0 lists all"""
+    """Maximum number of problems to list; 0 lists all"""
 
     def validate(self, prefix: str = "") -> None:
-        """Raises UserError for values that are impossible whatever the data."""
+        """Raise UserError for values that are invalid for every dataset."""
         super().validate(prefix)
         if self.max_listed < 0:
             raise UserError(f"max_listed is {self.max_listed}; --max_listed must be at least 0")
@@ -57,21 +57,21 @@ class CheckConfig(DataConfig):
 
 @dataclass
 class SplitReport:
-    """What one split holds."""
+    """The contents and the problems of one split."""
 
     name: str
     rows: int
     problems: list[Problem] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """(width, height) of whole pictures"""
+    """(width, height) of each readable image"""
     caption_words: list[int] = field(default_factory=list)
     captions: set[int] = field(default_factory=set)
-    """Hashes of the different captions"""
+    """Hashes of the distinct captions"""
     labels: Counter = field(default_factory=Counter)
     first_row: dict[bytes, int] = field(default_factory=dict)
-    """Digest of a picture's file → the first row that has it"""
+    """Digest of an image file → the first row that contains it"""
     duplicates: list[tuple[int, int]] = field(default_factory=list)
-    """(row, the earlier row with the same picture)"""
+    """(row, first row with the same image)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -92,29 +92,29 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"  {name} {problem}")
     if config.max_listed and len(problems) > config.max_listed:
         print(f"  and {len(problems) - config.max_listed:,} more (--max_listed 0 lists all)")
-    print("Mend or remove these rows, or train without them: --on_bad_sample skip")
+    print("Fix or remove these rows, or skip them during training with --on_bad_sample skip")
     return USER_ERROR_STATUS
 
 
 def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: LabelMap | None) -> SplitReport:
-    """Look at every row once."""
+    """Check every row of a split once and return the report."""
     captions = config.caption_column in dataset.column_names or config.caption_column != DataConfig().caption_column
     images = ImageDataset(
         dataset, config, captions=captions, labels=label_map is not None, label_map=label_map, augment=False
     )
     companions = _companions(dataset, config)
-    wanted = [*images.dataset.column_names, *companions]
-    table = undecoded_images(dataset.select_columns(wanted), config.image_column, "image_column")
+    columns = [*images.dataset.column_names, *companions]
+    table = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
     for column, flag in companions.items():
         table = undecoded_images(table, column, flag)
     report = SplitReport(name, len(dataset))
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(dataset), unit="row", desc=name) as bar:
         for rows, values in chunks(table, range(len(dataset))):
-            looks = {name: list(pool.map(verify_reason, values[name])) for name in (config.image_column, *companions)}
+            results = {name: list(pool.map(verify_reason, values[name])) for name in (config.image_column, *companions)}
             digests = list(pool.map(_digest, values[config.image_column]))
             for i, row in enumerate(rows):
                 record = {column: column_values[i] for column, column_values in values.items()}
-                _check_pictures(report, images, row, {column: found[i] for column, found in looks.items()})
+                _check_images(report, images, row, {column: checked[i] for column, checked in results.items()})
                 _check_texts(report, images, row, record)
                 _count_duplicate(report, row, digests[i])
             bar.update(len(rows))
@@ -122,17 +122,17 @@ def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: Lab
 
 
 def _companions(dataset: Dataset, config: CheckConfig) -> dict[str, str]:
-    """Columns of masks and control images, where the dataset has them, and the flags that name them."""
+    """Return the columns of masks and control images that the dataset has, each with the flag that names it."""
     controls = config.conditioning_image_column
     names = [(config.mask_column, "mask_column")]
     names += [(name, "conditioning_image_column") for name in ([controls] if isinstance(controls, str) else controls)]
-    found = {}
+    present = {}
     for name, flag in names:
         if name not in dataset.column_names and name == getattr(DataConfig(), flag):
             continue
         require_column(dataset, name, flag)
-        found[name] = flag
-    return found
+        present[name] = flag
+    return present
 
 
 def _label_map(config: CheckConfig, columns: Sequence[str]) -> LabelMap | None:
@@ -141,15 +141,15 @@ def _label_map(config: CheckConfig, columns: Sequence[str]) -> LabelMap | None:
     return load_label_map(config)
 
 
-def _check_pictures(
-    report: SplitReport, images: ImageDataset, row: int, found: dict[str, tuple[tuple[int, int] | None, str | None]]
+def _check_images(
+    report: SplitReport, images: ImageDataset, row: int, results: dict[str, tuple[tuple[int, int] | None, str | None]]
 ) -> None:
-    size, _ = found[images.config.image_column]
+    size, _ = results[images.config.image_column]
     if size is not None:
         report.sizes.append(size)
-    for column, (other, reason) in found.items():
+    for column, (other, reason) in results.items():
         if reason is None and size is not None and other != size:
-            reason = f"it is {_times(other)} pixels, its picture {_times(size)}"
+            reason = f"its size is {_times(other)}, but its image is {_times(size)}"
         if reason is not None:
             report.problems.append(Problem(row, images.where(row), column, reason))
 
@@ -174,9 +174,19 @@ def _count_duplicate(report: SplitReport, row: int, digest: bytes) -> None:
 
 
 def summary(reports: Sequence[SplitReport], config: CheckConfig, label_map: LabelMap | None) -> str:
-    """The table and what is worth knowing besides."""
+    """Return a table of the splits, followed by remarks on small, non-square and duplicate images and on classes."""
     lines: list[tuple[str, ...]] = [
-        ("split", "rows", "problems", "smallest picture", "median", "largest", "words a caption", "captions", "twice")
+        (
+            "split",
+            "rows",
+            "problems",
+            "smallest image",
+            "median",
+            "largest",
+            "words per caption",
+            "captions",
+            "duplicates",
+        )
     ]
     for report in reports:
         ordered = sorted(report.sizes, key=lambda size: size[0] * size[1])
@@ -184,26 +194,26 @@ def summary(reports: Sequence[SplitReport], config: CheckConfig, label_map: Labe
         words = report.caption_words
         span = f"{min(words)} to {max(words)}, median {int(np.median(words))}" if words else "-"
         counts = (f"{report.rows:,}", f"{len(report.problems):,}")
-        tail = (span, f"{len(report.captions):,} different" if words else "none", f"{len(report.duplicates):,}")
+        tail = (span, f"{len(report.captions):,} distinct" if words else "none", f"{len(report.duplicates):,}")
         lines.append((report.name, *counts, *sizes, *tail))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     for report in reports:
         text += _remarks(report, config, label_map)
-    return "\n".join(["", *text, *_shared_pictures(reports)])
+    return "\n".join(["", *text, *_shared_images(reports)])
 
 
 def _remarks(report: SplitReport, config: CheckConfig, label_map: LabelMap | None) -> Iterable[str]:
     small = sum(min(size) < config.resolution for size in report.sizes)
     if small:
-        yield f"{report.name}: {small:,} pictures are below {config.resolution} px (--resolution) and get enlarged."
+        yield f"{report.name}: {small:,} images are below {config.resolution} px (--resolution) and will be enlarged."
     uneven = sum(width != height for width, height in report.sizes)
     if uneven:
-        yield f"{report.name}: {uneven:,} pictures are not square; their longer side gets cut (--center_crop)."
+        yield f"{report.name}: {uneven:,} images are not square; their longer side will be cropped (--center_crop)."
     if report.duplicates:
         pairs = ", ".join(f"{row} = {first}" for row, first in report.duplicates[:_DUPLICATES_SHOWN])
         more = ", …" if len(report.duplicates) > _DUPLICATES_SHOWN else ""
-        yield f"{report.name}: {len(report.duplicates):,} pictures occur more than once: rows {pairs}{more}"
+        yield f"{report.name}: {len(report.duplicates):,} images occur more than once: rows {pairs}{more}"
     if label_map is not None:
         shown = [f"{label_map.names[label]} {count:,}" for label, count in report.labels.most_common(_CLASSES_SHOWN)]
         hidden = len(report.labels) - len(shown)
@@ -211,11 +221,11 @@ def _remarks(report: SplitReport, config: CheckConfig, label_map: LabelMap | Non
         yield (
             f"{report.name}: {len(report.labels):,} classes: {', '.join(shown)}"
             + (f" and {hidden:,} more" if hidden else "")
-            + (f"; {empty:,} of the training split's classes are not in it" if empty else "")
+            + (f"; {empty:,} classes of the training split are missing" if empty else "")
         )
 
 
-def _shared_pictures(reports: Sequence[SplitReport]) -> list[str]:
+def _shared_images(reports: Sequence[SplitReport]) -> list[str]:
     lines = []
     for i, one in enumerate(reports):
         for other in reports[i + 1 :]:
@@ -225,8 +235,8 @@ def _shared_pictures(reports: Sequence[SplitReport]) -> list[str]:
             if shared:
                 pairs = ", ".join(f"{a} = {b}" for a, b in shared[:_DUPLICATES_SHOWN])
                 lines.append(
-                    f"{len(shared):,} pictures are in {one.name} and in {other.name} (rows {pairs}): "
-                    f"figures on {other.name} flatter the model."
+                    f"{len(shared):,} images are in both {one.name} and {other.name} (rows {pairs}): "
+                    f"metrics on {other.name} will be too optimistic."
                 )
     return lines
 

@@ -1,4 +1,4 @@
-"""A dataset's folder that is whole or not there: written beside its place, and renamed when all is in it."""
+"""Write a dataset's folder completely or not at all: it is written under another name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` to write into; a killed run leaves no half dataset in `folder` itself.
+    """Yield an empty folder beside `folder` to write into: a killed run then leaves no incomplete dataset in `folder`.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); name a folder that can") from None
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield partial
     finally:
@@ -36,23 +36,32 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path, kind: str, pattern: str, overwrite: bool) -> None:
-    """Whether `folder` may be written: it is empty, or holds what `pattern` finds, and is to be set aside.
+    """Check that `folder` is missing or empty, or that it holds an earlier dataset that may be set aside.
+
+    Args:
+        folder: the folder to write.
+        kind: what the dataset is called in messages, such as "an imagefolder".
+        pattern: glob pattern of files by which an earlier dataset is recognized.
+        overwrite: whether an earlier dataset may be set aside.
 
     Raises:
-        UserError: it holds something else, or --overwrite was not given.
+        UserError: `folder` holds something else, or an earlier dataset and `overwrite` is false.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; name a folder")
+        raise UserError(f"--output_dir {folder} is a file; choose a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not any(folder.glob(pattern)):
-        raise UserError(f"--output_dir {folder} holds something that is not {kind}; name another folder")
+        raise UserError(f"--output_dir {folder} holds something that is not {kind}; choose another folder")
     if not overwrite:
-        raise UserError(f"--output_dir {folder} holds {kind}; name another folder, or set it aside: --overwrite true")
+        raise UserError(
+            f"--output_dir {folder} already holds {kind}; choose another folder, or set the existing one aside with "
+            "--overwrite true"
+        )
 
 
 def put_in_place(partial: Path, folder: Path) -> Path | None:
-    """Rename `partial` to `folder`; what was there is renamed, not deleted. Its new name, if there was anything."""
+    """Rename `partial` to `folder`. An earlier dataset there is renamed, not deleted; return its new path, or None."""
     aside, folder = None, folder.absolute()
     if folder.is_dir() and any(folder.iterdir()):
         names = (folder.with_name(f"{folder.name}_old_{number}") for number in itertools.count(1))
@@ -63,13 +72,16 @@ def put_in_place(partial: Path, folder: Path) -> Path | None:
 
 
 def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
-    """Record what the dataset was made from, and its files' sizes: written last, so its presence means completeness."""
+    """Record the settings that the dataset was made with and the sizes of its files.
+
+    The manifest must be written last, because its presence marks the dataset as complete.
+    """
     sizes = {f"data/{path.name}": path.stat().st_size for path in sorted((folder / "data").iterdir())}
     write_json(folder / MANIFEST, {"settings": settings, "files": sizes})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the dataset in `folder` was made from; None when there is no complete one of ours."""
+    """Return the settings that the dataset in `folder` was made with, or None if no complete one exists."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -78,4 +90,4 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
         return manifest["settings"] if whole else None
     except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
-        return None  # some other manifest, or a file is gone: not a dataset of ours that can be used
+        return None  # the manifest is of another kind, or a file is missing

@@ -1,10 +1,11 @@
-"""Make a dataset of images in a folder and captions in a JSON file: an imagefolder, which all scripts read.
+"""Combine a folder of images and a JSON file of captions into an imagefolder, which all scripts can read.
 
     python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
 
-The file is a list of records ({"file_name": …, "caption": …}), one record a line, a mapping from file names to captions
-or records, or COCO's ("images" and "annotations"). Several captions of one picture are kept as a list, of which
-training draws one each time. Pictures are linked where the file system can, else copied.
+The JSON file can be a list of records ({"file_name": …, "caption": …}), contain one record per line, map file names to
+captions or records, or be in COCO's format ("images" and "annotations"). Several captions of one image are kept as a
+list, and training draws one of them each time. Images are hard-linked if the file system supports it; otherwise they
+are copied.
 """
 
 from __future__ import annotations
@@ -33,47 +34,47 @@ SHOWN = 10
 
 @dataclass
 class ImportConfig(Options):
-    """Flags of this script; the first word may be the file."""
+    """Flags of this script. The metadata file may also be given as the first argument."""
 
     metadata: str = ""
-    """JSON or JSON lines file with the captions"""
+    """JSON or JSON Lines file with the captions"""
     image_dir: str = ""
-    """Folder with the pictures that the file names"""
+    """Folder with the images that the metadata file refers to"""
     output_dir: str | None = None
-    """Folder to write; unset: beside the pictures' folder, its name with _captioned"""
+    """Folder to write; by default, the path of image_dir followed by _captioned"""
     caption_field: str = "caption"
-    """Field of a record that holds the caption, or a list of them"""
+    """Field of a record that holds its caption or its list of captions"""
     file_field: str | None = None
-    """Field that holds the picture's file name; unset takes the first of the usual ones"""
+    """Field of a record that holds the name of the image file; by default, the first common name, such as file_name"""
     on_missing: Literal["error", "skip"] = "error"
-    """A picture that is not there, or a record without a caption: stop and list them, or leave them out"""
+    """What to do if an image or a caption is missing: stop and list all such records, or skip them"""
     overwrite: bool = False
-    """Set aside a dataset that is there"""
+    """Set an earlier dataset in output_dir aside (it is renamed, not deleted)"""
 
     def validate(self, prefix: str = "") -> None:
-        """Raises UserError for a missing flag."""
+        """Raise UserError if a required flag is missing."""
         super().validate(prefix)
         if not self.metadata:
             usage = command("data_scripts/import_captions.py metadata.json …")
-            raise UserError(f"no metadata file was named: {usage}")
+            raise UserError(f"no metadata file is given; run: {usage}")
         if not self.image_dir:
-            raise UserError("--image_dir is missing; it is the folder with the pictures")
+            raise UserError("--image_dir is missing; it is the folder with the images")
 
     def require_sources(self) -> None:
-        """Raises UserError for a file or folder that is not there."""
+        """Raise UserError if the metadata file or the image folder does not exist."""
         if not Path(self.metadata).expanduser().is_file():
             raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
         images = Path(self.image_dir).expanduser()
         if not images.is_dir():
-            raise UserError(f"--image_dir {self.image_dir} is no folder; check its path")
+            raise UserError(f"--image_dir {self.image_dir} is not a folder; check its path")
         if images.resolve().is_relative_to(self.target.resolve()):
-            raise UserError(f"--output_dir {self.target} holds the pictures that are imported; name another folder")
+            raise UserError(f"--output_dir {self.target} contains the images to import; choose another folder")
 
     @property
     def target(self) -> Path:
         images = Path(self.image_dir).expanduser()
         if images.name in ("", ".."):
-            images = images.resolve()  # `.` has no name to add to
+            images = images.resolve()  # `.` has no name that a suffix could be added to
         return Path(self.output_dir).expanduser() if self.output_dir else images.with_name(f"{images.name}_captioned")
 
 
@@ -86,27 +87,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     target = config.target
     check_replaceable(target, "an imagefolder", "metadata.jsonl", config.overwrite)
     captions, problems = read_captions(config)
-    pictures = _find_pictures(captions, Path(config.image_dir).expanduser(), problems)
+    images = _find_images(captions, Path(config.image_dir).expanduser(), problems)
     _report(problems, config)
-    if not pictures:
-        raise UserError(f"none of the {len(captions):,} pictures of {config.metadata} is left to import")
+    if not images:
+        raise UserError(f"none of the {len(captions):,} images in {config.metadata} can be imported; check --image_dir")
     try:
-        aside = write_imagefolder(pictures, captions, target)
+        aside = write_imagefolder(images, captions, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); choose another --output_dir") from error
     if aside:
         print(f"The earlier dataset is now in {aside}.")
-    several = sum(len(captions[name]) > 1 for name in pictures)
-    print(f"{len(pictures):,} captioned pictures ({several:,} with several captions) are in {target}")
+    several = sum(len(captions[name]) > 1 for name in images)
+    print(f"{len(images):,} captioned images ({several:,} with several captions) are in {target}")
     print(f"Train with them: --train_data_dir {target}")
     return 0
 
 
 def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]]:
-    """File name → captions, in the file's order, and what is wrong with its records.
+    """Return the captions by file name, in the file's order, and the problems of its records.
 
     Raises:
-        UserError: no JSON, or no record with a caption.
+        UserError: the file is not valid JSON, or no record has a caption.
     """
     captions: dict[str, list[str]] = {}
     problems: list[str] = []
@@ -128,19 +129,23 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
         raise UserError(
             f"{config.metadata} has no captions: no record has a field '{config.caption_field}'"
             f"{nearest(config.caption_field, fields)} (they have {', '.join(sorted(fields)) or 'no fields'}); "
-            "name the field with --caption_field, and the pictures' with --file_field"
+            "name the caption's field with --caption_field, and the image file's field with --file_field"
         )
     return captions, problems
 
 
-def write_imagefolder(pictures: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> Path | None:
-    """`target` with the pictures and metadata.jsonl, complete or not at all. Where what was there is now, if it was."""
-    # A column holds texts or lists of them, never both.
-    several = any(len(captions[name]) > 1 for name in pictures)
+def write_imagefolder(images: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> Path | None:
+    """Write the images and metadata.jsonl to `target`, completely or not at all.
+
+    Returns:
+        The new path of an earlier dataset in `target`, or None if there was none.
+    """
+    # A column of the dataset holds either texts or lists of texts, never both.
+    several = any(len(captions[name]) > 1 for name in images)
     lines = []
     with partial_folder(target) as partial:
-        for name, source in pictures.items():
-            # Names without an ending get that of the picture that was found.
+        for name, source in images.items():
+            # A name without a file extension gets that of its image file.
             stored = name if PurePosixPath(name).suffix.lower() == source.suffix.lower() else f"{name}{source.suffix}"
             place = partial / stored
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,7 @@ def write_imagefolder(pictures: Mapping[str, Path], captions: Mapping[str, list[
 
 
 def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
-    """Every record of the file, whatever its form."""
+    """Yield every record of the file, whatever its format."""
     path = Path(config.metadata).expanduser()
     content = _read(path)
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
@@ -174,7 +179,7 @@ def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
 
 
 def _is_record(content: Mapping[str, Any], config: ImportConfig) -> bool:
-    """Whether it tells one picture and its caption, rather than many by name."""
+    """Return whether the object is the record of one image, rather than a mapping from file names to captions."""
     return config.caption_field in content and _file_value(content, config.file_field) is not None
 
 
@@ -192,7 +197,7 @@ def _read(path: Path) -> Any:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError:
             raise UserError(
-                f"{path} is no JSON (line {error.lineno}: {error.msg}); mend it, or export it anew"
+                f"{path} is not valid JSON (line {error.lineno}: {error.msg}); fix it, or export it again"
             ) from None
 
 
@@ -212,9 +217,10 @@ def _keyed(name: str, value: Any, caption_field: str) -> dict[str, Any]:
 
 
 def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) -> str | None:
-    """The picture's path relative to the folder, with forward slashes; nothing above the folder.
+    """Return the image's path relative to the folder, with forward slashes; it never points outside the folder.
 
-    Of a path on the machine where the file was written, the longest end that is in the folder.
+    A path that is absolute or contains `..` comes from the machine where the file was written. It is replaced by its
+    longest ending that exists in the folder.
     """
     value = _file_value(record, file_field)
     if value is None:
@@ -228,7 +234,7 @@ def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) 
 
 
 def _file_value(record: Mapping[str, Any], file_field: str | None) -> str | None:
-    """What the record calls its picture."""
+    """Return the record's name of its image file, or None."""
     values = (record.get(field) for field in ([file_field] if file_field else FILE_FIELDS))
     return next((str(value) for value in values if isinstance(value, (str, int)) and str(value).strip()), None)
 
@@ -238,14 +244,15 @@ def _texts(value: Any) -> list[str]:
     return [" ".join(text.split()) for text in several if isinstance(text, str) and text.strip()]
 
 
-def _find_pictures(captions: dict[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
-    """Name → file, of the pictures that are there; a name without an ending takes the first that is.
+def _find_images(captions: dict[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
+    """Return the image file of each name, and add the names without one to `problems`.
 
-    Captions of a file that has two names go to the first.
+    For a name without a file extension, the common extensions are tried in order. If two names refer to one file, the
+    captions of both are collected under the first name.
     """
     known = Image.registered_extensions()
     readable = {ending for ending, kind in known.items() if kind in Image.OPEN}
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     names: dict[Path, str] = {}
     for name in list(captions):
         ending = PurePosixPath(name).suffix.lower()
@@ -253,37 +260,37 @@ def _find_pictures(captions: dict[str, list[str]], folder: Path, problems: list[
         files = [folder / f"{name}{end}" for end in endings]
         file = next((f for f in files if f.is_file() and f.suffix.lower() in readable), None)
         if file is None:
-            there = "is no picture" if files[0].is_file() else f"the picture is not in {folder}"
-            problems.append(f"{name}: {there}")
+            problem = "is not an image" if files[0].is_file() else f"the image is not in {folder}"
+            problems.append(f"{name}: {problem}")
             continue
         first = names.setdefault(file.resolve(), name)
         if first == name:
-            found[name] = file
+            images[name] = file
         else:
             captions[first].extend(text for text in captions[name] if text not in captions[first])
-    return found
+    return images
 
 
 def _link_or_copy(source: Path, place: Path) -> None:
     try:
         os.link(source.resolve(), place)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one that does not support hard links
         shutil.copyfile(source, place)
 
 
 def _report(problems: Sequence[str], config: ImportConfig) -> None:
-    """Raises UserError when there are problems that are not to be skipped; says how many are."""
+    """Raise UserError if there are problems, or print their number if they are to be skipped."""
     if not problems:
         return
     if config.on_missing == "skip":
-        print(f"{len(problems):,} records are left out, the first: {problems[0]}")
+        print(f"{len(problems):,} records are skipped; the first is {problems[0]}")
         return
     shown = [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         shown.append(f"  and {len(problems) - SHOWN:,} more")
     raise UserError(
         "\n".join(
-            [f"{len(problems):,} records cannot be used:", *shown, "mend them, or leave them out: --on_missing skip"]
+            [f"{len(problems):,} records cannot be used:", *shown, "fix them, or skip them with --on_missing skip"]
         )
     )
 

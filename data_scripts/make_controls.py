@@ -1,11 +1,12 @@
 """Make control images for a ControlNet from the images of a dataset: edges, palettes, or layouts.
 
-    python data_scripts/make_controls.py --train_data_dir my_pictures --kind edges --output_dir data/my_edges
+    python data_scripts/make_controls.py --train_data_dir my_images --kind edges --output_dir data/my_edges
     python data_scripts/make_controls.py --dataset_name data/a --kind '[soft_edges, palette]' --output_dir data/both
     python data_scripts/make_controls.py --dataset_name data/a --kind layout --encoder runs/encoder --output_dir data/b
 
-The new dataset has all splits and columns of the old one, and control images of its pictures' own sizes: column
-`conditioning_image`, or with several kinds a column each, named after it; a layout is two: `text_mask`, `image_mask`.
+The new dataset has all splits and columns of the original one, plus control images of the same sizes as its images. A
+single kind of control is stored in the column `conditioning_image`; of several kinds, each is stored in a column named
+after it. A layout is stored in two columns, `text_mask` and `image_mask`.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT_VERSION = 1
-"""Raised whenever the same pictures and options would give other controls."""
+"""Increased whenever the same images and options would give different controls."""
 
-SHEET_PICTURES = 24
+SHEET_IMAGES = 24
 
 
 @dataclass
@@ -47,93 +48,92 @@ class MakeControlsConfig(Options):
     """Flags of this script."""
 
     dataset_name: str | None = None
-    """Pictures: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
+    """Dataset: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = None
-    """Configuration of the dataset, for those that have several"""
+    """Configuration of the dataset, if it has several"""
     train_data_dir: str | None = None
-    """Folder of pictures, instead of dataset_name"""
+    """Folder of images; use it instead of dataset_name"""
     image_column: str = "image"
-    """Column with the pictures"""
+    """Column with the images"""
     output_dir: str = ""
-    """Folder to make; it must not exist yet, or be empty"""
+    """Folder to write; it must be empty or not exist yet"""
     kind: list[str] | str = field(default_factory=list)
-    """What to draw: edges, soft_edges, palette or layout; a list gives a column each"""
+    """Kind of control: edges, soft_edges, palette or layout, or a list of kinds"""
     columns: list[str] = field(default_factory=list)
-    """Names of the new columns, one for each, where the usual ones will not do"""
+    """Names of all new columns, to replace the default names"""
     sigma: float = option(0.7, at_least=0)
-    """Edges of both kinds: blur before they are looked for, in pixels; more leaves less detail"""
+    """edges, soft_edges: standard deviation of the blur before edge detection, in pixels; more leaves fewer details"""
     low_threshold: float = 0.03
-    """Edges: weaker ones are left out; a share of the step from none to all of a colour"""
+    """edges: minimum gradient of an edge, as a fraction of a step over the full range of a colour channel"""
     high_threshold: float = 0.1
-    """Edges: from this share on they are strong; weak ones are kept where they touch a strong one"""
+    """edges: minimum gradient of a strong edge; weaker edges are kept only if they touch a strong one"""
     colors: int = 6
-    """Palette: colours in a picture, at most"""
+    """palette: maximum number of colours in an image"""
     cells: int = 8
-    """Palette: cells along the shorter side"""
+    """palette: number of cells along the shorter side"""
     encoder: str | None = None
-    """Layout: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
+    """layout: encoder to use: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one, otherwise the CPU"""
     num_workers: int = 0
-    """Threads that read and draw; 0 is one per CPU core"""
+    """Number of threads that read and draw images; 0 uses one per CPU core"""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A broken picture: stop and name its row, or leave the row out"""
+    """What to do with a broken image: stop and name its row, or skip the row"""
     overwrite: bool = False
-    """Set earlier controls in output_dir aside (renamed, not deleted) and make these"""
+    """Set earlier controls in output_dir aside (they are renamed, not deleted) and make new ones"""
 
     @property
     def kinds(self) -> list[str]:
         return [self.kind] if isinstance(self.kind, str) else list(self.kind)
 
     def validate(self, prefix: str = "") -> None:
-        """Raises UserError for what is impossible whatever the data."""
+        """Raise UserError for values that are invalid for every dataset."""
         super().validate(prefix)
         if not self.output_dir:
-            raise UserError("--output_dir is missing: the folder to make")
+            raise UserError("--output_dir is missing; it is the folder to write")
         if not self.kinds:
-            raise UserError(f"--kind is missing: one or more of {', '.join(KINDS)}")
+            raise UserError(f"--kind is missing; give one or more of {', '.join(KINDS)}")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise UserError(f"--kind {kind} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}")
         if len(set(self.kinds)) < len(self.kinds):
-            raise UserError(f"--kind names one twice: {', '.join(self.kinds)}")
+            raise UserError(f"--kind lists a kind twice ({', '.join(self.kinds)}); list each kind once")
         if ("layout" in self.kinds) != bool(self.encoder):
-            fault = (
-                "is read by a layout encoder" if not self.encoder else f"is not asked for, but --encoder {self.encoder}"
-            )
-            raise UserError(f"a layout {fault}; --kind layout and --encoder RUN (of train_encoder.py) go together")
-        usual = self.usual_columns
-        if self.columns and (len(self.columns) != len(usual) or len(set(self.columns)) < len(usual)):
             raise UserError(
-                f"--columns {self.columns}: give {len(usual)} different names, in place of {', '.join(usual)}"
+                f"--encoder is {self.encoder}, but --kind has no layout; add layout to --kind, or leave out --encoder"
+                if self.encoder
+                else "--kind layout needs a layout encoder; name one with --encoder RUN (a run of train_encoder.py)"
             )
+        default = self.default_columns
+        if self.columns and (len(self.columns) != len(default) or len(set(self.columns)) < len(default)):
+            raise UserError(f"--columns is {self.columns}; give one distinct name for each of: {', '.join(default)}")
         if not 0 <= self.low_threshold <= self.high_threshold <= 1:
             raise UserError(
-                f"--low_threshold {self.low_threshold} and --high_threshold {self.high_threshold}: both are shares in "
-                "[0, 1], the low one not above the high one"
+                f"--low_threshold is {self.low_threshold} and --high_threshold is {self.high_threshold}; both must be "
+                "in [0, 1], and the low one must not exceed the high one"
             )
         for name, least, most in (("colors", 1, 256), ("cells", 1, 4096), ("num_workers", 0, 1024)):
             if not least <= getattr(self, name) <= most:
-                raise UserError(f"--{name} is {getattr(self, name)}; give {least} to {most}")
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be between {least} and {most}")
 
     @property
-    def usual_columns(self) -> list[str]:
+    def default_columns(self) -> list[str]:
         if len(self.kinds) == 1 and self.kinds != ["layout"]:
             return ["conditioning_image"]
         return [name for kind in self.kinds for name in (LAYOUT_MASKS if kind == "layout" else (kind,))]
 
     @property
     def new_columns(self) -> list[str]:
-        return self.columns or self.usual_columns
+        return self.columns or self.default_columns
 
     @property
     def source(self) -> str:
-        """The dataset's name, for people: of a local one without the folders above it."""
+        """Name of the dataset for messages and the card; for a local dataset, without its parent folders."""
         name = self.dataset_name or self.train_data_dir or ""
         return Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name
 
     def settings(self) -> dict[str, Any]:
-        """What the controls were made with."""
+        """Return the settings that the controls are made with."""
         of_kind = {
             "edges": ("sigma", "low_threshold", "high_threshold"),
             "soft_edges": ("sigma",),
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     splits = _open(config)
     draw = drawer(config)
     started = time.perf_counter()
-    # An encoder takes all cores for one picture.
+    # A layout encoder uses all cores for one image already.
     workers = config.num_workers or (1 if config.encoder else os.cpu_count() or 1)
     skip = config.on_bad_sample == "skip"
     with partial_folder(folder) as partial, ThreadPoolExecutor(workers) as pool:
@@ -171,32 +171,32 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"The earlier controls are now in {aside}.")
     skipped = sum(map(len, splits.values())) - sum(counts.values())
     if skipped:
-        print(f"{skipped:,} rows with broken pictures were left out.")
+        print(f"{skipped:,} rows with broken images were skipped.")
     _report(config, counts, time.perf_counter() - started)
     return 0
 
 
 def _check_folder(folder: Path, config: MakeControlsConfig) -> None:
-    """Raises UserError where `folder` holds something, unless it may be set aside."""
+    """Raise UserError if `folder` holds something that may not be set aside."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; name a folder")
+        raise UserError(f"--output_dir {folder} is a file; choose a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     settings = read_settings(folder) or {}
     if settings.get("made_by") != "make_controls.py":
-        raise UserError(f"--output_dir {folder} is not empty and holds no complete controls; name another folder")
+        raise UserError(f"--output_dir {folder} is not empty and holds no complete controls; choose another folder")
     if not config.overwrite:
         raise UserError(
-            f"--output_dir {folder} holds controls already ({', '.join(settings['kinds'])} of {settings['source']}); "
-            "name another folder, or add --overwrite to set them aside"
+            f"--output_dir {folder} already holds controls ({', '.join(settings['kinds'])} of {settings['source']}); "
+            "choose another folder, or add --overwrite to set them aside"
         )
 
 
 def _open(config: MakeControlsConfig) -> DatasetDict:
-    """All splits, their pictures undecoded.
+    """Open all splits without decoding their images.
 
     Raises:
-        UserError: no such data, no pictures in it, or columns of the new names.
+        UserError: the dataset does not exist, has no images, or already has a column with one of the new names.
     """
     import datasets
 
@@ -209,56 +209,56 @@ def _open(config: MakeControlsConfig) -> DatasetDict:
     data.validate()
     splits = {name: split for name, split in load_all_splits(data).items() if len(split)}
     if not splits:
-        raise UserError(f"{config.source} has no rows; give it some pictures")
+        raise UserError(f"{config.source} has no rows; name a dataset with images")
     for name, split in splits.items():
         require_column(split, config.image_column, "image_column")
         for column in config.new_columns:
             if column in split.column_names:
                 raise UserError(
-                    f"the dataset has a column '{column}' already; name the new ones otherwise: --columns '[...]', in "
-                    f"place of {', '.join(config.usual_columns)}"
+                    f"the dataset already has a column '{column}'; give other names with --columns '[...]' in place of "
+                    f"{', '.join(config.default_columns)}"
                 )
         splits[name] = undecoded_images(split, config.image_column, "image_column")
     return datasets.DatasetDict(splits)
 
 
 def drawer(config: MakeControlsConfig) -> Draw:
-    """What draws all the controls of a picture.
+    """Return the function that draws all controls of an image.
 
     Raises:
-        UserError: an encoder that is none.
+        UserError: `config.encoder` has no layout encoder.
     """
     draws: dict[str, Draw] = {
-        "edges": lambda p: [control_kinds.edges(p, config.sigma, config.low_threshold, config.high_threshold)],
-        "soft_edges": lambda p: [control_kinds.soft_edges(p, config.sigma)],
-        "palette": lambda p: [control_kinds.palette(p, config.colors, config.cells)],
+        "edges": lambda image: [control_kinds.edges(image, config.sigma, config.low_threshold, config.high_threshold)],
+        "soft_edges": lambda image: [control_kinds.soft_edges(image, config.sigma)],
+        "palette": lambda image: [control_kinds.palette(image, config.colors, config.cells)],
     }
     if config.encoder:
         draws["layout"] = functools.partial(control_kinds.layout_masks, _reader(config.encoder, config.device))
-    return lambda picture: [control for kind in config.kinds for control in draws[kind](picture)]
+    return lambda image: [control for kind in config.kinds for control in draws[kind](image)]
 
 
 def _reader(path: str, device: str | None) -> Any:
-    """The LayoutAnalysisPipeline at `path`, on its device."""
+    """Load the LayoutAnalysisPipeline at `path` onto its device."""
     from pipelines.tools.loading import load_on_device
 
     pipeline = load_on_device(path, device)
     if getattr(pipeline, "encoder", None) is None:
         raise UserError(
-            f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; name a run that has one"
+            f"--encoder {path} is a {type(pipeline).__name__} without a layout encoder; choose a run that has one"
         )
     return pipeline
 
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:
-    """Some pictures, evenly spaced over the split, each beside its controls."""
-    pictures = ((picture, draw(picture)) for picture in _whole(split, config.image_column))
-    shown = [row for row, _ in zip(pictures, range(SHEET_PICTURES))]
+    """Draw some images, evenly spaced over the split, each beside its controls."""
+    images = ((image, draw(image)) for image in _readable_images(split, config.image_column))
+    shown = [row for row, _ in zip(images, range(SHEET_IMAGES))]
     return sheet_of(shown, config.source, config.new_columns)
 
 
-def _whole(split: Dataset, column: str) -> Iterator[Image]:
-    for row in evenly_spaced(len(split), SHEET_PICTURES):
+def _readable_images(split: Dataset, column: str) -> Iterator[Image]:
+    for row in evenly_spaced(len(split), SHEET_IMAGES):
         try:
             yield load_rgb(split[row][column])
         except BrokenImage:
@@ -266,7 +266,7 @@ def _whole(split: Dataset, column: str) -> Iterator[Image]:
 
 
 def _meanings(config: MakeControlsConfig) -> dict[str, str]:
-    """What each new column shows."""
+    """Return a description of each new column."""
     kinds = [kind for kind in config.kinds for _ in (LAYOUT_MASKS if kind == "layout" else (kind,))]
     return {name: KINDS[kind] for name, kind in zip(config.new_columns, kinds, strict=True)}
 
@@ -275,15 +275,15 @@ def _report(config: MakeControlsConfig, counts: dict[str, int], seconds: float) 
     names = config.new_columns
     flag = names[0] if len(names) == 1 else f"'[{','.join(names)}]'"
     splits = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"Wrote {config.output_dir}: {splits} ({sum(counts.values()) / seconds:.0f} pictures/s).")
+    print(f"Wrote {config.output_dir}: {splits} ({sum(counts.values()) / seconds:.0f} images/s).")
     print(f"Look at them: {Path(config.output_dir) / 'contact_sheet.png'}")
-    print("Next, train on them, with the model to steer and its resolution:")
+    print("Next, train a ControlNet on them (RUN is the base model; add its --resolution):")
     words = f"--conditioning_image_column {flag} --output_dir runs/controlnet_{'_'.join(config.kinds)}"
     script = "training/train_controlnet.py"
     print("  " + command(f"{script} --base_model RUN --dataset_name {config.output_dir} {words}"))
     if len(names) > 1 and config.kinds != ["layout"]:
-        print("  (a list of columns gives a grey channel each; a single one, such as "
-              f"{names[-1]}, is taken in colour)")  # fmt: skip
+        print("  (each column of a list becomes one grey channel; a single column, such as "
+              f"{names[-1]}, keeps its colours)")  # fmt: skip
 
 
 if __name__ == "__main__":

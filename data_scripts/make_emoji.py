@@ -1,4 +1,4 @@
-"""Make a dataset of emoji from the colour emoji font of this machine: image, caption (Unicode names), class.
+"""Make a dataset of emoji with this machine's colour emoji font: images, captions (Unicode names) and classes.
 
     python data_scripts/make_emoji.py --output_dir data/emoji_64 --resolution 64
 
@@ -37,7 +37,8 @@ FONT_FOLDERS = (
     "C:/Windows/Fonts",
 )
 FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf", "Twemoji*.ttf", "TwitterColorEmoji*.ttf")
-# Bitmap fonts open at the one size they have: Noto's 109, Apple's 160. Outline fonts open at the first.
+# A bitmap font opens only at the size that it has (Noto: 109, Apple: 160). An outline font opens at any
+# size, so the first one is used.
 FONT_SIZES = (109, 160, 136, 128, 96, 64)
 CAPTION = "an emoji of {}"
 SHEET_COLUMNS, SHEET_CELL, SHEET_LABEL_WIDTH = 12, 64, 150
@@ -52,13 +53,13 @@ _SKIN_TONES = {
     0x1F3FF: "dark skin tone",
 }
 _GENDERS = {0x2640: "woman", 0x2642: "man"}
-# Where OpenType fonts keep colour: bitmaps (Google, Apple), layers, drawings.
+# Tables in which OpenType fonts store colour glyphs: bitmaps (Google, Apple), layers, drawings.
 _COLOR_TABLES = {"CBDT", "sbix", "COLR", "SVG "}
-# What a sequence is of: people, faces, flags and hearts come first, signs last.
+# Code points that can begin a sequence in reading order: people, faces, flags and hearts; signs follow them.
 _FIRST_IN_SEQUENCE = {0x1F468, 0x1F469, 0x1F9D1, 0x1F3F3, _BLACK_FLAG, 0x2764, *range(0x1F600, 0x1F650)}
 _FIRST_PICTOGRAPH = 0x1F300
 _REGIONAL_A, _REGIONAL_Z = 0x1F1E6, 0x1F1FF
-# Unicode's blocks that hold emoji: (first, last, name).
+# Unicode blocks that contain emoji: (first, last, name).
 _BLOCKS = (
     (0x0000, 0x00FF, "latin signs"),
     (0x2000, 0x218F, "punctuation and letterlike symbols"),
@@ -89,21 +90,21 @@ class MakeEmojiConfig(Options):
     output_dir: str = "data/emoji_64"
     """Folder to write the dataset to"""
     font: str | None = None
-    """Colour emoji font (.ttf, .ttc); unset looks where systems keep theirs"""
+    """Colour emoji font (.ttf, .ttc); by default, the first one in the system's font folders"""
     resolution: int = option(64, at_least=8, at_most=512)
-    """Pixels of a side; Noto's pictures are 128 pixels high"""
+    """Width and height in pixels; the glyphs of Noto are 128 pixels high"""
     sequences: Literal["all", "none"] = "all"
-    """all: also emoji of several code points (skin tones, flags, people at work); none: single ones"""
+    """all: include emoji of several code points (skin tones, flags, people at work); none: single code points only"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
-    """Share of the emoji held out, together with their skin tones and variants"""
+    """Fraction of the emoji held out for validation, each together with its skin tones and variants"""
     seed: int = 0
-    """Decides which emoji are held out"""
+    """Random seed that decides which emoji are held out"""
     overwrite: bool = False
-    """Set aside a dataset that is there"""
+    """Set an earlier dataset in output_dir aside (it is renamed, not deleted)"""
 
 
 class Emoji(NamedTuple):
-    """One emoji before it is drawn."""
+    """An emoji that has not been drawn yet."""
 
     text: str
     caption: str
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             drawn.append((emoji, image))
     drawn = without_mirrored_order(drawn)
     if not drawn:
-        raise UserError(f"{path} draws no emoji; name a colour emoji font with --font FILE")
+        raise UserError(f"{path} has no emoji that can be drawn; choose a colour emoji font with --font FILE")
     splits = split_by_base(drawn, config.validation_fraction, config.seed)
     aside = _write(splits, contact_sheet(drawn), folder)
     if aside:
@@ -143,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def find_font(given: str | None) -> Path:
-    """The font to draw with.
+    """Return the path of the font to draw with.
 
     Raises:
-        UserError: the one given is not there, or this machine has none.
+        UserError: the given font does not exist, or this machine has no colour emoji font.
     """
     if given is not None:
         path = Path(given).expanduser()
@@ -155,9 +156,9 @@ def find_font(given: str | None) -> Path:
         return path
     for folder in FONT_FOLDERS:
         for pattern in FONT_FILES:
-            found = sorted(Path(folder).expanduser().rglob(pattern))
-            if found:
-                return found[0]
+            fonts = sorted(Path(folder).expanduser().rglob(pattern))
+            if fonts:
+                return fonts[0]
     raise UserError(
         "this machine has no colour emoji font; install one (Debian and Ubuntu: apt-get install "
         "fonts-noto-color-emoji, Fedora: dnf install google-noto-color-emoji-fonts), or name a file: "
@@ -166,10 +167,10 @@ def find_font(given: str | None) -> Path:
 
 
 def open_font(path: Path) -> ImageFont.FreeTypeFont:
-    """The font at a size it has.
+    """Open the font at a size that it has.
 
     Raises:
-        UserError: no font that Pillow can read.
+        UserError: Pillow cannot read the font.
     """
     for size in FONT_SIZES:
         try:
@@ -180,10 +181,10 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def named_emoji(path: Path, *, sequences: bool) -> Iterator[Emoji]:
-    """The emoji that a font has and Unicode names, in the order of their code points."""
+    """Yield the emoji that are in the font and have a Unicode name, in the order of their code points."""
     codepoints, ligatures = _contents(path)
     texts: list[tuple[int, ...]] = [(codepoint,) for codepoint in codepoints]
-    if sequences and features.check("raqm"):  # without it Pillow draws the parts of a sequence side by side
+    if sequences and features.check("raqm"):  # without raqm, Pillow draws the parts of a sequence side by side
         texts += ligatures
     for text in sorted(set(texts)):
         name = name_of(text)
@@ -192,9 +193,10 @@ def named_emoji(path: Path, *, sequences: bool) -> Iterator[Emoji]:
 
 
 def name_of(codepoints: Sequence[int]) -> str | None:
-    """An emoji in words, from Unicode's names of its parts; None if this Python knows no name for one of them.
+    """Return the name of an emoji, built from the Unicode names of its parts.
 
-    "runner, woman, light skin tone", "flag of d e", "keycap digit one".
+    Return None if this version of Python has no name for one of the parts. Examples: "runner, woman, light skin tone",
+    "flag of d e" and "keycap digit one".
     """
     if all(_REGIONAL_A <= c <= _REGIONAL_Z for c in codepoints):
         letters = " ".join(chr(c - _REGIONAL_A + ord("a")) for c in codepoints)
@@ -220,7 +222,7 @@ def name_of(codepoints: Sequence[int]) -> str | None:
 
 
 def label_of(codepoints: Sequence[int]) -> str:
-    """The class: flags, keycaps, or the Unicode block of the first code point."""
+    """Return the class of an emoji: flags, keycaps, or the Unicode block of its first code point."""
     if len(codepoints) > 1 and (_REGIONAL_A <= codepoints[0] <= _REGIONAL_Z or codepoints[-1] == _CANCEL_TAG):
         return "flags"
     if len(codepoints) > 1 and codepoints[-1] == _KEYCAP:
@@ -229,7 +231,10 @@ def label_of(codepoints: Sequence[int]) -> str:
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int) -> Image.Image | None:
-    """The emoji on white, R × R pixels RGB; None if the font has no glyph for it, or draws its parts side by side."""
+    """Draw the emoji on white, as an RGB image of `resolution` pixels along each side.
+
+    Return None if the font has no glyph for the emoji or would draw its parts side by side.
+    """
     left, top, right, bottom = (round(side) for side in font.getbbox(text))
     width, height = right - left, bottom - top
     one_glyph = font.getlength("\U0001f600")
@@ -247,7 +252,10 @@ def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int) -> Image.Imag
 
 
 def without_mirrored_order(drawn: Sequence[tuple[Emoji, Image.Image]]) -> list[tuple[Emoji, Image.Image]]:
-    """Each picture once: fonts list sequences in right-to-left order as well ("woman, runner" for "runner, woman")."""
+    """Keep each image once.
+
+    Fonts list sequences in right-to-left order as well ("woman, runner" for "runner, woman").
+    """
     kept: dict[tuple[str, bytes], tuple[Emoji, Image.Image]] = {}
     for emoji, image in drawn:
         twin = ("".join(sorted(emoji.text)), image.tobytes())
@@ -265,7 +273,10 @@ def _reading_order(emoji: Emoji) -> tuple[int, str]:
 def split_by_base(
     drawn: Sequence[tuple[Emoji, Image.Image]], validation_fraction: float, seed: int
 ) -> dict[str, list[tuple[Emoji, Image.Image]]]:
-    """Train and validation, an emoji's variants all on one side: a skin tone away from training is not held out."""
+    """Split into train and validation, with all variants of an emoji in one split.
+
+    An emoji that differs only in skin tone from one in training would not be a fair test.
+    """
     bases = sorted({emoji.text[0] for emoji, _ in drawn})
     random.Random(mix(seed, "emoji")).shuffle(bases)
     held_out = set(bases[: round(len(bases) * validation_fraction)])
@@ -277,7 +288,7 @@ def split_by_base(
 
 
 def contact_sheet(drawn: Sequence[tuple[Emoji, Image.Image]]) -> Image.Image:
-    """A row of pictures for each class, most frequent first, with its name and number."""
+    """Draw a row of images for each class, with its name and number of emoji; the most frequent class comes first."""
     counts = Counter(emoji.label for emoji, _ in drawn)
     width = SHEET_LABEL_WIDTH + SHEET_COLUMNS * SHEET_CELL
     sheet = Image.new("RGB", (width, len(counts) * SHEET_CELL), "white")
@@ -287,13 +298,13 @@ def contact_sheet(drawn: Sequence[tuple[Emoji, Image.Image]]) -> Image.Image:
         members = [image for emoji, image in drawn if emoji.label == label]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
         for column, image in enumerate(chosen):
-            picture = image.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (SHEET_LABEL_WIDTH + column * SHEET_CELL + 2, row * SHEET_CELL + 2))
+            small = image.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.LANCZOS)
+            sheet.paste(small, (SHEET_LABEL_WIDTH + column * SHEET_CELL + 2, row * SHEET_CELL + 2))
     return sheet
 
 
 def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
-    """(code points, sequences of code points with a glyph of their own) of a font."""
+    """Return the code points of a font, and the sequences of code points that have a glyph of their own."""
     from fontTools.ttLib import TTFont, TTLibError
 
     try:
@@ -302,7 +313,7 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
     except (TTLibError, OSError) as error:
         raise UserError(f"'{path}' cannot be read as a font ({error}); name a .ttf or .ttc file with --font") from error
     if not _COLOR_TABLES & set(font.keys()):
-        raise UserError(f"'{path}' is a font without colour; name a colour emoji font with --font")
+        raise UserError(f"'{path}' is a font without colour; choose a colour emoji font with --font")
     by_glyph = {glyph: codepoint for codepoint, glyph in codepoints.items()}
     ligatures = []
     lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []
@@ -316,7 +327,11 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
 
 
 def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> Path | None:
-    """The tables appear all at once, when everything is written. Where an earlier dataset is now, if there was one."""
+    """Write the dataset completely or not at all.
+
+    Returns:
+        The new path of an earlier dataset in `folder`, or None if there was none.
+    """
     labels = sorted({emoji.label for rows in splits.values() for emoji, _ in rows})
     try:
         with partial_folder(folder) as partial:

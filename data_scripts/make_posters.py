@@ -2,8 +2,8 @@
 
     python data_scripts/make_posters.py --output_dir data/posters_64 --num_posters 2000 --resolution 64
 
-Poster number i is a function of the seed, i and the options alone: the same command gives the same bytes, whatever the
-number of processes. The folder loads with `datasets.load_dataset("data/posters_64")`.
+A poster depends only on the seed, its number and the options, so the same command gives the same bytes with any number
+of processes. The folder loads with `datasets.load_dataset("data/posters_64")`.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from training.core.options import Options, option
 from training.core.parsing import parse_config
 
 FORMAT_VERSION = 3
-"""Raised whenever the same options would give other rows."""
+"""Increased whenever the same options would give different rows."""
 
 CONTACT_SHEET_POSTERS = 18
 HELD_OUT_MINIMUM = 64
-"""At least so many posters in validation and in test, from 1,000 posters on: fewer make a measurement mean little."""
+"""Minimum number of posters in validation and in test for 1,000 posters or more; metrics on fewer are too noisy."""
 
 
 @dataclass
 class MakePostersConfig(Options):
     output_dir: str = "data/posters_64"
-    """Folder to make; it must not exist yet, or be empty."""
+    """Folder to write; it must be empty or not exist yet"""
     num_posters: int = option(2000, at_least=1)
-    """How many posters, over all splits."""
+    """Number of posters in all splits together"""
     resolution: Literal[64, 128, 256] = 64
-    """Pixels along each side."""
+    """Width and height in pixels"""
     complexity: Literal["plain", "standard", "rich"] = "plain"
-    """plain: flat shapes on a grid in palette colours; standard: with gradients, overlaps, rules, pictures in the
-    poster's own colours and the marks of print and scan; rich: with turned text, photographs and JPEG noise besides."""
+    """plain: flat shapes on a grid in palette colours; standard: also gradients, overlaps, rules, pictures in the
+    poster's own colours and traces of printing and scanning; rich: also rotated text, photographs and JPEG noise"""
     seed: int = option(0, at_least=0)
-    """Another seed gives other posters."""
+    """Random seed; another seed gives other posters"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
-    """Share of the posters held out for validation."""
+    """Fraction of the posters held out for validation"""
     test_fraction: float = option(0.05, at_least=0, below=1)
-    """Share of the posters held out for the test split."""
+    """Fraction of the posters held out for the test split"""
     num_workers: int = option(0, at_least=0)
-    """Processes that draw; 0 is one per CPU core. The posters are the same whatever the number."""
+    """Number of processes that draw; 0 uses one per CPU core. It does not change the posters"""
     overwrite: bool = False
-    """Set an earlier poster dataset in output_dir aside (renamed, not deleted) and make this one."""
+    """Set an earlier poster dataset in output_dir aside (it is renamed, not deleted) and make a new one"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -71,7 +71,7 @@ class MakePostersConfig(Options):
         return {"train": self.num_posters - sum(held_out.values()), **held_out}
 
     def settings(self) -> dict[str, Any]:
-        """What the bytes of the dataset depend on."""
+        """Return the settings that determine the bytes of the dataset."""
         names = ("num_posters", "resolution", "complexity", "seed", "validation_fraction", "test_fraction")
         return {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in names}}
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 0
     workers = min(config.num_workers or os.cpu_count() or 1, config.num_posters)
     kind = f"{config.complexity} posters at {config.resolution} px"
-    print(f"Drawing {config.num_posters:,} {kind} with {workers} process(es); a few thousand take under a minute.")
+    print(f"Drawing {config.num_posters:,} {kind} with {workers} process(es); a few thousand take less than a minute.")
     started = time.perf_counter()
     with partial_folder(folder) as partial:
         parts = split_indices(config.num_posters, config.split_sizes(), config.seed)
@@ -102,27 +102,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def _already_made(folder: Path, config: MakePostersConfig) -> bool:
-    """Whether `folder` is this very dataset, complete.
+    """Return whether `folder` already holds exactly this dataset, complete.
 
     Raises:
-        UserError: it holds something else, and --overwrite was not given or would set aside what is no poster dataset.
+        UserError: `folder` holds posters with other settings and --overwrite was not given, or it holds something that
+            is not a poster dataset.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; name a folder")
+        raise UserError(f"--output_dir {folder} is a file; choose a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     settings = read_settings(folder)
     if settings is None:
-        raise UserError(f"--output_dir {folder} is not empty and holds no complete poster dataset; name another folder")
+        raise UserError(
+            f"--output_dir {folder} is not empty and holds no complete poster dataset; choose another folder"
+        )
     if config.overwrite:
         return False
     if settings == config.settings():
         return True
     different = [name for name, value in config.settings().items() if settings.get(name) != value]
     raise UserError(
-        f"--output_dir {folder} holds other posters (different: "
-        + ", ".join(f"{name} {settings.get(name)} there, {config.settings()[name]} asked" for name in different)
-        + "); name another folder, or add --overwrite to set them aside"
+        f"--output_dir {folder} holds posters with other settings ("
+        + ", ".join(f"{name} is {settings.get(name)} there, {config.settings()[name]} here" for name in different)
+        + "); choose another folder, or add --overwrite to set them aside"
     )
 
 

@@ -1,12 +1,13 @@
-"""Encode the images of a dataset once, so that training needs neither them nor the VAE: moments of each one's latents.
+"""Encode the images of a dataset once, so that training needs neither the images nor the VAE.
 
     accelerate launch data_scripts/precompute_latents.py --vae VAE --dataset_name DATA --output_dir data/DATA_latents
 
-Several processes share the shards out among themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py
-...) and never wait for each other. Interrupted or killed, the same command goes on at the last complete shard.
-
-N rows, R resolution, B batch, V variants, C h w latents (see training/data/latent_cache/format.py).
+The cache holds the mean and the log-variance of the latents of each image. Several processes divide the shards among
+themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py ...) and never wait for each other. After an
+interruption, run the same command again to resume after the last complete shard.
 """
+
+# B batch, R resolution, V variants (as is, mirrored), C h w latents (see training/data/latent_cache/format.py).
 
 from __future__ import annotations
 
@@ -74,78 +75,78 @@ class PrecomputeConfig(DataConfig):
     vae: str = ""
     """VAE to encode with: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
     output_dir: str = ""
-    """Folder of the cache"""
+    """Folder to write the cache to"""
     splits: list[str] = field(default_factory=lambda: ["train", "validation"])
     """Splits to encode"""
     seed: int = 0
-    """Of the rows held out when there is no validation split, and of max_train_samples"""
+    """Random seed that selects the held-out rows (without a validation split) and those of max_train_samples"""
     labels: Literal["auto", "yes", "no"] = "auto"
-    """Cache label_column: auto does if it is there and has at least two rows per class"""
+    """Cache label_column; auto caches it if it exists and has at least two rows per class"""
     masks: Literal["auto", "yes", "no"] = "auto"
-    """Cache mask_column, at the pictures' resolution: auto does if it is there and holds class ids, not colours"""
+    """Cache mask_column at the images' resolution; auto caches it if it exists and holds class ids, not colours"""
     encode_batch_size: int = option(16, at_least=1)
-    """Pictures encoded at once"""
+    """Number of images encoded at once"""
     shard_rows: int = option(512, at_least=1)
-    """Pictures in a shard; an interruption loses at most the one being made"""
+    """Number of images per shard; an interruption loses at most the shard in progress"""
     storage_dtype: Literal["float32", "float16"] = "float32"
-    """float32 equals encoding on the fly; float16 halves the size and rounds latents to 3 digits"""
+    """float32 gives the same latents as encoding during training; float16 halves the size and rounds to 3 digits"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the VAE; one that overflows in half precision (force_upcast) runs in float32 all the same"""
+    """Precision of the VAE; a VAE that overflows in half precision (force_upcast) runs in float32 anyway"""
     dataloader_num_workers: int = 0
-    """Processes that decode pictures"""
+    """Number of processes that decode images"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
-    """Threads on a CPU; 0 shares the cores among the processes of this machine"""
+    """Number of CPU threads; 0 divides the cores among the processes on this machine"""
     overwrite: bool = False
-    """Replace a cache that was made from something else"""
+    """Replace a cache that was made with other data or settings"""
 
     def validate(self, prefix: str = "") -> None:
-        """Check values before data and VAE are opened.
+        """Check values before the data and the VAE are opened.
 
         Raises:
-            UserError: a missing or impossible value, or random crops.
+            UserError: a value is missing or invalid, or crops are random.
         """
         super().validate(prefix)
         for name in ("vae", "output_dir"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; see --help")
         if not self.splits:
-            raise UserError("no splits are given; name some, as in --splits '[train, validation]'")
+            raise UserError("no splits are given; name at least one, as in --splits '[train, validation]'")
         if not self.center_crop:
             raise UserError(
-                "center_crop is false, but latents are encoded once and crops would stay as they are for ever; "
+                "center_crop is false, but each image is encoded only once, so its random crop would never change; "
                 "cache with --center_crop true, or train without a cache"
             )
 
 
 @dataclass
 class SplitWork:
-    """What there is to do for one split."""
+    """One split to encode."""
 
     name: str
     images: ImageDataset
     fingerprint: str
     request: str
-    """Hash of all that decides a shard's bytes: a shard made for another request is made again."""
+    """Hash of everything that determines the bytes of a shard; a shard with another hash is encoded again."""
 
     def shards(self, shard_rows: int) -> int:
         return -(-len(self.images) // shard_rows)
 
 
 class Encoder:
-    """The VAE on its device, and the shards that this process makes."""
+    """The VAE on its device, and the shards that this process encodes."""
 
     def __init__(self, config: PrecomputeConfig, vae: nn.Module, device: torch.device):
         self.config = config
-        # Environment variables rather than Accelerate's state: a process group would only add waiting and time-outs.
+        # Environment variables instead of Accelerate's state: a process group would only add waiting and timeouts.
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         self.vae = vae.to(device)
         self.dtype = getattr(torch, config.storage_dtype)
 
     def tell(self, sentence: str) -> None:
-        """Print, once however many processes there are."""
+        """Print from the main process only."""
         if self.rank == 0:
             print(sentence, flush=True)
 
@@ -153,12 +154,12 @@ class Encoder:
         return Path(self.config.output_dir) / split / shard_name(number)
 
     def missing(self, work: SplitWork) -> list[int]:
-        """This process's shards that are not there and whole; those there are read through."""
+        """Return the shards of this process that are missing or incomplete; existing shards are read to verify them."""
         mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
         return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
 
     def make(self, work: SplitWork, numbers: Sequence[int], stop: StopSignal, bar: tqdm) -> bool:
-        """Encode and write shards `numbers`; False when asked to stop before the last of them."""
+        """Encode and write shards `numbers`; return False if a stop was requested before the last one."""
         batches = self._batches(work, numbers)
         for position, number in enumerate(numbers):
             columns: dict[str, list] = {}
@@ -182,7 +183,7 @@ class Encoder:
         return range(start, min(start + self.config.shard_rows, len(work.images)))
 
     def _batches(self, work: SplitWork, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Batches that do not cross shards, so that a shard's bytes do not depend on who makes which."""
+        """Return batches that do not cross shards: a shard's bytes must not depend on which process encodes it."""
         size = self.config.encode_batch_size
         keys = []
         for number in numbers:
@@ -199,7 +200,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Pictures B 3 R R become `mean` and `logvar` B V C h w."""
+        """Replace the images (B 3 R R) by `mean` and `logvar` (B V C h w)."""
         images = batch.pop("pixel_values").to(self.device)
         variants = [images, images.flip(-1)] if self.config.random_flip else [images]
         with self._autocast():
@@ -209,7 +210,7 @@ class Encoder:
                 batch[name] = torch.stack(parts, dim=1).to(self.dtype).cpu().contiguous()
                 if not torch.isfinite(batch[name]).all():
                     raise UserError(
-                        f"the VAE gave latents that are not finite in rows {batch['index'].tolist()} with "
+                        f"the VAE returned latents that are not finite in rows {batch['index'].tolist()} with "
                         f"mixed_precision {self.config.mixed_precision}, storage_dtype {self.config.storage_dtype}; "
                         "use --mixed_precision no --storage_dtype float32"
                     )
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
-    """Make what is missing of the cache; returns the exit status."""
+    """Encode the missing shards of the cache; return the exit status."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
     device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     vae = load_vae(config.vae)
@@ -241,22 +242,22 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     if any(todo.values()):
         for work in works:
             require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
-        pictures = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])
-        _check_disk(config, pictures, facts)
+        images = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])
+        _check_disk(config, images, facts)
         share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
         size = f"{config.resolution} px to latents of {_times(shape)}"
-        encoder.tell(f"Encoding {pictures:,} pictures of {size} on {encoder.device}{share}.")
-        with tqdm(total=pictures, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
+        encoder.tell(f"Encoding {images:,} images of {size} on {encoder.device}{share}.")
+        with tqdm(total=images, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
             for work in works:
                 if not encoder.make(work, todo[work.name], stop, bar):
-                    encoder.tell(f"\nStopped after a complete shard; the same command goes on in {config.output_dir}.")
+                    encoder.tell("\nStopped after a complete shard; run the same command again to resume.")
                     return stop.exit_status(stop.requested or 0)
     if not _finish(config, facts, works):
-        return 0  # other processes are still at their shards; the last of them writes the manifest
+        return 0  # other processes are still encoding; the last one to finish writes the manifest
     if not any(todo.values()) and encoder.world_size == 1:
-        print(f"{config.output_dir} is complete; nothing was left to do.")
+        print(f"{config.output_dir} is already complete; there is nothing to do.")
     rows = ", ".join(f"{work.name} {len(work.images):,}" for work in works)
-    print(f"Latents are in {config.output_dir} ({rows} pictures, {_times(shape)} each).")
+    print(f"Latents are in {config.output_dir} ({rows} images, {_times(shape)} each).")
     print(f"Train on them with: --latent_cache {config.output_dir} --vae {config.vae}")
     return 0
 
@@ -264,7 +265,7 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
 def _plan(
     config: PrecomputeConfig, vae: nn.Module, shape: tuple[int, int, int]
 ) -> tuple[dict[str, Any], list[SplitWork]]:
-    """What the manifest will say of the whole cache, and the work of each split."""
+    """Return the manifest's entries for the whole cache, and the splits to encode."""
     stored = named_split(config, load_all_splits(config), config.train_split)
     columns = stored.column_names
     captions = bool(config.caption_column) and (
@@ -288,11 +289,11 @@ def _plan(
         "seed": config.seed,
         "captions": captions,
         "label_names": label_map.names if label_map else [],
-        # Said only where they are not as in caches from before there were masks.
+        # Recorded only if they differ from the defaults, so that caches made before these entries existed stay valid.
         **({"mask_column": config.mask_column} if masks else {}),
         **({"label_column": config.label_column} if label_map and config.label_column != "label" else {}),
     }
-    # Renaming or moving the VAE's folder changes nothing in a shard.
+    # The VAE is identified only by its fingerprint: renaming or moving its folder changes nothing in a shard.
     decisive = {**facts, "vae": facts["vae"]["fingerprint"], "on_bad_sample": config.on_bad_sample}
     works = []
     for name, dataset in images.items():
@@ -304,16 +305,16 @@ def _plan(
 
 
 def _labels(config: PrecomputeConfig, stored: Dataset) -> LabelMap | None:
-    """The classes to cache, if any: see `PrecomputeConfig.labels`."""
+    """Return the classes to cache, or None (see `PrecomputeConfig.labels`)."""
     if config.labels == "no" or (config.labels == "auto" and config.label_column not in stored.column_names):
         return None
     label_map = load_label_map(config)
-    # Where nearly every row has a value of its own, it names rows, not classes.
+    # If nearly every row has a value of its own, the column identifies rows, not classes.
     return label_map if config.labels == "yes" or len(label_map) * _ROWS_PER_CLASS <= len(stored) else None
 
 
 def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
-    """Whether to cache masks: see `PrecomputeConfig.masks`."""
+    """Return whether to cache masks (see `PrecomputeConfig.masks`)."""
     if config.masks != "auto" or config.mask_column not in stored.column_names:
         return config.masks == "yes"
     try:
@@ -325,10 +326,12 @@ def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
 
 
 def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> None:
-    """Refuse to write over latents of something else; told to overwrite, take away the manifest that vouches for them.
+    """Refuse to overwrite latents made with other data or settings, unless --overwrite is given.
+
+    With --overwrite, the old manifest is deleted first, so that no manifest describes a mixture of old and new shards.
 
     Raises:
-        UserError: what differs, there and here.
+        UserError: the folder cannot be written, or holds other latents; the message lists the differences.
     """
     folder = Path(config.output_dir)
     try:
@@ -341,7 +344,7 @@ def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[
         return
     if not config.overwrite:
         raise UserError(
-            f"{folder} holds latents of something else: {'; '.join(differences)}; "
+            f"{folder} holds latents made with other data or settings: {'; '.join(differences)}; "
             "choose another --output_dir, or replace them with --overwrite true"
         )
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -377,22 +380,22 @@ def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
     return []
 
 
-def _check_disk(config: PrecomputeConfig, pictures: int, facts: dict[str, Any]) -> None:
+def _check_disk(config: PrecomputeConfig, images: int, facts: dict[str, Any]) -> None:
     channels, height, width = facts["latent_shape"]
-    # Mean and log-variance, and the mirrored ones.
+    # Mean and log-variance, also for mirrored images if they are flipped.
     numbers = channels * height * width * 2 * (2 if config.random_flip else 1)
     bytes_each = numbers * _BYTES[config.storage_dtype] + (config.resolution**2 if "mask_column" in facts else 0)
-    needed = pictures * bytes_each * _FREE_SPACE_MARGIN
+    needed = images * bytes_each * _FREE_SPACE_MARGIN
     free = shutil.disk_usage(config.output_dir).free
     if needed > free:
         raise UserError(
             f"{needed / 1e9:.1f} GB are needed in {config.output_dir} and {free / 1e9:.1f} GB are free; "
-            "choose another --output_dir, or halve it with --storage_dtype float16"
+            "choose another --output_dir, or halve the size with --storage_dtype float16"
         )
 
 
 def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[SplitWork]) -> bool:
-    """Write the manifest if every shard of every process is there: whoever ends last finds them so."""
+    """Write the manifest if the shards of all processes are complete; this holds for the last process to finish."""
     folder = Path(config.output_dir)
     splits: dict[str, dict[str, Any]] = {}
     for work in works:
@@ -412,7 +415,7 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
 
 
 def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Shards of an earlier, larger cache, and what a kill left half written (see `training.core.files.replacing`)."""
+    """Delete shards of an earlier, larger cache and files left by a kill (see `training.core.files.replacing`)."""
     shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
     for file in (*shards, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
         file.unlink(missing_ok=True)
@@ -422,7 +425,9 @@ def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, i
     try:
         return latent_shape(vae, config.resolution, config.resolution)
     except ValueError as error:
-        raise UserError(f"resolution {config.resolution} does not suit {config.vae}: {error} (--resolution)") from error
+        raise UserError(
+            f"resolution {config.resolution} does not fit {config.vae}: {error}; change --resolution"
+        ) from error
 
 
 def _times(shape: Iterable[Any]) -> str:

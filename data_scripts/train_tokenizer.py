@@ -1,8 +1,8 @@
-"""Train a tokenizer on the captions of a dataset, and show how it splits held-out captions.
+"""Train a tokenizer on the captions of a dataset, and show how it splits held-out captions into tokens.
 
     python data_scripts/train_tokenizer.py --dataset_name data/posters_64 --output_dir data/posters_64/tokenizer
 
-The folder loads with transformers.AutoTokenizer.from_pretrained, here and where this project is not installed.
+The folder loads with transformers.AutoTokenizer.from_pretrained, even where this project is not installed.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ class TokenizerConfig(DataConfig):
     """Flags of this script."""
 
     output_dir: str = ""
-    """Folder to write tokenizer.json and its Transformers configuration to"""
+    """Folder to write the tokenizer and its Transformers configuration to"""
     model: Literal["word_level", "bpe"] = "word_level"
-    """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, nothing is unknown"""
+    """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, so no word is unknown"""
     vocab_size: int = 8000
-    """Entries at most, the four special tokens included"""
+    """Maximum size of the vocabulary, including the four special tokens"""
     min_frequency: int = option(1, at_least=1)
-    """Words (bpe: pairs) seen less often are left out"""
+    """Minimum number of occurrences of a word (bpe: of a pair of pieces) to enter the vocabulary"""
     lowercase: bool = True
-    """Make no difference between upper and lower case"""
+    """Convert captions to lower case first"""
     model_max_length: int = option(77, at_least=3)
-    """Tokens at which a caption is cut, <START> and <END> included"""
+    """Maximum number of tokens per caption, including <START> and <END>; longer captions are truncated"""
     seed: int = 0
-    """Of the rows held out when there is no validation split"""
+    """Random seed that selects the held-out rows (without a validation split)"""
     overwrite: bool = False
-    """Replace a tokenizer that is there; models trained with it will not understand the new one"""
+    """Replace an existing tokenizer; models trained with it do not work with the new one"""
 
     def validate(self, prefix: str = "") -> None:
         """Check values before any data is opened.
 
         Raises:
-            UserError: a missing or impossible value.
+            UserError: a value is missing or invalid.
         """
         super().validate(prefix)
         if not self.output_dir:
-            raise UserError("--output_dir is missing; it is the folder the tokenizer is written to")
+            raise UserError("--output_dir is missing; it is the folder to write the tokenizer to")
         smallest = smallest_vocabulary(self.model)
         if self.vocab_size < smallest:
             raise UserError(
@@ -74,7 +74,7 @@ class TokenizerConfig(DataConfig):
             )
         if Path(self.output_dir, "tokenizer.json").exists() and not self.overwrite:
             raise UserError(
-                f"there is a tokenizer in {self.output_dir}; choose another --output_dir, or replace it with "
+                f"{self.output_dir} already holds a tokenizer; choose another --output_dir, or replace it with "
                 "--overwrite true"
             )
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
     if len(tokenizer) <= len(SPECIAL_TOKENS):
         raise UserError(
-            f"no word of column '{config.caption_column}' occurs {config.min_frequency} times; lower --min_frequency, "
+            f"no word in column '{config.caption_column}' occurs {config.min_frequency} times; lower --min_frequency, "
             "or choose another --caption_column"
         )
     seen, name = (validation, "validation") if len(validation) else (train, "training")
@@ -105,28 +105,28 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     report = report_on(tokenizer, captions_of(seen, config.caption_column))
     print(describe(report, name, tokenizer.model_max_length))
     _save(tokenizer, Path(config.output_dir))
-    print(f"The tokenizer, {len(tokenizer):,} entries, is in {config.output_dir}")
+    print(f"The tokenizer ({len(tokenizer):,} entries) is in {config.output_dir}")
     print(f"Train with it: --tokenizer {config.output_dir}")
     return 0
 
 
 def describe(report: TokenizerReport, name: str, limit: int) -> str:
-    """The report in sentences."""
+    """Return the report in sentences."""
     sentences = [
         f"Of {report.words:,} words in {report.captions:,} {name} captions, {report.unknown_share:.2%} are unknown; "
-        f"{report.round_trips:,} captions come back whole.",
-        f"The longest has {report.longest} tokens"
-        + (f"; {report.cut:,} are cut at {limit} (--model_max_length)." if report.cut else "."),
+        f"{report.round_trips:,} captions are unchanged after encoding and decoding, apart from normalization.",
+        f"The longest caption has {report.longest} tokens"
+        + (f"; {report.cut:,} are truncated to {limit} (--model_max_length)." if report.cut else "."),
     ]
     if report.unknown_share > MANY_UNKNOWN:
         sentences.append(
-            "That is much: try a larger --vocab_size, a lower --min_frequency, or --model bpe, which knows everything."
+            "That is a lot: try a larger --vocab_size, a lower --min_frequency, or --model bpe (no unknown words)."
         )
     return "\n".join(sentences)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write each file whole, tokenizer.json last: a folder that has it is complete."""
+    """Write every file atomically, tokenizer.json last, so that a folder with tokenizer.json is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""A dataset with control images beside its own columns, as Parquet shards with a card; never held in memory."""
+"""Write a dataset with added control images as Parquet shards with a card, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 CHECK = command("data_scripts/check_dataset.py")
 ROWS_AT_ONCE = 100
-"""In memory, and in a row group of the files"""
+"""Number of rows held in memory, and of rows per row group of the files"""
 ROWS_PER_SHARD, BYTES_PER_SHARD = 5_000, 500_000_000
 
 Draw = Callable[[Image.Image], list[Image.Image]]
-"""From a picture to its controls, one for each new column"""
+"""Function from an image to its controls, one for each new column"""
 
 
 class ControlWriter:
     """Writes splits with their controls.
 
     Args:
-        folder: where `data/<split>-<shard>.parquet` go.
-        image_column: of the pictures.
-        columns: names of the new ones.
-        draw: what makes them of a picture, called on the threads of `pool`.
-        skip_broken: leave out rows with broken pictures instead of raising.
+        folder: the dataset's folder; shards are written to `data/<split>-<shard>.parquet` in it.
+        image_column: column with the images.
+        columns: names of the new columns.
+        draw: function that draws the controls of an image; it is called on the threads of `pool`.
+        skip_broken: skip rows with broken images instead of raising.
     """
 
     def __init__(
@@ -54,30 +54,30 @@ class ControlWriter:
         self.folder.mkdir(exist_ok=True)
 
     def write(self, name: str, split: Dataset) -> int:
-        """Write the split, its pictures undecoded; the number of rows written.
+        """Write a split whose images are undecoded, and return the number of rows written.
 
         Raises:
-            UserError: a broken picture, with its row; or nothing but broken ones.
+            UserError: an image is broken (the message names its row), or all images are broken.
         """
         features, shard, written = self.features(split), 0, 0
-        with tqdm(total=len(split), unit="picture", desc=name) as bar:
+        with tqdm(total=len(split), unit="image", desc=name) as bar:
             while bar.n < len(split):
                 path = self.folder / f"{name}-{shard:05d}.parquet"
                 written += self._write_shard(path, split, bar, features)
                 shard += 1
         if not written:
-            raise UserError(f"all pictures of split '{name}' are broken; {CHECK} says in what way")
+            raise UserError(f"all images of split '{name}' are broken; run {CHECK} to list the reasons")
         return written
 
     def features(self, split: Dataset) -> Features:
-        """The columns' types: those of the source, and of the new ones."""
+        """Return the types of the source's columns and of the new columns."""
         import datasets
 
-        pictures = {name: datasets.Image() for name in (self.image_column, *self.columns)}
-        return datasets.Features({**split.features, **pictures})
+        images = {name: datasets.Image() for name in (self.image_column, *self.columns)}
+        return datasets.Features({**split.features, **images})
 
     def _write_shard(self, path: Path, split: Dataset, bar: tqdm, features: Features) -> int:
-        """Some rows from where `bar` stands, until there are no more or the file is large enough."""
+        """Write rows from the position of `bar` on, until there are no more rows or the file is large enough."""
         import pyarrow.parquet
 
         written, first = 0, int(bar.n)
@@ -91,62 +91,63 @@ class ControlWriter:
                     writer.write_table(table)
                 except OSError as error:
                     raise UserError(
-                        f"--output_dir: {path.name} cannot be written ({error.strerror or error}); name a folder that "
-                        "can take it"
+                        f"--output_dir: {path.name} cannot be written ({error.strerror or error}); choose "
+                        "a folder with enough free space"
                     ) from error
                 written += len(table)
                 bar.update(len(rows))
         return written
 
     def _with_controls(self, split: Dataset, rows: range, features: Features) -> Any:
-        """These rows as a table (pyarrow) that holds every picture's bytes."""
+        """Return these rows as a pyarrow table that contains the bytes of all images."""
         import datasets
         import pyarrow
 
         stored = split.with_format("arrow")[rows.start : rows.stop]
         sources = stored[self.image_column].to_pylist()
         drawn = list(self.pool.map(functools.partial(_controls_or_problem, self.draw), sources))
-        problems = {row: found for row, found in zip(rows, drawn, strict=True) if isinstance(found, str)}
+        problems = {row: result for row, result in zip(rows, drawn, strict=True) if isinstance(result, str)}
         if problems and not self.skip_broken:
             row, reason = next(iter(problems.items()))
             raise UserError(
                 f"row {row} of the dataset: {reason}; fix or remove it ({CHECK} lists all such "
-                "rows), or leave it out: --on_bad_sample skip"
+                "rows), or skip it with --on_bad_sample skip"
             )
         if problems:
             stored = stored.filter(pyarrow.array([row not in problems for row in rows]))
-        kept = [found for found in drawn if not isinstance(found, str)]
+        kept = [result for result in drawn if not isinstance(result, str)]
         for number, name in enumerate(self.columns):
-            values = [{"bytes": found[number], "path": None} for found in kept]
+            values = [{"bytes": controls[number], "path": None} for controls in kept]
             stored = stored.append_column(name, pyarrow.array(values, type=datasets.Image().pa_type))
-        # Pictures that are files so far (imagefolder) are read into the table.
+        # Images that are still separate files (imagefolder) are read into the table.
         return datasets.table.embed_table_storage(datasets.table.table_cast(stored, features.arrow_schema))
 
 
 def _controls_or_problem(draw: Draw, source: Any) -> list[bytes] | str:
-    """A picture's controls as PNG files, or what is wrong with it."""
+    """Return the controls of an image as PNG files, or the reason why the image is broken."""
     try:
         return [_png(control) for control in draw(load_rgb(source))]
     except BrokenImage as error:
         return str(error)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
 def write_card(
     folder: Path, source: str, counts: Mapping[str, int], columns: Mapping[str, str], settings: Mapping[str, Any]
 ) -> None:
-    """README.md: where the splits are (for `load_dataset`), what was added, and how.
+    """Write README.md: the files of the splits (for `load_dataset`), the new columns, and how they were made.
 
     Args:
-        source: the dataset's name.
-        counts: rows of each split.
-        columns: what each new column shows.
-        settings: what it was made with.
+        folder: the folder to write to.
+        source: name of the original dataset.
+        counts: number of rows in each split.
+        columns: description of each new column.
+        settings: the settings that the controls were made with.
     """
     data_files = "".join(f"  - split: {name}\n    path: data/{name}-*.parquet\n" for name in counts)
     splits = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -154,9 +155,9 @@ def write_card(
     made_with = "".join(f"- {name}: {value}\n" for name, value in settings.items())
     (folder / "README.md").write_text(
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{data_files}---\n\n# Controls for {source}\n\n"
-        f"All rows and columns of {source}, whose licence holds here too, and control images that "
-        "`data_scripts/make_controls.py` of Halftone drew from its pictures, of the same sizes.\n\n"
+        f"All rows and columns of {source}, with control images that `data_scripts/make_controls.py` of Halftone drew "
+        f"from its images, in the same sizes. The licence of {source} applies here too.\n\n"
         f"Splits: {splits}.\n\n| new column | shows |\n|---|---|\n{table}\nMade with:\n\n{made_with}\n"
-        "![pictures beside their controls](contact_sheet.png)\n",
+        "![images beside their controls](contact_sheet.png)\n",
         encoding="utf-8",
     )

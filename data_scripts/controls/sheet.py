@@ -1,4 +1,4 @@
-"""A sheet to look at before training: pictures, each beside its controls."""
+"""A contact sheet to check before training: images, each beside its controls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_scripts.posters.painting.lettering import font_path
 
-CELL = 128  # pixels of a picture's longer side
+CELL = 128  # pixels of the longer side of an image
 GAP, MARGIN, BETWEEN, HEADER = 4, 20, 18, 40
 WIDEST = 1400
 PAPER, INK, FRAME = (250, 250, 248), (60, 60, 60), (215, 215, 210)
@@ -17,10 +17,11 @@ PAPER, INK, FRAME = (250, 250, 248), (60, 60, 60), (215, 215, 210)
 def sheet_of(
     rows: Sequence[tuple[Image.Image, Sequence[Image.Image]]], title: str, columns: Sequence[str]
 ) -> Image.Image:
-    """`rows` of (picture, its controls) as one RGB picture, as many side by side as fit.
+    """Draw all `rows` on one RGB image, with as many rows side by side as fit.
 
     Args:
-        title: of the dataset.
+        rows: pairs of an image and its controls.
+        title: name of the dataset.
         columns: names of the controls.
     """
     cells = 1 + len(columns)
@@ -30,21 +31,21 @@ def sheet_of(
     size = (2 * MARGIN + groups * (width + BETWEEN) - BETWEEN, HEADER + lines * (CELL + GAP) + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     font = ImageFont.truetype(str(font_path("DejaVuSans")), 13)
-    ImageDraw.Draw(sheet).text((MARGIN, 12), f"{title}: picture, {', '.join(columns)}", font=font, fill=INK)
-    for number, (picture, controls) in enumerate(rows):
+    ImageDraw.Draw(sheet).text((MARGIN, 12), f"{title}: image, {', '.join(columns)}", font=font, fill=INK)
+    for number, (image, controls) in enumerate(rows):
         left, top = MARGIN + number % groups * (width + BETWEEN), HEADER + number // groups * (CELL + GAP)
-        for place, one in enumerate((picture, *controls)):
+        for place, one in enumerate((image, *controls)):
             sheet.paste(_in_cell(one), (left + place * (CELL + GAP), top))
     return sheet
 
 
-def _in_cell(picture: Image.Image) -> Image.Image:
-    """The whole picture in the middle of a square: small ones by a whole factor, large ones averaged."""
+def _in_cell(image: Image.Image) -> Image.Image:
+    """Place the whole image in the middle of a square cell: small images enlarged by an integer, large ones reduced."""
     cell = Image.new("RGB", (CELL, CELL), FRAME)
-    factor = CELL // max(picture.size)
+    factor = CELL // max(image.size)
     if factor >= 1:
-        shown = picture.convert("RGB").resize([side * factor for side in picture.size], Image.Resampling.NEAREST)
+        shown = image.convert("RGB").resize([side * factor for side in image.size], Image.Resampling.NEAREST)
     else:
-        shown = ImageOps.contain(picture.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
+        shown = ImageOps.contain(image.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
     cell.paste(shown, ((CELL - shown.width) // 2, (CELL - shown.height) // 2))
     return cell

@@ -1,5 +1,5 @@
-"""The poster domain's generator: a brief is drawn, laid out, drawn as pixels and masks, described, and written down.
+"""The poster generator: draw a brief at random, lay it out, draw the poster and its maps, and write caption and row.
 
-brief -> layout (motifs), finishing -> drawing (sheet, lettering, pictures, photographs, textures) -> captions, grammar
--> dataset (Parquet shards), contact_sheet.
+The modules in the order of their use: brief -> layout (motifs), finishing -> drawing (sheet, lettering, pictures,
+photographs, textures) -> captions, grammar -> dataset (Parquet shards), contact_sheet.
 """

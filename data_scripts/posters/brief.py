@@ -1,4 +1,4 @@
-"""What a poster is asked to be: a brief, drawn at random from (seed, index) before anything is laid out."""
+"""The brief of a poster: its style, colours and contents, drawn at random from (seed, index) before the layout."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PRIMARIES_ON = {
     "orange": ("blue", "purple", "cream"),
     "purple": ("yellow", "pink", "orange", "teal"),
 }
-"""Pairs that a designer would put together: background -> main colours that stand out on it, and from its ink."""
+"""Background -> main colours that a designer would combine with it: they contrast with the background and its ink."""
 
 BACKGROUND_WEIGHTS = {"cream": 4.0, "black": 2.0, "yellow": 2.0}
-"""Grounds that posters are printed on more often than the rest (1.0)."""
+"""Weights of the backgrounds that are more frequent than the others (1.0)."""
 
 CREAM_INKED = frozenset({"black", "red", "blue", "green", "purple"})
-"""Dark grounds: their ink is cream. The others' is black. Ink is kept for letters, so it is never a shape's colour."""
+"""Dark backgrounds, whose ink is cream; that of the others is black. A shape never has the colour of the ink."""
 
 WARMTH_OF = {
     "cream": 0.6, "black": 0.4, "red": 1.0, "orange": 0.95, "yellow": 0.85,
@@ -43,16 +43,16 @@ WARMTH_OF = {
 
 @dataclass(frozen=True)
 class StyleCharacter:
-    """How a style behaves before a single box is placed."""
+    """The properties of a style that a brief is drawn from."""
 
     words: tuple[str, ...]
-    """Title words; few and short, so that a small model can come near to spelling them."""
+    """Title words: few and short, so that a small model can learn to spell them."""
     motifs: tuple[str, ...]
     energy: float
     formality: float
     body_weights: tuple[float, float, float]
-    """Odds of 0, 1 and 2 blocks of small text. Half the styles have some, half none: where the motif goes hangs on it,
-    and captions do not tell."""
+    """Weights of 0, 1 and 2 blocks of small text. A style has small text either always or never (two or more
+    pictures leave no room for it): the place of the motif depends on it, and captions do not mention it."""
 
 
 CHARACTERS = {
@@ -71,7 +71,7 @@ CHARACTERS = {
 
 @dataclass(frozen=True)
 class PosterBrief:
-    """One poster's brief. Colours are names of COLORS; energy, formality and warmth lie in [0, 1]."""
+    """The brief of one poster. Colours are names of COLORS; energy, formality and warmth are in [0, 1]."""
 
     style: str
     background: str
@@ -98,28 +98,28 @@ class PosterBrief:
 
     @property
     def text_blocks(self) -> int:
-        """The title and the blocks of small text."""
+        """Number of text blocks: the title and the blocks of small text."""
         return 1 + self.body_blocks
 
     def color_of(self, role: str) -> tuple[int, int, int]:
-        """RGB of a colour role in this poster. Without an accent of its own, secondary and accent are the primary."""
+        """Return the RGB colour of a role. Without an accent, secondary and accent have the primary colour."""
         name = {"background": self.background, "surface": self.ink, "primary": self.primary, "ink": self.ink}.get(role)
         return COLORS[name or self.accent or self.primary]
 
     def seen_role(self, role: str) -> str:
-        """The role that a colour is seen to have: where a poster has no accent of its own, "accent" is the primary."""
+        """Return the role that is visible in the poster: without an accent, the role "accent" appears as "primary"."""
         return "primary" if role == "accent" and self.accent is None else role
 
 
 def pick(rng: np.random.Generator, items: Sequence[Item], weights: Sequence[float] | None = None) -> Item:
-    """One of `items`, by weight; takes exactly one number from `rng`."""
+    """Draw one of `items` by weight. This takes exactly one number from `rng`."""
     cumulative = np.cumsum(np.ones(len(items)) if weights is None else np.asarray(weights, dtype=np.float64))
     position = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     return items[min(position, len(items) - 1)]
 
 
 def draw_brief(rng: np.random.Generator) -> PosterBrief:
-    """A brief whose fields suit each other: colours that contrast, shapes and words of the style."""
+    """Draw a brief whose fields are consistent: contrasting colours, and motif and title from the style."""
     style = pick(rng, STYLES)
     character = CHARACTERS[style]
     background, primary, accent, ink = _draw_colors(rng)
@@ -145,7 +145,7 @@ def draw_brief(rng: np.random.Generator) -> PosterBrief:
 
 
 def _draw_colors(rng: np.random.Generator) -> tuple[str, str, str | None, str]:
-    """Background, primary, accent (in half of the posters) and ink: four different colours."""
+    """Draw distinct colours for background, primary, accent (None in half of the posters) and ink."""
     grounds = list(PRIMARIES_ON)
     background = pick(rng, grounds, [BACKGROUND_WEIGHTS.get(name, 1.0) for name in grounds])
     ink = "cream" if background in CREAM_INKED else "black"

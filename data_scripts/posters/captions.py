@@ -1,4 +1,4 @@
-"""A brief in words. Every caption names style, background, main colours, number of pictures and title position."""
+"""Captions of briefs. A caption names the style, colours, number of pictures, title position and motif."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATES = (
 
 
 def write_caption(brief: PosterBrief, rng: np.random.Generator) -> str:
-    """The brief in one of a few phrasings, chosen by `rng`."""
+    """Describe the brief with one of the TEMPLATES, chosen by `rng`."""
     style = style_words(brief.style)
     main_colors = brief.primary if brief.accent is None else f"{brief.primary} and {brief.accent}"
     return pick(rng, TEMPLATES).format(

@@ -1,4 +1,4 @@
-"""A sheet to look at before training: posters, each beside itself with its masks, and its caption underneath."""
+"""A contact sheet to check before training: posters, each beside a copy that shows its masks, above its caption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_scripts.posters.painting.lettering import font_path
 from data_scripts.posters.records import Row
 
-PICTURE_PIXELS = 256
+POSTER_PIXELS = 256
 GAP = 12
 CAPTION_HEIGHT = 44
 LEGEND_HEIGHT = 28
@@ -19,8 +19,8 @@ LEGEND = "left: the poster; right: text mask red, image mask blue, element boxes
 
 
 def contact_sheet(rows: list[Row], columns: int = 3) -> Image.Image:
-    """The posters in `rows` as one RGB picture, `columns` to a line."""
-    cell_width, cell_height = 2 * PICTURE_PIXELS + 2 * GAP, PICTURE_PIXELS + CAPTION_HEIGHT + GAP
+    """Draw the posters in `rows` on one RGB image, with `columns` posters per line."""
+    cell_width, cell_height = 2 * POSTER_PIXELS + 2 * GAP, POSTER_PIXELS + CAPTION_HEIGHT + GAP
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * cell_width + GAP, lines * cell_height + GAP + LEGEND_HEIGHT), (250, 250, 248))
     draw = ImageDraw.Draw(sheet)
@@ -29,27 +29,27 @@ def contact_sheet(rows: list[Row], columns: int = 3) -> Image.Image:
     for number, row in enumerate(rows):
         x = GAP + number % columns * cell_width
         y = GAP + LEGEND_HEIGHT + number // columns * cell_height
-        sheet.paste(_enlarged(_picture(row["image"])), (x, y))
-        sheet.paste(_overlaid(row), (x + PICTURE_PIXELS + GAP // 2, y))
-        draw.text((x, y + PICTURE_PIXELS + 5), "\n".join(textwrap.wrap(row["text"], 72)), font=font, fill=(20, 20, 20))
+        sheet.paste(_enlarged(_decoded(row["image"])), (x, y))
+        sheet.paste(_overlaid(row), (x + POSTER_PIXELS + GAP // 2, y))
+        draw.text((x, y + POSTER_PIXELS + 5), "\n".join(textwrap.wrap(row["text"], 72)), font=font, fill=(20, 20, 20))
     return sheet
 
 
-def _picture(stored: Row) -> Image.Image:
+def _decoded(stored: Row) -> Image.Image:
     return Image.open(io.BytesIO(stored["bytes"]))
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    return image.resize((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.NEAREST)
+    return image.resize((POSTER_PIXELS, POSTER_PIXELS), Image.Resampling.NEAREST)
 
 
 def _overlaid(row: Row) -> Image.Image:
-    poster = _enlarged(_picture(row["image"]).convert("L").convert("RGB"))
+    poster = _enlarged(_decoded(row["image"]).convert("L").convert("RGB"))
     for name, tint in (("text_mask", TEXT_TINT), ("image_mask", IMAGE_TINT)):
-        strength = _enlarged(_picture(row[name])).point(lambda value: 140 if value else 0)
+        strength = _enlarged(_decoded(row[name])).point(lambda value: 140 if value else 0)
         poster.paste(tint, (0, 0), strength)
     draw = ImageDraw.Draw(poster)
     for element in row["elements"]:
-        corners = [round(element[name] * (PICTURE_PIXELS - 1)) for name in ("x0", "y0", "x1", "y1")]
+        corners = [round(element[name] * (POSTER_PIXELS - 1)) for name in ("x0", "y0", "x1", "y1")]
         draw.rectangle(corners, outline=BOX_LINE)
     return poster

@@ -1,7 +1,7 @@
-"""What a poster is made of: elements in boxes, and the shapes in them.
+"""The elements of a poster, their boxes, and the shapes in them.
 
-Units: the page is a square of UNITS × UNITS grid units (u), x to the right, y downwards; at 64 px a unit is 4 px, so
-that boxes on whole units keep to the patches of a small autoencoder. Boxes are (x0, y0, x1, y1).
+Units: the page is a square of UNITS × UNITS grid units (u), with x to the right and y downwards. At 64 px a unit is
+4 px, so that boxes on whole units align with the patches of a small autoencoder. Boxes are (x0, y0, x1, y1).
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ class Shape:
 
 @dataclass(frozen=True)
 class Title:
-    """A word set in one line that fills its element's box."""
+    """A word in one line that fills the box of its element."""
 
     word: str
     font: str
     inverted: bool
-    """Letters in the background's colour on a band of ink across the page, rather than ink on the background."""
+    """Whether the letters have the background's colour on a band of ink, instead of ink on the background."""
 
 
 @dataclass(frozen=True)
 class TextLines:
-    """Small text: one line per width (a share of the box's width), one unit apart."""
+    """Small text: one line per width (a fraction of the width of the box), one unit apart."""
 
     widths: tuple[float, ...]
     align: str
     ink_share: float = 1.0
-    """How much of its colour is ink; the rest is the background's."""
+    """Fraction of ink in its colour; the rest is the background's colour."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture: what it shows, the seed of its details, and how it is printed."""
+    """The content of a picture: its subject, the seed of its details, and how it is printed."""
 
     subject: str
     seed: int
     mount: str = "keyline"
-    """"keyline": in a frame of ink; "shadow" and "bare" have none. All but "bare" throw a shadow, if not `plain`."""
+    """"keyline" (with a frame of ink), "shadow" or "bare". Except in `plain` posters, the first two cast a shadow."""
     duotone: tuple[str, str] | None = None
-    """The roles whose colours are its darkest and its lightest tone; None for colours of its own."""
+    """Colour roles of its darkest and its lightest tone; None if it has colours of its own."""
 
 
 @dataclass(frozen=True)
 class Element:
-    """A box with something in it; shapes are clipped to the box.
+    """A box with its content; shapes are clipped to the box. Later elements cover earlier ones.
 
-    `hierarchy` in [0, 1]: how strongly it leads the eye; later elements lie above earlier ones.
+    `hierarchy` in [0, 1] is how strongly the element attracts the eye.
     """
 
     kind: str
@@ -69,9 +69,9 @@ class Element:
     box: Box
     content: Title | TextLines | Scene | tuple[Shape, ...]
     opacity: float = 1.0
-    """Under 1 for shapes printed over what lies below them."""
+    """Below 1 for transparent shapes."""
     angle: float = 0.0
-    """Degrees, counterclockwise, by which text is turned about the middle of `box` (the box before it is turned)."""
+    """Counterclockwise rotation of text about the centre of `box`, in degrees; `box` is the box before the rotation."""
 
     @property
     def center(self) -> Point:
@@ -80,7 +80,7 @@ class Element:
 
     @property
     def bounds(self) -> Box:
-        """The smallest upright box around the element as it stands on the page."""
+        """The smallest axis-aligned box around the element after its rotation."""
         if not self.angle:
             return self.box
         xs, ys = zip(*turned(corners_of(self.box), self.center, self.angle), strict=True)
@@ -93,7 +93,7 @@ def corners_of(box: Box) -> list[Point]:
 
 
 def turned(points: list[Point], center: Point, degrees: float) -> list[Point]:
-    """`points` turned about `center`, counterclockwise as one looks at the page (y runs downwards)."""
+    """Rotate `points` about `center`, counterclockwise as seen on the page (y points downwards)."""
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     (cx, cy), moved = center, []
     for x, y in points:

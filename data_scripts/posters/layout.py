@@ -1,8 +1,8 @@
-"""From a brief to boxes: every style's grammar on one modular grid of 8 × 8 modules.
+"""Lay out a brief: place its elements by the rules of its style on a grid of 8 × 8 modules.
 
-A module is 2 × 2 grid units (u): one cell of the latents that the quickstart's autoencoder makes of 64 px. The page
-has three bands: the title's, 2 modules high, where the brief says, and two strips of 3 modules for the motif and the
-pictures. The title's band carries nothing but the title.
+A module is 2 × 2 grid units (u). At 64 px it corresponds to one cell of the latents of the quickstart's autoencoder.
+The page has three bands: one of 2 modules for the title, at the brief's title position, and two strips of 3 modules for
+the motif and the pictures. The title's band contains only the title.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from data_scripts.posters.painting.pictures import SUBJECTS
 
 TITLE_BAND = {"top": (0.0, 4.0), "middle": (6.0, 10.0), "bottom": (12.0, 16.0)}
 STRIPS = {"top": ((4, 10), (10, 16)), "middle": ((0, 6), (10, 16)), "bottom": ((0, 6), (6, 12))}
-"""What the title's band leaves (u from the top)."""
+"""The strips that the title's band leaves free (u from the top)."""
 
 BODY_WIDTH = 4.0
 OVERLAP = 2.0
 
 TILTS = (-12.0, -9.0, -6.0, 6.0, 9.0, 12.0)
-"""Degrees by which `rich` posters turn text."""
+"""Angles by which `rich` posters rotate text, in degrees."""
 TURNED_TEXT = {"title": 0.3, "text": 0.2, "both": 0.3, "none": 0.2}
-"""How often what is turned."""
+"""Probability that the title, the small text, both or neither is rotated."""
 TURNED_HEIGHT = 4.75
-"""A turned title may be so much higher than its band (u), and is set smaller where it would be more."""
+"""Maximum height of a rotated title (u); a higher one is scaled down."""
 EDGE = 0.25
-"""Turned text keeps so far from the page's edges (u)."""
+"""Minimum distance of rotated text from the edges of the page (u)."""
 
 
 @dataclass(frozen=True)
 class StyleGrammar:
-    """How a style sets its title and places its pictures. Every letter of a title has a cell `pitch` wide (u)."""
+    """The layout rules of a style for title and pictures. Each letter of a title has a cell `pitch` wide (u)."""
 
     font: str
     pitch: float
@@ -60,7 +60,7 @@ GRAMMARS = {
 
 @dataclass(frozen=True)
 class Areas:
-    """What the page leaves for the motif, the pictures' row (None without pictures) and the small text."""
+    """The areas of the motif, of the row of pictures and of the small text (None if there are none)."""
 
     motif: tuple[Box, ...]
     pictures: Box | None
@@ -68,16 +68,17 @@ class Areas:
 
 
 def lay_out(brief: PosterBrief, rng: np.random.Generator, complexity: str = "plain") -> list[Element]:
-    """The poster's elements in the order in which they are drawn (the background is not one of them).
+    """Return the elements of the poster in drawing order, without the background.
 
-    Any `complexity` but "plain" lets pictures overlap the motif and prints a large transparent shape over it.
+    For every `complexity` except "plain", pictures may overlap the motif, and a large transparent shape is printed over
+    it.
     """
     mirrored = rng.random() < 0.5
     areas = _divide(brief, mirrored, pictures_first=rng.random() < 0.5)
     overprint = _overprint(brief, rng)
     elements: list[Element] = []
     motif_seed = int(rng.integers(2**31))
-    for area in areas.motif:  # the same draws in each part: a motif cut in two by the title is one motif
+    for area in areas.motif:  # equal seeds, so that a motif that the title cuts in two is one motif
         elements += draw_motif(brief.motif, area, np.random.default_rng(motif_seed))
     if complexity != "plain":
         elements += overprint
@@ -90,7 +91,7 @@ def lay_out(brief: PosterBrief, rng: np.random.Generator, complexity: str = "pla
 
 
 def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
-    """Share out the page. `mirrored` puts small text on the left; `pictures_first` the pictures above the motif."""
+    """Divide the page. `mirrored` puts small text on the left, `pictures_first` puts the pictures above the motif."""
     if brief.pictures == 0:
         return _divide_without_pictures(brief)
     first, second = STRIPS[brief.title_position]
@@ -105,7 +106,7 @@ def _divide(brief: PosterBrief, mirrored: bool, pictures_first: bool) -> Areas:
 
 
 def _overprint(brief: PosterBrief, rng: np.random.Generator) -> list[Element]:
-    """A transparent disc; a square for the style that counts its circles, nothing for the barest one."""
+    """Return a transparent disc; a square for `swiss`, whose captions count circles; nothing for `minimalist`."""
     radius = pick(rng, (3.0, 4.0, 5.0))
     x, y = (pick(rng, (radius, UNITS / 2, UNITS - radius)) for _ in range(2))
     box = (x - radius, y - radius, x + radius, y + radius)
@@ -114,7 +115,7 @@ def _overprint(brief: PosterBrief, rng: np.random.Generator) -> list[Element]:
 
 
 def _overlapping(areas: Areas) -> Areas:
-    """The pictures' row grown by OVERLAP onto the motif, where that is next to it and no small text is in the way."""
+    """Extend the row of pictures by OVERLAP onto an adjacent motif, unless there is small text."""
     if areas.pictures is None or areas.body is not None:
         return areas
     x0, y0, x1, y1 = areas.pictures
@@ -141,7 +142,7 @@ def _divide_without_pictures(brief: PosterBrief) -> Areas:
 
 
 def _pictures(brief: PosterBrief, row: Box, rng: np.random.Generator) -> list[Element]:
-    """One to three pictures side by side in `row`, each a little smaller than the modules it stands on."""
+    """Place one to three pictures side by side in `row`, each slightly smaller than its modules."""
     x0, y0, x1, y1 = row
     width = {2: 6.0, 3: 4.0}.get(brief.pictures) or min(8.0, x1 - x0)
     spare = x1 - x0 - brief.pictures * width
@@ -158,7 +159,7 @@ def _pictures(brief: PosterBrief, row: Box, rng: np.random.Generator) -> list[El
 
 
 def _body(brief: PosterBrief, area: Box, rng: np.random.Generator) -> list[Element]:
-    """Blocks of small text: side by side where the area is wide, below each other where it is a column."""
+    """Place the blocks of small text: side by side in a wide area, one below the other in a column."""
     x0, y0, x1, y1 = area
     centered = GRAMMARS[brief.style].align == "center"
     if x1 - x0 > BODY_WIDTH:
@@ -186,9 +187,9 @@ def _title(brief: PosterBrief) -> Element:
 
 
 def turn_text(elements: list[Element], rng: np.random.Generator) -> list[Element]:
-    """What makes a layout a `rich` poster's: the title, the small text, or both turned, and all of it by one angle.
+    """Rotate the title, the small text, both or neither, for `rich` posters; everything is rotated by one angle.
 
-    A lone block as high as it is wide may also stand on its side.
+    If only small text is rotated, square blocks may be rotated by 90 degrees instead.
     """
     which, tilt = pick(rng, list(TURNED_TEXT), list(TURNED_TEXT.values())), pick(rng, TILTS)
     on_its_side = rng.random() < 0.4
@@ -205,7 +206,7 @@ def turn_text(elements: list[Element], rng: np.random.Generator) -> list[Element
 
 
 def _turned_title(element: Element, tilt: float) -> Element:
-    """The title at an angle, smaller where it would leave the page or the neighbourhood of its band."""
+    """Rotate the title, and scale it down if it would leave the page or exceed TURNED_HEIGHT."""
     x0, y0, x1, y1 = element.box
     width, height, (cx, cy) = x1 - x0, y1 - y0, element.center
     sine, cosine = abs(math.sin(math.radians(tilt))), math.cos(math.radians(tilt))
@@ -217,7 +218,7 @@ def _turned_title(element: Element, tilt: float) -> Element:
 
 
 def _kept_on_page(element: Element) -> Element:
-    """The element moved by as much as its corners are too near to the page's edges."""
+    """Move the element so that its corners are at least EDGE away from the edges of the page."""
     left, top, right, bottom = element.bounds
     dx = max(EDGE - left, 0.0) - max(right - (UNITS - EDGE), 0.0)
     dy = max(EDGE - top, 0.0) - max(bottom - (UNITS - EDGE), 0.0)

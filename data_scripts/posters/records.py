@@ -1,4 +1,4 @@
-"""One poster as one row of the dataset: a pure function of (seed, index, options)."""
+"""Make a poster as a row of the dataset: a pure function of (seed, index, options)."""
 
 from __future__ import annotations
 
@@ -16,56 +16,64 @@ from data_scripts.posters.grammar import design_grammar
 from data_scripts.posters.layout import lay_out, turn_text
 from data_scripts.posters.painting.drawing import draw_poster
 from data_scripts.posters.painting.finishing import finish
-from pipelines.common.poster_domain import COLORS, ELEMENT_KINDS, STYLES, TITLE_POSITIONS
+from pipelines.common.poster_domain import COLORS, ELEMENT_KINDS, F_TENSOR_CHANNELS, STYLES, TITLE_POSITIONS
 
 Row = dict[str, Any]
 
 GRAMMAR_MEANINGS = {
-    "balance": "do the sides weigh the same",
-    "equilibrium": "how near the centre of mass is to the page's centre",
-    "symmetry": "do the quadrants mirror each other",
-    "regularity": "how few lines and distances the layout gets by with",
-    "rhythm": "how evenly elements are spread over the quadrants",
-    "density": "how near elements come to filling half of the page",
-    "hierarchy_contrast": "how far apart elements are in hierarchy",
-    "image_share": "share of the page that pictures cover",
+    "balance": "how equal the visual weights of opposite sides are",
+    "equilibrium": "how close the centre of mass is to the centre of the page",
+    "symmetry": "how similar the quadrants are when mirrored",
+    "regularity": "how few distinct alignment lines and distances the layout has",
+    "rhythm": "how evenly the elements are distributed over the quadrants",
+    "density": "how close the elements come to filling half of the page",
+    "hierarchy_contrast": "how much the elements differ in hierarchy",
+    "image_share": "fraction of the page that pictures cover",
 }
 
 COLUMNS = {
-    "image": "P_Image: the poster, RGB",
+    "image": "the poster, RGB",
     "text": "the caption",
     "label": "the style as a class label",
-    "index": "the poster's number: with the seed it determines everything in the row",
-    "text_mask": "F_Tensor: 255 on boxes of text lines, else 0",
-    "image_mask": "F_Tensor: 255 on pictures, else 0",
-    "color_role": "F_Tensor: class ids, 0 background, 1 surface, 2 primary, 3 secondary, 4 accent, 5 ink",
-    "hierarchy": "F_Tensor: 0..255, how strongly the element under the pixel leads the eye",
-    "style": "V_Meta: one of " + ", ".join(STYLES),
-    "energy": "V_Meta, [0, 1]",
-    "formality": "V_Meta, [0, 1]",
-    "warmth": "V_Meta, [0, 1]",
-    "palette": "V_Meta: the poster's colours as #rrggbb: background, primary, accent (where there is one), ink",
-    "palette_names": "the same by name (" + ", ".join(COLORS) + ")",
-    "background": "name of the background's colour",
-    "text_blocks": "V_Meta: number of text blocks, the title among them",
-    "pictures": "V_Meta: number of pictures, 0 to 3",
+    "index": "number of the poster; with the seed and the options it determines the whole row",
+    "text_mask": "255 in the boxes of text lines, 0 elsewhere",
+    "image_mask": "255 in pictures, 0 elsewhere",
+    "color_role": "class ids: 0 background, 1 surface, 2 primary, 3 secondary, 4 accent, 5 ink",
+    "hierarchy": "0 to 255, how strongly the element at the pixel attracts the eye",
+    "style": "one of " + ", ".join(STYLES),
+    "energy": "from calm to energetic, in [0, 1]",
+    "formality": "from informal to formal, in [0, 1]",
+    "warmth": "from cold to warm colours, in [0, 1]",
+    "palette": "colours of the poster as #rrggbb: background, primary, accent (if there is one), ink",
+    "palette_names": "names of the colours in palette (" + ", ".join(COLORS) + ")",
+    "background": "name of the background colour",
+    "text_blocks": "number of text blocks, including the title",
+    "pictures": "number of pictures, 0 to 3",
     "title_position": "one of " + ", ".join(TITLE_POSITIONS),
-    "title": "the word that is the title; the caption does not say it",
-    "motif": "the big shape, as the caption names it",
-    "elements": "boxes: kind (" + ", ".join(ELEMENT_KINDS) + "), role, hierarchy, x0, y0, x1, y1 in [0, 1]; of turned "
-    "text, the upright box around it",
-    **{name: f"V_Grammar, [0, 1]: {meaning}" for name, meaning in GRAMMAR_MEANINGS.items()},
+    "title": "the title, one word; it is not in the caption",
+    "motif": "the large shape, as named in the caption",
+    "elements": "boxes: kind (" + ", ".join(ELEMENT_KINDS) + "), role, hierarchy, x0, y0, x1, y1 in [0, 1]; for "
+    "rotated text, the axis-aligned box around it",
+    **{name: f"{meaning}, in [0, 1]" for name, meaning in GRAMMAR_MEANINGS.items()},
 }
 
+PARTS = {
+    "image": "P_Image",
+    **dict.fromkeys(F_TENSOR_CHANNELS, "F_Tensor"),
+    **dict.fromkeys(("style", "energy", "formality", "warmth", "palette", "text_blocks", "pictures"), "V_Meta"),
+    **dict.fromkeys(GRAMMAR_MEANINGS, "V_Grammar"),
+}
+"""Column -> its name in the documentation of the models: the poster (P_Image), its feature maps (F_Tensor), the values
+of its brief (V_Meta), the measures of its layout (V_Grammar). The other columns belong to none of them."""
 
 TURNING, FINISHING = 1, 2
-"""Which of a poster's streams of random numbers its text is turned by, and its pictures, small text and rules are
-finished by; its design and textures take one of their own, so that a `plain` poster knows nothing of either."""
+"""Random streams for the rotation of text and for finishing (mounts and inks of pictures, small text, rules). They are
+separate from the stream of the design and the textures, so that a `plain` poster does not depend on them."""
 
 
 @dataclass(frozen=True)
 class PosterOptions:
-    """What the bytes of a poster depend on, besides its index."""
+    """The options that, with the index, determine the bytes of a poster."""
 
     seed: int
     resolution: int
@@ -73,16 +81,16 @@ class PosterOptions:
 
 
 def make_row(options: PosterOptions, index: int) -> Row:
-    """Poster number `index`: its pictures as PNG bytes, the rest as plain values (COLUMNS says what is what).
+    """Make poster number `index`: images as PNG bytes, everything else as plain values (see COLUMNS).
 
-    One index has one design at every resolution and complexity; all but `plain` ones have rules, `rich` ones
-    turn some text besides.
+    An index has the same design at every resolution and complexity. `standard` and `rich` posters also have rules, and
+    `rich` posters also rotate text.
     """
     rng = np.random.default_rng([options.seed, index])
     brief = draw_brief(rng)
     elements = lay_out(brief, rng, options.complexity)
     caption = write_caption(brief, rng)
-    texture_seed = int(rng.integers(2**31))  # last: nothing of the design hangs on it
+    texture_seed = int(rng.integers(2**31))  # drawn last, so that the design does not depend on it
     if options.complexity != "plain":
         elements = finish(brief, elements, np.random.default_rng([options.seed, index, FINISHING]))
     if options.complexity == "rich":
@@ -116,7 +124,10 @@ def make_row(options: PosterOptions, index: int) -> Row:
 
 
 def _element_row(element: Element, brief: PosterBrief) -> Row:
-    """Its numbers are float32 from the start, so that the grammar of a stored row is exactly the one computed here."""
+    """Return an element as plain values.
+
+    Numbers are rounded to float32 first, so that the grammar of a stored row equals the one computed here.
+    """
     numbers = [element.hierarchy, *(min(max(value / UNITS, 0.0), 1.0) for value in element.bounds)]
     named = zip(("hierarchy", "x0", "y0", "x1", "y1"), numbers, strict=True)
     return {
@@ -127,7 +138,7 @@ def _element_row(element: Element, brief: PosterBrief) -> Row:
 
 
 def _png(image: Image.Image) -> Row:
-    """An image as the `datasets` library stores one."""
+    """Return an image in the form in which the `datasets` library stores it."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=3)
     return {"bytes": buffer.getvalue(), "path": None}

@@ -356,7 +356,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGINT: 130}
     assert process.returncode == expected[number], output
     assert not (folder / "cache.json").exists()
-    assert number == signal.SIGKILL or "the same command goes on" in output
+    assert number == signal.SIGKILL or "run the same command again to resume" in output
     assert precompute(*arguments) == 0
     assert contents(folder) == contents(cache_folder)
 

@@ -159,7 +159,7 @@ def test_the_script_shows_what_it_made(data: Path, tmp_path: Path, capsys: pytes
     output = capsys.readouterr().out
     assert "'a red zebra'" in output
     assert "'a red <UNK>'   (1 unknown)" in output
-    assert "Of 6 words in 2 validation captions, 16.67% are unknown; 1 captions come back whole." in output
+    assert "Of 6 words in 2 validation captions, 16.67% are unknown; 1 captions are unchanged after encoding" in output
     assert "--model bpe" in output
     assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in folder.iterdir()}
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -1,4 +1,4 @@
-"""check_dataset.py: every problem in one pass, by row; duplicates told apart from problems."""
+"""Tests of check_dataset.py: all problems are listed by row in one pass; duplicates are not problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 
 def make(folder: Path, rows: int = 8, masks: bool = False) -> Path:
-    """An imagefolder; picture 5 is picture 1 again."""
+    """Make an imagefolder in which image 5 is a copy of image 1."""
     generator = np.random.default_rng(0)
     lines = []
     for row in range(rows):
@@ -42,12 +42,12 @@ def test_a_clean_dataset_passes(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "No problems" in output
     assert "16×12" in output
     assert "2 to 2, median 2" in output
-    assert "8 different" in output
+    assert "8 distinct" in output
     assert "train: 2 classes: a 4, b 4" in output
     assert "rows 5 = 1" in output
-    assert "8 pictures are not square" in output
-    assert "8 pictures are" in output
-    assert "get enlarged" in output
+    assert "8 images are not square" in output
+    assert "8 images are below 16 px" in output
+    assert "will be enlarged" in output
 
 
 def test_all_problems_are_listed_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -71,13 +71,13 @@ def test_all_problems_are_listed_in_one_pass(tmp_path: Path, capsys: pytest.Capt
         ("7", "text"),
         ("7", "label"),
     ]
-    assert "it is 8×8 pixels, its picture 16×12" in listed[1]
+    assert "its size is 8×8, but its image is 16×12" in listed[1]
     assert "2.png" in listed[0]
     assert check(folder, "--max_listed", "2") == 2
     assert "and 4 more" in capsys.readouterr().out
 
 
-def test_labels_out_of_range_and_pictures_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_labels_out_of_range_and_images_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture):
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), label=datasets.Value("int64"))
     images = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(4)]
     for split, part, labels in (("train", images[:3], [0, 1, -1]), ("validation", images[2:], [1, 7])):
@@ -87,7 +87,7 @@ def test_labels_out_of_range_and_pictures_in_two_splits(tmp_path: Path, capsys: 
     output = capsys.readouterr().out
     assert "train row 2, column 'label': label -1 is none of the 2 classes" in output
     assert "validation row 1, column 'label': label 7 is none of the 2 classes (0 to 1)" in output
-    assert "1 pictures are in train and in validation (rows 2 = 0)" in output
+    assert "1 images are in both train and validation (rows 2 = 0)" in output
     assert check_dataset.main(["--dataset_name", str(tmp_path), "--splits", "[validation]"]) == 2
 
 
@@ -111,7 +111,7 @@ def test_mistakes_are_user_errors(tmp_path: Path):
         check(folder, "--image_column", "picture")
 
 
-def test_shared_pictures_are_clean(shared_dir: Path, capsys: pytest.CaptureFixture):
+def test_the_shared_dataset_is_clean(shared_dir: Path, capsys: pytest.CaptureFixture):
     arguments = ["--train_data_dir", str(shared_dir / "data" / "noto_emoji"), "--resolution", "128"]
     assert check_dataset.main(arguments) == 0
     assert "2,232" in capsys.readouterr().out

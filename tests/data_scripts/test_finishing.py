@@ -1,5 +1,5 @@
-"""What standard posters have and plain ones do not: mounts, duotones in their own colours, paler small text, rules,
-and the marks of print and scan; and that plain posters know nothing of it."""
+"""Tests of what standard posters have and plain ones do not: mounts, duotones in the poster's own colours, paler small
+text, rules, and traces of printing and scanning."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PLAIN_PIXELS = {
         "13": "c1748b9a200b9669b5e7addd5a9e13482b45d8dfc6620d5263f7c4553c06b972",
     },
 }
-"""SHA-256 of the pixels, maps included, of plain posters 0 to 23 of seed 0 in format 2 of the data, by Pillow's major
-version where it matters."""
+"""SHA-256 of the pixels (including the maps) of plain posters 0 to 23 of seed 0 in format 2 of the data, by Pillow's
+major version if it makes a difference."""
 FREETYPE = "2.14.3"
-"""Others may draw an edge otherwise. Mean colours are tested with any."""
+"""Other versions may draw edges differently. Mean colours are tested with every version."""
 
 
 def pixels(row: Row, name: str) -> Image.Image:
@@ -55,7 +55,8 @@ def rules_of(elements: list[Element]) -> list[Element]:
 
 
 @pytest.mark.skipif(
-    PILLOW not in ("12", "13") or features.version("freetype2") != FREETYPE, reason="other edges of letters"
+    PILLOW not in ("12", "13") or features.version("freetype2") != FREETYPE,
+    reason="other versions draw other edges of letters",
 )
 @pytest.mark.parametrize("resolution", sorted(PLAIN_PIXELS))
 def test_plain_posters_are_those_of_the_second_format(resolution: int) -> None:
@@ -68,7 +69,7 @@ def test_plain_posters_are_those_of_the_second_format(resolution: int) -> None:
     assert digest.hexdigest() == expected.get(PILLOW, expected.get("any"))
 
 
-def test_what_is_finished_how_often() -> None:
+def test_frequencies_of_mounts_duotones_and_rules() -> None:
     mounts: Counter[str] = Counter()
     rule_counts: Counter[int] = Counter()
     own_colors, ink_shares = [], []
@@ -77,7 +78,7 @@ def test_what_is_finished_how_often() -> None:
         scenes = [element.content for element in elements if isinstance(element.content, Scene)]
         mounts.update(scene.mount for scene in scenes)
         own_colors += [scenes[0].duotone is not None] if scenes else []
-        assert len({scene.duotone for scene in scenes}) <= 1  # one poster is printed one way
+        assert len({scene.duotone for scene in scenes}) <= 1  # all pictures of a poster have the same duotone
         rule_counts[len(rules_of(elements))] += 1
         ink_shares += [element.content.ink_share for element in elements if isinstance(element.content, TextLines)]
     assert all(0.25 < mounts[mount] / mounts.total() < 0.42 for mount in MOUNTS)
@@ -105,7 +106,7 @@ def test_rules_keep_clear_of_text_and_pictures_and_move_nothing() -> None:
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 256])
-def test_rules_are_ink_and_no_text(resolution: int) -> None:
+def test_rules_are_marked_as_ink_and_not_as_text(resolution: int) -> None:
     seen = 0
     for index in range(24):
         row = make_row(PosterOptions(0, resolution, "standard"), index)
@@ -125,7 +126,7 @@ def test_rules_are_ink_and_no_text(resolution: int) -> None:
 
 @pytest.mark.parametrize("resolution", [64, 128, 256])
 @pytest.mark.parametrize("mount", MOUNTS)
-def test_the_maps_of_a_picture_say_how_it_is_mounted(mount: str, resolution: int) -> None:
+def test_maps_of_pictures_match_their_mounts(mount: str, resolution: int) -> None:
     element = Element("picture", "surface", 0.7, PICTURE_BOX, Scene("city", 1, mount))
     maps = draw_poster(finished(0)[0], [element], resolution, "standard", seed=0).maps
     x0, y0, x1, y1 = (round(value * resolution / UNITS) for value in PICTURE_BOX)
@@ -140,7 +141,7 @@ def test_the_maps_of_a_picture_say_how_it_is_mounted(mount: str, resolution: int
     assert np.array_equal(np.asarray(maps.hierarchy), round(0.7 * 255) * whole)
 
 
-def test_bare_pictures_throw_no_shadow() -> None:
+def test_bare_pictures_cast_no_shadow() -> None:
     brief = replace(finished(0)[0], background="cream", ink="black")
     darkest = {}
     for mount in MOUNTS:
@@ -154,7 +155,7 @@ def test_bare_pictures_throw_no_shadow() -> None:
 @pytest.mark.parametrize("complexity", ["standard", "rich"])
 @pytest.mark.parametrize(("background", "ink"), [("teal", "black"), ("blue", "cream")])
 def test_pictures_in_the_posters_own_colors_show_the_page(background: str, ink: str, complexity: str) -> None:
-    """Some of the picture is as the ground around it; printed in colours of its own, next to nothing is."""
+    """A part of the picture equals the background around it; with colours of its own, almost nothing does."""
     brief = replace(finished(0)[0], background=background, ink=ink, style="pop")
     duotone = ("ink", "background") if ink == "black" else ("background", "ink")
     shares = []
@@ -216,5 +217,5 @@ def test_grain_light_and_blur_are_those_of_a_scan() -> None:
         assert 0.77 < light.min() < light.max() < 1.13
         brightest.append(np.ptp(light))
         softness.append((tones[:, 63].mean() - tones[:, 58:62].mean()) / (tones[:, 66:70] - tones[:, 58:62]).mean())
-    assert np.mean(brightest) > 0.1  # uneven
+    assert np.mean(brightest) > 0.1  # the light is uneven
     assert min(softness) < 0.05 < 0.15 < max(softness) < 0.35  # from sharp to slightly soft

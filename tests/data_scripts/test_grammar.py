@@ -1,4 +1,4 @@
-"""V_Grammar against values worked by hand, and what must hold of any layout."""
+"""Tests of the design grammar (V_Grammar): values computed by hand, and properties of every layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_scripts.posters.grammar import cut_into_quadrants, design_grammar, ima
 from pipelines.common.poster_domain import ELEMENT_KINDS, GRAMMAR
 
 MIRRORED = tuple(name for name in GRAMMAR if name != "regularity")
-"""What a mirror does not change. Regularity counts where columns and rows start: left and upper edges alone."""
+"""Measures that mirroring does not change. Regularity changes, because it counts only left and upper edges."""
 
 
 def element(kind: str, hierarchy: float, *box: float) -> dict:
@@ -35,7 +35,7 @@ def test_empty_page() -> None:
 
 
 def test_one_centred_box() -> None:
-    # Cut at both axes it makes four equal parts. Its area is 1/4: density 1 - 2 |1/2 - 1/4| = 1/2.
+    # Cut at both axes, the box gives four equal parts. Its area is 1/4: density 1 - 2 |1/2 - 1/4| = 1/2.
     assert_grammar(
         [element("picture", 0.75, 0.25, 0.25, 0.75, 0.75)],
         balance=1.0,
@@ -67,7 +67,7 @@ def test_two_equal_halves() -> None:
 
 def test_diagonal() -> None:
     # All quadrant sums are (1, 0, 0, 1) after division by the largest. Mirrored in an axis each quadrant meets an empty
-    # one: SYM_vertical = SYM_horizontal = 6 · 2 / 12 = 1; turned about the centre each meets its equal: SYM_radial = 0.
+    # one: SYM_vertical = SYM_horizontal = 6 · 2 / 12 = 1; mirrored in the centre, each meets its equal: SYM_radial = 0.
     # SYM = 1 - 2/3. Four of the six pairs differ by 1: RHM = 1 - 4/6.
     # Two columns, two rows: alignment 1 - 4/4 = 0; one distance (3/4): spacing 1. Area 2/16: 1 - 2 · 3/8.
     assert_grammar(
@@ -138,7 +138,7 @@ def test_overlapping_pictures_are_counted_once() -> None:
     assert image_share(boxes) == pytest.approx(0.25 + 0.25 - 0.0625)
 
 
-def test_overfull_page_has_no_density() -> None:
+def test_overfull_page_has_density_zero() -> None:
     assert design_grammar([element("shape", 0.5, 0, 0, 1, 1)] * 3)["density"] == 0.0
 
 
@@ -147,7 +147,7 @@ def test_elements_are_clipped_to_the_page() -> None:
     assert design_grammar([over]) == design_grammar([within])
 
 
-def test_a_sliver_over_the_axis_counts_for_next_to_nothing() -> None:
+def test_a_sliver_across_the_axis_has_almost_no_effect() -> None:
     still = [element("title", 1.0, 0.1, 0.1, 0.5, 0.3), element("picture", 0.7, 0.2, 0.6, 0.9, 0.9)]
     nudged = [{**still[0], "x1": 0.5 + 1e-5}, still[1]]
     before, after = design_grammar(still), design_grammar(nudged)
@@ -174,7 +174,7 @@ def layouts(coordinates: st.SearchStrategy[float]) -> st.SearchStrategy[list[dic
 
 any_coordinates = st.floats(-0.5, 1.5, width=32) | st.sampled_from((0.0, 0.25, 0.5, 0.5 + 1e-7, 0.75, 1.0))
 exact_coordinates = st.integers(-128, 384).map(lambda number: number / 256)
-"""Mirrored without rounding, so that no box falls just short of being empty on one side only."""
+"""Coordinates that are mirrored without rounding, so that a box is empty either on both sides or on neither."""
 
 
 @settings(max_examples=300, deadline=None)
@@ -189,7 +189,7 @@ def test_all_eight_are_between_0_and_1_for_any_boxes(elements: list[dict]) -> No
 
 @settings(max_examples=200, deadline=None)
 @given(layouts(exact_coordinates))
-def test_mirrors_and_order_change_nothing_else_than_regularity(elements: list[dict]) -> None:
+def test_mirrors_change_only_regularity_and_order_changes_nothing(elements: list[dict]) -> None:
     values = design_grammar(elements)
     flipped = [{**e, "x0": 1 - e["x1"], "x1": 1 - e["x0"]} for e in elements]
     upside_down = [{**e, "y0": 1 - e["y1"], "y1": 1 - e["y0"]} for e in elements]

@@ -1,4 +1,4 @@
-"""Captions from JSON files of every usual form become an imagefolder; what is missing is told, all at once."""
+"""Tests of import_captions.py: JSON files of every common format become an imagefolder; all problems are reported."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_it_loads_as_training_data(tmp_path, scans):
     assert data[0]["image"].size == (32, 32)
 
 
-def test_several_captions_of_a_picture_are_kept(tmp_path, scans):
+def test_several_captions_of_an_image_are_kept(tmp_path, scans):
     content = [*PLAIN, {"file_name": "0.png", "caption": "another"}, {"file_name": "1.png", "caption": caption(1)}]
     main([str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")])
     assert rows(tmp_path / "out")["0.png"] == [caption(0), "another"]
@@ -86,7 +86,7 @@ def test_another_caption_field(tmp_path, scans):
     assert rows(tmp_path / "out") == {"0.png": "a thing"}
 
 
-def test_pictures_and_captions_that_are_missing_are_told_together(tmp_path, scans):
+def test_missing_images_and_captions_are_reported_together(tmp_path, scans):
     content = [
         *PLAIN,
         {"file_name": "gone.png", "caption": "x"},
@@ -96,7 +96,7 @@ def test_pictures_and_captions_that_are_missing_are_told_together(tmp_path, scan
     words = [str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match="3 records cannot be used") as error:
         main(words)
-    for part in ("gone.png: the picture is not in", "record 6 (1.png): no caption", "record 7: no file name"):
+    for part in ("gone.png: the image is not in", "record 6 (1.png): no caption", "record 7: no file name"):
         assert part in str(error.value)
     assert not (tmp_path / "out").exists()
     main([*words, "--on_missing", "skip"])
@@ -109,7 +109,7 @@ def test_pictures_and_captions_that_are_missing_are_told_together(tmp_path, scan
         ([{"file_name": "0.png"}], "has no captions: no record has a field 'caption'"),
         ([{"file_name": "0.png", "caption": " "}], "every 'caption' is empty"),
         ([], "has no captions"),
-        ("{broken", "is no JSON"),
+        ("{broken", "is not valid JSON"),
         ('"text"', "holds a str"),
     ],
 )
@@ -118,9 +118,9 @@ def test_files_without_captions(tmp_path, scans, content, message):
         main([str(write(tmp_path, content)), "--image_dir", str(scans)])
 
 
-def test_no_picture_at_all(tmp_path, scans):
+def test_no_image_at_all(tmp_path, scans):
     words = [str(write(tmp_path, [{"file_name": "x.png", "caption": "x"}])), "--image_dir", str(scans)]
-    with pytest.raises(UserError, match="none of the 1 pictures"):
+    with pytest.raises(UserError, match="none of the 1 images"):
         main([*words, "--on_missing", "skip"])
 
 
@@ -130,7 +130,7 @@ def test_no_picture_at_all(tmp_path, scans):
         ([], "no metadata file"),
         (["nowhere.json", "--image_dir", "."], "does not exist"),
         (["FILE"], "--image_dir is missing"),
-        (["FILE", "--image_dir", "nowhere"], "is no folder"),
+        (["FILE", "--image_dir", "nowhere"], "is not a folder"),
         (["FILE", "--image_dr", "."], "did you mean"),
     ],
 )
@@ -154,9 +154,9 @@ def test_an_import_is_not_overwritten_unasked(tmp_path, scans):
 @pytest.mark.parametrize("overwrite", ["true", "false"])
 def test_folders_that_hold_something_else_are_left_alone(tmp_path, scans, overwrite):
     words = [str(write(tmp_path, PLAIN)), "--image_dir", str(scans), "--overwrite", overwrite]
-    with pytest.raises(UserError, match="holds the pictures that are imported"):
+    with pytest.raises(UserError, match="contains the images to import"):
         main([*words, "--output_dir", str(scans)])
-    with pytest.raises(UserError, match="holds the pictures that are imported"):
+    with pytest.raises(UserError, match="contains the images to import"):
         main([*words, "--output_dir", str(tmp_path)])
     other = tmp_path / "other"
     other.mkdir()
@@ -167,7 +167,7 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path, scans, overwr
     assert (scans / "not_named.png").is_file()
 
 
-def test_paths_of_another_machine_keep_what_the_folder_has_of_them(tmp_path, scans):
+def test_paths_of_another_machine_are_reduced_to_paths_in_the_folder(tmp_path, scans):
     (scans / "else").mkdir()
     picture(7).save(scans / "else/3.png")
     content = [
@@ -179,13 +179,13 @@ def test_paths_of_another_machine_keep_what_the_folder_has_of_them(tmp_path, sca
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path, scans):
-    """A path with .. is taken for a name in the folder."""
+    """A path with `..` is read as a name in the folder."""
     content = [{"file_name": "../../0.png", "caption": "x"}, {"file_name": "/etc/1.png", "caption": "y"}]
     main([str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")])
     assert rows(tmp_path / "out") == {"0.png": "x", "1.png": "y"}
 
 
-def test_one_record_is_no_mapping(tmp_path, scans):
+def test_a_single_record_is_not_read_as_a_mapping(tmp_path, scans):
     for content in (PLAIN[0], json.dumps(PLAIN[0]) + "\n"):
         main([str(write(tmp_path, content)), "--image_dir", str(scans), "--overwrite", "true"])
         assert rows(tmp_path / "scans_captioned") == {"0.png": caption(0)}
@@ -204,10 +204,10 @@ def test_two_names_of_one_file_and_endings_in_capitals(tmp_path, scans):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "letter.pdf"])
-def test_files_that_are_no_pictures_are_not_touched(tmp_path, scans, name):
+def test_files_that_are_not_images_are_not_touched(tmp_path, scans, name):
     (scans / name).write_text("mine")
     words = [str(write(tmp_path, [*PLAIN, {"file_name": name, "caption": "a letter"}])), "--image_dir", str(scans)]
-    with pytest.raises(UserError, match=f"{name}: is no picture"):
+    with pytest.raises(UserError, match=f"{name}: is not an image"):
         main(words)
     main([*words, "--on_missing", "skip"])
     assert (scans / name).read_text() == "mine"
@@ -225,7 +225,7 @@ def test_other_encodings(tmp_path, scans):
     assert rows(tmp_path / "scans_captioned") == {"0.png": "ein grüner Käfer"}
 
 
-def test_the_pictures_folder_may_be_the_current_one(tmp_path, scans, monkeypatch):
+def test_the_image_folder_may_be_the_current_one(tmp_path, scans, monkeypatch):
     monkeypatch.chdir(scans)
     main([str(write(tmp_path, PLAIN)), "--image_dir", "."])
     assert len(rows(tmp_path / "scans_captioned")) == 4

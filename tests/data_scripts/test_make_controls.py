@@ -1,4 +1,4 @@
-"""make_controls.py: what is drawn, by closed forms; that datasets keep their rows and columns; what is refused.
+"""Tests of make_controls.py: closed forms of the controls, kept rows and columns of datasets, and bad input.
 
 H W pixels.
 """
@@ -31,7 +31,7 @@ HEIGHT, WIDTH = 24, 40
 
 
 def halves(left: tuple[int, int, int], right: tuple[int, int, int], width: int = WIDTH) -> Image.Image:
-    """Two colours, side by side."""
+    """Return an image of two colours side by side."""
     pixels = np.full((HEIGHT, width, 3), left, dtype=np.uint8)
     pixels[:, width // 2 :] = right
     return Image.fromarray(pixels)
@@ -41,20 +41,22 @@ def grey(share: float) -> tuple[int, int, int]:
     return (round(255 * share),) * 3
 
 
-# --- what is drawn
+# --- controls of one image
 
 
 def test_edges_are_lines_where_colour_changes_and_nowhere_else():
-    found = np.asarray(edges(halves(grey(0), grey(1)), sigma=1.0, low=0.03, high=0.1))
-    assert found.shape == (HEIGHT, WIDTH)
-    assert set(np.unique(found)) == {0, 255}
-    assert set(np.argwhere(found[2:-2])[:, 1]) == {WIDTH // 2 - 1, WIDTH // 2}, "the pixels on either side of it"
-    assert (found[2:-2, WIDTH // 2] == 255).all()
-    assert not np.asarray(edges(Image.new("RGB", (WIDTH, HEIGHT), "red"), 1.0, 0.03, 0.1)).any(), "none at the borders"
+    marked = np.asarray(edges(halves(grey(0), grey(1)), sigma=1.0, low=0.03, high=0.1))
+    assert marked.shape == (HEIGHT, WIDTH)
+    assert set(np.unique(marked)) == {0, 255}
+    assert set(np.argwhere(marked[2:-2])[:, 1]) == {WIDTH // 2 - 1, WIDTH // 2}, "on both sides of the step"
+    assert (marked[2:-2, WIDTH // 2] == 255).all()
+    assert not np.asarray(edges(Image.new("RGB", (WIDTH, HEIGHT), "red"), 1.0, 0.03, 0.1)).any(), (
+        "no edges at the borders"
+    )
 
 
 def test_thresholds_are_shares_of_black_to_white():
-    """Without a blur a step of 0.2 has a gradient of 0.2."""
+    """Without a blur, a step of 0.2 has a gradient of 0.2."""
     step = halves(grey(0.4), grey(0.6))
     assert np.asarray(edges(step, 0.0, 0.1, 0.18)).any()
     assert not np.asarray(edges(step, 0.0, 0.1, 0.22)).any()
@@ -63,9 +65,9 @@ def test_thresholds_are_shares_of_black_to_white():
 def test_soft_edges_grow_with_the_root_of_the_contrast():
     strengths = [np.asarray(soft_edges(halves(grey(0), grey(share)), 1.0)).max() for share in (0.0, 0.25, 1.0)]
     assert strengths == pytest.approx([0, 128, 255], abs=1)
-    found = np.asarray(soft_edges(halves(grey(0), grey(1)), 1.0))
-    assert (found[:, WIDTH // 2 - 1 : WIDTH // 2 + 1] == 255).all()
-    assert not found[:, : WIDTH // 4].any()
+    drawn = np.asarray(soft_edges(halves(grey(0), grey(1)), 1.0))
+    assert (drawn[:, WIDTH // 2 - 1 : WIDTH // 2 + 1] == 255).all()
+    assert not drawn[:, : WIDTH // 4].any()
 
 
 def test_edges_of_both_kinds_see_colours_of_one_brightness():
@@ -84,20 +86,20 @@ def test_a_wider_blur_leaves_less_detail():
 
 def test_a_palette_has_the_colour_of_most_of_each_cell():
     pixels = np.zeros((24, 24, 3), dtype=np.uint8)
-    pixels[:, :14] = (200, 30, 40)  # of the middle column of cells (8 to 16) three quarters
-    found = np.asarray(palette(Image.fromarray(pixels), colors=2, cells=3))
-    assert (found[:, :16] == (200, 30, 40)).all()
-    assert (found[:, 16:] == 0).all()
+    pixels[:, :14] = (200, 30, 40)  # three quarters of the middle column of cells (8 to 16)
+    drawn = np.asarray(palette(Image.fromarray(pixels), colors=2, cells=3))
+    assert (drawn[:, :16] == (200, 30, 40)).all()
+    assert (drawn[:, 16:] == 0).all()
 
 
 @pytest.mark.parametrize(("size", "cells"), [((30, 50), (4, 7)), ((50, 30), (7, 4)), ((3, 3), (3, 3))])
 def test_a_palette_has_few_colours_in_square_cells(size: tuple[int, int], cells: tuple[int, int]):
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    found = np.asarray(palette(Image.fromarray(pixels), colors=5, cells=4))
-    assert found.shape == pixels.shape
-    assert 1 < len(np.unique(found.reshape(-1, 3), axis=0)) <= 5
+    drawn = np.asarray(palette(Image.fromarray(pixels), colors=5, cells=4))
+    assert drawn.shape == pixels.shape
+    assert 1 < len(np.unique(drawn.reshape(-1, 3), axis=0)) <= 5
     for axis, count in ((1, cells[0]), (0, cells[1])):
-        changes = np.any(np.diff(found.astype(int), axis=axis), axis=(1 - axis, 2)).sum()
+        changes = np.any(np.diff(drawn.astype(int), axis=axis), axis=(1 - axis, 2)).sum()
         assert changes <= count - 1
 
 
@@ -105,21 +107,23 @@ def test_a_palette_has_few_colours_in_square_cells(size: tuple[int, int], cells:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """An imagefolder of two splits, with captions and masks; its pictures are of several sizes, one lies on its side
-    and one is transparent."""
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    """Make an imagefolder of two splits with captions and masks.
+
+    The images have several sizes; one of them is transparent, and one is rotated by its EXIF orientation.
+    """
+    folder = tmp_path / "images"
     for split, count in (("train", 7), ("validation", 3)):
         (folder / split).mkdir(parents=True)
         lines = []
         for row in range(count):
-            picture = halves(grey(row / 10), grey(1 - row / 20), width=WIDTH + row)
+            image = halves(grey(row / 10), grey(1 - row / 20), width=WIDTH + row)
             if row == 1:
-                picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+                image.putalpha(Image.linear_gradient("L").resize(image.size))
             exif = Image.Exif()
             exif[0x0112] = 6 if row == 2 else 1
-            picture.save(folder / split / f"{row}.png", exif=exif)
-            upright = picture.size[::-1] if row == 2 else picture.size
+            image.save(folder / split / f"{row}.png", exif=exif)
+            upright = image.size[::-1] if row == 2 else image.size
             Image.new("L", upright, row).save(folder / split / f"{row}_mask.png")
             names = {"file_name": f"{row}.png", "mask_file_name": f"{row}_mask.png"}
             lines.append(json.dumps({**names, "text": f"number {row}"}))
@@ -136,8 +140,8 @@ def opened(folder: Path, split: str = "train"):
     return load_split(DataConfig(dataset_name=str(folder)), split, 0)
 
 
-def test_all_rows_and_columns_are_kept_and_the_control_goes_with_its_picture(pictures, tmp_path, capsys):
-    made = make(pictures, tmp_path / "made", "--kind", "soft_edges")
+def test_all_rows_and_columns_are_kept_and_controls_match_their_images(image_folder, tmp_path, capsys):
+    made = make(image_folder, tmp_path / "made", "--kind", "soft_edges")
     assert {path.name for path in made.iterdir()} == {"README.md", "data", "manifest.json", "contact_sheet.png"}
     for split, count in (("train", 7), ("validation", 3)):
         rows = opened(made, split)
@@ -145,26 +149,26 @@ def test_all_rows_and_columns_are_kept_and_the_control_goes_with_its_picture(pic
         assert rows.column_names == ["image", "mask", "text", "conditioning_image"]
         for number, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
             assert row["text"] == f"number {number}"
-            assert row["image"]["bytes"] == (pictures / split / f"{number}.png").read_bytes()
+            assert row["image"]["bytes"] == (image_folder / split / f"{number}.png").read_bytes()
             assert row["mask"].getextrema() == (number, number)
     config = DataConfig(dataset_name=str(made), resolution=16)
     data = ImageDataset(opened(made), config, captions=True, control=control_of("conditioning_image", 0))
     batch = data.collate(data.__getitems__([SampleKey(i, 0) for i in range(7)]))
     assert batch["conditioning_pixel_values"].shape == (7, 3, 16, 16)
-    assert check_dataset.main(["--dataset_name", str(made)]) == 0, "sizes match, those of turned ones too"
-    said = capsys.readouterr().out
-    assert f"--dataset_name {made} --conditioning_image_column conditioning_image" in said
-    assert str(made / "contact_sheet.png") in said
+    assert check_dataset.main(["--dataset_name", str(made)]) == 0, "sizes match, also those of rotated images"
+    output = capsys.readouterr().out
+    assert f"--dataset_name {made} --conditioning_image_column conditioning_image" in output
+    assert str(made / "contact_sheet.png") in output
 
 
-def test_transparent_pictures_are_laid_on_white(pictures, tmp_path):
-    rows = opened(make(pictures, tmp_path / "made", "--kind", "palette", "--colors", "8"))
+def test_transparent_images_are_drawn_on_white(image_folder, tmp_path):
+    rows = opened(make(image_folder, tmp_path / "made", "--kind", "palette", "--colors", "8"))
     control = np.asarray(rows[1]["conditioning_image"]).astype(int)
     assert control[0].mean() > 200, "the upper edge is transparent"
 
 
-def test_several_kinds_are_columns(pictures, tmp_path):
-    made = make(pictures, tmp_path / "made", "--kind", "[edges, palette]", "--columns", "[lines, colours]")
+def test_several_kinds_are_columns(image_folder, tmp_path):
+    made = make(image_folder, tmp_path / "made", "--kind", "[edges, palette]", "--columns", "[lines, colours]")
     row = opened(made)[3]
     assert row["lines"].mode == "L"
     assert row["colours"].mode == "RGB"
@@ -177,11 +181,11 @@ def test_several_kinds_are_columns(pictures, tmp_path):
     assert str(tmp_path) not in card + (made / "manifest.json").read_text()
 
 
-def test_layouts_are_what_the_encoder_reads(pictures, tmp_path, capsys):
+def test_layouts_are_predicted_by_the_encoder(image_folder, tmp_path, capsys):
     torch.manual_seed(0)
     reader = LayoutAnalysisPipeline(encoder=LayoutEncoderModel((8, 16), sample_size=16).eval())
     reader.save_pretrained(tmp_path / "reader")
-    made = make(pictures, tmp_path / "made", "--kind", "layout", "--encoder", str(tmp_path / "reader"))
+    made = make(image_folder, tmp_path / "made", "--kind", "layout", "--encoder", str(tmp_path / "reader"))
     row = opened(made)[4]
     features = reader(row["image"], overlays=False).features[0]
     for number, name in enumerate(("text_mask", "image_mask")):
@@ -189,20 +193,20 @@ def test_layouts_are_what_the_encoder_reads(pictures, tmp_path, capsys):
     assert "--conditioning_image_column '[text_mask,image_mask]'" in capsys.readouterr().out
 
 
-def test_rows_go_to_disk_as_they_are_made(pictures, tmp_path, monkeypatch):
+def test_rows_go_to_disk_as_they_are_made(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(control_dataset, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(control_dataset, "ROWS_PER_SHARD", 4)
-    made = make(pictures, tmp_path / "made", "--kind", "edges")
+    made = make(image_folder, tmp_path / "made", "--kind", "edges")
     files = sorted(path.name for path in (made / "data").iterdir())
     assert files == ["train-00000.parquet", "train-00001.parquet", "validation-00000.parquet"]
     assert opened(made)["text"][:] == [f"number {i}" for i in range(7)]
     monkeypatch.setattr(control_dataset, "BYTES_PER_SHARD", 1)
-    by_size = make(pictures, tmp_path / "by_size", "--kind", "edges")
+    by_size = make(image_folder, tmp_path / "by_size", "--kind", "edges")
     assert len(list((by_size / "data").glob("train-*"))) >= 4
 
 
-def test_classes_stay_classes_whatever_holds_them(tmp_path):
-    """From folders of classes, and from the Parquet files that a first pass has made."""
+def test_classes_are_kept(tmp_path):
+    """Classes are kept both from folders of classes and from the Parquet files of an earlier run."""
     for name in ("cat", "dog"):
         (tmp_path / "classes" / name).mkdir(parents=True)
         for row in range(2):
@@ -215,47 +219,47 @@ def test_classes_stay_classes_whatever_holds_them(tmp_path):
     assert {"lines", "conditioning_image"} <= set(rows.column_names)
 
 
-def test_the_sheet_shows_each_picture_beside_its_controls(pictures, tmp_path):
-    made = make(pictures, tmp_path / "made", "--kind", "[edges, palette]")
+def test_the_sheet_shows_each_image_beside_its_controls(image_folder, tmp_path):
+    made = make(image_folder, tmp_path / "made", "--kind", "[edges, palette]")
     with Image.open(made / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 128
         assert sheet.height > 128
 
 
-# --- half-written and earlier folders
+# --- broken images and earlier folders
 
 
 @pytest.fixture
-def broken(pictures) -> Path:
-    file = pictures / "train/5.png"
+def broken(image_folder) -> Path:
+    file = image_folder / "train/5.png"
     file.write_bytes(file.read_bytes()[:60])
-    return pictures
+    return image_folder
 
 
-def test_a_broken_picture_is_named_and_nothing_is_left(broken, tmp_path, monkeypatch):
+def test_a_broken_image_is_named_and_nothing_is_left(broken, tmp_path, monkeypatch):
     monkeypatch.setattr(control_dataset, "ROWS_AT_ONCE", 2)
     with pytest.raises(UserError, match="row 5 of the dataset: .*--on_bad_sample skip"):
         make(broken, tmp_path / "made", "--kind", "edges")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
-def test_a_broken_picture_is_left_out_where_asked(broken, tmp_path, capsys):
+def test_a_broken_image_is_skipped_if_requested(broken, tmp_path, capsys):
     made = make(broken, tmp_path / "made", "--kind", "edges", "--on_bad_sample", "skip")
-    assert "1 rows with broken pictures were left out" in capsys.readouterr().out
+    assert "1 rows with broken images were skipped" in capsys.readouterr().out
     assert opened(made)["text"][:] == [f"number {i}" for i in (0, 1, 2, 3, 4, 6)]
 
 
-def test_earlier_controls_are_set_aside_only_when_asked(pictures, tmp_path, capsys):
-    made = make(pictures, tmp_path / "made", "--kind", "edges")
-    with pytest.raises(UserError, match="holds controls already .edges of pictures.; .* add --overwrite"):
-        make(pictures, made, "--kind", "palette")
-    make(pictures, made, "--kind", "palette", "--overwrite")
+def test_earlier_controls_are_set_aside_only_when_asked(image_folder, tmp_path, capsys):
+    made = make(image_folder, tmp_path / "made", "--kind", "edges")
+    with pytest.raises(UserError, match="already holds controls .edges of images.; .* add --overwrite"):
+        make(image_folder, made, "--kind", "palette")
+    make(image_folder, made, "--kind", "palette", "--overwrite")
     assert "The earlier controls are now in" in capsys.readouterr().out
     assert (tmp_path / "made_old_1/data").is_dir()
     assert opened(made)[0]["conditioning_image"].mode == "RGB"
     (made / "data/train-00000.parquet").unlink()
     with pytest.raises(UserError, match="is not empty and holds no complete controls"):
-        make(pictures, made, "--kind", "palette", "--overwrite")
+        make(image_folder, made, "--kind", "palette", "--overwrite")
 
 
 # --- bad input
@@ -264,17 +268,17 @@ def test_earlier_controls_are_set_aside_only_when_asked(pictures, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--kind is missing: one or more of edges, soft_edges, palette, layout"),
+        ([], "--kind is missing; give one or more of edges, soft_edges, palette, layout"),
         (["--kind", "edge"], "--kind edge is none of .*; did you mean 'edges'"),
-        (["--kind", "[edges, edges]"], "--kind names one twice"),
-        (["--kind", "layout"], "a layout is read by a layout encoder; --kind layout and --encoder RUN"),
-        (["--kind", "edges", "--encoder", "x"], "a layout is not asked for, but --encoder x"),
+        (["--kind", "[edges, edges]"], "--kind lists a kind twice"),
+        (["--kind", "layout"], "--kind layout needs a layout encoder; name one with --encoder RUN"),
+        (["--kind", "edges", "--encoder", "x"], "--encoder is x, but --kind has no layout"),
         (["--kind", "layout", "--encoder", "/nowhere/x"], "no pipeline, run or checkpoint at '/nowhere/x'"),
-        (["--kind", "edges", "--columns", "[a, b]"], r"give 1 different names, in place of conditioning_image"),
-        (["--kind", "edges", "--columns", "[mask]"], "the dataset has a column 'mask' already; .*--columns"),
+        (["--kind", "edges", "--columns", "[a, b]"], r"give one distinct name for each of: conditioning_image"),
+        (["--kind", "edges", "--columns", "[mask]"], "the dataset already has a column 'mask'; .*--columns"),
         (["--kind", "edges", "--sigma", "-1"], "--sigma is -1.0; it must be at least 0"),
-        (["--kind", "edges", "--low_threshold", "0.5"], "--low_threshold 0.5 and --high_threshold 0.1"),
-        (["--kind", "palette", "--colors", "0"], "--colors is 0; give 1 to 256"),
+        (["--kind", "edges", "--low_threshold", "0.5"], "--low_threshold is 0.5 and --high_threshold is 0.1"),
+        (["--kind", "palette", "--colors", "0"], "--colors is 0; it must be between 1 and 256"),
         (["--kind", "edges", "--image_column", "imag"], "no column 'imag'; did you mean 'image'"),
         (
             ["--kind", "edges", "--image_column", "text", "--on_bad_sample", "error"],
@@ -287,22 +291,22 @@ def test_earlier_controls_are_set_aside_only_when_asked(pictures, tmp_path, caps
         (["--kind", "edges", "--kinds", "edges"], "--kinds"),
     ],
 )
-def test_bad_input(pictures, tmp_path, flags, message):
+def test_bad_input(image_folder, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        make(pictures, tmp_path / "made", *flags)
+        make(image_folder, tmp_path / "made", *flags)
     assert not (tmp_path / "made").exists()
 
 
-def test_the_source_itself_is_never_written_over(pictures):
+def test_the_source_itself_is_never_overwritten(image_folder):
     with pytest.raises(UserError, match="is not empty and holds no complete controls"):
-        make(pictures, pictures, "--kind", "edges", "--overwrite")
+        make(image_folder, image_folder, "--kind", "edges", "--overwrite")
 
 
-def test_edges_without_scikit_image_and_palettes_without_it(pictures, tmp_path, monkeypatch):
+def test_edges_without_scikit_image_and_palettes_without_it(image_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(UserError, match=r"--kind edges needs scikit-image, .*: pip install -e '\.\[controls\]'"):
-        make(pictures, tmp_path / "made", "--kind", "[palette, edges]")
-    make(pictures, tmp_path / "made", "--kind", "palette")
+        make(image_folder, tmp_path / "made", "--kind", "[palette, edges]")
+    make(image_folder, tmp_path / "made", "--kind", "palette")
 
 
 def test_as_a_program_bad_input_is_one_line_and_status_2(tmp_path):

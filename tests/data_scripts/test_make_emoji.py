@@ -1,4 +1,4 @@
-"""Emoji: names, classes and splits without a font; drawing with the system's where there is one."""
+"""Tests of make_emoji.py: names, classes and splits without a font; drawing with the system's font if there is one."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def test_names_and_classes(text: str, name: str, label: str):
     assert label_of(codepoints) == label
 
 
-def test_signs_without_a_name_or_a_picture_have_none():
+def test_signs_without_a_name_or_a_glyph():
     assert name_of([0xE000]) is None
     assert name_of([0x200D]) is None
     assert name_of([0x20E3]) == "combining enclosing keycap"
 
 
 def test_a_sequence_listed_in_both_directions_is_kept_once():
-    picture, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    image, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     runner, mirrored, man = (Emoji(text, text, "x") for text in ("🏃‍♀", "♀‍🏃", "🏃‍♂"))
-    kept = without_mirrored_order([(mirrored, picture), (runner, picture), (man, other)])
+    kept = without_mirrored_order([(mirrored, image), (runner, image), (man, other)])
     assert [emoji.text for emoji, _ in kept] == sorted([runner.text, man.text])
 
 
@@ -108,13 +108,13 @@ def test_the_dataset_trains(font: Path, tmp_path: Path):
     assert [file.read_bytes() for file in sorted((folder / "data").iterdir())] == before
 
 
-def test_a_machine_without_a_font_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_font_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(make_emoji, "FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UserError, match="fonts-noto-color-emoji.*--font"):
         make_emoji.main(["--output_dir", str(tmp_path / "emoji")])
 
 
-def test_fonts_that_will_not_do_are_refused(tmp_path: Path):
+def test_unusable_fonts_are_refused(tmp_path: Path):
     output = ["--output_dir", str(tmp_path / "emoji")]
     with pytest.raises(UserError, match="does not exist"):
         make_emoji.main([*output, "--font", "nowhere.ttf"])

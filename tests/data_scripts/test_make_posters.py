@@ -1,4 +1,4 @@
-"""The posters' generator: the same bytes from any number of processes, a folder that loads, rows that are true."""
+"""Tests of make_posters.py: equal bytes from any number of processes, a folder that loads, and correct rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "data_scripts" / "make_posters.py"
 
 
-def picture(row: dict, name: str) -> np.ndarray:
+def image_array(row: dict, name: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(row[name]["bytes"])))
 
 
@@ -119,12 +119,14 @@ def test_folder_loads_with_splits_and_features(folder: Path, tmp_path: Path) -> 
     assert {features[name].dtype for name in GRAMMAR} == {"float32"}
 
 
-def test_folder_says_what_is_in_it(folder: Path) -> None:
+def test_folder_has_a_contact_sheet_and_a_card(folder: Path) -> None:
     with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.width > 1000
     card = (folder / "README.md").read_text()
     assert "split: validation" in card
-    assert "`color_role`" in card
+    assert "| `color_role` | class ids: 0 background" in card
+    assert "| F_Tensor |" in card
+    assert "F_Tensor" not in card.partition("| column |")[0], "internal names are explained after the table"
 
 
 @pytest.mark.parametrize("complexity", ["plain", "standard", "rich"])
@@ -137,16 +139,16 @@ def test_grammar_can_be_recomputed_from_the_row(complexity: str) -> None:
         assert tuple(grammar) == GRAMMAR
         assert grammar == {name: row[name] for name in GRAMMAR}
         values.append(list(grammar.values()))
-    # Every number tells posters apart.
+    # Every measure differs between posters.
     assert (np.std(values, axis=0) > 0.01).all()
 
 
 def test_caption_names_what_is_measured(plain_rows: list[dict]) -> None:
     for row in plain_rows:
         main_colors = row["palette_names"][1:-1]
-        wanted = [style_words(row["style"]), f"on {row['background']}", " and ".join(main_colors), row["motif"]]
-        wanted += [PICTURE_WORDS[row["pictures"]], TITLE_WORDS[row["title_position"]]]
-        assert all(words in row["text"] for words in wanted), row["text"]
+        expected = [style_words(row["style"]), f"on {row['background']}", " and ".join(main_colors), row["motif"]]
+        expected += [PICTURE_WORDS[row["pictures"]], TITLE_WORDS[row["title_position"]]]
+        assert all(words in row["text"] for words in expected), row["text"]
     assert len({row["text"] for row in plain_rows}) > 110
     assert {row["style"] for row in plain_rows} == set(STYLES)
 
@@ -155,7 +157,7 @@ def test_palette_is_what_is_drawn(plain_rows: list[dict]) -> None:
     for row in plain_rows:
         assert [nearest_color_name(rgb_color(code)) for code in row["palette"]] == row["palette_names"]
         assert len(set(row["palette"])) == len(row["palette"]) <= 5
-        outside = picture(row, "image")[picture(row, "image_mask") == 0].reshape(-1, 3)
+        outside = image_array(row, "image")[image_array(row, "image_mask") == 0].reshape(-1, 3)
         colors, counts = np.unique(outside, axis=0, return_counts=True)
         assert tuple(int(value) for value in colors[counts.argmax()]) == COLORS[row["background"]]
         exact = (outside[:, None] == np.array([rgb_color(code) for code in row["palette"]])).all(-1).any(-1)
@@ -178,31 +180,31 @@ def test_feature_maps_agree_with_the_elements(resolution: int, complexity: str) 
             if element["kind"] == "picture":
                 expected[y0:y1, x0:x1] = 255
             if element["kind"] == "title":
-                upright = complexity != "rich"  # the box of a turned title is not full
-                assert (picture(row, "text_mask")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
-                assert (picture(row, "hierarchy")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
-                assert (picture(row, "color_role")[y0:y1, x0:x1] == COLOR_ROLES.index("ink")).any()
-        mask = picture(row, "image_mask")
-        if complexity == "rich" and GRAMMARS[row["style"]].inverted:  # a turned band may lie over a picture's corner
+                upright = complexity != "rich"  # a rotated title does not fill its box
+                assert (image_array(row, "text_mask")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
+                assert (image_array(row, "hierarchy")[y0:y1, x0:x1] == 255).mean() > (0.999 if upright else 0.4)
+                assert (image_array(row, "color_role")[y0:y1, x0:x1] == COLOR_ROLES.index("ink")).any()
+        mask = image_array(row, "image_mask")
+        if complexity == "rich" and GRAMMARS[row["style"]].inverted:  # a rotated band may cover the corner of a picture
             assert (mask <= expected).all()
             assert mask.sum() > 0.75 * expected.sum() or not row["pictures"]
         else:
             assert np.array_equal(mask, expected)
-        assert set(np.unique(picture(row, "text_mask"))) <= {0, 255}
-        assert picture(row, "color_role").max() < len(COLOR_ROLES)
+        assert set(np.unique(image_array(row, "text_mask"))) <= {0, 255}
+        assert image_array(row, "color_role").max() < len(COLOR_ROLES)
 
 
-def test_role_map_says_the_color_of_every_flat_pixel(plain_rows: list[dict]) -> None:
-    """Inside shapes, letters and ground (3 × 3 pixels of one colour), the role's colour is the pixel's."""
+def test_role_map_gives_the_color_of_every_flat_pixel(plain_rows: list[dict]) -> None:
+    """Inside shapes, letters and background (3 × 3 pixels of one colour), a pixel has the colour of its role."""
     for row in plain_rows[:60]:
         background, primary, *others, ink = (rgb_color(code) for code in row["palette"])
         accent = others[0] if others else primary
         colors = {"background": background, "primary": primary, "secondary": accent, "accent": accent, "ink": ink}
-        image, roles = picture(row, "image"), picture(row, "color_role")
+        image, roles = image_array(row, "image"), image_array(row, "color_role")
         inside = np.zeros((64, 64), dtype=bool)
         windows = np.lib.stride_tricks.sliding_window_view(image, (3, 3), axis=(0, 1))
         inside[1:-1, 1:-1] = (windows == windows[..., 1:2, 1:2]).all(axis=(-1, -2, -3))
-        inside &= picture(row, "image_mask") == 0
+        inside &= image_array(row, "image_mask") == 0
         drawn = np.zeros(image.shape, dtype=np.uint8)
         for role, color in colors.items():
             drawn[roles == COLOR_ROLES.index(role)] = color
@@ -215,9 +217,9 @@ def test_one_index_is_one_design_at_every_resolution() -> None:
         small, large = (make_row(PosterOptions(0, pixels, "plain"), index) for pixels in (64, 256))
         for name in ("text", "palette", "elements", "title", "energy"):
             assert small[name] == large[name]
-        averaged = picture(large, "image").reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
-        # What differs is the small text (letters at 256 px, bars at 64) and rounding in the pictures.
-        assert np.abs(averaged - picture(small, "image")).mean() < 12
+        averaged = image_array(large, "image").reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+        # The differences are small text (letters at 256 px, bars at 64 px) and rounding in the pictures.
+        assert np.abs(averaged - image_array(small, "image")).mean() < 12
 
 
 def test_split_sizes_and_membership() -> None:
@@ -227,7 +229,7 @@ def test_split_sizes_and_membership() -> None:
     parts = split_indices(1000, config.split_sizes(), seed=0)
     assert sorted(sum(parts.values(), [])) == list(range(1000))
     assert parts != split_indices(1000, config.split_sizes(), seed=1)
-    assert parts["test"][-1] > 700  # spread over the whole, not cut from one end
+    assert parts["test"][-1] > 700  # taken from all posters, not only from the first ones
 
 
 def test_the_same_dataset_again_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +244,7 @@ def test_other_contents_are_refused_or_set_aside(tmp_path: Path) -> None:
     small = {"num_posters": 10}
     main(arguments(target, **small))
     before = digests(target)
-    with pytest.raises(UserError, match="seed 0 there, 5 asked.*--overwrite"):
+    with pytest.raises(UserError, match="seed is 0 there, 5 here.*--overwrite"):
         main(arguments(target, seed=5, **small))
     main(arguments(target, seed=5, overwrite=True, **small))
     assert digests(tmp_path / "posters_old_1") == before
@@ -323,7 +325,7 @@ def test_killed_run_leaves_no_half_dataset(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("complexity", "posters_per_second"), [("plain", 40), ("standard", 40), ("rich", 15)])
 def test_posters_per_second_on_two_cores(complexity: str, posters_per_second: int) -> None:
-    """At 256 px, in CPU time, which other processes do not spoil: forty a second is 50 ms each on each of two cores."""
+    """At 256 px, in CPU time (unaffected by other processes): 40 posters/s is 50 ms per poster on each of two cores."""
     options = PosterOptions(0, 256, complexity)
     make_row(options, 0)
     started = time.process_time()

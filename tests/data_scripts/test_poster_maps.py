@@ -1,4 +1,4 @@
-"""F_Tensor says what is seen: of flat pixels, keylines, bands, overprints, small text, at every resolution."""
+"""Tests that the feature maps (F_Tensor) match the drawn poster: flat pixels, keylines, bands, overprints, text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.common.poster_domain import COLOR_ROLES, rgb_color
 ROLE = {name: number for number, name in enumerate(COLOR_ROLES)}
 
 
-def picture(row: Row, name: str) -> np.ndarray:
+def image_array(row: Row, name: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(row[name]["bytes"])))
 
 
@@ -33,13 +33,13 @@ def maps_of(brief: PosterBrief, elements: list[Element], resolution: int = 64) -
 
 @pytest.mark.parametrize("resolution", [64, 128, 256])
 def test_every_flat_pixel_has_the_color_of_its_role(resolution: int) -> None:
-    """Pixels of exactly one of the palette's colours: ground, shapes, letters, bars of small text, keylines."""
+    """Flat pixels have exactly a colour of the palette: background, shapes, letters, bars of small text, keylines."""
     for index in range(40 if resolution < 256 else 15):
         row = make_row(PosterOptions(5, resolution, "plain"), index)
         background, primary, *others, ink = (rgb_color(code) for code in row["palette"])
         accent = others[0] if others else (0, 0, 0)
         colors = np.array([background, (0, 0, 0), primary, (0, 0, 0), accent, ink])
-        image, roles = picture(row, "image"), picture(row, "color_role")
+        image, roles = image_array(row, "image"), image_array(row, "color_role")
         flat = (image[:, :, None] == np.array([background, primary, *others, ink])).all(-1).any(-1)
         flat &= roles != ROLE["surface"]
         assert flat.mean() > 0.4
@@ -53,13 +53,13 @@ def test_accent_is_named_only_where_there_is_one(complexity: str) -> None:
         row = make_row(PosterOptions(3, 64, complexity), index)
         has_accent = len(row["palette"]) == 4
         named = {element["role"] for element in row["elements"]}
-        marked = ROLE["accent"] in picture(row, "color_role")
+        marked = ROLE["accent"] in image_array(row, "color_role")
         assert has_accent or not ("accent" in named or marked), row["text"]
         seen |= {(has_accent, marked)}
     assert {(True, True), (False, False)} <= seen
 
 
-def test_transparent_overprints_are_secondary_and_hide_no_mask() -> None:
+def test_transparent_overprints_are_secondary_and_keep_masks() -> None:
     brief = some_brief(accent=None, style="pop")
     shape = (circle(8, 8, 3, "primary"),)
     over = (rectangle(4, 4, 12, 12, "secondary"),)
@@ -75,8 +75,8 @@ def test_transparent_overprints_are_secondary_and_hide_no_mask() -> None:
     assert (maps["image_mask"][16:20, 16:20] == 255).all()
 
 
-def test_what_is_covered_ends_there() -> None:
-    """An opaque shape over a picture, hole included; and a title's band over everything."""
+def test_covered_elements_are_cleared_in_the_maps() -> None:
+    """An opaque shape, including its holes, covers a picture, and a title's band covers everything."""
     picture_box = (0.0, 0.0, 16.0, 16.0)
     rings = (rectangle(4, 4, 12, 12, "primary"), rectangle(6, 6, 10, 10, "background"))
     title = Element("title", "ink", 1.0, (2, 0.5, 14, 3.5), Title("IRON", "DejaVuSansMono-Bold", inverted=True))
@@ -125,13 +125,13 @@ def test_bars_of_small_text_are_ink_all_over(resolution: int) -> None:
     assert (maps["text_mask"] == 255).sum() == 3.5 * 4 * unit * unit // 2
 
 
-def test_letters_of_small_text_are_seen_and_their_lines_end_with_the_words() -> None:
+def test_lines_of_small_text_are_as_wide_as_their_words() -> None:
     for seed, align in ((0, "left"), (1, "left"), (2, "center"), (3, "center")):
         elements = [Element("text", "ink", 0.25, (2, 4, 6, 8), TextLines((1.0, 1.0, 1.0, 0.5), align))]
         drawn = draw_poster(some_brief(), elements, 256, "plain", seed)
         ink, lines = np.asarray(drawn.maps.color_role) == ROLE["ink"], np.asarray(drawn.maps.text_mask) == 255
-        assert 0.1 < ink[lines].mean() < 0.7  # letters, with the ground between them
-        assert ink[~lines].sum() < 0.15 * ink.sum()  # descenders alone
+        assert 0.1 < ink[lines].mean() < 0.7  # letters, with the background between them
+        assert ink[~lines].sum() < 0.15 * ink.sum()  # only descenders
         for top in (68, 84, 100, 116):
             line, words = lines[top + 2], ink[top - 2 : top + 10].any(axis=0)
             ends, letters = np.flatnonzero(line), np.flatnonzero(words)
@@ -146,8 +146,8 @@ PLAIN_MEAN_COLORS: dict[int, list[tuple[float, float, float]]] = {
 
 
 @pytest.mark.parametrize("resolution", sorted(PLAIN_MEAN_COLORS))
-def test_plain_pictures_are_those_of_the_first_format(resolution: int) -> None:
-    """Mean colours of posters 0 to 2 of seed 0, as drawn by format 1 of the data, which labelled them otherwise."""
+def test_plain_posters_have_the_colors_of_the_first_format(resolution: int) -> None:
+    """Mean colours of posters 0 to 2 of seed 0 equal those of format 1 of the data, which had other maps."""
     for index, expected in enumerate(PLAIN_MEAN_COLORS[resolution]):
-        image = picture(make_row(PosterOptions(0, resolution, "plain"), index), "image")
+        image = image_array(make_row(PosterOptions(0, resolution, "plain"), index), "image")
         assert image.mean(axis=(0, 1)) == pytest.approx(expected, abs=0.5)

@@ -1,4 +1,4 @@
-"""Rich posters: text turned with its masks, photographs that are photographs, JPEG noise, and the same design."""
+"""Tests of rich posters: text rotated with its masks, realistic photographs, JPEG noise, and an unchanged design."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INK = COLOR_ROLES.index("ink")
 SIZE = (104, 72)
 
 
-def picture(row: Row, name: str) -> np.ndarray:
+def image_array(row: Row, name: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(row[name]["bytes"])))
 
 
@@ -34,11 +34,11 @@ def rich_and_standard() -> list[tuple[Row, Row]]:
     return [tuple(make_row(options, index) for options in pair) for index, pair in enumerate(made)]
 
 
-def test_only_text_stands_elsewhere_than_in_the_standard_poster(rich_and_standard: list[tuple[Row, Row]]) -> None:
-    pictures = {"image", "text_mask", "image_mask", "color_role", "hierarchy"}
+def test_only_text_differs_from_the_standard_poster(rich_and_standard: list[tuple[Row, Row]]) -> None:
+    image_columns = {"image", "text_mask", "image_mask", "color_role", "hierarchy"}
     turned_titles = 0
     for rich, standard in rich_and_standard:
-        for name in set(rich) - pictures - {"elements", *GRAMMAR}:
+        for name in set(rich) - image_columns - {"elements", *GRAMMAR}:
             assert rich[name] == standard[name], name
         assert len(rich["elements"]) == len(standard["elements"])
         for there, here in zip(standard["elements"], rich["elements"], strict=True):
@@ -64,7 +64,7 @@ def test_turned_titles_stay_where_the_brief_puts_them_and_on_the_page() -> None:
                 low, high = TITLE_BAND[brief.title_position]
                 assert low + 1 <= element.center[1] <= high - 1
     assert {-12.0, 12.0, 6.0, 90.0} <= tilts
-    assert min(abs(tilt) for tilt in tilts) >= 5  # what one sees
+    assert min(abs(tilt) for tilt in tilts) >= 5  # large enough to be seen
 
 
 @pytest.mark.parametrize("angle", [-12.0, 9.0, 90.0])
@@ -81,7 +81,7 @@ def drawn(element: Element, resolution: int, **changes: object) -> DrawnPoster:
 
 
 def inside_turned(box: tuple[float, ...], element: Element, resolution: int, slack: float) -> np.ndarray:
-    """Which pixels' middles lie in `box` turned as `element` is; `slack` (px) widens it."""
+    """Return which pixels' centres are in `box` rotated with `element`; `slack` (px) widens the box."""
     middles = (np.arange(resolution) + 0.5) * UNITS / resolution
     x, y = np.meshgrid(middles - element.center[0], middles - element.center[1])
     sine, cosine = math.sin(math.radians(element.angle)), math.cos(math.radians(element.angle))
@@ -172,7 +172,7 @@ def test_a_photograph_is_the_same_at_every_resolution(subject: str) -> None:
 
 
 def spectral_slope(tones: np.ndarray) -> float:
-    """Minus the exponent of the radial power spectrum between 3 and 24 cycles a picture (a window kept off the rim)."""
+    """Return minus the exponent of the windowed radial power spectrum between 3 and 24 cycles per image."""
     tones = (tones - tones.mean()) * np.hanning(tones.shape[0])[:, None] * np.hanning(tones.shape[1])
     power = np.abs(np.fft.fftshift(np.fft.fft2(tones))) ** 2
     rows, columns = (np.arange(side) - side // 2 for side in power.shape)
@@ -184,7 +184,7 @@ def spectral_slope(tones: np.ndarray) -> float:
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_photographs_have_the_statistics_of_photographs(subject: str) -> None:
-    """Power that falls about as frequency^-2 (1.2 to 3.5 in collections), many tones, noise, a full tonal range."""
+    """Power falls roughly as frequency^-2 (1.2 to 3.5 in collections); many tones, noise, a full tonal range."""
     taken = [np.asarray(take_photograph(subject, (96, 96), 16, seed), dtype=float) for seed in range(8)]
     slopes = [spectral_slope(image.mean(axis=2)) for image in taken]
     assert 1.2 < np.mean(slopes) < 3.7
@@ -192,12 +192,12 @@ def test_photographs_have_the_statistics_of_photographs(subject: str) -> None:
         assert len(np.unique(image.reshape(-1, 3), axis=0)) > 2000
         low, high = np.quantile(image, (0.02, 0.98))
         assert high - low > 70
-        finest = image[1:-1] - (image[:-2] + image[2:]) / 2  # what neighbours do not predict
+        finest = image[1:-1] - (image[:-2] + image[2:]) / 2  # the part that the neighbours do not predict
         assert np.median(np.abs(finest)) > 1
     assert len({tuple(image.mean(axis=(0, 1)).round()) for image in taken}) == 8
 
 
-def test_jpeg_noise_is_that_of_a_file() -> None:
+def test_jpeg_noise_has_random_quality() -> None:
     poster = draw_poster(draw_brief(np.random.default_rng(0)), [], 64, "standard", seed=0).image
     rng = np.random.default_rng(0)
     noisy = [with_jpeg_noise(poster, rng) for _ in range(12)]
@@ -213,6 +213,6 @@ def test_one_index_is_one_rich_design_at_every_resolution() -> None:
         small, large = (make_row(PosterOptions(0, pixels, "rich"), index) for pixels in (64, 256))
         for name in ("text", "elements", *GRAMMAR):
             assert small[name] == large[name]
-        averaged = picture(large, "image").reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
-        # What differs: small text (letters at 256 px, bars at 64), grain, and a blur that is given in pixels.
-        assert np.abs(averaged - picture(small, "image")).mean() < 17
+        averaged = image_array(large, "image").reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+        # The differences are small text (letters at 256 px, bars at 64 px), grain, and a blur that is given in pixels.
+        assert np.abs(averaged - image_array(small, "image")).mean() < 17

@@ -1,4 +1,4 @@
-"""From elements to pixels: the poster and, in the same strokes, its feature maps.
+"""Draw the elements of a poster, and at the same time its feature maps.
 
 Legend: S pixels along one side of the finished poster; u grid units, UNITS along one side.
 """
@@ -21,26 +21,27 @@ from data_scripts.posters.photographs.gallery import take_photograph
 from pipelines.common.poster_domain import COLOR_ROLES
 
 GREEKED_BELOW = {"plain": 6, "standard": 4, "rich": 4}
-"""Small text whose x-height is under this many pixels is set as bars ("greeked"): `plain` letters must be clean."""
+"""Small text with an x-height below this number of pixels is drawn as bars ("greeked"). `plain` posters have a higher
+limit, because their letters must be clean."""
 
 KEYLINE = 0.25
 """Width of the frame around a picture (u)."""
 
 SHADOW = 0.4
 CLIPPED_TONES = 3
-"""Percent of the tones at either end that a duotone in the poster's own colours prints as one."""
+"""Percentage of the tones at either end that a duotone in the poster's own colours clips."""
 BODY_X_HEIGHT = 0.5
 BODY_FONT_SIZE = 0.7
 BAND_MARGIN = 0.5
-"""Of a turned title's band, above and below the letters (u)."""
+"""Margin of the band of a rotated title, above and below the letters (u)."""
 SCAN = 1
-"""Which of the textures' streams of random numbers focus and light are drawn from; all else takes the other."""
+"""Random stream of focus and light; all other textures use the main stream."""
 GRADED_ROLES = ("background", "primary", "accent")
 
 
 @dataclass(frozen=True)
 class DrawnPoster:
-    """P_Image ("RGB") and F_Tensor, both S × S."""
+    """The poster P_Image ("RGB") and its feature maps F_Tensor, both S × S."""
 
     image: Image.Image
     maps: FeatureMaps
@@ -49,7 +50,7 @@ class DrawnPoster:
 def draw_poster(
     brief: PosterBrief, elements: list[Element], resolution: int, complexity: str, seed: int
 ) -> DrawnPoster:
-    """The finished poster, `resolution` px square. `seed` is for textures and the words of the small text."""
+    """Draw a poster of `resolution` px square. `seed` determines the textures and the words of the small text."""
     rng = np.random.default_rng(seed)
     sheet = _blank_sheet(brief, resolution, complexity, rng)
     for element in elements:
@@ -81,7 +82,7 @@ def _blank_sheet(brief: PosterBrief, resolution: int, complexity: str, rng: np.r
 
 
 def _draw_picture(sheet: Sheet, element: Element, scene: Scene, ink: Color, complexity: str) -> None:
-    """The picture, with a keyline of ink or without; its shadow only darkens what it falls on: no map knows it."""
+    """Draw the picture, with or without a keyline of ink. Its shadow darkens the paper, but not the maps."""
     x0, y0, x1, y1 = box = sheet.pixel_box(element.box)
     if complexity != "plain" and scene.mount != "bare":
         cast_shadow(sheet.paper, box, round(SHADOW * sheet.scale))
@@ -96,9 +97,9 @@ def _draw_picture(sheet: Sheet, element: Element, scene: Scene, ink: Color, comp
 
 
 def _picture(sheet: Sheet, scene: Scene, corners: tuple[int, int, int, int], complexity: str) -> Image.Image:
-    """The scene as an RGB picture for `corners` (samples): drawn, or for `rich` posters photographed.
+    """Return the scene as an RGB image for `corners` (samples): a drawing, or a photograph in `rich` posters.
 
-    Between two of the poster's own colours it is the paper itself that shows in a picture's light (or dark) parts.
+    With a duotone of the poster's own colours, its lightest (or darkest) parts have the texture of the paper.
     """
     x0, y0, x1, y1 = corners
     size = (x1 - x0, y1 - y0)
@@ -121,7 +122,7 @@ def _photograph(sheet: Sheet, scene: Scene, size: tuple[int, int]) -> Image.Imag
 
 
 def mixed(ink: Color, ground: Color, share: float) -> Color:
-    """`share` of `ink` in `ground`."""
+    """Mix two colours: `share` of `ink`, the rest of `ground`."""
     red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(ink, ground, strict=True))
     return red, green, blue
 
@@ -149,7 +150,7 @@ def _draw_lines(
 
 
 def line_boxes(box: Box, lines: TextLines) -> list[Box]:
-    """The boxes of the lines' x-heights in the block `box`."""
+    """Return a box for each line of the text block `box`, as high as the x-height of the line."""
     x0, y0, x1, _ = box
     boxes = []
     for number, share in enumerate(lines.widths):
@@ -161,14 +162,14 @@ def line_boxes(box: Box, lines: TextLines) -> list[Box]:
 
 
 def _as_wide_as(box: Box, width: float, align: str) -> Box:
-    """`box` narrowed to the words that are set in it."""
+    """Narrow `box` to `width`, the width of the words in it."""
     x0, y0, x1, y1 = box
     left = x0 if align == "left" else (x0 + x1 - width) / 2
     return (left, y0, left + width, y1)
 
 
 def _draw_title(sheet: Sheet, brief: PosterBrief, element: Element, title: Title) -> None:
-    """The word, in the background's colour on a band of ink where the style has it so."""
+    """Draw the title in ink or, if it is inverted, in the background's colour on a band of ink."""
     letters = "ink"
     if title.inverted:
         _draw_band(sheet, brief, element)
@@ -180,7 +181,7 @@ def _draw_title(sheet: Sheet, brief: PosterBrief, element: Element, title: Title
 
 
 def _draw_band(sheet: Sheet, brief: PosterBrief, element: Element) -> None:
-    """The band of ink behind a title: from edge to edge of the page, however the title is turned."""
+    """Draw the band of ink behind a title, across the whole page and rotated with the title."""
     if not element.angle:
         top, bottom = TITLE_BAND[brief.title_position]
         sheet.print_box((0, top, UNITS, bottom), brief.color_of("ink"), "ink")
@@ -191,7 +192,7 @@ def _draw_band(sheet: Sheet, brief: PosterBrief, element: Element) -> None:
 
 
 def _print_turned(sheet: Sheet, mask: Image.Image, element: Element, color: Color, role: str) -> None:
-    """Print what `mask` shows in the element's box, turned as the element is."""
+    """Print `mask` in the box of the element, rotated with the element."""
     x0, y0, _, _ = sheet.pixel_box(element.box)
     if not element.angle:
         sheet.print_mask(mask, (x0, y0), color, role)
@@ -202,7 +203,7 @@ def _print_turned(sheet: Sheet, mask: Image.Image, element: Element, color: Colo
 
 
 def _mark_text(sheet: Sheet, element: Element, boxes: list[Box]) -> None:
-    """Record lines of text. A picture under them stays a picture: it shows between the letters."""
+    """Record lines of text in the maps. A picture below them remains marked, because it is visible between letters."""
     values = {"text_mask": 255, "hierarchy": round(255 * element.hierarchy)}
     for box in boxes:
         if element.angle:

@@ -1,5 +1,7 @@
-"""What every poster but a `plain` one is finished with: how its pictures are mounted and inked, how black its small
-text is, and thin rules. None of it moves what was laid out."""
+"""The finishing of all posters except `plain` ones: mounts and inks of pictures, tone of small text, and thin rules.
+
+Finishing does not move any element of the layout.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,28 @@ from data_scripts.posters.painting.motifs import SIDE_MARGIN
 
 MOUNTS = ("keyline", "shadow", "bare")
 OWN_COLORS = 0.5
-"""Share of posters whose pictures are printed in the poster's own colours."""
+"""Fraction of posters whose pictures are printed in the poster's own colours."""
 LEAST_CONTRAST = 60.0
-"""Two colours make a duotone if their luminances (0..255) are so far apart."""
+"""Minimum difference of luminance (0..255) between the two colours of a duotone."""
 PALEST_INK = 0.6
-"""Small text is mixed of at least so much ink, and the rest of the page's colour."""
+"""Minimum fraction of ink in the colour of small text; the rest is the colour of the page."""
 
 RULED = 0.5
-"""Share of posters with rules; hardly a page has no room for one."""
+"""Fraction of posters with rules; almost every page has room for at least one."""
 MOST_RULES = 3
 RULE_THICKNESSES = (3 / 16, 1 / 4)
-"""u: whole samples at every resolution, and at least three quarters of a pixel at 64 px."""
+"""Thicknesses (u): whole samples at every resolution, and at least three quarters of a pixel at 64 px."""
 RULE_STEP = 0.25
-"""Rules start on multiples of this (u), so on whole pixels at every resolution."""
+"""Rules start at multiples of this (u), and so on whole pixels at every resolution."""
 RULE_HIERARCHY = 0.1
 CLEARANCE = 0.2
-"""Between a rule and text or a picture (u)."""
+"""Minimum distance between a rule and text or a picture (u)."""
 APART = 1.0
-"""Between rules below each other (u)."""
+"""Minimum vertical distance between rules (u)."""
 
 
 def finish(brief: PosterBrief, elements: list[Element], rng: np.random.Generator) -> list[Element]:
-    """`elements` with pictures mounted, small text inked, and rules, where there are any, under the text."""
+    """Finish the pictures and the small text, and add rules, if there are any, below the text in drawing order."""
     duotone = _own_duotone(brief, rng) if rng.random() < OWN_COLORS else None
     finished = [_finished(element, duotone, rng) for element in elements]
     rules = _rules(brief, elements, rng) if rng.random() < RULED else []
@@ -53,7 +55,7 @@ def _finished(element: Element, duotone: tuple[str, str] | None, rng: np.random.
 
 
 def _own_duotone(brief: PosterBrief, rng: np.random.Generator) -> tuple[str, str]:
-    """Two roles, the darker first: the page's colour, and ink or the main colour where that contrasts with the page."""
+    """Draw two roles, the darker first: the background, and ink or a primary colour with enough contrast to it."""
     luminance = {
         role: float(np.dot(brief.color_of(role), (0.299, 0.587, 0.114))) for role in ("background", "primary", "ink")
     }
@@ -65,7 +67,7 @@ def _own_duotone(brief: PosterBrief, rng: np.random.Generator) -> tuple[str, str
 
 
 def _rules(brief: PosterBrief, elements: list[Element], rng: np.random.Generator) -> list[Element]:
-    """One to three rules, fewer where there is no room: clear of text and pictures, and of each other."""
+    """Draw one to three rules, or fewer if the room is not enough, at a distance from text, pictures and each other."""
     thickness = pick(rng, RULE_THICKNESSES)
     count = pick(rng, range(1, MOST_RULES + 1))
     taken = [_grown(element.box, CLEARANCE, CLEARANCE) for element in elements if element.kind != "shape"]
@@ -80,10 +82,10 @@ def _rules(brief: PosterBrief, elements: list[Element], rng: np.random.Generator
 
 
 def _rule_places(brief: PosterBrief, elements: list[Element]) -> list[tuple[float, float, float]]:
-    """Where rules may start and end (x0, y, x1): along the title's band, between the strips, above small text."""
+    """Return possible places of rules (x0, y, x1): along the title's band, between the strips, above small text."""
     left, right = SIDE_MARGIN, UNITS - SIDE_MARGIN
     top, bottom = TITLE_BAND[brief.title_position]
-    # Ink beside a band of ink would be no rule.
+    # A rule of ink that touches a band of ink would not be visible.
     away = RULE_STEP if GRAMMARS[brief.style].inverted else 0.0
     heights = [bottom + away, top - RULE_STEP - away]
     (_, first_end), (second_start, _) = STRIPS[brief.title_position]

@@ -1,4 +1,4 @@
-"""Real type, from the fonts that matplotlib ships: the same letters, and so the same bytes, on every machine."""
+"""Text in the fonts that come with matplotlib, so that letters have the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pipelines.tools.cli import UserError
 
 LETTERS, LETTER_GAP = "ACEGHLMNORSW", 0.08
-"""A cell is as wide as the widest of these and a gap, as a share of that width."""
+"""The width of a letter's cell is that of the widest of LETTERS plus LETTER_GAP as a fraction of it."""
 
 DRAWN_SIZE = 256
 """Titles are drawn at this size and scaled down to their box."""
@@ -25,7 +25,7 @@ BODY_FONT = "DejaVuSans"
 
 @cache
 def font_path(name: str) -> Path:
-    """Raises UserError when the installed matplotlib lacks the font."""
+    """Return the path of the font. Raise UserError if the installed matplotlib does not have it."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
@@ -36,15 +36,15 @@ def font_path(name: str) -> Path:
 
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout engine is in every build of Pillow; raqm, where present, would kern differently.
+    # Every build of Pillow has the basic layout engine; raqm is not in all of them and has other kerning.
     return ImageFont.truetype(str(font_path(name)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=512)
 def word_mask(word: str, font: str, size: tuple[int, int]) -> Image.Image:
-    """`word`, each letter in a cell of its own, in `size` (width, height in px): an "L" image, 255 where there is ink.
+    """Draw `word` in `size` (width, height in px), each letter in a cell: an "L" image, 255 where there is ink.
 
-    Letters keep their relative widths (an I is not as wide as an M) and stand in the middle of their cells.
+    Letters keep their relative widths (an I is narrower than an M) and are centred in their cells.
     """
     drawn = _font(font, DRAWN_SIZE)
     _, top, _, bottom = drawn.getbbox(word)
@@ -60,7 +60,7 @@ def word_mask(word: str, font: str, size: tuple[int, int]) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def line_mask(text: str, size: tuple[int, int], font_pixels: int, align: str) -> Image.Image:
-    """A line of small text in a box of `size` (width, height in px), its baseline three quarters down: an "L" image."""
+    """Draw a line of text in `size` (width, height in px), with the baseline at 3/4 of the height: an "L" image."""
     width, height = size
     mask = Image.new("L", size, 0)
     x, anchor = (0, "ls") if align == "left" else (width // 2, "ms")
@@ -69,12 +69,12 @@ def line_mask(text: str, size: tuple[int, int], font_pixels: int, align: str) ->
 
 
 def text_width(text: str, font_pixels: int) -> float:
-    """How wide `text` is in small type (px)."""
+    """Return the width of `text` in the font of small text (px)."""
     return _font(BODY_FONT, font_pixels).getlength(text)
 
 
 def flow_text(first_phrase: int, widths: tuple[int, ...], font_pixels: int) -> list[str]:
-    """Text for lines of these widths (px): the words from phrase `first_phrase` on, less those too long for a line."""
+    """Fill lines of these widths (px) with words from phrase `first_phrase` on, without words longer than a line."""
     font = _font(BODY_FONT, font_pixels)
     words = [word for k in range(len(PHRASES)) for word in PHRASES[(first_phrase + k) % len(PHRASES)].split()]
     lines = []

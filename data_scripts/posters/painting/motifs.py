@@ -1,7 +1,7 @@
-"""The big shapes, two kinds to a style. Each motif fills a given area (u) and returns the elements in it.
+"""The motifs (large shapes) of the styles. Each motif fills a given area (u) and returns its elements.
 
-Bleeding motifs run to the area's edges; the others keep a distance from them. Sizes and places keep to the modules
-(2 u) where they can, so that one motif looks alike wherever it stands.
+Some motifs extend to the edges of the area, the others keep a distance from them. Sizes and positions are multiples of
+a module (2 u) where possible, so that a motif looks the same in every place.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Motif = Callable[[Box, np.random.Generator], list[Element]]
 
 
 def draw_motif(name: str, area: Box, rng: np.random.Generator) -> list[Element]:
-    """The elements of the motif called `name` in `area`."""
+    """Return the elements of the motif `name` in `area`."""
     return MOTIFS[name](area, rng)
 
 
 def _inset(area: Box) -> Box:
-    """The part of `area` that a shape may stand in without touching its neighbours."""
+    """Return the part of `area` that a shape can fill without touching its neighbours."""
     x0, y0, x1, y1 = area
     return max(x0, SIDE_MARGIN), y0 + MARGIN, min(x1, UNITS - SIDE_MARGIN), y1 - MARGIN
 
@@ -41,7 +41,7 @@ def _single(shape: Shape) -> Element:
 
 
 def _aligned(low: float, high: float, size: float, position: str) -> float:
-    """Where a thing of `size` starts between `low` and `high`."""
+    """Return the start of a shape of `size` that is aligned between `low` and `high`."""
     if position == "left":
         return low
     if position == "right":
@@ -76,7 +76,7 @@ def lone_shape(kind: str) -> Motif:
 
 
 def wedge(area: Box, rng: np.random.Generator) -> list[Element]:
-    """El Lissitzky's: a triangle driven in from one side, with a bar of the accent at its back."""
+    """A triangle that points inwards from one side, with a bar of the accent behind it, after El Lissitzky."""
     x0, y0, x1, y1 = area
     middle = (y0 + y1) / 2
     base, tip = (x0, x1 - SIDE_MARGIN) if rng.random() < 0.5 else (x1, x0 + SIDE_MARGIN)
@@ -99,7 +99,7 @@ def diagonal_bars(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def rays(area: Box, rng: np.random.Generator) -> list[Element]:
-    """A sunburst that rises from the area's lower edge, or falls from its upper one."""
+    """A sunburst from the lower or the upper edge of the area."""
     x0, y0, x1, y1 = area
     rising = rng.random() < 0.5
     cx, cy, sign = (x0 + x1) / 2, (y1 if rising else y0), (-1.0 if rising else 1.0)
@@ -114,7 +114,7 @@ def rays(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def fan(area: Box, rng: np.random.Generator) -> list[Element]:
-    """Half rings inside each other, standing on the area's lower edge or hanging from its upper one."""
+    """Concentric half rings on the lower or the upper edge of the area."""
     x0, y0, x1, y1 = _inset(area)
     radius = min(y1 - y0, (x1 - x0) / 2)
     cx, cy = (x0 + x1) / 2, (y1 if rng.random() < 0.5 else y0)
@@ -124,7 +124,7 @@ def fan(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def halftone_dots(area: Box, rng: np.random.Generator) -> list[Element]:
-    """Dots on a square screen, swelling from one side to the other as a halftone does."""
+    """Dots on a square grid that grow from one side to the other, as in a halftone."""
     x0, y0, x1, y1 = area
     grows_right = rng.random() < 0.5
     shapes = []
@@ -136,7 +136,7 @@ def halftone_dots(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def star(area: Box, rng: np.random.Generator) -> list[Element]:
-    """A comic's burst, with a smaller one of the accent in it."""
+    """A burst as in comics, with a smaller one of the accent in it."""
     x0, y0, x1, y1 = _inset(area)
     cy = (y0 + y1) / 2
     height, width = (y1 - y0) / 2 + 0.5 * MARGIN, 4.0
@@ -175,10 +175,10 @@ def waves(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def blocks(area: Box, rng: np.random.Generator) -> list[Element]:
-    """A big slab, and a smaller one of the accent beside it."""
+    """A large rectangle, and a smaller one of the accent beside it."""
     x0, y0, x1, y1 = area
     width, height = x1 - x0, y1 - y0
-    # Narrow enough that the background stays the poster's most frequent colour.
+    # The rectangles are narrow, so that the background remains the most frequent colour of the poster.
     wide, side = math.floor(0.4 * width), math.floor(0.3 * width)
     split = y0 + 2 * math.floor(height / 4)
     big_left = rng.random() < 0.5
@@ -211,7 +211,7 @@ def stripes(area: Box, rng: np.random.Generator) -> list[Element]:
 
 
 def arch(area: Box, rng: np.random.Generator) -> list[Element]:
-    """A doorway, and a smaller one of the accent in it."""
+    """An arch, with a smaller one of the accent in it."""
     x0, y0, x1, y1 = _inset(area)
     width = 4.0 if y1 - y0 < 6 else 8.0
     left = _aligned(x0, x1, width, pick(rng, ("left", "center", "right")))

@@ -1,8 +1,8 @@
-"""The pictures in the posters: small scenes in a few tones, printed as monochromes.
+"""The pictures in the posters: small scenes in a few tones, printed in two colours.
 
-A scene is drawn as tones (an "L" image, 0 dark .. 255 light) and then inked: `plain` posters use one cool monochrome
-that no mixture of palette colours gives; `standard` ones a duotone, of their own or of the poster's colours, on softly
-shaded tones. `rich` posters have photographs of the same subjects instead.
+A scene is drawn as tones (an "L" image, 0 dark .. 255 light) and then coloured. `plain` posters use one cool monochrome
+that no mixture of palette colours gives. `standard` posters use a duotone on softly shaded tones, in the picture's own
+colours or in those of the poster. `rich` posters have photographs of the same subjects instead.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ DUOTONES = (
     ((44, 30, 74), (246, 196, 190)),
     ((30, 30, 34), (232, 228, 220)),
 )
-"""Dark and light ends of `standard` pictures that are not in the poster's own colours."""
+"""Darkest and lightest colours of `standard` pictures that are not printed in the poster's own colours."""
 
 Painter = Callable[[ImageDraw.ImageDraw, float, float, np.random.Generator], None]
 
 
 def paint_scene(subject: str, size: tuple[int, int], seed: int, *, shaded: bool) -> Image.Image:
-    """The scene as an RGB picture of `size` (width, height in px); `shaded` for gradients and a duotone."""
+    """Paint the scene as an RGB image of `size` (width, height in px); `shaded` adds gradients and a duotone."""
     rng = np.random.default_rng(seed)
     tones = _flat_tones(subject, size, rng)
     if not shaded:
@@ -40,7 +40,7 @@ def paint_scene(subject: str, size: tuple[int, int], seed: int, *, shaded: bool)
 
 
 def scene_tones(subject: str, size: tuple[int, int], seed: int) -> Image.Image:
-    """The shaded scene before it is inked: an "L" image of `size` (width, height in px), 0 dark .. 255 light."""
+    """Return the shaded scene before it is coloured: "L" image of `size` (width, height in px), 0 dark .. 255 light."""
     return _shaded(_flat_tones(subject, size, np.random.default_rng(seed)))
 
 
@@ -52,14 +52,14 @@ def _flat_tones(subject: str, size: tuple[int, int], rng: np.random.Generator) -
 
 
 def _shaded(tones: Image.Image) -> Image.Image:
-    """Lighter at the top, darker at the bottom, over the whole range."""
+    """Make the tones lighter at the top and darker at the bottom, and stretch them to the whole range."""
     fall = Image.linear_gradient("L").resize(tones.size)  # 0 at the top .. 255 at the bottom
     blended = Image.blend(tones, Image.eval(fall, lambda v: 255 - v), 0.22)
     return Image.eval(blended, lambda v: int(min(max((v - 60) * 1.7, 0), 255)))
 
 
 def _ink(tones: Image.Image, ends: object) -> Image.Image:
-    """Tones as a straight line between two colours, clipped to what a screen shows."""
+    """Map tones linearly to colours between the two `ends`, clipped to 0..255."""
     dark, light = np.asarray(ends, dtype=np.float64)
     table = np.clip(dark + (light - dark) * np.arange(256)[:, None] / 255, 0, 255).round().astype(np.uint8)
     return Image.merge("RGB", [tones.point(table[:, channel].tolist()) for channel in range(3)])
@@ -86,7 +86,7 @@ def _seascape(draw: ImageDraw.ImageDraw, w: float, h: float, rng: np.random.Gene
 
 
 def _portrait(draw: ImageDraw.ImageDraw, w: float, h: float, rng: np.random.Generator) -> None:
-    """Head and shoulders against a plain ground."""
+    """Head and shoulders before a plain background."""
     draw.rectangle((0, 0, w, h), fill=MID)
     cx, radius = w / 2, min(0.2 * h, 0.3 * w)
     draw.ellipse((cx - 1.35 * radius, 0.1 * h, cx + 1.35 * radius, 0.1 * h + 2.7 * radius), fill=DARK)

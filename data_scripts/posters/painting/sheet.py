@@ -1,7 +1,7 @@
-"""The paper that a poster is drawn on, and under it the four maps that record what was drawn where.
+"""The paper that a poster is drawn on, and four feature maps that record what was drawn where.
 
-Everything is drawn SUPERSAMPLING times too large. The poster is averaged down; of the maps, whose values cannot be
-averaged, one sample per pixel is kept. Legend: S pixels along one side of the finished poster; u grid units.
+Everything is drawn SUPERSAMPLING times larger. The poster is then averaged; the values of the maps cannot be averaged,
+so one sample per pixel is kept. Legend: S pixels along one side of the finished poster; u grid units.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from data_scripts.posters.elements import UNITS, Box, Point, Shape
 from pipelines.common.poster_domain import COLOR_ROLES, F_TENSOR_CHANNELS
 
 SUPERSAMPLING = 4
-"""Averaging 4 × 4 samples keeps flat colours exactly flat and gives edges without the halo of a sharpening filter."""
+"""Averages over 4 × 4 samples keep flat colours exactly flat and give edges without the halo of a sharpening filter."""
 
 Color = tuple[int, int, int]
 Fill = Color | Image.Image
-"""A colour, or a picture as large as the sheet that shows through where something is printed."""
+"""A colour, or an image as large as the sheet whose pixels are used wherever something is printed."""
 Corner = tuple[int, int]
 
 
@@ -38,8 +38,8 @@ class Sheet:
 
     Args:
         resolution: S.
-        fills: what shapes of each of COLOR_ROLES, and the ground, are printed with.
-        role_ids: the class id that each role is recorded as.
+        fills: for each of COLOR_ROLES, the colour or image that its shapes and the background are printed with.
+        role_ids: the class id of each role in the map `color_role`.
     """
 
     def __init__(self, resolution: int, fills: Mapping[str, Fill], role_ids: Mapping[str, int]):
@@ -55,32 +55,35 @@ class Sheet:
         return x0, y0, x1, y1
 
     def swatch(self, role: str, corners: tuple[int, int, int, int]) -> Image.Image:
-        """What `role` is printed with at `corners` (x0, y0, x1, y1 in px), as a picture of that size."""
+        """Return the fill of `role` at `corners` (x0, y0, x1, y1 in px) as an image of that size."""
         x0, y0, x1, y1 = corners
         fill = self.fills[role]
         return fill.crop(corners) if isinstance(fill, Image.Image) else Image.new("RGB", (x1 - x0, y1 - y0), fill)
 
     def print_mask(self, mask: Image.Image, corner: Corner, color: Color, role: str) -> None:
-        """Print `color` through `mask` ("L"), its upper left at `corner` (px), and record `role` where it prevails."""
+        """Print `color` through `mask` ("L", upper left at `corner` in px); record `role` where it exceeds 1/2."""
         self.paper.paste(color, corner, mask)
         self.maps["color_role"].paste(self.role_ids[role], corner, mask.point(_MAJORITY))
 
     def print_box(self, box: Box, color: Color, role: str) -> None:
-        """Fill `box`; whatever lies under it ends there."""
+        """Fill `box`, record `role`, and clear what the other maps recorded there."""
         corners = self.pixel_box(box)
         self.paper.paste(color, corners)
         self.mark_box(box, text_mask=0, image_mask=0, color_role=self.role_ids[role], hierarchy=0)
 
     def print_polygon(self, points: list[Point], color: Color, role: str) -> None:
-        """The same for a polygon (u)."""
+        """Fill a polygon (u), record `role`, and clear what the other maps recorded there."""
         self._draw_polygon(self.paper, points, color)
         self.mark_polygon(points, text_mask=0, image_mask=0, color_role=self.role_ids[role], hierarchy=0)
 
     def print_shapes(self, box: Box, shapes: tuple[Shape, ...], hierarchy: int, opacity: float) -> None:
-        """Print `shapes` clipped to `box`. What they cover ends there, unless it shows through (`opacity` under 1);
-        shapes in the background's colour are holes in the others, and lead the eye nowhere."""
+        """Print `shapes` clipped to `box`.
+
+        The masks of covered text and pictures are cleared, unless they remain visible (`opacity` below 1). Shapes in
+        the background's colour are holes in the other shapes, so their hierarchy is 0.
+        """
         x0, y0, x1, y1 = self.pixel_box(box)
-        # Shapes are drawn as the numbers of their roles; the fills are then laid in where the numbers are.
+        # Shapes are first drawn as the numbers of their roles, and each number is then replaced by its fill.
         numbers = Image.new("L", (x1 - x0, y1 - y0), 0)
         draw = ImageDraw.Draw(numbers)
         for shape in shapes:
@@ -106,17 +109,17 @@ class Sheet:
         if shape.kind == "polygon":
             draw.polygon(points, fill=number)
             return
-        (left, top), (right, bottom) = points  # Pillow counts the last row and column in
+        (left, top), (right, bottom) = points  # Pillow includes the last row and column
         getattr(draw, shape.kind)((left, top, max(right - 1, left), max(bottom - 1, top)), fill=number)
 
     def mark_box(self, box: Box, **values: int) -> None:
-        """Record `values`, by the maps' names, all over `box`, to whole pixels of the finished poster."""
+        """Set the maps named in `values` to these values in `box`, rounded to whole pixels of the finished poster."""
         x0, y0, x1, y1 = (round(value * self.resolution / UNITS) * SUPERSAMPLING for value in box)
         for name, value in values.items():
             self.maps[name].paste(value, (x0, y0, x1, y1))
 
     def mark_polygon(self, points: list[Point], **values: int) -> None:
-        """Record `values` all over a polygon (u)."""
+        """Set the maps named in `values` to these values in a polygon (u)."""
         for name, value in values.items():
             self._draw_polygon(self.maps[name], points, value)
 
@@ -124,11 +127,11 @@ class Sheet:
         ImageDraw.Draw(page).polygon([(x * self.scale, y * self.scale) for x, y in points], fill=fill)
 
     def poster(self) -> Image.Image:
-        """What was printed: RGB, S × S."""
+        """Return the finished poster: RGB, S × S."""
         return self.paper.reduce(SUPERSAMPLING)
 
     def feature_maps(self) -> FeatureMaps:
-        """What was recorded: of each pixel, the sample nearest to its middle."""
+        """Return the maps, with the sample nearest to the centre of each pixel."""
         size = (self.resolution, self.resolution)
         return FeatureMaps(**{name: page.resize(size, Image.Resampling.NEAREST) for name, page in self.maps.items()})
 

@@ -1,5 +1,5 @@
-"""What `standard` posters have and `plain` ones do not: graded colours, shadows, the marks of print and scan; and what
-`rich` ones have besides: the noise of a JPEG file."""
+"""Textures of `standard` and `rich` posters: graded colours, shadows, traces of printing and scanning, and JPEG noise
+(only for `rich` posters)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from data_scripts.posters.brief import pick
 Color = tuple[int, int, int]
 
 GRADE = 0.16
-"""How far a graded colour goes towards black at one corner and white at the other."""
+"""Fraction by which a graded colour approaches black in one corner and white in the opposite one."""
 GRAIN, FIBRE = 5.0, 2.0
-"""Standard deviations, in 0..255, of the grain (pixel by pixel) and of the paper's cloudiness (1/16 of the page)."""
+"""Standard deviations (0..255) of the grain of each pixel, and of smooth clouds in the paper, 1/16 of the page wide."""
 DIMMEST, BRIGHTEST = 0.8, 1.1
-"""How much of its light a place on the page may get."""
+"""Range of the factor by which uneven light changes the brightness of the page."""
 LIGHT_POINTS = 3
-"""Along each side of the page; between them the light changes smoothly."""
+"""Number of random light values along each side of the page; the light is interpolated between them."""
 MOST_BLUR = 0.8
-"""Standard deviation of the blur (px of the finished poster)."""
+"""Maximum standard deviation of the blur (px of the finished poster)."""
 
 JPEG_QUALITY = range(40, 91)
-"""From a much-forwarded scan to a good one."""
+"""Qualities from a scan that was saved many times to a good one."""
 
 
 def graded(color: Color, pixels: int, scale: int, rng: np.random.Generator) -> Image.Image:
-    """A square of `color`, `pixels` × `scale` along a side, lighter at one corner and darker at another.
+    """Return a square of `color`, `pixels` × `scale` along a side, lighter in one corner, darker in the opposite one.
 
-    The steps are `scale` px wide: one to a pixel of the finished poster, which is all that is left after averaging.
+    The gradient has steps of `scale` px, one for each pixel of the finished poster: averaging would remove finer ones.
     """
     base = np.array(color, dtype=np.float64)
     darker, lighter = base * (1 - GRADE), base + (255 - base) * GRADE
@@ -41,11 +41,12 @@ def graded(color: Color, pixels: int, scale: int, rng: np.random.Generator) -> I
 
 
 def printed_and_scanned(poster: Image.Image, rng: np.random.Generator, scan: np.random.Generator) -> Image.Image:
-    """The poster a little out of focus, under uneven light, on paper: grain is alike in all three channels.
+    """Blur the poster slightly and add uneven light and the grain of paper, which is equal in all three channels.
 
     Args:
-        rng: for the paper.
-        scan: for focus and light, which are the same at every resolution.
+        poster: RGB.
+        rng: generator for the paper.
+        scan: generator for blur and light, which are the same at every resolution.
     """
     size = poster.width
     blurred = poster.filter(ImageFilter.GaussianBlur(MOST_BLUR * scan.random()))
@@ -57,12 +58,12 @@ def printed_and_scanned(poster: Image.Image, rng: np.random.Generator, scan: np.
 
 
 def _smooth(points: np.ndarray, size: int) -> np.ndarray:
-    """A few values spread over `size` × `size` px, as float32."""
+    """Interpolate a few values to `size` × `size` px, as float32."""
     return np.asarray(Image.fromarray(points.astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def with_jpeg_noise(poster: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The poster as it comes back from a JPEG file of some quality, colours at half resolution as is usual."""
+    """Return the poster after JPEG compression of random quality, with the usual half resolution of colours."""
     file = io.BytesIO()
     poster.save(file, format="JPEG", quality=pick(rng, JPEG_QUALITY), subsampling="4:2:0")
     with Image.open(file) as stored:
@@ -70,9 +71,9 @@ def with_jpeg_noise(poster: Image.Image, rng: np.random.Generator) -> Image.Imag
 
 
 def cast_shadow(page: Image.Image, box: tuple[int, int, int, int], offset: int) -> None:
-    """Darken `page` where a sheet at `box` (px), lit from the upper left, throws its shadow."""
+    """Darken `page` where a sheet at `box` (px), lit from the upper left, casts its shadow."""
     x0, y0, x1, y1 = box
-    for step in (1.0, 0.6):  # two overlapping steps read as a soft edge
+    for step in (1.0, 0.6):  # two overlapping steps look like a soft edge
         shift = round(offset * step)
         area = (x0 + shift, y0 + shift, min(x1 + shift, page.width), min(y1 + shift, page.height))
         page.paste(page.crop(area).point(lambda value: value * 4 // 5), area)

@@ -1,9 +1,9 @@
-"""Placeholder photographs for `rich` posters: small scenes with real light, air and depth, computed, not collected.
+"""Synthetic photographs for `rich` posters: small rendered scenes with light, haze and depth.
 
-A subject is rendered as light at SAMPLES² samples to a pixel, averaged, and taken by a camera. It is always rendered
-for a poster of 256 px and then averaged down, so that one scene is one photograph at every resolution. Exponentials and
-Fourier transforms round differently on different processors: unlike other posters, `rich` ones may differ from one kind
-of machine to another by a step of a pixel's value.
+The light of a scene is rendered with SAMPLES² samples per pixel, averaged, and passed through a camera model. A scene
+is always rendered for a poster of 256 px and then averaged down, so that it looks the same at every resolution.
+Exponentials and Fourier transforms are rounded differently on different processors. So unlike other posters, `rich`
+posters may differ between machines by one step of a pixel's value.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from data_scripts.posters.photographs.optics import camera
 from data_scripts.posters.photographs.outdoor_shots import city, landscape, seascape
 
 PIXELS_PER_UNIT = 16
-"""A photograph's own pixels to a grid unit: those of a poster at 256 px."""
+"""Rendered pixels per grid unit: those of a poster of 256 px."""
 SAMPLES = 2
-"""Samples to one of its pixels, along each side."""
+"""Samples per rendered pixel, along each side."""
 
 Shot = Callable[[tuple[int, int], np.random.Generator], np.ndarray]
 
@@ -31,11 +31,11 @@ SHOTS: dict[str, Shot] = {
     "still_life": still_life,
     "city": city,
 }
-"""What each scene of `pictures.SCENES` looks like through a lens: (H, W) and a generator -> light."""
+"""For each scene of `pictures.SCENES`, a function from (H, W) and a random generator to the light of its photograph."""
 
 
 def take_photograph(subject: str, size: tuple[int, int], pixels_per_unit: float, seed: int) -> Image.Image:
-    """The photograph as an RGB picture of `size` (width, height in px), on a poster with `pixels_per_unit`."""
+    """Return a photograph as an RGB image of `size` (width, height in px), for a poster with `pixels_per_unit`."""
     rng = np.random.default_rng(seed)
     width, height = (max(round(side * PIXELS_PER_UNIT / pixels_per_unit), 1) for side in size)
     light = SHOTS[subject]((height * SAMPLES, width * SAMPLES), rng)

@@ -1,4 +1,4 @@
-"""Photographs indoors: a portrait and a still life, of solids under one soft lamp. Legend as in `optics`."""
+"""Indoor photographs: a portrait and a still life, made of solids under one soft lamp. See `optics` for the legend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FRUIT = (
     (color(236, 196, 50), color(226, 176, 40)),
     (color(96, 34, 60), color(130, 50, 70)),
 )
-"""The two colours of a skin: apple, orange, green apple, lemon, plum."""
+"""The two colours of the skin of each fruit: apple, orange, green apple, lemon, plum."""
 BOTTLES = (
     (color(24, 52, 34), True),
     (color(66, 34, 18), True),
@@ -52,12 +52,12 @@ BOTTLES = (
     (color(60, 92, 120), False),
     (color(150, 74, 48), False),
 )
-"""Colour, and whether it is of glass."""
+"""Colour of each bottle, and whether it is made of glass."""
 
 
 @dataclass(frozen=True)
 class Sitter:
-    """Who is portrayed: colours, the lamp, and the samples' places (H × W) with the face about x = 0."""
+    """The person in a portrait: colours, the lamp, and the samples' coordinates (H × W), with the face at x = 0."""
 
     skin: np.ndarray
     hair: np.ndarray
@@ -69,7 +69,7 @@ class Sitter:
 
 
 def portrait(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Head and shoulders in soft light from one side, before a wall or a room far out of focus."""
+    """Render head and shoulders in soft light from one side, before a wall or a room far out of focus."""
     x, y = view(shape)
     side = pick(rng, (-1.0, 1.0))
     light = _backdrop(rng, x, y, side)
@@ -92,7 +92,7 @@ def _backdrop(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, side: floa
 
 
 def _bust(light: np.ndarray, rng: np.random.Generator, sitter: Sitter, strands: np.ndarray) -> np.ndarray:
-    """Hair that falls on the shoulders, the neck, and clothes with a neckline."""
+    """Draw long hair on the shoulders, the neck, and clothes with a neckline."""
     x, y, lamp = sitter.x, sitter.y, sitter.lamp
     if sitter.long_hair:
         back = ball(x, y, (0, 0.16), (0.46, 0.74))
@@ -109,9 +109,11 @@ def _bust(light: np.ndarray, rng: np.random.Generator, sitter: Sitter, strands: 
 
 
 def _face(light: np.ndarray, rng: np.random.Generator, sitter: Sitter) -> np.ndarray:
-    """A head with ears, and features as soft bumps that the light falls on."""
+    """Draw the head with ears, and the features of the face as soft bumps of the lit surface."""
     x, y, lamp, skin = sitter.x, sitter.y, sitter.lamp, sitter.skin
-    turned = rng.uniform(-0.09, 0.09)  # the features move, the outline stays: a slight turn of the head
+    turned = rng.uniform(
+        -0.09, 0.09
+    )  # the features move but not the outline, which looks like a slight turn of the head
 
     def spot(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
         return np.exp(-(((x - turned - cx) / rx) ** 2 + ((y - cy) / ry) ** 2))
@@ -142,7 +144,7 @@ def _face(light: np.ndarray, rng: np.random.Generator, sitter: Sitter) -> np.nda
 
 
 def _hair(light: np.ndarray, sitter: Sitter, strands: np.ndarray) -> np.ndarray:
-    """Hair on the head, parted towards the lamp, down to the temples."""
+    """Draw the hair on the head down to the temples, with the parting on the side of the lamp."""
     x, y, lamp = sitter.x, sitter.y, sitter.lamp
     volume = ball(x, y, (0, -0.2), (0.39, 0.47))
     parting = math.copysign(0.14, lamp[0])
@@ -154,7 +156,7 @@ def _hair(light: np.ndarray, sitter: Sitter, strands: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Table:
-    """Where a still life stands: the view's coordinates (H × W, in half heights), and the light's direction."""
+    """The place of a still life: the coordinates of the samples (H × W), and the direction of the lamp."""
 
     x: np.ndarray
     y: np.ndarray
@@ -162,7 +164,7 @@ class Table:
 
 
 def still_life(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A bottle or a vase and fruit on a table: a pool of light from one side, soft shadows, a glint."""
+    """Render a bottle or a vase and fruit on a table, with a pool of light from one side, soft shadows and a glint."""
     x, y = view(shape)
     half_width, side = float(x[0, -1]), pick(rng, (-1.0, 1.0))
     lamp = (0.66 * side, -0.5, 0.56)
@@ -178,7 +180,7 @@ def still_life(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 def _table(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, edge: float, side: float) -> np.ndarray:
-    """A wall with a pool of light, and before it a table top in perspective, its far edge at y = `edge`."""
+    """Draw a wall with a pool of light, and before it a table top in perspective with its far edge at y = `edge`."""
     pool = 0.25 + 1.1 * np.exp(-(((x - 0.5 * side) / 0.9) ** 2 + ((y + 0.3) / 0.9) ** 2))
     light = pick(rng, WALLS) * (pool * (1 + 0.08 * fractal(rng, x.shape, 2.2)))[..., None]
     depth = 1 / np.maximum(y - edge + 0.35, 0.05)
@@ -189,7 +191,7 @@ def _table(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, edge: float, 
 
 
 def _fruit(light: np.ndarray, rng: np.random.Generator, table: Table, place: tuple[float, float]) -> np.ndarray:
-    """A round fruit that stands at `place`."""
+    """Draw a round fruit at `place`."""
     x, y, lamp = table.x, table.y, table.lamp
     radius = rng.uniform(0.2, 0.3)
     cx, cy = place[0], place[1] - radius
@@ -205,7 +207,7 @@ def _fruit(light: np.ndarray, rng: np.random.Generator, table: Table, place: tup
 
 
 def _bottle(light: np.ndarray, rng: np.random.Generator, table: Table, place: tuple[float, float]) -> np.ndarray:
-    """A turned body that stands at `place`: its normals lie level; glass lets the background through."""
+    """Draw a bottle or vase at `place`: a solid of revolution with horizontal normals; glass is transparent."""
     x, y, lamp = table.x, table.y, table.lamp
     hue, glass = pick(rng, BOTTLES)
     width, tall, neck = rng.uniform(0.17, 0.24), rng.uniform(0.85, 1.1), pick(rng, (0.32, 0.45))
@@ -228,7 +230,7 @@ def _bottle(light: np.ndarray, rng: np.random.Generator, table: Table, place: tu
 def _with_shadow(
     light: np.ndarray, x: np.ndarray, y: np.ndarray, place: tuple[float, float], radius: float, lamp: Direction
 ) -> np.ndarray:
-    """The table darkened by what stands at `place`: most where it touches, softly away from the lamp."""
+    """Darken the table around an object at `place`: most where it touches, softly on the side away from the lamp."""
     cx, foot = place
     along = (x - cx + math.copysign(0.55 * radius, lamp[0])) / (1.35 * radius)
     soft = np.exp(-1.3 * (along**2 + ((y - foot + 0.04) / (0.26 * radius)) ** 2))
@@ -237,11 +239,11 @@ def _with_shadow(
 
 
 def _lit(surface: Surface, lamp: Direction, fill: float, unevenness: np.ndarray | float) -> np.ndarray:
-    """H × W × 1: what the light on `surface` multiplies a colour by."""
+    """Return the factor by which the light on `surface` multiplies a colour (H × W × 1)."""
     return (shaded(surface, lamp, fill) * (1 + unevenness))[..., None]
 
 
 def _bumped(surface: Surface, relief: np.ndarray) -> Surface:
-    """`surface` with its normals tilted by the slopes of `relief` (H × W, in half heights)."""
+    """Tilt the normals of `surface` by the slopes of `relief` (H × W, in half heights)."""
     slope_y, slope_x = np.gradient(relief, 2 / relief.shape[0])
     return surface[0] - 1.1 * slope_x, 0.8 * surface[1] - 1.1 * slope_y, surface[2], surface[3]

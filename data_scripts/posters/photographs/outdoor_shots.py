@@ -1,4 +1,4 @@
-"""Photographs out of doors: mountains, the sea, a city by the water. Legend as in `optics`."""
+"""Outdoor photographs: mountains, the sea, a city at the water. See `optics` for the legend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_scripts.posters.photographs.optics import blurred, color, fractal, mix
 
 @dataclass(frozen=True)
 class Daylight:
-    """The colours of the sky overhead and at the horizon and of the sun, and how strong the sun is against the sky."""
+    """Colours of the sky overhead, of the sky at the horizon and of the sun, and the strength of the sun."""
 
     zenith: np.ndarray
     horizon: np.ndarray
@@ -40,12 +40,12 @@ CITY_HOURS = (
     (color(96, 128, 168), color(214, 216, 214), 0.05),
     (color(40, 62, 110), color(246, 190, 150), 0.2),
 )
-"""Sky overhead, sky at the horizon, share of the windows lit: dusk, night, a hazy day, sunrise."""
+"""Colours of the sky overhead and at the horizon, and fraction of lit windows: dusk, night, a hazy day, sunrise."""
 MOST_TOWERS = 64
 
 
 def landscape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Mountains seen from a meadow: a height field in perspective, lit from the side, paler with distance."""
+    """Render mountains seen from a meadow: a height field in perspective, lit from the side, paler with distance."""
     height, width = shape
     hour, side = pick(rng, HOURS), pick(rng, (-1.0, 1.0))
     horizon = rng.uniform(-0.25, 0.05)
@@ -53,7 +53,7 @@ def landscape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     depths = np.geomspace(0.25, 9.0, 220, dtype=np.float32)[:, None]  # D × 1
     across = np.linspace(-width / height, width / height, width, dtype=np.float32)[None, :]
     heights, lit = _terrain(rng, depths, across, hour, side)
-    # Front to back, the highest line so far hides what lies below it.
+    # From front to back, the highest line so far hides everything below it.
     skyline = np.minimum.accumulate(horizon + (0.55 - heights) / depths, axis=0)  # D × W, as y
     rows = np.linspace(-1, 1, height, dtype=np.float32)
     hidden = skyline[:, None, :] <= rows[None, :, None]  # D × H × W
@@ -64,7 +64,7 @@ def landscape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 def _terrain(
     rng: np.random.Generator, depths: np.ndarray, across: np.ndarray, hour: Daylight, side: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Heights (D × W) and lit colours (D × W × 3) of the ground at D distances from the viewer, in W directions."""
+    """Return heights (D × W) and lit colours (D × W × 3) of the ground at D distances in W directions."""
     ground = fractal(rng, (256, 256), 3.2)
     steepness = (np.gradient(ground, axis=1), np.gradient(ground, axis=0))
     column, row = 11 * across * depths + 100, 11 * depths + 7.3
@@ -84,7 +84,7 @@ def _terrain(
 
 
 def _sky(shape: tuple[int, int], rng: np.random.Generator, hour: Daylight, horizon: float, sun_x: float) -> np.ndarray:
-    """Sky all over the picture: brighter towards the horizon and the sun, with clouds on a ceiling in perspective."""
+    """Render a whole view of sky, brighter towards the horizon and the sun, with clouds on a plane in perspective."""
     x, y = view(shape)
     up = np.clip((horizon - y) / (1 + horizon), 0, 1)
     glow = np.exp(-(((x - sun_x) / 0.9) ** 2 + ((y - horizon + 0.35) / 0.5) ** 2))[..., None]
@@ -96,7 +96,7 @@ def _sky(shape: tuple[int, int], rng: np.random.Generator, hour: Daylight, horiz
 
 
 def seascape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Open water that mirrors the sky on its waves, with the sun's path of glitter, and land at one side."""
+    """Render open water with waves that mirror the sky and glitter below the sun, and land on one side."""
     hour = pick(rng, HOURS)
     horizon, sun_x = rng.uniform(-0.2, 0.2), rng.uniform(-0.6, 0.6)
     x, y = view(shape)
@@ -114,7 +114,7 @@ def seascape(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 def _water(
     rng: np.random.Generator, from_sun: np.ndarray, x: np.ndarray, down: np.ndarray, hour: Daylight
 ) -> np.ndarray:
-    """A sea seen at `down` below the horizon: the flatter the look, the more of the sky it mirrors."""
+    """Render the sea at `down` below the horizon; the flatter the viewing angle, the more it mirrors the sky."""
     depth = 1 / down
     waves = fractal(rng, (256, 256), 1.9, stretch=2.5)
     swell = sampled(waves, 22 * x * depth + 100, 26 * depth) + 0.7 * sampled(waves.T, 60 * x * depth, 75 * depth + 9)
@@ -130,7 +130,7 @@ def _water(
 
 
 def city(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A skyline over water: towers behind each other in the haze, windows alight, all of it mirrored with ripples."""
+    """Render a skyline over water: rows of towers in the haze with lit windows, mirrored with ripples."""
     _, y = view(shape)
     above, horizon, lit_share = pick(rng, CITY_HOURS)
     shore = rng.uniform(0.35, 0.6)
@@ -145,14 +145,14 @@ def city(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 def _towers(
     light: np.ndarray, rng: np.random.Generator, shore: float, haze: np.ndarray, near: float, lit_share: float
 ) -> np.ndarray:
-    """One row of towers before what is there; `near` runs from 0 (lost in the haze) to 1."""
+    """Draw one row of towers over `light`; `near` ranges from 0 (almost hidden by haze) to 1."""
     x, y = view((light.shape[0], light.shape[1]))
     half_width = float(x[0, -1])
     edges = np.cumsum(rng.uniform(0.06, 0.2, MOST_TOWERS) * (0.7 + 0.6 * near)) - half_width - rng.uniform(0, 0.3)
     crowd = np.exp(-(((edges - rng.uniform(-0.5, 0.5) * half_width) / (0.8 * half_width)) ** 2))
     tall = rng.uniform(0.05, 0.25, MOST_TOWERS)
     tall += (0.95 - 0.55 * near) * crowd * rng.uniform(0.1, 1.0, MOST_TOWERS) ** 1.5
-    tower = np.clip(np.searchsorted(edges, x[0]), 0, MOST_TOWERS - 1)  # W: which one stands at each x
+    tower = np.clip(np.searchsorted(edges, x[0]), 0, MOST_TOWERS - 1)  # W: number of the tower at each x
     inward = edges[tower] - x[0]
     tops = (shore - tall)[tower]
     panes, lamps = _windows(rng, tower, inward, y - tops, near, lit_share)
@@ -166,11 +166,15 @@ def _towers(
 def _windows(
     rng: np.random.Generator, tower: np.ndarray, inward: np.ndarray, below: np.ndarray, near: float, lit_share: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where window panes are (H × W), and how brightly each is lit (0: not at all).
+    """Return the mask of window panes (H × W) and the brightness of each (0: not lit).
 
     Args:
-        tower, inward: W: number of the tower at each x, and the distance from its right edge.
-        below: H × W: distance from its top.
+        rng: random generator.
+        tower: number of the tower at each x (W).
+        inward: distance of each x from the right edge of its tower (W).
+        below: distance below the top of the tower (H × W).
+        near: see `_towers`.
+        lit_share: fraction of lit windows.
     """
     across, down = inward / (0.02 + 0.006 * near), below / (0.03 + 0.01 * near)
     column, story = np.floor(across).astype(int), np.floor(down).astype(int)
@@ -182,7 +186,7 @@ def _windows(
 
 
 def _mirrored(light: np.ndarray, rng: np.random.Generator, shore: float) -> np.ndarray:
-    """`light` upside down below the shore, shaken by ripples that grow towards the viewer, and darker."""
+    """Return `light` mirrored below the shore, darker, and distorted by ripples that grow towards the viewer."""
     height, width, _ = light.shape
     ripple = fractal(rng, (height, width), 1.6, stretch=4)
     rows = np.arange(height, dtype=np.float32)[:, None]
