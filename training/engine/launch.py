@@ -19,6 +19,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
 from training.core.options import Options, option
 from training.engine.signals import launcher_command
+from training.engine.threads import place_worker_threads, usable_cores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +73,9 @@ def start_accelerator(config: LaunchConfig) -> Accelerator:
     )
     _check_world_size(accelerator.num_processes)
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(config.cpu_threads or threads_per_process())
+        threads = config.cpu_threads or threads_per_process()
+        torch.set_num_threads(threads)
+        place_worker_threads(threads)
         keep_freed_memory()
         # The tokenizer's threads gain nothing for the captions of one batch, and compete with torch's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -108,7 +111,7 @@ def threads_per_process() -> int:
     chosen = _as_int(os.environ.get("OMP_NUM_THREADS"))
     if chosen and not (chosen == 1 and launcher_command()):
         return chosen
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cores()) or os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -13,6 +13,7 @@ from training.core.layout import BatchLayout
 from training.core.stage import Batch, MapDataset
 from training.engine.sampler import StepSampler, Strata
 from training.engine.signals import ignore_interrupts
+from training.engine.threads import use_all_cores
 
 
 class MicroBatches:
@@ -43,7 +44,7 @@ class MicroBatches:
             batch_sampler=self._sampler(start, stop),  # type: ignore[arg-type]
             collate_fn=collate_function(self.data),
             num_workers=self.num_workers,
-            worker_init_fn=ignore_interrupts if self.num_workers else None,
+            worker_init_fn=start_worker if self.num_workers else None,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
@@ -62,3 +63,9 @@ class MicroBatches:
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
         return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)
+
+
+def start_worker(worker_id: int) -> None:
+    """Prepare a data-loading process: Ctrl-C is for the trainer alone, and every core may be used."""
+    ignore_interrupts(worker_id)
+    use_all_cores()

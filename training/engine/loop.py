@@ -17,6 +17,7 @@ from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.schedule import PhaseSchedule
 from training.engine.signals import Interrupted, StopSignal
+from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together, validate
 from training.reporting.reporter import Reporter
@@ -63,7 +64,7 @@ class Loop:
         if state.pending_events:
             self.events()
         steps = training.batches.steps(state.step, state.goal_steps)
-        with self.reporter.progress():
+        with self.reporter.progress(), main_thread_on_its_core(training.device):
             while not (state.is_over or self.stop_agreed):
                 self.step(next(steps))
                 self.events()

@@ -24,6 +24,7 @@ from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
 from training.engine.schedule import PhaseSchedule
 from training.engine.signals import Interrupted, StopSignal
+from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together, validate
 from training.run.checkpoint import WRITING, load_json
@@ -121,7 +122,7 @@ def measure_speed(
     on_main(accelerator, check_room)
     checkpoint = on_main(accelerator, lambda: _seconds(lambda: _save(training, kept)))
     try:
-        with interrupted_together(accelerator):
+        with interrupted_together(accelerator), main_thread_on_its_core(training.device):
             phases = _time_steps(training, accelerator, stop)
             with evaluating(training.modules, training.ema):
                 validation = _time_validation(training, config, accelerator, stop)
