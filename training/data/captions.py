@@ -145,7 +145,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
             one the token ids would mean other words.
 
     Raises:
-        UserError: there are no captions, the tokenizer has no token for the start, the end or padding, or the config
+        UserError: the captions are empty, the tokenizer lacks a token for the start, the end or padding, or the config
             names another tokenizer than that of `pipeline`.
     """
     require_column(dataset, config.caption_column, "caption_column")

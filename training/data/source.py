@@ -101,8 +101,8 @@ def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
 
     Args:
         split: "train" or "validation", whose names in the source are config.train_split and config.validation_split,
-            or another split by its own name. If there is no validation split, `validation_fraction` of the training
-            rows is held out, chosen by `seed`; the result is empty if that fraction is 0.
+            or another split by its own name. If the validation split does not exist, `validation_fraction` of the
+            training rows is held out, chosen by `seed`; the result is empty if that fraction is 0.
         seed: chooses the held-out rows and those of `max_train_samples`.
 
     Raises:

@@ -100,10 +100,10 @@ def retrieval_metrics(similarity: np.ndarray, matches: np.ndarray) -> dict[str, 
         matches: N × N, bool, which captions match which images (`same_pairs`).
     """
     metrics: dict[str, float] = {}
-    for name, scores, hits in (("image_to_text", similarity, matches), ("text_to_image", similarity.T, matches.T)):
+    for name, scores, positives in (("image_to_text", similarity, matches), ("text_to_image", similarity.T, matches.T)):
         # The rank of the best match is the number of mismatched candidates with at least the same similarity.
-        best = np.where(hits, scores, -np.inf).max(1, keepdims=True)
-        ahead = (~(scores < best) & ~hits).sum(1)  # not `>=`, so that NaN counts against the model
+        best = np.where(positives, scores, -np.inf).max(1, keepdims=True)
+        ahead = (~(scores < best) & ~positives).sum(1)  # not `>=`, so that NaN counts against the model
         metrics |= {f"{name}_recall_{k}": float((ahead < k).mean()) for k in RANKS}
     return metrics
 

@@ -36,7 +36,7 @@ def collapse_warnings(
 
     Args:
         previews: generated images of any size.
-        references: training images, preferably some dozens drawn at random; with fewer than four there is no warning.
+        references: training images, preferably some dozens drawn at random; fewer than four give no warning.
         captions: captions of the previews; previews with the same caption may be similar.
 
     Returns:
@@ -73,9 +73,9 @@ def _one_color(shown: np.ndarray, real: np.ndarray) -> str | None:
         return None
     return (
         f"the previews are nearly one colour each: the standard deviation of colours within a preview "
-        f"is {np.median(shown_variation):.3f}, within a training image {typical:.3f} (medians). Likely causes: the model "
-        f"has not learned anything yet (wait for the next previews); the learning rate is so high that the weights "
-        f"diverged (lower --learning_rate, check grad_norm); or the scale of the latents differs from the "
+        f"is {np.median(shown_variation):.3f}, within a training image {typical:.3f} (medians). Likely causes: the "
+        f"model has not learned anything yet (wait for the next previews); the learning rate is so high that the "
+        f"weights diverged (lower --learning_rate, check grad_norm); or the scale of the latents differs from the "
         f"autoencoder's config."
     )
 
@@ -98,9 +98,9 @@ def _all_alike(shown: np.ndarray, real: np.ndarray, captions: list[str]) -> str 
     cause = "" if same_caption else " the captions are ignored (all similar in the data, or dropped too often);"
     return (
         f"the previews are all alike: two of them differ by {shown_distance:.3f}, two training images by "
-        f"{typical:.3f} (medians, colour values from 0 to 1). Likely causes: the model has not learned anything yet (wait "
-        f"for the next previews);{cause} the guidance scale is too high; or the learning rate is so high that the "
-        f"weights diverged."
+        f"{typical:.3f} (medians, colour values from 0 to 1). Likely causes: the model has not learned anything yet "
+        f"(wait for the next previews);{cause} the guidance scale is too high; or the learning rate is so high that "
+        f"the weights diverged."
     )
 
 

@@ -91,7 +91,7 @@ def count_pictures(image: Any, brief: Brief) -> int | None:
 
 
 def read_title_position(image: Any, brief: Brief) -> str | None:
-    """Return the third of the page with the title, 'top', 'middle' or 'bottom'; None if there is no clear title."""
+    """Return the third of the page with the title, 'top', 'middle' or 'bottom'; None if no title stands out."""
     if not is_readable(image, brief):
         return None
     crossings = _ink_crossings(image, brief)
@@ -143,8 +143,8 @@ def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Seq
     """
     if not len(generated) == len(briefs) == len(real) > 0:
         raise ValueError(
-            f"generated posters, briefs and real posters must be equally many and at least one; got {len(generated)}, "
-            f"{len(briefs)} and {len(real)}"
+            f"expected the same number (at least 1) of generated posters, briefs and real posters; got "
+            f"{len(generated)}, {len(briefs)} and {len(real)}"
         )
     shares = {
         "background_color_share": _agreement(generated, briefs, _background_agrees),

@@ -30,7 +30,7 @@ def regression_metrics(
 ) -> dict[str, tuple[float, float]]:
     """Compute (mean absolute error, R²) of each number from `regression_sums`.
 
-    R² = 1 - Σ (ŷ - y)² / Σ (y - ȳ)²; it is 1 for perfect predictions, 0 for predicting the mean, and NaN for constant y.
+    R² = 1 - Σ (ŷ - y)² / Σ (y - ȳ)²: 1 for perfect predictions, 0 for predicting the mean, NaN if y is constant.
 
     Args:
         names: name in the sums → name in the result.

@@ -57,8 +57,8 @@ def prediction_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: T
 def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
     """Return the min-SNR-γ weight (Hang et al. 2023): min(SNR, γ) for the x_0 loss, converted to the model's target. B.
 
-    It follows from |x_0 error|² = |ε error|² / SNR = |v error|² / (SNR + 1) = sigma² |flow error|². There is no division
-    by SNR, which is 0 at zero terminal SNR, or by sigma, which is 0 at flow time 0.
+    It follows from |x_0 error|² = |ε error|² / SNR = |v error|² / (SNR + 1) = sigma² |flow error|². There is no
+    division by SNR, which is 0 at zero terminal SNR, or by sigma, which is 0 at flow time 0.
     """
     capped_alpha = torch.minimum(alpha**2, gamma * sigma**2)  # min(SNR, γ)·sigma²
     if prediction_type == "epsilon":
