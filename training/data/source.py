@@ -166,7 +166,7 @@ def require_column(dataset: Dataset, name: str, flag: str) -> None:
     """Check that the dataset has a column.
 
     Raises:
-        UserError: it has not; the message names the most similar column and all columns that exist.
+        UserError: the column does not exist; the message names the most similar column and all that exist.
     """
     if name not in dataset.column_names:
         raise UserError(

@@ -132,11 +132,8 @@ class LatentCache:
 
     def require(self, *, captions: bool, labels: bool) -> None:
         """Raise UserError if the cache lacks captions or labels that a run is conditioned on."""
-        for needed, there, name in (
-            (captions, self.has_captions, "captions"),
-            (labels, bool(self.id2label), "labels"),
-        ):
-            if needed and not there:
+        for used, there, name in ((captions, self.has_captions, "captions"), (labels, bool(self.id2label), "labels")):
+            if used and not there:
                 raise UserError(f"the latent cache {self.path} has no {name}; make it with {name}")
 
     def _check_masks(self, split: str, num_classes: int, config: DataConfig | None) -> None:
