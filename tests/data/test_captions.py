@@ -1,4 +1,4 @@
-"""Captioned pictures: the tokenizer that is built from them, ids and masks, and real collections."""
+"""Datasets of images with captions: the tokenizer trained on them, ids and masks, and real datasets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training.data.tokenization import CaptionTokens, report_on
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> CaptionDataConfig:
-    folder = draw_folder(tmp_path_factory.mktemp("data") / "pictures")
+    folder = draw_folder(tmp_path_factory.mktemp("data") / "images")
     return CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION)
 
 
@@ -38,7 +38,7 @@ def test_one_pair_in_ten_is_held_out_by_seed(config):
     assert kept[0] == kept[1] != kept[2]
 
 
-def test_a_tokenizer_is_built_from_the_training_captions(config):
+def test_a_tokenizer_is_trained_on_the_training_captions(config):
     train, _ = load_captioned(config, 0)
     one, again = (tokenizer_for(config, train.captioned, 12) for _ in range(2))
     assert one.get_vocab() == again.get_vocab()
@@ -61,7 +61,7 @@ def test_batches_are_padded_to_their_longest_caption_and_masked(config):
 
 
 def test_lists_of_captions(tmp_path, config):
-    folder = draw_folder(tmp_path / "pictures", 4)
+    folder = draw_folder(tmp_path / "images", 4)
     rows = [json.dumps({"file_name": f"{i:03d}.png", "text": [caption(i), "a picture"]}) for i in range(4)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     several = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, validation_fraction=0)
@@ -76,7 +76,7 @@ def test_lists_of_captions(tmp_path, config):
 
 
 def test_a_column_of_numbers_has_no_captions(tmp_path):
-    folder = draw_folder(tmp_path / "pictures", 4)
+    folder = draw_folder(tmp_path / "images", 4)
     rows = [json.dumps({"file_name": f"{i:03d}.png", "text": i}) for i in range(4)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     config = CaptionDataConfig(train_data_dir=str(folder), validation_fraction=0)
@@ -84,16 +84,16 @@ def test_a_column_of_numbers_has_no_captions(tmp_path):
         tokenizer_for(config, load_split(config, "train", 0), 12)
 
 
-def test_pixel_variance_is_what_the_mean_picture_costs(config):
+def test_pixel_variance_is_the_error_of_the_mean_image(config):
     train, _ = load_captioned(config, 0)
     pixels = torch.stack([train[SampleKey(i, 0)]["pixel_values"] for i in range(len(train))])
-    cost = (pixels - pixels.mean(0)).square().mean()
-    assert pixel_variance(train, 1000) == pytest.approx(float(cost), rel=1e-5)
+    error = (pixels - pixels.mean(0)).square().mean()
+    assert pixel_variance(train, 1000) == pytest.approx(float(error), rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "fit", "ratio"), [("noto_emoji", "crop", 1.0), ("nlvr_shapes", "stretch", 4.0)])
 def test_real_captions(shared_dir: Path, name, fit, ratio):
-    """Words that were seen come back; what was not is <UNK>, and little."""
+    """Training captions have no unknown words, and held-out captions have few."""
     config = CaptionDataConfig(dataset_name=str(shared_dir / "data" / name), image_fit=fit)
     train, held_out = load_captioned(config, 0)
     tokenizer = tokenizer_for(config, train.captioned, 40)

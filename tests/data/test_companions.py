@@ -1,4 +1,4 @@
-"""Masks and control images: cut with their pictures, read as what they are, refused when they cannot be."""
+"""Masks and control images: cropped and flipped with their images, and refused if they are invalid."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ROWS, WIDTH, HEIGHT = 4, 40, 24
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures whose red is the class id × 60, masks with the ids, and controls that are the pictures' negatives."""
-    path = tmp_path / "pictures"
+    """Images whose red is the class id × 60, masks with the ids, and control images that are the images' negatives."""
+    path = tmp_path / "images"
     path.mkdir()
     lines = []
     for row in range(ROWS):
@@ -44,7 +44,7 @@ def opened(folder: Path, **flags: object) -> ImageDataset:
     return ImageDataset(load_split(config, "train", 0), config, captions=False, **flags)  # type: ignore[arg-type]
 
 
-def test_masks_and_controls_are_cut_and_mirrored_with_their_pictures(folder: Path):
+def test_masks_and_controls_are_cropped_and_flipped_with_their_images(folder: Path):
     data = opened(folder, num_mask_classes=4, control=control_of("conditioning_image", 0))
     seen = set()
     for key in range(12):
@@ -55,7 +55,7 @@ def test_masks_and_controls_are_cut_and_mirrored_with_their_pictures(folder: Pat
         control = item["conditioning_pixel_values"]
         torch.testing.assert_close(1 - control, (item["pixel_values"] + 1) / 2, atol=1e-6, rtol=0)
         seen.add(tuple(red.flatten()[:8].tolist()))
-    assert len(seen) > 8  # another place in each draw, or this would have tested one crop
+    assert len(seen) > 8  # each draw crops at another place, otherwise this would test only one crop
 
 
 def test_several_columns_are_grey_channels_and_class_ids_are_one_hot(folder: Path):
@@ -71,8 +71,8 @@ def test_several_columns_are_grey_channels_and_class_ids_are_one_hot(folder: Pat
 
 
 @pytest.mark.parametrize(("columns", "unset"), [("conditioning_image", "rgb"), (["conditioning_image"], "l")])
-def test_the_mode_of_a_single_column_is_what_is_said(folder: Path, columns, unset: str, caplog):
-    """A name and a list of one name differ only where no mode is given, and the list is then warned about."""
+def test_a_single_column_is_read_in_the_given_mode(folder: Path, columns, unset: str, caplog):
+    """A name and a list of one name differ only if no mode is given; the list then gives a warning."""
     read = {}
     for mode in ("rgb", "l", None):
         caplog.clear()
@@ -89,7 +89,7 @@ def test_the_mode_of_a_single_column_is_what_is_said(folder: Path, columns, unse
     assert read["l"].mul(255).round().unique().tolist() == sorted(np.unique(np.array(grey)).tolist())
 
 
-def test_modes_that_cannot_be():
+def test_invalid_modes():
     config = DataConfig(conditioning_image_column=["a", "b"], conditioning_image_mode="rgb")
     with pytest.raises(UserError, match="--conditioning_image_mode rgb reads one column.*a, b"):
         config.validate()
@@ -116,26 +116,26 @@ def test_palettes_are_ids_and_unlabelled_pixels_have_no_class(folder: Path):
         (lambda path: Image.fromarray(np.full((HEIGHT, WIDTH), 9, np.uint8)).save(path), "class id 9 is beyond the 4"),
         (
             lambda path: Image.new("L", (WIDTH, 7)).save(path),
-            f"it is {WIDTH}×7 pixels and its image {WIDTH}×{HEIGHT}",
+            f"it is {WIDTH}×7 pixels, but its image is {WIDTH}×{HEIGHT}",
         ),
         (lambda path: Image.new("RGB", (WIDTH, HEIGHT)).save(path), "it has colours"),
-        (lambda path: path.write_bytes(b"no picture"), "not a readable picture"),
+        (lambda path: path.write_bytes(b"not an image"), "not a readable image"),
     ],
 )
-def test_masks_that_cannot_be_are_found_before_training(folder: Path, spoil, message: str):
+def test_invalid_masks_are_reported_before_training(folder: Path, spoil, message: str):
     spoil(folder / "2_mask.png")
     with pytest.raises(UserError, match=r"(?s)1 of 4 rows cannot.*row 2.*column 'mask': ") as error:
         require_clean(opened(folder, num_mask_classes=4))
     assert message in str(error.value)
 
 
-def test_a_control_of_another_size_is_found_before_training(folder: Path):
+def test_a_control_of_another_size_is_reported_before_training(folder: Path):
     Image.new("RGB", (WIDTH + 1, HEIGHT)).save(folder / "1_control.png")
     with pytest.raises(UserError, match="row 1.*column 'conditioning_image': it is 41×24"):
         require_clean(opened(folder, control=control_of("conditioning_image", 0)))
 
 
-def test_a_column_that_is_not_there_is_named_with_its_flag(folder: Path):
+def test_a_missing_column_is_named_with_its_flag(folder: Path):
     with pytest.raises(UserError, match="no column 'edges'.*--conditioning_image_column"):
         opened(folder, control=control_of(["mask", "edges"], 0))
     plain = folder.with_name("plain")

@@ -1,4 +1,4 @@
-"""Data: sources, transforms, labels, bad rows, fingerprints. Real files of every kind, no mocks."""
+"""Training data: sources, transforms, labels, bad rows and fingerprints, with real files of every kind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = 12
 
 
 def gradient(width: int = 40, height: int = 24, row: int = 0) -> Image.Image:
-    """A picture without symmetry, another for each row."""
+    """An image without symmetry, different for each row."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     channels = [x * 255 // width, y * 255 // height, np.full_like(x, 20 * row % 256)]
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
@@ -39,8 +39,8 @@ def gradient(width: int = 40, height: int = 24, row: int = 0) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An imagefolder with captions and class names, one file a row."""
-    path = tmp_path / "pictures"
+    """An imagefolder with captions and class names, one file per row."""
+    path = tmp_path / "images"
     path.mkdir()
     lines = []
     for row in range(ROWS):
@@ -91,8 +91,8 @@ def test_every_kind_of_source_gives_the_same_items(folder: Path, tmp_path: Path)
         assert torch.equal(item["pixel_values"], items[0]["pixel_values"])
 
 
-def test_files_made_anew_are_read_anew(tmp_path: Path):
-    """`datasets` keeps a cache of its own, which for a folder with a card that lists its files forgets to look."""
+def test_changed_files_are_read_again(tmp_path: Path):
+    """For a folder whose README.md lists its files, the cache of `datasets` does not notice that files changed."""
     folder = tmp_path / "posters"
     for seed in (0, 1):
         make_posters.main(f"--output_dir {folder} --num_posters 10 --num_workers 1 --seed {seed} --overwrite".split())
@@ -158,11 +158,11 @@ def test_mistakes_are_user_errors(folder: Path, tmp_path: Path, settings: dict, 
         check_and_open()
 
 
-def test_a_column_of_something_else_is_refused(tmp_path: Path):
+def test_a_column_without_images_is_refused(tmp_path: Path):
     rows = datasets.Dataset.from_dict({"image": [1.5, 2.5], "text": ["a", "b"]})
     rows.save_to_disk(tmp_path / "numbers")
     config = DataConfig(dataset_name=str(tmp_path / "numbers"), validation_fraction=0)
-    with pytest.raises(UserError, match="not pictures"):
+    with pytest.raises(UserError, match="not images"):
         ImageDataset(load_split(config, "train", 0), config)
     datasets.Dataset.from_dict({"image": [], "text": []}).save_to_disk(tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing|no rows"):
@@ -173,7 +173,7 @@ def test_the_default_config_is_valid():
     DataConfig().validate()
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> dict:
@@ -182,7 +182,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def test_decoding_of_unusual_pictures():
+def test_decoding_of_unusual_images():
     base = gradient()
     assert load_rgb(encoded(base)).tobytes() == base.tobytes()
     half = base.convert("RGBA")
@@ -207,7 +207,7 @@ def test_decoding_of_unusual_pictures():
 
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     source = encoded(gradient(40, 24), exif=exif)
     assert load_rgb(source).size == (24, 40)
     assert verify_image(source) == (24, 40)
@@ -220,7 +220,7 @@ def test_to_tensor_is_exact_at_the_ends():
     assert to_tensor(image).dtype == torch.float32
 
 
-def test_geometry_crops_the_middle_and_leaves_fitting_pictures_alone():
+def test_geometry_crops_the_centre_and_does_not_change_images_that_fit():
     geometry = crop_geometry((41, 20), center_crop=True, random_flip=False, key=3)
     assert geometry == (11, 0, 20, False)
     square = gradient(16, 16)
@@ -239,11 +239,11 @@ def test_crops_and_flips_are_functions_of_the_key(folder: Path):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
     assert len({tensor.numpy().tobytes() for tensor in one}) > 20
     lefts = [crop_geometry((40, 24), center_crop=False, random_flip=True, key=k).left for k in range(2000)]
-    assert set(lefts) == set(range(17)), "every place occurs, and no other"
+    assert set(lefts) == set(range(17)), "every possible place occurs, and no other"
     assert np.mean([flips(key) for key in range(4000)]) == pytest.approx(0.5, abs=3 * 0.5 / 4000**0.5)
 
 
-def test_a_flip_is_the_mirrored_picture(folder: Path):
+def test_a_flip_is_the_mirrored_image(folder: Path):
     plain, flipped = opened(folder), opened(folder, random_flip=True)
     key = next(k for k in range(100) if flips(k))
     a, b = plain[SampleKey(2, key)]["pixel_values"], flipped[SampleKey(2, key)]["pixel_values"]
@@ -251,7 +251,7 @@ def test_a_flip_is_the_mirrored_picture(folder: Path):
     assert not torch.equal(a, b)
 
 
-def test_masks_share_the_geometry_of_their_pictures():
+def test_masks_share_the_geometry_of_their_images():
     size = (40, 24)
     mask = Image.fromarray((np.arange(24 * 40).reshape(24, 40) % 5).astype(np.uint8))
     for key in range(20):
@@ -268,7 +268,7 @@ def test_validation_data_are_not_augmented(folder: Path):
     assert all(torch.equal(item, items[0]) for item in items)
 
 
-def test_batches_and_loader_workers_give_the_same(folder: Path):
+def test_loader_workers_give_the_same_batches(folder: Path):
     config = DataConfig(train_data_dir=str(folder), random_flip=True, resolution=16)
     tokens = CaptionTokens(tiny_tokenizer(), 8, "max_length")
     dataset = ImageDataset(load_split(config, "train", 0), config, caption_tokens=tokens)
@@ -323,20 +323,20 @@ def test_numbers_are_their_own_ids(values: list, classes: int):
 
 
 @pytest.mark.parametrize("values", [[0, 10_000_000], [0.5, 1.5]])
-def test_columns_that_hold_no_classes_are_refused(values: list):
+def test_columns_without_classes_are_refused(values: list):
     with pytest.raises(UserError, match="--label_column|another column"):
         LabelMap.of(datasets.Dataset.from_dict({"label": values}), "label")
 
 
 def damage(folder: Path) -> None:
-    """Rows 3 and 4 broken, row 7 without a caption."""
+    """Damage the images of rows 3 and 4, and empty the caption of row 7."""
     whole = (folder / "03.png").read_bytes()
     (folder / "03.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "04.png").write_bytes(b"this is no picture")
+    (folder / "04.png").write_bytes(b"this is not an image")
     change_row(folder, 7, text="   ")
 
 
-def test_bad_rows_are_found_before_training(folder: Path):
+def test_bad_rows_are_reported_before_training(folder: Path):
     damage(folder)
     dataset = opened(folder)
     report = scan(dataset)
@@ -346,12 +346,12 @@ def test_bad_rows_are_found_before_training(folder: Path):
     assert all(name in str(error.value) for name in ("row 3", "03.png", "row 4", "row 7", "caption is empty"))
     shares = [scan(dataset, shard=(rank, 2)).problems for rank in range(2)]
     assert sorted(p.row for share in shares for p in share) == [3, 4, 7]
-    said: list[str] = []
-    require_clean(opened(folder, on_bad_sample="skip"), tell=said.append)
-    assert "3 of 12" in said[0]
+    messages: list[str] = []
+    require_clean(opened(folder, on_bad_sample="skip"), tell=messages.append)
+    assert "3 of 12" in messages[0]
 
 
-def test_a_truncated_jpeg_is_found(tmp_path: Path):
+def test_a_truncated_jpeg_is_reported(tmp_path: Path):
     gradient(200, 200).save(tmp_path / "0.jpg", quality=95)
     whole = (tmp_path / "0.jpg").read_bytes()
     (tmp_path / "1.jpg").write_bytes(whole[: int(len(whole) * 0.8)])
@@ -363,12 +363,12 @@ def test_a_truncated_jpeg_is_found(tmp_path: Path):
 def test_a_large_dataset_is_sampled_and_says_so(folder: Path):
     report = scan(opened(folder), max_rows=5)
     assert (report.rows, report.images_checked, report.complete) == (ROWS, 5, False)
-    said: list[str] = []
+    messages: list[str] = []
     dataset = opened(folder)
     report = scan(dataset, seconds=-1.0)
     assert report.rows == ROWS
-    require_clean(dataset, tell=said.append)
-    assert said == []
+    require_clean(dataset, tell=messages.append)
+    assert messages == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -383,7 +383,7 @@ def test_a_bad_row_in_training_is_one_clean_message(folder: Path, workers: int):
     assert "--on_bad_sample skip" in str(error.value)
 
 
-def test_skipping_takes_the_next_good_row_and_says_so_once(folder: Path, caplog: pytest.LogCaptureFixture):
+def test_skipping_uses_the_next_good_row_and_warns_once(folder: Path, caplog: pytest.LogCaptureFixture):
     damage(folder)
     dataset = opened(folder, on_bad_sample="skip")
     for _ in range(3):
@@ -406,11 +406,11 @@ def test_rows_are_named_as_they_are_stored(folder: Path):
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_of_the_content_and_nothing_else(folder: Path, tmp_path: Path):
+def test_the_fingerprint_depends_on_the_content_alone(folder: Path, tmp_path: Path):
     before = dataset_fingerprint(opened(folder))
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert dataset_fingerprint(opened(tmp_path / "elsewhere")) == before
-    # embedded bytes in Parquet are the same data as files in a folder
+    # Bytes embedded in Parquet are the same data as files in a folder.
     loaded = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     loaded.to_parquet(tmp_path / "rows.parquet")
     config = DataConfig(dataset_name=str(tmp_path / "rows.parquet"), validation_fraction=0, resolution=16)

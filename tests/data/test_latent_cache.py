@@ -1,4 +1,4 @@
-"""The latent cache: equal to encoding on the fly; killed and resumed; shared over processes; refused elsewhere."""
+"""The latent cache: equal to encoding on the fly, resumed after a kill, shared by processes, refused for other runs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from training.engine.balance import BalanceConfig, balanced_strata
 from training.models.vae_loading import load_vae
 
 ROWS, VALIDATION_ROWS, SHARD_ROWS = 62, 5, 4
-LATENTS = (4, 8, 8)  # of tiny_vae at 16 px
+LATENTS = (4, 8, 8)  # shape of the latents of tiny_vae at 16 px
 
 
-def save_pictures(folder: Path, *, mask_seed: int | None = None) -> Path:
-    """Parquet with captions (one row has two), classes, and pictures of the training size.
+def save_images(folder: Path, *, mask_seed: int | None = None) -> Path:
+    """Save Parquet files with captions, classes, and images of the training size.
 
-    With `mask_seed` also masks of four classes with some unlabelled pixels, and a second column of classes.
+    With `mask_seed`, also save masks of four classes with some unlabelled pixels, and a second column of classes.
     """
     generator = np.random.default_rng(0)
     features: dict[str, Any] = {
@@ -73,7 +73,7 @@ def save_pictures(folder: Path, *, mask_seed: int | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
+    return save_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_flips_of_cached_latents_are_not_frozen(cache_folder: Path):
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pictures(tmp_path_factory.mktemp("masked"), mask_seed=1)
+    return save_images(tmp_path_factory.mktemp("masked"), mask_seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def masked_cache(masked: Path, vae_folder: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache: Path, vae_folder: Path):
+def test_masks_and_classes_are_those_of_the_images(masked: Path, masked_cache: Path, vae_folder: Path):
     cache, config = LatentCache(masked_cache), config_of(masked)
     assert cache.mask_column == "mask"
     cached = cache.split("train", random_flip=True, num_mask_classes=4)
@@ -169,14 +169,14 @@ def test_masks_and_classes_are_those_of_the_pictures(masked: Path, masked_cache:
     assert {flips(key.key) for key in keys} == {True, False}
     assert cached.collate([cached[keys[0]], cached[keys[1]]])["mask"].shape == (2, 16, 16)
     assert "mask" not in cache.split("train")[keys[0]]
-    # A run that wants no masks need not name their column.
+    # A run without masks need not name their column.
     for column in ("mask", "other"):
         check_cache(cache, load_vae(str(vae_folder)), str(vae_folder), config_of(masked, mask_column=column))
-    with pytest.raises(UserError, match="those of column 'mask', and this run wants 'other'; say --mask_column mask"):
+    with pytest.raises(UserError, match="those of column 'mask', but this run uses 'other'; set --mask_column mask"):
         cache.split("train", num_mask_classes=4, config=config_of(masked, mask_column="other"))
 
 
-def test_masks_that_are_not_there_or_do_not_fit_are_refused(
+def test_missing_or_mismatched_masks_are_refused(
     data: Path, masked: Path, masked_cache: Path, cache_folder: Path, vae_folder: Path, tmp_path: Path
 ):
     with pytest.raises(UserError, match="no masks; make it again with --masks yes"):
@@ -184,7 +184,7 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(
     with pytest.raises(UserError, match=r"class id 3 of a mask in split 'train'.*beyond the 3 classes"):
         LatentCache(masked_cache).split("train", num_mask_classes=3)
     (tmp_path / "changed").mkdir()
-    changed = save_pictures(tmp_path / "changed", mask_seed=2)
+    changed = save_images(tmp_path / "changed", mask_seed=2)
     with pytest.raises(UserError, match="dataset: split 'train'"):
         check_cache(LatentCache(masked_cache), load_vae(str(vae_folder)), "v", config_of(changed))
     copy = tmp_path / "copy"
@@ -195,16 +195,16 @@ def test_masks_that_are_not_there_or_do_not_fit_are_refused(
         precompute(*flags(data, vae_folder, tmp_path / "new", "--masks", "yes"))
 
 
-def test_a_cache_without_masks_is_the_file_it_always_was(
+def test_a_cache_without_masks_has_the_same_files_as_before_masks(
     masked: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
 ):
-    """Caches made before there were masks stay readable, and the command that made one finds it complete."""
+    """Caches from before masks were supported are still read, and the command that made one finds it complete."""
     assert precompute(*flags(masked, vae_folder, tmp_path / "latents", "--masks", "no")) == 0
     assert contents(tmp_path / "latents") == contents(cache_folder)
     assert set(LatentCache(cache_folder).manifest) & {"mask_column", "label_column"} == set()
 
 
-def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_pictures(masked: Path, masked_cache: Path):
+def test_cached_rows_are_balanced_by_their_labels_or_by_any_column_of_the_dataset(masked: Path, masked_cache: Path):
     cache = LatentCache(masked_cache)
     alone, named = cache.split("train"), cache.split("train", config=config_of(masked))
     for dataset in (alone, named):
@@ -240,7 +240,7 @@ def test_shards_are_mapped_and_not_loaded(tmp_path: Path):
     assert process.memory_info().rss - before < 20e6
 
 
-# --- what it belongs to ----------------------------------------------------------------------------------------------
+# --- matching a run --------------------------------------------------------------------------------------------------
 
 
 def test_the_right_vae_and_data_are_accepted(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
@@ -259,13 +259,13 @@ def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Pat
     rescaled = load_vae(str(vae_folder))
     rescaled.register_to_config(scaling_factor=0.5)
     for changed in (other, rescaled):
-        with pytest.raises(UserError, match="VAE: the cache is of") as error:
+        with pytest.raises(UserError, match="VAE: the cache was made with") as error:
             check_cache(cache, changed, "other/vae", config_of(data))
         assert vae_fingerprint(changed)[:12] in str(error.value)
         assert vae_fingerprint(vae)[:12] in str(error.value)
         assert "--vae other/vae" in str(error.value)
         assert "--overwrite true" in str(error.value)
-    with pytest.raises(UserError, match="transform: the cache has 'v1 16px.*this run 'v1 32px") as error:
+    with pytest.raises(UserError, match="transform: the cache has 'v1 16px.*this run has 'v1 32px") as error:
         check_cache(cache, vae, "v", config_of(data, resolution=32))
     assert "--resolution 32" in str(error.value)
     changed_data = tmp_path / "changed"
@@ -279,12 +279,12 @@ def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Pat
     assert "split 'validation'" not in str(error.value)
 
 
-def test_flips_want_a_cache_with_mirrored_latents(data: Path, vae_folder: Path, tmp_path: Path):
+def test_flips_need_a_cache_with_mirrored_latents(data: Path, vae_folder: Path, tmp_path: Path):
     precompute(*flags(data, vae_folder, tmp_path / "plain", "--random_flip", "false", "--splits", "[validation]"))
     cache = LatentCache(tmp_path / "plain")
-    with pytest.raises(UserError, match="no mirrored pictures"):
+    with pytest.raises(UserError, match="no mirrored images"):
         cache.split("validation", random_flip=True)
-    with pytest.raises(UserError, match="no mirrored pictures"):
+    with pytest.raises(UserError, match="no mirrored images"):
         check_cache(cache, load_vae(str(vae_folder)), "v", config_of(data))
     with pytest.raises(UserError, match="no split 'train'"):
         cache.split("train")
@@ -319,7 +319,8 @@ def test_a_damaged_shard_is_made_again(data: Path, vae_folder: Path, cache_folde
     broken = bytearray(shard.read_bytes())
     broken[-1] ^= 1  # the same size
     shard.write_bytes(broken)
-    for name in (".shard-00002.safetensors.tmp4711", "shard-00002.tmp"):  # left by a kill, of this version or before
+    # Files left by a killed process of this or an earlier version.
+    for name in (".shard-00002.safetensors.tmp4711", "shard-00002.tmp"):
         (copy / "train" / name).write_bytes(broken[:100])
     untouched = (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns
     assert precompute(*flags(data, vae_folder, copy)) == 0
@@ -372,7 +373,7 @@ def test_two_processes_give_the_same_bytes(data: Path, vae_folder: Path, cache_f
     assert output.count("Latents are in") >= 1
 
 
-def test_a_cache_of_something_else_is_not_written_over(
+def test_a_cache_with_other_settings_is_not_overwritten(
     data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
 ):
     copy = tmp_path / "copy"
@@ -407,7 +408,7 @@ def test_a_vae_without_a_posterior_and_rows_without_captions(tmp_path: Path, dat
     assert item["mean"].shape == LATENTS
 
 
-def test_several_captions_are_all_kept(tmp_path: Path, vae_folder: Path, data: Path):
+def test_all_of_several_captions_are_kept(tmp_path: Path, vae_folder: Path, data: Path):
     rows = datasets.load_dataset(str(data), split="validation").remove_columns("text")
     rows = rows.add_column("text", [["one", "two", "three"]] * len(rows))
     rows.to_parquet(tmp_path / "train.parquet")
@@ -436,8 +437,8 @@ def test_mistakes_are_user_errors(data: Path, vae_folder: Path, tmp_path: Path, 
         precompute(*flags(data, vae_folder, tmp_path / "latents", *words))
 
 
-def test_broken_pictures_are_named_before_encoding_starts(tmp_path: Path, vae_folder: Path):
-    folder = tmp_path / "pictures"
+def test_broken_images_are_named_before_encoding_starts(tmp_path: Path, vae_folder: Path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         Image.new("RGB", (16, 16), (i, i, i)).save(folder / f"{i}.png")

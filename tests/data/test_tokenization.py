@@ -64,7 +64,7 @@ def test_word_level_keeps_the_most_frequent_words_and_marks_the_rest():
     assert decode(frequent, frequent("green red").input_ids) == "<UNK> red"
 
 
-def test_bpe_knows_every_text():
+def test_bpe_has_no_unknown_words():
     tokenizer = train_tokenizer(CAPTIONS, model="bpe", vocab_size=300)
     assert len(tokenizer) <= 300
     report = report_on(tokenizer, ["日本 poster", "zebra 🦓"])
@@ -77,17 +77,17 @@ def test_case_can_be_kept():
     assert normalized(tokenizer, "Red  red") == "Red red"
 
 
-def test_batches_are_padded_and_cut():
+def test_batches_are_padded_and_truncated():
     tokenizer = train_tokenizer(CAPTIONS, model_max_length=5)
     batch = tokenizer(["a", ENGRAVING], padding="max_length", truncation=True, return_tensors="pt")
     assert batch.input_ids.shape == (2, 5)
     assert batch.input_ids[0, 3:].tolist() == [0, 0]
     assert batch.input_ids[1, 0] == 1
-    assert batch.input_ids[1, -1] == 2, "a cut caption still ends"
+    assert batch.input_ids[1, -1] == 2, "a truncated caption still has <END>"
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
 
 
-TOLD = [
+BATCHES = [
     ["a red poster", "", "blue on cream"],
     ["blue on cream", "a red poster", "a red poster"],
     ["x", "y", "a poster of red circles, a poster of blue circles"],
@@ -95,26 +95,26 @@ TOLD = [
 
 
 def test_captions_padded_to_a_fixed_length_have_the_ids_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch):
-    """In any order, seen before or not, after the memory was emptied, and in a worker's copy."""
-    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
-    own, remembered = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "max_length")
-    for captions in [*TOLD, *TOLD]:
+    """In any order, cached or not, after the cache was emptied, and in a worker's copy."""
+    monkeypatch.setattr(tokenization, "MAX_CACHED_CAPTIONS", 4)
+    own, cached = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "max_length")
+    for captions in [*BATCHES, *BATCHES]:
         expected = own(captions, padding="max_length", truncation=True, max_length=6, return_tensors="pt").input_ids
-        for tokens in (remembered, pickle.loads(pickle.dumps(remembered))):
-            found = tokens(captions)
-            assert found.keys() == {"input_ids"}
-            assert torch.equal(found["input_ids"], expected)
+        for tokens in (cached, pickle.loads(pickle.dumps(cached))):
+            result = tokens(captions)
+            assert result.keys() == {"input_ids"}
+            assert torch.equal(result["input_ids"], expected)
 
 
 def test_captions_padded_to_the_longest_have_a_mask(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenization, "MOST_KNOWN_CAPTIONS", 4)
-    own, remembered = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "longest")
-    for captions in [*TOLD, *TOLD]:
+    monkeypatch.setattr(tokenization, "MAX_CACHED_CAPTIONS", 4)
+    own, cached = tiny_tokenizer(), CaptionTokens(tiny_tokenizer(), 6, "longest")
+    for captions in [*BATCHES, *BATCHES]:
         expected = own(captions, padding="longest", truncation=True, max_length=6, return_tensors="pt")
-        for tokens in (remembered, pickle.loads(pickle.dumps(remembered))):
-            found = tokens(captions)
-            assert torch.equal(found["input_ids"], expected.input_ids)
-            assert torch.equal(found["attention_mask"], expected.attention_mask)
+        for tokens in (cached, pickle.loads(pickle.dumps(cached))):
+            result = tokens(captions)
+            assert torch.equal(result["input_ids"], expected.input_ids)
+            assert torch.equal(result["attention_mask"], expected.attention_mask)
 
 
 def test_each_caption_is_tokenized_once():
@@ -126,9 +126,9 @@ def test_each_caption_is_tokenized_once():
             return super()._tokenize(captions)
 
     tokens = Counting(tiny_tokenizer(), 6, "max_length")
-    for captions in [*TOLD, *TOLD]:
+    for captions in [*BATCHES, *BATCHES]:
         tokens(captions)
-    assert sorted(tokens.seen) == sorted({caption for captions in TOLD for caption in captions})
+    assert sorted(tokens.seen) == sorted({caption for captions in BATCHES for caption in captions})
 
 
 def test_the_report_counts_what_is_lost():
@@ -168,7 +168,7 @@ def test_the_script_shows_what_it_made(data: Path, tmp_path: Path, capsys: pytes
     assert script.main([*arguments, "--overwrite", "true"]) == 0
 
 
-def test_the_folder_loads_where_this_project_is_not(data: Path, tmp_path: Path):
+def test_the_folder_loads_without_this_project(data: Path, tmp_path: Path):
     folder = tmp_path / "tokenizer"
     script.main(["--dataset_name", str(data), "--output_dir", str(folder)])
     code = (

@@ -1,4 +1,4 @@
-"""Collapse detection on real pictures: it fires on what a person would call collapsed, and on nothing else."""
+"""Collapse detection on real images: it warns about what a person would call collapsed, and about nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noisy(image: Image.Image, generator: np.random.Generator, scale: float = 12.
 
 
 def plain_posters(count: int, seed: int = 0) -> list[Image.Image]:
-    """Flat background, one bar: as little as a poster can have."""
+    """The plainest posters: a flat background and one bar."""
     generator = random.Random(seed)
     posters = []
     for _ in range(count):
@@ -36,7 +36,7 @@ def plain_posters(count: int, seed: int = 0) -> list[Image.Image]:
 
 
 def similar_posters(count: int, seed: int = 0) -> list[Image.Image]:
-    """One layout, one palette: the bar is a little longer or shorter."""
+    """Posters of one layout and one palette, which differ only in the length of the bar."""
     generator = random.Random(seed)
     posters = []
     for _ in range(count):
@@ -56,7 +56,7 @@ def photographs(name: str, count: int) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module", params=["noto_emoji", "nlvr_shapes", "plain_posters"])
-def pictures(request) -> list[Image.Image]:
+def real_images(request) -> list[Image.Image]:
     return plain_posters(200) if request.param == "plain_posters" else photographs(request.param, 200)
 
 
@@ -70,15 +70,15 @@ def test_closed_forms():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 16])
-def test_training_pictures_themselves_raise_no_alarm(pictures, count):
+def test_training_images_give_no_warning(real_images, count):
     generator = random.Random(count)
     for _ in range(20):
-        drawn = generator.sample(pictures, count + 32)
+        drawn = generator.sample(real_images, count + 32)
         assert collapse_warnings(drawn[:count], drawn[count:]) == []
 
 
 @pytest.mark.parametrize("count", [4, 16])
-def test_pictures_of_one_colour_each_are_noticed(count):
+def test_images_of_one_colour_are_detected(count):
     generator = np.random.default_rng(0)
     for references in (photographs("noto_emoji", 64), photographs("nlvr_shapes", 64)):
         colors = [one_color(tuple(int(v) for v in generator.integers(0, 256, 3))) for _ in range(count)]
@@ -87,22 +87,22 @@ def test_pictures_of_one_colour_each_are_noticed(count):
         assert "--learning_rate" in warning
 
 
-def test_black_pictures_are_noticed_even_beside_plain_posters():
+def test_black_images_are_detected_even_for_plain_posters():
     (warning,) = collapse_warnings([one_color((0, 0, 0))] * 8, plain_posters(64))
     assert "0.000" in warning
 
 
 @pytest.mark.parametrize("count", [3, 8])
-def test_the_same_picture_over_and_over_is_noticed(pictures, count):
+def test_the_same_image_for_all_prompts_is_detected(real_images, count):
     generator = np.random.default_rng(0)
-    previews = [noisy(pictures[100], generator) for _ in range(count)]
+    previews = [noisy(real_images[100], generator) for _ in range(count)]
     captions = [f"prompt {number}" for number in range(count)]
-    (warning,) = collapse_warnings(previews, pictures[:64], captions)
+    (warning,) = collapse_warnings(previews, real_images[:64], captions)
     assert "all alike" in warning
     assert "captions are ignored" in warning
 
 
-def test_the_mean_of_all_training_pictures_is_noticed():
+def test_the_mean_of_all_training_images_is_detected():
     emoji = photographs("noto_emoji", 200)
     mean = np.mean([np.asarray(image.resize((64, 64)), dtype=np.float64) for image in emoji], axis=0)
     generator = np.random.default_rng(0)
@@ -110,13 +110,13 @@ def test_the_mean_of_all_training_pictures_is_noticed():
     assert "all alike" in collapse_warnings(previews, emoji[:64])[0]
 
 
-def test_alike_training_pictures_may_give_alike_previews():
-    pictures = similar_posters(60)
-    assert collapse_warnings(pictures[:8], pictures[8:], ["a poster"] * 8) == []
-    assert collapse_warnings(pictures[:8], pictures[8:]) == []
+def test_similar_training_images_allow_similar_previews():
+    posters = similar_posters(60)
+    assert collapse_warnings(posters[:8], posters[8:], ["a poster"] * 8) == []
+    assert collapse_warnings(posters[:8], posters[8:]) == []
 
 
-def test_one_prompt_may_be_answered_with_similar_pictures_but_not_with_one():
+def test_one_prompt_allows_similar_images_but_not_a_single_image():
     emoji = photographs("noto_emoji", 80)
     generator = np.random.default_rng(0)
     one_prompt = ["grinning face"] * 8
@@ -125,21 +125,21 @@ def test_one_prompt_may_be_answered_with_similar_pictures_but_not_with_one():
     assert collapse_warnings([emoji[70]] * 8, emoji[:64], one_prompt) != []
 
 
-def test_two_prompts_with_two_pictures_each_are_judged_by_their_captions():
+def test_two_prompts_with_two_images_each_are_compared_across_prompts():
     emoji = photographs("noto_emoji", 80)
     pairs = [emoji[70], emoji[70], emoji[75], emoji[75]]
     assert collapse_warnings(pairs, emoji[:64], ["a", "a", "b", "b"]) == []
 
 
 @pytest.mark.parametrize("references", [0, 1, 3])
-def test_too_few_references_judge_nothing(references):
+def test_too_few_references_give_no_warning(references):
     assert collapse_warnings([one_color((0, 0, 0))] * 8, plain_posters(references)) == []
 
 
-def test_nothing_to_judge():
+def test_without_previews_there_is_no_warning():
     assert collapse_warnings([], plain_posters(8)) == []
 
 
-def test_transparent_and_grey_pictures_of_any_size():
+def test_transparent_and_grey_images_of_any_size():
     references = [image.convert("RGBA").resize((40, 60)) for image in plain_posters(16)]
     assert collapse_warnings([image.convert("L") for image in plain_posters(8, seed=1)], references) == []

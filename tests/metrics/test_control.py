@@ -1,6 +1,6 @@
-"""Figures of how well a control is obeyed, by hand; and readers that read what they are asked, or refuse.
+"""Metrics of how well a control is followed, compared with values by hand, and readers of controls.
 
-B pictures, C control channels, H W pixels.
+B images, C control channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from training.metrics.control import ControlReader, control_iou, in_standard_err
 
 
 def channel(rows: str) -> torch.Tensor:
-    """H W of a drawing: # is 1."""
+    """Convert a drawing to a tensor H W; # is 1."""
     return torch.tensor([[float(c == "#") for c in line] for line in rows.split()])
 
 
 def test_iou_by_hand():
     read = torch.stack([channel("##.. ##.."), channel(".... ...#")])[None].bool()
-    asked = torch.stack([channel(".##. .##."), channel(".... ...#")])[None]
-    # 2 of 6 pixels in the first channel, all in the second.
-    assert control_iou(read, asked).tolist() == pytest.approx([(2 / 6 + 1) / 2])
+    target = torch.stack([channel(".##. .##."), channel(".... ...#")])[None]
+    # The overlap is 2 of 6 pixels in the first channel and all pixels in the second.
+    assert control_iou(read, target).tolist() == pytest.approx([(2 / 6 + 1) / 2])
 
 
-def test_channels_that_neither_has_do_not_count_and_nothing_at_all_is_right():
+def test_empty_channels_do_not_count_and_all_empty_gives_one():
     full, empty = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     assert control_iou(torch.cat([full, empty], 1).bool(), torch.cat([full, empty], 1)).tolist() == [1.0]
     assert control_iou(torch.cat([full, full], 1).bool(), torch.cat([full, empty], 1)).tolist() == [0.5]
@@ -42,19 +42,19 @@ def test_channels_that_neither_has_do_not_count_and_nothing_at_all_is_right():
     assert control_iou(full.bool(), empty).tolist() == [0.0]
 
 
-def test_each_picture_has_its_own_and_grey_is_asked_for_above_a_half():
-    asked = torch.stack([torch.full((1, 2, 2), 0.6), torch.full((1, 2, 2), 0.5)])
-    assert control_iou(torch.ones(2, 1, 2, 2, dtype=torch.bool), asked).tolist() == [1.0, 0.0]
+def test_each_image_has_its_own_iou_and_grey_counts_above_a_half():
+    target = torch.stack([torch.full((1, 2, 2), 0.6), torch.full((1, 2, 2), 0.5)])
+    assert control_iou(torch.ones(2, 1, 2, 2, dtype=torch.bool), target).tolist() == [1.0, 0.0]
 
 
-# --- the control of another
+# --- controls of other samples
 
 
-def test_others_are_never_ones_own():
+def test_others_never_returns_the_own_control():
     batch = torch.arange(4.0)[:, None, None, None].expand(4, 2, 3, 3)
-    found = others(batch)
-    assert sorted(found[:, 0, 0, 0].tolist()) == [0, 1, 2, 3]
-    assert (found != batch).all()
+    shuffled = others(batch)
+    assert sorted(shuffled[:, 0, 0, 0].tolist()) == [0, 1, 2, 3]
+    assert (shuffled != batch).all()
     lone = torch.arange(6.0).reshape(1, 1, 3, 2)
     assert torch.equal(others(lone)[0, 0], lone[0, 0].flip(0))
 
@@ -78,10 +78,10 @@ def test_differences_without_a_spread():
 
 
 def test_noise_is_within_its_errors():
-    """Of 400 draws of 50 differences about 0, a twentieth is beyond 2.01 (Student's t, 49 degrees of freedom)."""
+    """For 50 differences around 0, 5 % of the draws are beyond 2.01 (Student's t, 49 degrees of freedom)."""
     draws = torch.randn(400, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = [in_standard_errors(d.sum().item(), d.square().sum().item(), 50) for d in draws]
-    beyond = sum(abs(x) > 2.01 for x in found) / 400
+    values = [in_standard_errors(d.sum().item(), d.square().sum().item(), 50) for d in draws]
+    beyond = sum(abs(x) > 2.01 for x in values) / 400
     assert abs(beyond - 0.05) < 3 * (0.05 * 0.95 / 400) ** 0.5
 
 
@@ -108,7 +108,7 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_a_layout_encoder_reads_masks_in_the_order_asked_and_roles(layout):
+def test_a_layout_encoder_reads_roles_and_masks_in_the_given_order(layout):
     encoder = LayoutEncoderModel.from_pretrained(layout / "encoder")
     with torch.no_grad():
         expected = encoder(images())
@@ -128,7 +128,7 @@ def test_a_segmentation_head_reads_classes(segmenting):
     assert read.shape == (2, 3, 16, 16)
     assert (read.sum(1) == 1).all()
     assert not any(p.requires_grad for p in reader.module.parameters())
-    # The reading of a picture is the head's of its own latents.
+    # What is read equals the output of the head for the latents of the image.
     vae = MultiHeadAutoencoderKL.from_pretrained(segmenting / "vae")
     with torch.no_grad():
         logits = vae.segment(vae.encode(images()).latent_dist.mode())
@@ -145,7 +145,7 @@ def test_a_segmentation_head_reads_classes(segmenting):
         ("segmenting", "classes", ["mask"], 4),
     ],
 )
-def test_a_reader_of_something_else_is_refused(request, reader, kind, names, channels):
+def test_a_reader_of_other_controls_is_refused(request, reader, kind, names, channels):
     path = str(request.getfixturevalue(reader))
     with pytest.raises(UserError, match="--reader .* does not read this control") as caught:
         ControlReader(path, kind, names, channels)

@@ -1,4 +1,4 @@
-"""Noise levels, timesteps and targets as configured, against closed forms."""
+"""Noise levels, timesteps and targets of all configurations, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAWS = Draws(0, 0, range(64))
 
 
 def alphas_cumprod(schedule: str, zero_snr: bool) -> torch.Tensor:
-    """ᾱ_t in float64 from the definitions of the schedules, and Lin et al. 2024, algorithm 1."""
+    """Compute ᾱ_t in float64 from the definitions of the schedules and algorithm 1 of Lin et al. 2024."""
     if schedule == "linear":
         betas = torch.linspace(0.00085, 0.012, STEPS, dtype=torch.float64)
     elif schedule == "scaled_linear":
@@ -64,7 +64,7 @@ def test_noise_levels_of_a_beta_schedule(prediction_type, beta_schedule, zero_sn
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_the_last_level_is_pure_noise_with_zero_snr_alone(beta_schedule):
+def test_the_last_level_is_pure_noise_only_with_zero_snr(beta_schedule):
     for zero_snr in (False, True):
         diffusion = Diffusion(
             DiffusionConfig(
@@ -92,15 +92,15 @@ def test_flow_matching_is_the_straight_line(shift):
 
 
 def test_flow_matching_trains_at_the_levels_its_scheduler_samples_at():
-    """What the U-Net is told in training for a sigma is what the scheduler tells it in sampling."""
+    """For the same sigma, the U-Net gets the same timestep in training as from the scheduler in sampling."""
     import diffusers
 
     diffusion = Diffusion(DiffusionConfig(prediction_type="flow_prediction", flow_shift=3.0))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(diffusion.scheduler.config)
     scheduler.set_timesteps(10)
-    told = scheduler.timesteps
-    assert torch.allclose(told, scheduler.sigmas[:-1] * STEPS, rtol=1e-5)
-    assert told.max() <= STEPS
+    timesteps = scheduler.timesteps
+    assert torch.allclose(timesteps, scheduler.sigmas[:-1] * STEPS, rtol=1e-5)
+    assert timesteps.max() <= STEPS
 
 
 def test_offset_noise_moves_whole_channels():
@@ -130,7 +130,7 @@ def test_min_snr_weights_follow_the_levels(prediction_type):
     assert diffusion.trivial_loss is None
 
 
-def test_validation_times_are_uniform_whatever_training_draws():
+def test_validation_times_are_uniform_whatever_the_training_distribution():
     config = DiffusionConfig(timestep_sampling="logit_normal", logit_mean=2.0)
     diffusion = Diffusion(config)
     many = Draws(0, "validation", range(4000))
@@ -152,6 +152,6 @@ def test_validation_times_are_uniform_whatever_training_draws():
         ("noise_offset", -0.1),
     ],
 )
-def test_values_that_cannot_be(field, value):
+def test_invalid_values(field, value):
     with pytest.raises(UserError, match=f"--{field}"):
         DiffusionConfig(**{field: value}).validate()

@@ -1,4 +1,4 @@
-"""Objectives against closed forms, in float64."""
+"""Objectives compared with closed forms, in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_noisy_sample_is_the_weighted_sum():
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 1e9])
-def test_min_snr_weights_are_one_x_0_loss_in_every_parametrization(prediction_type, gamma):
+def test_min_snr_weights_give_the_same_x_0_loss_in_every_parametrization(prediction_type, gamma):
     """weight × |target error|² must be min(SNR, γ) × |x_0 error|² (Hang et al. 2023)."""
     alpha, sigma = levels(prediction_type)
     target = objectives.prediction_target(prediction_type, X_0, NOISE, alpha, sigma)
@@ -68,7 +68,7 @@ def test_min_snr_weights_are_finite_at_both_ends(prediction_type):
     alpha, sigma = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     weight = objectives.min_snr_weight(prediction_type, alpha, sigma, 5.0)
     assert torch.isfinite(weight).all()
-    if prediction_type == "v_prediction":  # SNR 0: nothing of x_0 is in x_t
+    if prediction_type == "v_prediction":  # at SNR 0, x_t does not contain x_0
         assert weight[0] == 0
 
 
@@ -107,7 +107,7 @@ def test_half_precision_errors_are_summed_in_float32():
     assert torch.isfinite(objectives.mse_per_sample(prediction, torch.zeros_like(prediction))).all()
 
 
-def test_trivial_loss_is_that_of_answering_the_mean():
+def test_trivial_loss_is_that_of_predicting_the_mean():
     x_0 = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(3))
     half = torch.full((200_000,), 0.5**0.5)

@@ -1,4 +1,4 @@
-"""Per-pixel losses and metrics against values worked by hand."""
+"""Per-pixel losses and metrics compared with values calculated by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.objectives.segmentation import (
 )
 
 
-def test_dice_is_nought_for_the_truth_and_nearly_one_for_its_opposite():
+def test_dice_is_zero_for_the_target_and_nearly_one_for_its_opposite():
     target = torch.zeros(1, 1, 10, 10)
     target[..., :5] = 1
     assert dice_loss(target, target).item() == pytest.approx(0, abs=1e-6)
@@ -34,21 +34,21 @@ def test_dice_of_a_half():
     assert dice_loss(target / 2, target).item() == pytest.approx(1 - 21 / (5 + 20 + 1))
 
 
-def test_an_empty_mask_well_predicted_costs_nothing():
+def test_a_correctly_predicted_empty_mask_has_zero_loss():
     empty = torch.zeros(2, 1, 8, 8)
     assert dice_loss(empty, empty).item() == 0
 
 
-def test_masks_overlap_over_everything():
+def test_mask_overlap_is_summed_over_the_batch():
     predicted = torch.tensor([[[True, True, False, False]]])
     target = torch.tensor([[[False, True, True, False]]])
     assert [int(x) for x in mask_overlap(predicted, target)] == [1, 3]
 
 
-def test_class_hits_count_each_class_apart():
-    true = torch.tensor([[0, 0, 0, 2], [2, 2, 5, 0]])
-    read = torch.tensor([[0, 0, 1, 2], [2, 0, 5, 0]])
-    hits, totals = class_hits(read, true, 6)
+def test_class_hits_count_each_class_separately():
+    target = torch.tensor([[0, 0, 0, 2], [2, 2, 5, 0]])
+    predicted = torch.tensor([[0, 0, 1, 2], [2, 0, 5, 0]])
+    hits, totals = class_hits(predicted, target, 6)
     assert hits.tolist() == [3, 0, 2, 0, 0, 1]
     assert totals.tolist() == [4, 0, 3, 0, 0, 1]
     assert mean_class_accuracy(hits.tolist(), totals.tolist()) == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
@@ -62,25 +62,26 @@ def test_one_hot_puts_the_classes_first():
 
 
 def test_areas_give_iou_and_accuracy_and_skip_unlabelled_pixels():
-    true = torch.tensor([[0, 0, 0, 1], [1, 1, IGNORE_INDEX, IGNORE_INDEX]])
-    read = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 2]])
-    areas = [area.tolist() for area in class_areas(read, true, 3)]
+    target = torch.tensor([[0, 0, 0, 1], [1, 1, IGNORE_INDEX, IGNORE_INDEX]])
+    predicted = torch.tensor([[0, 0, 1, 1], [1, 2, 0, 2]])
+    areas = [area.tolist() for area in class_areas(predicted, target, 3)]
     assert areas == [[2, 2, 0], [3, 3, 0], [2, 3, 1]]
-    # Class 0: 2 of 3 ∪ 2; class 1: 2 of 3 ∪ 3 with 2 in both. Class 2 is nowhere true, and no class of the mean.
+    # Class 0: union of 3 and 2 pixels with 2 in both; class 1: union of 3 and 3 with 2 in both. Class 2 does not occur
+    # in the target and does not count.
     assert mean_iou(*areas) == pytest.approx((2 / 3 + 2 / 4) / 2)
     assert pixel_accuracy(*areas[:2]) == pytest.approx(4 / 6)
     assert math.isnan(mean_iou([0.0], [0.0], [3.0]))
     assert math.isnan(pixel_accuracy([0.0], [0.0]))
 
 
-def test_iou_is_of_all_pictures_together():
-    """Sums over pictures first: 1 of 2 pixels here and 6 of 6 there are 7 of 8, not the mean of 1/2 and 1."""
+def test_iou_is_computed_over_all_images_together():
+    """Pixels are summed over images first: 1 of 2 and 6 of 6 pixels give 7 of 8, not the mean of 1/2 and 1."""
     first = class_areas(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
     second = class_areas(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), 2)
     assert mean_iou(*((a + b).tolist() for a, b in zip(first, second, strict=True))) == pytest.approx(7 / 8)
 
 
-def test_cross_entropy_is_each_pictures_own():
+def test_cross_entropy_of_an_image_does_not_depend_on_the_others():
     logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     target = torch.randint(0, 4, (3, 5, 6), generator=torch.Generator().manual_seed(1))
     target[1, :3] = IGNORE_INDEX

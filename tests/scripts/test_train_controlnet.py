@@ -339,7 +339,7 @@ REFUSED = {
     "a reader of other masks": (
         ["--conditioning_image_column", "[text_mask, hierarchy]"], ["--reader", "hierarchy", "text_mask and image_mask"]
     ),
-    "a reader of other classes": ([*ROLES, "--conditioning_classes", "7"], ["--reader", "7 channels", "this one 6"]),
+    "a reader of other classes": ([*ROLES, "--conditioning_classes", "7"], ["--reader", "7 channels", "6 classes"]),
     "a reader without a segmentation head": ([*ROLES, "--reader", "AUTOENCODER"], ["--reader", "segmentation head"]),
     "a reader that is none": (["--reader", "BASE"], ["--reader"]),
     "weights of another mode": (["--init_from", "RUN", "--fusion_mode", "gated"], ["--init_from", "another model"]),

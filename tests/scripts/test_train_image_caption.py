@@ -95,11 +95,11 @@ def test_the_run_folder_is_complete(launched):
 
 def test_the_log_tells_of_tokenizer_and_model(launched):
     log = (launched / "run.log").read_text()
-    assert "come back whole" in log
+    assert "are decoded without loss" in log
     assert "-> [1," in log
     assert "model of" in log
     assert "caption_decoder" in log
-    assert "are cut" not in log
+    assert "are truncated" not in log
 
 
 def test_the_pipeline_works_here_and_as_remote_code_alike(launched):
@@ -318,7 +318,7 @@ def test_an_empty_caption_is_told_before_training(tmp_path, pictures, flags):
 def test_long_captions_are_cut_and_counted_once(caplog, flags):
     with caplog.at_level(logging.INFO, logger="halftone"):
         stage = stage_of(flags, "--model.max_length", "5")
-    told = [record.message for record in caplog.records if "are cut" in record.message]
+    told = [record.message for record in caplog.records if "are truncated" in record.message]
     assert len(told) == 1
     assert "more than 5 tokens" in told[0]
     batch = fetch(stage.train_data(), [SampleKey(row, row) for row in range(43)])
@@ -435,7 +435,7 @@ def test_a_tokenizer_without_ends(tmp_path, flags):
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<PAD>": 0, "a": 1}, unk_token="<PAD>")), pad_token="<PAD>"
     ).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="no token for a caption's start"):
+    with pytest.raises(UserError, match="no token for the start of a caption"):
         stage_of(flags, "--tokenizer", str(tmp_path / "tokenizer"))
 
 

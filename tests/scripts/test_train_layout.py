@@ -201,7 +201,7 @@ def test_a_dataset_of_something_else_is_refused(tmp_path, capfd):
     for script, flags in ((train_encoder, TINY_ENCODER), (train_abstractor, TINY_ABSTRACTOR)):
         words = [*COMMON, *flags, "--dataset_name", str(folder), "--output_dir", str(tmp_path / "run")]
         message = refusal(script, words, capfd)
-        assert "no poster dataset" in message
+        assert "is not a poster dataset" in message
         assert "text_mask" in message
         assert "make_posters.py" in message
         assert nothing_was_trained(tmp_path / "run")

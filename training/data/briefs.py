@@ -1,6 +1,6 @@
-"""Posters with their design briefs, and briefs that lose some of their fields while training.
+"""Dataset of posters with their design briefs, and random removal of brief fields during training.
 
-B batch, R resolution. Columns are those of data_scripts/make_posters.py.
+B batch, R resolution. The columns are those that data_scripts/make_posters.py writes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
 BRIEF_COLUMNS = tuple(name for name in FIELDS if name not in GRAMMAR)
 PARTS = ("style", "numbers", "counts", "palette")
-"""Of brief tensors, in the order of their tokens."""
+"""Parts of the brief tensors, in the order of their tokens."""
 
 
 class BriefedPosters(ImageDataset):
-    """Rows of a poster dataset as `{"pixel_values", "brief", "index"}`, with `control` also a control image.
+    """Rows of a poster dataset as `{"pixel_values", "brief", "index"}`; with `control`, also a control image.
 
-    `pixel_values` is float32 3 R R in [-1, 1]; `brief` what `brief_tensors` makes of the row's V_Meta, without its
-    first dimension. Numbers of the grammar that the dataset lacks are absent. The control is that of `ImageDataset`.
+    `pixel_values` is float32 3 R R in [-1, 1]. `brief` is the result of `brief_tensors` for the row's V_Meta, without
+    the batch dimension. Grammar numbers that the dataset lacks are marked as absent. Control images are handled as in
+    `ImageDataset`.
 
     Raises:
-        UserError: no poster dataset, at once; `BadRow` when a row is read that cannot be used.
+        UserError: at construction, if the dataset is not a poster dataset; `BadRow` when an unusable row is read.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, *, control: Any = None, augment: bool = True):
@@ -44,11 +45,11 @@ class BriefedPosters(ImageDataset):
         self.dataset = self._undecoded(dataset, self.quick_columns)
 
     def brief(self, index: int) -> DesignBrief:
-        """The brief of a row. Raises BadSample."""
+        """Return the brief of a row. Raises BadSample if it is invalid."""
         return brief_of(self.dataset.select_columns(self.quick_columns)[index])
 
     def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
-        """A brief that cannot be."""
+        """Return what is wrong with the row's brief: one problem or none."""
         try:
             brief_of(row)
         except BadSample as problem:
@@ -56,7 +57,7 @@ class BriefedPosters(ImageDataset):
         return []
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """The sample made from a stored row.
+        """Return the training sample of a stored row.
 
         Raises:
             BadSample: the row cannot be used.
@@ -65,35 +66,35 @@ class BriefedPosters(ImageDataset):
         return {**super().item(row, key), "brief": brief}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: pixel_values B 3 R R, index int64 B, brief as of `brief_tensors`."""
+        """Return a batch: pixel_values B 3 R R, index int64 B, and brief with the tensors of `brief_tensors`."""
         batch = super().collate([{name: value for name, value in item.items() if name != "brief"} for item in items])
         return {**batch, "brief": collate_items([item["brief"] for item in items])}
 
 
 def brief_of(row: dict[str, Any]) -> DesignBrief:
-    """The V_Meta of a dataset's row.
+    """Return the design brief (V_Meta) of a dataset row.
 
     Raises:
-        BadSample: a value that cannot be.
+        BadSample: a value is invalid.
     """
     try:
         return DesignBrief.from_row(row)
     except ValueError as error:
-        # Its messages begin with the field, which is the column.
+        # The message of DesignBrief begins with the name of the field, which is also the name of the column.
         raise BadSample(str(error).split()[0].rstrip(":"), str(error)) from error
 
 
 def drop_fields(brief: dict[str, Tensor], draws: Draws, field_dropout: float, cfg_dropout: float) -> dict[str, Tensor]:
-    """Brief tensors with fields made absent, sample by sample.
+    """Mark random fields of brief tensors as absent, independently for each sample.
 
-    Each sample has a share of its own, u^(1/p - 1) with u uniform in [0, 1): `field_dropout` = p on average, near 0
-    for most and near 1 for some, so that the model meets whole briefs and briefs of two or three words alike. A palette
-    is lost from its end: what is left of it are its first colours.
+    Each sample has its own probability of dropping a field, u^(1/p - 1) with u uniform in [0, 1) and p =
+    `field_dropout`. Its mean is p, but it is near 0 for most samples and near 1 for some, so that the model sees
+    complete briefs as well as briefs of two or three fields. A palette loses its last colours first.
 
     Args:
-        brief: as of `brief_tensors`; it is not changed.
-        field_dropout: in [0, 1].
-        cfg_dropout: share of samples that lose the whole brief, for classifier-free guidance.
+        brief: from `brief_tensors`; not modified.
+        field_dropout: mean probability that a field is dropped, in [0, 1].
+        cfg_dropout: fraction of samples whose whole brief is dropped, for classifier-free guidance.
     """
     share = torch.zeros_like(draws.uniform("field_dropout"))
     if field_dropout:

@@ -1,6 +1,6 @@
-"""Captioned pictures and the token ids of their captions.
+"""Datasets of images with captions, and the tokenizer of their captions.
 
-B pairs, R resolution, L tokens of a caption, `<START>` and `<END>` included.
+B pairs, R resolution, L tokens of a caption, including `<START>` and `<END>`.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ ASPECT_IMAGES = 64
 
 @dataclass
 class CaptionDataConfig(DataConfig):
-    """Where captioned pictures come from, and how both are read."""
+    """Source of images with captions, and how both are read."""
 
     validation_fraction: float = option(0.1, at_least=0, below=1)
-    """Share of the training split held out for validation when the dataset has no validation split"""
+    """Fraction of the training split held out for validation if the dataset has no validation split"""
     image_fit: Literal["crop", "stretch"] = option("crop")
-    """How pictures that are not square become so: crop cuts a square, stretch keeps all of a picture"""
+    """How images are made square: crop cuts out a square, stretch rescales the whole image"""
     tokenizer: str | None = option(None)
-    """Tokenizer folder or name; unset builds one from the training captions"""
+    """Tokenizer folder or Hub name; unset trains one on the training captions"""
     tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
-    """What is built: whole words, rare ones <UNK>; or byte-level pieces, nothing unknown"""
+    """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces"""
     vocab_size: int = option(8000)
-    """Entries at most of the tokenizer that is built"""
+    """Maximum vocabulary size of the tokenizer to train"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -68,18 +68,18 @@ class CaptionDataConfig(DataConfig):
 
 
 class CaptionedImages(ImageDataset):
-    """`ImageDataset` with captions, whose pictures may be stretched instead of cut (`--image_fit`)."""
+    """`ImageDataset` with captions; `--image_fit stretch` stretches images to a square instead of cropping them."""
 
     config: CaptionDataConfig
 
     @property
     def captioned(self) -> Dataset:
-        """The stored rows, for reading captions alone."""
+        """The stored rows, to read captions without decoding images."""
         return self.dataset
 
-    def _pictures(self, row: dict[str, Any], key: int) -> dict[str, Tensor]:
+    def _images(self, row: dict[str, Any], key: int) -> dict[str, Tensor]:
         if self.config.image_fit == "crop":
-            return super()._pictures(row, key)
+            return super()._images(row, key)
         image = decoded(row, self.config.image_column)
         side = (self.config.resolution, self.config.resolution)
         if image.size != side:
@@ -88,7 +88,7 @@ class CaptionedImages(ImageDataset):
         return {"pixel_values": pixels.flip(-1) if self.random_flip and flips(key) else pixels}
 
     def aspect_ratio(self) -> float:
-        """Width over height of the pictures as they are stored (the median of some), where they are stretched."""
+        """Return the median of width / height over some of the stored images if images are stretched, otherwise 1."""
         if self.config.image_fit == "crop":
             return 1.0
         ratios = []
@@ -96,7 +96,7 @@ class CaptionedImages(ImageDataset):
             try:
                 image = open_image(self.dataset[row][self.config.image_column])
             except BrokenImage:
-                continue  # what is to be done about it is --on_bad_sample's to say
+                continue  # --on_bad_sample decides what happens with this row when it is trained on
             width, height = upright_size(image)
             ratios.append(width / height)
         return round(statistics.median(ratios), 3) if ratios else 1.0
@@ -105,10 +105,12 @@ class CaptionedImages(ImageDataset):
 def load_captioned(
     config: CaptionDataConfig, seed: int, caption_tokens: CaptionTokens | None = None, *, every_caption: bool = False
 ) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """Training and validation data, the latter None where nothing is held out; arguments as of `ImageDataset`.
+    """Return the training and the validation dataset; the latter is None if nothing is held out.
+
+    See `ImageDataset` for `caption_tokens` and `every_caption`.
 
     Raises:
-        UserError: no such data.
+        UserError: the data do not exist or cannot be read.
     """
     flags: dict[str, Any] = {"caption_tokens": caption_tokens, "every_caption": every_caption}
     train = CaptionedImages(load_split(config, "train", seed), config, **flags)
@@ -117,10 +119,10 @@ def load_captioned(
 
 
 def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
-    """Every caption that there is, read a few thousand rows at a time.
+    """Yield every caption of a column that is not empty, reading a few thousand rows at a time.
 
     Raises:
-        UserError: the column holds no texts.
+        UserError: the column does not hold texts.
     """
     for value in column_values(dataset, column):
         for caption in value if isinstance(value, list) else [value]:
@@ -133,30 +135,34 @@ def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
 
 
 def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, pipeline: Path | None = None) -> Any:
-    """The tokenizer that is named, or one trained on the captions of `dataset`: the same for the same captions.
+    """Return the tokenizer named in the config, or train one on the captions of `dataset`.
+
+    Training is deterministic: the same captions give the same tokenizer.
 
     Args:
-        max_length: L at most.
-        pipeline: of weights that are there already. Its tokenizer is taken: with another one ids mean other words.
+        max_length: maximum number of tokens L of a caption.
+        pipeline: folder of the weights that training starts from, if any. Their tokenizer is used, because with another
+            one the token ids would mean other words.
 
     Raises:
-        UserError: no captions, a tokenizer that cannot mark a caption's start, end and padding, or not the pipeline's.
+        UserError: the captions are empty, the tokenizer lacks a token for the start, the end or padding, or the config
+            names another tokenizer than that of `pipeline`.
     """
     require_column(dataset, config.caption_column, "caption_column")
     if pipeline is not None:
         tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
         if config.tokenizer and load_tokenizer(config.tokenizer).get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"the tokenizer '{config.tokenizer}' is not that of the weights in {pipeline}: its ids mean other "
-                "words; leave --tokenizer unset, and theirs is taken"
+                f"the tokenizer '{config.tokenizer}' is not the tokenizer of the weights in {pipeline}: its ids mean "
+                "other words; leave --tokenizer unset to use theirs"
             )
     elif config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
         for name, token in (("start", tokenizer.bos_token), ("end", tokenizer.eos_token)):
             if token is None:
                 raise UserError(
-                    f"the tokenizer '{config.tokenizer}' has no token for a caption's {name}; leave --tokenizer unset "
-                    f"and one is built, or make one: {command('data_scripts/train_tokenizer.py')}"
+                    f"the tokenizer '{config.tokenizer}' has no token for the {name} of a caption; leave --tokenizer "
+                    f"unset to train one, or make one with {command('data_scripts/train_tokenizer.py')}"
                 )
     else:
         tokenizer = train_tokenizer(
@@ -168,7 +174,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
         )
         if len(tokenizer) <= len(SPECIAL_TOKENS):
             raise UserError(
-                f"column '{config.caption_column}' has no captions to build a tokenizer from; "
+                f"column '{config.caption_column}' has no captions to train a tokenizer on; "
                 "choose another with --caption_column"
             )
     tokenizer.model_max_length = max_length
@@ -176,17 +182,18 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
 
 
 def tell_round_trips(tokenizer: Any, held_out: Dataset, train: Dataset, column: str, name: str) -> None:
-    """Print what the tokenizer makes of captions it was not built from, and say once how many are cut in training.
+    """Log how captions are encoded and decoded again, and warn if captions to train on are too long.
 
     Args:
-        held_out: captions to look at, `name` in the messages.
+        held_out: captions to encode and decode, preferably ones that the tokenizer was not trained on.
         train: captions to train on.
+        name: what the messages call `held_out`.
     """
     for caption in itertools.islice(captions_of(held_out, column), SHOWN_CAPTIONS):
         logger.info("%s", round_trip(tokenizer, caption))
     report = report_on(tokenizer, itertools.islice(captions_of(held_out, column), CHECKED_CAPTIONS))
     logger.info(
-        "tokenizer of %s entries: %s of %s %s captions come back whole, %.2f%% of their tokens are unknown, "
+        "tokenizer with %s entries: %s of %s %s captions are decoded without loss, %.2f%% of their tokens are unknown, "
         "the longest has %d tokens",
         f"{len(tokenizer):,}",
         f"{report.round_trips:,}",
@@ -196,19 +203,19 @@ def tell_round_trips(tokenizer: Any, held_out: Dataset, train: Dataset, column: 
         report.longest,
     )
     if report.unknown_share > MANY_UNKNOWN:
-        logger.warning("many words are unknown: raise --vocab_size, or take --tokenizer_model bpe")
+        logger.warning("many words are unknown: raise --vocab_size, or use --tokenizer_model bpe")
     report = report_on(tokenizer, itertools.islice(captions_of(train, column), CHECKED_CAPTIONS))
     if report.cut:
         logger.warning(
-            "%s of %s training captions have more than %d tokens and are cut there; --model.max_length sets the limit",
+            "%s of %s training captions have more than %d tokens and are truncated; --model.max_length sets the limit",
             f"{report.cut:,}",
             f"{report.captions:,}",
             tokenizer.model_max_length,
         )
 
 
-def pixel_variance(data: ImageDataset, pictures: int) -> float:
-    """Of the pixels of some pictures from all over the data, around the mean picture."""
-    keys = [SampleKey(row, 0) for row in evenly_spaced(len(data), pictures)]
+def pixel_variance(data: ImageDataset, num_images: int) -> float:
+    """Return the variance of pixels around the mean image, over at most `num_images` evenly spaced rows."""
+    keys = [SampleKey(row, 0) for row in evenly_spaced(len(data), num_images)]
     pixels = torch.stack([data[key]["pixel_values"] for key in keys])
     return float((pixels - pixels.mean(0)).square().mean().clamp(min=1e-4))

@@ -1,4 +1,4 @@
-"""Looking at the rows before training: broken pictures, empty captions and labels out of range, all in one pass.
+"""Checks of the rows before training: broken images, empty captions and invalid labels, in one pass.
 
 N rows.
 """
@@ -20,8 +20,8 @@ from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, ImageDataset
 from training.data.transforms import BrokenImage, verify_image
 
-# Before training: every row of a dataset up to this size, as far as this time allows.
 CHECK = command("data_scripts/check_dataset.py")
+# Before training, every row of a dataset of up to SCAN_ROWS rows is checked, as far as SCAN_SECONDS allow.
 SCAN_ROWS = 20_000
 SCAN_SECONDS = 10.0
 _SHOWN = 10
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass
 class ScanReport:
-    """What a look at the data found. `problems` are in the order of rows."""
+    """Result of a scan of the data; `problems` are in the order of the rows."""
 
     rows: int
     images_checked: int = 0
@@ -61,11 +61,11 @@ def scan(
     seconds: float = SCAN_SECONDS,
     shard: tuple[int, int] = (0, 1),
 ) -> ScanReport:
-    """Check captions, labels and pictures of up to `max_rows` rows: all of them, or as many evenly spaced ones.
+    """Check captions, labels and images of all rows, or of `max_rows` evenly spaced rows if there are more.
 
     Args:
-        seconds: pictures are decoded no longer than this, in an order that covers the dataset evenly.
-        shard: (rank, processes): this process's share of the rows.
+        seconds: time limit for decoding images; they are decoded in an order that covers the dataset evenly.
+        shard: (rank, number of processes); each process checks its share of the rows.
     """
     rank, processes = shard
     rows = evenly_spaced(len(dataset), max_rows)[rank::processes]
@@ -88,10 +88,13 @@ def scan(
 def require_clean(
     dataset: ImageDataset, *, shard: tuple[int, int] = (0, 1), tell: Callable[[str], Any] = print
 ) -> None:
-    """Scan before a run and refuse bad rows, or say how many will be skipped.
+    """Scan the dataset before a run, and refuse bad rows or report how many will be skipped.
+
+    Args:
+        tell: receives each message.
 
     Raises:
-        UserError: naming the rows, when there are any and `on_bad_sample` is "error".
+        UserError: there are bad rows and `on_bad_sample` is "error"; the message names them.
     """
     report = scan(dataset, shard=shard)
     if report.problems and dataset.config.on_bad_sample == "error":
@@ -103,26 +106,25 @@ def require_clean(
                 [
                     f"{len(report.problems)} of {report.rows:,} rows cannot be trained on:",
                     *shown,
-                    "mend or remove them, or train without them: --on_bad_sample skip",
+                    "fix or remove them, or skip them with --on_bad_sample skip",
                 ]
             )
         )
     if report.problems:
-        tell(f"{len(report.problems)} of {report.rows:,} rows cannot be used; the rows after them take their place.")
+        tell(f"{len(report.problems)} of {report.rows:,} rows cannot be used; the next good rows are used instead.")
     if not report.complete:
         tell(
-            f"Looked at {report.images_checked:,} of {report.rows:,} pictures before starting; "
-            f"{CHECK} looks at all of them."
+            f"Checked {report.images_checked:,} of {report.rows:,} images before training; {CHECK} checks all of them."
         )
 
 
 def checked_images(
     dataset: ImageDataset, rows: Sequence[int], stop: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[int, list[BadSample]]]:
-    """(row, what is wrong with its pictures), decoded on all cores, until `stop` says so."""
-    pictures = dataset.dataset.select_columns(dataset.image_columns)
+    """Yield (row, problems of its images), decoding on all cores, until `stop()` returns True."""
+    images = dataset.dataset.select_columns(dataset.image_columns)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk, values in chunks(pictures, rows):
+        for chunk, values in chunks(images, rows):
             records = [{name: column[i] for name, column in values.items()} for i in range(len(chunk))]
             yield from zip(chunk, pool.map(dataset.image_problems, records), strict=True)
             if stop():
@@ -130,7 +132,7 @@ def checked_images(
 
 
 def verify_reason(source: Any) -> tuple[tuple[int, int] | None, str | None]:
-    """((width, height), None) of a whole picture, (None, what is wrong) of another."""
+    """Return ((width, height), None) for an intact image, or (None, reason) for a broken one."""
     try:
         return verify_image(source), None
     except BrokenImage as error:
@@ -138,7 +140,7 @@ def verify_reason(source: Any) -> tuple[tuple[int, int] | None, str | None]:
 
 
 def chunks(dataset: Any, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, list]]]:
-    """(rows, columns) of a `datasets` table, a few hundred rows at a time."""
+    """Yield (rows, their values by column) of a `datasets` table, a few hundred rows at a time."""
     for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = rows[start : start + _CHUNK_ROWS]
         yield chunk, dataset[chunk]

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def column_classes(dataset: Dataset, column: str) -> RowClasses:
-    """The classes of a stored column: those its type names (`ClassLabel`), or else its distinct values, sorted.
+    """Return the classes of a stored column: those named by its type (`ClassLabel`), or its distinct values, sorted.
 
     Raises:
-        UserError: no such column, values that are not classes, or rows without one.
+        UserError: the column does not exist or does not hold classes, or rows have no class.
     """
     require_column(dataset, column, "balance_by")
     feature: Any = dataset.features[column]

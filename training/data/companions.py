@@ -1,4 +1,4 @@
-"""Pictures that go with a picture: segmentation masks and control images, of its size and cut as it is.
+"""Masks and control images that belong to an image and are cropped and flipped with it.
 
 R training resolution, K classes.
 """
@@ -21,10 +21,10 @@ logger = logging.getLogger("halftone")
 
 
 class SegmentationMask:
-    """A column of masks: one class id per pixel.
+    """A column of segmentation masks with one class id per pixel.
 
     Args:
-        num_classes: K; ids are 0 to K - 1, or `IGNORE_INDEX`. At most 255.
+        num_classes: number of classes K, at most 255; ids are 0 to K - 1, or `IGNORE_INDEX` for unlabelled pixels.
     """
 
     resampling: str | None = "nearest"
@@ -33,10 +33,11 @@ class SegmentationMask:
         self.columns, self.flags, self.num_classes = [column], [flag], num_classes
 
     def load(self, row: Mapping[str, Any], size: tuple[int, int]) -> list[Image.Image]:
-        """The stored mask, its ids as grey values.
+        """Return the stored mask, with its ids as grey values.
 
         Raises:
-            BadSample: it cannot be decoded, is not of `size` (width, height), holds colours, or ids beyond the classes.
+            BadSample: the mask cannot be decoded, is not of `size` (width, height), has colours, or has ids beyond the
+                classes.
         """
         column = self.columns[0]
         mask = decoded(row, column, _class_ids)
@@ -52,18 +53,18 @@ class SegmentationMask:
         return [mask]
 
     def tensor(self, masks: Sequence[Image.Image]) -> torch.Tensor:
-        """int64 R R."""
+        """Convert the cropped mask to a tensor of class ids, int64 R R."""
         return byte_tensor(masks[0]).long()
 
 
 class ControlImage:
-    """Control images: C R R in [0, 1].
+    """Control images from one or several columns: C R R in [0, 1].
 
     Args:
-        mode: "rgb" reads each column in colour, three channels; "l" in grey, one channel.
+        mode: "rgb" reads each column in colour (three channels), "l" in grey (one channel).
     """
 
-    resampling: str | None = None  # that of the pictures
+    resampling: str | None = None  # the same as for the image
 
     def __init__(self, columns: Sequence[str], mode: Literal["rgb", "l"]):
         self.columns, self.in_color = list(columns), mode == "rgb"
@@ -71,12 +72,12 @@ class ControlImage:
 
     @property
     def kind(self) -> str:
-        """As FusionControlNetModel's `control_kind` says it."""
+        """The value of `control_kind` in FusionControlNetModel's config."""
         return "image" if self.in_color else "masks"
 
     @property
     def names(self) -> list[str]:
-        """Of the channels, where they have names of their own."""
+        """Names of the channels; empty for colour images, whose channels have no names."""
         return [] if self.in_color else self.columns
 
     @property
@@ -84,10 +85,10 @@ class ControlImage:
         return (3 if self.in_color else 1) * len(self.columns)
 
     def load(self, row: Mapping[str, Any], size: tuple[int, int]) -> list[Image.Image]:
-        """The stored pictures, RGB or grey.
+        """Return the stored control images, RGB or grey.
 
         Raises:
-            BadSample: one cannot be decoded, or is not of `size` (width, height).
+            BadSample: an image cannot be decoded or is not of `size` (width, height).
         """
         images = []
         for column in self.columns:
@@ -97,14 +98,14 @@ class ControlImage:
         return images
 
     def tensor(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """float32 C R R in [0, 1]."""
+        """Convert the cropped control images to a tensor, float32 C R R in [0, 1]."""
         width, height = images[0].size
         channels = [byte_tensor(image).reshape(-1, height, width) for image in images]
         return torch.cat(channels).float().div_(255)
 
 
 class ClassControl(SegmentationMask):
-    """Control by class: a column of class ids as K R R, one-hot in {0, 1}; unlabelled pixels are 0 in all channels."""
+    """Control by a column of class ids: K R R, one-hot in {0, 1}; unlabelled pixels are 0 in all channels."""
 
     kind = "classes"
 
@@ -113,7 +114,7 @@ class ClassControl(SegmentationMask):
 
     @property
     def names(self) -> list[str]:
-        """The column of the ids."""
+        """The column of class ids."""
         return self.columns
 
     @property
@@ -131,13 +132,14 @@ Companion = SegmentationMask | ControlImage
 def control_of(
     columns: str | Sequence[str], num_classes: int = 0, mode: Literal["rgb", "l"] | None = None
 ) -> ControlImage | ClassControl:
-    """What `--conditioning_image_column`, `--conditioning_classes` and `--conditioning_image_mode` name.
+    """Return the control that is described by `--conditioning_image_column`, `--conditioning_classes` and
+    `--conditioning_image_mode`.
 
     Args:
-        mode: None reads a column given by its name in colour and a list of columns in grey.
+        mode: None reads a single column given as a string in colour and a list of columns in grey.
 
     Raises:
-        UserError: a mode together with class ids.
+        UserError: a mode is given for class ids.
     """
     names = [columns] if isinstance(columns, str) else list(columns)
     if num_classes and mode is not None:
@@ -149,15 +151,15 @@ def control_of(
         return ClassControl(names[0], num_classes)
     if mode is None and not isinstance(columns, str) and len(names) == 1:
         logger.warning(
-            "--conditioning_image_column [%s] is a list, so the control images are read in grey, one channel; say so "
-            "with --conditioning_image_mode l, or have them read in colour with rgb",
+            "--conditioning_image_column [%s] is a list, so the control images are read in grey (one channel); set "
+            "--conditioning_image_mode l to hide this warning, or rgb to read them in colour",
             names[0],
         )
     return ControlImage(names, mode or ("rgb" if isinstance(columns, str) else "l"))
 
 
 def _class_ids(source: Any) -> Image.Image:
-    """A stored mask as grey values that are its ids: palettes are not applied, black and white are 0 and 1."""
+    """Return a mask with its ids as grey values: palettes are not applied, and black and white become 0 and 1."""
     image = open_image(source)
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -167,5 +169,5 @@ def _class_ids(source: Any) -> Image.Image:
         ids = np.asarray(image).astype(np.int64)
         if ids.max(initial=0) <= IGNORE_INDEX:
             return Image.fromarray(ids.astype(np.uint8))
-        raise BrokenImage(f"it has ids up to {ids.max()}; masks hold at most {IGNORE_INDEX} classes")
+        raise BrokenImage(f"it has ids up to {ids.max()}; masks can have at most {IGNORE_INDEX} classes")
     raise BrokenImage(f"it has colours (mode {image.mode}), not one class id per pixel; save it as 8-bit grey")

@@ -1,4 +1,4 @@
-"""What a file made from data and weights was made from: content fingerprints that other machines and paths share.
+"""Fingerprints of the content of datasets and VAEs, the same on every machine and for every path.
 
 N rows of a dataset.
 """
@@ -19,11 +19,11 @@ from training.data.source import column_values
 if TYPE_CHECKING:
     pass
 
-# Up to this many rows every picture's bytes are read; of more, as many evenly spaced ones. A million pictures of
-# 100 kB would take minutes at each start; 4,096 take a second or two, once.
+# The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
+# spaced images. A million images of 100 kB would take minutes at each start; 4,096 take a second or two.
 SAMPLED_IMAGES = 4096
 _IMAGES_PER_READ = 64
-# What of a VAE's config decides its latents or their scale.
+# The values in a VAE's config that determine its latents or their scale.
 _VAE_CONFIG_KEYS = (
     "latent_channels",
     "patch_size",
@@ -36,11 +36,11 @@ _VAE_CONFIG_KEYS = (
 
 
 def dataset_fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 over the number of rows, every caption and label, and the bytes of up to `SAMPLED_IMAGES` pictures and
-    of the masks that go with them, where the dataset has any.
+    """Return the SHA-256 over the number of rows, all captions and labels, and the bytes of up to `SAMPLED_IMAGES`
+    images and of their masks, if the dataset has any.
 
-    Independent of paths and of how the rows are stored (files, Parquet, Arrow). Of a dataset with more rows than that,
-    a change to pictures alone is seen only if it touches a sampled one.
+    It is independent of paths and of how the rows are stored (files, Parquet, Arrow). In a dataset with more rows than
+    that, a change to images alone is detected only if it affects a sampled image.
     """
     config, rows = dataset.config, len(dataset)
     digest = hashlib.sha256(f"{rows} rows".encode())
@@ -62,7 +62,7 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
 
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
-    """SHA-256 over a VAE's class, its weights (names, types, shapes, bytes) and the scaling numbers of its config."""
+    """Return the SHA-256 over a VAE's class, its weights (names, types, shapes, bytes) and its config's scaling."""
     config: Any = getattr(vae, "config", {})
     settings = {key: config.get(key) for key in _VAE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps([type(vae).__name__, settings], default=list).encode())
@@ -73,12 +73,12 @@ def vae_fingerprint(vae: torch.nn.Module) -> str:
 
 
 def evenly_spaced(rows: int, at_most: int) -> list[int]:
-    """All row numbers, or `at_most` of them from the first to the last."""
+    """Return all row numbers, or `at_most` evenly spaced ones from the first to the last."""
     return list(range(rows)) if rows <= at_most else np.linspace(0, rows - 1, at_most).round().astype(int).tolist()
 
 
 def encoded_bytes(source: dict[str, Any]) -> bytes:
-    """The picture file of an undecoded `datasets.Image` value; empty when there is none."""
+    """Return the image file of an undecoded `datasets.Image` value; empty if there is none."""
     if source is None:
         return b""
     if source.get("bytes") is not None:

@@ -1,6 +1,6 @@
 """Training data: a split as a map-style dataset of tensors.
 
-B batch, R resolution. Rows are decoded when they are asked for.
+B batch, R resolution. Rows are decoded when they are requested.
 """
 
 from __future__ import annotations
@@ -60,20 +60,21 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# More class ids than this times the number of classes seen: the column holds ids of something else.
+# If there are more possible ids (0 to the largest one) than this times the number of distinct ids, the column does not
+# hold class ids but, for example, row numbers.
 _SPARSE_LABELS = 100
 
 
 class BadRow(UserError):
-    """A row that stops training, under `on_bad_sample error`."""
+    """A row that cannot be used and stops training, because `on_bad_sample` is "error"."""
 
     def __init__(self, message: str):
-        # DataLoader rebuilds a worker's exception from its printed traceback; the user gets the message alone.
+        # DataLoader builds a worker's exception again from its printed traceback; keep only the message for the user.
         super().__init__(message.rsplit("BadRow: ", 1)[-1].strip())
 
 
 class LabelMap:
-    """From what the label column holds (class names or numbers) to ids from 0, and back to names."""
+    """Mapping from the values of the label column (class names or numbers) to ids from 0, and back to names."""
 
     def __init__(self, names: Sequence[str], numeric: bool):
         self.names = list(names)
@@ -81,10 +82,10 @@ class LabelMap:
 
     @classmethod
     def of(cls, dataset: Dataset, column: str) -> LabelMap:
-        """Read the classes from the column's type, or from its distinct values (sorted) where the type has no names.
+        """Read the classes from the column's type, or from its distinct values (sorted) if the type has no names.
 
         Raises:
-            UserError: no such column, or values that are not classes.
+            UserError: the column does not exist or does not hold classes.
         """
         require_column(dataset, column, "label_column")
         feature: Any = dataset.features[column]
@@ -99,7 +100,7 @@ class LabelMap:
         largest = max((int(value) for value in values), default=-1)
         if largest + 1 > _SPARSE_LABELS * max(1, len(values)):
             raise UserError(
-                f"column '{column}' has {len(values)} distinct numbers up to {largest}, which are no class ids; "
+                f"column '{column}' has {len(values)} distinct numbers up to {largest}, which are not class ids; "
                 "number the classes from 0, or store their names, or choose another column with --label_column"
             )
         return cls([str(i) for i in range(largest + 1)], numeric=True)
@@ -108,7 +109,7 @@ class LabelMap:
         return len(self.names)
 
     def id_of(self, value: Any) -> int | None:
-        """The id of a stored value; None when it is no known class."""
+        """Return the id of a stored value, or None if it is not a known class."""
         if value is None:
             return None
         if self._ids is not None:
@@ -119,23 +120,24 @@ class LabelMap:
 class ImageDataset(torch.utils.data.Dataset):
     """Rows of a split as `{"pixel_values", "caption", "label", "mask", "conditioning_pixel_values", "index"}`.
 
-    `pixel_values` is float32 3 R R in [-1, 1]; `caption` a str, `label` an int, `mask` int64 R R of class ids and
-    `conditioning_pixel_values` float32 C R R in [0, 1], each only if asked for; `index` the row that was used. Crop,
-    flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control images are cut
-    and mirrored as their pictures. `collate` makes a batch of them, and token ids of its captions.
+    `pixel_values` is float32 3 R R in [-1, 1], and `index` is the row that was used. If requested, items also have
+    `caption` (str), `label` (int), `mask` (int64 R R of class ids) and `conditioning_pixel_values` (float32 C R R in
+    [0, 1]). Crop, flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control
+    images are cropped and flipped with their image. `collate` makes a batch of items and tokenizes their captions.
 
     Args:
         dataset: from `load_split`.
         captions, labels: whether items have them; their columns must then exist.
-        caption_tokens: batches then have the token ids of their captions too.
-        num_mask_classes: classes of `mask_column`; 0 for no masks.
-        control: what `conditioning_pixel_values` is made of (`training.data.companions.control_of`).
-        label_map: from `load_label_map`, the same for all splits; None reads the classes from `dataset`.
-        augment: False for validation: the middle crop and no flip, whatever the config says.
-        every_caption: items carry all captions of a row that has several, instead of the one drawn.
+        caption_tokens: tokenizes the captions of a batch; None adds no token ids.
+        num_mask_classes: number of classes of `mask_column`; 0 for no masks.
+        control: source of `conditioning_pixel_values` (see `training.data.companions.control_of`).
+        label_map: from `load_label_map`, shared by all splits; None reads the classes from `dataset`.
+        augment: False, for validation, uses the centre crop and no flip whatever the config.
+        every_caption: whether an item has all captions of a row with several captions, instead of a random one.
 
     Raises:
-        UserError: a missing column, at once; `BadRow` when one is read and `on_bad_sample` is "error".
+        UserError: at construction, if a column is missing; `BadRow` when an unusable row is read and `on_bad_sample` is
+            "error".
     """
 
     def __init__(
@@ -176,18 +178,18 @@ class ImageDataset(torch.utils.data.Dataset):
             self.companions["conditioning_pixel_values"] = control
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
-        # One byte a row, shared with loader workers, so that each bad row is logged once and never tried again.
+        # One byte per row, shared with the loader workers, so that each bad row is logged once and never read again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def _undecoded(self, dataset: Dataset, columns: Sequence[str]) -> Dataset:
-        """`columns` and those of masks and control images, whose pictures are decoded here and not by `datasets`."""
-        pictures = {self.config.image_column: "image_column"}
+        """Select `columns` and all columns of images, which stay encoded: they are decoded here, not by `datasets`."""
+        image_flags = {self.config.image_column: "image_column"}
         for companion in self.companions.values():
-            pictures |= dict(zip(companion.columns, companion.flags, strict=True))
-        for column, flag in pictures.items():
+            image_flags |= dict(zip(companion.columns, companion.flags, strict=True))
+        for column, flag in image_flags.items():
             require_column(dataset, column, flag)
-        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *pictures])))
-        for column, flag in pictures.items():
+        dataset = dataset.select_columns(list(dict.fromkeys([*columns, *image_flags])))
+        for column, flag in image_flags.items():
             dataset = undecoded_images(dataset, column, flag)
         return dataset
 
@@ -197,7 +199,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
 
     def classes(self, column: str) -> RowClasses:
-        """The class of each row by any column, for `--balance_by`. Raises UserError."""
+        """Return the class of each row by any column, for `--balance_by`. Raises UserError."""
         return column_classes(self._every_column, column)
 
     def __len__(self) -> int:
@@ -212,11 +214,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: pixel_values B 3 R R, label and index int64 B, caption a list of B texts, input_ids int64 B L."""
+        """Return a batch: pixel_values B 3 R R, label and index int64 B, caption a list of B, input_ids int64 B L."""
         return collate_items(items, self.caption_tokens)
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """The sample made from a stored row.
+        """Return the training sample of a stored row.
 
         Raises:
             BadSample: the row cannot be used.
@@ -227,12 +229,12 @@ class ImageDataset(torch.utils.data.Dataset):
             item["caption"] = captions if self.every_caption else pick_caption(captions, key.key)
         if self.label_map is not None:
             item["label"] = self.label_of(row)
-        item |= self._pictures(row, key.key)
+        item |= self._images(row, key.key)
         item["index"] = key.index
         return item
 
-    def _pictures(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
-        """The row's picture and what goes with it, all cut to R × R pixels at one place."""
+    def _images(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
+        """Return the row's image, mask and control image, all cropped at the same place to R × R pixels."""
         mode, resolution = self.config.image_interpolation_mode, self.config.resolution
         image = decoded(row, self.config.image_column)
         place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
@@ -244,10 +246,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return tensors
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
-        """The row's caption or captions.
+        """Return the row's caption, or its captions if it has several.
 
         Raises:
-            BadSample: it is empty, or no text.
+            BadSample: a caption is empty or not a text.
         """
         captions = row[self.config.caption_column]
         problem = caption_problem(captions)
@@ -256,10 +258,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return captions
 
     def label_of(self, row: dict[str, Any]) -> int:
-        """The row's class id.
+        """Return the row's class id.
 
         Raises:
-            BadSample: it is no known class.
+            BadSample: the label is not a known class.
         """
         value = row[self.config.label_column]
         label = self.label_map.id_of(value) if self.label_map else None
@@ -267,23 +269,23 @@ class ImageDataset(torch.utils.data.Dataset):
             classes = f"0 to {len(self.label_map or ()) - 1}"
             raise BadSample(
                 self.config.label_column,
-                f"label {value!r} is none of the {len(self.label_map or ())} classes ({classes})",
+                f"label {value!r} is not one of the {len(self.label_map or ())} classes ({classes})",
             )
         return label
 
     def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
-        """What is wrong with a row, as far as `quick_columns` tell: what can be checked without decoding pictures."""
+        """Return what is wrong in the `quick_columns` of a row, which are checked without decoding images."""
         problems = []
-        for wanted, read in ((self.captions, self.caption_of), (self.label_map is not None, self.label_of)):
+        for requested, read in ((self.captions, self.caption_of), (self.label_map is not None, self.label_of)):
             try:
-                if wanted:
+                if requested:
                     read(row)
             except BadSample as problem:
                 problems.append(problem)
         return problems
 
     def image_problems(self, row: dict[str, Any]) -> list[BadSample]:
-        """What is wrong with a row's pictures, masks and control images; all are decoded."""
+        """Return what is wrong with a row's image, mask and control images, all of which are decoded."""
         try:
             size = verify_image(row[self.config.image_column])
         except BrokenImage as error:
@@ -298,17 +300,17 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def image_columns(self) -> list[str]:
-        """What `image_problems` looks at."""
+        """The columns that `image_problems` checks."""
         return [self.config.image_column, *(name for c in self.companions.values() for name in c.columns)]
 
     def where(self, index: int) -> str:
-        """The row in words: its number in the stored split, and its file where it has one."""
+        """Describe the row for messages: its number in the stored split, and its file if it has one."""
         source = self.dataset[index][self.config.image_column]
         path = source.get("path") if isinstance(source, dict) else None
         return f"row {row_id(self.dataset, index)}" + (f" ({path})" if path else "")
 
     def _item_or_replacement(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """The row's item, or under `on_bad_sample skip` that of the next good row: a function of the index alone."""
+        """Return the row's item, or with `on_bad_sample skip` that of the next good row: a function of the index."""
         index = key.index
         for _ in range(len(self)):
             if not self._bad[index]:
@@ -324,23 +326,24 @@ class ImageDataset(torch.utils.data.Dataset):
         message = f"{self.where(index)}, column '{bad.column}': {bad}"
         if self.config.on_bad_sample == "error":
             raise BadRow(
-                f"{message}; fix or remove it ({CHECK} lists all such rows), or train without it: --on_bad_sample skip"
+                f"{message}; fix or remove it ({CHECK} lists all such rows), or skip it with --on_bad_sample skip"
             ) from bad
         self._bad[index] = 1
-        logger.warning("%s; the next good row takes its place (%d bad rows so far)", message, int(self._bad.sum()))
+        logger.warning("%s; the next good row is used instead (%d bad rows so far)", message, int(self._bad.sum()))
 
 
 def load_label_map(config: DataConfig) -> LabelMap:
-    """The classes of the stored training split, held-out rows and those beyond `max_train_samples` included.
+    """Read the classes from the whole stored training split, including rows that are held out or beyond
+    `max_train_samples`.
 
     Raises:
-        UserError: no such data or column, or values that are not classes.
+        UserError: the data or the column do not exist, or the column does not hold classes.
     """
     return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
 
 
 def collate_items(items: Sequence[dict[str, Any]], caption_tokens: CaptionTokens | None = None) -> dict[str, Any]:
-    """Tensors stacked, numbers as int64 tensors, everything else as lists; and the token ids of the captions."""
+    """Stack tensors, convert integers to int64 tensors, keep everything else as lists, and tokenize the captions."""
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
@@ -352,7 +355,7 @@ def collate_items(items: Sequence[dict[str, Any]], caption_tokens: CaptionTokens
 
 
 def caption_problem(captions: Any) -> str | None:
-    """Why these captions cannot be trained on, or None."""
+    """Return why these captions cannot be trained on, or None if they can."""
     texts = captions if isinstance(captions, list) else [captions]
     if not texts or any(text is None for text in texts):
         return "the caption is missing"

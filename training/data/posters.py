@@ -1,6 +1,6 @@
-"""Posters with their feature maps, as training data for the stages that read posters.
+"""Dataset of posters with their feature maps, for the stages that learn to read posters.
 
-B batch, R resolution. Columns are those of data_scripts/make_posters.py.
+B batch, R resolution. The columns are those that data_scripts/make_posters.py writes.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ NUMBER_COLUMNS = (*GRAMMAR, *COUNTS)
 
 @dataclass
 class PosterDataConfig(DataConfig):
-    """Where the posters are, and how training varies them."""
+    """Source of the posters, and how they are augmented in training."""
 
     photometric_augmentation: float = option(0.0, on_resume="warn", at_least=0)
-    """Strength of random light, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 for none,
-    1 for what a bad photograph of a poster has"""
+    """Strength of random brightness, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 disables
+    them, 1 resembles a bad photograph of a poster"""
 
 
 def require_poster_columns(dataset: Dataset, columns: Sequence[str], name: str) -> None:
-    """Raises UserError when `dataset` lacks what posters have."""
+    """Raise UserError if `dataset` lacks one of the `columns` of a poster dataset; `name` is for the message."""
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise UserError(
-            f"{name} is no poster dataset: it has no column {', '.join(missing)} (it has "
+            f"{name} is not a poster dataset: it has no column {', '.join(missing)} (it has "
             f"{', '.join(dataset.column_names)}); "
-            f"{command('data_scripts/make_posters.py --output_dir FOLDER')} makes one"
+            f"make one with {command('data_scripts/make_posters.py --output_dir FOLDER')}"
         )
 
 
@@ -64,10 +64,10 @@ class PosterDataset(ImageDataset):
 
     `pixel_values` is float32 3 R R in [-1, 1]; masks are float32 1 R R in {0, 1}; `color_role` int64 R R of class ids;
     `hierarchy` float32 1 R R in [0, 1]. With `numbers`, also `grammar` (float32 8, in [0, 1]) and `counts` (float32 2).
-    Maps are cut and mirrored as their pictures are. What is random is a function of `SampleKey.key` alone.
+    Maps are cropped and flipped with their poster. Everything random is a function of `SampleKey.key` alone.
 
     Raises:
-        UserError: no poster dataset, at once; `BadRow` when a row is read that cannot be used.
+        UserError: at construction, if the dataset is not a poster dataset; `BadRow` when an unusable row is read.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class PosterDataset(ImageDataset):
         self.quick_columns = [config.image_column, *MAP_COLUMNS]
 
     def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
-        """Maps that are not there, or of another size than their poster."""
+        """Return which maps are missing, broken or of another size than their poster."""
         problems = []
         try:
-            picture = open_image(row[self.config.image_column])
+            poster = open_image(row[self.config.image_column])
         except BrokenImage:
-            return []  # the look at the pictures themselves reports it
+            return []  # `image_problems` reports the poster itself
         for name in MAP_COLUMNS:
             try:
-                require_size(open_image(row[name]), picture.size, name)
+                require_size(open_image(row[name]), poster.size, name)
             except BadSample as problem:
                 problems.append(problem)
             except BrokenImage as error:
@@ -101,28 +101,28 @@ class PosterDataset(ImageDataset):
         return problems
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """The sample made from a stored row.
+        """Return the training sample of a stored row.
 
         Raises:
             BadSample: the row cannot be used.
         """
         image_column, resolution = self.config.image_column, self.config.resolution
-        picture = decoded(row, image_column)
-        geometry = crop_geometry(picture.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
+        poster = decoded(row, image_column)
+        geometry = crop_geometry(poster.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
         maps = {}
         for name in MAP_COLUMNS:
             stored = decoded(row, name, open_image)
-            require_size(stored, picture.size, name)
+            require_size(stored, poster.size, name)
             cut = apply_geometry(stored.convert("L"), geometry, resolution, "nearest")
             maps[name] = byte_tensor(cut)
         roles = int(maps["color_role"].max())
         if roles >= len(COLOR_ROLES):
-            raise BadSample("color_role", f"class id {roles}; there are 0 to {len(COLOR_ROLES) - 1}")
-        picture = apply_geometry(picture, geometry, resolution, self.config.image_interpolation_mode)
+            raise BadSample("color_role", f"it has class id {roles}; valid ids are 0 to {len(COLOR_ROLES) - 1}")
+        poster = apply_geometry(poster, geometry, resolution, self.config.image_interpolation_mode)
         if self.strength:
-            picture = photographed(picture, self.strength, np.random.default_rng(key.key))
+            poster = photographed(poster, self.strength, np.random.default_rng(key.key))
         item: dict[str, Any] = {
-            "pixel_values": to_tensor(picture),
+            "pixel_values": to_tensor(poster),
             "text_mask": (maps["text_mask"] > 127).float()[None],
             "image_mask": (maps["image_mask"] > 127).float()[None],
             "color_role": maps["color_role"].long(),
@@ -136,10 +136,11 @@ class PosterDataset(ImageDataset):
 
 
 def photographed(poster: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """The poster as a camera might give it: another light, contrast and tint, sometimes blurred, noisy or JPEG-coded.
+    """Return the poster as a photograph might show it: with another brightness, contrast and tint, and sometimes with
+    blur, noise or JPEG artefacts.
 
     Args:
-        strength: 1 moves brightness and contrast by up to 25 %, each colour channel by up to 8 %.
+        strength: 1 changes brightness and contrast by up to 25 % and each colour channel by up to 8 %.
     """
     pixels = np.asarray(poster, dtype=np.float32) / 255
     light, contrast = 1 + strength * rng.uniform(-0.25, 0.25, 2)
@@ -158,7 +159,7 @@ def photographed(poster: Image.Image, strength: float, rng: np.random.Generator)
 
 
 def _blurred(pixels: np.ndarray, weight: float) -> np.ndarray:
-    """H W 3 mixed with the mean of its four shifted copies."""
+    """Mix the pixels (H W 3) with the mean of their four neighbours."""
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     around = (padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]) / 4
     return (1 - weight) * pixels + np.float32(weight) * around

@@ -1,6 +1,6 @@
-"""Where training data comes from: the flags that name it, and any source that `datasets` loads.
+"""Sources of training data: the flags that name them, and loading with `datasets`.
 
-Nothing scans or maps the data here, so a million rows open as fast as a hundred.
+Nothing here scans or maps the data, so that a million rows open as fast as a hundred.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FILE_LOADERS = {
     ".arrow": "arrow",
 }
 _ROWS_PER_READ = 10_000
-# Names of split folders, as `datasets` knows them.
+# Names of split folders that `datasets` recognizes.
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -40,45 +40,46 @@ _SPLIT_FOLDERS = {
 
 @dataclass
 class DataConfig(Options):
-    """Where the pictures are, which columns hold what, and how they are cut."""
+    """Source of the images, its columns, and how images are cropped."""
 
     dataset_name: str | None = option(None)
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = option(None)
-    """Configuration of the dataset, for those that have several"""
+    """Configuration of the dataset, if it has several"""
     train_data_dir: str | None = option(None)
-    """Folder of pictures, with captions in metadata.jsonl and/or one subfolder per class; instead of dataset_name"""
+    """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces dataset_name"""
     image_column: str = option("image")
-    """Column with the pictures"""
+    """Column with the images"""
     caption_column: str = option("text")
-    """Column with the captions: a text, or a list of texts of which one is drawn each time"""
+    """Column with the captions: a text, or a list of texts from which one is drawn at random each time"""
     label_column: str = option("label")
     """Column with the classes: class names, or numbers from 0"""
     mask_column: str = option("mask")
-    """Column with segmentation masks (8-bit grey, a class id per pixel), the size of their pictures"""
+    """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images"""
     conditioning_image_column: list[str] | str = option("conditioning_image")
-    """Column with control images, the size of their pictures; or a list of such columns"""
+    """Column with control images of the same size as the images, or a list of such columns"""
     conditioning_image_mode: Literal["rgb", "l"] | None = option(None)
-    """How control images are read: rgb, one column in colour (three channels); l, each column in grey (one channel).
-    Unset: rgb for a column given by its name, l for a list of columns"""
+    """How control images are read: rgb reads one column in colour (three channels); l reads each column in grey (one
+    channel). Unset: rgb for a single column name, l for a list of columns"""
     train_split: str = option("train")
     """Split to train on"""
     validation_split: str = option("validation")
-    """Split to validate on; without one, validation_fraction of the training split is held out"""
+    """Split to validate on; if it does not exist, validation_fraction of the training split is held out"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
-    """Share of the training split held out for validation when the dataset has no validation split; 0 for none"""
+    """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     resolution: int = option(64, at_least=8)
-    """Training pictures are squares of this many pixels"""
+    """Width and height of the training images in pixels"""
     center_crop: bool = option(True)
-    """Cut the middle of pictures that are not square; false cuts at a random place, another in each epoch"""
+    """Crop images that are not square at their centre; false crops them at random, differently in each epoch"""
     random_flip: bool = option(False)
-    """Mirror half of the pictures, others in each epoch"""
+    """Mirror a random half of the images, chosen again in each epoch"""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option("lanczos")
-    """How pictures of another size are scaled"""
+    """Interpolation for resizing images"""
     on_bad_sample: Literal["error", "skip"] = option("error", on_resume="warn")
-    """A broken picture, an empty caption or an impossible label: stop and name the row, or take the next good row"""
+    """What to do about a broken image, an empty caption or an invalid label: error stops and names the row, skip uses
+    the next good row instead"""
     max_train_samples: int | None = option(None, at_least=1)
-    """Train on this many rows only, drawn by seed; for trying things out"""
+    """Train only on this number of rows, drawn with the seed; useful for quick trials"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -91,21 +92,21 @@ class DataConfig(Options):
         if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
             raise UserError(
                 "--conditioning_image_mode rgb reads one column, but --conditioning_image_column names "
-                f"{', '.join(columns)}; name one of them, or take l for a grey channel each"
+                f"{', '.join(columns)}; name one of them, or use l to read each of them as one grey channel"
             )
 
 
 def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
-    """One split of the configured source, opened but not decoded.
+    """Open one split of the configured source, without decoding it.
 
     Args:
-        split: "train" or "validation" (whatever names config.train_split and config.validation_split give them), or
-            another split by its own name. Without a validation split a seeded `validation_fraction` of the training
-            rows is held out, the same for the same seed and data; the result is empty if that fraction is 0.
-        seed: of the held-out rows and of `max_train_samples`.
+        split: "train" or "validation", whose names in the source are config.train_split and config.validation_split,
+            or another split by its own name. If the validation split does not exist, `validation_fraction` of the
+            training rows is held out, chosen by `seed`; the result is empty if that fraction is 0.
+        seed: chooses the held-out rows and those of `max_train_samples`.
 
     Raises:
-        UserError: no such dataset or split, or no rows.
+        UserError: the dataset or split does not exist or has no rows.
     """
     splits = load_all_splits(config)
     name = {"train": config.train_split, "validation": config.validation_split}.get(split, split)
@@ -124,20 +125,20 @@ def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
 
 
 def load_all_splits(config: DataConfig) -> DatasetDict:
-    """Every split of the configured source.
+    """Open every split of the configured source.
 
     Raises:
         UserError: the source is not given, does not exist, or cannot be read.
     """
     name = config.dataset_name or config.train_data_dir
     if not name:
-        raise UserError("no training data was named; give --dataset_name (Hub id, folder or file) or --train_data_dir")
+        raise UserError("no training data is given; set --dataset_name (Hub id, folder or file) or --train_data_dir")
     return _open_source(name, bool(config.train_data_dir), config.dataset_config_name, config.train_split)
 
 
 @functools.lru_cache(maxsize=4)
 def _open_source(name: str, imagefolder: bool, config_name: str | None, only_split: str) -> DatasetDict:
-    """See `load_all_splits`. Remembered, because `datasets` looks at every file of a folder each time it opens it."""
+    """See `load_all_splits`. Cached, because `datasets` looks at every file of a folder each time it opens it."""
     import datasets
 
     path = Path(name).expanduser()
@@ -153,7 +154,7 @@ def _open_source(name: str, imagefolder: bool, config_name: str | None, only_spl
     except (
         OSError,
         ValueError,
-        LookupError,  # an empty table saved to disk
+        LookupError,  # raised for an empty table saved to disk
         datasets.exceptions.DatasetsError,
         datasets.exceptions.DatasetBuildError,
     ) as error:
@@ -162,10 +163,10 @@ def _open_source(name: str, imagefolder: bool, config_name: str | None, only_spl
 
 
 def require_column(dataset: Dataset, name: str, flag: str) -> None:
-    """Refuse a column that the dataset lacks.
+    """Check that the dataset has a column.
 
     Raises:
-        UserError: naming the nearest column and those there are.
+        UserError: the column does not exist; the message names the most similar column and all that exist.
     """
     if name not in dataset.column_names:
         raise UserError(
@@ -175,32 +176,32 @@ def require_column(dataset: Dataset, name: str, flag: str) -> None:
 
 
 def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
-    """A column's values in order, a few thousand in memory at a time."""
+    """Yield the values of a column in order, with a few thousand in memory at a time."""
     narrow = dataset.select_columns([column])
     for start in range(0, len(narrow), _ROWS_PER_READ):
         yield from narrow[start : start + _ROWS_PER_READ][column]
 
 
 def row_id(dataset: Dataset, index: int) -> int:
-    """The row's number in the split as stored, where `dataset` may be a selection of its rows."""
-    indices = dataset._indices  # datasets keeps the selection here and has no public way to ask for it
+    """Return the row's number in the stored split, from which `dataset` may be a selection of rows."""
+    indices = dataset._indices  # datasets stores the selection here and has no public function for it
     return index if indices is None else indices.column(0)[index].as_py()
 
 
 def transform_fingerprint(config: DataConfig) -> str:
-    """Everything that decides the pixels of a row, in words: two transforms are the same when these are equal.
+    """Describe everything that determines the pixels of a row; equal transforms have equal descriptions.
 
-    Flips are left out: they are a choice per sample, made after this.
+    Flips are left out, because they are chosen for each sample afterwards.
     """
     crop = "center" if config.center_crop else "random"
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}"
 
 
 def undecoded_images(dataset: Dataset, column: str, flag: str) -> Dataset:
-    """`dataset` with `column` as {"bytes", "path"}, so that decoding, and its errors, are ours.
+    """Return `dataset` with `column` as {"bytes", "path"}, so that we decode the images and report their errors.
 
     Raises:
-        UserError: the column holds no pictures, file names or bytes.
+        UserError: the column holds neither images nor file names nor bytes.
     """
     import datasets
 
@@ -212,21 +213,21 @@ def undecoded_images(dataset: Dataset, column: str, flag: str) -> Dataset:
         "large_binary",
     ):
         images = [name for name, other in dataset.features.items() if isinstance(other, datasets.Image)]
-        hint = f"; '{images[0]}' does" if images else ""
-        raise UserError(f"column '{column}' holds {feature}, not pictures{hint}: choose one with --{flag}")
+        hint = f"; column '{images[0]}' does" if images else ""
+        raise UserError(f"column '{column}' holds {feature}, not images{hint}: choose one with --{flag}")
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 def named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
-    """The whole split of this name.
+    """Return the whole split of this name.
 
     Raises:
-        UserError: there is none (naming the nearest), or it has no rows.
+        UserError: it does not exist (the message names the most similar one) or has no rows.
     """
     known = list(splits)
     if name not in splits:
         flag = {config.train_split: "--train_split", config.validation_split: "--validation_split"}.get(
-            name, "the split's name"
+            name, "the flag that names the split"
         )
         raise UserError(
             f"the dataset has no split '{name}'{nearest(name, known)}; "
@@ -234,13 +235,13 @@ def named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
         )
     if not len(splits[name]):
         raise UserError(
-            f"split '{name}' of {config.dataset_name or config.train_data_dir} has no rows; give it some pictures"
+            f"split '{name}' of {config.dataset_name or config.train_data_dir} has no rows; add images to it"
         )
     return splits[name]
 
 
 def _hold_out(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """(training rows, held-out rows), both in the order in which they are stored."""
+    """Return (training rows, held-out rows), both in the order in which they are stored."""
     rows = len(dataset)
     count = min(rows - 1, max(1, round(rows * config.validation_fraction))) if config.validation_fraction else 0
     order = np.random.default_rng(mix(seed, "validation_fraction")).permutation(rows)
@@ -255,7 +256,8 @@ def _load_local(path: Path, imagefolder: bool, config_name: str | None, only_spl
         if loader is None:
             known = ", ".join(_FILE_LOADERS)
             raise UserError(
-                f"{path} is a {path.suffix or 'nameless'} file; a dataset is a folder, or a file of {known}"
+                f"{path} has {f'the extension {path.suffix}' if path.suffix else 'no extension'}; a dataset is a "
+                f"folder, or a file with one of the extensions {known}"
             )
         return datasets.load_dataset(loader, data_files={only_split: str(path)})
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -267,9 +269,10 @@ def _load_local(path: Path, imagefolder: bool, config_name: str | None, only_spl
 
 
 def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
-    """A cache folder of this state of a dataset whose README.md lists its files; None takes the usual one.
+    """Return a cache folder for the current files of a dataset that has a README.md, or None for the usual folder.
 
-    `datasets` (seen with 5.2) knows such a folder by its path alone, and gives the old rows for new files.
+    `datasets` (observed in 5.2) identifies such a dataset by its path alone, and would return the old rows for new
+    files.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -281,16 +284,16 @@ def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
 
 
 def _has_metadata(path: Path) -> bool:
-    """Whether a folder, or a split in it, says that it is an imagefolder."""
+    """Return whether a folder, or the folder of a split in it, has the metadata file of an imagefolder."""
     folders = [path, *(path / word for words in _SPLIT_FOLDERS.values() for word in words)]
     return any((folder / name).is_file() for folder in folders for name in ("metadata.jsonl", "metadata.csv"))
 
 
 def _imagefolder_splits(path: Path) -> dict[str, list[str]] | None:
-    """Glob patterns of the splits of an imagefolder; None leaves finding them to `datasets`.
+    """Return glob patterns for the splits of an imagefolder, or None to let `datasets` find the splits.
 
-    It looks through all files once for each of 66 patterns, at every start: 98 s for 100,000 files, 13 s with the
-    patterns from here.
+    `datasets` goes through all files once for each of 66 patterns, at every start: 98 s for 100,000 files. With the
+    patterns from here it takes 13 s.
     """
     folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
     splits = {
@@ -306,7 +309,7 @@ def _imagefolder_splits(path: Path) -> dict[str, list[str]] | None:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name that is no path here was meant as one, so that nobody waits for the Hub to say so."""
+    """Return whether a name that does not exist here looks like a path, so that the Hub need not be asked."""
     path = Path(name)
     in_folder_here = len(path.parts) > 1 and path.parent.is_dir()
     return (
@@ -318,8 +321,8 @@ def _explain_load_error(name: str, local: bool, flag: str, error: BaseException)
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     if local:
-        return f"dataset '{name}' cannot be read ({reason}); {flag} takes a folder of pictures, Parquet or JSON files"
+        return f"dataset '{name}' cannot be read ({reason}); {flag} takes a folder of images, Parquet or JSON files"
     return (
-        f"dataset '{name}' is no folder here and did not come from the Hub ({reason}); "
+        f"dataset '{name}' is not a local folder and cannot be downloaded from the Hub ({reason}); "
         f"check {flag}, the network and the login"
     )

@@ -1,6 +1,6 @@
 """Tokenizers for captions, trained from scratch with the `tokenizers` library.
 
-L tokens of a caption, `<START>` and `<END>` included; ids 0 to 3 are the special tokens in every tokenizer made here.
+L tokens of a caption, including `<START>` and `<END>`; ids 0 to 3 are the special tokens in every tokenizer made here.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 PAD, START, END, UNKNOWN = SPECIAL_TOKENS = ("<PAD>", "<START>", "<END>", "<UNK>")
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
 BYTES = 256
-# Above this share of unknown words a text encoder misses much of what prompts say.
+# Above this fraction of unknown words, a text encoder misses much of the content of prompts.
 MANY_UNKNOWN = 0.05
-# Words keep their hyphens and apostrophes ("medium-light", "don't"); every other sign is a word of its own.
+# Words keep their hyphens and apostrophes ("medium-light", "don't"); every other symbol is a separate word.
 _WORD = r"[\p{L}\p{M}\p{N}]+(?:['’-][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]"
 _CAPTIONS_PER_CALL = 1000
 
 
 @dataclass
 class TokenizerReport:
-    """What a tokenizer makes of captions it has not been trained on."""
+    """Statistics of captions that were encoded and decoded again."""
 
     captions: int = 0
     words: int = 0
     unknown_words: int = 0
     round_trips: int = 0
-    """Captions that decode to themselves, but for case and spacing"""
+    """Number of captions that are decoded without loss, apart from case and spacing"""
     longest: int = 0
-    """L of the longest caption"""
+    """Number of tokens of the longest caption"""
     cut: int = 0
-    """Captions longer than the tokenizer's limit"""
+    """Number of captions longer than the tokenizer's limit"""
 
     @property
     def unknown_share(self) -> float:
@@ -50,7 +50,7 @@ class TokenizerReport:
 
 
 def smallest_vocabulary(model: Literal["word_level", "bpe"]) -> int:
-    """Entries that a tokenizer needs at least: the special tokens, and a word or the alphabet of bytes."""
+    """Return the minimum vocabulary size: the special tokens, and one word or the alphabet of bytes."""
     return len(SPECIAL_TOKENS) + (BYTES if model == "bpe" else 1)
 
 
@@ -64,13 +64,14 @@ def train_tokenizer(
     model_max_length: int = 77,
     length: int | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Train on captions as they come; nothing but the counts is held in memory.
+    """Train a tokenizer on a stream of captions; only the counts are held in memory.
 
     Args:
-        model: "word_level", whole words, the rare ones `<UNK>`; or "bpe", byte-level pieces, nothing unknown.
-        vocab_size: at most, special tokens included.
-        min_frequency: of a word (or a pair to merge) to be kept.
-        model_max_length: L at which captions are cut.
+        model: "word_level" has whole words, and `<UNK>` for rare ones; "bpe" has byte-level pieces, and no unknown
+            words.
+        vocab_size: maximum number of entries, including special tokens.
+        min_frequency: minimum number of occurrences of a word (or of a pair to merge).
+        model_max_length: number of tokens L to which captions are truncated.
         length: number of captions, for the progress bar.
     """
     tokenizer, trainer = (
@@ -101,7 +102,7 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a folder that `AutoTokenizer.from_pretrained` takes, in Transformers 4 as well as 5."""
+    """Write a folder that `AutoTokenizer.from_pretrained` loads, in Transformers 4 as well as 5."""
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     # Transformers 5 writes TokenizersBackend, its new name for the class, which 4 does not know.
@@ -126,20 +127,20 @@ def report_on(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> To
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """Token ids to text, without the special tokens but with `<UNK>` where a word was not known."""
+    """Convert token ids to text, without special tokens except `<UNK>` for unknown words."""
     ends = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     kept = [i for i in ids if i not in ends]
     return " ".join(tokenizer.decode(kept).split())
 
 
 def normalized(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
-    """What `caption` should decode to: normalized as the tokenizer does it, with single spaces."""
+    """Return the text that `caption` should be decoded to: normalized by the tokenizer, with single spaces."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     return " ".join((normalizer.normalize_str(caption) if normalizer else caption).split())
 
 
 def round_trip(tokenizer: PreTrainedTokenizerFast, caption: str) -> str:
-    """A caption, its ids and what they decode to, for people to look at."""
+    """Format a caption, its ids and the text that they are decoded to, for reading."""
     ids = tokenizer(caption, truncation=True).input_ids
     unknown = ids.count(tokenizer.unk_token_id)
     ending = f"   ({unknown} unknown)" if unknown else ""
@@ -151,7 +152,7 @@ def _word_level(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:
 
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
-    # Joins words with spaces and takes away those before a comma or a full stop; no word has the prefix.
+    # Joins words with spaces and removes the spaces before commas and full stops; no word begins with the prefix.
     tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=True)
     return tokenizer, trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS)
@@ -183,11 +184,11 @@ def _batches(captions: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-MOST_KNOWN_CAPTIONS = 100_000
+MAX_CACHED_CAPTIONS = 100_000
 
 
 def load_tokenizer(name_or_path: str) -> Any:
-    """Raises UserError when there is none, or it cannot pad."""
+    """Load a tokenizer. Raises UserError if it cannot be loaded or has no padding token."""
     from transformers import AutoTokenizer
 
     try:
@@ -195,7 +196,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "
-            f"or make one: {command('data_scripts/train_tokenizer.py')}"
+            f"or make one with {command('data_scripts/train_tokenizer.py')}"
         ) from None
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")
@@ -203,13 +204,13 @@ def load_tokenizer(name_or_path: str) -> Any:
 
 
 class CaptionTokens:
-    """Token ids of captions, made by the data loader; each caption is tokenized once and remembered.
+    """Tokenizes captions in the data loader; each caption is tokenized once and cached.
 
     Args:
-        tokenizer: one that has a padding token.
-        max_length: L at most.
-        padding: "max_length" gives every caption exactly `max_length` ids, as LatentDiffusionPipeline does; "longest"
-            as many as the longest caption of the batch has, and a mask, as ImageCaptionPipeline does.
+        tokenizer: a tokenizer with a padding token.
+        max_length: maximum number of tokens L of a caption.
+        padding: "max_length" pads every caption to `max_length` ids, as LatentDiffusionPipeline does; "longest" pads to
+            the longest caption of the batch and adds a mask, as ImageCaptionPipeline does.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, padding: Literal["max_length", "longest"]):
@@ -217,10 +218,10 @@ class CaptionTokens:
         self._known: dict[str, Any] = {}
 
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` (B L, int64) of B captions; padded to the longest also `attention_mask` (B L, int64), 1 for
-        tokens and 0 for padding."""
+        """Return `input_ids` (B L, int64) of B captions; with padding "longest", also `attention_mask` (B L, int64), 1
+        for tokens and 0 for padding."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
-        if len(self._known) + len(new) > MOST_KNOWN_CAPTIONS:
+        if len(self._known) + len(new) > MAX_CACHED_CAPTIONS:
             self._known.clear()
             new = list(dict.fromkeys(captions))
         if new:
@@ -243,4 +244,4 @@ class CaptionTokens:
         return caption_ids(self.tokenizer, captions, self.max_length)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": {}}  # workers remember their own
+        return {**self.__dict__, "_known": {}}  # each worker fills a cache of its own

@@ -1,7 +1,7 @@
-"""Any picture file to a square RGB tensor: decoding, crop geometry and flips (Pillow and NumPy).
+"""Conversion of any image file to a square RGB tensor: decoding, cropping and flipping (Pillow and NumPy).
 
-H W source pixels, R the training resolution. Whatever is random here (crop, flip, which caption) is a pure function of
-the sample's key, so the order of calls, the number of workers and a resume change nothing.
+H W source pixels, R training resolution. Everything random here (crop, flip, choice of a caption) is a pure function of
+the sample's key, so that the order of calls, the number of workers and resuming change nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# Raised whenever the pixels that come out of this file change: latent caches made before are then refused.
+# Increase it whenever this file produces other pixels than before: older latent caches are then refused.
 TRANSFORM_VERSION = 1
 
 
 class BrokenImage(Exception):
-    """A picture that cannot be decoded; the message says why."""
+    """An image that cannot be decoded; the message says why."""
 
 
 class BadSample(Exception):
-    """A row that cannot be trained on: which column, and why."""
+    """A row that cannot be trained on, because of `reason` in `column`."""
 
     def __init__(self, column: str, reason: str):
         super().__init__(reason)
@@ -41,7 +41,7 @@ class BadSample(Exception):
 
 
 class CropGeometry(NamedTuple):
-    """Where a training picture is cut from its source; masks and control images of the same sample share it."""
+    """Crop and flip of a training image, shared by the masks and control images of the same sample."""
 
     left: int
     top: int
@@ -50,27 +50,27 @@ class CropGeometry(NamedTuple):
 
 
 def uniform(key: int, purpose: str) -> float:
-    """A number in [0, 1) that is a function of the sample's `key` and of what it is drawn for."""
+    """Return a number in [0, 1) that is a function of the sample's `key` and of `purpose`."""
     return (mix(key, purpose) >> 10) / (1 << 53)
 
 
 def flips(key: int) -> bool:
-    """Whether the sample of this key is mirrored (probability 1/2): one answer for pixels and for cached latents."""
+    """Return whether the sample with this key is mirrored (probability 1/2), for pixels and cached latents alike."""
     return uniform(key, "flip") < 0.5
 
 
 def pick_caption(captions: str | list[str], key: int) -> str:
-    """The caption of this draw: of several captions of a picture, one by `key`."""
+    """Return the caption, or one of several captions of an image, chosen by `key`."""
     if isinstance(captions, str):
         return captions
     return captions[int(uniform(key, "caption") * len(captions))]
 
 
 def crop_geometry(size: tuple[int, int], *, center_crop: bool, random_flip: bool, key: int) -> CropGeometry:
-    """The largest square of a picture of `size` (width, height): its middle, or a place drawn from `key`."""
+    """Return the largest square crop of an image of `size` (width, height), central or at a place chosen by `key`."""
     width, height = size
     side = min(width, height)
-    # Whole pixels: half a pixel of offset would blur pictures that need no resizing.
+    # Whole pixels: an offset of half a pixel would blur images that need no resizing.
     across = 0.5 if center_crop else uniform(key, "crop_x")
     down = 0.5 if center_crop else uniform(key, "crop_y")
     left = min(int(across * (width - side + 1)), width - side)
@@ -79,30 +79,30 @@ def crop_geometry(size: tuple[int, int], *, center_crop: bool, random_flip: bool
 
 
 def apply_geometry(image: Image.Image, geometry: CropGeometry, resolution: int, resampling: str) -> Image.Image:
-    """Cut, scale to `resolution` × `resolution` and mirror. Masks take `resampling="nearest"`."""
+    """Crop, resize to `resolution` × `resolution` and flip. Masks need `resampling="nearest"`."""
     left, top, side, flip = geometry
     box = (left, top, left + side, top + side)
     if side == resolution:
         image = image.crop(box) if image.size != (side, side) else image
     else:
-        # One call resamples from the box: no intermediate picture of the uncropped size.
+        # One call crops and resizes, without an intermediate image.
         image = image.resize((resolution, resolution), RESAMPLING[resampling], box=box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
 def open_image(source: Any) -> Image.Image:
-    """Open, but do not yet decode.
+    """Open an image without decoding it.
 
     Args:
-        source: what `datasets.Image(decode=False)` gives ({"bytes", "path"}), a path, or a picture.
+        source: a value of `datasets.Image(decode=False)` ({"bytes", "path"}), a path, or an image.
 
     Raises:
-        BrokenImage: nothing there, or no picture format that Pillow knows.
+        BrokenImage: the image is missing, or Pillow does not know its format.
     """
     if isinstance(source, Image.Image):
         return source
     if source is None:
-        raise BrokenImage("there is no image in this row")
+        raise BrokenImage("this row has no image")
     data, path = (source.get("bytes"), source.get("path")) if isinstance(source, dict) else (None, source)
     try:
         if data is not None:
@@ -111,35 +111,33 @@ def open_image(source: Any) -> Image.Image:
             raise BrokenImage(f"file {path!r} does not exist")
         return Image.open(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"not a readable picture ({_first_line(error)})") from error
+        raise BrokenImage(f"not a readable image ({_first_line(error)})") from error
 
 
 def load_rgb(source: Any) -> Image.Image:
-    """Decode `source` (see `open_image`) into an upright 8-bit RGB picture.
+    """Decode `source` (see `open_image`) into an upright 8-bit RGB image.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8 bits, palette
-    and CMYK converted, and of an animation the first frame is taken.
+    EXIF orientation is applied, transparent pixels are blended with white, 16-bit and float images are scaled to 8
+    bits, palette and CMYK images are converted, and the first frame of an animation is used.
 
     Raises:
-        BrokenImage: it cannot be decoded completely.
+        BrokenImage: the image cannot be decoded completely.
     """
     image = open_image(source)
     try:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise whatever a damaged file leads them to, struct.error to IndexError
-        raise BrokenImage(f"the picture is damaged ({_first_line(error)})") from error
+    except Exception as error:  # Pillow's decoders raise many types for damaged files, from struct.error to IndexError
+        raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
 
 
 def verify_image(source: Any) -> tuple[int, int]:
-    """Decode `source` as cheaply as finds damage, and return its upright (width, height).
+    """Check an image for damage as cheaply as possible, and return its upright (width, height).
 
-    `Image.verify` alone passes a truncated JPEG; decoding at an eighth of the size reads every byte of it.
+    `Image.verify` does not notice a truncated JPEG; decoding at an eighth of the size still reads every byte.
 
     Raises:
-        BrokenImage: it cannot be decoded completely.
+        BrokenImage: the image cannot be decoded completely.
     """
     image = open_image(source)
     try:
@@ -147,25 +145,25 @@ def verify_image(source: Any) -> tuple[int, int]:
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
     except Exception as error:  # as in load_rgb
-        raise BrokenImage(f"the picture is damaged ({_first_line(error)})") from error
+        raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
     return size
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an opened image once its EXIF orientation is applied."""
+    """Return (width, height) of an opened image after its EXIF orientation is applied."""
     width, height = image.size
     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
 def decoded(row: Mapping[str, Any], column: str, read: Callable[[Any], Image.Image] = load_rgb) -> Image.Image:
-    """The image in a row's column, decoded completely.
+    """Return the image in a column of a row, decoded completely.
 
     Args:
-        read: `load_rgb`, `open_image`, or another function that opens what the column holds.
+        read: opens the stored value: `load_rgb`, `open_image` or another function.
 
     Raises:
-        BadSample: it cannot be decoded.
+        BadSample: the image cannot be decoded.
     """
     try:
         image = read(row[column])
@@ -176,19 +174,19 @@ def decoded(row: Mapping[str, Any], column: str, read: Callable[[Any], Image.Ima
 
 
 def require_size(image: Image.Image, size: tuple[int, int], column: str) -> None:
-    """Raises BadSample when the image of `column` has not the `size` (width, height) of its row's image."""
+    """Raise BadSample if the image of `column` is not of `size` (width, height), the size of the row's own image."""
     if image.size != size:
-        raise BadSample(column, f"it is {image.width}×{image.height} pixels and its image {size[0]}×{size[1]}")
+        raise BadSample(column, f"it is {image.width}×{image.height} pixels, but its image is {size[0]}×{size[1]}")
 
 
 def byte_tensor(image: Image.Image) -> torch.Tensor:
-    """The pixels of an 8-bit image as they are: uint8, H W of a grey one and 3 H W of one in colour."""
+    """Return the pixels of an 8-bit image as uint8: H W of a grey image, 3 H W of a colour image."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
+    """Convert an RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
     pixels = byte_tensor(image)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
 

@@ -1,12 +1,12 @@
-"""Measure how well a model of images and captions captions, draws and retrieves, on training or held-out pairs.
+"""Evaluate a model of images and captions: captioning, generation and retrieval on training or held-out pairs.
 
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split validation
     python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\
         --output train.json --pictures docs/images
 
-Data, split and seed are those of the run, unless they are named. Held-out pairs whose picture was trained on as well,
-under another caption, are left out and counted. Where a picture has several captions, BLEU and chrF are by all of them,
-everything else by the first.
+Data and seed are those of the run unless others are given. Held-out pairs whose image is also in the training split,
+with another caption, are left out and counted. If an image has several captions, BLEU and chrF use all of them, and all
+other metrics the first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from training.objectives.captions import token_losses
 
 BATCH = 64
 SHOWN = 8
-INVENTED = 64
+SAMPLED_PAIRS = 64
 
 
 @dataclass
@@ -57,37 +57,37 @@ class CaptionEvaluationConfig(Options):
     model: str = ""
     """A run of train_image_caption.py, a checkpoint or a pipeline"""
     split: str = option("validation", choices=("train", "validation"))
-    """validation (held-out pairs) or train"""
+    """Pairs to evaluate on: validation (held-out pairs) or train"""
     dataset_name: str | None = None
-    """Other data than the run's: a folder, file or Hub id"""
+    """Data to evaluate on (folder, file or Hub id); unset: the data of the run"""
     max_samples: int = option(0, at_least=0)
-    """Look at so many pairs only, the first ones; 0 looks at all"""
+    """Maximum number of pairs, counted from the first; 0 uses all"""
     num_beams: int = option(1, at_least=1)
-    """Of the captions; 1 is greedy"""
+    """Number of beams for generating captions; 1 decodes greedily"""
     num_candidates: int = option(1, at_least=1)
-    """Captions that are drawn for each picture, of which the one most like all of them is taken; 1 draws none"""
+    """Number of captions sampled per image, of which the one most similar to all others is used; 1 disables sampling"""
     num_pairs: int = 8
-    """Invented pairs in the picture of them"""
+    """Number of new image-caption pairs in invented_pairs.png (joint models only)"""
     seed: int = 0
-    """Of the shuffled and the invented pairs"""
+    """Random seed for shuffling pairs, sampling captions and generating new pairs"""
     device: str | None = None
     """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
-    """Folder for PNGs of reconstructions, drawings and invented pairs; unset: none"""
+    """Folder for PNGs of reconstructions, generated images and new image-caption pairs; unset: no PNGs"""
     output: str | None = None
-    """Where the figures go (JSON); unset: only printed"""
+    """File for the metrics (JSON); unset: only printed"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if not self.model:
-            raise UserError("--model is missing; name a run of train_image_caption.py, a checkpoint or a pipeline")
+            raise UserError("--model is missing; give a run of train_image_caption.py, a checkpoint or a pipeline")
 
 
 def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
-    """Captions, perplexity, retrieval, alignment and reconstruction of one split.
+    """Compute metrics of captions, perplexity, retrieval, alignment and reconstruction on one split.
 
     Raises:
-        UserError: no such model or data.
+        UserError: the model or the data do not exist.
     """
     from pipelines.caption import load_captioner
 
@@ -97,59 +97,61 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     train, held_out = data_of(config, pipeline)
     data = train if config.split == "train" else held_out
     if data is None:
-        raise UserError(f"the data of {config.model} has no held-out pairs; look at --split train")
+        raise UserError(f"the data of {config.model} has no held-out pairs; use --split train")
     rows = list(range(len(data)))
     if data is held_out:
         known = {name for batch in _batches(train, range(len(train))) for name in image_names(batch)}
         seen = [name in known for batch in _batches(data, rows) for name in image_names(batch)]
         rows = [row for row in rows if not seen[row]]
         if not rows:
-            raise UserError(f"all {len(data):,} held-out pictures of {config.model} are among those it trained on")
+            raise UserError(
+                f"all {len(data):,} held-out images of {config.model} are also training images; use --split train"
+            )
     rows = rows[: config.max_samples or None]
-    found = _over_batches(pipeline, data, rows, config)
-    references, told = found.pop("references"), found.pop("told")
+    results = _over_batches(pipeline, data, rows, config)
+    references, predictions = results.pop("references"), results.pop("predictions")
     first = [own[0] for own in references]
-    similarity, right = found.pop("similarity"), same_pairs(first, found.pop("pictures"))
+    similarity, matches = results.pop("similarity"), same_pairs(first, results.pop("image_names"))
     candidates = list(captions_of(train.captioned, train.config.caption_column))
     constant, constant_bleu = best_constant_caption(candidates, references)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "pairs": len(rows),
         **({"left_out": sum(seen)} if data is held_out else {}),
-        **caption_scores(told, references),
+        **caption_scores(predictions, references),
         "constant_caption": constant,
         "constant_caption_bleu_4": constant_bleu,
-        "exact_captions": sum(a in map(_plain, own) for a, own in zip(told, references)) / len(rows),
-        **found,
-        **retrieval_metrics(similarity, right),
-        **alignment_metrics(similarity, right, config.seed),
-        **_invented(pipeline, config.seed),
+        "exact_captions": sum(a in map(_plain, own) for a, own in zip(predictions, references)) / len(rows),
+        **results,
+        **retrieval_metrics(similarity, matches),
+        **alignment_metrics(similarity, matches, config.seed),
+        **_new_pairs(pipeline, config.seed),
     }
     if config.pictures:
-        _save_pictures(pipeline, data, rows, told, config)
+        _save_images(pipeline, data, rows, predictions, config)
     if config.output:
-        write_json(config.output, figures)
-    return figures
+        write_json(config.output, metrics)
+    return metrics
 
 
 def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """The pairs that the run trained on and those that it held out. Raises UserError."""
+    """Return the pairs that the run was trained on and those that it held out. Raises UserError."""
     run = next((f for f in _folders(Path(config.model).expanduser()) if (f / "config.yaml").is_file()), None)
     settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text()) if run else {}
     if not (config.dataset_name or settings):
-        raise UserError(f"{config.model} is no run that tells its data; name them with --dataset_name")
+        raise UserError(f"{config.model} is not in a run with a config.yaml that names its data; give --dataset_name")
     known = CaptionDataConfig.__dataclass_fields__
     chosen = {name: value for name, value in settings.items() if name in known}
     if config.dataset_name:
         chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
     chosen |= {"resolution": pipeline.model.config.sample_size, "image_fit": pipeline.config.image_fit}
     chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
-    # No picture is flipped or cut elsewhere than in its middle: they are looked at as the pipeline would.
+    # Images are not flipped and are cropped at their centre, as in the pipeline.
     chosen |= {"random_flip": False, "center_crop": True}
     return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0), every_caption=True)
 
 
 def image_names(batch: Mapping[str, Any]) -> list[str]:
-    """A name for each picture of a batch: equal ones have the same."""
+    """Return a name for each image of a batch; equal images have equal names."""
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["pixel_values"].contiguous()]
 
 
@@ -159,17 +161,17 @@ def _batches(data: CaptionedImages, rows: Sequence[int]) -> Iterator[Mapping[str
 
 
 def _folders(path: Path) -> list[Path]:
-    """A run's folder, whether it or something in it was named."""
+    """Return the folders that may be that of the run: `path` and its parents."""
     return [path, *path.parents[:4]]
 
 
 def _references(batch: Mapping[str, Any]) -> list[list[str]]:
-    """All captions of each picture."""
+    """Return all captions of each image."""
     return [own if isinstance(own, list) else [own] for own in batch["caption"]]
 
 
 def _plain(text: str) -> str:
-    """As captions are told: lower case, single spaces."""
+    """Normalize a caption like the predicted ones: lower case, single spaces."""
     return " ".join(text.lower().split())
 
 
@@ -177,14 +179,14 @@ def _plain(text: str) -> str:
 def _over_batches(
     pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionEvaluationConfig
 ) -> dict[str, Any]:
-    """Captions, latents' similarities and means over the pairs of `rows`."""
+    """Return captions, similarities of latents and mean metrics over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
     tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length, "longest")
     references: list[list[str]] = []
-    told: list[str] = []
-    pictures: list[str] = []
+    predictions: list[str] = []
+    names_of_images: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"image": [], "caption": []}
-    sums = {"told": 0.0, "repeated": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
+    sums = {"from_image": 0.0, "from_caption": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
     for batch in _batches(data, rows):
         pixels = batch["pixel_values"].to(device)
         own_references = _references(batch)
@@ -192,15 +194,15 @@ def _over_batches(
         ids, mask = text["input_ids"], text["attention_mask"]
         image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
         references += own_references
-        pictures += image_names(batch)
-        generators = [torch.Generator().manual_seed(config.seed + len(told) + i) for i in range(len(pixels))]
-        told += pipeline.caption(
+        names_of_images += image_names(batch)
+        generators = [torch.Generator().manual_seed(config.seed + len(predictions) + i) for i in range(len(pixels))]
+        predictions += pipeline.caption(
             (pixels + 1) / 2,
             num_beams=config.num_beams,
             num_candidates=config.num_candidates,
             generator=generators,
         )
-        for name, own in (("told", image), ("repeated", caption)):
+        for name, own in (("from_image", image), ("from_caption", caption)):
             losses, lengths = token_losses(model.caption_logits(own, ids), ids, mask)
             sums[name] += float(losses.sum())
         sums["tokens"] += float(lengths.sum())
@@ -213,22 +215,22 @@ def _over_batches(
     similarity = torch.cat(latents["image"]) @ torch.cat(latents["caption"]).T
     return {
         "references": references,
-        "told": told,
-        "pictures": pictures,
+        "predictions": predictions,
+        "image_names": names_of_images,
         "similarity": similarity.numpy().astype(np.float64),
-        "caption_loss": sums["told"] / sums["tokens"],
-        "perplexity": perplexity(sums["told"], sums["tokens"]),
-        "repeated_perplexity": perplexity(sums["repeated"], sums["tokens"]),
+        "caption_loss": sums["from_image"] / sums["tokens"],
+        "perplexity": perplexity(sums["from_image"], sums["tokens"]),
+        "repeated_perplexity": perplexity(sums["from_caption"], sums["tokens"]),
         **{name: sums[name] / len(rows) for name in ("psnr", "ssim", "drawn_psnr")},
     }
 
 
-def _invented(pipeline: Any, seed: int) -> dict[str, float]:
-    """How well the captions of invented pairs fit their pictures: the mean cosine, both encoded anew."""
+def _new_pairs(pipeline: Any, seed: int) -> dict[str, float]:
+    """Compute how well the captions of new pairs fit their images: the mean cosine after encoding both again."""
     if pipeline.prior is None:
         return {}
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(INVENTED)]
-    pairs = pipeline.sample(INVENTED, generator=generators, output_type="pt")
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(SAMPLED_PAIRS)]
+    pairs = pipeline.sample(SAMPLED_PAIRS, generator=generators, output_type="pt")
     fits = [i for i, caption in enumerate(pairs.captions) if caption]
     if len(fits) < 2:
         return {}
@@ -239,29 +241,31 @@ def _invented(pipeline: Any, seed: int) -> dict[str, float]:
     }
 
 
-def _save_pictures(
+def _save_images(
     pipeline: Any,
     data: CaptionedImages,
     rows: Sequence[int],
-    told: Sequence[str],
+    predictions: Sequence[str],
     config: CaptionEvaluationConfig,
 ) -> None:
-    """reconstructions, drawings and pairs, as PNGs named after the split."""
+    """Save reconstructions, generated images and new pairs as PNGs."""
     folder = Path(config.pictures or "")
-    shown = min(SHOWN, len(told))
-    step = len(told) // shown
-    places = [i * step for i in range(shown)]  # from all over the data, where neighbours are often alike
+    shown = min(SHOWN, len(predictions))
+    step = len(predictions) // shown
+    places = [i * step for i in range(shown)]  # spread over the data, because neighbouring rows are often similar
     batch = fetch(data, [SampleKey(rows[place], 0) for place in places])
     originals = pipeline.in_proportion([to_pil(image) for image in batch["pixel_values"]])
     latents = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
     restored: list[Image.Image] = pipeline.decode_latents(latents)
-    said = [f"as told: {told[place]}" for place in places]
+    predicted = [f"predicted: {predictions[place]}" for place in places]
     captions = [own[0] for own in _references(batch)]
-    truth = [f"truth: {text}" for text in captions]
-    save_png(_one_above_the_other(originals, truth, restored, said), folder / f"{config.split}_reconstructions.png")
+    references = [f"reference: {text}" for text in captions]
+    save_png(
+        _one_above_the_other(originals, references, restored, predicted), folder / f"{config.split}_reconstructions.png"
+    )
     drawn = pipeline.draw(captions).images
-    of_it = ["the picture of it"] * shown
-    save_png(_one_above_the_other(drawn, captions, originals, of_it), folder / f"{config.split}_drawings.png")
+    titles = ["original image"] * shown
+    save_png(_one_above_the_other(drawn, captions, originals, titles), folder / f"{config.split}_drawings.png")
     if pipeline.prior is not None:
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_pairs)]
         pairs = pipeline.sample(config.num_pairs, generator=generators)
@@ -271,7 +275,7 @@ def _save_pictures(
 def _one_above_the_other(
     above: Sequence[Image.Image], words: Sequence[str], below: Sequence[Image.Image], words_below: Sequence[str]
 ) -> Image.Image:
-    """Pictures above others, each with its words; wide ones in shorter rows."""
+    """Make a grid with each image above its counterpart, and captions; wide images are arranged in shorter rows."""
     columns = len(above) if above[0].width < 2 * above[0].height else math.ceil(len(above) / 2)
     images: list[Image.Image] = []
     captions: list[str] = []

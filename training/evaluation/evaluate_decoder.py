@@ -1,4 +1,4 @@
-"""Measure how well the poster decoder follows held-out briefs: its posters are read by encoder and abstractor.
+"""Measure how well the poster decoder follows held-out briefs: encoder and abstractor read the generated posters.
 
 python training/evaluation/evaluate_decoder.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_tiny \\
     --dataset_name data/posters_standard_64
@@ -33,43 +33,44 @@ class DecoderEvaluationConfig(Options):
     """Flags of evaluate_decoder.py."""
 
     model: str = ""
-    """The decoder: a run, a checkpoint or a pipeline"""
+    """Decoder: a run, a checkpoint or a pipeline"""
     reader: str = ""
-    """A run of train_abstractor.py that was given an encoder, for posters of the decoder's size"""
+    """Run of train_abstractor.py with --encoder, for posters of the decoder's size"""
     dataset_name: str = "data/posters_standard_64"
-    """Posters of data_scripts/make_posters.py, of the decoder's size"""
+    """Posters made with data_scripts/make_posters.py, of the decoder's size"""
     split: str = "test"
-    """Briefs are taken from here"""
+    """Split with the briefs"""
     num_briefs: int = option(64, at_least=3)
-    """How many of them"""
+    """Number of briefs"""
     num_inference_steps: int = 50
-    """Sampling steps"""
+    """Number of sampling steps"""
     guidance_scale: float = 2.0
-    """Classifier-free guidance"""
+    """Scale of classifier-free guidance"""
     scheduler: str | None = None
-    """Another sampler than the pipeline's own"""
+    """Scheduler to sample with; unset: the pipeline's own"""
     seed: int = 0
-    """Poster i is drawn from seed + i"""
+    """Random seed; poster i is generated with seed + i"""
     device: str | None = None
     """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid: str | None = None
-    """Where a grid of real, painted and read posters goes (PNG); unset: no grid"""
+    """File for a grid of real posters, generated posters and what is read from them (PNG); unset: no grid"""
     output: str | None = None
-    """Where the figures go (JSON); unset: only printed"""
+    """File for the metrics (JSON); unset: only printed"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         for name, what in (("model", "the decoder"), ("reader", "a run of train_abstractor.py")):
             if not getattr(self, name):
-                raise UserError(f"--{name} is missing; name {what}: a run, a checkpoint or a pipeline folder")
+                raise UserError(f"--{name} is missing; give {what}: a run, a checkpoint or a pipeline folder")
 
 
 def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
-    """Figures of `cycle_metrics` for painted posters, and for the real ones of the same briefs (`real_…`): what reading
-    alone costs.
+    """Compute `cycle_metrics` of generated posters and of the real posters of the same briefs (`real_…`).
+
+    The values for real posters show the errors of the reader alone.
 
     Raises:
-        UserError: no such model or data, or a reader that reads no pictures or no grammar.
+        UserError: a model or the data do not exist, or the models are not a decoder and a reader of posters.
     """
     from pipelines.tools.loading import load_on_device
     from training.data.briefs import brief_of
@@ -81,50 +82,51 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     _check_kinds(decoder, reader, config)
     if config.scheduler:
         decoder.set_scheduler(config.scheduler)
-    decoder.set_progress_bar_config(desc="painting posters")
+    decoder.set_progress_bar_config(desc="generating posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     require_poster_columns(rows, ["image", "palette", *NUMBER_COLUMNS], config.dataset_name)
     posters = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
     briefs = [brief_of(row) for row in posters]
-    painted: list[Image.Image] = []
+    generated: list[Image.Image] = []
     for start in range(0, len(briefs), BATCH):
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(start, len(briefs))[:BATCH]]
-        painted += decoder(
+        generated += decoder(
             briefs[start : start + BATCH],
             generator=generators,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         ).images
-    read = reader(painted)
-    figures = _figures(painted, read, posters)
-    real = _figures([row["image"] for row in posters], reader([row["image"] for row in posters]), posters)
-    figures |= {f"real_{name}": value for name, value in real.items()}
+    read = reader(generated)
+    metrics = _metrics(generated, read, posters)
+    real = _metrics([row["image"] for row in posters], reader([row["image"] for row in posters]), posters)
+    metrics |= {f"real_{name}": value for name, value in real.items()}
     if config.grid:
-        shown = [[row["image"], image, mark] for row, image, mark in zip(posters, painted, read.overlays)][:GRID_BRIEFS]
-        titles = ["a real poster of this brief", "painted", "as it is read"]
+        columns = zip(posters, generated, read.overlays)
+        shown = [[row["image"], image, overlay] for row, image, overlay in columns][:GRID_BRIEFS]
+        titles = ["real poster of this brief", "generated", "as read"]
         words = [brief.describe() for brief in briefs[:GRID_BRIEFS]]
         save_png(comparison_grid(shown, titles, row_titles=words), config.grid)
     if config.output:
-        write_json(config.output, figures)
-    return figures
+        write_json(config.output, metrics)
+    return metrics
 
 
 def _check_kinds(decoder: Any, reader: Any, config: DecoderEvaluationConfig) -> None:
     if not hasattr(decoder, "brief_encoder"):
-        raise UserError(f"--model {config.model} is a {type(decoder).__name__}; name a run of train_decoder.py")
+        raise UserError(f"--model {config.model} is a {type(decoder).__name__}; give a run of train_decoder.py")
     if getattr(reader, "encoder", None) is None or getattr(reader, "abstractor", None) is None:
-        raise UserError(f"--reader {config.reader} must be a run of train_abstractor.py that was given an --encoder")
+        raise UserError(f"--reader {config.reader} cannot read posters; give a train_abstractor.py run with --encoder")
 
 
-def _figures(images: Sequence[Image.Image], read: Any, posters: Sequence[dict[str, Any]]) -> dict[str, float]:
-    asked = np.array([[row[name] for name in GRAMMAR] for row in posters])
-    found = np.array([[numbers[name] for name in GRAMMAR] for numbers in read.grammar])
+def _metrics(images: Sequence[Image.Image], read: Any, posters: Sequence[dict[str, Any]]) -> dict[str, float]:
+    target = np.array([[row[name] for name in GRAMMAR] for row in posters])
+    grammar = np.array([[numbers[name] for name in GRAMMAR] for numbers in read.grammar])
     pixels = [np.asarray(image.convert("RGB")) for image in images]
     outside = [features[1] < 0.5 for features in read.features]
     distances = [[palette_distance(p, o, row["palette"]) for row in posters] for p, o in zip(pixels, outside)]
     return cycle_metrics(
-        asked,
-        found,
+        target,
+        grammar,
         np.array([row["pictures"] for row in posters]),
         np.array([counts["pictures"] for counts in read.counts]),
         np.array(distances),

@@ -1,4 +1,4 @@
-"""Measure how well posters of latent diffusion follow held-out briefs, and draw a grid of them.
+"""Measure how well posters from latent diffusion follow held-out briefs, and save a grid of them.
 
 python training/evaluation/evaluate_posters.py --model runs/quickstart/latent_diffusion
 """
@@ -28,33 +28,33 @@ class EvaluationConfig(Options):
     """Flags of evaluate_posters.py."""
 
     model: str = ""
-    """A run, a checkpoint or a pipeline"""
+    """Latent diffusion model: a run, a checkpoint or a pipeline"""
     dataset_name: str = "data/posters_64"
-    """Posters of data_scripts/make_posters.py"""
+    """Posters made with data_scripts/make_posters.py"""
     split: str = "test"
-    """Briefs are taken from here"""
+    """Split with the briefs"""
     num_briefs: int = 64
-    """How many of them"""
+    """Number of briefs"""
     num_inference_steps: int = 25
-    """Sampling steps"""
+    """Number of sampling steps"""
     guidance_scale: float = 2.5
-    """Classifier-free guidance"""
+    """Scale of classifier-free guidance"""
     scheduler: str | None = None
-    """Another sampler than the pipeline's own"""
+    """Scheduler to sample with; unset: the pipeline's own"""
     seed: int = 0
-    """Poster i is drawn from seed + i"""
+    """Random seed; poster i is generated with seed + i"""
     device: str | None = None
     """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
     grid_rows: int = 8
-    """Briefs shown in the grid"""
+    """Number of briefs in the grid"""
     grid: str | None = None
-    """Where the grid goes (PNG); unset: no grid"""
+    """File for the grid (PNG); unset: no grid"""
     output: str | None = None
-    """Where the figures go (JSON); unset: only printed"""
+    """File for the metrics (JSON); unset: only printed"""
 
 
 def generate(pipeline: Any, prompts: Sequence[str], config: EvaluationConfig, variant: int = 0) -> list[Image.Image]:
-    """One poster per prompt, each from a seed of its own."""
+    """Generate one poster per prompt, each with a different seed."""
     generators = [torch.Generator().manual_seed(config.seed + i + 10_000 * variant) for i in range(len(prompts))]
     return pipeline(
         list(prompts),
@@ -65,10 +65,10 @@ def generate(pipeline: Any, prompts: Sequence[str], config: EvaluationConfig, va
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, float]:
-    """Figures of `measure_posters`; writes the grid and the JSON file where they were asked for.
+    """Compute `measure_posters` for generated posters, and write the grid and the JSON file if requested.
 
     Raises:
-        UserError: no such model or data.
+        UserError: the model or the data do not exist.
     """
     from pipelines.tools.loading import load_on_device
     from training.data.images import DataConfig, load_split
@@ -77,23 +77,23 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
     pipeline = load_on_device(config.model, config.device)
     if config.scheduler:
         pipeline.set_scheduler(config.scheduler)
-    pipeline.set_progress_bar_config(desc="drawing posters")
+    pipeline.set_progress_bar_config(desc="generating posters")
     rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
     if "palette" not in rows.column_names:
         maker = command("data_scripts/make_posters.py")
-        raise UserError(f"{config.dataset_name} holds no briefs; give posters that {maker} made")
+        raise UserError(f"{config.dataset_name} has no briefs; give posters made with {maker}")
     briefs = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
     posters = generate(pipeline, [brief["text"] for brief in briefs], config)
-    figures = measure_posters(posters, briefs, [brief["image"] for brief in briefs])
+    metrics = measure_posters(posters, briefs, [brief["image"] for brief in briefs])
     if config.grid:
         save_png(_grid(pipeline, briefs, posters, config), config.grid)
     if config.output:
-        write_json(config.output, figures)
-    return figures
+        write_json(config.output, metrics)
+    return metrics
 
 
 def _grid(pipeline: Any, briefs: list[dict], posters: list[Image.Image], config: EvaluationConfig) -> Image.Image:
-    """Rows are briefs, of as many styles as there are: a real poster of the brief, and three generated ones."""
+    """Make a grid with one row per brief, with varied styles: a real poster and three generated ones."""
     shown: list[int] = []
     while True:
         fresh = [i for i in range(len(briefs)) if i not in shown]
@@ -104,14 +104,14 @@ def _grid(pipeline: Any, briefs: list[dict], posters: list[Image.Image], config:
     prompts = [briefs[i]["text"] for i in shown]
     more = [generate(pipeline, prompts, config, variant) for variant in (1, 2)]
     rows = [[briefs[i]["image"], posters[i], *(m[n] for m in more)] for n, i in enumerate(shown)]
-    titles = ["a real poster of this brief", "generated", "generated", "generated"]
+    titles = ["real poster of this brief", "generated", "generated", "generated"]
     return comparison_grid(rows, titles, row_titles=prompts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(EvaluationConfig, argv, description=__doc__)
     if not config.model:
-        raise UserError("no model was named; give --model a run, a checkpoint or a pipeline folder")
+        raise UserError("--model is missing; give a run, a checkpoint or a pipeline folder")
     for name, value in evaluate(config).items():
         print(f"{name} {value:.3f}")
 

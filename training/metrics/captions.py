@@ -1,6 +1,6 @@
-"""How good captions are, and how well pictures and captions find each other; pure functions.
+"""Metrics of captions, of retrieval and of the alignment of images and captions; pure functions.
 
-N pairs, D latent vector.
+N pairs.
 """
 
 from __future__ import annotations
@@ -18,45 +18,47 @@ RANKS = (1, 5, 10)
 COMPARISONS = 1_000_000
 
 
-def caption_scores(told: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-1 to BLEU-4 (Papineni et al. 2002) and chrF (Popović 2015) of N captions, 0 to 100, by sacrebleu.
+def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Compute BLEU-1 to BLEU-4 (Papineni et al. 2002) and chrF (Popović 2015) of N captions with sacrebleu, 0 to 100.
 
-    Upper and lower case are the same.
+    Case is ignored.
 
     Args:
-        references: N times what is right, one caption or several: an n-gram counts that any of them has, and chrF is
-            that of the nearest.
+        predictions: one predicted caption for each of N images.
+        references: one or several reference captions for each image. An n-gram counts if any of them has it, and chrF
+            is that of the closest one.
 
     Raises:
-        ValueError: another number of captions than of references, or a picture without any.
+        ValueError: the numbers of predictions and references differ, or an image has no reference.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    if len(told) != len(references) or not told:
-        raise ValueError(f"{len(told)} captions for the references of {len(references)} pictures")
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(f"{len(predictions)} captions for the references of {len(references)} images")
     streams = _streams(references)
     scores = {
-        f"bleu_{order}": BLEU(lowercase=True, max_ngram_order=order).corpus_score(list(told), streams).score
+        f"bleu_{order}": BLEU(lowercase=True, max_ngram_order=order).corpus_score(list(predictions), streams).score
         for order in ORDERS
     }
-    return scores | {"chrf": CHRF(lowercase=True).corpus_score(list(told), streams).score}
+    return scores | {"chrf": CHRF(lowercase=True).corpus_score(list(predictions), streams).score}
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
-    """As sacrebleu wants them: the first of each picture, the second of each, and so on; None where it has no more."""
+    """Arrange references for sacrebleu: the first of each image, the second of each, and so on, padded with None."""
     if not all(references):
-        raise ValueError(f"{sum(not own for own in references)} of {len(references)} pictures have no reference")
+        raise ValueError(f"{sum(not own for own in references)} of {len(references)} images have no reference")
     return [list(stream) for stream in itertools.zip_longest(*references)]
 
 
 def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[str, float]:
-    """The one caption that, said of every picture, has the highest BLEU-4, and its BLEU-4.
+    """Return the caption with the highest BLEU-4 if it is predicted for every image, and its BLEU-4.
 
-    It is chosen by the references themselves, so that no other of those tried does better.
+    It is a baseline: a model that ignores its images can score this much.
 
     Args:
-        candidates: of all these, or where that would take minutes, of those that share most words with the references.
-        references: of each picture, as in `caption_scores`.
+        candidates: captions to try. If trying all would take minutes, only those that share the most words with the
+            references are tried.
+        references: the references of each image, as in `caption_scores`.
     """
     from sacrebleu.metrics import BLEU
 
@@ -72,60 +74,61 @@ def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequen
 
 
 def perplexity(total_loss: float, tokens: float) -> float:
-    """exp of the mean cross-entropy per token."""
+    """Compute exp of the mean cross-entropy per token."""
     return math.exp(total_loss / tokens)
 
 
-def same_pairs(captions: Sequence[str], pictures: Sequence[str] | None = None) -> np.ndarray:
-    """Which pairs have one caption or one picture. N × N, bool.
+def same_pairs(captions: Sequence[str], images: Sequence[str] | None = None) -> np.ndarray:
+    """Return which pairs have the same caption or the same image. N × N, bool.
 
     Args:
-        captions: N.
-        pictures: N, something that is equal for equal pictures; None where all are different.
+        captions: N captions.
+        images: N strings that are equal for equal images; None if all images are different.
     """
     same = np.zeros((len(captions), len(captions)), dtype=bool)
-    for names in filter(None, (list(captions), list(pictures or []))):
+    for names in filter(None, (list(captions), list(images or []))):
         values = np.array(names)
         same |= values[:, None] == values[None]
     return same
 
 
-def retrieval_metrics(similarity: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Recall at 1, 5 and 10, from pictures to captions and back: whether a right answer is among the first so many.
+def retrieval_metrics(similarity: np.ndarray, matches: np.ndarray) -> dict[str, float]:
+    """Compute recall at 1, 5 and 10 from images to captions and back: how often a match is among the first k results.
 
     Args:
-        similarity: N × N, of picture i with caption j.
-        right: N × N, bool: which captions are right answers to which pictures (`same_pairs`).
+        similarity: N × N, of image i with caption j.
+        matches: N × N, bool, which captions match which images (`same_pairs`).
     """
-    figures: dict[str, float] = {}
-    for name, scores, answers in (("image_to_text", similarity, right), ("text_to_image", similarity.T, right.T)):
-        # The rank of the best right answer: how many wrong ones are at least as near, ties counting against it.
-        best = np.where(answers, scores, -np.inf).max(1, keepdims=True)
-        ahead = (~(scores < best) & ~answers).sum(1)  # so that what is no number is never found
-        figures |= {f"{name}_recall_{k}": float((ahead < k).mean()) for k in RANKS}
-    return figures
+    metrics: dict[str, float] = {}
+    for name, scores, positives in (("image_to_text", similarity, matches), ("text_to_image", similarity.T, matches.T)):
+        # The rank of the best match is the number of mismatched candidates with at least the same similarity.
+        best = np.where(positives, scores, -np.inf).max(1, keepdims=True)
+        ahead = (~(scores < best) & ~positives).sum(1)  # not `>=`, so that NaN counts against the model
+        metrics |= {f"{name}_recall_{k}": float((ahead < k).mean()) for k in RANKS}
+    return metrics
 
 
-def alignment_metrics(similarity: np.ndarray, right: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean cosine of true pairs and of shuffled ones, with standard errors of the means.
+def alignment_metrics(similarity: np.ndarray, matches: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Compute the mean cosine of true pairs and of shuffled pairs, with the standard errors of the means.
 
     Args:
-        similarity: N × N cosines, of picture i with caption j.
-        right: N × N, bool, as in `retrieval_metrics`; a shuffled pair that is right is left out.
+        similarity: N × N cosines, of image i with caption j.
+        matches: N × N, bool, as in `retrieval_metrics`; shuffled pairs that match are left out.
+        seed: seed of the shuffle.
 
     Returns:
-        alignment, alignment_shuffled, each with _standard_error; and alignment_gap, their difference in standard errors
-        of the difference.
+        alignment and alignment_shuffled, each with its _standard_error, and alignment_gap, their difference divided by
+        the standard error of the difference.
     """
     true = np.diag(similarity)
     order = np.random.default_rng(seed).permutation(len(true))
-    wrong = ~right[np.arange(len(true)), order]
-    shuffled = similarity[np.arange(len(true)), order][wrong]
+    mismatched = ~matches[np.arange(len(true)), order]
+    shuffled = similarity[np.arange(len(true)), order][mismatched]
     means = {"alignment": true, "alignment_shuffled": shuffled}
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, values in means.items():
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-        figures |= {name: float(values.mean()) if len(values) else math.nan, f"{name}_standard_error": error}
-    spread = math.hypot(figures["alignment_standard_error"], figures["alignment_shuffled_standard_error"])
-    gap = figures["alignment"] - figures["alignment_shuffled"]
-    return figures | {"alignment_gap": gap / spread if spread > 0 else math.nan}
+        metrics |= {name: float(values.mean()) if len(values) else math.nan, f"{name}_standard_error": error}
+    spread = math.hypot(metrics["alignment_standard_error"], metrics["alignment_shuffled_standard_error"])
+    gap = metrics["alignment"] - metrics["alignment_shuffled"]
+    return metrics | {"alignment_gap": gap / spread if spread > 0 else math.nan}

@@ -1,6 +1,6 @@
-"""Does a model do what its control says? Pictures read back and compared with their controls; pure arithmetic beside.
+"""Metrics of how well a model follows its control: generated images are read and compared with their controls.
 
-B pictures, C control channels, H W pixels.
+B images, C control channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from training.objectives.segmentation import one_hot
 
 MASKS = ("text_mask", "image_mask")
 IGNORED_BELOW = 2.0
-"""Standard errors: a difference below this is noise"""
+"""In standard errors; a smaller difference counts as noise"""
 
 
 class ControlReader:
-    """Reads control channels from pictures, with a layout encoder or the segmentation head of an autoencoder.
+    """Reads control channels from images, with a layout encoder or the segmentation head of an autoencoder.
 
     Args:
         path: a run, checkpoint or pipeline of train_encoder.py (or train_abstractor.py), or of train_autoencoder.py
             with a segmentation head.
-        kind, names, channels: of the control.
+        kind, names, channels: kind, channel names and number of channels of the control.
 
     Raises:
-        UserError: no such model, or one that does not read these channels.
+        UserError: the model does not exist or does not read these channels.
     """
 
     def __init__(self, path: str, kind: str, names: Sequence[str], channels: int):
@@ -44,23 +44,23 @@ class ControlReader:
         if not readable or kind == "classes" and known != channels:
             raise UserError(
                 f"--reader {path} does not read this control ({channels} channels of kind {kind}: "
-                f"{', '.join(names) or 'pictures'}); a layout encoder reads {' and '.join(MASKS)} or its colour roles, "
-                "an autoencoder with a segmentation head as many class ids as it knows"
-                + (f" (this one {known})" if known and kind == "classes" else "")
+                f"{', '.join(names) or 'images'}); a layout encoder reads {' and '.join(MASKS)} or its colour roles, "
+                "an autoencoder with a segmentation head reads its classes"
+                + (f" (this model has {known} classes)" if known and kind == "classes" else "")
             )
         self._read = self._layout if reads_layout else self._segments
         self.module.requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` (B 3 H W in [-1, 1], on any device) → B C H W, bool, on the same device."""
+        """Read `images` (B 3 H W in [-1, 1], on any device): B C H W, bool, on the same device."""
         return self._read(images.to(self.module.device)).to(images.device)
 
     def _layout(self, images: Tensor) -> Tensor:
-        found = self.module(images)
+        output = self.module(images)
         if self.kind == "classes":
-            return one_hot(found.color_role.argmax(1), found.color_role.shape[1]).bool()
-        return torch.cat([found[name] > 0 for name in self.names], 1)
+            return one_hot(output.color_role.argmax(1), output.color_role.shape[1]).bool()
+        return torch.cat([output[name] > 0 for name in self.names], 1)
 
     def _segments(self, images: Tensor) -> Tensor:
         latents: Any = self.module.encode(images).latent_dist.mode()
@@ -69,27 +69,30 @@ class ControlReader:
 
 
 def control_iou(read: Tensor, control: Tensor) -> Tensor:
-    """Intersection over union of what was read and what was asked, mean over the channels that either has. B, [0, 1].
+    """Compute the intersection over union of read and target channels, mean over channels that are not empty in both.
 
     Args:
-        read: B C H W, bool.
-        control: B C H W in [0, 1]; above 0.5 is asked for.
+        read: B C H W, bool, the channels that were read from images.
+        control: B C H W in [0, 1]; pixels above 0.5 are the target.
+
+    Returns:
+        B, in [0, 1]; 1 if all channels are empty in both.
     """
-    asked = control > 0.5
-    both = (read & asked).flatten(2).sum(2).float()
-    either = (read | asked).flatten(2).sum(2).float()
+    target = control > 0.5
+    both = (read & target).flatten(2).sum(2).float()
+    either = (read | target).flatten(2).sum(2).float()
     there = either > 0
     shares = torch.where(there, both / either.clamp(min=1), torch.zeros_like(both))
     return torch.where(there.any(1), shares.sum(1) / there.sum(1).clamp(min=1), torch.ones_like(shares[:, 0]))
 
 
 def others(batch: Tensor) -> Tensor:
-    """For each sample the control of another: the next one's; a lone sample gets its own upside down."""
+    """Return for each sample the control of the next sample; a single sample gets its own, upside down."""
     return batch.roll(1, 0) if len(batch) > 1 else batch.flip(-2)
 
 
 def in_standard_errors(total: float, squares: float, count: float) -> float:
-    """Mean over standard error of paired differences, from their sum and sum of squares; 0 for fewer than two."""
+    """Compute mean / standard error of paired differences from their sum and sum of squares; 0 for fewer than two."""
     if count < 2:
         return 0.0
     mean = total / count
@@ -100,11 +103,11 @@ def in_standard_errors(total: float, squares: float, count: float) -> float:
 
 
 def control_sums(predictions: Sequence[Tensor], losses: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What `control_metrics` is made from, for one batch: numbers that can be added up.
+    """Compute the sums over one batch from which `control_metrics` are calculated.
 
     Args:
-        predictions: of the model with the true control, without one, and with another sample's; B C h w each.
-        losses: of the same; B each.
+        predictions: predictions with the true control, without control, and with that of another sample; B C h w each.
+        losses: losses of these predictions; B each.
     """
     true, none, shuffled = predictions
     sums = {"count": torch.tensor(len(true)), **_gain_sums("gain", losses[2] - losses[0])}
@@ -116,10 +119,11 @@ def control_sums(predictions: Sequence[Tensor], losses: Sequence[Tensor]) -> dic
 
 
 def iou_sums(read: Tensor | None, control: Tensor) -> dict[str, Tensor]:
-    """What `control_metrics` is made from, for generated images that were read; `read`, `control`: B C H W.
+    """Compute the sums over generated images from which `control_metrics` are calculated.
 
     Args:
-        read: None where no image of the batch was generated.
+        read: B C H W, the channels read from the images; None if no images were generated for this batch.
+        control: B C H W, their controls.
     """
     if read is None:
         return dict.fromkeys(("read", "iou", "iou_shuffled", "iou_gain", "iou_gain_squares"), torch.tensor(0.0))
@@ -133,10 +137,10 @@ def _gain_sums(name: str, gain: Tensor) -> dict[str, Tensor]:
 
 
 def control_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Losses with the true control, without one and with another sample's, and how much the prediction changes.
+    """Compute losses with the true control, without control and with that of another sample, and sensitivities.
 
-    Sensitivity is the root mean square change of the prediction, relative to the prediction. IoUs are of the generated
-    images, where there were any.
+    A sensitivity is the root mean square change of the prediction relative to the prediction. IoUs of generated images
+    are included if there are any.
     """
     count = sums["count"]
     metrics = {

@@ -1,4 +1,4 @@
-"""How close two pictures are (PSNR and SSIM), and from tensors to pictures; pure functions.
+"""Similarity of images (PSNR and SSIM), and conversion of tensors to images; pure functions.
 
 images: B 3 H W in [-1, 1].
 """
@@ -15,19 +15,19 @@ WINDOW_SIGMA = 1.5
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, of pixel values clamped to [-1, 1] (a peak of 2); 100 for equal pictures. B."""
+    """Compute the peak signal-to-noise ratio in dB of values clamped to [-1, 1] (peak 2); 100 for equal images. B."""
     error = (images.float().clamp(-1, 1) - references.float().clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004): 11×11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03. B.
+    """Compute structural similarity (Wang et al. 2004): Gaussian window 11×11, sigma 1.5, K1 = 0.01, K2 = 0.03. B.
 
     Raises:
-        ValueError: pictures smaller than the window.
+        ValueError: the images are smaller than the window.
     """
     if min(images.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {WINDOW}×{WINDOW} pixels, these are {tuple(images.shape)}")
+        raise ValueError(f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, these are {tuple(images.shape)}")
     x, y = images.float().clamp(-1, 1), references.float().clamp(-1, 1)
     offsets = torch.arange(WINDOW, dtype=torch.float32, device=x.device) - WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * WINDOW_SIGMA**2))
@@ -49,6 +49,6 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image, 3 H W in [-1, 1], as a picture; values outside are clamped."""
+    """Convert one image, 3 H W in [-1, 1], to a Pillow image; values outside this range are clamped."""
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

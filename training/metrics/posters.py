@@ -1,15 +1,15 @@
-"""Read a poster's picture and compare it with its brief, by image analysis alone; real posters check the reader itself.
+"""Metrics of how well posters follow their briefs, by image analysis alone; real posters show how well this works.
 
-Legend: a poster is H × W × 3, uint8 RGB (NumPy, PIL or torch), square, of a `plain` dataset. A brief is a row of the
-posters' dataset (or a dict with its `palette`, `background`, `pictures` and `title_position`).
+Legend: a poster is H × W × 3, uint8 RGB (NumPy, PIL or torch), square, and of a `plain` dataset. A brief is a row of
+the posters' dataset (or a dict with its `palette`, `background`, `pictures` and `title_position`).
 
-What is read, at 64 px (larger posters are averaged down first):
-- pictures: patches of the cool monochrome that `plain` pictures are printed in, as large and as solid as a picture;
-- the title: the ten rows whose pixels go back and forth most often between the ink and the background;
-- the background: the colour name that most pixels outside pictures are nearest to.
+The reader works at 64 px (larger posters are averaged down first) and finds:
+- pictures: patches of the cool monochrome in which `plain` pictures are printed, as large and as solid as a picture;
+- the title: the eight consecutive rows whose pixels change most often between ink and background;
+- the background: the colour name that is nearest to most pixels outside pictures.
 
-The reader knows the palette that was asked for, never where things were asked for. A poster of whose pixels less than
-half have a colour of the palette or of a picture is unreadable, and unreadable is wrong whatever the brief says.
+The reader knows the palette of the brief, but not the positions. A poster is unreadable if less than half of its pixels
+have a colour of the palette or of a picture; an unreadable poster counts as wrong for every brief.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ Brief = Mapping[str, Any]
 
 READING_PIXELS = 64
 PALETTE_DISTANCE = 40.0
-"""A pixel has a colour of the palette within this RGB distance of it."""
+"""Maximum RGB distance of a pixel from a colour of the palette"""
 
 TONE_DISTANCE = 28.0
-"""How far from the pictures' monochrome a pixel may lie."""
+"""Maximum RGB distance of a pixel from the pictures' monochrome"""
 TONE_RANGE = (56.0, 250.0)
 SMALLEST_PICTURE = 10
-"""Least width and height of a picture in pixels (the generator's smallest is 14 inside its frame)."""
+"""Minimum width and height of a picture in pixels (the smallest picture of the generator has 14 inside its frame)"""
 LEAST_FILL = 0.6
-"""Least share of a picture's box that has its tones."""
+"""Minimum fraction of the pixels in a picture's box that have its tones"""
 
 TITLE_ROWS = 8
 INK_LINE_DISTANCE = 45.0
-"""How far from the straight line between background and ink a pixel of a letter (edges included) may lie."""
+"""Maximum RGB distance of a letter's pixels, including its edges, from the line between background and ink colour"""
 INK_FROM, INK_TO = 0.3, 0.6
-"""Where on that line a pixel starts to count as ink, and where it counts in full."""
+"""Positions on that line from which a pixel counts as ink in part, and in full"""
 LEAST_CROSSINGS = 3.0
-"""A title row crosses between ink and background at least so often (counted softly)."""
+"""Minimum number of changes between ink and background in a row of the title; partial changes count in part"""
 CLEAR_LEAD = 1.25
-"""The title's rows must cross so many times more often than any rows elsewhere."""
+"""Minimum ratio of the changes in the title's rows to those in any other rows"""
 
 
 def reading_copy(image: Any) -> np.ndarray:
-    """The poster as READING_PIXELS × READING_PIXELS × 3, float32, 0..255.
+    """Return the poster as READING_PIXELS × READING_PIXELS × 3, float32, 0..255.
 
     Raises:
-        ValueError: not a square RGB picture whose side is a multiple of 64.
+        ValueError: the poster is not a square RGB image whose side is a multiple of 64.
     """
     pixels = np.asarray(image)
     if (
@@ -67,7 +67,7 @@ def reading_copy(image: Any) -> np.ndarray:
 
 
 def find_pictures(image: Any) -> list[tuple[int, int, int, int]]:
-    """Boxes (x0, y0, x1, y1; pixels of the 64 px copy, ends excluded) of the pictures in the poster."""
+    """Return the boxes (x0, y0, x1, y1; pixels of the 64 px copy, ends excluded) of the pictures in the poster."""
     pixels = reading_copy(image)
     solid = _dilated(_eroded(_has_picture_tone(pixels)))
     boxes = []
@@ -80,18 +80,18 @@ def find_pictures(image: Any) -> list[tuple[int, int, int, int]]:
 
 
 def is_readable(image: Any, brief: Brief) -> bool:
-    """Whether at least half of the pixels are of the asked palette or of a picture."""
+    """Return whether at least half of the pixels have a colour of the brief's palette or of a picture."""
     pixels = reading_copy(image)
     return bool((_near_palette(pixels, brief["palette"]) | _has_picture_tone(pixels)).mean() >= 0.5)
 
 
 def count_pictures(image: Any, brief: Brief) -> int | None:
-    """How many pictures the poster shows; None when it is unreadable."""
+    """Return the number of pictures on the poster, or None if it is unreadable."""
     return len(find_pictures(image)) if is_readable(image, brief) else None
 
 
 def read_title_position(image: Any, brief: Brief) -> str | None:
-    """'top', 'middle' or 'bottom': the third of the page in which the title is; None when no title stands out."""
+    """Return the third of the page with the title, 'top', 'middle' or 'bottom'; None if no title stands out."""
     if not is_readable(image, brief):
         return None
     crossings = _ink_crossings(image, brief)
@@ -105,7 +105,7 @@ def read_title_position(image: Any, brief: Brief) -> str | None:
 
 
 def background_color_name(image: Any) -> str:
-    """The name in COLORS that most pixels outside the pictures are nearest to."""
+    """Return the name in COLORS that is nearest to most pixels outside the pictures."""
     pixels = reading_copy(image)[~_picture_mask(image)]
     table = np.array(list(COLORS.values()), dtype=np.float32)
     nearest = color_distance(pixels[:, None], table).argmin(axis=1)
@@ -113,37 +113,38 @@ def background_color_name(image: Any) -> str:
 
 
 def palette_share(image: Any, palette: Sequence[str]) -> float:
-    """Share of the pixels outside the pictures that lie within PALETTE_DISTANCE of a colour of `palette` (#rrggbb).
+    """Return the fraction of pixels outside pictures within PALETTE_DISTANCE of a colour of `palette` (#rrggbb).
 
-    Pictures are found by the reader itself, in real and in generated posters alike: what does not look like a picture
-    gets no pardon for its colours.
+    Pictures are detected in real and in generated posters alike, so that only regions that look like pictures are left
+    out.
     """
     outside = ~_picture_mask(image)
     return float(_near_palette(reading_copy(image), palette)[outside].mean()) if outside.any() else 0.0
 
 
 def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Sequence[Any]) -> dict[str, float]:
-    """How well generated posters follow their briefs, and what the same reader says of real posters of the same briefs.
+    """Compute how well generated posters follow their briefs, and the same for real posters of these briefs.
 
     Args:
         generated, real: N posters each, in the order of `briefs`.
 
     Returns:
-        background_color_share: share of the generated posters whose background is nearest to the asked colour's name.
-        palette_share_ratio: mean share of pixels within RGB distance 40 of one of the asked colours, pictures left out,
-            over the same mean for the real posters. (A blank poster's is above 1: read it with the other figures.)
-        title_position_share: share of the generated posters whose title is where the brief says.
-        picture_count_share: share with the right number of pictures.
+        background_color_share: fraction of generated posters whose background colour is that of the brief.
+        palette_share_ratio: mean fraction of pixels outside pictures that have a colour of the brief's palette, divided
+            by the same mean for the real posters. (It is above 1 for a blank poster, so do not use it alone.)
+        title_position_share: fraction of generated posters whose title is at the position in the brief.
+        picture_count_share: fraction of generated posters with the number of pictures in the brief.
         reader_background_color_share_real, reader_title_position_share_real, reader_picture_count_share_real: the same
-            on the real posters: what a perfect model would be given.
+            for the real posters, which is what a perfect model would reach.
         <name>_standard_error: one standard error of each share (binomial, N posters) and of the ratio (over posters).
 
     Raises:
-        ValueError: the three have different lengths, or are empty.
+        ValueError: the three sequences have different lengths or are empty.
     """
     if not len(generated) == len(briefs) == len(real) > 0:
         raise ValueError(
-            f"as many posters as briefs, at least one: got {len(generated)}, {len(briefs)} and {len(real)}"
+            f"expected the same number (at least 1) of generated posters, briefs and real posters; got "
+            f"{len(generated)}, {len(briefs)} and {len(real)}"
         )
     shares = {
         "background_color_share": _agreement(generated, briefs, _background_agrees),
@@ -153,11 +154,12 @@ def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Seq
         "reader_title_position_share_real": _agreement(real, briefs, _title_agrees),
         "reader_picture_count_share_real": _agreement(real, briefs, _pictures_agree),
     }
-    made = np.array([palette_share(image, brief["palette"]) for image, brief in zip(generated, briefs)])
-    asked = np.array([palette_share(image, brief["palette"]) for image, brief in zip(real, briefs)])
-    ratio = float(made.mean() / max(asked.mean(), 1e-9))
+    generated_shares = np.array([palette_share(image, brief["palette"]) for image, brief in zip(generated, briefs)])
+    real_shares = np.array([palette_share(image, brief["palette"]) for image, brief in zip(real, briefs)])
+    ratio = float(generated_shares.mean() / max(real_shares.mean(), 1e-9))
     errors = {f"{name}_standard_error": math.sqrt(share * (1 - share) / len(briefs)) for name, share in shares.items()}
-    ratio_error = float((made - ratio * asked).std() / max(asked.mean(), 1e-9) / math.sqrt(len(briefs)))
+    residuals = generated_shares - ratio * real_shares
+    ratio_error = float(residuals.std() / max(real_shares.mean(), 1e-9) / math.sqrt(len(briefs)))
     return {**shares, "palette_share_ratio": ratio, **errors, "palette_share_ratio_standard_error": ratio_error}
 
 
@@ -183,7 +185,7 @@ def _near_palette(pixels: np.ndarray, palette: Sequence[str]) -> np.ndarray:
 
 
 def _has_picture_tone(pixels: np.ndarray) -> np.ndarray:
-    """Which pixels lie near the line tone × PICTURE_TINT."""
+    """Return which pixels are near the line tone × PICTURE_TINT."""
     tint = np.array(PICTURE_TINT, dtype=np.float32)
     tone = pixels @ tint / (tint @ tint)
     near = color_distance(pixels, np.minimum(tone[..., None] * tint, 255)) <= TONE_DISTANCE
@@ -198,16 +200,16 @@ def _picture_mask(image: Any) -> np.ndarray:
 
 
 def _ink_crossings(image: Any, brief: Brief) -> np.ndarray:
-    """How often each row goes from background to ink or back (64 numbers), pictures and their frames left out."""
+    """Count the changes between background and ink in each of the 64 rows, without pictures and their frames."""
     pixels = reading_copy(image)
     background = np.array(COLORS[brief["background"]], dtype=np.float32)
     ink = np.array(rgb_color(brief["palette"][-1]), dtype=np.float32)
     line = ink - background
     along = np.clip((pixels - background) @ line / (line @ line), 0, 1)
     off_line = color_distance(pixels, background + along[..., None] * line) > INK_LINE_DISTANCE
-    # The blurred edge of a shape passes near the line at its background end: count from a third of the way on.
+    # The blurred edge of a shape is near the background end of the line, so ink counts from a third of the line on.
     inkness = np.clip((along - INK_FROM) / (INK_TO - INK_FROM), 0, 1)
-    # A shape's colour may lie on the line (pink between red and cream); it is still no letter.
+    # A shape's colour may be on the line (pink between red and cream), but a shape is not a letter.
     shapes = brief["palette"][1:-1]
     inkness[off_line | _near_palette(pixels, shapes)] = 0.0
     for x0, y0, x1, y1 in find_pictures(image):
@@ -216,7 +218,7 @@ def _ink_crossings(image: Any, brief: Brief) -> np.ndarray:
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Pixels whose 3 × 3 neighbourhood is all set (outside counts as unset)."""
+    """Return the pixels whose whole 3 × 3 neighbourhood is set (outside counts as not set)."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return np.logical_and.reduce([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
@@ -229,7 +231,7 @@ def _dilated(mask: np.ndarray) -> np.ndarray:
 
 
 def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The 4-connected parts of `mask`, each as (ys, xs)."""
+    """Return the 4-connected components of `mask`, each as (ys, xs)."""
     left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask))}
     parts = []
     while left:

@@ -1,4 +1,4 @@
-"""How well numbers are predicted: mean absolute error and R², from sums that can be added over batches; scatter plots.
+"""Regression metrics (mean absolute error and R²) from sums that can be added over batches, and scatter plots.
 
 Shapes: B samples, N numbers.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def regression_sums(predicted: Tensor, true: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What MAE and R² are made of, for each of N numbers. predicted, true: B × N."""
+    """Compute the sums from which MAE and R² of each of N numbers are calculated. predicted, true: B × N."""
     predicted, true = predicted.double(), true.double()
     parts = {
         "absolute": (predicted - true).abs().sum(0),
@@ -28,20 +28,23 @@ def regression_sums(predicted: Tensor, true: Tensor, names: Sequence[str]) -> di
 def regression_metrics(
     sums: Mapping[str, float], count: float, names: Mapping[str, str]
 ) -> dict[str, tuple[float, float]]:
-    """(mean absolute error, R²) by `names`' values, from `regression_sums` under `names`' keys.
+    """Compute (mean absolute error, R²) of each number from `regression_sums`.
 
-    R² = 1 - Σ (ŷ - y)² / Σ (y - ȳ)²: 1 is perfect, 0 the mean's; NaN where y never varies.
+    R² = 1 - Σ (ŷ - y)² / Σ (y - ȳ)²: 1 for perfect predictions, 0 for predicting the mean, NaN if y is constant.
+
+    Args:
+        names: name in the sums → name in the result.
     """
-    figures = {}
+    metrics = {}
     for key, name in names.items():
         spread = sums[f"{key}_squares"] - sums[f"{key}_sum"] ** 2 / count
         r2 = 1 - sums[f"{key}_squared"] / spread if spread > 1e-12 else math.nan
-        figures[name] = (sums[f"{key}_absolute"] / count, r2)
-    return figures
+        metrics[name] = (sums[f"{key}_absolute"] / count, r2)
+    return metrics
 
 
 def scatter_plots(true: np.ndarray, predicted: np.ndarray, names: Sequence[str], columns: int = 4) -> Image.Image:
-    """One panel per number: predicted (up) against true (right), the diagonal, and its R². true, predicted: B × N."""
+    """Plot predicted (vertical) against true (horizontal) values, one panel per number. true, predicted: B × N."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,7 +61,7 @@ def scatter_plots(true: np.ndarray, predicted: np.ndarray, names: Sequence[str],
         axes.set_title(f"{name.replace('_', ' ')}  R² {r2:.2f}", fontsize=10, loc="left", fontweight="bold")
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axes.set_xlabel("true", fontsize=8)
-        axes.set_ylabel("read", fontsize=8)
+        axes.set_ylabel("predicted", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     canvas.draw()

@@ -1,6 +1,6 @@
-"""The diffusion objective as configured: flags, noise levels, and the loss of one batch, for all stages that denoise.
+"""The configured diffusion objective: flags, noise levels and the loss of a batch, for all stages that denoise.
 
-x_0: B C h w, clean latents or pixels; timesteps: B, as the U-Net is told them.
+x_0: B C h w, clean latents or pixels; timesteps: B, as they are passed to the U-Net.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 @dataclass
 class NoiseScheduleConfig(Options):
-    """Flags that make a model what it is: one that is built on it takes them over."""
+    """Flags that are fixed for a model; a model that is built on it uses the same values."""
 
     prediction_type: str = option("flow_prediction", choices=functional.PREDICTION_TYPES)
-    """epsilon, v_prediction, sample, or flow_prediction (rectified flow)"""
+    """What the model predicts: epsilon, v_prediction, sample, or flow_prediction (rectified flow)"""
     num_train_timesteps: int = option(1000, at_least=2)
-    """Noise levels of the schedule"""
+    """Number of noise levels of the schedule"""
     beta_schedule: str = option("scaled_linear", choices=BETA_SCHEDULES)
-    """linear, scaled_linear or squaredcos_cap_v2; flow matching has none"""
+    """Noise schedule: linear, scaled_linear or squaredcos_cap_v2; not used with flow_prediction"""
     beta_start: float = option(0.00085)
-    """First beta"""
+    """First beta of the noise schedule"""
     beta_end: float = option(0.012)
-    """Last beta"""
+    """Last beta of the noise schedule"""
     rescale_betas_zero_snr: bool = option(False)
-    """Zero terminal SNR (Lin et al. 2024); for v_prediction and sample"""
+    """Rescale the betas to zero terminal SNR (Lin et al. 2024); only for v_prediction and sample"""
     flow_shift: float = option(1.0, above=0, usual="1")
-    """Shift of the flow's times towards noise, in training and sampling; above 1 for large latents"""
+    """Shift of flow-matching timesteps towards noise, in training and sampling; use more than 1 for large latents"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if self.rescale_betas_zero_snr and self.prediction_type not in ("v_prediction", "sample"):
             raise UserError(
-                f"--rescale_betas_zero_snr does not go with --prediction_type {self.prediction_type}; "
+                f"--rescale_betas_zero_snr cannot be used with --prediction_type {self.prediction_type}; "
                 "use v_prediction or sample"
             )
 
 
 @dataclass
 class ObjectiveConfig(Options):
-    """Flags of how it is trained."""
+    """Flags of the training objective."""
 
     timestep_sampling: str = option("logit_normal", on_resume="warn", choices=TIMESTEP_SAMPLINGS)
-    """uniform or logit_normal"""
+    """Distribution of the timesteps in training: uniform or logit_normal"""
     logit_mean: float = option(0.0, on_resume="warn")
-    """Of logit_normal"""
+    """Mean of the logit-normal timestep distribution"""
     logit_std: float = option(1.0, on_resume="warn")
-    """Of logit_normal"""
+    """Standard deviation of the logit-normal timestep distribution"""
     snr_gamma: float | None = option(None, on_resume="warn", above=0, usual="5")
-    """Min-SNR weighting (Hang et al. 2023); 5 is the paper's"""
+    """Gamma of the min-SNR loss weighting (Hang et al. 2023), 5 in the paper; unset disables it"""
     noise_offset: float = option(0.0, on_resume="warn", at_least=0)
-    """Strength of offset noise"""
+    """Strength of offset noise; 0 disables it"""
     cfg_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
-    """Share of samples trained without their condition, for classifier-free guidance"""
+    """Fraction of samples trained without their condition, for classifier-free guidance"""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class DiffusionConfig(ObjectiveConfig, NoiseScheduleConfig):
 
 @dataclass
 class NoisyBatch:
-    """What the model sees, and what it should answer. x_t, target: B C h w; timesteps, weight: B."""
+    """Input and target of the model for a batch. x_t, target: B C h w; timesteps, weight: B."""
 
     x_t: Tensor
     timesteps: Tensor
@@ -81,14 +81,14 @@ class NoisyBatch:
     weight: Tensor
 
     def loss(self, prediction: Tensor) -> Tensor:
-        """Weighted mean squared error per sample. B."""
+        """Compute the weighted mean squared error of each sample. B."""
         return self.weight * functional.mse_per_sample(prediction, self.target)
 
 
 def noise_schedule_of_pipeline(pipeline: Any) -> NoiseScheduleConfig:
-    """The schedule that the model of `pipeline` was trained with."""
+    """Return the noise schedule that the model of `pipeline` was trained with."""
     scheduler = pipeline.scheduler.config
-    found = {
+    settings = {
         name: scheduler[name]
         for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
         if scheduler.get(name) is not None
@@ -97,12 +97,12 @@ def noise_schedule_of_pipeline(pipeline: Any) -> NoiseScheduleConfig:
         prediction_type=pipeline.config.prediction_type,
         rescale_betas_zero_snr=bool(scheduler.get("rescale_betas_zero_snr")),
         flow_shift=scheduler.get("shift") or scheduler.get("flow_shift") or 1.0,
-        **found,
+        **settings,
     )
 
 
 class Diffusion:
-    """Corrupts batches, and carries the scheduler that pipelines sample with."""
+    """Adds noise to batches, and holds the scheduler that pipelines sample with."""
 
     def __init__(self, config: DiffusionConfig):
         from pipelines.common.schedulers import noise_schedule_of, training_scheduler
@@ -121,7 +121,7 @@ class Diffusion:
         self.trivial_loss = None if config.snr_gamma else functional.trivial_mse(config.prediction_type)
 
     def corrupt(self, x_0: Tensor, draws: Draws, *, sampling: str | None = None) -> NoisyBatch:
-        """Noise at random times; `sampling` overrides the configured one (validation is always uniform)."""
+        """Add noise at random timesteps; `sampling` overrides the configured distribution (validation is uniform)."""
         config = self.config
         noise = draws.normal("noise", x_0.shape[1:]).to(x_0.dtype)
         if config.noise_offset:
@@ -146,7 +146,7 @@ class Diffusion:
         )
 
     def _noise_levels(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma and what the U-Net is told, from times in [0, 1)."""
+        """Return alpha, sigma and the timesteps for the U-Net, from times in [0, 1)."""
         total = self.config.num_train_timesteps
         if self._alphas_cumprod is None:
             sigma = functional.shift_times(times, self.config.flow_shift)

@@ -1,6 +1,6 @@
 """A patch discriminator (Isola et al. 2017, "PatchGAN") and its training.
 
-It has group normalization, so that samples stay independent.
+It uses group instead of batch normalization, so that samples stay independent of each other.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from training.objectives.functional import hinge_discriminator_loss
 
 
 class PatchDiscriminator(nn.Module):
-    """Images B 3 H W in [-1, 1] → one number per patch, B 1 h w; above 0 is 'real'.
+    """Maps images B 3 H W in [-1, 1] to one score per patch, B 1 h w; above 0 means real.
 
     Args:
-        channels: of the first layer; they double with each layer up to eight times.
-        layers: downsamplings by 2.
+        channels: channels of the first layer; they double with each layer, up to eight times this number.
+        layers: number of downsamplings by 2.
     """
 
     def __init__(self, channels: int = 32, layers: int = 3):
@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
 
 @contextmanager
 def parameters_fixed(module: nn.Module) -> Iterator[None]:
-    """Inside, gradients flow through `module` but not to its parameters."""
+    """Context in which gradients flow through `module` but not to its parameters."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -57,12 +57,14 @@ def parameters_fixed(module: nn.Module) -> Iterator[None]:
 
 
 class DiscriminatorPhase(Phase):
-    """Tells images from reconstructions; the autoencoder is trained by its own phase's adversarial term alone.
+    """Trains the discriminator to distinguish images from reconstructions.
+
+    The autoencoder is not trained here, but by the adversarial term of its own phase.
 
     Args:
-        reconstruct: (images B 3 H W in [-1, 1], draws) → reconstructions as the autoencoder's phase makes them.
-        start: the step from which the discriminator trains.
-        learning_rate: None takes the run's.
+        reconstruct: (images B 3 H W in [-1, 1], draws) → reconstructions as in the phase of the autoencoder.
+        start: step from which the discriminator is trained.
+        learning_rate: None uses that of the run.
     """
 
     name = "discriminator"

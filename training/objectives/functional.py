@@ -1,12 +1,12 @@
 """Diffusion and autoencoder objectives as pure functions: no model, no Accelerate, no I/O.
 
     x_0    clean latents or pixels, B C h w      noise  standard normal, B C h w
-    alpha, sigma   B, the two factors of x_t = alpha x_0 + sigma noise
+    alpha, sigma   B, the factors in x_t = alpha x_0 + sigma noise
     snr    B, alpha² / sigma²
 
 For DDPM schedules alpha = sqrt(ᾱ_t), sigma = sqrt(1 - ᾱ_t) (Ho et al. 2020, eq. 4). For rectified flow
-alpha = 1 - sigma (Liu et al. 2022), and the U-Net is told sigma × num_train_timesteps, as Diffusers' flow-matching
-schedulers do.
+alpha = 1 - sigma (Liu et al. 2022), and the timestep of the U-Net is sigma × num_train_timesteps, as in Diffusers'
+flow-matching schedulers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def per_sample(factor: Tensor, like: Tensor) -> Tensor:
-    """B → B 1 … 1, in the dtype of `like`."""
+    """Reshape B to B 1 … 1 for broadcasting with `like`, in its dtype."""
     return factor.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def unit_times(uniform: Tensor, normal: Tensor, sampling: str, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Times in [0, 1), B: `uniform` as is, or logit-normal, sigmoid(mean + std·normal) (Esser et al. 2024, eq. 19)."""
+    """Return times in [0, 1), B: `uniform` itself, or sigmoid(mean + std·normal) (Esser et al. 2024, eq. 19)."""
     if sampling == "uniform":
         return uniform
     if sampling == "logit_normal":
@@ -32,17 +32,17 @@ def unit_times(uniform: Tensor, normal: Tensor, sampling: str, mean: float = 0.0
 
 
 def shift_times(times: Tensor, shift: float) -> Tensor:
-    """Times moved towards noise: s·t / (1 + (s - 1)·t) (Esser et al. 2024, eq. 23); 1 leaves them."""
+    """Shift times towards noise: s·t / (1 + (s - 1)·t) (Esser et al. 2024, eq. 23); 1 leaves them unchanged."""
     return shift * times / (1 + (shift - 1) * times)
 
 
 def corrupt(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = alpha x_0 + sigma noise."""
+    """Compute x_t = alpha x_0 + sigma noise."""
     return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise
 
 
 def prediction_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the model should answer: noise; v = alpha noise - sigma x_0 (Salimans and Ho 2022); x_0; noise - x_0."""
+    """Return the target: noise; v = alpha noise - sigma x_0 (Salimans and Ho 2022); x_0; or noise - x_0."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
@@ -55,10 +55,10 @@ def prediction_target(prediction_type: str, x_0: Tensor, noise: Tensor, alpha: T
 
 
 def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-γ (Hang et al. 2023): the x_0 loss weighted by min(SNR, γ), put in terms of the model's own target. B.
+    """Return the min-SNR-γ weight (Hang et al. 2023): min(SNR, γ) for the x_0 loss, converted to the model's target. B.
 
-    From |x_0 error|² = |ε error|² / SNR = |v error|² / (SNR + 1) = sigma² |flow error|². Written without a division by
-    SNR, which is 0 at zero terminal SNR, or by sigma, which is 0 at flow time 0.
+    It follows from |x_0 error|² = |ε error|² / SNR = |v error|² / (SNR + 1) = sigma² |flow error|². There is no
+    division by SNR, which is 0 at zero terminal SNR, or by sigma, which is 0 at flow time 0.
     """
     capped_alpha = torch.minimum(alpha**2, gamma * sigma**2)  # min(SNR, γ)·sigma²
     if prediction_type == "epsilon":
@@ -73,31 +73,31 @@ def min_snr_weight(prediction_type: str, alpha: Tensor, sigma: Tensor, gamma: fl
 
 
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """Noise with a random mean per sample and channel (Guttenberg 2023); `offset`: standard normal, B C 1 1."""
+    """Add a random mean per sample and channel to noise (Guttenberg 2023); `offset` is standard normal, B C 1 1."""
     return noise + strength * offset if strength else noise
 
 
 def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, in float32 (or wider, as given). B."""
+    """Compute the mean squared error of each sample, in float32 or the wider dtype of the inputs. B."""
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
 
 
 def trivial_mse(prediction_type: str) -> float:
-    """The loss of the best constant answer when latents have unit variance: 1, or 2 for flow (noise - x_0)."""
+    """Return the loss of the best constant prediction for latents of unit variance: 1, or 2 for flow (noise - x_0)."""
     return 2.0 if prediction_type == "flow_prediction" else 1.0
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(0, 1)) per latent number, averaged within each sample. B."""
+    """Compute KL(N(mean, exp(logvar)) ‖ N(0, 1)), averaged over the latent values of each sample. B."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """mean max(0, 1 - D(x)) + mean max(0, 1 + D(x̂)), halved (Lim and Ye 2017)."""
+    """Compute half of mean max(0, 1 - D(x)) + mean max(0, 1 + D(x̂)) (Lim and Ye 2017)."""
     return 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """-mean D(x̂)."""
+    """Compute -mean D(x̂)."""
     return -fake.mean()

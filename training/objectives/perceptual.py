@@ -1,4 +1,4 @@
-"""A perceptual loss on any Transformers vision backbone."""
+"""A perceptual loss with any vision backbone of Transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two pictures in the features of a frozen backbone, after LPIPS (Zhang et al. 2018) without its
-    learned weights: feature vectors normalized over channels, squared differences averaged over places and stages.
+    """Distance of two images in the features of a frozen backbone.
+
+    It follows LPIPS (Zhang et al. 2018) without its learned weights: feature vectors are normalized over channels, and
+    squared differences are averaged over positions and stages.
 
     Args:
         name_or_path: a model that `transformers.AutoBackbone` loads (ResNet, ConvNeXt, DINOv2, Swin, …).
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
 
     def __init__(self, name_or_path: str):
@@ -29,7 +31,7 @@ class PerceptualLoss(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            # AutoBackbone.from_pretrained asks the Hub for the name first, also for that of a folder.
+            # AutoBackbone.from_pretrained always asks the Hub first, even if the name is that of a folder.
             config = AutoConfig.from_pretrained(name_or_path)
             config.out_features = [name for name in config.stage_names if name != "stem"]
             backbone_class = type(AutoBackbone.from_config(config))
@@ -48,15 +50,15 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("std", torch.tensor(processor.get("image_std", _IMAGENET_STD)).reshape(1, 3, 1, 1))
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """`images`, `references`: B 3 H W in [-1, 1]; a scalar. Gradients flow to `images`, none to `references`."""
+        """Compute the distance, a scalar. `images`, `references`: B 3 H W in [-1, 1]; `references` get no gradient."""
         with torch.no_grad():
-            wanted = self._features(references)
-        found = self._features(images)
-        distances = [(f - w).square().sum(1).mean() for f, w in zip(found, wanted, strict=True)]
+            targets = self._features(references)
+        features = self._features(images)
+        distances = [(f - t).square().sum(1).mean() for f, t in zip(features, targets, strict=True)]
         return torch.stack(distances).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
         pixels = ((images + 1) / 2 - self.mean) / self.std
-        if self.image_size is not None:  # position embeddings know one size
+        if self.image_size is not None:  # its position embeddings are for one size only
             pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", antialias=True)
         return [F.normalize(feature, dim=1, eps=1e-6) for feature in self.backbone(pixels).feature_maps]

@@ -1,4 +1,4 @@
-"""Whether a latent cache belongs to a run: made by its VAE, with its transform, from its data."""
+"""Check that a latent cache belongs to a run: that it was made with its VAE, its transform and its data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from training.objectives.segmentation import IGNORE_INDEX
 
 
 def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
-    """Refuse a cache that does not belong to this VAE, and, where `config` names a dataset, to these data.
+    """Check that a cache belongs to this VAE and, if `config` names a dataset, to this dataset.
 
     Raises:
-        UserError: which of VAE, transform and dataset differs, both values, and the command that makes it again.
+        UserError: VAE, transform or dataset differ; the message has both values and the command for a new cache.
     """
     differences = _vae_differences(cache, vae, vae_name)
     if config is not None:
@@ -36,7 +36,7 @@ def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config:
 def open_images(
     config: DataConfig, split: str, seed: int, *, captions: bool, label_map: LabelMap | None, masks: bool = False
 ) -> ImageDataset:
-    """The pictures of a split as a cache holds them: unflipped, with every caption, and masks of any class."""
+    """Open the images of a split as a cache stores them: unflipped, with all captions, and masks of any class."""
     return ImageDataset(
         load_split(config, split, seed),
         config,
@@ -53,23 +53,23 @@ def _vae_differences(cache: LatentCache, vae: torch.nn.Module, vae_name: str) ->
     there, here = cache.manifest["vae"]["fingerprint"], vae_fingerprint(vae)
     if here == there:
         return []
-    return [f"VAE: the cache is of {cache.vae_name} ({there[:12]}), this run has {vae_name} ({here[:12]})"]
+    return [f"VAE: the cache was made with {cache.vae_name} ({there[:12]}), this run uses {vae_name} ({here[:12]})"]
 
 
 def _transform_differences(cache: LatentCache, config: DataConfig) -> list[str]:
     differences = []
     there, here = cache.manifest["transform"], transform_fingerprint(config)
     if here != there:
-        differences.append(f"transform: the cache has '{there}', this run '{here}'")
+        differences.append(f"transform: the cache has '{there}', this run has '{here}'")
     if config.random_flip and not cache.has_flips:
-        differences.append("transform: the cache has no mirrored pictures, this run has random_flip")
+        differences.append("transform: the cache has no mirrored images, this run uses --random_flip")
     return differences
 
 
 def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
     differences = []
     label_map = load_label_map(config) if cache.id2label else None
-    # Whether this run wants masks or not.
+    # The fingerprint includes the cached masks, whether or not this run uses masks.
     config = replace(config, mask_column=cache.mask_column or config.mask_column)
     for name, split in cache.manifest["splits"].items():
         data = open_images(
@@ -90,7 +90,7 @@ def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
 
 
 def _rebuild_command(cache: LatentCache, config: DataConfig, vae_name: str) -> str:
-    """The command line that makes this cache again for `config`, with the splits and storage it has."""
+    """Return the command that makes this cache again for `config`, with the same seed and storage type."""
     words = [*shlex.split(MAKER), "--vae", vae_name, "--output_dir", str(cache.path), "--overwrite", "true"]
     given = {
         field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)

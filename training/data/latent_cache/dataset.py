@@ -1,4 +1,4 @@
-"""A finished latent cache, opened for reading, and its splits as map-style datasets.
+"""A complete latent cache, opened for reading, and its splits as map-style datasets.
 
 C latent channels, h w latent cells, R resolution (see format.py).
 """
@@ -24,10 +24,10 @@ from training.objectives.segmentation import IGNORE_INDEX
 
 
 class LatentCache:
-    """A complete cache, opened for reading: nothing but its manifest is loaded.
+    """A complete cache, opened for reading; only its manifest is loaded.
 
     Raises:
-        UserError: not there, not finished, or shards that are missing or have another size.
+        UserError: the cache does not exist or is not complete, or shards are missing or have another size.
     """
 
     def __init__(self, path: str | Path):
@@ -35,12 +35,12 @@ class LatentCache:
         manifest = read_manifest(self.path)
         if manifest is None:
             state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
-            raise UserError(f"the latent cache '{path}' {state}; make it, or go on making it, with {MAKER}")
+            raise UserError(f"the latent cache '{path}' {state}; make or complete it with {MAKER}")
         self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"the latent cache '{path}' has format {self.manifest['format_version']}, this version reads "
-                f"{FORMAT_VERSION}; make it again: {MAKER} --overwrite true"
+                f"the latent cache '{path}' has format {self.manifest['format_version']}, but this version "
+                f"reads format {FORMAT_VERSION}; make it again with {MAKER} --overwrite true"
             )
         self._check_files()
 
@@ -56,17 +56,17 @@ class LatentCache:
 
     @property
     def resolution(self) -> int:
-        """Side of the pictures that were encoded, in pixels."""
+        """Width and height of the encoded images in pixels."""
         return self.manifest["resolution"]
 
     @property
     def vae_name(self) -> str:
-        """What `--vae` was when the cache was made."""
+        """The value of `--vae` when the cache was made."""
         return self.manifest["vae"]["name"]
 
     @property
     def has_flips(self) -> bool:
-        """Whether there are mirrored latents."""
+        """Whether the cache has latents of mirrored images."""
         return self.manifest["flips"]
 
     @property
@@ -75,7 +75,7 @@ class LatentCache:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Class names by id; empty when no labels were cached."""
+        """Class names by id; empty if no labels were cached."""
         return dict(enumerate(self.manifest["label_names"]))
 
     @property
@@ -85,7 +85,7 @@ class LatentCache:
 
     @property
     def mask_column(self) -> str | None:
-        """The column that the masks were read from; None without masks."""
+        """The column that the masks were read from; None if no masks were cached."""
         return self.manifest.get("mask_column")
 
     def split(
@@ -97,16 +97,17 @@ class LatentCache:
         num_mask_classes: int = 0,
         config: DataConfig | None = None,
     ) -> LatentCacheDataset:
-        """One split as a map-style dataset.
+        """Return one split as a map-style dataset.
 
         Args:
-            caption_tokens: batches then have the token ids of their captions.
-            num_mask_classes: items have masks of so many classes; 0 for no masks, though the cache may have some.
-            config: may name the pictures that were encoded (see `check_cache`); `classes` then knows all their columns.
+            caption_tokens: tokenizes the captions of a batch; None adds no token ids.
+            random_flip: use the latents of mirrored images for half of the samples.
+            num_mask_classes: number of classes of the masks; 0 leaves masks out even if the cache has some.
+            config: may name the dataset that was encoded (see `check_cache`), so that `classes` can read all columns.
 
         Raises:
-            UserError: no such split, flips wanted from a cache without mirrored latents, or masks that the cache has
-                not, or that have more classes.
+            UserError: the split does not exist, the cache lacks mirrored latents or masks that are requested, or its
+                masks have more classes.
         """
         if name not in self.splits:
             raise UserError(
@@ -115,7 +116,7 @@ class LatentCache:
             )
         if random_flip and not self.has_flips:
             raise UserError(
-                f"the latent cache '{self.path}' has no mirrored pictures; leave out --random_flip, or make it again "
+                f"the latent cache '{self.path}' has no mirrored images; leave out --random_flip, or make it again "
                 "with it and --overwrite true"
             )
         if num_mask_classes:
@@ -130,16 +131,16 @@ class LatentCache:
         )
 
     def require(self, *, captions: bool, labels: bool) -> None:
-        """Raise UserError when the cache lacks what a run is conditioned on."""
-        for wanted, there, name in ((captions, self.has_captions, "captions"), (labels, bool(self.id2label), "labels")):
-            if wanted and not there:
+        """Raise UserError if the cache lacks captions or labels that a run is conditioned on."""
+        for used, there, name in ((captions, self.has_captions, "captions"), (labels, bool(self.id2label), "labels")):
+            if used and not there:
                 raise UserError(f"the latent cache {self.path} has no {name}; make it with {name}")
 
     def _check_masks(self, split: str, num_classes: int, config: DataConfig | None) -> None:
         if config and self.mask_column not in (None, config.mask_column):
             raise UserError(
-                f"the masks in the latent cache '{self.path}' are those of column '{self.mask_column}', and this run "
-                f"wants '{config.mask_column}'; say --mask_column {self.mask_column}, or make the cache again"
+                f"the masks in the latent cache '{self.path}' are those of column '{self.mask_column}', but this run "
+                f"uses '{config.mask_column}'; set --mask_column {self.mask_column}, or make the cache again"
             )
         if not self.mask_column:
             raise UserError(
@@ -159,18 +160,16 @@ class LatentCache:
                 size = file.stat().st_size if file.is_file() else None
                 if size != shard["bytes"]:
                     fact = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                    raise UserError(
-                        f"{file} {fact}; run {MAKER} with the cache's flags again, it makes what is damaged"
-                    )
+                    raise UserError(f"{file} {fact}; run {MAKER} with the cache's flags again to repair it")
 
 
 class LatentCacheDataset(torch.utils.data.Dataset):
-    """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: an `ImageDataset` with moments for
-    pixels.
+    """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: like `ImageDataset`, with the VAE's
+    posterior moments instead of pixels.
 
-    `mean` and `logvar`: float32 C h w, raw VAE units; no `logvar` for a VAE without a posterior; `caption` and `label`
-    where the cache has them; `mask`: int64 R R of class ids, if asked for. Flips and the choice among several captions
-    are functions of `SampleKey.key`.
+    `mean` and `logvar` are float32 C h w in raw VAE units; `logvar` is absent for a VAE without a posterior. `caption`
+    and `label` are present if the cache has them, and `mask` (int64 R R of class ids) if requested. Flips and the
+    choice among several captions are functions of `SampleKey.key`.
     """
 
     def __init__(
@@ -203,7 +202,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         if shard is None:
             shard = self._open[number] = read_shard(self._files[number])
         variant = int(self.random_flip and flips(key.key))
-        # Copies: a view would drag its whole shard along when a loader worker passes it on.
+        # Copies, because a loader worker that returns a view would send its whole shard.
         item: dict[str, Any] = {"mean": shard["mean"][row, variant].to(torch.float32, copy=True)}
         if "logvar" in shard:
             item["logvar"] = shard["logvar"][row, variant].to(torch.float32, copy=True)
@@ -221,14 +220,15 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         return [self[key] for key in keys]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A batch, as of `ImageDataset`."""
+        """Return a batch, as in `ImageDataset`."""
         return collate_items(items, self.caption_tokens)
 
     def classes(self, column: str) -> RowClasses:
-        """The class of each row, for `--balance_by`: by any column of the pictures where they are named, or the labels.
+        """Return the class of each row, for `--balance_by`: by any column of the dataset if the config names it,
+        otherwise only by the cached labels.
 
         Raises:
-            UserError: neither has this column.
+            UserError: the column does not exist in either.
         """
         if self.config and (self.config.dataset_name or self.config.train_data_dir):
             return column_classes(load_split(self.config, self.name, self.seed), column)
@@ -237,17 +237,20 @@ class LatentCacheDataset(torch.utils.data.Dataset):
             return _without_unnamed(ids, list(self.id2label.values()))
         cached = f"'{self.label_column}'" if self.id2label else "no classes"
         raise UserError(
-            f"--balance_by {column}: the latent cache '{self.path}' holds {cached}; name the pictures it was made from "
-            "as well (--dataset_name or --train_data_dir), or make it again with "
+            f"--balance_by {column}: the latent cache '{self.path}' holds {cached}; name the dataset it was made "
+            "from as well (--dataset_name or --train_data_dir), or make it again with "
             f"--label_column {column} --labels yes --overwrite true"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # workers map the files themselves
+        return {**self.__dict__, "_open": {}}  # each worker maps the files itself
 
 
 def _without_unnamed(ids: Tensor, names: list[str]) -> RowClasses:
-    """The classes there are, where names are no names but the numbers up to the largest one seen (`LabelMap.of`)."""
+    """Return the classes that occur.
+
+    `LabelMap.of` names the classes of a column of numbers "0" to the largest number, whether or not they occur.
+    """
     if names != [str(i) for i in range(len(names))]:
         return RowClasses(ids, names)
     used, ids = ids.unique(return_inverse=True)

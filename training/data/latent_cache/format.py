@@ -1,12 +1,12 @@
-"""The files of a latent cache: posterior moments in memory-mapped shards, with captions, labels and masks beside them.
+"""The files of a latent cache: memory-mapped shards of posterior moments, captions, labels and masks.
 
-N rows, V variants (1, or 2 with the mirrored picture), C latent channels, h w latent cells, R resolution. `mean` and
-`logvar` are in the VAE's raw units: noise is drawn, and latents are scaled, at every step and by the VAE's own config.
+N rows, V variants (1, or 2 with the mirrored image), C latent channels, h w latent cells, R resolution. `mean` and
+`logvar` are in the VAE's raw units; each training step draws noise and scales latents according to the VAE's config.
 
-    PATH/cache.json                            what it was made from, and every shard with its size and SHA-256
-    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; mask N R R (uint8; its mirrored one
-                                               is made when it is read); captions (UTF-8) and their offsets
-    PATH/<split>/shard-00000.json              says that the shard beside it is complete
+    PATH/cache.json                            source of the cache, and the size and SHA-256 of every shard
+    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; mask N R R (uint8, mirrored only
+                                               when it is read); captions (UTF-8) and their offsets
+    PATH/<split>/shard-00000.json              marks the shard of the same name as complete
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pipelines.tools.commands import command
 from training.core.files import write_atomically, write_json
 from training.objectives.segmentation import IGNORE_INDEX
 
-# Masks and the label column's name came later, and are named only where they are not what they always were: caches
-# without them are the same files as ever.
+# Masks and the name of the label column were added later. The manifest mentions them only if there are masks or if the
+# name is not the default one, so that all other caches have the same bytes as before.
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
 MAKER = command("data_scripts/precompute_latents.py")
-# Several captions of one picture are kept in one field; no caption contains this.
+# Separates several captions of one image, which are stored in one field; no caption contains it.
 _CAPTION_SEPARATOR = "\0"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a finished cache says of itself, or None."""
+    """Return the manifest of a complete cache, or None if the cache is not complete."""
     file = folder / MANIFEST
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -46,13 +46,13 @@ def shard_name(number: int) -> str:
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """A shard's tensors, mapped: pages are read when they are touched."""
+    """Return the memory-mapped tensors of a shard; pages are read when they are accessed."""
     with safe_open(file, framework="pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
 
 
 def captions_of_row(shard: dict[str, Tensor], row: int) -> str | list[str]:
-    """The caption of a shard's row, or its captions where it has several."""
+    """Return the caption of a row of a shard, or its captions if it has several."""
     start, stop = shard["caption_offsets"][row : row + 2].tolist()
     text = shard["captions"][start:stop].numpy().tobytes().decode()
     return text.split(_CAPTION_SEPARATOR) if _CAPTION_SEPARATOR in text else text
@@ -61,7 +61,7 @@ def captions_of_row(shard: dict[str, Tensor], row: int) -> str | list[str]:
 def write_shard(
     file: Path, tensors: dict[str, Tensor], captions: Sequence[str | list[str]] | None, request: str
 ) -> None:
-    """Write a shard so that it is complete or not there, and then the note that says so."""
+    """Write a shard atomically, and then the note that marks it as complete."""
     if captions is not None:
         texts = [c if isinstance(c, str) else _CAPTION_SEPARATOR.join(c) for c in captions]
         encoded = [text.encode() for text in texts]
@@ -84,10 +84,10 @@ def write_shard(
 
 
 def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] | None:
-    """The note of a shard that was made for `request` and is whole, or None.
+    """Return the note of a shard that was made for `request` and is complete, or None.
 
     Args:
-        verify: read it through and compare its SHA-256, not only its size.
+        verify: read the whole shard and compare its SHA-256, not only its size.
     """
     try:
         note = json.loads(file.with_suffix(".json").read_text())
