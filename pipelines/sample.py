@@ -47,7 +47,7 @@ NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
 BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
 STEERING = {
     "controlnet_conditioning_scale": "Strength of the ControlNet; 0 disables it (default: 1)",
-    "control_guidance_start": "Fraction of the steps at which the ControlNet starts to apply (default: 0)",
+    "control_guidance_start": "Fraction of the steps at which the ControlNet starts applying (default: 0)",
     "control_guidance_end": "Fraction of the steps at which the ControlNet stops applying (default: 1)",
 }
 
@@ -122,7 +122,7 @@ def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--style", help=f"One of {', '.join(STYLES)}")
     group.add_argument("--palette", help="Colours as '#d33,#fff' or names: background, primary, accent, ink")
     for name in COUNTS:
-        group.add_argument(f"--{name}", type=int, help="Integer from 0 to 3")
+        group.add_argument(f"--{name}", type=int, help=f"Number of {name.replace('_', ' ')}, 0 to 3")
     for name in NUMBER_FIELDS:
         group.add_argument(f"--{name}", type=float, help="Number from 0 to 1")
 

@@ -47,10 +47,10 @@ def masks(count: int = 1, side: int = 8, seed: int = 0) -> Tensor:
     return torch.rand(count, 2, side, side, generator=seeded(seed)).round()
 
 
-def draw(pipeline: Any, *asked: Any, seeds: int | list[int] = 0, **options: Any) -> np.ndarray:
+def draw(pipeline: Any, *condition: Any, seeds: int | list[int] = 0, **options: Any) -> np.ndarray:
     """Generate images, B H W 3 in [0, 1]; `seeds` is one seed for all images or a list with one for each."""
     generator = seeded(seeds) if isinstance(seeds, int) else [seeded(seed) for seed in seeds]
-    return pipeline(*asked, num_inference_steps=3, generator=generator, output_type="np", **options).images
+    return pipeline(*condition, num_inference_steps=3, generator=generator, output_type="np", **options).images
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -78,14 +78,14 @@ def calls_of(module: torch.nn.Module) -> list[float]:
 @pytest.mark.parametrize("mode", FUSION_MODES)
 def test_without_control_or_at_scale_0_it_is_the_base_exactly(kind: str, mode: str):
     base, pipeline = steered(kind, mode)
-    asked, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
-    expected = draw(base, asked, num_images_per_prompt=2)
-    assert np.array_equal(draw(pipeline, asked, num_images_per_prompt=2), expected)
+    condition, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
+    expected = draw(base, condition, num_images_per_prompt=2)
+    assert np.array_equal(draw(pipeline, condition, num_images_per_prompt=2), expected)
     assert np.array_equal(
-        draw(pipeline, asked, control, num_images_per_prompt=2, controlnet_conditioning_scale=0.0), expected
+        draw(pipeline, condition, control, num_images_per_prompt=2, controlnet_conditioning_scale=0.0), expected
     )
-    assert not np.allclose(draw(pipeline, asked, control, num_images_per_prompt=2), expected, atol=1e-3)
-    assert np.array_equal(draw(pipeline, asked, num_images_per_prompt=2), expected), "hooks are left in the U-Net"
+    assert not np.allclose(draw(pipeline, condition, control, num_images_per_prompt=2), expected, atol=1e-3)
+    assert np.array_equal(draw(pipeline, condition, num_images_per_prompt=2), expected), "hooks are left in the U-Net"
 
 
 @both
@@ -116,12 +116,12 @@ def trajectory(pipeline: Any, *arguments: Any, **options: Any) -> list[Tensor]:
 @both
 def test_guidance_start_and_end_limit_the_controlled_steps(kind: str):
     base, pipeline = steered(kind, "add")
-    asked, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
-    plain, full = trajectory(base, asked), trajectory(pipeline, asked, control)
-    late = trajectory(pipeline, asked, control, control_guidance_start=0.5)
+    condition, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
+    plain, full = trajectory(base, condition), trajectory(pipeline, condition, control)
+    late = trajectory(pipeline, condition, control, control_guidance_start=0.5)
     assert all(torch.equal(a, b) for a, b in zip(late[:2], plain[:2], strict=True))
     assert not torch.allclose(late[2], plain[2], atol=1e-4)
-    early = trajectory(pipeline, asked, control, control_guidance_end=0.5)
+    early = trajectory(pipeline, condition, control, control_guidance_end=0.5)
     assert all(torch.equal(a, b) for a, b in zip(early[:2], full[:2], strict=True))
     assert not torch.allclose(early[2], full[2], atol=1e-4)
 
@@ -162,8 +162,8 @@ def test_one_control_for_several_prompts(kind: str):
     _, pipeline = steered(kind)
     control = masks(side=SIDES[kind])
     images = draw(pipeline, list(CONDITIONS[kind]), control, seeds=[1, 2])
-    for i, asked in enumerate(CONDITIONS[kind]):
-        assert same(draw(pipeline, asked, control, seeds=[i + 1]), images[i : i + 1])
+    for i, condition in enumerate(CONDITIONS[kind]):
+        assert same(draw(pipeline, condition, control, seeds=[i + 1]), images[i : i + 1])
 
 
 @both
@@ -184,11 +184,11 @@ def test_images_of_one_control_are_consecutive(kind: str, has_prompts: bool):
     """With a prompt (or brief) for each control, and without prompts."""
     _, pipeline = steered(kind)
     controls = masks(2, SIDES[kind])
-    asked = list(CONDITIONS[kind]) if has_prompts else None
-    images = draw(pipeline, asked, controls, seeds=[1, 2, 3, 4], num_images_per_prompt=2)
+    condition = list(CONDITIONS[kind]) if has_prompts else None
+    images = draw(pipeline, condition, controls, seeds=[1, 2, 3, 4], num_images_per_prompt=2)
     assert len(images) == 4
     for i in range(4):
-        alone = draw(pipeline, asked and asked[i // 2], controls[i // 2], seeds=[i + 1])
+        alone = draw(pipeline, condition and condition[i // 2], controls[i // 2], seeds=[i + 1])
         assert same(alone, images[i : i + 1])
 
 
@@ -376,10 +376,10 @@ def load(name):
     return pipeline
 
 
-def draw(pipeline, control, asked="a red poster", **options):
+def draw(pipeline, control, condition="a red poster", **options):
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 3, "generator": generator, "output_type": "np", **options}
-    return pipeline(asked, control_image=control, **call).images
+    return pipeline(condition, control_image=control, **call).images
 
 
 ours = load("model")

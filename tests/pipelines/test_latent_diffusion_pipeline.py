@@ -187,7 +187,7 @@ def test_the_noise_schedule_is_kept_although_from_config_would_change_it():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", FLOW])
-def test_zero_terminal_snr_is_rejected_for_other_prediction_types(prediction_type):
+def test_zero_terminal_snr_is_rejected_for_epsilon_and_flow_prediction(prediction_type):
     with pytest.raises(ValueError, match="`rescale_betas_zero_snr` does not go with"):
         training_scheduler(prediction_type, rescale_betas_zero_snr=True)
 
