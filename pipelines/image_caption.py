@@ -2,9 +2,8 @@
 
 Shapes: B images or captions, R side of an image in pixels, D latent vector, L tokens, V vocabulary.
 
-Conventions: images are in [-1, 1]. A caption is `<START>`, its tokens and `<END>`, padded on the right. Unless its
-latent vector is sampled, an image or a caption is represented by the mean of its posterior. The prior is a rectified
-flow.
+Conventions: images are in [-1, 1]; a caption is `<START>`, its tokens and `<END>`, padded on the right. Unless
+sampled, the latent vector of an image or a caption is the mean of its posterior. The prior is a rectified flow.
 """
 
 from __future__ import annotations
@@ -38,13 +37,7 @@ CANDIDATES_AT_ONCE = 256  # limits the memory for keys and values
 
 @dataclass
 class ImageCaptionOutput(BaseOutput):
-    """Output of `ImageCaptionPipeline.sample`.
-
-    Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The generated images.
-        captions (`list[str]`): The generated captions; `captions[i]` is decoded from the same latent vector as
-            `images[i]`.
-    """
+    """New pairs: `images[i]` and `captions[i]` are decoded from the same latent vector."""
 
     images: Any
     captions: list[str]
@@ -73,9 +66,8 @@ def consensus(captions: Sequence[str]) -> str:
     """Return the caption that shares the most n-grams (one to four words) with all captions, averaged over pairs.
 
     This is minimum Bayes risk decoding (Kumar & Byrne 2004): given samples from the model, it returns the caption with
-    the lowest expected loss. The most likely caption is a worse choice for an image that can be described in many ways,
-    because each of them is unlikely. Recall of n-grams counts more than precision (F2, as in chrF: Popović 2016);
-    otherwise the shortest captions would win.
+    the lowest expected loss. The most likely caption is a worse choice for an image that can be described in many ways.
+    Recall of n-grams counts more than precision (F2, as in chrF: Popović 2016); otherwise the shortest would win.
     """
     if len(captions) == 1:
         return captions[0]
@@ -97,19 +89,13 @@ def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[list[int]]:
-    """Tokenize captions to lists of ids that begin with `<START>` and end with `<END>`, unpadded.
-
-    Captions are truncated so that no list is longer than `max_length`.
-    """
+    """Tokenize captions to lists of ids from `<START>` to `<END>`, unpadded and truncated to `max_length` ids."""
     unpadded = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False).input_ids
     return [[tokenizer.bos_token_id, *ids[: max_length - 2], tokenizer.eos_token_id] for ids in unpadded]
 
 
 def padded_ids(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Pad lists of token ids to one tensor (B L, int64), and return it with its mask: 1 for tokens, 0 for padding.
-
-    The mask is built from the lengths, so the padding may share its id with another token.
-    """
+    """Pad ids to one tensor (B L, int64) and return it with its mask, which is 1 for tokens and 0 for padding."""
     longest = max(map(len, ids))
     tensor = torch.full((len(ids), longest), pad_token_id, dtype=torch.long)
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -163,12 +149,9 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer that the model was trained with.
         scheduler (`SchedulerMixin`): Scheduler for sampling from the prior; `set_scheduler("heun")` selects another.
         prior (`LatentPriorModel`, *optional*): Generates latent vectors from noise; `sample` needs it.
-        image_fit (`str`, defaults to `"crop"`): How images become square: `"crop"` cuts out the largest centred square,
-            `"stretch"` resizes the whole image.
-        aspect_ratio (`float`, defaults to 1.0): Width divided by height of generated images; it undoes the stretching
-            of the training images.
-        image_interpolation_mode (`str`, defaults to `"lanczos"`): Interpolation for resizing images: `"nearest"`,
-            `"bilinear"`, `"bicubic"` or `"lanczos"`.
+        image_fit (`str`, defaults to `"crop"`): `"crop"` to a centred square, or `"stretch"` images to one.
+        aspect_ratio (`float`, defaults to 1.0): Width / height of generated images, undoing a stretch.
+        image_interpolation_mode (`str`, defaults to `"lanczos"`): Or `"nearest"`, `"bilinear"`, `"bicubic"`.
 
     Raises:
         ValueError: If the tokenizer or the prior does not match the model, or `image_fit` is unknown.
@@ -222,24 +205,16 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         """Generate a caption for each image.
 
         Args:
-            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to caption.
-                PIL images may have any size; arrays (`B R R 3`) and tensors (`B 3 R R`) must be in [0, 1].
+            images: PIL images of any size, one or several; or a tensor (`B 3 R R`) or array (`B R R 3`) in [0, 1].
             num_beams (`int`, defaults to 1): Number of beams for beam search; 1 is greedy search.
-            top_p (`float`, *optional*): Sample from the smallest set of most likely tokens whose probabilities add up
-                to `top_p` (nucleus sampling, Holtzman et al. 2020); 1 samples from all tokens. By default, captions are
-                not sampled.
-            temperature (`float`, defaults to 1.0): Temperature for sampling with `top_p`; values below 1 favour likely
-                tokens.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Generator for sampling, or one for
-                each image. From a single generator a separate random stream is derived for each image.
-            max_length (`int`, *optional*): Maximum number of tokens, including `<START>` and `<END>`. Defaults to the
-                length that the model was trained with.
-            num_candidates (`int`, defaults to 1): If greater than 1, sample this number of captions for each image
-                (with `top_p=1` by default) and return the one that is most similar to all of them, see `consensus`.
-                This helps with images that can be described in many ways.
-
-        Returns:
-            `list[str]`: The captions.
+            top_p (`float`, *optional*): Sample from the smallest set of likely tokens whose probabilities add up to
+                `top_p` (nucleus sampling, Holtzman et al. 2020). By default, captions are not sampled.
+            temperature (`float`, defaults to 1.0): Temperature for sampling; values below 1 favour likely tokens.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image. A single
+                generator seeds a separate random stream for each image.
+            max_length (`int`, *optional*): Maximum number of tokens, `<START>` and `<END>` included.
+            num_candidates (`int`, defaults to 1): If above 1, sample this number of captions for each image (by default
+                with `top_p=1`) and return their `consensus`, for images that can be described in many ways.
 
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
@@ -251,21 +226,19 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         if num_candidates == 1:
             captions = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
         else:
-            # Each candidate has its own stream: a stream is used until the longest caption of the batch is complete,
-            # so sharing one would make a candidate depend on the lengths of the others.
+            # One stream per candidate: a stream is read until the longest caption of the batch is complete.
             streams = [
                 stream
                 for one in generator_per_image(generator, len(latents)) or []
                 for stream in generator_per_image(one, num_candidates) or []
             ]
             rows = latents.repeat_interleave(num_candidates, dim=0)
-            candidates: list[str] = []
+            drawn: list[str] = []
             for start in range(0, len(rows), CANDIDATES_AT_ONCE):
                 part = slice(start, start + CANDIDATES_AT_ONCE)
-                own = streams[part] or None
-                candidates += self._captions(rows[part], num_beams, top_p, temperature, own, max_length)
+                drawn += self._captions(rows[part], num_beams, top_p, temperature, streams[part] or None, max_length)
             starts = range(0, len(rows), num_candidates)
-            captions = [consensus(candidates[start : start + num_candidates]) for start in starts]
+            captions = [consensus(drawn[start : start + num_candidates]) for start in starts]
         self.maybe_free_model_hooks()
         return captions
 
@@ -283,16 +256,13 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         Args:
             prompts (`str` or `list[str]`): The caption or captions to draw.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per caption.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Generator for sampling from the
-                posterior of each caption, or one for each image. Without one, the first image of each caption is
-                decoded from the mean of the posterior, which makes it deterministic, and the others are sampled.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B R R 3`, in [0, 1]) or `"pt"` (`B 3 R R`, in
-                [0, 1]).
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling from posteriors, or one for each
+                image. Without one, the first image of a caption uses the mean of its posterior.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The generated images; a tuple with them as its only element if
-            `return_dict` is `False`.
+            `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
 
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
@@ -325,22 +295,14 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         max_length: int | None = None,
         output_type: str = "pil",
     ) -> ImageCaptionOutput:
-        """Generate new image–caption pairs, each decoded from one latent vector sampled from the prior.
+        """Generate new image–caption pairs, each decoded from one latent vector that is sampled from the prior.
 
         Args:
             num_pairs (`int`, defaults to 1): The number of pairs to generate.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Generator for sampling, or one for
-                each pair. From a single generator a separate random stream is derived for each pair.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each pair.
             num_inference_steps (`int`, defaults to 50): The number of sampling steps of the prior.
-            num_beams (`int`, defaults to 1): Number of beams for decoding captions, as in `caption`.
-            top_p (`float`, *optional*): Nucleus sampling of captions, as in `caption`.
-            temperature (`float`, defaults to 1.0): Temperature for sampling captions, as in `caption`.
-            max_length (`int`, *optional*): Maximum number of tokens of a caption, as in `caption`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B R R 3`, in [0, 1]) or `"pt"` (`B 3 R R`, in
-                [0, 1]).
-
-        Returns:
-            `ImageCaptionOutput`: The generated images and their captions.
+            num_beams, top_p, temperature, max_length: How captions are decoded, as in `caption`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
 
         Raises:
             ValueError: If an argument is invalid, or the model has no prior.
@@ -360,19 +322,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
     @torch.no_grad()
     def similarity(self, images: Any, texts: str | Sequence[str]) -> Tensor:
-        """Compute the cosine similarity of the latent vectors of images and texts.
-
-        Args:
-            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): Images, as in
-                `caption`.
-            texts (`str` or `list[str]`): Texts to compare with each image.
-
-        Returns:
-            `torch.Tensor`: Similarities in [-1, 1], float32, with one row per image and one column per text.
-
-        Raises:
-            ValueError: If an argument is invalid; the message quotes it.
-        """
+        """Return cosine similarities of the latent vectors of images (rows) and texts (columns), float32 in [-1, 1]."""
         latents = self.encode_images(images), self.encode_captions(texts)
         self.maybe_free_model_hooks()
         of_images, of_texts = (torch.nn.functional.normalize(vectors, dim=1) for vectors in latents)
@@ -410,9 +360,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         unknown = self.tokenizer.unk_token_id
         unread = [text for text, own in zip(texts, ids) if set(own[1:-1]) <= {unknown}]
         if unread:
-            logger.warning(
-                f"the model knows none of the words of {unread[0]!r}, and treats it like any other unknown text"
-            )
+            logger.warning(f"the model knows none of the words of {unread[0]!r}; use other words")
 
     def _fits(self, text: str) -> bool:
         longest = self.model.config.max_length
@@ -491,9 +439,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], but is {top_p}")
         if top_p is not None and num_beams > 1:
-            raise ValueError(
-                f"`top_p` samples captions, but `num_beams` {num_beams} is beam search; choose one of them"
-            )
+            raise ValueError(f"`top_p` samples, but `num_beams` {num_beams} is beam search; choose one of them")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, but is {temperature}")
         if temperature != 1 and top_p is None:

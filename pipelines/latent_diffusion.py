@@ -83,6 +83,16 @@ def null_class(unet: Any) -> int | None:
 class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Pipeline for generating images from prompts, class labels, both, or neither, with latent diffusion.
 
+    Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.
+
+    A single `generator` seeds a separate random stream for each image, so that the first images do not depend on the
+    number of images.
+
+    `callback_on_step_end` is called after each denoising step with `(pipeline, step, timestep, callback_kwargs)`, where
+    `callback_kwargs` has the tensors named in `callback_on_step_end_tensor_inputs` (`"latents"`, `"prompt_embeds"`).
+    The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._interrupt = True` to end
+    sampling.
+
     Args:
         vae (`ModelMixin`): Any Diffusers image autoencoder; latents are scaled as its config says.
         unet (`UNet2DConditionModel`): Denoises latents, given the timestep, the text condition and the class.
@@ -164,36 +174,21 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): The prompt or prompts to guide image generation. Several prompts
-                and several class labels are combined in pairs. Defaults to the empty prompt.
-            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids, or class names if the model
-                has `id2label`. Defaults to the null class.
-            negative_prompt (`str` or `list[str]`, *optional*): The prompt or prompts to guide what not to include; it
-                replaces the empty prompt in guidance and needs `guidance_scale` above 1.
-            height (`int`, *optional*): Height in pixels of the generated images. Defaults to the training size.
-            width (`int`, *optional*): Width in pixels of the generated images. Defaults to the training size.
+            prompt (`str` or `list[str]`, *optional*): Prompts to guide generation, paired with any class labels.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids, or names of `id2label`.
+            negative_prompt (`str` or `list[str]`, *optional*): Prompts to guide what not to include.
+            height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
             num_inference_steps (`int`, defaults to 25): The number of denoising steps.
-            guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance (Ho and Salimans 2022): uncond
-                + scale * (cond - uncond). Both predictions are computed in one batch. Guidance is disabled at 1 and
-                below, or with neither a prompt nor a class label.
+            guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Generator for sampling, or one for
-                each image. From a single generator a separate random stream is derived for each image, so the first
-                images do not depend on the number of images.
-            latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from instead of noise
-                sampled with `generator`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`, in [0, 1]), `"pt"` (`B 3 H W`, in
-                [0, 1]) or `"latent"` (scaled latents, `B C h w`).
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image.
+            latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`), `"pt"` (`B 3 H W`) or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called at the end of each denoising step with `(pipeline,
-                step, timestep, callback_kwargs)`. The `latents` or `prompt_embeds` that it returns in a dictionary
-                replace the current ones. Setting `pipeline._interrupt = True` ends sampling early.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): Names of the tensors in
-                `callback_kwargs`: `"latents"` and `"prompt_embeds"` are available.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The generated images; a tuple with them as its only element if
-            `return_dict` is `False`.
+            `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
 
         Raises:
             ValueError: If an argument is invalid; the message quotes it.

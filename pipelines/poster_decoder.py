@@ -75,31 +75,26 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         """Generate `num_images_per_prompt` posters for each brief, in that order.
 
         Args:
-            briefs (`dict`, `DesignBrief` or a list of them, *optional*): The design brief or briefs to guide
-                generation, such as `{"style": "swiss", "palette": ["#d33", "white"]}`. The model chooses freely
-                whatever a missing field would set; by default all fields are missing.
-            height (`int`, *optional*): Height in pixels of the generated posters. Defaults to the training size.
-            width (`int`, *optional*): Width in pixels of the generated posters. Defaults to the training size.
+            briefs (`dict`, `DesignBrief` or a list of them, *optional*): Design briefs to guide generation,
+                such as `{"style": "swiss", "palette": ["#d33", "white"]}`. The model chooses freely whatever a missing
+                field would set; by default all fields are missing.
+            height, width (`int`, *optional*): Size in pixels of the generated posters. Defaults to the training size.
             num_inference_steps (`int`, defaults to 50): The number of denoising steps.
             guidance_scale (`float`, defaults to 2.0): Scale of classifier-free guidance (Ho and Salimans 2022): uncond
                 + scale * (cond - uncond), where uncond is the prediction for an empty brief. Both predictions are
                 computed in one batch. Guidance is disabled at 1 and below, or if all briefs are empty.
             num_images_per_prompt (`int`, defaults to 1): The number of posters to generate per brief.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Generator for sampling, or one for
-                each image. From a single generator a separate random stream is derived for each image, so the first
-                images do not depend on the number of images.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`, in [0, 1]) or `"pt"` (`B 3 H W`, in
-                [0, 1]).
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster. One
+                generator seeds a separate random stream for each, so the first posters do not depend on their number.
+            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` (`B H W 3`) or `"pt"` (`B 3 H W`), both in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called at the end of each denoising step with `(pipeline,
                 step, timestep, callback_kwargs)`. The `images` (`B 3 H W`) that it returns in a dictionary replace the
                 current ones. Setting `pipeline._interrupt = True` ends sampling early.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Names of the tensors in
-                `callback_kwargs`; only `"images"` is available.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Tensors in `callback_kwargs`.
 
         Returns:
-            `ImagePipelineOutput` or `tuple`: The generated posters; a tuple with them as its only element if
-            `return_dict` is `False`.
+            `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.
 
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
