@@ -1,7 +1,7 @@
 """Halftone's pipelines, as in `from pipelines import LatentDiffusionPipeline`.
 
-A class is imported when it is first asked for: every module of this package imports this file, and torch and Diffusers
-take seconds.
+Each class is imported on first access: importing any module of this package runs this file, and importing torch and
+Diffusers takes seconds.
 """
 
 from __future__ import annotations

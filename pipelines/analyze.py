@@ -1,9 +1,9 @@
-"""Read posters and report what they are made of:
+"""Analyze posters and report their text, pictures, colour roles, visual hierarchy and design grammar:
 
     python pipelines/analyze.py poster.png photo.jpg --model runs/posters/abstractor_small --output_dir report
 
-For every picture a PNG (the poster, its text and pictures marked, its colour roles, what leads the eye, its grammar),
-and for all of them report.json. Pictures may have any size.
+Writes a PNG report for each poster (the poster, its text and pictures highlighted, its colour roles, its visual
+hierarchy and its design grammar) and one report.json with the values for all posters. Posters may have any size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.commands import command
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import read_image
 
@@ -30,36 +31,36 @@ FONT_SIZE = 16
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
     files = [Path(name).expanduser() for name in options.files]
-    pictures = [read_image(path) for path in files]
+    images = [read_image(path) for path in files]
     folder = Path(options.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); name a folder that can") from None
+        raise UserError(f"--output_dir {folder} cannot be created ({error.strerror}); choose another folder") from None
     pipeline = _load(options.model, options.device)
     report = []
-    for path, picture, sheet_path in zip(files, pictures, _sheet_paths(files, folder), strict=True):
-        reading = pipeline(picture, reading_size=options.reading_size)
-        facts = describe(picture, reading, path)
-        sheet(picture, reading, facts).save(sheet_path)
+    for path, image, sheet_path in zip(files, images, _sheet_paths(files, folder), strict=True):
+        reading = pipeline(image, reading_size=options.reading_size)
+        facts = describe(image, reading, path)
+        sheet(image, reading, facts).save(sheet_path)
         report.append({**facts, "report": str(sheet_path)})
         print(f"{path}: {_summary(facts)} → {sheet_path}")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"All figures: {folder / 'report.json'}")
+    print(f"All values: {folder / 'report.json'}")
     return None
 
 
-def describe(picture: Image, reading: Any, path: Path) -> dict[str, Any]:
-    """What was read of one picture, as plain values; a role's colour is the median of its pixels."""
+def describe(image: Image, reading: Any, path: Path) -> dict[str, Any]:
+    """Return what was read from one poster as plain values; the colour of a role is the median colour of its pixels."""
     import numpy as np
     from PIL import ImageOps
 
     from pipelines.common.poster_domain import COLOR_ROLES
 
     features = reading.features[0]
-    pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    of_role = {name: pixels[features[2] == number] for number, name in enumerate(COLOR_ROLES)}
-    medians = {name: np.median(found, axis=0).astype(int).tolist() for name, found in of_role.items() if len(found)}
+    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    role_pixels = {name: pixels[features[2] == number] for number, name in enumerate(COLOR_ROLES)}
+    medians = {name: np.median(own, axis=0).astype(int).tolist() for name, own in role_pixels.items() if len(own)}
     roles = np.bincount(features[2].astype(int).ravel(), minlength=len(COLOR_ROLES)) / features[2].size
     facts: dict[str, Any] = {
         "file": str(path),
@@ -76,16 +77,16 @@ def describe(picture: Image, reading: Any, path: Path) -> dict[str, Any]:
     return facts
 
 
-def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
-    """The report on one picture: four panels, the colours by role, and, where there is an abstractor, the grammar as
-    bars."""
+def sheet(image: Image, reading: Any, facts: dict[str, Any]) -> Image:
+    """Draw the report on one poster: four panels, the colour roles, and the design grammar as bars if the model has an
+    abstractor."""
     from PIL import Image as PIL_Image
     from PIL import ImageDraw, ImageFont, ImageOps
 
     from pipelines.common.layout_pictures import draw_features, draw_hierarchy
 
     features: np.ndarray = reading.features[0]
-    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    upright = ImageOps.exif_transpose(image).convert("RGB")
     panels = {
         "the poster": upright,
         "text (red), pictures (green)": reading.overlays[0],
@@ -102,9 +103,10 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
     draw = ImageDraw.Draw(page)
     for number, (title, panel) in enumerate(panels.items()):
         x = MARGIN + number * (width + GAP)
-        smooth = PIL_Image.Resampling.LANCZOS if number < 2 or scale < 1 else PIL_Image.Resampling.NEAREST
+        # Enlarging a map of classes smoothly would show colours that stand for no class.
+        resampling = PIL_Image.Resampling.LANCZOS if number < 2 or scale < 1 else PIL_Image.Resampling.NEAREST
         draw.text((x, MARGIN), title, fill=INK, font=font)
-        page.paste(panel.resize((width, height), smooth), (x, MARGIN + line))
+        page.paste(panel.resize((width, height), resampling), (x, MARGIN + line))
         draw.rectangle((x, MARGIN + line, x + width - 1, MARGIN + line + height - 1), outline=FAINT)
     top, half = MARGIN + line + height + GAP, (page.width - 2 * MARGIN + GAP) // 2
     _swatches(draw, top, page.width, facts, font)
@@ -116,7 +118,7 @@ def sheet(picture: Image, reading: Any, facts: dict[str, Any]) -> Image:
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str, float | None]]:
-    """(name, value as text, length of its bar or None) of each line below the panels."""
+    """Return (name, value as text, length of its bar or None) for each line below the panels."""
     rows: list[tuple[str, str, float | None]] = [
         ("text", f"{facts['text_share']:.0%} of the page", facts["text_share"]),
         ("pictures", f"{facts['picture_share']:.0%} of the page", facts["picture_share"]),
@@ -130,19 +132,19 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str, float | None]]:
 
 
 def _swatches(draw: Any, top: int, page_width: int, facts: dict[str, Any], font: Any) -> None:
-    """A row of the roles: the colour that stands for it in its panel, its colour in the picture, its share."""
+    """Draw a legend of the colour roles: for each, its colour in the panel, its colour in the poster, and its share."""
     from pipelines.common.layout_pictures import ROLE_COLORS
 
-    shares, found = facts["color_role_shares"], facts["color_role_colors"]
+    shares, colors = facts["color_role_shares"], facts["color_role_colors"]
     step = (page_width - 2 * MARGIN) // len(shares)
     for number, (name, share) in enumerate(shares.items()):
         x = MARGIN + number * step
         code = tuple(int(channel) for channel in ROLE_COLORS[number])
-        for place, color in enumerate((code, found.get(name))):
+        for place, color in enumerate((code, colors.get(name))):
             left = x + place * (FONT_SIZE + 2)
             if color:
                 draw.rectangle((left, top, left + FONT_SIZE, top + FONT_SIZE), fill=color, outline=FAINT)
-        words = f"{name} {share:.0%}" if name in found else f"no {name}"
+        words = f"{name} {share:.0%}" if name in colors else f"no {name}"
         draw.text((x + 2 * FONT_SIZE + 12, top - 2), words, fill=INK, font=font)
 
 
@@ -165,7 +167,7 @@ def _summary(facts: dict[str, Any]) -> str:
 
 
 def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each file, named after it; files of one name from several folders are numbered."""
+    """Return the path of each file's PNG, named after the file and numbered where two files have the same name."""
     paths: list[Path] = []
     for file in files:
         path, number = folder / f"{file.stem}_layout.png", 1
@@ -178,10 +180,12 @@ def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Options(__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="pictures of posters")
-    parser.add_argument("--model", required=True, help="a run of train_abstractor.py or train_encoder.py, a pipeline")
-    parser.add_argument("--reading_size", type=int, help="pixels of the shorter side (default: as it was trained)")
-    parser.add_argument("--output_dir", default="layout_report", help="for the PNGs and report.json")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="Image files of posters")
+    parser.add_argument("--model", required=True, help="Run or pipeline folder of a layout encoder or abstractor")
+    parser.add_argument(
+        "--reading_size", type=int, help="Resize the shorter side to N pixels (default: as in training)"
+    )
+    parser.add_argument("--output_dir", default="layout_report", help="Folder for the PNGs and report.json")
     parser.add_argument("--device", help=DEVICE_HELP)
     options = parser.parse(argv)
     if options.reading_size is not None and options.reading_size < 16:
@@ -195,11 +199,11 @@ def _load(model: str, device: str | None) -> Any:
     pipeline = load_on_device(model, device)
     if type(pipeline).__name__ != "LayoutAnalysisPipeline":
         raise UserError(
-            f"--model {model} is a {type(pipeline).__name__}, which reads no posters; "
-            "name a run of training/train_abstractor.py or training/train_encoder.py"
+            f"--model {model} is a {type(pipeline).__name__}, which does not read posters; use a model trained with "
+            f"`{command('training/train_encoder.py')}` or `{command('training/train_abstractor.py')}`"
         )
     if pipeline.encoder is None:
-        raise UserError(f"--model {model} was trained without --encoder and reads no pictures; train it with one")
+        raise UserError(f"--model {model} was trained without --encoder and cannot read images; train one with it")
     return pipeline
 
 

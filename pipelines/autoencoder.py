@@ -1,6 +1,6 @@
-"""Images to latents and back, with any Diffusers autoencoder; and what its heads read in them, where it has any.
+"""Encode images to latents and decode latents with any Diffusers autoencoder; with heads, segment and classify images.
 
-Shapes: B pictures, H W pixels, C latent channels, h w latent cells, K classes of pixels.
+Shapes: B images, H W pixels, C latent channels, h w latent cells, K pixel classes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .common.standalone import StandalonePipelineMixin
 
 
 class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
-    """Reconstructs pictures, and gives their latents in the scaled units that a diffusion model sees.
+    """Pipeline that reconstructs images and converts them to and from scaled latents, the input of a diffusion model.
 
-    With an autoencoder that has heads, it also says what every pixel shows (`segment`) and what a picture is
-    (`classify`); the names of the classes are in `pipeline.vae.config`.
+    If the autoencoder has heads, `segment` predicts the class of each pixel and `classify` the class of each image; the
+    names of the classes are in `pipeline.vae.config`.
 
-    Pictures go in as PIL images, a list of them, arrays (B H W 3, in [0, 1]) or tensors (B 3 H W, in [0, 1]).
+    All methods take images as a PIL image, a list of PIL images of one size, an array (`B H W 3`, in [0, 1]) or a
+    tensor (`B 3 H W`, in [0, 1]).
 
     Args:
-        vae: any Diffusers autoencoder of images.
+        vae (`ModelMixin`): Any Diffusers image autoencoder.
     """
 
     model_cpu_offload_seq = "vae"
@@ -48,14 +49,24 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Encode and decode `images`, at their own size.
+        """Encode images and decode their latents, at the size of the images.
 
         Args:
-            generator: draws from the posterior; None takes its mode.
-            output_type: pil; np (B H W 3, in [0, 1]); pt (B 3 H W, in [0, 1]); or latent (B C h w, scaled).
+            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to
+                reconstruct, see the class.
+            generator (`torch.Generator`, *optional*): Generator for sampling the latents from the posterior. By
+                default, the mode of the posterior is used.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`, in [0, 1]), `"pt"` (`B 3 H W`, in
+                [0, 1]) or `"latent"` (scaled latents, `B C h w`).
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The reconstructed images, or the latents for `output_type="latent"`; a
+            tuple with them as its only element if `return_dict` is `False`.
 
         Raises:
-            ValueError: an unknown output type, or a side that is no multiple of the downsampling.
+            ValueError: If the output type is unknown, or a side of the images is not a multiple of the downsampling
+                factor.
         """
         check_output_type(output_type, (*OUTPUT_TYPES, "latent"))
         result: Any = self.encode(images, generator)
@@ -65,15 +76,24 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
-        """`images` after a trip through the latents, as PIL images."""
+        """Encode and decode `images`, and return the reconstructions as PIL images."""
         return self(images).images  # type: ignore[union-attr]
 
     @torch.no_grad()
     def encode(self, images: Any, generator: torch.Generator | None = None) -> Tensor:
-        """`images` to scaled latents (B C h w, float32): the posterior's mode, or a draw from it with `generator`.
+        """Encode images to scaled latents.
+
+        Args:
+            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to encode,
+                see the class.
+            generator (`torch.Generator`, *optional*): Generator for sampling the latents from the posterior. By
+                default, the mode of the posterior is used.
+
+        Returns:
+            `torch.Tensor`: The scaled latents, `B C h w`, float32.
 
         Raises:
-            ValueError: a side that is no multiple of the downsampling.
+            ValueError: If a side of the images is not a multiple of the downsampling factor.
         """
         pixels = self._pixels(images).to(self._execution_device)
         noise = None
@@ -84,20 +104,27 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Scaled latents (B C h w) to pictures of `output_type` (pil, np or pt)."""
+        """Decode scaled latents (`B C h w`) to images of `output_type` (`"pil"`, `"np"` or `"pt"`)."""
         images = decode_latents(self.vae, latents.to(self._execution_device))
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()
     def segment(self, images: Any, output_type: str = "pil") -> Any:
-        """What every pixel of `images` shows, read from their latents.
+        """Predict the class of each pixel from the latents of the images.
 
         Args:
-            output_type: pil (a list of pictures with a palette: their pixels are class ids, shown in the colours of
-                `class_colors`); np (B H W, uint8 class ids); or pt (B K H W, float32 probabilities).
+            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to segment,
+                see the class.
+            output_type (`str`, defaults to `"pil"`): `"pil"` (a list of palette images whose pixels are class ids,
+                shown in the colours of `class_colors`), `"np"` (`B H W`, class ids as uint8) or `"pt"` (`B K H W`,
+                probabilities as float32).
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: The predicted masks.
 
         Raises:
-            ValueError: no segmentation head, an unknown output type, or a side that is no multiple of the downsampling.
+            ValueError: If the autoencoder has no segmentation head, the output type is unknown, or a side of the images
+                is not a multiple of the downsampling factor.
         """
         check_output_type(output_type)
         z = self._raw_latents(images, "num_mask_classes", "segmentation")
@@ -110,10 +137,18 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def classify(self, images: Any) -> list[dict[str, float]]:
-        """The classes of each picture, read from its latents: name to probability, the most probable first.
+        """Predict the class of each image from its latents.
+
+        Args:
+            images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to classify,
+                see the class.
+
+        Returns:
+            `list[dict[str, float]]`: For each image, the probability of each class by its name, in descending order.
 
         Raises:
-            ValueError: no classification head, or a side that is no multiple of the downsampling.
+            ValueError: If the autoencoder has no classification head, or a side of the images is not a multiple of the
+                downsampling factor.
         """
         z = self._raw_latents(images, "num_classes", "classification")
         logits = self.vae.classify(z)
@@ -126,26 +161,26 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         ]
 
     def _raw_latents(self, images: Any, number: str, head: str) -> Tensor:
-        """The posterior's mode of `images` in the autoencoder's own units and precision, B C h w."""
+        """Return the unscaled latents of `images` (the mode of the posterior, B C h w) in the autoencoder's dtype."""
         if not self.vae.config.get(number):
-            raise ValueError(f"`vae` has no {head} head: `{number}` is not in its config, or 0")
+            raise ValueError(f"`vae` has no {head} head (`{number}` is missing from its config, or 0)")
         pixels = self._pixels(images).to(self._execution_device)
         return posterior_moments(self.vae, pixels)[0].to(self.vae.dtype)
 
     def _pixels(self, images: Any) -> Tensor:
-        """B 3 H W in [-1, 1], float32."""
+        """Convert images of any accepted kind to a tensor, B 3 H W in [-1, 1], float32."""
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if all(isinstance(image, Image.Image) for image in images):
             sizes = {image.size for image in images}
             if len(sizes) > 1:
-                raise ValueError(f"`images` must be of one size, but are {sorted(sizes)} (width, height)")
+                raise ValueError(f"`images` must all have the same size, but have {sorted(sizes)} (width, height)")
             images = [image.convert("RGB") for image in images]
         first = images[0]
         if isinstance(first, Image.Image):
             width, height = first.size
         else:
             height, width = first.shape[-2:] if isinstance(first, Tensor) else first.shape[-3:-1]
-        # Checked here because the image processor would quietly resize to a size that fits.
+        # Check the size here, because the image processor would silently resize the images to one that fits.
         latent_shape(self.vae, height, width)
         pixels = images if isinstance(first, Image.Image) or len(images) > 1 else first
         return self.image_processor.preprocess(pixels, height=height, width=width).float()

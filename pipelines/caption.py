@@ -1,9 +1,9 @@
-"""Caption pictures with a model of pictures and captions:
+"""Caption images with an image–caption model:
 
     python pipelines/caption.py photo.jpg drawing.png --model runs/image_caption/emoji_64
     python pipelines/caption.py *.png --model runs/image_caption/emoji_64 --num_beams 4 --output captions.jsonl
 
-One line for each picture; pictures may have any size. --top_p draws captions instead of taking the likeliest.
+Prints one caption per image; images may have any size. With --top_p, captions are sampled instead of decoded greedily.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.commands import command
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_image_header, check_output, read_image
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if output is not None:
         _check_output(output, options.overwrite)
     pipeline = load_captioner(options.model, options.device)
-    # What is done is printed and written at once: a picture that cannot be decoded must not cost the others.
+    # Print and write each batch as soon as it is done: an image that cannot be decoded must not lose earlier captions.
     with output.open("w", encoding="utf-8") if output else contextlib.nullcontext() as lines:
         for start in range(0, len(files), options.batch_size):
             paths = files[start : start + options.batch_size]
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             for path, caption in zip(paths, captions, strict=True):
                 print(f"{path}: {caption}", flush=True)
                 if output and lines:
-                    # The form of an imagefolder's metadata.jsonl, where names are relative to its folder.
+                    # The format of an imagefolder's metadata.jsonl, whose file names are relative to its folder.
                     record = {"file_name": _relative(path, output.parent), "text": caption}
                     print(json.dumps(record, ensure_ascii=False), file=lines, flush=True)
     if output:
@@ -50,21 +51,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of the command line. Raises UserError."""
+    """Parse the command line. Raises UserError."""
     parser = Options(__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="pictures")
-    add("--model", required=True, help="a run of train_image_caption.py, a checkpoint, a pipeline folder, or a Hub id")
-    add("--num_beams", type=int, default=1, help="1 takes the likeliest word each time; more is beam search")
-    add("--top_p", type=float, help="draw words among the likeliest that together have this probability")
-    add("--temperature", type=float, default=1.0, help="of the draws (default: 1)")
-    add("--num_candidates", type=int, default=1, help="draw so many captions and take the one most like all of them")
-    add("--max_length", type=int, help="tokens at most (default: what the model was trained on)")
-    add("--seed", type=int, default=0, help="of the first picture's draws; the next ones count up (default: 0)")
-    add("--batch_size", type=int, default=16, help="pictures read at once; the captions do not depend on it")
+    add("files", nargs="+", metavar="FILE", help="Image files")
+    add("--model", required=True, help="Run folder, checkpoint, pipeline folder or Hub id of an image–caption model")
+    add("--num_beams", type=int, default=1, help="Number of beams; 1 is greedy search (default: 1)")
+    add("--top_p", type=float, help="Sample from the most likely tokens whose probabilities add up to this value")
+    add("--temperature", type=float, default=1.0, help="Sampling temperature (default: 1)")
+    add("--num_candidates", type=int, default=1, help="Sample N captions per image and keep the most typical one")
+    add("--max_length", type=int, help="Maximum number of tokens (default: as in training)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Random seed; image k is captioned with seed + k (default: 0)",
+    )
+    add("--batch_size", type=int, default=16, help="Images per batch; does not change the captions (default: 16)")
     add("--device", help=DEVICE_HELP)
-    add("--output", help="JSON lines to write: file_name and text")
-    add("--overwrite", action="store_true", help="replace the file of --output")
+    add("--output", help="JSON Lines file to write, with file_name and text")
+    add("--overwrite", action="store_true", help="Overwrite the file of --output")
     options = parser.parse(argv)
     for name in ("num_beams", "batch_size", "num_candidates"):
         if getattr(options, name) < 1:
@@ -73,29 +79,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_captioner(model: str, device: str | None) -> Any:
-    """The pipeline, on the device that `--device` names (see `get_device`).
+    """Load an image–caption pipeline on the device that `--device` names (see `get_device`).
 
     Raises:
-        UserError: no such model, one that knows no captions of pictures, or no such device.
+        UserError: If the model or the device does not exist, or the model does not caption images.
     """
     from pipelines.tools.loading import load_on_device
 
     pipeline = load_on_device(model, device)
     if type(pipeline).__name__ != "ImageCaptionPipeline":
         raise UserError(
-            f"--model {model} is a {type(pipeline).__name__}, which captions no pictures; "
-            "name a run of training/train_image_caption.py"
+            f"--model {model} is a {type(pipeline).__name__}, which does not caption images; "
+            f"use a model trained with `{command('training/train_image_caption.py')}`"
         )
     return pipeline
 
 
-def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:
+def _captions(pipeline: Any, images: Sequence[Image], options: argparse.Namespace, first: int) -> list[str]:
     import torch
 
-    generators = [torch.Generator().manual_seed(options.seed + first + i) for i in range(len(pictures))]
+    generators = [torch.Generator().manual_seed(options.seed + first + i) for i in range(len(images))]
     try:
         return pipeline.caption(
-            pictures,
+            images,
             num_beams=options.num_beams,
             top_p=options.top_p,
             temperature=options.temperature,
@@ -108,7 +114,7 @@ def _captions(pipeline: Any, pictures: Sequence[Image], options: argparse.Namesp
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The path as seen from `folder`, with forward slashes."""
+    """Return the path relative to `folder`, with forward slashes."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:  # on another drive
@@ -117,7 +123,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.is_file() and output.stat().st_size and not overwrite:
-        raise UserError(f"--output {output} is there already; name another file, or replace it: --overwrite")
+        raise UserError(f"--output {output} already exists; choose another file, or add --overwrite to replace it")
     check_output(output)
 
 

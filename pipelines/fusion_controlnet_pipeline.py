@@ -1,6 +1,6 @@
-"""Text, class label and a control image to image: a latent diffusion model steered by one ControlNet or several.
+"""Generate images from a prompt, a class label and a control image: latent diffusion with one or more ControlNets.
 
-Shapes: B pictures, C control channels, H W pixels.
+Shapes: B images, C control channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from .latent_diffusion import LatentDiffusionPipeline
 
 
 class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
-    """`LatentDiffusionPipeline` with a control image; without one it gives what that gives.
+    """Pipeline for latent diffusion with ControlNet guidance.
+
+    Without a control image it generates the same images as `LatentDiffusionPipeline`.
 
     Args:
-        controlnet: FusionControlNetModel, a list of them, or FusionControlNets; several fuse one after another in this
-            order. The other arguments are those of `LatentDiffusionPipeline`.
+        controlnet (`FusionControlNetModel`, `list[FusionControlNetModel]` or `FusionControlNets`): One or more
+            ControlNets; several are applied one after another, in this order.
+
+    The other arguments are those of `LatentDiffusionPipeline`.
 
     Raises:
-        ValueError: a ControlNet of another U-Net or VAE.
+        ValueError: If a ControlNet was trained for another U-Net or VAE.
     """
 
     model_cpu_offload_seq = "text_encoder->caption_prior->controlnet->unet->vae"
@@ -57,14 +61,27 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         class_labels: Any = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Generate images, `num_images_per_prompt` for each prompt (or label, or control), in that order.
+        """Generate `num_images_per_prompt` images for each prompt (or class label, or control image), in that order.
 
         Args:
-            **options: how the control steers (`controlnet_conditioning_scale`, `control_guidance_start`,
-                `control_guidance_end`), which like `control_image` is explained at `call_with_control`; and the
-                arguments of `LatentDiffusionPipeline`.
+            prompt (`str` or `list[str]`, *optional*): The prompt or prompts to guide image generation.
+            control_image (*optional*): One control image for all images, or one for each prompt, as a tensor or PIL
+                images (see `control_images.control_tensor`). With several ControlNets, a list with the control of each.
+                By default, the base model generates without control.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids or class names.
+            controlnet_conditioning_scale (`float` or `list[float]`, defaults to 1.0): Strength of the ControlNet; 0
+                disables it. Several ControlNets share one value or have one each, here and in the next two arguments.
+            control_guidance_start (`float` or `list[float]`, defaults to 0.0): Fraction of the sampling steps at which
+                the ControlNet starts to apply.
+            control_guidance_end (`float` or `list[float]`, defaults to 1.0): Fraction of the sampling steps at which
+                the ControlNet stops applying.
+            **options: The other arguments of `LatentDiffusionPipeline.__call__`.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The generated images; a tuple with them as its only element if
+            `return_dict` is `False`.
 
         Raises:
-            ValueError: an argument that cannot be used; the message quotes it.
+            ValueError: If an argument is invalid; the message quotes it.
         """
         return self.call_with_control({"prompt": prompt, "class_labels": class_labels}, control_image, **options)

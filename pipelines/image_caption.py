@@ -1,9 +1,9 @@
-"""Pictures to captions, captions to pictures, and new pairs of both, through one latent vector.
+"""Caption images, draw captions and generate new image–caption pairs, all through one latent vector.
 
-Shapes: B pictures or captions, R side of a picture in pixels, D latent vector, L tokens, V vocabulary.
+Shapes: B images or captions, R side of an image in pixels, D latent vector, L tokens, V vocabulary.
 
-Conventions: pictures are in [-1, 1]; a caption is `<START>`, its tokens, `<END>`, padded on the right; a posterior's
-mean stands for a picture or a caption wherever nothing is drawn. The prior is a rectified flow.
+Conventions: images are in [-1, 1]; a caption is `<START>`, its tokens and `<END>`, padded on the right. Unless
+sampled, the latent vector of an image or a caption is the mean of its posterior. The prior is a rectified flow.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from .common.standalone import StandalonePipelineMixin
 logger = logging.get_logger(__name__)
 
 IMAGE_FITS = ("crop", "stretch")
-CANDIDATES_AT_ONCE = 256  # bounds the memory of keys and values
+CANDIDATES_AT_ONCE = 256  # limits the memory for keys and values
 
 
 @dataclass
 class ImageCaptionOutput(BaseOutput):
-    """New pairs: `images[i]` and `captions[i]` come from one latent vector."""
+    """New pairs: `images[i]` and `captions[i]` are decoded from the same latent vector."""
 
     images: Any
     captions: list[str]
 
 
 class GumbelNoise(LogitsProcessor):
-    """Makes taking the best token a draw from the softmax (Gumbel-max), each row from a generator of its own.
+    """Logits processor that turns greedy search into sampling from the softmax (the Gumbel-max trick).
 
-    Transformers' own sampling draws a batch's rows from one stream: what is drawn for a picture would depend on the
-    pictures beside it.
+    Each row has its own generator. The sampling of Transformers draws all rows of a batch from one random stream, so a
+    caption would depend on the other images in the batch.
     """
 
     def __init__(self, generators: list[torch.Generator] | None):
@@ -63,11 +63,11 @@ class GumbelNoise(LogitsProcessor):
 
 
 def consensus(captions: Sequence[str]) -> str:
-    """The caption that shares most n-grams (one to four words) with all of them, on average over pairs.
+    """Return the caption that shares the most n-grams (one to four words) with all captions, averaged over pairs.
 
-    It is the one of least expected loss, as far as these are drawn as they should be (minimum Bayes risk: Kumar & Byrne
-    2004). The likeliest caption is not, where a picture can be said many ways, each of them unlikely. What it says of
-    the others' n-grams counts for more than what it says besides (F2, as in chrF: Popović 2016), or the shortest win.
+    This is minimum Bayes risk decoding (Kumar & Byrne 2004): given samples from the model, it returns the caption with
+    the lowest expected loss. The most likely caption is a worse choice for an image that can be described in many ways.
+    Recall of n-grams counts more than precision (F2, as in chrF: Popović 2016); otherwise the shortest would win.
     """
     if len(captions) == 1:
         return captions[0]
@@ -75,13 +75,13 @@ def consensus(captions: Sequence[str]) -> str:
     grams = {text: [Counter(_grams(text.split(), size)) for size in (1, 2, 3, 4)] for text in counts}
 
     def likeness(one: str, other: str) -> float:
-        found = 0.0
-        for own, wanted in zip(grams[one], grams[other]):
-            total = own.total() + 4 * wanted.total()
-            found += 5 * (own & wanted).total() / total if total else 1.0  # of two without such n-grams, all
-        return found
+        score = 0.0
+        for own, reference in zip(grams[one], grams[other]):
+            total = own.total() + 4 * reference.total()
+            score += 5 * (own & reference).total() / total if total else 1.0  # both too short for such n-grams
+        return score
 
-    return max(counts, key=lambda text: sum(likeness(text, other) * many for other, many in counts.items()))
+    return max(counts, key=lambda text: sum(likeness(text, other) * count for other, count in counts.items()))
 
 
 def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
@@ -89,13 +89,13 @@ def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each caption between `<START>` and `<END>`, at most `max_length` in all; no padding."""
-    found = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False).input_ids
-    return [[tokenizer.bos_token_id, *ids[: max_length - 2], tokenizer.eos_token_id] for ids in found]
+    """Tokenize captions to lists of ids from `<START>` to `<END>`, unpadded and truncated to `max_length` ids."""
+    unpadded = tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return [[tokenizer.bos_token_id, *ids[: max_length - 2], tokenizer.eos_token_id] for ids in unpadded]
 
 
 def padded_ids(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids of captions as one tensor, B L int64, and its mask: 1 for tokens, 0 for padding, whatever id that has."""
+    """Pad ids to one tensor (B L, int64) and return it with its mask, which is 1 for tokens and 0 for padding."""
     longest = max(map(len, ids))
     tensor = torch.full((len(ids), longest), pad_token_id, dtype=torch.long)
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -106,28 +106,28 @@ def padded_ids(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor,
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Raise a ValueError unless `tokenizer` is one that the model of `config` can have been trained with."""
+    """Raise a ValueError if the model with this `config` cannot have been trained with `tokenizer`."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"`tokenizer` has {len(tokenizer)} tokens, but the model knows {config.vocab_size}: "
-            "they do not belong together"
+            f"`tokenizer` has {len(tokenizer)} tokens, but the model's vocabulary has {config.vocab_size}; "
+            "pass the tokenizer that the model was trained with"
         )
     own = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    wanted = (config.pad_token_id, config.start_token_id, config.end_token_id)
-    if own != wanted:
+    trained = (config.pad_token_id, config.start_token_id, config.end_token_id)
+    if own != trained:
         raise ValueError(
-            f"`tokenizer` has the ids {own} for padding, start and end, but the model was trained with {wanted}: "
-            "they do not belong together"
+            f"`tokenizer` has the ids {own} for padding, start and end, but the model was trained with {trained}; "
+            "pass the tokenizer that the model was trained with"
         )
 
 
 def fitted(image: Image.Image, size: int, image_fit: str, interpolation_mode: str = "lanczos") -> Tensor:
-    """A picture of any mode and size as 3 R R in [-1, 1], on white where it is transparent, as in training.
+    """Convert an image of any mode and size to a tensor, 3 R R in [-1, 1], as in training; transparency becomes white.
 
     Args:
         size: R.
-        image_fit: crop, to the middle square; or stretch, the whole picture into the square.
-        interpolation_mode: nearest, bilinear, bicubic or lanczos.
+        image_fit: "crop" cuts out the largest centred square, "stretch" resizes the whole image to a square.
+        interpolation_mode: "nearest", "bilinear", "bicubic" or "lanczos".
     """
     image = to_rgb(ImageOps.exif_transpose(image))
     width, height = image.size
@@ -142,19 +142,19 @@ def fitted(image: Image.Image, size: int, image_fit: str, interpolation_mode: st
 
 
 class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPipeline):
-    """Captions pictures, draws captions, and invents pairs of both.
+    """Pipeline that captions images, generates images from captions, and generates new image–caption pairs.
 
     Args:
-        model: encoders and decoders of pictures and captions.
-        tokenizer: with the ids that the model was trained with.
-        scheduler: sampler of the prior; `set_scheduler("heun")` makes another.
-        prior: noise to latent vectors; None for a model that invents nothing.
-        image_fit: how pictures that are not square become so: crop (their middle) or stretch.
-        aspect_ratio: width over height that drawings are given; pictures that were stretched come back.
-        image_interpolation_mode: how pictures are resized: nearest, bilinear, bicubic or lanczos.
+        model (`ImageCaptionModel`): Model with the encoders and decoders of images and captions.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer that the model was trained with.
+        scheduler (`SchedulerMixin`): Scheduler for sampling from the prior; `set_scheduler("heun")` selects another.
+        prior (`LatentPriorModel`, *optional*): Generates latent vectors from noise; `sample` needs it.
+        image_fit (`str`, defaults to `"crop"`): `"crop"` to a centred square, or `"stretch"` images to one.
+        aspect_ratio (`float`, defaults to 1.0): Width / height of generated images, undoing a stretch.
+        image_interpolation_mode (`str`, defaults to `"lanczos"`): Or `"nearest"`, `"bilinear"`, `"bicubic"`.
 
     Raises:
-        ValueError: a tokenizer, prior or fit that does not suit.
+        ValueError: If the tokenizer or the prior does not match the model, or `image_fit` is unknown.
     """
 
     model_cpu_offload_seq = "prior->model"
@@ -177,8 +177,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             raise ValueError(f"`image_fit` must be one of {', '.join(IMAGE_FITS)}, but is {image_fit!r}")
         if prior is not None and prior.config.latent_size != model.config.latent_size:
             raise ValueError(
-                f"`prior` makes vectors of {prior.config.latent_size} numbers, but the model's latents have "
-                f"{model.config.latent_size}"
+                f"`prior` generates vectors of {prior.config.latent_size} numbers, but the model's latent vectors have "
+                f"{model.config.latent_size}; pass the prior that was trained with the model"
             )
         self.register_modules(model=model, tokenizer=tokenizer, scheduler=scheduler, prior=prior)
         self.register_to_config(
@@ -188,7 +188,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         self._own_scheduler = scheduler
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> ImagePipelineOutput | tuple:
-        """The same as `draw`."""
+        """Generate images from captions, see `draw`."""
         return self.draw(prompt, **options)
 
     @torch.no_grad()
@@ -202,31 +202,31 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         max_length: int | None = None,
         num_candidates: int = 1,
     ) -> list[str]:
-        """A caption for each picture.
+        """Generate a caption for each image.
 
         Args:
-            images: a picture or a sequence of them, of any size; or all as a tensor, B 3 R R, or an array, B R R 3, in
-                [0, 1].
-            num_beams: 1 takes the likeliest token each time (greedy); more is beam search.
-            top_p: draw among the likeliest tokens that together have this probability (nucleus sampling, Holtzman et
-                al. 2020); 1 draws among all.
-            temperature: of the draws that `top_p` makes; below 1 keeps closer to the likeliest.
-            generator: of the draws; one for all, from which each picture gets a stream of its own, or one each.
-            max_length: tokens at most, `<START>` and `<END>` included; by default what the model was trained on.
-            num_candidates: more than 1 draws so many captions (with `top_p` 1, unless it is given) and takes the one
-                that is most like all of them (`consensus`): for pictures that can be said many ways.
+            images: PIL images of any size, one or several; or a tensor (`B 3 R R`) or array (`B R R 3`) in [0, 1].
+            num_beams (`int`, defaults to 1): Number of beams for beam search; 1 is greedy search.
+            top_p (`float`, *optional*): Sample from the smallest set of likely tokens whose probabilities add up to
+                `top_p` (nucleus sampling, Holtzman et al. 2020). By default, captions are not sampled.
+            temperature (`float`, defaults to 1.0): Temperature for sampling; values below 1 favour likely tokens.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image. A single
+                generator seeds a separate random stream for each image.
+            max_length (`int`, *optional*): Maximum number of tokens, `<START>` and `<END>` included.
+            num_candidates (`int`, defaults to 1): If above 1, sample this number of captions for each image (by default
+                with `top_p=1`) and return their `consensus`, for images that can be described in many ways.
 
         Raises:
-            ValueError: an argument that cannot be used.
+            ValueError: If an argument is invalid; the message quotes it.
         """
         check_positive_integers(num_candidates=num_candidates)
         top_p = 1.0 if num_candidates > 1 and top_p is None else top_p
         self._check_decoding(num_beams, top_p, temperature, max_length)
         latents = self.encode_images(images)
         if num_candidates == 1:
-            told = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
+            captions = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
         else:
-            # Streams of their own for all draws: one goes on for as long as the longest caption of the batch.
+            # One stream per candidate: a stream is read until the longest caption of the batch is complete.
             streams = [
                 stream
                 for one in generator_per_image(generator, len(latents)) or []
@@ -237,9 +237,10 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             for start in range(0, len(rows), CANDIDATES_AT_ONCE):
                 part = slice(start, start + CANDIDATES_AT_ONCE)
                 drawn += self._captions(rows[part], num_beams, top_p, temperature, streams[part] or None, max_length)
-            told = [consensus(drawn[start : start + num_candidates]) for start in range(0, len(rows), num_candidates)]
+            starts = range(0, len(rows), num_candidates)
+            captions = [consensus(drawn[start : start + num_candidates]) for start in starts]
         self.maybe_free_model_hooks()
-        return told
+        return captions
 
     @torch.no_grad()
     def draw(
@@ -250,20 +251,26 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Pictures of captions: `num_images_per_prompt` for each, in that order.
+        """Generate `num_images_per_prompt` images for each caption, in that order.
 
         Args:
-            generator: draws from each caption's posterior; one for all, or one for each picture. Without one the first
-                picture is the posterior's mean, always the same, and the others are drawn.
-            output_type: pil; np (B R R 3, in [0, 1]); or pt (B 3 R R, in [0, 1]).
+            prompts (`str` or `list[str]`): The caption or captions to draw.
+            num_images_per_prompt (`int`, defaults to 1): The number of images to generate per caption.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling from posteriors, or one for each
+                image. Without one, the first image of a caption uses the mean of its posterior.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
 
         Raises:
-            ValueError: an argument that cannot be used.
+            ValueError: If an argument is invalid; the message quotes it.
         """
         check_output_type(output_type)
         check_positive_integers(num_images_per_prompt=num_images_per_prompt)
         posterior = self._caption_posterior(prompts)
-        # A posterior for each image, of the kind that the model gives.
+        # Repeat the posterior for each image. Its class is not imported: one loaded from the Hub has its own copy.
         posterior = type(posterior)(*(part.repeat_interleave(num_images_per_prompt, dim=0) for part in posterior))
         latents = posterior.mean
         if generator is not None or num_images_per_prompt > 1:
@@ -288,25 +295,26 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         max_length: int | None = None,
         output_type: str = "pil",
     ) -> ImageCaptionOutput:
-        """New pictures with captions, both decoded from one vector that the prior draws.
+        """Generate new image–caption pairs, each decoded from one latent vector that is sampled from the prior.
 
         Args:
-            generator: one for all (each pair gets a stream of its own), or one for each pair.
-            num_inference_steps: of the prior's flow.
-            num_beams, top_p, temperature, max_length: of the captions, as in `caption`.
-            output_type: pil; np (B R R 3, in [0, 1]); or pt (B 3 R R, in [0, 1]).
+            num_pairs (`int`, defaults to 1): The number of pairs to generate.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each pair.
+            num_inference_steps (`int`, defaults to 50): The number of sampling steps of the prior.
+            num_beams, top_p, temperature, max_length: How captions are decoded, as in `caption`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
 
         Raises:
-            ValueError: an argument that cannot be used, or a model without a prior.
+            ValueError: If an argument is invalid, or the model has no prior.
         """
         check_output_type(output_type)
         self._check_decoding(num_beams, top_p, temperature, max_length)
         if self.prior is None:
-            raise ValueError("this model has no latent prior, and cannot invent pairs")
+            raise ValueError("this model has no latent prior, so it cannot generate pairs; train it with a prior")
         check_positive_integers(num_pairs=num_pairs, num_inference_steps=num_inference_steps)
         check_scheduler(self.scheduler, FLOW)
         generators = generator_per_image(generator, num_pairs)
-        latents = self._invented(num_pairs, generators, num_inference_steps)
+        latents = self._sample_latents(num_pairs, generators, num_inference_steps)
         captions = self._captions(latents, num_beams, top_p, temperature, generators, max_length)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
@@ -314,45 +322,45 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
     @torch.no_grad()
     def similarity(self, images: Any, texts: str | Sequence[str]) -> Tensor:
-        """Cosine similarity of each picture's latent vector (rows) with each text's (columns), in [-1, 1], float32."""
-        found = self.encode_images(images), self.encode_captions(texts)
+        """Return cosine similarities of the latent vectors of images (rows) and texts (columns), float32 in [-1, 1]."""
+        latents = self.encode_images(images), self.encode_captions(texts)
         self.maybe_free_model_hooks()
-        pictures, captions = (torch.nn.functional.normalize(latents, dim=1) for latents in found)
-        return pictures @ captions.T
+        of_images, of_texts = (torch.nn.functional.normalize(vectors, dim=1) for vectors in latents)
+        return of_images @ of_texts.T
 
     @torch.no_grad()
     def encode_images(self, images: Any) -> Tensor:
-        """Latent vectors of pictures, the means of their posteriors. B D."""
+        """Encode images to latent vectors (`B D`), the means of their posteriors."""
         pixel_values = self._pixels(images).to(self._execution_device, self.model.dtype)
         return self.model.encode_image(pixel_values).mean
 
     @torch.no_grad()
     def encode_captions(self, texts: str | Sequence[str]) -> Tensor:
-        """Latent vectors of texts, the means of their posteriors. B D."""
+        """Encode texts to latent vectors (`B D`), the means of their posteriors."""
         return self._caption_posterior(texts).mean
 
     def _caption_posterior(self, texts: str | Sequence[str]) -> Any:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"captions must be texts that say something, but are {texts!r}")
+            raise ValueError(f"captions must be non-empty texts, but are {texts!r}")
         ids = caption_ids(self.tokenizer, texts, self.model.config.max_length)
-        self._warn_of_lost_words(texts, ids)
+        self._warn_of_ignored_words(texts, ids)
         input_ids, mask = (t.to(self._execution_device) for t in padded_ids(ids, self.model.config.pad_token_id))
         return self.model.encode_caption(input_ids, mask)
 
-    def _warn_of_lost_words(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
-        """Says what of the texts the model does not read."""
+    def _warn_of_ignored_words(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        """Log a warning for texts that are truncated or consist of unknown words."""
         longest = self.model.config.max_length
-        # What is as long as may be was cut, or just fits.
+        # Ids of the maximum length were either truncated or fit exactly.
         cut = [text for text, own in zip(texts, ids) if len(own) == longest and not self._fits(text)]
         if cut:
             logger.warning(
-                f"{len(cut)} of {len(texts)} captions have more than {longest} tokens and are cut there: {cut[0]!r}"
+                f"{len(cut)} of {len(texts)} captions have more than {longest} tokens and are truncated: {cut[0]!r}"
             )
         unknown = self.tokenizer.unk_token_id
-        strange = [text for text, own in zip(texts, ids) if set(own[1:-1]) <= {unknown}]
-        if strange:
-            logger.warning(f"the model knows none of the words of {strange[0]!r}, and cannot tell it from others such")
+        unread = [text for text, own in zip(texts, ids) if set(own[1:-1]) <= {unknown}]
+        if unread:
+            logger.warning(f"the model knows none of the words of {unread[0]!r}; use other words")
 
     def _fits(self, text: str) -> bool:
         longest = self.model.config.max_length
@@ -377,8 +385,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         )
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _invented(self, count: int, generators: list[torch.Generator] | None, steps: int) -> Tensor:
-        """Standard normal noise to latent vectors. B D, float32."""
+    def _sample_latents(self, count: int, generators: list[torch.Generator] | None, steps: int) -> Tensor:
+        """Sample latent vectors from the prior, B D, float32."""
         prior: Any = self.prior
         noise = initial_noise((count, prior.config.latent_size), generators, self._execution_device)
 
@@ -392,13 +400,13 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Latent vectors (B D) to pictures of `output_type` (see `draw`)."""
+        """Decode latent vectors (`B D`) to images of `output_type`, see `draw`."""
         decoded = self.model.decode_image(latents.to(self._execution_device)).float().clamp(-1, 1)
         images = self.image_processor.postprocess(decoded, output_type=output_type)
         return self.in_proportion(images) if output_type == "pil" else images
 
     def in_proportion(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """R × R pictures in the proportions of those that the model was trained on, none made smaller."""
+        """Resize square images to the aspect ratio of the training images, without shrinking either side."""
         ratio, side = self.config.aspect_ratio, self.model.config.sample_size
         if ratio == 1:
             return list(images)
@@ -406,7 +414,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         return [image.resize(size, Image.Resampling.BICUBIC) for image in images]
 
     def _pixels(self, images: Any) -> Tensor:
-        """B 3 R R in [-1, 1]."""
+        """Convert images of any accepted kind to a tensor, B 3 R R in [-1, 1]."""
         size = self.model.config.sample_size
         if isinstance(images, Tensor):
             if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
@@ -421,21 +429,21 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         single = isinstance(images, (Image.Image, str)) or not hasattr(images, "__iter__")
         several = [images] if single else list(images)
         if not several or not all(isinstance(image, Image.Image) for image in several):
-            raise ValueError("`images` must be a picture, a sequence of pictures, a tensor or an array")
+            raise ValueError("`images` must be a PIL image, a sequence of PIL images, a tensor or an array")
         fit, mode = self.config.image_fit, self.config.image_interpolation_mode
         return torch.stack([fitted(image, size, fit, mode) for image in several])
 
     def _check_decoding(self, num_beams: int, top_p: float | None, temperature: float, max_length: int | None) -> None:
-        """Raises ValueError for what cannot be."""
+        """Raise a ValueError that quotes the first invalid argument of decoding captions."""
         check_positive_integers(num_beams=num_beams)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], but is {top_p}")
         if top_p is not None and num_beams > 1:
-            raise ValueError(f"`top_p` draws and `num_beams` {num_beams} searches; choose one of them")
+            raise ValueError(f"`top_p` samples, but `num_beams` {num_beams} is beam search; choose one of them")
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0, but is {temperature}")
         if temperature != 1 and top_p is None:
-            raise ValueError(f"`temperature` {temperature} is of draws, and there are none; `top_p` 1 draws among all")
+            raise ValueError(f"`temperature` {temperature} has no effect without sampling; pass `top_p`, such as 1")
         longest = self.model.config.max_length
         if max_length is not None and not 2 <= max_length <= longest:
-            raise ValueError(f"`max_length` must be from 2 to {longest}, what the model knows, but is {max_length}")
+            raise ValueError(f"`max_length` must be from 2 to {longest}, the model's maximum, but is {max_length}")

@@ -1,12 +1,12 @@
-"""Text and/or class label (or neither) to image, through the latents of a VAE.
+"""Generate images from text, a class label, both or neither, with diffusion in the latent space of an autoencoder.
 
-Shapes: B pictures, L tokens, D text width, C latent channels, h w latent cells, H W pixels.
+Shapes: B images, L tokens, D text width, C latent channels, h w latent cells, H W pixels.
 
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
-dropped or absent prompt is the empty prompt. Class labels go through the U-Net's class embedding, whose last index is
-the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the model
-predicts noise - x_0 and is told the timestep s * 1000. Training calls `tokenize_captions`, `encode_captions`,
-`concat_condition` and `null_class` of this file, so that it cannot differ from sampling.
+dropped or missing prompt is replaced by the empty prompt. Class labels go through the U-Net's class embedding, whose
+last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the
+timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`, `encode_captions`,
+`concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .common.standalone import StandalonePipelineMixin
 
 
 def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) -> int:
-    """L: tokens that both the tokenizer and the text encoder's positions allow.
+    """Return L, the maximum number of tokens that both the tokenizer and the text encoder's positions allow.
 
     Raises:
-        ValueError: neither sets a limit (T5 does not); then `max_text_length` must be given.
+        ValueError: If neither sets a limit, as with T5; `max_text_length` must then be given.
     """
     limits = (tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None))
-    # A tokenizer without a limit says 1e30.
+    # `model_max_length` of a tokenizer without a limit is 1e30.
     known = [int(limit) for limit in limits if limit is not None and limit < 100_000]
     if not known:
         raise ValueError("neither the tokenizer nor the text encoder limits a caption's length; pass `max_text_length`")
@@ -42,10 +42,10 @@ def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) ->
 
 
 def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> Tensor:
-    """Captions to token ids (B L, int64), padded with the pad token and cut to `max_length` = L.
+    """Tokenize captions to ids (B L, int64), padded and truncated to `max_length` = L.
 
     Raises:
-        ValueError: a tokenizer without a pad token.
+        ValueError: If the tokenizer has no pad token.
     """
     if tokenizer.pad_token is None:
         raise ValueError(
@@ -57,43 +57,58 @@ def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str
 
 
 def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
-    """Token ids (B L, on the encoder's device) to the U-Net's text condition (B L D): the last hidden state.
+    """Encode token ids (B L, on the encoder's device) to the U-Net's text condition (B L D), the last hidden state.
 
-    No attention mask, as in Stable Diffusion: pad positions are part of what the model learns.
+    No attention mask is used, as in Stable Diffusion: the U-Net attends to the pad tokens as well.
     """
     return text_encoder(input_ids=input_ids).last_hidden_state
 
 
 def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
-    """The U-Net's input: noisy latents (B C h w), and beside them what the caption leads to expect (B 2C h w).
+    """Concatenate noisy latents (B C h w) and the caption prior's predicted latents to the U-Net's input (B 2C h w).
 
-    No gradient flows into `expected`: it is learned by regression alone, and so stays an expectation.
+    For a model without a caption prior, `expected` is None and the noisy latents are returned. No gradient flows into
+    `expected`: the prior is trained by regression alone, so it predicts the mean of the latents and does not adapt to
+    the U-Net.
     """
     return noisy if expected is None else torch.cat([noisy, expected.detach().to(noisy.dtype)], dim=1)
 
 
 def null_class(unet: Any) -> int | None:
-    """The index that stands for "no class": the last of the class embedding. None for a model without classes."""
+    """Return the index of the null class, the last one of the class embedding, or None for a model without classes."""
     classes = unet.config.num_class_embeds
     return None if classes is None else int(classes) - 1
 
 
 class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
-    """Generates images from prompts, class labels, both, or nothing.
+    """Pipeline for generating images from prompts, class labels, both, or neither, with latent diffusion.
+
+    Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.
+
+    A single `generator` seeds a separate random stream for each image, so that the first images do not depend on the
+    number of images.
+
+    `callback_on_step_end` is called after each denoising step with `(pipeline, step, timestep, callback_kwargs)`, where
+    `callback_kwargs` has the tensors named in `callback_on_step_end_tensor_inputs` (`"latents"`, `"prompt_embeds"`).
+    The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._interrupt = True` to end
+    sampling.
 
     Args:
-        vae: any Diffusers autoencoder of images; latents are scaled by its own config (`latents.py`).
-        unet: predicts what `prediction_type` says from noisy latents, timestep, text condition and class.
-        scheduler: sampler that suits the prediction type; `set_scheduler("euler")` makes another.
-        text_encoder, tokenizer: both, or neither for a model without text.
-        prediction_type: epsilon, v_prediction, sample or flow_prediction; by default what the scheduler says.
-        id2label: class id -> name, so that `class_labels` may be names.
-        max_text_length: tokens of a padded caption; by default what tokenizer and text encoder allow.
-        caption_prior: predicts latents from the text condition alone; the U-Net then takes them beside the noisy ones,
-            in twice as many channels. None for a model without one.
+        vae (`ModelMixin`): Any Diffusers image autoencoder; latents are scaled as its config says.
+        unet (`UNet2DConditionModel`): Denoises latents, given the timestep, the text condition and the class.
+        scheduler (`SchedulerMixin`): Scheduler for the prediction type; `set_scheduler("euler")` selects another.
+        text_encoder (`PreTrainedModel`, *optional*): Text encoder; needs `tokenizer`. A model without text has neither.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the text encoder.
+        prediction_type (`str`, *optional*): What the U-Net predicts: `"epsilon"`, `"v_prediction"`, `"sample"` or
+            `"flow_prediction"`. Defaults to the prediction type of the scheduler.
+        id2label (`dict`, *optional*): Class names by class id, so that `class_labels` may be names.
+        max_text_length (`int`, *optional*): Number of tokens that prompts are padded to. Defaults to the maximum of the
+            tokenizer and the text encoder.
+        caption_prior (`ModelMixin`, *optional*): Predicts latents from the text condition. The U-Net takes them as
+            additional input channels, so it has twice as many.
 
     Raises:
-        ValueError: components that do not go together.
+        ValueError: If the components do not match.
     """
 
     model_cpu_offload_seq = "text_encoder->caption_prior->unet->vae"
@@ -121,7 +136,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             )
         prediction_type = known_prediction_type(prediction_type, scheduler)
         if caption_prior is not None and text_encoder is None:
-            raise ValueError("`caption_prior` reads captions, but there is no `text_encoder`: pass both")
+            raise ValueError("`caption_prior` needs a `text_encoder`, but none was given; pass both")
         if text_encoder is not None and max_text_length is None:
             max_text_length = max_caption_length(tokenizer, text_encoder)
         self.register_modules(
@@ -130,7 +145,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         )  # fmt: skip
         self.register_to_config(
             prediction_type=prediction_type,
-            # JSON has no integer keys; ids are strings here, as they are after loading.
+            # JSON has no integer keys, so ids are strings here, as they are after loading.
             id2label={str(id_): str(name) for id_, name in (id2label or {}).items()} or None,
             max_text_length=max_text_length,
         )
@@ -156,24 +171,27 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Generate images: `num_images_per_prompt` for each prompt (or label), in that order.
+        """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
         Args:
-            prompt: one or several; with several labels as well, they are taken in pairs. None is the empty prompt.
-            class_labels: ids, or names where the model has `id2label`. None is the null class.
-            negative_prompt: steered away from in place of the empty prompt; needs guidance_scale > 1.
-            height, width: pixels; by default the size the model was trained at.
-            guidance_scale: classifier-free guidance (Ho and Salimans 2022), uncond + scale * (cond - uncond); both
-                halves run in one batch; nothing is steered at 1 and below, or without prompt and label.
-            generator: one for all (each picture gets a stream of its own from it, so that the first pictures do not
-                depend on how many are asked for), or one for each picture.
-            latents: B C h w, standard normal, instead of drawn ones.
-            output_type: pil; np (B H W 3, in [0, 1]); pt (B 3 H W, in [0, 1]); or latent (B C h w, scaled).
-            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; what it returns
-                replaces `latents` or `prompt_embeds`. It may set `pipeline._interrupt = True` to end early.
+            prompt (`str` or `list[str]`, *optional*): Prompts to guide generation, paired with any class labels.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids, or names of `id2label`.
+            negative_prompt (`str` or `list[str]`, *optional*): Prompts to guide what not to include.
+            height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
+            num_inference_steps (`int`, defaults to 25): The number of denoising steps.
+            guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.
+            num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image.
+            latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`), `"pt"` (`B 3 H W`) or `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
 
         Raises:
-            ValueError: an argument that cannot be used; the message quotes it.
+            ValueError: If an argument is invalid; the message quotes it.
         """
         height, width = self._size(height, width)
         self.check_inputs(
@@ -185,9 +203,9 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         guided = guidance_scale > 1 and (prompt is not None or class_labels is not None)
         prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
         labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
-        pictures = count * num_images_per_prompt
-        generators = generator_per_image(generator, pictures)
-        noise = self._initial_latents(latents, pictures, height, width, generators, device)
+        num_images = count * num_images_per_prompt
+        generators = generator_per_image(generator, num_images)
+        noise = self._initial_latents(latents, num_images, height, width, generators, device)
         options = SamplingOptions(
             num_inference_steps, guidance_scale if guided else None, generators,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
@@ -208,7 +226,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
+        """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
             num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
@@ -218,38 +236,40 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             if value is not None and self.text_encoder is None:
                 raise ValueError(f"this model has no text encoder, so `{name}` must be None, but is {value!r}")
         if class_labels is not None and self.unet.config.num_class_embeds is None:
-            raise ValueError(f"this model knows no classes, so `class_labels` must be None, but is {class_labels!r}")
+            raise ValueError(f"this model has no classes, so `class_labels` must be None, but is {class_labels!r}")
         counts = {"prompt": prompt, "class_labels": class_labels, "negative_prompt": negative_prompt}
         self.class_ids(class_labels)
         lengths = {name: len(_as_list(value)) for name, value in counts.items() if value is not None}
         if 0 in lengths.values() or len({n for n in lengths.values() if n != 1}) > 1:
-            raise ValueError(f"prompts, negative prompts and labels must be one, or equally many, but are {lengths}")
+            raise ValueError(f"prompts and labels must have one entry each, or equally many, but have {lengths}")
         if negative_prompt is not None and guidance_scale <= 1:
-            raise ValueError(f"`negative_prompt` has no effect without guidance: `guidance_scale` is {guidance_scale}")
+            raise ValueError(f"`negative_prompt` needs a `guidance_scale` above 1, but it is {guidance_scale}")
         if negative_prompt is not None and len(_as_list(negative_prompt)) > max(
             len(_as_list(prompt)), len(_as_list(class_labels)), 1
         ):
             raise ValueError(f"`negative_prompt` has {lengths['negative_prompt']} entries, more than there are prompts")
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
-        """Prompts to the U-Net's text condition (B L D, in the U-Net's dtype)."""
+        """Encode prompts to the U-Net's text condition (`B L D`, in the U-Net's dtype)."""
         input_ids = tokenize_captions(self.tokenizer, prompts, self.config.max_text_length)
         embeds = encode_captions(self.text_encoder, input_ids.to(device or self._execution_device))
         return embeds.to(self.unet.dtype)
 
     def class_ids(self, class_labels: Any) -> list[int]:
-        """Ids of class labels given as ids or names.
+        """Convert class labels, given as ids or names, to class ids.
 
         Raises:
-            ValueError: an unknown name, or an id outside of the model's classes.
+            ValueError: If a name is unknown, or an id is out of range.
         """
         ids_by_name = {name: int(id_) for id_, name in (self.config.id2label or {}).items()}
         classes = null_class(self.unet) or 0
         ids = []
         for label in _as_list(class_labels):
             if isinstance(label, str) and label not in ids_by_name:
-                names = ", ".join(list(ids_by_name)[:20]) or "none: it was saved without `id2label`"
-                raise ValueError(f"`class_labels` has {label!r}, which is no class of this model; it knows {names}")
+                names = ", ".join(list(ids_by_name)[:20]) or "unnamed; pass class ids"
+                raise ValueError(
+                    f"`class_labels` has {label!r}, which is not a class of this model; its classes are {names}"
+                )
             id_ = ids_by_name[label] if isinstance(label, str) else int(label)
             if not 0 <= id_ < classes:
                 raise ValueError(f"`class_labels` must be from 0 to {classes - 1}, but has {id_}")
@@ -264,7 +284,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     def _text_condition(
         self, prompt: Any, negative_prompt: Any, guided: bool, count: int, repeats: int, device: torch.device
     ) -> Tensor | None:
-        """Text condition (B L D), the unconditional half first where `guided`; None for a model without text."""
+        """Return the text condition (B L D), or None for a model without text.
+
+        With guidance it has twice the batch size, and the unconditional half comes first.
+        """
         if self.text_encoder is None:
             return None
         prompts = _broadcast(_as_list(prompt) or [""], count)
@@ -275,7 +298,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     def _class_condition(
         self, class_labels: Any, guided: bool, count: int, repeats: int, device: torch.device
     ) -> Tensor | None:
-        """Class ids (B), the unconditional half (null class) first where `guided`; None for a model without classes."""
+        """Return the class ids (B), or None for a model without classes.
+
+        With guidance they have twice the batch size, and the unconditional half (the null class) comes first.
+        """
         null = null_class(self.unet)
         if null is None:
             return None
@@ -287,24 +313,24 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     def _initial_latents(
         self,
         latents: Tensor | None,
-        pictures: int,
+        num_images: int,
         height: int,
         width: int,
         generators: list[torch.Generator] | None,
         device: torch.device,
     ) -> Tensor:
-        """Noise for each picture (B C h w, standard normal, float32)."""
+        """Return the initial noise of each image (B C h w, standard normal, float32)."""
         shape = latent_shape(self.vae, height, width)
         if latents is not None:
-            if tuple(latents.shape) != (pictures, *shape):
-                raise ValueError(f"`latents` must have shape {(pictures, *shape)}, but has {tuple(latents.shape)}")
+            if tuple(latents.shape) != (num_images, *shape):
+                raise ValueError(f"`latents` must have shape {(num_images, *shape)}, but has {tuple(latents.shape)}")
             return latents.to(device=device, dtype=torch.float32)
-        return initial_noise((pictures, *shape), generators, device)
+        return initial_noise((num_images, *shape), generators, device)
 
     def _denoise(
         self, noise: Tensor, prompt_embeds: Tensor | None, class_labels: Tensor | None, options: SamplingOptions
     ) -> Tensor:
-        """Standard normal noise to latents (B C h w); conditions of B, or of 2B where guided."""
+        """Denoise standard normal noise to latents (B C h w); with guidance, the conditions have batch size 2B."""
 
         def with_expected_latents(prompt_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if self.caption_prior is None:

@@ -1,6 +1,9 @@
-"""What a poster is made of: its feature tensor, its design grammar, and a picture that shows both.
+"""Analyze posters: predict the feature tensor and the design grammar of a poster, and draw an overlay of the features.
 
-Shapes: H W pixels of a poster as given.
+Shapes: H W pixels of a poster at its original size.
+
+F_Tensor is the feature tensor of a poster: text mask, image mask, colour roles and visual hierarchy, 4 × H × W.
+V_Grammar is its vector of design grammar.
 """
 
 from __future__ import annotations
@@ -25,14 +28,16 @@ from .common.standalone import StandalonePipelineMixin
 
 @dataclass
 class LayoutAnalysisOutput(BaseOutput):
-    """One entry for each picture.
+    """Output of `LayoutAnalysisPipeline`, with one entry for each poster.
 
     Args:
-        features: F_Tensor, NumPy float32 4 × H × W: text mask, image mask {0, 1}, colour role (class id), hierarchy
-            [0, 1].
-        overlays: the picture with its text and pictures marked, PIL; None where not asked for.
-        grammar: V_Grammar by name, each in [0, 1]; None without an abstractor.
-        counts: text blocks and pictures by name; None without an abstractor.
+        features (`list[np.ndarray]`): Feature tensors, float32, 4 × H × W: text mask and image mask in {0, 1}, colour
+            role as class id, visual hierarchy in [0, 1].
+        overlays (`list[PIL.Image.Image]`): Posters with their text and pictures highlighted, or `None` if they were not
+            requested.
+        grammar (`list[dict[str, float]]`): Design grammar, each value in [0, 1] by its name, or `None` without an
+            abstractor.
+        counts (`list[dict[str, int]]`): Numbers of text blocks and pictures by name, or `None` without an abstractor.
     """
 
     features: list[np.ndarray]
@@ -42,11 +47,11 @@ class LayoutAnalysisOutput(BaseOutput):
 
 
 class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
-    """Reads posters: text, pictures, colour roles, hierarchy; with an abstractor, the layout's grammar too.
+    """Pipeline that reads text, pictures, colour roles and visual hierarchy of posters, and optionally their grammar.
 
     Args:
-        encoder: a LayoutEncoderModel; without one there is `abstract` alone.
-        abstractor: a GrammarAbstractorModel, or None.
+        encoder (`LayoutEncoderModel`, *optional*): Predicts features from posters. Without it only `abstract` works.
+        abstractor (`GrammarAbstractorModel`, *optional*): Predicts the design grammar from features.
     """
 
     _optional_components = ["encoder", "abstractor"]
@@ -64,86 +69,105 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         overlays: bool = True,
         return_dict: bool = True,
     ) -> LayoutAnalysisOutput | tuple:
-        """Read `images`, PIL pictures of any sizes.
+        """Predict the features of posters and, with an abstractor, their design grammar.
 
         Args:
-            reading_size: pixels of the shorter side at which a picture is read; None takes the size that the encoder
-                was trained at. What is found is enlarged to the picture's own size.
-            overlays: whether to draw them.
+            images (`PIL.Image.Image` or `list[PIL.Image.Image]`): The posters, of any size.
+            reading_size (`int`, *optional*): Size in pixels that the shorter side of a poster is resized to before it
+                is encoded. Defaults to the training size. The predictions are resized back to the size of the poster.
+            overlays (`bool`, defaults to `True`): Whether to draw overlays.
+            return_dict (`bool`, defaults to `True`): Whether to return a `LayoutAnalysisOutput` instead of a tuple.
+
+        Returns:
+            `LayoutAnalysisOutput` or `tuple`: The predictions; a tuple of those that are not `None` if `return_dict` is
+            `False`.
 
         Raises:
-            ValueError: no pictures, something else than pictures, or no encoder to read them with.
+            ValueError: If an argument is invalid, or the pipeline has no encoder.
         """
-        pictures = self.check_inputs(images, reading_size)
+        posters = self.check_inputs(images, reading_size)
         size = reading_size or self.encoder.config.sample_size
-        read = [self._read(picture, size) for picture in pictures]
-        features = [self._features(probabilities, picture.size) for probabilities, picture in zip(read, pictures)]
-        drawn = [draw_overlay(p, f) for p, f in zip(pictures, features, strict=True)] if overlays else None
-        grammar, counts = self._abstract(read)
+        predictions = [self._read(poster, size) for poster in posters]
+        features = [self._features(own, poster.size) for own, poster in zip(predictions, posters)]
+        drawn = [draw_overlay(p, f) for p, f in zip(posters, features, strict=True)] if overlays else None
+        grammar, counts = self._abstract(predictions)
         self.maybe_free_model_hooks()
         output = LayoutAnalysisOutput(features=features, overlays=drawn, grammar=grammar, counts=counts)
         return output if return_dict else output.to_tuple()
 
     def check_inputs(self, images: Any, reading_size: int | None) -> list[Image.Image]:
-        """The pictures, upright and RGB; raises ValueError for what is none."""
+        """Return the posters in RGB, rotated as their EXIF orientation says.
+
+        Raises:
+            ValueError: If an argument is invalid; the message quotes it.
+        """
         if self.encoder is None:
-            raise ValueError("this pipeline has no encoder to read pictures with; `abstract` takes feature tensors")
-        pictures = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not pictures:
-            raise ValueError("`images` is empty; give at least one picture")
-        for picture in pictures:
-            if not isinstance(picture, Image.Image):
-                raise ValueError(f"`images` must be PIL pictures, but one is a {type(picture).__name__}")
+            raise ValueError("this pipeline has no encoder to read images; pass feature tensors to `abstract` instead")
+        posters = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not posters:
+            raise ValueError("`images` is empty; pass at least one image")
+        for poster in posters:
+            if not isinstance(poster, Image.Image):
+                raise ValueError(f"`images` must be PIL images, but one is a {type(poster).__name__}")
         if reading_size is not None and reading_size < 16:
             raise ValueError(f"`reading_size` is {reading_size}; it must be at least 16 pixels")
-        return [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
+        return [ImageOps.exif_transpose(poster).convert("RGB") for poster in posters]
 
-    def _read(self, picture: Image.Image, size: int) -> Tensor:
-        """1 × C × h × w, the encoder's probabilities at the reading size."""
-        scale = size / min(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    def _read(self, poster: Image.Image, size: int) -> Tensor:
+        """Predict the encoder's probabilities at the reading size, 1 × C × h × w."""
+        scale = size / min(poster.size)
+        width, height = (max(1, round(side * scale)) for side in poster.size)
+        scaled = poster.resize((width, height), Image.Resampling.LANCZOS)
         pixels = pixel_channels(scaled).float() / 127.5 - 1
         return self.encoder(pixels[None].to(self._execution_device, self.encoder.dtype)).probabilities()
 
     @staticmethod
     def _features(probabilities: Tensor, size: tuple[int, int]) -> np.ndarray:
-        """F_Tensor at `size` (width, height): probabilities are enlarged, and decided there, so edges stay smooth."""
+        """Convert probabilities to F_Tensor at `size` (width, height).
+
+        Probabilities are resized before they are thresholded, because resized masks would have jagged edges.
+        """
         width, height = size
-        found = probabilities.float().cpu()
-        if found.shape[-2:] != (height, width):
-            found = F.interpolate(found, size=(height, width), mode="bilinear")
-        masks, roles, hierarchy = found[0, :2] > 0.5, found[0, 2:-1].argmax(0, keepdim=True), found[0, -1:]
+        resized = probabilities.float().cpu()
+        if resized.shape[-2:] != (height, width):
+            resized = F.interpolate(resized, size=(height, width), mode="bilinear")
+        masks, roles, hierarchy = resized[0, :2] > 0.5, resized[0, 2:-1].argmax(0, keepdim=True), resized[0, -1:]
         return torch.cat([masks.float(), roles.float(), hierarchy]).numpy()
 
     @torch.no_grad()
     def abstract(self, features: Sequence[np.ndarray]) -> tuple[list[dict[str, float]], list[dict[str, int]]]:
-        """Grammar and counts of F_Tensors (each 4 × H × W, as in `LayoutAnalysisOutput.features`).
+        """Predict the design grammar and the numbers of text blocks and pictures from features.
+
+        Args:
+            features (`list[np.ndarray]`): Feature tensors, each 4 × H × W, as in `LayoutAnalysisOutput.features`.
+
+        Returns:
+            `tuple[list[dict[str, float]], list[dict[str, int]]]`: Grammar and counts, each by name for each poster.
 
         Raises:
-            ValueError: no abstractor, or an array of another shape.
+            ValueError: If the pipeline has no abstractor, or an array has another shape.
         """
         if self.abstractor is None:
             raise ValueError("this pipeline has no abstractor; train one with training/train_abstractor.py")
         for array in features:
             if np.ndim(array) != 3 or len(array) != 4:
-                raise ValueError(f"`features` must be 4 × H × W each, but one has the shape {np.shape(array)}")
+                raise ValueError(f"`features` must be of shape 4 × H × W, but one has shape {np.shape(array)}")
         channels = [feature_channels(torch.as_tensor(array, dtype=torch.float32)[None]) for array in features]
         grammar, counts = self._abstract([c.to(self._execution_device) for c in channels])
         return grammar or [], counts or []
 
-    def _abstract(self, read: list[Tensor]) -> tuple[list[dict[str, float]] | None, list[dict[str, int]] | None]:
+    def _abstract(self, predictions: list[Tensor]) -> tuple[list[dict[str, float]] | None, list[dict[str, int]] | None]:
         if self.abstractor is None:
             return None, None
         grammar, counts = [], []
-        for probabilities in read:
-            said = self.abstractor(probabilities.to(self.abstractor.dtype))
-            grammar.append(dict(zip(GRAMMAR, said.grammar[0].tolist(), strict=True)))
-            counts.append(dict(zip(COUNTS, said.counted()[0].tolist(), strict=True)))
+        for probabilities in predictions:
+            predicted = self.abstractor(probabilities.to(self.abstractor.dtype))
+            grammar.append(dict(zip(GRAMMAR, predicted.grammar[0].tolist(), strict=True)))
+            counts.append(dict(zip(COUNTS, predicted.counted()[0].tolist(), strict=True)))
         return grammar, counts
 
 
 def feature_channels(features: Tensor, num_color_roles: int = len(COLOR_ROLES)) -> Tensor:
-    """F_Tensors, B 4 H W, as the abstractor takes them: text, image, one channel per colour role, hierarchy."""
+    """Convert F_Tensors (B 4 H W) to the abstractor's input: text, image, one channel per colour role, hierarchy."""
     roles = F.one_hot(features[:, 2].long(), num_color_roles).movedim(-1, 1).to(features)
     return torch.cat([features[:, :2], roles, features[:, 3:]], 1)

@@ -1,10 +1,10 @@
-"""Design brief to poster, in pixels: no latents and no captions.
+"""Generate posters from design briefs with diffusion in pixel space.
 
-Shapes: B pictures, L fields of a brief (tokens), D token width, E width of the global vector, H W pixels.
+Shapes: B images, L fields of a brief (tokens), D token width, E width of the global vector, H W pixels.
 
-Conventions: pictures are in [-1, 1]; tokens are what attention looks at, the global vector is the U-Net's
-`class_labels` and joins the time embedding; an absent brief is one whose every field is absent. Flow matching is
-rectified flow as in Stable Diffusion 3.
+Conventions: images are in [-1, 1]. A brief is encoded as tokens, which the U-Net attends to, and as a global vector,
+which is passed as its `class_labels` and added to the time embedding. In an empty brief every field is missing. Flow
+matching is rectified flow as in Stable Diffusion 3.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ Brief = DesignBrief | Mapping[str, Any]
 
 
 class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
-    """Paints posters from design briefs.
+    """Pipeline for generating posters from design briefs with pixel-space diffusion.
 
     Args:
-        unet: predicts what `prediction_type` says from noisy pictures, timestep, tokens and global vector.
-        scheduler: sampler that suits the prediction type; `set_scheduler("ddim")` makes another.
-        brief_encoder: brief tensors to tokens (B L D) and global vector (B E).
-        prediction_type: epsilon, v_prediction, sample or flow_prediction; by default what the scheduler says.
+        unet (`UNet2DConditionModel`): Denoises images, given the timestep, the tokens and the global vector of a brief.
+        scheduler (`SchedulerMixin`): Scheduler for the prediction type; `set_scheduler("ddim")` selects another.
+        brief_encoder (`ModelMixin`): Encodes briefs to tokens (`B L D`) and global vectors (`B E`).
+        prediction_type (`str`, *optional*): What the U-Net predicts: `"epsilon"`, `"v_prediction"`, `"sample"` or
+            `"flow_prediction"`. Defaults to the prediction type of the scheduler.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: If the prediction type is unknown.
     """
 
     model_cpu_offload_seq = "brief_encoder->unet"
@@ -71,39 +72,49 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
     ) -> ImagePipelineOutput | tuple:
-        """Paint posters: `num_images_per_prompt` for each brief, in that order.
+        """Generate `num_images_per_prompt` posters for each brief, in that order.
 
         Args:
-            briefs: one or several, as mappings of a brief's fields ({"style": "swiss", "palette": ["#d33", "white"]})
-                or as DesignBrief; fields that are left out are open. None leaves everything open.
-            height, width: pixels; by default the size the model was trained at.
-            guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from the absent brief; both halves run
-                in one batch; nothing is steered at 1 and below, or without a brief.
-            generator: one for all (each picture gets a stream of its own from it, so that the first pictures do not
-                depend on how many are asked for), or one for each picture.
-            output_type: pil; np (B H W 3, in [0, 1]); or pt (B 3 H W, in [0, 1]).
-            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; what it returns
-                replaces `images` (B 3 H W). It may set `pipeline._interrupt = True` to end early.
+            briefs (`dict`, `DesignBrief` or a list of them, *optional*): Design briefs to guide generation,
+                such as `{"style": "swiss", "palette": ["#d33", "white"]}`. The model chooses freely whatever a missing
+                field would set; by default all fields are missing.
+            height, width (`int`, *optional*): Size in pixels of the generated posters. Defaults to the training size.
+            num_inference_steps (`int`, defaults to 50): The number of denoising steps.
+            guidance_scale (`float`, defaults to 2.0): Scale of classifier-free guidance (Ho and Salimans 2022): uncond
+                + scale * (cond - uncond), where uncond is the prediction for an empty brief. Both predictions are
+                computed in one batch. Guidance is disabled at 1 and below, or if all briefs are empty.
+            num_images_per_prompt (`int`, defaults to 1): The number of posters to generate per brief.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster. One
+                generator seeds a separate random stream for each, so the first posters do not depend on their number.
+            output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` (`B H W 3`) or `"pt"` (`B 3 H W`), both in [0, 1].
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called at the end of each denoising step with `(pipeline,
+                step, timestep, callback_kwargs)`. The `images` (`B 3 H W`) that it returns in a dictionary replace the
+                current ones. Setting `pipeline._interrupt = True` ends sampling early.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Tensors in `callback_kwargs`.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.
 
         Raises:
-            ValueError: an argument that cannot be used; the message quotes it.
+            ValueError: If an argument is invalid; the message quotes it.
         """
         height, width = self._size(height, width)
         self.check_inputs(
             briefs, num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
         device = self._execution_device
-        asked = as_briefs(briefs)
-        guided = guidance_scale > 1 and any(brief.to_dict() for brief in asked)
-        tokens, whole = self.encode_briefs(asked, device, guided, num_images_per_prompt)
-        pictures = len(asked) * num_images_per_prompt
-        generators = generator_per_image(generator, pictures)
-        noise = initial_noise((pictures, 3, height, width), generators, device)
+        design_briefs = as_briefs(briefs)
+        guided = guidance_scale > 1 and any(brief.to_dict() for brief in design_briefs)
+        tokens, global_vectors = self.encode_briefs(design_briefs, device, guided, num_images_per_prompt)
+        num_images = len(design_briefs) * num_images_per_prompt
+        generators = generator_per_image(generator, num_images)
+        noise = initial_noise((num_images, 3, height, width), generators, device)
         options = SamplingOptions(
             num_inference_steps, guidance_scale if guided else None, generators,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        return self._finished(self._denoise(noise, tokens, whole, options), output_type, return_dict)
+        return self._finished(self._denoise(noise, tokens, global_vectors, options), output_type, return_dict)
 
     def check_inputs(
         self,
@@ -113,7 +124,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        """Raise a ValueError that quotes the first argument that cannot be used, and its value."""
+        """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
             num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
@@ -123,19 +134,24 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         self, briefs: Sequence[DesignBrief], device: torch.device | str | None = None, guided: bool = False,
         repeats: int = 1,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Tokens (B L D) and global vectors (B E) of each brief `repeats` times, those of absent briefs first where
-        `guided`; in the U-Net's dtype."""
-        absent = [DesignBrief()] * len(briefs) if guided else []
-        tensors = brief_tensors([*absent, *briefs], device or self._execution_device)
-        encoded = self.brief_encoder(**tensors)
-        tokens, whole = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
-        return tokens, whole
+        """Encode briefs to tokens (`B L D`) and global vectors (`B E`), in the U-Net's dtype.
 
-    def _denoise(self, noise: Tensor, tokens: Tensor, whole: Tensor, options: SamplingOptions) -> Tensor:
-        """Standard normal noise to images in [-1, 1] (B 3 H W); conditions of B, or of 2B where guided."""
+        Each brief is repeated `repeats` times. With guidance the batch has twice the size, and the empty briefs come
+        first.
+        """
+        empty = [DesignBrief()] * len(briefs) if guided else []
+        tensors = brief_tensors([*empty, *briefs], device or self._execution_device)
+        encoded = self.brief_encoder(**tensors)
+        tokens, global_vectors = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
+        return tokens, global_vectors
+
+    def _denoise(self, noise: Tensor, tokens: Tensor, global_vectors: Tensor, options: SamplingOptions) -> Tensor:
+        """Denoise standard normal noise to images (B 3 H W, in [-1, 1]); with guidance, conditions have size 2B."""
 
         def predict(x: Tensor, timestep: Any) -> Tensor:
-            return self.unet(x, timestep, encoder_hidden_states=tokens, class_labels=whole, return_dict=False)[0]
+            return self.unet(x, timestep, encoder_hidden_states=tokens, class_labels=global_vectors, return_dict=False)[
+                0
+            ]
 
         return self._sample(noise, predict, options)
 
@@ -145,23 +161,23 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, int) or value < step or value % step:
                 raise ValueError(
-                    f"`{name}` must be a multiple of {step} (the U-Net halves it so often), but is {value!r}"
+                    f"`{name}` must be a multiple of {step} (the U-Net's total downsampling), but is {value!r}"
                 )
         return height, width
 
 
 def as_briefs(briefs: Any) -> list[DesignBrief]:
-    """Whatever `briefs` may be as a list of DesignBrief; None is one without any field.
+    """Convert the argument `briefs` to a list of DesignBrief; None becomes one empty brief.
 
     Raises:
-        ValueError: something else, no brief at all, or a field that cannot be.
+        ValueError: If it is not a brief, mapping or list of them, if the list is empty, or if a field is invalid.
     """
     if briefs is None:
         return [DesignBrief()]
     several = list(briefs) if isinstance(briefs, (list, tuple)) else [briefs]
     if not several:
         raise ValueError(f"`briefs` must be one brief or more, but is {briefs!r}")
-    # By their fields: a brief made by another copy of design_brief.py is as good.
+    # Check for `to_dict`, not for the class: a pipeline from the Hub has its own copy of design_brief.py.
     fields = [brief.to_dict() if hasattr(brief, "to_dict") else brief for brief in several]
     for values in fields:
         if not isinstance(values, Mapping):

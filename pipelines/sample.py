@@ -1,5 +1,4 @@
-"""Pictures from a trained model, as a grid: from prompts or classes (latent diffusion) or design briefs (posters), with
-control images where the model has a ControlNet:
+"""Generate images with a trained model and save them as a grid:
 
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
     python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
@@ -7,9 +6,10 @@ control images where the model has a ControlNet:
     python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
     python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
 
-Several prompts (or class labels, briefs, controls) give one row each; a row begins with its control. Column k is drawn
-from seed + k whatever the number of rows, columns or pictures per batch, so that any one picture can be had again
-alone. Pictures smaller than 128 pixels are shown enlarged by a whole factor.
+Latent diffusion models take prompts or class labels, poster models take design briefs, and models with a ControlNet
+take control images. Several prompts (or class labels, briefs or controls) give one row each; a row begins with its
+control. Column k uses seed + k regardless of the number of rows, columns and images per batch, so every image can be
+generated again on its own. Images smaller than 128 pixels are enlarged by a whole factor.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.commands import command
 from pipelines.tools.control_files import controls_of, open_controls
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_output
 from pipelines.tools.grids import control_to_pil, enlarged, plain_grid
-from pipelines.tools.pairs import drawings, makes_pairs, sample_pairs
+from pipelines.tools.pairs import draw_prompts, makes_pairs, sample_pairs
 from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pipelines.common.design_brief import DesignBrief
 
     Controls = list[list[Tensor]]
-    """For each row and each ControlNet: C H W in [0, 1]"""
+    """The control of each row for each ControlNet, C H W in [0, 1]"""
 
 DTYPES = ("float32", "float16", "bfloat16")
 NUM_IMAGES = 4
@@ -45,9 +46,9 @@ CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
 NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
 BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
 STEERING = {
-    "controlnet_conditioning_scale": "how strongly it steers; 0 not at all (default: 1)",
-    "control_guidance_start": "share of the steps before it steers (default: 0)",
-    "control_guidance_end": "share of the steps after which it no longer does (default: 1)",
+    "controlnet_conditioning_scale": "Strength of the ControlNet; 0 disables it (default: 1)",
+    "control_guidance_start": "Fraction of the steps at which the ControlNet starts applying (default: 0)",
+    "control_guidance_end": "Fraction of the steps at which the ControlNet stops applying (default: 1)",
 }
 
 
@@ -64,45 +65,48 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return None
     controls = controls_of(pipeline, control_files, options.height, options.width) if control_files else []
     started = time.perf_counter()
-    both = makes_pairs(pipeline)
-    rows = drawings(pipeline, options.prompt, options) if both else generate(pipeline, options, briefs, controls)
+    joint = makes_pairs(pipeline)
+    rows = draw_prompts(pipeline, options.prompt, options) if joint else generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
     shown = [[control_to_pil(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
     plain_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
-    steps = "" if both else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
-    print(f"{len(rows)} x {len(rows[0])} pictures, {steps}{elapsed_seconds:.1f} s: {output}")
+    steps = "" if joint else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
+    print(f"{len(rows)} x {len(rows[0])} images, {steps}{elapsed_seconds:.1f} s: {output}")
     return None
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of the command line.
+    """Parse the command line.
 
     Raises:
-        UserError: an unknown option, with the nearest known one, or a value out of range.
+        UserError: If an option is unknown (the message names the nearest known one) or a value is out of range.
     """
     parser = Options(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="a pipeline folder, a run, a checkpoint of a run, or a Hub id")
-    add("--checkpoint", help="of a run: best, latest or a folder's name (default: the finished pipeline, else best)")
-    add("--prompt", nargs="+", action="extend", help="what to draw; several give a row each")
-    add("--negative_prompt", help="what to steer away from; needs --guidance_scale above 1")
-    add("--class_label", nargs="+", action="extend", help="class ids or names; several give a row each")
-    add("--brief", nargs="+", action="extend", help="a poster's brief: YAML files, or `random` (from --seed)")
+    add("--model", required=True, help="Pipeline folder, run folder, checkpoint or Hub id")
+    add("--checkpoint", help="Checkpoint of a run: best, latest or a folder name (default: final pipeline, or best)")
+    add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
+    add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
+    add("--class_label", nargs="+", action="extend", help="Class ids or names; each gives a row")
+    add("--brief", nargs="+", action="extend", help="Design briefs: YAML files, or `random` (depends on --seed)")
     _add_brief_fields(parser)
     _add_control_options(parser)
-    add("--pairs", type=int, help="new pictures with their captions, so many: for a model of both")
-    add("--num_images", type=int, default=NUM_IMAGES, help=f"pictures in a row (default: {NUM_IMAGES})")
-    add("--scheduler", help="ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun, lms (default: the model's)")
-    add("--num_inference_steps", type=int, default=25, help="default: 25")
-    add("--guidance_scale", type=float, default=2.5, help="1 is no guidance (default: 2.5)")
-    add("--seed", type=int, default=0, help="of the first column; the next ones count up (default: 0)")
-    add("--height", type=int, help="in pixels (default: the size it was trained at)")
-    add("--width", type=int, help="in pixels (default: the size it was trained at)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    add("--pairs", type=int, help="Number of new image–caption pairs (joint models only)")
+    add("--num_images", type=int, default=NUM_IMAGES, help=f"Number of images per row (default: {NUM_IMAGES})")
+    add(
+        "--scheduler",
+        help="Sampler: ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun or lms (default: the model's)",
+    )
+    add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
+    add("--guidance_scale", type=float, default=2.5, help="Classifier-free guidance; 1 disables it (default: 2.5)")
+    add("--seed", type=int, default=0, help="Random seed; column k uses seed + k (default: 0)")
+    add("--height", type=int, help="Height in pixels (default: the training size)")
+    add("--width", type=int, help="Width in pixels (default: the training size)")
+    add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
-    add("--batch_size", type=int, default=16, help="pictures made at once; the pictures do not depend on it")
-    add("--output", default="grid.png", help="PNG to write (default: grid.png)")
-    add("--trust_remote_code", action="store_true", help="run code that comes with a model of a class we do not have")
+    add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
+    add("--output", default="grid.png", help="Image file to write (default: grid.png)")
+    add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
     options = parser.parse(argv)
     for name in ("num_images", "num_inference_steps", "batch_size", "pairs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -114,30 +118,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fields of the brief, each in place of what --brief says")
-    group.add_argument("--style", help=", ".join(STYLES))
-    group.add_argument("--palette", help="'#d33,#fff' or names: background, primary, accent, ink")
+    group = parser.add_argument_group("fields of the design brief; they override those of --brief")
+    group.add_argument("--style", help=f"One of {', '.join(STYLES)}")
+    group.add_argument("--palette", help="Colours as '#d33,#fff' or names: background, primary, accent, ink")
     for name in COUNTS:
-        group.add_argument(f"--{name}", type=int, help="0 to 3")
+        group.add_argument(f"--{name}", type=int, help=f"Number of {name.replace('_', ' ')}, 0 to 3")
     for name in NUMBER_FIELDS:
-        group.add_argument(f"--{name}", type=float, help="0 to 1")
+        group.add_argument(f"--{name}", type=float, help="Number from 0 to 1")
 
 
 def _add_control_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("control, for models with a ControlNet; several values: one for each of its nets")
-    files = "files of a control, in the order of the model's nets and channels; several controls give a row each"
+    group = parser.add_argument_group(
+        "options of models with a ControlNet; several networks share a value or have one each"
+    )
+    files = "Image files of a control, in the order of the model's networks and channels; each control gives a row"
     group.add_argument("--control_image", nargs="+", action="extend", help=files)
     for name, text in STEERING.items():
         group.add_argument(f"--{name}", nargs="+", type=float, help=text)
 
 
 def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
-    """The briefs that were asked for: of each --brief, its fields replaced by those on the command line.
+    """Read the design briefs of --brief, with their fields overridden by those on the command line.
 
-    A random one is printed as YAML, so that it can be kept.
+    A random brief is printed as YAML, so that it can be used again.
 
     Raises:
-        UserError: a file or field that cannot be.
+        UserError: If a file cannot be read or a field is invalid.
     """
     fields = {name: getattr(options, name) for name in BRIEF_FIELDS if getattr(options, name) is not None}
     if not options.brief and not fields:
@@ -160,63 +166,57 @@ def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
 
 
 def takes_briefs(pipeline: Any) -> bool:
-    """Whether it paints from design briefs, rather than from captions and classes."""
+    """Whether the pipeline takes design briefs instead of prompts and class labels."""
     return hasattr(pipeline, "brief_encoder")
 
 
 def _check_conditions(pipeline: Any, options: argparse.Namespace) -> None:
-    """Raises UserError for what this kind of model knows nothing of."""
+    """Raise a UserError for an option that this kind of model does not accept."""
     if makes_pairs(pipeline) or options.pairs is not None:
         _check_pair_options(pipeline, options)
         return
     foreign = CAPTION_OPTIONS if takes_briefs(pipeline) else ("brief", *BRIEF_FIELDS)
     given = [name for name in foreign if getattr(options, name) is not None]
     if given:
-        instead = (
-            "a design brief: --brief, --style, --palette, ..."
-            if takes_briefs(pipeline)
-            else "--prompt or --class_label"
-        )
-        raise UserError(
-            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__}; it takes {instead}"
-        )
+        instead = "--brief, --style, --palette, ..." if takes_briefs(pipeline) else "--prompt or --class_label"
+        raise UserError(f"{type(pipeline).__name__} does not accept --{given[0]}; use {instead}")
     given = [name for name in ("control_image", *STEERING) if getattr(options, name) is not None]
     if given and not takes_controls(pipeline):
         raise UserError(
-            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__} without a ControlNet; "
-            "name a run of train_controlnet.py"
+            f"{type(pipeline).__name__} does not accept --{given[0]}, because it has no ControlNet; "
+            f"use a model trained with `{command('training/train_controlnet.py')}`"
         )
     if given and options.control_image is None:
-        raise UserError(f"--{given[0]} says how a control steers, but there is none; give --control_image")
+        raise UserError(f"--{given[0]} has no effect without a control image; add --control_image")
     if takes_controls(pipeline) and options.control_image is None:
-        print("Without --control_image the base model alone paints.")
+        print("Generating without the ControlNet, because --control_image is not set.")
 
 
 def _check_pair_options(pipeline: Any, options: argparse.Namespace) -> None:
-    """Raises UserError for what a model of pictures and captions knows nothing of, and for --pairs with another."""
+    """Raise a UserError for an option that an image–caption model does not accept, or --pairs with another model."""
     if not makes_pairs(pipeline):
         raise UserError(
-            f"--pairs wants a model of pictures and captions (training/train_image_caption.py), and {options.model} "
-            f"is a {type(pipeline).__name__}"
+            f"{type(pipeline).__name__} does not accept --pairs; use an image–caption model, trained with "
+            f"`{command('training/train_image_caption.py')}`"
         )
     if (options.pairs is None) == (options.prompt is None):
         raise UserError(
-            f"{options.model} is a model of pictures and captions; give it --pairs 8 to invent as many pairs, or "
-            "--prompt to draw what it says"
+            f"{options.model} is an image–caption model; use either --pairs, such as --pairs 8 to generate 8 pairs, or "
+            "--prompt to draw a caption"
         )
-    known = ("class_label", "negative_prompt", "height", "width", "brief", *BRIEF_FIELDS, "control_image", *STEERING)
-    given = [name for name in known if getattr(options, name) is not None]
+    foreign = ("class_label", "negative_prompt", "height", "width", "brief", *BRIEF_FIELDS, "control_image", *STEERING)
+    given = [name for name in foreign if getattr(options, name) is not None]
     if options.pairs is not None and options.num_images != NUM_IMAGES:
         given.append("num_images")
     if given:
         raise UserError(
-            f"--{given[0]} says nothing to {options.model}, a {type(pipeline).__name__}, "
-            f"with {'--prompt' if options.pairs is None else '--pairs'}; leave it out"
+            f"{type(pipeline).__name__} does not accept --{given[0]} together with "
+            f"{'--prompt' if options.pairs is None else '--pairs'}; leave it out"
         )
 
 
 def takes_controls(pipeline: Any) -> bool:
-    """Whether it has a ControlNet."""
+    """Whether the pipeline has a ControlNet."""
     return hasattr(pipeline, "control_tensors")
 
 
@@ -226,30 +226,30 @@ def generate(
     briefs: Sequence[DesignBrief] = (),
     controls: Controls | None = None,
 ) -> list[list[Image]]:
-    """Rows (one for each prompt, label, brief or control) of `num_images` pictures.
+    """Generate a row of `num_images` images for each prompt, class label, brief or control.
 
     Raises:
-        UserError: what the pipeline finds wrong with the arguments.
+        UserError: If the pipeline rejects an argument.
     """
     import torch
 
     count = _row_count(options, briefs, controls or [])
-    wanted = [(row, column) for row in range(count) for column in range(options.num_images)]
+    cells = [(row, column) for row in range(count) for column in range(options.num_images)]
     row_briefs, row_controls = _per_row(list(briefs), count), _per_row(controls or [], count)
-    pictures: list[Image] = []
+    images: list[Image] = []
 
     def conditions(rows: Sequence[int]) -> dict[str, Any]:
         steering = _steering(options, [row_controls[row] for row in rows]) if row_controls else {}
         if takes_briefs(pipeline):
             return {"briefs": [row_briefs[row] if row_briefs else {} for row in rows], **steering}
         captions = _captions(options, rows, count)
-        # With neither prompt nor label the controls say how many pictures there are.
+        # With neither prompt nor label, the number of controls determines the number of images.
         return captions | steering | ({"num_images_per_prompt": 1} if steering else {})
 
-    for start in range(0, len(wanted), options.batch_size):
-        batch = wanted[start : start + options.batch_size]
+    for start in range(0, len(cells), options.batch_size):
+        batch = cells[start : start + options.batch_size]
         try:
-            pictures += pipeline(
+            images += pipeline(
                 **conditions([row for row, _ in batch]),
                 height=options.height,
                 width=options.width,
@@ -259,11 +259,11 @@ def generate(
             ).images
         except ValueError as error:
             raise UserError(str(error)) from error
-    return [pictures[start : start + options.num_images] for start in range(0, len(pictures), options.num_images)]
+    return [images[start : start + options.num_images] for start in range(0, len(images), options.num_images)]
 
 
 def _row_count(options: argparse.Namespace, briefs: Sequence[Any], controls: Sequence[Any]) -> int:
-    """Raises UserError for several prompts (or labels, briefs) and another number of controls."""
+    """Return the number of rows. Raises UserError if prompts (or labels, briefs) and controls differ in number."""
     entries = {"--prompt": options.prompt, "--class_label": options.class_label, "--brief": briefs}
     name, others = max(((n, len(values or [])) for n, values in entries.items()), key=lambda entry: entry[1])
     if len(controls) > 1 and others > 1 and len(controls) != others:
@@ -275,7 +275,7 @@ def _row_count(options: argparse.Namespace, briefs: Sequence[Any], controls: Seq
 
 
 def _steering(options: argparse.Namespace, controls: Controls) -> dict[str, Any]:
-    """A pipeline's arguments for these controls: for each ControlNet a batch, B C H W."""
+    """Return a pipeline's arguments for these controls; each ControlNet takes a batch, B C H W."""
     import torch
 
     batches = [torch.stack(of_net) for of_net in zip(*controls, strict=True)]
@@ -285,14 +285,14 @@ def _steering(options: argparse.Namespace, controls: Controls) -> dict[str, Any]
 
 
 def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> dict[str, Any]:
-    """What a pipeline of captions and classes is asked for pictures of these rows, out of `count`."""
+    """Return a pipeline's prompts and class labels for images of these rows, out of `count` rows."""
     prompts = _per_row(options.prompt, count)
     labels = _per_row([int(x) if x.isdecimal() else x for x in options.class_label or []] or None, count)
     return {
         "prompt": prompts and [prompts[row] for row in rows],
         "class_labels": labels and [labels[row] for row in rows],
         "negative_prompt": options.negative_prompt,
-        # Without prompt and label there is one row, and its pictures are so many images of "nothing".
+        # With neither prompt nor label there is one row, whose images are all generated without a condition.
         "num_images_per_prompt": 1 if prompts or labels else len(rows),
     }
 
@@ -310,7 +310,7 @@ def _load(options: argparse.Namespace) -> Any:
         trust_remote_code=options.trust_remote_code,
     )
     if not hasattr(pipeline, "set_scheduler"):
-        raise UserError(f"--model {options.model} is a {type(pipeline).__name__}, which draws no images from noise")
+        raise UserError(f"--model {options.model} is a {type(pipeline).__name__}, which does not generate images")
     if options.scheduler:
         try:
             pipeline.set_scheduler(options.scheduler)
@@ -321,12 +321,12 @@ def _load(options: argparse.Namespace) -> Any:
 
 def _check_output(output: Path) -> None:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--output must be a picture such as grid.png, but is {output}")
+        raise UserError(f"--output must be an image file such as grid.png, but is {output}")
     check_output(output)
 
 
 def _per_row(values: Any, count: int) -> Any:
-    """A list with an entry for each row: of a single one its repetition; nothing as it is."""
+    """Repeat a list with a single entry for each of `count` rows; return other lists, and None, unchanged."""
     return values * count if values and len(values) == 1 else values
 
 

@@ -1,4 +1,4 @@
-"""What every command of the project shares: one kind of error for what the user can mend, and its exit status."""
+"""What all commands share: the error class for problems that the user can fix, its exit status, and option parsing."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
-    """Something the user can mend: its message says the fact, the value seen, and the fix."""
+    """Error that the user can fix. Its message says what is wrong, which value was given, and how to fix it."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause naming the known word nearest to `name` (`'; did you mean X?'`), or nothing when none is near."""
+    """Return a clause that suggests the most similar known name (`'; did you mean X?'`), or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def one_line(value: Any, limit: int | None = None) -> str:
-    """`value` as text without line breaks, at most `limit` characters of it."""
+    """Return `value` as text without line breaks, truncated to `limit` characters."""
     return " ".join(str(value).split())[:limit]
 
 
 def cause(error: BaseException) -> str:
-    """An error as the cause quoted in a message: its type, and its text on one line, at most 300 characters of it."""
+    """Format an error for quoting it in a message: its type and its text, on one line of at most 300 characters."""
     text = one_line(error, 300)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class Options(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors; an unknown option's names the nearest known one."""
+    """Argument parser that raises a UserError for an invalid option, and suggests the nearest one if it is unknown."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -48,7 +48,7 @@ class Options(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The options in `argv`, or in the process's own arguments for None. Raises UserError."""
+        """Parse `argv`, or the arguments of the process if it is None. Raises UserError."""
         options, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
@@ -58,16 +58,16 @@ class Options(argparse.ArgumentParser):
 
 
 def entry_point(main: Callable[[], int | None]) -> None:
-    """Run `main` as a program: a `UserError` becomes one message on stderr and exit status 2, without a traceback.
+    """Run `main` as a program and exit with its return value as status (None is 0).
 
-    `main` returns the exit status (None is 0).
+    A `UserError` is printed to stderr as one message without a traceback, and the exit status is 2.
     """
-    # Diffusers imports bitsandbytes wherever it is installed, which then complains of kernels that nobody asked for.
+    # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
     except UserError as error:
-        # Under a launcher every rank sees the same mistake; once is enough for whoever reads it.
+        # With several processes every rank raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = USER_ERROR_STATUS
@@ -78,11 +78,11 @@ def entry_point(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Gloo's threads, still running while the interpreter takes itself apart, now and then abort a process whose
-        # work is done and saved ("terminate called without an active exception"); so it is not taken apart.
+        # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
+        # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed, here or at the other end
+            with contextlib.suppress(OSError, ValueError):  # the stream may be closed already
                 stream.flush()
         os._exit(status)
     sys.exit(status)

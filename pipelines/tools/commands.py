@@ -1,5 +1,5 @@
 """Commands as the user types them: `python data_scripts/make_posters.py` in a checkout, `halftone data make_posters`
-in an installed copy, whose scripts have no path that anybody would type."""
+in an installed copy, where the scripts are inside site-packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .resources import IS_CHECKOUT
 
 PROGRAM = "halftone"
 SCRIPT_FOLDERS = ("training", "training/evaluation", "pipelines", "data_scripts")
-# The beginning of a script's path, and the words that stand for it after `halftone`.
+# The beginning of a script's path -> what replaces it after `halftone`.
 _SUBCOMMANDS = {
     "training/train_": "train ",
     "training/evaluation/evaluate_": "evaluate ",
@@ -24,18 +24,18 @@ _LAUNCHED = ("training/train_", "data_scripts/precompute_latents")
 
 
 def subcommand(script: str) -> str:
-    """`train autoencoder` for `training/train_autoencoder.py`: what is typed after `halftone`."""
+    """Return the subcommand of a script: `train autoencoder` for `training/train_autoencoder.py`."""
     name = script.removesuffix(".py")
     beginning = next(beginning for beginning in _SUBCOMMANDS if name.startswith(beginning))
     return _SUBCOMMANDS[beginning] + name.removeprefix(beginning)
 
 
 def command(script: str, *, checkout: bool = IS_CHECKOUT) -> str:
-    """How one of the project's scripts is started, for messages.
+    """Return the command that starts a script, for messages.
 
     Args:
-        script: its path in the repository, flags after it or not.
-        checkout: whether the code is used from the repository.
+        script: Path of the script in the repository, optionally followed by flags.
+        checkout: Whether the code is used from the repository.
     """
     path, *flags = script.split(" ", 1)
     if not checkout:
@@ -45,18 +45,18 @@ def command(script: str, *, checkout: bool = IS_CHECKOUT) -> str:
 
 
 def install_command(extra: str, package: str, *, checkout: bool = IS_CHECKOUT) -> str:
-    """How the package of an extra is installed, for messages."""
+    """Return the command that installs an optional dependency, for messages."""
     return f"pip install -e '.[{extra}]'" if checkout else f"pip install {package}"
 
 
 def this_command() -> str:
-    """What the user typed, as far as a process can know it: to be typed again."""
+    """Return the command that started this process, so that messages can tell the user to run it again."""
     return " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
 
 
 def _program() -> str:
     typed = sys.argv[0]
-    if typed.startswith(f"{PROGRAM} "):  # halftone_trainer puts its subcommand there
+    if typed.startswith(f"{PROGRAM} "):  # set by halftone_trainer
         return typed
     launcher = _launcher()
     specification = getattr(sys.modules["__main__"], "__spec__", None)

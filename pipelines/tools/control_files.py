@@ -1,4 +1,4 @@
-"""Control images from files, for `sample.py`: which files go to which ControlNet, and what to do about their sizes.
+"""Read control images from files for `sample.py`: assign files to ControlNets and resize them.
 
 Shapes: C control channels, H W pixels.
 """
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 
 
 class ControlFile(NamedTuple):
-    """A picture, and the file that it comes from."""
+    """A control image and the name of its file."""
 
     name: str
-    picture: Image.Image
+    image: Image.Image
 
 
 def open_controls(files: Sequence[str]) -> list[ControlFile]:
-    """The pictures, decoded and upright.
+    """Read control images, rotated as their EXIF orientation says.
 
     Raises:
-        UserError: a file that is not there, or no picture.
+        UserError: If a file does not exist or is not an image.
     """
-    pictures = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
-    return [ControlFile(file, ImageOps.exif_transpose(picture)) for file, picture in zip(files, pictures)]
+    images = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
+    return [ControlFile(file, ImageOps.exif_transpose(image)) for file, image in zip(files, images)]
 
 
 def controls_of(
     pipeline: Any, files: Sequence[ControlFile], height: int | None, width: int | None
 ) -> list[list[Tensor]]:
-    """The controls that `files` hold, one after another; each a tensor (C H W, in [0, 1]) for every ControlNet of
-    `pipeline`, in their order.
+    """Convert files to controls. Each control has one tensor (C H W, in [0, 1]) for each ControlNet of `pipeline`.
 
-    A net of masks takes as many files as it has channels, any other one file.
+    A ControlNet for masks takes one file per channel, any other ControlNet one file.
 
     Args:
-        height, width: of what is to be painted; None is the size that the model was trained at.
+        files: The files of all controls, one control after another.
+        height, width: Size in pixels of the generated images; None is the training size.
 
     Raises:
-        UserError: a number of files that makes no whole controls, pictures of another shape, or what a net cannot use.
+        UserError: If the last control is incomplete, an image has another aspect ratio, or a ControlNet rejects it.
     """
     from ..models.fusion_controlnet import as_nets
 
@@ -56,52 +56,52 @@ def controls_of(
     except ValueError as error:
         raise UserError(str(error)) from error
     nets = as_nets(pipeline.controlnet)
-    wanted = [net.config.conditioning_channels if net.config.control_kind == "masks" else 1 for net in nets]
-    if len(files) % sum(wanted):
+    counts = [net.config.conditioning_channels if net.config.control_kind == "masks" else 1 for net in nets]
+    if len(files) % sum(counts):
         raise UserError(
-            f"--control_image has {len(files)} files, but this model takes {sum(wanted)} for each control: "
+            f"--control_image has {len(files)} files, but this model takes {sum(counts)} for each control: "
             f"{', then '.join(_description(net.config) for net in nets)}"
         )
-    waiting = iter(files)
+    rest = iter(files)
     return [
-        [_tensor(net.config, [next(waiting) for _ in range(count)], height, width) for net, count in zip(nets, wanted)]
-        for _ in range(len(files) // sum(wanted))
+        [_tensor(net.config, [next(rest) for _ in range(count)], height, width) for net, count in zip(nets, counts)]
+        for _ in range(len(files) // sum(counts))
     ]
 
 
 def _description(config: Any) -> str:
-    """What a net takes, in words."""
+    """Describe the files that a ControlNet takes."""
     count, names = config.conditioning_channels, ", ".join(config.control_names)
     if config.control_kind == "masks":
-        return f"{count} grey pictures ({names})" if count > 1 else f"a grey picture ({names})"
-    return f"a picture of class ids (0 to {count - 1})" if config.control_kind == "classes" else "a picture in colour"
+        return f"{count} grey images ({names})" if count > 1 else f"a grey image ({names})"
+    return f"an image of class ids (0 to {count - 1})" if config.control_kind == "classes" else "a colour image"
 
 
 def _tensor(config: Any, files: Sequence[ControlFile], height: int, width: int) -> Tensor:
-    """C H W in [0, 1]."""
+    """Convert the files of one ControlNet to a tensor, C H W in [0, 1]."""
     from ..common.control_images import control_tensor
 
-    pictures = [_fitted(file, config.control_kind, height, width) for file in files]
+    images = [_resized(file, config.control_kind, height, width) for file in files]
     try:
-        return control_tensor(config, pictures, height, width)[0]
+        return control_tensor(config, images, height, width)[0]
     except ValueError as error:
         raise UserError(f"--control_image {' '.join(file.name for file in files)}: {error}") from error
 
 
-def _fitted(file: ControlFile, kind: str, height: int, width: int) -> Image.Image:
-    """The picture at the size that is painted: class ids and masks keep their values, colours are averaged."""
-    name, picture = file
-    if picture.size == (width, height):
-        return picture
-    size = f"{picture.width}×{picture.height}"
-    if picture.width * height != picture.height * width:
+def _resized(file: ControlFile, kind: str, height: int, width: int) -> Image.Image:
+    """Resize a control image to the size of the generated images; class ids and masks keep their exact values."""
+    name, image = file
+    if image.size == (width, height):
+        return image
+    size = f"{image.width}×{image.height}"
+    if image.width * height != image.height * width:
         raise UserError(
-            f"--control_image {name} is {size} pixels, and what is painted {width}×{height}: cut it to that shape, or "
-            "paint another with --width and --height"
+            f"--control_image {name} is {size} pixels, but the generated image is {width}×{height}, which has another "
+            "aspect ratio; crop the control image, or set --width and --height"
         )
     print(f"{name} is {size} pixels; it is scaled to {width}×{height}.")
     if kind != "image":
-        return picture.resize((width, height), Image.Resampling.NEAREST)
-    if picture.mode in ("1", "P"):  # of which Pillow can only pick pixels
-        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), Image.Resampling.NEAREST)
+    if image.mode in ("1", "P"):  # Pillow resizes these modes with nearest neighbour only
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.resize((width, height), Image.Resampling.LANCZOS)

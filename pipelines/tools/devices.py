@@ -1,4 +1,4 @@
-"""The device that a command runs on: one rule for training, sampling, evaluation and preparing data."""
+"""Select the device that a command runs on, for training, sampling, evaluation and data preparation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     import torch
 
 DEVICE_HELP = "Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"
-"""What `--help` says of `--device`, in every command that has the option."""
+"""The `--help` text of `--device`, in every command that has the option."""
 
 
 def get_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
-    """The device `name`, or for None the GPU if there is one (CUDA or MPS) and the CPU otherwise.
+    """Return the device `name`, or by default the GPU if there is one (CUDA or MPS) and otherwise the CPU.
 
-    The environment variable ACCELERATE_USE_CPU, set to true, makes the CPU the default on a machine with a GPU too.
+    Set the environment variable ACCELERATE_USE_CPU to true to make the CPU the default on a machine with a GPU.
 
     Args:
-        name: cpu, cuda, cuda:1, mps, ...: the value of `--device`.
-        local_rank: number of this process on its machine, for a command of several processes: each takes a CUDA device
-            of its own where the name does not choose one.
+        name: The value of `--device`, such as cpu, cuda, cuda:1 or mps.
+        local_rank: Rank of this process on its machine, for commands with several processes. Each process uses its own
+            CUDA device unless `name` selects one.
 
     Raises:
-        UserError: this machine, or this build of torch, has no such device.
+        UserError: If this machine, or this build of torch, does not have the device.
     """
     import torch
 
@@ -46,7 +46,7 @@ def _named(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    # What torch raises for a device that it does not know, was not built for, or does not find.
+    # torch raises these for a device that is unknown, missing, or not supported by its build.
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({one_line(error, 200)}); name another, such as cpu, or leave it out"
@@ -55,7 +55,7 @@ def _named(name: str) -> torch.device:
 
 
 def has_accelerator_device() -> bool:
-    """Whether there is a GPU that may be used: ACCELERATE_USE_CPU set to true forbids it."""
+    """Whether there is a GPU, and ACCELERATE_USE_CPU is not set to true."""
     import torch
 
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
@@ -64,7 +64,7 @@ def has_accelerator_device() -> bool:
 
 
 def computes_in_bf16() -> bool:
-    """Whether the device has bfloat16 arithmetic of its own; others emulate it, slower than float32."""
+    """Whether the hardware computes in bfloat16; elsewhere it is emulated, which is slower than float32."""
     import torch
 
     if torch.cuda.is_available():
@@ -74,7 +74,7 @@ def computes_in_bf16() -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work that was handed to `device`, so that a clock read next measures it. A CPU has none waiting."""
+    """Wait until `device` has finished its work, so that time measurements include it. No-op on the CPU."""
     import torch
 
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Files that commands read and write: what is wrong with one is said before a model is loaded."""
+"""Check the files that commands read and write before a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .cli import UserError, one_line
 
 
 def read_image(path: Path, name: str | None = None) -> Image.Image:
-    """The image in the file `path`, with its pixels.
+    """Read and decode an image file.
 
     Args:
-        name: what an error calls the file; None is its path.
+        path: Path of the file.
+        name: Name of the file in error messages; None is its path.
 
     Raises:
-        UserError: the file does not exist, is not an image, or is damaged.
+        UserError: If the file does not exist, is not an image, or is damaged.
     """
     with _image_errors(name or str(path)), Image.open(path) as image:
         image.load()
@@ -26,7 +27,7 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
 
 
 def check_image_header(path: Path) -> None:
-    """Check that the file `path` begins as an image does; its pixels are not read. Raises UserError."""
+    """Check that a file has the header of an image, without decoding its pixels. Raises UserError."""
     with _image_errors(str(path)):
         Image.open(path).close()
 
@@ -37,14 +38,14 @@ def _image_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{name} cannot be read as an image ({reason}); name a file that can") from error
+        raise UserError(f"{name} cannot be read as an image ({reason}); choose another file") from error
 
 
 def check_output(output: Path) -> None:
-    """Make the folder of the file `--output`, and check that the file can be written. Raises UserError."""
+    """Create the folder of the file `--output` and check that the file can be written. Raises UserError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab"):
             pass
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None

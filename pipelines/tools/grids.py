@@ -1,4 +1,4 @@
-"""Images for people to look at: grids with or without text, small images enlarged, controls in colour.
+"""Arrange images for viewing: grids with or without text, small images enlarged, control images in colour.
 
 Sizes are in pixels, `(width, height)` as in Pillow. Shapes: C control channels, H W pixels.
 """
@@ -25,14 +25,14 @@ MARGIN = 16  # around a grid with text
 GAP = 12  # between its images
 PLAIN_GAP = 4  # around and between the images of a grid without text
 CELL = 192  # in a grid with text, smaller images are enlarged towards this width
-COMFORTABLE = 128  # pixels of a side below which an image is hard to see on a screen
+MIN_SHOWN_SIDE = 128  # images with a shorter side below this are hard to see on a screen
 CHANNEL_COLORS = ((1, 1, 1), (0.9, 0.3, 0.2), (0.2, 0.5, 0.9), (0.95, 0.8, 0.2), (0.3, 0.7, 0.4), (0.6, 0.4, 0.8))
 MAX_CAPTION_LINES = 4
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Spacing(NamedTuple):
-    """The room around a grid's images, and whether each has a frame."""
+    """Spacing of the images of a grid, and whether each has a frame."""
 
     margin: int
     gap: int
@@ -51,25 +51,26 @@ def image_grid(
     column_titles: Sequence[str] | None = None,
     cell: int = CELL,
 ) -> Image.Image:
-    """`images` in rows of `columns`, each with its caption wrapped under it; returns one RGB image.
+    """Arrange images in rows of `columns`, with their captions below them, and return one RGB image.
 
-    Small images are enlarged by a whole factor with nearest neighbour, so that each pixel stays what it is, until they
-    are about `cell` wide; none is made smaller.
+    Small images are enlarged to about `cell` pixels by a whole factor with nearest neighbour, which keeps pixels exact;
+    no image is made smaller.
 
     Args:
-        images: any mode and size; transparent ones are laid on a checkerboard. An empty list gives an empty sheet.
-        captions: none, or up to one per image.
-        columns: None takes the squarest grid.
-        row_titles: shown to the left, one per row.
-        column_titles: shown on top, one per column.
-        cell: width in pixels that images are enlarged towards.
+        images: Images of any mode and size; transparent ones are shown on a checkerboard. An empty list gives an empty
+            sheet.
+        captions: At most one caption per image.
+        columns: Number of columns; None chooses the most square grid.
+        row_titles: Titles to the left of the rows.
+        column_titles: Titles above the columns.
+        cell: Width in pixels that small images are enlarged to.
 
     Raises:
-        ValueError: more captions than images, or `columns` below 1.
+        ValueError: If there are more captions than images, or `columns` is below 1.
     """
     captions = list(captions or [])
     if len(captions) > len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+        raise ValueError(f"there are {len(captions)} captions for {len(images)} images; give at most one per image")
     if columns is not None and columns < 1:
         raise ValueError(f"columns={columns}; it must be at least 1")
     if not images:
@@ -89,10 +90,10 @@ def comparison_grid(
     row_titles: Sequence[str] | None = None,
     cell: int = CELL,
 ) -> Image.Image:
-    """One row per example, one titled column per version of it (original, reconstruction, ...).
+    """Arrange images in a grid with one row per example and one titled column per version of it.
 
     Raises:
-        ValueError: a row with another number of images than there are titles.
+        ValueError: If the number of images in a row differs from the number of titles.
     """
     for number, row in enumerate(rows):
         if len(row) != len(column_titles):
@@ -102,19 +103,20 @@ def comparison_grid(
 
 
 def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of images of one size on white, with a small gap and without text; one RGB image. Rows may differ in
-    length."""
+    """Arrange rows of images of one size on white, without text, and return one RGB image.
+
+    Rows may differ in length.
+    """
     return _sheet([[(_opaque(image), []) for image in row] for row in rows], max(map(len, rows)), PLAIN, [], [])
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """A small image by the whole factor that makes its shorter side at least `COMFORTABLE`, its pixels as squares;
-    a larger one as it is."""
-    return _times(image, -(-COMFORTABLE // min(image.size)))
+    """Enlarge a small image by the whole factor that makes its shorter side at least `MIN_SHOWN_SIDE` pixels."""
+    return _times(image, -(-MIN_SHOWN_SIDE // min(image.size)))
 
 
 def control_to_pil(control: Tensor) -> Image.Image:
-    """A control (C H W, in [0, 1]) to look at: three channels as colours, otherwise a colour for each channel."""
+    """Convert a control (C H W, in [0, 1]) to an image: three channels are RGB, otherwise each channel has a colour."""
     channels = control.detach().float().cpu().numpy()
     if len(channels) != 3:
         colors = np.resize(np.array(CHANNEL_COLORS), (len(channels), 3))
@@ -130,7 +132,7 @@ def _sheet(
     row_titles: list[str],
     column_titles: list[str],
 ) -> Image.Image:
-    """Rows of (image, lines of its caption) on one sheet; every cell is as large as the largest image."""
+    """Draw rows of (image, lines of its caption) on one sheet; every cell is as large as the largest image."""
     margin, gap, framed = spacing
     width = max(image.width for row in rows for image, _ in row)
     height = max(image.height for row in rows for image, _ in row)
@@ -172,7 +174,7 @@ def _write(
 
 
 def _squarest(count: int) -> int:
-    """The number of columns whose grid has no empty cell if one near the square root divides `count`."""
+    """Return a number of columns near the square root of `count`, if possible one that leaves no cell empty."""
     root = math.ceil(math.sqrt(count))
     return next((columns for columns in range(root, min(count, 2 * root) + 1) if count % columns == 0), root)
 
@@ -192,7 +194,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _times(image: Image.Image, factor: int) -> Image.Image:
-    """Each pixel as a square of `factor` pixels; the image as it is for a factor of 1 and below."""
+    """Enlarge each pixel to a square of `factor` pixels; a factor of 1 or below returns the image unchanged."""
     if factor <= 1:
         return image
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -207,7 +209,7 @@ def _line_height(font_size: int) -> int:
 
 
 def _title_width(titles: list[str], font_size: int) -> int:
-    """Room for the longest title, but no more than ten characters' worth: longer ones wrap."""
+    """Return the width in pixels of the column of row titles, limited so that long titles are wrapped."""
     font = _font(font_size, bold=True)
     longest_word = max((font.getlength(word) for title in titles for word in title.split()), default=0.0)
     longest = max((font.getlength(title) for title in titles), default=0.0)
@@ -216,9 +218,9 @@ def _title_width(titles: list[str], font_size: int) -> int:
 
 @lru_cache(maxsize=32)
 def _font(size: int, bold: bool = False) -> Font:
-    """DejaVu Sans where matplotlib is installed, which ships it: it has accents, Greek and Cyrillic. Else Pillow's own.
+    """Load DejaVu Sans, which has accents, Greek and Cyrillic, from matplotlib if it is installed, or Pillow's font.
 
-    matplotlib is looked for and not imported: pipelines do without it, and its import takes a second.
+    matplotlib is located but not imported, because the import takes a second.
     """
     matplotlib = importlib.util.find_spec("matplotlib")
     for folder in (matplotlib.submodule_search_locations or ()) if matplotlib else ():
@@ -231,7 +233,7 @@ def _font(size: int, bold: bool = False) -> Font:
 def _wrapped(
     text: str, width: int, font_size: int, *, bold: bool = False, max_lines: int = MAX_CAPTION_LINES
 ) -> list[str]:
-    """`text` in lines no wider than `width` pixels, at most `max_lines` of them, cut short with an ellipsis."""
+    """Wrap text to at most `max_lines` lines of `width` pixels; longer text is truncated with an ellipsis."""
     font = _font(font_size, bold)
     lines: list[str] = []
     for word in " ".join(text.split()).split(" "):
@@ -249,7 +251,7 @@ def _wrapped(
 
 
 def _pieces(word: str, width: int, font: Font) -> list[str]:
-    """`word` cut where it would be wider than `width` (languages without spaces, long file names)."""
+    """Split a word that is wider than `width` pixels (languages without spaces, long file names)."""
     pieces = [""]
     for character in word:
         if pieces[-1] and font.getlength(pieces[-1] + character) > width:

@@ -1,4 +1,4 @@
-"""A pipeline from wherever it is: a pipeline folder, a run, a checkpoint, or the Hub."""
+"""Load a pipeline from a pipeline folder, a run, a checkpoint or the Hub."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ INDEX = "model_index.json"
 def load_pipeline(
     path: str | Path, *, checkpoint: str | None = None, dtype: Any = None, trust_remote_code: bool = False
 ) -> Any:
-    """The DiffusionPipeline at `path`, on the CPU, loaded with Halftone's own classes where the folder names them.
+    """Load a pipeline on the CPU. Halftone's pipelines use its installed classes, not the code in their folders.
 
     Args:
-        path, checkpoint: see `find_pipeline`.
+        path: Pipeline folder, run, checkpoint or Hub id, see `find_pipeline`.
+        checkpoint: Checkpoint of a run, see `find_pipeline`.
         dtype: torch dtype of the weights; None is float32.
-        trust_remote_code: run code that comes with a pipeline of a class that Halftone does not have.
+        trust_remote_code: Whether to run the custom code of a pipeline whose class is not part of Halftone.
 
     Raises:
-        UserError: nothing there that can be loaded.
+        UserError: If the pipeline does not exist or cannot be loaded.
     """
     import diffusers
     import torch
@@ -39,8 +40,8 @@ def load_pipeline(
         raise UserError(f"the pipeline in {folder} cannot be loaded: Diffusers has no {name}")
     if pipeline_class is None and isinstance(name, list) and not trust_remote_code:
         raise UserError(
-            f"{folder} comes with code of its own that is no part of Halftone; read it, and if you trust it, "
-            "say --trust_remote_code"
+            f"{folder} contains custom code that is not part of Halftone; read it, and add --trust_remote_code if you "
+            "trust it"
         )
     options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
     try:
@@ -49,20 +50,23 @@ def load_pipeline(
                 folder, dtype=dtype or torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        # What a half-copied or foreign folder does to diffusers is of these kinds.
+        # Diffusers raises these for incomplete or foreign folders.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
 
 def load_on_device(path: str | Path, device: str | None, checkpoint: str | None = None, **options: Any) -> Any:
-    """The DiffusionPipeline at `path` on the device that `--device` names (see `get_device`).
+    """Load a pipeline on the device that `--device` names (see `get_device`).
 
-    The path and then the device are checked before the slow imports.
+    The path and the device are checked first, because importing Diffusers is slow.
 
     Args:
-        **options: of `load_pipeline`.
+        path: Pipeline folder, run, checkpoint or Hub id, see `find_pipeline`.
+        device: The value of `--device`.
+        checkpoint: Checkpoint of a run, see `find_pipeline`.
+        **options: Options of `load_pipeline`.
 
     Raises:
-        UserError: nothing there that can be loaded, or no such device.
+        UserError: If the device or the pipeline does not exist, or the pipeline cannot be loaded.
     """
     folder, chosen = find_pipeline(path, checkpoint), get_device(device)
     return load_pipeline(folder, **options).to(chosen)
@@ -70,7 +74,7 @@ def load_on_device(path: str | Path, device: str | None, checkpoint: str | None 
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """A bar for each of a handful of small files tells nothing; those of sampling steps stay."""
+    """Context manager that hides the progress bars of loading files, but not those of sampling."""
     import diffusers
     import transformers
 
@@ -86,21 +90,22 @@ def without_loading_bars() -> Iterator[None]:
 
 
 def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
-    """The pipeline folder that `path` means.
+    """Return the pipeline folder that `path` refers to.
 
     Args:
-        path: a pipeline folder; a run (its final pipeline if it has one, else that of its best checkpoint, else of the
-            latest); a checkpoint of a run; or a Hub id (`user/name`), which is downloaded.
-        checkpoint: of a run: `best`, `latest`, or a folder's name.
+        path: A pipeline folder; a run, which gives its final pipeline, or that of its best checkpoint, or that of its
+            latest checkpoint, whichever exists first; a checkpoint of a run; or a Hub id (`user/name`), which is
+            downloaded.
+        checkpoint: Checkpoint of the run: `best`, `latest` or a folder name.
 
     Raises:
-        UserError: nothing of these.
+        UserError: If `path` does not refer to a pipeline.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
         if checkpoint is None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not folder.parent.exists():
             return _download(str(path))
-        raise UserError(f"there is no pipeline, run or checkpoint at '{path}'; give the path of one, or a Hub id")
+        raise UserError(f"found no pipeline, run or checkpoint at '{path}'; give the path of one, or a Hub id")
     if checkpoint is not None:
         return _checkpoint_pipeline(folder, checkpoint)
     candidates = [folder, folder / "pipeline", *(folder / "checkpoints" / n / "pipeline" for n in ("best", "latest"))]
@@ -108,8 +113,8 @@ def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
         if (candidate / INDEX).is_file():
             return candidate
     raise UserError(
-        f"{folder} holds no pipeline: no {INDEX}, no pipeline/ and no checkpoints/best/pipeline/ "
-        "(a run writes its first with its first checkpoint)"
+        f"{folder} does not contain a pipeline: {INDEX}, pipeline/ and checkpoints/best/pipeline/ are all missing "
+        "(a run saves its first pipeline with its first checkpoint)"
     )
 
 
@@ -120,7 +125,7 @@ def _checkpoint_pipeline(run: Path, checkpoint: str) -> Path:
     known = sorted(path.parent.parent.name for path in (run / "checkpoints").glob(f"*/pipeline/{INDEX}"))
     raise UserError(
         f"{run} has no checkpoint '{checkpoint}' with a pipeline{nearest(checkpoint, known)} "
-        f"(it has {', '.join(known) or 'none'})"
+        f"(available: {', '.join(known) or 'none'})"
     )
 
 
@@ -128,12 +133,12 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # A run that was published whole may have its checkpoints there as well.
+        # The repository may contain a whole run, with its checkpoints.
         return Path(snapshot_download(repo_id, ignore_patterns=["checkpoints/*"]))
-    # The client's errors share no base class beyond these: HTTP errors are OSErrors, bad ids ValueErrors.
+    # Errors of the client share no base class of their own: HTTP errors are OSErrors, invalid ids are ValueErrors.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"'{repo_id}' is no folder here, and could not be had from the Hub: {reason}") from error
+        raise UserError(f"'{repo_id}' is not a local folder and cannot be downloaded from the Hub: {reason}") from error
 
 
 def _class_name(folder: Path) -> Any:
@@ -141,7 +146,7 @@ def _class_name(folder: Path) -> Any:
 
 
 def _own_class(folder: Path) -> Any:
-    """Halftone's class for the pipeline in `folder`, or None where it has none of that name."""
+    """Return Halftone's class for the pipeline in `folder`, or None if its class is not part of Halftone."""
     name = _class_name(folder)
     if not isinstance(name, list):
         return None

@@ -1,4 +1,4 @@
-"""What `sample.py` does with a model of pictures and captions: new pairs of both, and drawings of prompts."""
+"""Sample from image–caption models for `sample.py`: generate new pairs, or draw prompts."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 
 def makes_pairs(pipeline: Any) -> bool:
-    """Whether it is a model of pictures and captions."""
+    """Whether the pipeline is an image–caption model."""
     return hasattr(pipeline, "caption")
 
 
 def sample_pairs(pipeline: Any, options: argparse.Namespace, output: Path) -> None:
-    """Invent `options.pairs` pairs, write them as one picture, and print the captions. Pair k is drawn from seed + k.
+    """Generate `options.pairs` pairs, save them as one image, and print the captions. Pair k uses seed + k.
 
     Raises:
-        UserError: a model that invents no pairs, or options that cannot be.
+        UserError: If the model has no prior, or an option is invalid.
     """
     started = time.perf_counter()
-    images, captions = invented(pipeline, options)
+    images, captions = generate_pairs(pipeline, options)
     image_grid(images, captions).save(output)
     for caption in captions:
         print(caption)
     print(f"{len(images)} pairs, {time.perf_counter() - started:.1f} s: {output}")
 
 
-def invented(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], list[str]]:
-    """Pictures and captions. Raises UserError."""
+def generate_pairs(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], list[str]]:
+    """Generate images and their captions in batches. Raises UserError."""
     import torch
 
     images: list[Image] = []
@@ -44,25 +44,25 @@ def invented(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], l
         numbers = range(start, min(start + options.batch_size, options.pairs))
         generators = [torch.Generator().manual_seed(options.seed + number) for number in numbers]
         try:
-            found = pipeline.sample(len(numbers), generator=generators, num_inference_steps=options.num_inference_steps)
+            pairs = pipeline.sample(len(numbers), generator=generators, num_inference_steps=options.num_inference_steps)
         except ValueError as error:
             raise UserError(str(error)) from error
-        images += found.images
-        captions += found.captions
+        images += pairs.images
+        captions += pairs.captions
     return images, captions
 
 
-def drawings(pipeline: Any, prompts: Sequence[str], options: argparse.Namespace) -> list[list[Image]]:
-    """A row of `num_images` pictures for each prompt; column k is drawn from seed + k. Raises UserError."""
+def draw_prompts(pipeline: Any, prompts: Sequence[str], options: argparse.Namespace) -> list[list[Image]]:
+    """Generate a row of `num_images` images for each prompt; column k uses seed + k. Raises UserError."""
     import torch
 
-    wanted = [(prompt, column) for prompt in prompts for column in range(options.num_images)]
-    pictures: list[Image] = []
-    for start in range(0, len(wanted), options.batch_size):
-        batch = wanted[start : start + options.batch_size]
+    cells = [(prompt, column) for prompt in prompts for column in range(options.num_images)]
+    images: list[Image] = []
+    for start in range(0, len(cells), options.batch_size):
+        batch = cells[start : start + options.batch_size]
         generators = [torch.Generator().manual_seed(options.seed + column) for _, column in batch]
         try:
-            pictures += pipeline.draw([prompt for prompt, _ in batch], generator=generators).images
+            images += pipeline.draw([prompt for prompt, _ in batch], generator=generators).images
         except ValueError as error:
             raise UserError(str(error)) from error
-    return [pictures[start : start + options.num_images] for start in range(0, len(pictures), options.num_images)]
+    return [images[start : start + options.num_images] for start in range(0, len(images), options.num_images)]

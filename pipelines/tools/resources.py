@@ -1,7 +1,7 @@
-"""The files that come with the code: presets, briefs, card templates, Accelerate configs.
+"""Find the files that are shipped with the code: presets, briefs, model card templates, Accelerate configs.
 
-In a checkout they lie beside the packages (`configs/`, `model_cards/`); an installed copy has them inside
-`halftone_trainer` (see setup.py). They have the same names in both: their paths in the repository.
+In a checkout they are next to the packages (`configs/`, `model_cards/`); an installed copy has them inside
+`halftone_trainer` (see setup.py). In both they are named by their paths in the repository.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .cli import UserError, nearest
 
 DISTRIBUTION = "halftone-trainer"
 CODE = Path(__file__).resolve().parent.parent.parent
-"""The folder that the packages lie in: the repository, or site-packages."""
+"""The folder that contains the packages: the repository, or site-packages."""
 _IN_PACKAGE = CODE / "halftone_trainer"
 IS_CHECKOUT = not (_IN_PACKAGE / "configs").is_dir()
-"""Whether the code is used from the repository (an editable install included)."""
+"""Whether the code is used from the repository, as with an editable install."""
 _SHIPPED = CODE if IS_CHECKOUT else _IN_PACKAGE
 _FOLDERS = ("configs", "model_cards")
 PRESETS = "configs/experiments"
@@ -25,7 +25,7 @@ BRIEFS = "configs/briefs"
 
 
 def own_version() -> str:
-    """The version that is installed; empty for a checkout that is not."""
+    """Return the installed version, or an empty string for a checkout that is not installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
@@ -33,12 +33,12 @@ def own_version() -> str:
 
 
 def shipped_path(path: str) -> Path:
-    """Where a shipped file or folder lies; `path` is that in the repository, `configs/briefs/swiss.yaml`."""
+    """Return the location of a shipped file or folder, given its path in the repository."""
     return _SHIPPED / path
 
 
 def shipped_files() -> list[str]:
-    """The paths in the repository of all shipped files."""
+    """Return the paths in the repository of all shipped files."""
     files = (
         file for folder in _FOLDERS for file in shipped_path(folder).rglob("*") if file.suffix in (".yaml", ".jinja")
     )
@@ -46,21 +46,24 @@ def shipped_files() -> list[str]:
 
 
 def find_file(name: str | Path, folder: str = PRESETS) -> Path:
-    """The file that `name` means, from whatever folder it is asked for: the user's own at that path, else a shipped
-    one (`find_shipped`). Raises UserError."""
+    """Return the user's own file at the path `name` if it exists, and otherwise the shipped file of that name.
+
+    Raises:
+        UserError: If there is neither; see `find_shipped`.
+    """
     own = Path(name).expanduser()
     return own if own.is_file() else find_shipped(str(name), [folder])
 
 
 def find_shipped(name: str, folders: Sequence[str]) -> Path:
-    """A shipped file, by its path in the repository, or in one of `folders`, there with or without `.yaml`.
+    """Return a shipped file, given its path in the repository or its name in one of `folders`, `.yaml` being optional.
 
     Raises:
-        UserError: there is none of this name; the message names the nearest.
+        UserError: If the file does not exist; the message suggests the nearest name.
     """
     files = shipped_files()
-    asked = Path(name).as_posix()
-    for candidate in (asked, *(f"{folder}/{asked.removesuffix('.yaml')}.yaml" for folder in folders)):
+    path = Path(name).as_posix()
+    for candidate in (path, *(f"{folder}/{path.removesuffix('.yaml')}.yaml" for folder in folders)):
         if candidate in files:
             return shipped_path(candidate)
     known = [
@@ -69,8 +72,8 @@ def find_shipped(name: str, folders: Sequence[str]) -> Path:
         for file in files
         if file.startswith(f"{folder}/")
     ]
-    asked = asked.removeprefix(f"{folders[0]}/").removesuffix(".yaml")
+    path = path.removeprefix(f"{folders[0]}/").removesuffix(".yaml")
     raise UserError(
-        f"there is no file '{name}', and none of that name comes with Halftone{nearest(asked, known)} "
-        "(`halftone path` lists those that do)"
+        f"found no file '{name}', and Halftone does not ship one of that name{nearest(path, known)} "
+        "(`halftone path` lists the shipped files)"
     )

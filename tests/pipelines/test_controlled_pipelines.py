@@ -1,7 +1,7 @@
-"""The pipelines with a ControlNet: the base's own pictures where nothing steers, every shape of request, two nets, and
-folders that stand alone.
+"""Pipelines with a ControlNet: equality with the base pipeline without control, combinations of prompts and controls,
+two ControlNets, and loading without Halftone.
 
-Shapes: B pictures, C control channels, H W pixels.
+Shapes: B images, C control channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.tiny_models import tiny_pipeline
 
 PROMPT, OTHER = "a red poster", "blue"
 BRIEF, OTHER_BRIEF = {"style": "swiss", "energy": 0.8}, {"style": "pop"}
-ASKED = {"latent": (PROMPT, OTHER), "decoder": (BRIEF, OTHER_BRIEF)}
+CONDITIONS = {"latent": (PROMPT, OTHER), "decoder": (BRIEF, OTHER_BRIEF)}
 BASES: dict[str, Any] = {"latent": tiny_pipeline, "decoder": tiny_decoder}
 SIDES = {"latent": 8, "decoder": 16}
 both = pytest.mark.parametrize("kind", ["latent", "decoder"])
@@ -47,64 +47,64 @@ def masks(count: int = 1, side: int = 8, seed: int = 0) -> Tensor:
     return torch.rand(count, 2, side, side, generator=seeded(seed)).round()
 
 
-def draw(pipeline: Any, *asked: Any, seeds: int | list[int] = 0, **options: Any) -> np.ndarray:
-    """B H W 3 in [0, 1]; `seeds`: one generator for all, or one for each picture."""
+def draw(pipeline: Any, *condition: Any, seeds: int | list[int] = 0, **options: Any) -> np.ndarray:
+    """Generate images, B H W 3 in [0, 1]; `seeds` is one seed for all images or a list with one for each."""
     generator = seeded(seeds) if isinstance(seeds, int) else [seeded(seed) for seed in seeds]
-    return pipeline(*asked, num_inference_steps=3, generator=generator, output_type="np", **options).images
+    return pipeline(*condition, num_inference_steps=3, generator=generator, output_type="np", **options).images
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Equal but for the order of sums in a batch of another size."""
+    """Whether images are equal up to rounding, which depends on the batch size."""
     return one.shape == other.shape and np.allclose(one, other, atol=2e-5)
 
 
 def steered(kind: str, mode: str = "film") -> tuple[Any, Any]:
-    """A base, and the same with a ControlNet of two masks."""
+    """Return a base pipeline, and the same pipeline with a ControlNet for two masks."""
     base = BASES[kind]()
     return base, controlled(base, tiny_net(base, mode))
 
 
 def calls_of(module: torch.nn.Module) -> list[float]:
-    """The timesteps at which it runs from now on."""
+    """Return a list to which the timesteps of all later calls of `module` are appended."""
     seen: list[float] = []
     module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(float(args[1])), with_kwargs=True)
     return seen
 
 
-# --- where nothing steers
+# --- without control
 
 
 @both
 @pytest.mark.parametrize("mode", FUSION_MODES)
 def test_without_control_or_at_scale_0_it_is_the_base_exactly(kind: str, mode: str):
     base, pipeline = steered(kind, mode)
-    asked, control = ASKED[kind][0], masks(side=SIDES[kind])
-    expected = draw(base, asked, num_images_per_prompt=2)
-    assert np.array_equal(draw(pipeline, asked, num_images_per_prompt=2), expected)
+    condition, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
+    expected = draw(base, condition, num_images_per_prompt=2)
+    assert np.array_equal(draw(pipeline, condition, num_images_per_prompt=2), expected)
     assert np.array_equal(
-        draw(pipeline, asked, control, num_images_per_prompt=2, controlnet_conditioning_scale=0.0), expected
+        draw(pipeline, condition, control, num_images_per_prompt=2, controlnet_conditioning_scale=0.0), expected
     )
-    assert not np.allclose(draw(pipeline, asked, control, num_images_per_prompt=2), expected, atol=1e-3)
-    assert np.array_equal(draw(pipeline, asked, num_images_per_prompt=2), expected), "nothing is left in the U-Net"
+    assert not np.allclose(draw(pipeline, condition, control, num_images_per_prompt=2), expected, atol=1e-3)
+    assert np.array_equal(draw(pipeline, condition, num_images_per_prompt=2), expected), "hooks are left in the U-Net"
 
 
 @both
-def test_after_an_error_nothing_steers(kind: str):
+def test_an_error_removes_the_hooks(kind: str):
     base, pipeline = steered(kind)
 
     def fail(*_: Any) -> dict:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        draw(pipeline, ASKED[kind][0], masks(side=SIDES[kind]), callback_on_step_end=fail)
-    assert np.array_equal(draw(pipeline, ASKED[kind][0]), draw(base, ASKED[kind][0]))
+        draw(pipeline, CONDITIONS[kind][0], masks(side=SIDES[kind]), callback_on_step_end=fail)
+    assert np.array_equal(draw(pipeline, CONDITIONS[kind][0]), draw(base, CONDITIONS[kind][0]))
 
 
 # --- how strongly, and when
 
 
 def trajectory(pipeline: Any, *arguments: Any, **options: Any) -> list[Tensor]:
-    """The latents, or pictures, after each of four steps."""
+    """Return the latents or images after each of four steps."""
     name, seen = pipeline._callback_tensor_inputs[0], []
     pipeline(
         *arguments, num_inference_steps=4, generator=seeded(0), **options,
@@ -114,21 +114,21 @@ def trajectory(pipeline: Any, *arguments: Any, **options: Any) -> list[Tensor]:
 
 
 @both
-def test_guidance_start_and_end_steer_these_steps_only(kind: str):
+def test_guidance_start_and_end_limit_the_controlled_steps(kind: str):
     base, pipeline = steered(kind, "add")
-    asked, control = ASKED[kind][0], masks(side=SIDES[kind])
-    plain, full = trajectory(base, asked), trajectory(pipeline, asked, control)
-    late = trajectory(pipeline, asked, control, control_guidance_start=0.5)
+    condition, control = CONDITIONS[kind][0], masks(side=SIDES[kind])
+    plain, full = trajectory(base, condition), trajectory(pipeline, condition, control)
+    late = trajectory(pipeline, condition, control, control_guidance_start=0.5)
     assert all(torch.equal(a, b) for a, b in zip(late[:2], plain[:2], strict=True))
     assert not torch.allclose(late[2], plain[2], atol=1e-4)
-    early = trajectory(pipeline, asked, control, control_guidance_end=0.5)
+    early = trajectory(pipeline, condition, control, control_guidance_end=0.5)
     assert all(torch.equal(a, b) for a, b in zip(early[:2], full[:2], strict=True))
     assert not torch.allclose(early[2], full[2], atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", [None, "heun", "dpm"])
-def test_the_net_runs_at_the_steps_that_it_steers(sampler: str | None):
-    """Samplers of second order ask twice at a step: both are steered, or neither."""
+def test_the_controlnet_runs_only_at_the_controlled_steps(sampler: str | None):
+    """Second-order samplers call the U-Net twice per step; either both calls are controlled or neither."""
     pipeline = tiny_controlled()
     if sampler:
         pipeline.set_scheduler(sampler)
@@ -146,64 +146,64 @@ def test_the_net_runs_at_the_steps_that_it_steers(sampler: str | None):
 @both
 def test_a_stronger_scale_changes_more(kind: str):
     base, pipeline = steered(kind)
-    plain, control = draw(base, ASKED[kind][0]), masks(side=SIDES[kind])
+    plain, control = draw(base, CONDITIONS[kind][0]), masks(side=SIDES[kind])
     changes = [
-        np.abs(draw(pipeline, ASKED[kind][0], control, controlnet_conditioning_scale=scale) - plain).mean()
+        np.abs(draw(pipeline, CONDITIONS[kind][0], control, controlnet_conditioning_scale=scale) - plain).mean()
         for scale in (0.1, 1.0)
     ]
     assert 0 < changes[0] < changes[1]
 
 
-# --- how many of what
+# --- numbers of prompts, controls and images
 
 
 @both
 def test_one_control_for_several_prompts(kind: str):
     _, pipeline = steered(kind)
     control = masks(side=SIDES[kind])
-    images = draw(pipeline, list(ASKED[kind]), control, seeds=[1, 2])
-    for i, asked in enumerate(ASKED[kind]):
-        assert same(draw(pipeline, asked, control, seeds=[i + 1]), images[i : i + 1])
+    images = draw(pipeline, list(CONDITIONS[kind]), control, seeds=[1, 2])
+    for i, condition in enumerate(CONDITIONS[kind]):
+        assert same(draw(pipeline, condition, control, seeds=[i + 1]), images[i : i + 1])
 
 
 @both
 def test_several_controls_for_one_prompt_or_one_for_each(kind: str):
     _, pipeline = steered(kind)
     controls = masks(2, SIDES[kind])
-    images = draw(pipeline, ASKED[kind][0], controls, seeds=[1, 2])
-    pairs = draw(pipeline, list(ASKED[kind]), controls, seeds=[1, 2])
+    images = draw(pipeline, CONDITIONS[kind][0], controls, seeds=[1, 2])
+    pairs = draw(pipeline, list(CONDITIONS[kind]), controls, seeds=[1, 2])
     assert same(images[:1], pairs[:1])
-    assert same(draw(pipeline, ASKED[kind][0], controls[1], seeds=[2]), images[1:])
-    assert same(draw(pipeline, ASKED[kind][1], controls[1], seeds=[2]), pairs[1:])
+    assert same(draw(pipeline, CONDITIONS[kind][0], controls[1], seeds=[2]), images[1:])
+    assert same(draw(pipeline, CONDITIONS[kind][1], controls[1], seeds=[2]), pairs[1:])
     assert not np.allclose(images[1], pairs[1], atol=1e-4)
 
 
 @both
-@pytest.mark.parametrize("asks", [True, False])
-def test_pictures_of_a_control_stand_together(kind: str, asks: bool):
-    """With a prompt (or brief) for each control, and with none at all."""
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_images_of_one_control_are_consecutive(kind: str, has_prompts: bool):
+    """With a prompt (or brief) for each control, and without prompts."""
     _, pipeline = steered(kind)
     controls = masks(2, SIDES[kind])
-    asked = list(ASKED[kind]) if asks else None
-    images = draw(pipeline, asked, controls, seeds=[1, 2, 3, 4], num_images_per_prompt=2)
+    condition = list(CONDITIONS[kind]) if has_prompts else None
+    images = draw(pipeline, condition, controls, seeds=[1, 2, 3, 4], num_images_per_prompt=2)
     assert len(images) == 4
     for i in range(4):
-        alone = draw(pipeline, asked and asked[i // 2], controls[i // 2], seeds=[i + 1])
+        alone = draw(pipeline, condition and condition[i // 2], controls[i // 2], seeds=[i + 1])
         assert same(alone, images[i : i + 1])
 
 
 @both
-def test_without_a_prompt_the_controls_say_how_many(kind: str):
+def test_without_a_prompt_the_number_of_controls_counts(kind: str):
     _, pipeline = steered(kind)
     assert len(draw(pipeline, None, masks(3, SIDES[kind]))) == 3
     assert len(draw(pipeline, control_image=masks(1, SIDES[kind]))) == 1
 
 
 @both
-def test_first_pictures_do_not_depend_on_how_many_are_asked_for(kind: str):
+def test_the_first_images_do_not_depend_on_the_number_of_images(kind: str):
     _, pipeline = steered(kind)
     control = masks(side=SIDES[kind])
-    three, two = (draw(pipeline, ASKED[kind][0], control, seeds=4, num_images_per_prompt=n) for n in (3, 2))
+    three, two = (draw(pipeline, CONDITIONS[kind][0], control, seeds=4, num_images_per_prompt=n) for n in (3, 2))
     assert same(three[:2], two)
     assert not np.allclose(three[0], three[1], atol=1e-3)
 
@@ -231,7 +231,7 @@ def test_class_labels_with_controls():
     assert len(three) == 3
 
 
-def test_with_a_caption_prior_the_net_sees_its_expectation_too():
+def test_the_controlnet_takes_the_predictions_of_a_caption_prior():
     base = tiny_pipeline("flow_prediction", prior=True, classes=2)
     net = tiny_net(base, "concat")
     pipeline = controlled(base, net)
@@ -251,22 +251,22 @@ def test_two_nets_in_a_list_are_saved_and_loaded(kind: str, tmp_path):
     pipeline = controlled(base, *nets)
     assert isinstance(pipeline.controlnet, FusionControlNets)
     control = [masks(side=side), torch.rand(1, 3, side, side, generator=seeded(1))]
-    images = draw(pipeline, ASKED[kind][0], control)
+    images = draw(pipeline, CONDITIONS[kind][0], control)
     pipeline.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(pipeline)
     assert [net.config.fusion_mode for net in as_nets(again.controlnet)] == ["film", "add"]
-    assert np.array_equal(draw(again, ASKED[kind][0], control), images)
-    # A scale of its own for each: with one at 0 the other alone steers.
+    assert np.array_equal(draw(again, CONDITIONS[kind][0], control), images)
+    # With one scale at 0, only the other ControlNet has an effect.
     for i, net in enumerate(nets):
         scales = [float(i == 0), float(i == 1)]
-        alone = draw(controlled(base, net), ASKED[kind][0], control[i])
-        assert np.array_equal(draw(again, ASKED[kind][0], control, controlnet_conditioning_scale=scales), alone)
+        alone = draw(controlled(base, net), CONDITIONS[kind][0], control[i])
+        assert np.array_equal(draw(again, CONDITIONS[kind][0], control, controlnet_conditioning_scale=scales), alone)
 
 
 def test_nets_fuse_in_the_order_of_the_list():
-    """Which matters to modes that read the U-Net's feature, and to the others not."""
+    """The order matters only for modes that depend on the features of the U-Net."""
     base, controls = tiny_pipeline(), [masks(seed=1), masks(seed=2)]
     for mode, matters in (("film", True), ("gated", False)):
         nets = [tiny_net(base, mode, seed=1), tiny_net(base, "add", seed=2)]
@@ -341,17 +341,17 @@ def test_a_net_of_another_base_is_refused():
     base = tiny_pipeline()
     with pytest.raises(ValueError, match="trained with another U-Net: its `in_channels` is 8, but this U-Net's is 4"):
         controlled(base, tiny_net(tiny_pipeline(prior=True)))
-    # A VAE of ours with patches of 4: eight pixels a cell.
+    # This VAE with patches of 4 has eight pixels per latent cell.
     other = tiny_net(tiny_pipeline(patch_size=4))
     with pytest.raises(ValueError, match="takes 8 pixels per latent cell, but the base has 2: .* another VAE"):
         controlled(base, other)
     pipeline = controlled(base, tiny_net(base))
     with pytest.raises(ValueError, match="another VAE"):
         pipeline.set_controlnet([pipeline.controlnet, other])
-    assert draw(pipeline, PROMPT, masks()).shape == (1, 8, 8, 3), "the pipeline is as it was"
+    assert draw(pipeline, PROMPT, masks()).shape == (1, 8, 8, 3), "the pipeline must be unchanged"
 
 
-# --- folders that stand alone
+# --- loading without Halftone
 
 
 OUTSIDE = """
@@ -376,10 +376,10 @@ def load(name):
     return pipeline
 
 
-def draw(pipeline, control, asked="a red poster", **options):
+def draw(pipeline, control, condition="a red poster", **options):
     generator = torch.Generator().manual_seed(0)
     call = {"num_inference_steps": 3, "generator": generator, "output_type": "np", **options}
-    return pipeline(asked, control_image=control, **call).images
+    return pipeline(condition, control_image=control, **call).images
 
 
 ours = load("model")
@@ -404,10 +404,10 @@ np.savez(here / "images.npz", **images)
 """
 
 
-def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_path):
-    """Fusion by cross attention on an autoencoder of ours; a second net is put beside it there, and both are saved.
+def test_a_saved_folder_loads_without_halftone_and_gives_the_same_images(tmp_path):
+    """Uses fusion by cross attention with Halftone's autoencoder, then adds a second ControlNet and saves both.
 
-    In the same process the poster decoder with its ControlNet.
+    The same process also loads the poster decoder with its ControlNet.
     """
     from PIL import Image
 
@@ -418,9 +418,9 @@ def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_p
     pipeline.save_pretrained(tmp_path / "model")
     base = tiny_pipeline(patch_size=1)
     controlled(base, tiny_net(base, "film", seed=3)).save_pretrained(tmp_path / "other")
-    pictures = [Image.fromarray((mask * 255).byte().numpy()) for mask in masks()[0]]
-    for name, picture in zip(("text", "image"), pictures, strict=True):
-        picture.save(tmp_path / f"{name}.png")
+    images_of_masks = [Image.fromarray((mask * 255).byte().numpy()) for mask in masks()[0]]
+    for name, image in zip(("text", "image"), images_of_masks, strict=True):
+        image.save(tmp_path / f"{name}.png")
     python = environment_without_halftone(tmp_path / "venv")
     (tmp_path / "outside.py").write_text(OUTSIDE)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
@@ -429,7 +429,7 @@ def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_p
     )
     assert result.returncode == 0, result.stderr[-3000:]
     images = np.load(tmp_path / "images.npz")
-    assert np.array_equal(images["ours"], draw(pipeline, PROMPT, pictures))
+    assert np.array_equal(images["ours"], draw(pipeline, PROMPT, images_of_masks))
     assert np.array_equal(images["base"], draw(pipeline, PROMPT))
     assert np.array_equal(images["again"], images["ours"])
     assert np.array_equal(images["both_again"], images["both"])
@@ -440,7 +440,7 @@ def test_a_saved_folder_loads_without_halftone_and_gives_the_same_pictures(tmp_p
     again = load_pipeline(tmp_path / "both")
     again.set_progress_bar_config(disable=True)
     assert type(again) is FusionControlNetPipeline
-    steered_by_both = draw(again, PROMPT, [pictures, pictures], controlnet_conditioning_scale=[0.5, 1.0])
+    steered_by_both = draw(again, PROMPT, [images_of_masks, images_of_masks], controlnet_conditioning_scale=[0.5, 1.0])
     assert np.array_equal(steered_by_both, images["both"])
 
 
@@ -458,4 +458,4 @@ def test_every_source_file_is_shipped(kind: str, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is (FusionControlNetPipeline if kind == "latent" else PosterControlNetPipeline)
     control = masks(side=SIDES[kind])
-    assert same(draw(loaded, ASKED[kind][0], control), draw(pipeline, ASKED[kind][0], control))
+    assert same(draw(loaded, CONDITIONS[kind][0], control), draw(pipeline, CONDITIONS[kind][0], control))

@@ -1,4 +1,4 @@
-"""One rule for the device: `get_device`, and no command that asks torch by itself."""
+"""`get_device` selects the device of every command; no command queries torch itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOADS_A_MODEL = re.compile(r"\b(load_pipeline|load_on_device|load_captioner|load
 
 
 def machine(monkeypatch, cuda: int = 0, mps: bool = False, use_cpu: str | None = None) -> None:
-    """As torch would answer on a machine with so many CUDA devices, or with MPS."""
+    """Simulate a machine with this number of CUDA devices, or with MPS."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -33,7 +33,7 @@ def machine(monkeypatch, cuda: int = 0, mps: bool = False, use_cpu: str | None =
 
 
 @pytest.mark.parametrize(
-    ("there", "expected"),
+    ("hardware", "expected"),
     [
         ({}, "cpu"),
         ({"cuda": 2}, "cuda"),
@@ -44,14 +44,14 @@ def machine(monkeypatch, cuda: int = 0, mps: bool = False, use_cpu: str | None =
         ({"use_cpu": "True"}, "cpu"),
     ],
 )
-def test_the_default_is_the_gpu_unless_it_is_forbidden(monkeypatch, there, expected):
-    machine(monkeypatch, **there)
+def test_the_default_is_the_gpu_unless_the_environment_disables_it(monkeypatch, hardware, expected):
+    machine(monkeypatch, **hardware)
     assert get_device() == torch.device(expected)
     assert has_accelerator_device() == (expected != "cpu")
 
 
 @pytest.mark.parametrize(
-    ("there", "local_rank", "expected"),
+    ("hardware", "local_rank", "expected"),
     [
         ({"cuda": 4}, 3, "cuda:3"),
         ({"cuda": 4}, 5, "cuda:1"),
@@ -60,24 +60,24 @@ def test_the_default_is_the_gpu_unless_it_is_forbidden(monkeypatch, there, expec
         ({}, 1, "cpu"),
     ],
 )
-def test_each_process_of_several_takes_a_gpu_of_its_own(monkeypatch, there, local_rank, expected):
-    machine(monkeypatch, **there)
+def test_each_process_uses_its_own_gpu(monkeypatch, hardware, local_rank, expected):
+    machine(monkeypatch, **hardware)
     assert get_device(local_rank=local_rank) == torch.device(expected)
 
 
-def test_a_named_device_is_taken_whatever_the_default(monkeypatch):
+def test_a_named_device_overrides_the_default(monkeypatch):
     machine(monkeypatch, cuda=2)
     assert get_device("cpu", local_rank=1) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["warp", "gpu", "", "cuda:99", "cuda:x", "hpu", "meta", "privateuseone"])
-def test_a_device_that_is_not_here_is_a_user_error(name):
+def test_an_unavailable_device_is_a_user_error(name):
     with pytest.raises(UserError, match=rf"^--device {name} cannot be used here \(.+\); name another, such as cpu"):
         get_device(name)
 
 
 def words(command: str, folder: Path) -> list[str]:
-    """Arguments with which the command comes as far as its device; the model is an empty pipeline folder."""
+    """Return arguments with which the command gets as far as selecting its device; the model is an empty pipeline."""
     model, image = str(folder / "model"), str(folder / "images" / "0.png")
     return {
         "sample": ["--model", model, "--prompt", "a", "--output", str(folder / "grid.png")],
@@ -95,7 +95,7 @@ def words(command: str, folder: Path) -> list[str]:
 
 
 def commands_with_models() -> list[Path]:
-    """Every command that loads a model and does not train it by the loop, which leaves the device to Accelerate."""
+    """Return all commands that load a model, except those of the training loop, where Accelerate selects the device."""
     texts = {path: path.read_text() for path in SOURCES}
     return [
         path
@@ -117,13 +117,13 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "path", [*commands_with_models(), ROOT / "training/benchmarks/captions.py"], ids=lambda p: p.stem
 )
-def test_every_command_takes_a_device_and_checks_it_before_the_model(folder, path):
+def test_every_command_accepts_a_device_and_checks_it_before_the_model(folder, path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     with pytest.raises(UserError, match="--device warp cannot be used here"):
         module.main([*words(path.stem, folder), "--device", "warp"])
 
 
-def test_as_a_program_a_device_that_is_not_here_is_one_line_and_status_2(folder):
+def test_as_a_program_an_unavailable_device_gives_one_line_and_status_2(folder):
     command = [sys.executable, ROOT / "pipelines" / "sample.py", *words("sample", folder), "--device", "warp"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == USER_ERROR_STATUS
@@ -132,20 +132,20 @@ def test_as_a_program_a_device_that_is_not_here_is_one_line_and_status_2(folder)
 
 
 def device_helps(path: Path) -> list[str]:
-    """What a source says of its option `device`: under the dataclass field, or in `add_argument`."""
+    """Return the help texts of the option `device`: under the dataclass field, or in `add_argument`."""
     tree = ast.parse(path.read_text())
-    found = []
+    helps = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:]):
                 if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "device":
-                    found.append(ast.literal_eval(text.value) if isinstance(text, ast.Expr) else "")
+                    helps.append(ast.literal_eval(text.value) if isinstance(text, ast.Expr) else "")
         if isinstance(node, ast.Call) and node.args and ast.unparse(node.args[0]) == "'--device'":
-            found += [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "help"]
-    return [DEVICE_HELP if text == "DEVICE_HELP" else text for text in found]
+            helps += [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "help"]
+    return [DEVICE_HELP if text == "DEVICE_HELP" else text for text in helps]
 
 
-def test_every_command_says_the_same_of_its_device():
+def test_every_command_has_the_same_help_for_its_device():
     commands = [path for path in SOURCES if "__main__" in path.read_text()]
     helps = {path.stem: device_helps(path) for path in commands if device_helps(path)}
     assert set(helps) >= {path.stem for path in commands_with_models()}
@@ -153,8 +153,8 @@ def test_every_command_says_the_same_of_its_device():
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path != RULE], ids=lambda p: p.stem)
-def test_nothing_else_asks_which_devices_there_are(path):
-    """Nor names one, but to compare (`device.type == "cuda"`, for memory statistics)."""
+def test_no_other_file_queries_or_names_devices(path):
+    """Comparisons such as `device.type == "cuda"`, for memory statistics, are allowed."""
     text = path.read_text()
     for question in ("cuda.is_available(", "backends.mps", "mps.is_available(", "ACCELERATE_USE_CPU"):
         assert question not in text, f"{path}: use get_device of pipelines/tools/devices.py"

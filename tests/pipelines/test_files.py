@@ -1,4 +1,4 @@
-"""What the commands read and write: every kind of unusable file is a UserError that names it."""
+"""Files of the commands: every kind of unusable file raises a UserError that names it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def unusable(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["missing", "a folder", "not an image", "empty", "cut off"])
 def test_an_unusable_image_is_named(tmp_path, kind):
     path = unusable(tmp_path, kind)
-    with pytest.raises(UserError, match=r"^.*file.png cannot be read as an image \(.+\); name a file that can$"):
+    with pytest.raises(UserError, match=r"^.*file.png cannot be read as an image \(.+\); choose another file$"):
         read_image(path)
     with pytest.raises(UserError, match=r"^--control_image x cannot be read as an image"):
         read_image(path, "--control_image x")
-    if kind != "cut off":  # its header is whole
+    if kind != "cut off":  # its header is intact
         with pytest.raises(UserError, match=r"file.png cannot be read as an image"):
             check_image_header(path)
 
@@ -50,7 +50,7 @@ def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_an_image_outlives_its_file_and_keeps_its_orientation(tmp_path, suffix):
+def test_an_image_does_not_need_its_file_and_keeps_its_orientation(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / f"turned.{suffix}"
@@ -65,5 +65,5 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     assert (tmp_path / "new" / "folder").is_dir()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "grid.png", tmp_path / "new"):
-        with pytest.raises(UserError, match=r"--output .* cannot be written \(.+\); name another file"):
+        with pytest.raises(UserError, match=r"--output .* cannot be written \(.+\); choose another file"):
             check_output(path)

@@ -1,4 +1,4 @@
-"""Grids: sizes, pixels and captions of what is drawn."""
+"""Grids: sizes, pixels and captions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def has_ink(image: Image.Image) -> bool:
     return bool((np.asarray(image.convert("L")) < 120).any())
 
 
-def test_pictures_are_where_they_belong():
+def test_images_are_at_their_positions():
     grid = image_grid([square(RED), square(GREEN), square(BLUE)], columns=2)
     cell = 64 * round(CELL / 64)
     assert grid.size == (2 * MARGIN + 2 * cell + GAP, 2 * MARGIN + 2 * cell + GAP)
@@ -47,7 +47,7 @@ def test_pictures_are_where_they_belong():
     assert grid.getpixel((MARGIN + cell + GAP + 5, MARGIN + cell + GAP + 5)) == PAPER
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel():
+def test_small_images_are_enlarged_pixel_by_pixel():
     grid = np.asarray(image_grid([checkerboard(8)]).convert("L"))
     factor = CELL // 8
     inside = grid[MARGIN : MARGIN + 8 * factor, MARGIN : MARGIN + 8 * factor]
@@ -55,17 +55,17 @@ def test_small_pictures_are_enlarged_pixel_by_pixel():
     assert np.array_equal(inside, expected)
 
 
-def test_large_pictures_stay_as_they_are():
+def test_large_images_are_unchanged():
     assert image_grid([square(RED, 500)]).size == (500 + 2 * MARGIN, 500 + 2 * MARGIN)
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (6, 3), (8, 4), (9, 3), (12, 4), (16, 4)])
-def test_grids_are_about_square_and_without_holes(count, columns):
+def test_grids_are_about_square_and_have_no_empty_cells(count, columns):
     width = image_grid([square(RED)] * count).width
     assert width == image_grid([square(RED)] * count, columns=columns).width
 
 
-def test_captions_are_written_wrapped_and_cut():
+def test_captions_are_wrapped_and_truncated():
     long = "a minimalist poster, blue on cream, one picture, title at the top " * 10
     grid = image_grid([square(RED), square(GREEN)], [long, "Ünïcödé — ελληνικά кириллица"], columns=2)
     cell = 64 * round(CELL / 64)
@@ -76,7 +76,7 @@ def test_captions_are_written_wrapped_and_cut():
     assert below.height < 130
 
 
-def test_a_word_wider_than_its_picture_is_cut_in_pieces():
+def test_a_word_wider_than_its_image_is_split():
     grid = image_grid([square(RED)], ["x" * 300])
     right = grid.crop((grid.width - MARGIN + 1, 0, grid.width, grid.height))
     assert not has_ink(right)
@@ -97,7 +97,7 @@ def test_a_row_of_another_length_is_an_error():
         comparison_grid([[square(RED)] * 2, [square(RED)]], ["a", "b"])
 
 
-def test_more_captions_than_pictures_is_an_error():
+def test_more_captions_than_images_is_an_error():
     with pytest.raises(ValueError, match="3 captions for 1 images"):
         image_grid([square(RED)], ["a", "b", "c"])
 
@@ -115,7 +115,7 @@ def test_any_mode_and_mixed_sizes():
     assert not (np.asarray(image_grid([images[1]]).crop((MARGIN, MARGIN, 150, 150))) == RED).all(-1).any()
 
 
-def test_no_pictures_at_all():
+def test_a_grid_without_images():
     assert image_grid([]).size[0] > 0
 
 
@@ -123,7 +123,7 @@ def test_the_text_is_ink_on_paper():
     assert sum(INK) < sum(PAPER) / 4
 
 
-def test_the_grid_is_white_between_pictures():
+def test_the_grid_is_white_between_images():
     sheet = plain_grid([[Image.new("RGB", (3, 2), "red")] * 2])
     assert sheet.size == (2 * (3 + PLAIN_GAP) + PLAIN_GAP, 2 + 2 * PLAIN_GAP)
     assert sheet.getpixel((0, 0)) == (255, 255, 255)
@@ -131,18 +131,18 @@ def test_the_grid_is_white_between_pictures():
 
 
 @pytest.mark.parametrize(("size", "shown"), [((64, 64), 128), ((100, 140), 200), ((128, 60), 384), ((130, 200), 130)])
-def test_small_pictures_are_enlarged_by_a_whole_factor(size, shown):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    large = enlarged(picture)
+def test_small_images_are_enlarged_by_a_whole_factor(size, shown):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    large = enlarged(image)
     factor = shown // size[0]
     assert large.size == (size[0] * factor, size[1] * factor)
-    assert np.array_equal(np.asarray(large)[::factor, ::factor], np.asarray(picture))
+    assert np.array_equal(np.asarray(large)[::factor, ::factor], np.asarray(image))
 
 
-def test_controls_are_shown_in_colours_of_their_own():
+def test_each_channel_of_a_control_has_its_own_colour():
     control = torch.eye(4).reshape(4, 2, 2)
     colors = np.asarray(control_to_pil(control)).reshape(4, 3)
     assert len({tuple(color) for color in colors}) == 4
     assert tuple(colors[0]) == (255, 255, 255)
-    picture = torch.rand(3, 2, 2)
-    assert np.array_equal(np.asarray(control_to_pil(picture)), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+    control = torch.rand(3, 2, 2)
+    assert np.array_equal(np.asarray(control_to_pil(control)), (control.permute(1, 2, 0) * 255).round().byte().numpy())

@@ -1,4 +1,4 @@
-"""ImageCaptionPipeline: deterministic, independent of the batch, standing alone; and the two commands that use it."""
+"""ImageCaptionPipeline: determinism, independence of the batch, loading without Halftone, and its two commands."""
 
 from __future__ import annotations
 
@@ -54,20 +54,21 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def test_captions_do_not_depend_on_the_batch(pipeline):
-    pictures = [picture(i) for i in range(3)]
+    images = [picture(i) for i in range(3)]
     for options in ({}, {"num_beams": 3}, {"top_p": 0.9, "temperature": 2.0}):
         draws = [{"generator": generators(*seeds)} if "top_p" in options else {} for seeds in ((0, 1, 2), (1,))]
-        together = pipeline.caption(pictures, **options, **draws[0])
+        together = pipeline.caption(images, **options, **draws[0])
         assert len(together) == 3
-        assert together[1] == pipeline.caption(pictures[1], **options, **draws[1])[0]
+        assert together[1] == pipeline.caption(images[1], **options, **draws[1])[0]
 
 
-def test_drawn_captions_differ_and_repeat(pipeline):
-    found = [pipeline.caption(picture(0), top_p=1.0, temperature=3.0, generator=generators(s))[0] for s in (0, 1, 0)]
-    assert found[0] == found[2] != found[1]
+def test_sampled_captions_differ_between_seeds_and_repeat_with_one(pipeline):
+    options = {"top_p": 1.0, "temperature": 3.0}
+    captions = [pipeline.caption(picture(0), **options, generator=generators(seed))[0] for seed in (0, 1, 0)]
+    assert captions[0] == captions[2] != captions[1]
 
 
-def test_gumbel_noise_draws_from_the_softmax():
+def test_gumbel_noise_samples_from_the_softmax():
     probabilities = torch.tensor([0.5, 0.3, 0.2, 0.0])
     scores = probabilities.log().expand(4000, -1)
     drawn = GumbelNoise(generators(*range(4000)))(torch.zeros(4000, 1), scores).argmax(1)
@@ -75,13 +76,13 @@ def test_gumbel_noise_draws_from_the_softmax():
     assert torch.allclose(shares, probabilities, atol=0.03)
 
 
-def test_the_consensus_is_most_like_all_of_them():
-    """The likeliest single caption of these is another one."""
+def test_the_consensus_is_the_caption_most_similar_to_all():
+    """It is not the most frequent caption."""
     captions = ["odd one", "odd one", "a red ball on grass", "a red ball on sand", "a blue ball on grass"]
     assert consensus(captions) == "a red ball on grass"
     assert consensus(["x"]) == "x"
     assert consensus(["a", "b", "b"]) == "b"
-    # By as much recall as precision (F1) the shortest would win.
+    # With recall and precision weighted equally (F1), the shortest caption would win.
     assert consensus(["a dog", "a dog on wet grass", "a dog in thick mud"]) == "a dog on wet grass"
 
 
@@ -92,8 +93,8 @@ def test_candidates_do_not_depend_on_the_batch(pipeline):
     assert together != pipeline.caption([picture(0), picture(1)], generator=generators(5, 6), **options)
 
 
-def test_top_p_leaves_the_unlikely_out(pipeline):
-    """Of a nucleus of one token, the draw is greedy."""
+def test_a_low_top_p_is_greedy_search(pipeline):
+    """The nucleus then contains one token only."""
     drawn = pipeline.caption([picture(i) for i in range(3)], top_p=1e-6, generator=generators(7, 8, 9))
     assert drawn == pipeline.caption([picture(i) for i in range(3)])
 
@@ -113,7 +114,7 @@ def test_drawings(pipeline):
     assert pipeline.draw("a red circle").images[0].size == (RESOLUTION, RESOLUTION)
 
 
-def test_invented_pairs_do_not_depend_on_the_number(pipeline):
+def test_pairs_do_not_depend_on_the_number_of_pairs(pipeline):
     three = pipeline.sample(3, generator=generators(0, 1, 2), num_inference_steps=3, output_type="pt")
     one = pipeline.sample(1, generator=generators(1), num_inference_steps=3, output_type="pt")
     assert torch.allclose(three.images[1], one.images[0], atol=1e-5)
@@ -124,24 +125,24 @@ def test_invented_pairs_do_not_depend_on_the_number(pipeline):
     pipeline.set_scheduler("euler")
 
 
-def test_picture_and_caption_come_from_one_vector(pipeline, monkeypatch):
+def test_image_and_caption_are_decoded_from_one_vector(pipeline, monkeypatch):
     latents = torch.randn(1, MODEL["latent_size"])
-    monkeypatch.setattr(pipeline, "_invented", lambda *arguments: latents)
+    monkeypatch.setattr(pipeline, "_sample_latents", lambda *arguments: latents)
     pair = pipeline.sample(1, output_type="pt")
     assert torch.equal(pair.images, pipeline.decode_latents(latents, "pt"))
     assert pair.captions == pipeline._captions(latents, 1, None, 1.0, None, None)
 
 
 def test_similarity_is_the_cosine_of_latents(pipeline):
-    found = pipeline.similarity([picture(0), picture(1)], ["a red circle", "a green circle", "a big square"])
-    assert found.shape == (2, 3)
+    similarities = pipeline.similarity([picture(0), picture(1)], ["a red circle", "a green circle", "a big square"])
+    assert similarities.shape == (2, 3)
     one, other = pipeline.encode_images(picture(1))[0], pipeline.encode_captions("a big square")[0]
-    assert torch.allclose(found[1, 2], torch.nn.functional.cosine_similarity(one, other, dim=0), atol=1e-5)
+    assert torch.allclose(similarities[1, 2], torch.nn.functional.cosine_similarity(one, other, dim=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("fit", ["crop", "stretch"])
 @pytest.mark.parametrize("size", [(32, 32), (61, 40), (40, 160)])
-def test_pictures_are_read_as_in_training(tmp_path, fit, size):
+def test_images_are_preprocessed_as_in_training(tmp_path, fit, size):
     folder = draw_folder(tmp_path / "pictures", 3, size)
     config = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, image_fit=fit, validation_fraction=0)
     data = CaptionedImages(load_split(config, "train", 0), config)
@@ -150,7 +151,7 @@ def test_pictures_are_read_as_in_training(tmp_path, fit, size):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F", "LA", "P", "CMYK"])
-def test_modes_of_pictures(mode):
+def test_modes_of_images(mode):
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
     if mode == "I;16":
         image = Image.fromarray((ramp * 257).astype(np.uint16))
@@ -163,26 +164,26 @@ def test_modes_of_pictures(mode):
     assert (fitted(image, 32, "crop") - expected).abs().max() < 0.03
 
 
-def test_pictures_as_arrays_and_sequences(pipeline):
-    pictures = [picture(i, (RESOLUTION, RESOLUTION)) for i in range(2)]
-    expected = pipeline.encode_images(pictures)
-    array = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in pictures])
+def test_images_as_arrays_and_sequences(pipeline):
+    images = [picture(i, (RESOLUTION, RESOLUTION)) for i in range(2)]
+    expected = pipeline.encode_images(images)
+    array = np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
     assert torch.allclose(pipeline.encode_images(array), expected, atol=1e-5)
-    assert torch.allclose(pipeline.encode_images(iter(pictures)), expected)
+    assert torch.allclose(pipeline.encode_images(iter(images)), expected)
 
 
-def test_words_that_are_not_read_are_told(pipeline, caplog):
+def test_truncated_and_unknown_captions_are_logged(pipeline, caplog):
     logging.getLogger("diffusers").addHandler(caplog.handler)
     try:
         pipeline.draw(["a red circle", "a red circle, " * 9, "quux plugh"])
     finally:
         logging.getLogger("diffusers").removeHandler(caplog.handler)
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert "1 of 3 captions have more than 12 tokens" in told
-    assert "none of the words of 'quux plugh'" in told
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "1 of 3 captions have more than 12 tokens" in logged
+    assert "none of the words of 'quux plugh'" in logged
 
 
-def test_stretched_pictures_come_back_in_proportion(tmp_path):
+def test_generated_images_have_the_aspect_ratio_of_stretched_ones(tmp_path):
     folder = draw_folder(tmp_path / "pictures", 3, (128, 32))
     config = CaptionDataConfig(train_data_dir=str(folder), resolution=RESOLUTION, image_fit="stretch")
     ratio = CaptionedImages(load_split(config, "train", 0), config).aspect_ratio()
@@ -191,13 +192,13 @@ def test_stretched_pictures_come_back_in_proportion(tmp_path):
     assert drawn.size == (128, 32)
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_becomes_white():
     empty = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     assert torch.equal(fitted(empty, 32, "crop"), torch.ones(3, 32, 32))
 
 
-def test_it_stands_alone(saved):
-    """Loaded where this project is not: captions, drawings and pairs are the same."""
+def test_it_loads_without_halftone(saved):
+    """Captions, images and pairs are the same in a process that does not import this project."""
     code = (
         "import sys, torch; from diffusers import DiffusionPipeline; from PIL import Image\n"
         f"p = DiffusionPipeline.from_pretrained({str(saved)!r}, trust_remote_code=True)\n"
@@ -212,9 +213,9 @@ def test_it_stands_alone(saved):
     ours = load_pipeline(saved)
     ours.set_progress_bar_config(disable=True)
     pair = ours.sample(1, generator=generators(3)[0], num_inference_steps=2, output_type="pt")
-    told, invented, total = done.stdout.splitlines()[-3:]
-    assert told == ours.caption(Image.new("RGB", (32, 32), "red"))[0]
-    assert invented == pair.captions[0]
+    captioned, sampled, total = done.stdout.splitlines()[-3:]
+    assert captioned == ours.caption(Image.new("RGB", (32, 32), "red"))[0]
+    assert sampled == pair.captions[0]
     assert float(total) == pytest.approx(float(pair.images.double().sum()), abs=1e-3)
 
 
@@ -224,7 +225,7 @@ def _bare() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def test_loaded_elsewhere_and_saved_again_it_still_loads(saved, tmp_path):
+def test_loaded_from_its_own_code_and_saved_again_it_still_loads(saved, tmp_path):
     theirs = DiffusionPipeline.from_pretrained(saved, trust_remote_code=True)
     theirs.save_pretrained(tmp_path / "again")
     again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
@@ -246,8 +247,8 @@ def test_half_precision(saved):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.caption([]), "must be a picture"),
-        (lambda p: p.caption("photo.jpg"), "must be a picture"),
+        (lambda p: p.caption([]), "must be a PIL image"),
+        (lambda p: p.caption("photo.jpg"), "must be a PIL image"),
         (lambda p: p.caption(torch.zeros(1, 3, 8, 8)), "must have shape"),
         (lambda p: p.caption(picture(0), num_beams=0), "positive integer"),
         (lambda p: p.caption(picture(0), top_p=0.9, num_beams=2), "choose one"),
@@ -255,18 +256,18 @@ def test_half_precision(saved):
         (lambda p: p.caption(picture(0), top_p=0.5, temperature=0), "above 0"),
         (lambda p: p.caption(picture(0), num_candidates=0), "positive integer"),
         (lambda p: p.caption(picture(0), num_candidates=2, num_beams=2), "choose one"),
-        (lambda p: p.caption(picture(0), temperature=2.0), "`top_p` 1 draws among all"),
+        (lambda p: p.caption(picture(0), temperature=2.0), "no effect without sampling"),
         (lambda p: p.caption(np.zeros((1, 8, 8, 3))), "must be floats of shape"),
         (lambda p: p.caption(np.zeros((1, 32, 32, 3), dtype=np.uint8)), "must be floats of shape"),
         (lambda p: p.caption(picture(0), max_length=99), "from 2 to 12"),
-        (lambda p: p.draw(""), "say something"),
-        (lambda p: p.draw(["a red circle", "  "]), "say something"),
+        (lambda p: p.draw(""), "must be non-empty"),
+        (lambda p: p.draw(["a red circle", "  "]), "must be non-empty"),
         (lambda p: p.draw("a", output_type="jpg"), "must be one of"),
         (lambda p: p.sample(0), "positive integer"),
-        (lambda p: p.similarity(picture(0), []), "say something"),
+        (lambda p: p.similarity(picture(0), []), "must be non-empty"),
     ],
 )
-def test_arguments_that_cannot_be(pipeline, call, message):
+def test_invalid_arguments_raise(pipeline, call, message):
     with pytest.raises(ValueError, match=message):
         call(pipeline)
 
@@ -275,7 +276,7 @@ def test_a_tokenizer_that_does_not_fit(pipeline):
     parts = {"model": pipeline.model, "scheduler": pipeline.scheduler}
     larger = tiny_caption_tokenizer()
     larger.add_tokens([f"word{i}" for i in range(9)])
-    with pytest.raises(ValueError, match="tokens, but the model knows"):
+    with pytest.raises(ValueError, match="tokens, but the model's vocabulary has"):
         ImageCaptionPipeline(tokenizer=larger, **parts)
     other = tiny_tokenizer()
     other.bos_token = "a"
@@ -316,27 +317,27 @@ def test_pairs_command(saved, tmp_path, capsys):
 def test_prompts_are_drawn(saved, tmp_path, capsys):
     words = ["--model", str(saved), "--device", "cpu", "--output", str(tmp_path / "grid.png")]
     sample_script.main([*words, "--prompt", "a red circle", "a blue square", "--num_images", "3"])
-    assert "2 x 3 pictures" in capsys.readouterr().out
+    assert "2 x 3 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "grid.png").width > 3 * RESOLUTION
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--pairs 8 to invent"),
-        (["--prompt", "a", "--pairs", "2"], "--pairs 8 to invent"),
-        (["--prompt", "a", "--class_label", "3"], "--class_label says nothing"),
-        (["--pairs", "2", "--height", "64"], "--height says nothing"),
-        (["--pairs", "2", "--num_images", "9"], "--num_images says nothing"),
+        ([], "--pairs 8 to generate"),
+        (["--prompt", "a", "--pairs", "2"], "--pairs 8 to generate"),
+        (["--prompt", "a", "--class_label", "3"], "does not accept --class_label together with --prompt"),
+        (["--pairs", "2", "--height", "64"], "does not accept --height together with --pairs"),
+        (["--pairs", "2", "--num_images", "9"], "does not accept --num_images"),
         (["--pairs", "0"], "--pairs must be at least 1"),
     ],
 )
-def test_sample_options_that_say_nothing_to_it(saved, tmp_path, words, message):
+def test_sample_options_that_it_does_not_accept(saved, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         sample_script.main(["--model", str(saved), "--output", str(tmp_path / "x.png"), *words])
 
 
-def test_captions_written_beside_the_pictures_are_an_imagefolder(saved, tmp_path, capsys):
+def test_captions_written_next_to_the_images_make_an_imagefolder(saved, tmp_path, capsys):
     (tmp_path / "scans").mkdir()
     picture(0).save(tmp_path / "scans/0.png")
     output = tmp_path / "scans/metadata.jsonl"
@@ -344,14 +345,14 @@ def test_captions_written_beside_the_pictures_are_an_imagefolder(saved, tmp_path
     caption_script.main(words)
     assert json.loads(output.read_text())["file_name"] == "0.png"
     output.write_text("by hand")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         caption_script.main(words)
     assert output.read_text() == "by hand"
     caption_script.main([*words, "--overwrite"])
     assert json.loads(output.read_text())["file_name"] == "0.png"
 
 
-def test_a_picture_that_breaks_off_costs_no_other_its_caption(saved, tmp_path, capsys):
+def test_a_truncated_image_does_not_lose_earlier_captions(saved, tmp_path, capsys):
     files = []
     for i in range(3):
         files.append(tmp_path / f"{i}.png")
@@ -372,7 +373,7 @@ def test_a_picture_that_breaks_off_costs_no_other_its_caption(saved, tmp_path, c
         (["PICTURE", "--model", "MODEL", "--num_beams", "0"], "at least 1"),
         (["PICTURE", "--model", "MODEL", "--max_length", "99"], "from 2 to 12"),
         (["PICTURE", "--modl", "MODEL"], "did you mean|required"),
-        (["PICTURE", "--model", "OTHER"], "captions no pictures"),
+        (["PICTURE", "--model", "OTHER"], "does not caption images"),
     ],
 )
 def test_caption_command_bad_input(saved, tmp_path, monkeypatch, words, message):
@@ -388,13 +389,13 @@ def test_caption_command_bad_input(saved, tmp_path, monkeypatch, words, message)
 def test_pairs_of_a_model_without_captions(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "other")
     words = ["--model", str(tmp_path / "other"), "--pairs", "2", "--output", str(tmp_path / "x.png")]
-    with pytest.raises(UserError, match="model of pictures and captions"):
+    with pytest.raises(UserError, match="does not accept --pairs; use an image–caption model"):
         sample_script.main(words)
 
 
-def test_the_words_are_the_tokenizers(pipeline):
+def test_captions_consist_of_words_of_the_tokenizer(pipeline):
     assert tiny_caption_model().config.vocab_size == len(pipeline.tokenizer)
     known = set(pipeline.tokenizer.get_vocab())
-    for told in pipeline.caption([picture(i) for i in range(4)], top_p=1.0, temperature=5.0):
-        assert set(told.replace(",", " ,").split()) <= known
+    for text in pipeline.caption([picture(i) for i in range(4)], top_p=1.0, temperature=5.0):
+        assert set(text.replace(",", " ,").split()) <= known
     assert caption(0) == "a red circle"

@@ -1,6 +1,6 @@
-"""LatentDiffusionPipeline against closed forms, and what it promises about seeds, batches, guidance and bad input.
+"""LatentDiffusionPipeline against closed forms, and its seeds, batches, guidance and invalid input.
 
-Shapes: B pictures, C latent channels, h w latent cells.
+Shapes: B images, C latent channels, h w latent cells.
 """
 
 import diffusers
@@ -42,7 +42,7 @@ from tests.support.tiny_models import (
 
 
 class PointModel(ModelMixin, ConfigMixin):
-    """The perfect model of a dataset of one picture per class: the closed form of each prediction type.
+    """The ideal model of a dataset with one image per class, in closed form for each prediction type.
 
     x_t = alpha x_0 + sigma noise, so from x_t and the timestep alone the noise is (x_t - alpha x_0) / sigma.
     """
@@ -103,7 +103,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize(("prediction_type", "schedule"), SCHEDULES)
-def test_the_perfect_model_of_one_picture_gives_that_picture_with_every_suitable_sampler(prediction_type, schedule):
+def test_the_ideal_model_of_one_image_generates_it_with_every_suitable_sampler(prediction_type, schedule):
     pipeline = point_pipeline(prediction_type, **schedule)
     names = suitable_samplers(prediction_type, bool(schedule.get("rescale_betas_zero_snr")))
     assert len(names) >= 5
@@ -111,9 +111,9 @@ def test_the_perfect_model_of_one_picture_gives_that_picture_with_every_suitable
         if name == "lms" and not is_scipy_available():
             continue
         pipeline.set_scheduler(name)
-        # Labels without guidance: the conditional half alone.
+        # Without guidance only the conditional prediction is computed.
         result = pipeline(class_labels=[0, "circle"], guidance_scale=1, output_type="latent", num_inference_steps=10)
-        # DPM-Solver and UniPC round flow timesteps down to integers, so the model is told a sigma up to 1/1000 off.
+        # DPM-Solver and UniPC round flow timesteps down to integers, so the model's timestep is off by up to 1/1000.
         tolerance = 2e-2 if prediction_type == FLOW and name in ("dpm", "dpm_sde", "unipc") else 2e-5
         assert (result.images - pipeline.unet.points[:2]).abs().max() < tolerance, name
 
@@ -125,7 +125,7 @@ def test_guidance_extrapolates_from_the_null_class(prediction_type):
     unconditional, conditional = pipeline.unet.points[2], pipeline.unet.points[1]
     latents = pipeline(class_labels=1, guidance_scale=3.0, output_type="latent", num_inference_steps=5).images
     assert torch.allclose(latents[0], unconditional + 3.0 * (conditional - unconditional), atol=1e-4)
-    assert set(pipeline.unet.batch_sizes) == {2}, "both halves belong in one batch"
+    assert set(pipeline.unet.batch_sizes) == {2}, "both halves must be in one batch"
 
 
 def test_guidance_is_skipped_at_one_and_without_a_condition():
@@ -136,10 +136,10 @@ def test_guidance_is_skipped_at_one_and_without_a_condition():
     assert set(pipeline.unet.batch_sizes) == {1}
 
 
-# --- samplers that do not suit
+# --- unsuitable samplers
 
 
-def test_samplers_that_know_no_flow_matching_are_refused_with_those_that_do():
+def test_samplers_without_flow_matching_are_rejected_with_a_list_of_suitable_ones():
     pipeline = point_pipeline(FLOW)
     with pytest.raises(
         ValueError, match="'ddim' does not suit .* flow_prediction; use one of dpm, .*euler, unipc, heun"
@@ -161,14 +161,14 @@ def test_samplers_that_know_no_flow_matching_are_refused_with_those_that_do():
         (lambda config: diffusers.FlowMatchEulerDiscreteScheduler(), "expects flow_prediction"),
     ],
 )
-def test_a_scheduler_put_in_by_hand_is_checked(make, message):
+def test_a_scheduler_that_was_set_by_hand_is_checked(make, message):
     pipeline = point_pipeline("epsilon")
     pipeline.scheduler = make(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=message):
         pipeline()
 
 
-def test_zero_terminal_snr_refuses_samplers_that_ignore_it():
+def test_zero_terminal_snr_rejects_samplers_that_ignore_it():
     scheduler = training_scheduler("v_prediction", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="v_prediction with zero terminal SNR; use one of ddim"):
         make_scheduler("heun", scheduler)
@@ -177,8 +177,8 @@ def test_zero_terminal_snr_refuses_samplers_that_ignore_it():
         check_scheduler(heun, "v_prediction", noise_schedule_of(scheduler))
 
 
-def test_the_noise_schedule_is_carried_over_where_from_config_would_change_it():
-    """A DDPM scheduler made with its defaults becomes a Heun scheduler with Heun's other defaults."""
+def test_the_noise_schedule_is_kept_although_from_config_would_change_it():
+    """`from_config` turns a DDPM scheduler with default values into a Heun scheduler with the defaults of Heun."""
     trained = diffusers.DDPMScheduler(clip_sample=False)
     by_hand = diffusers.HeunDiscreteScheduler.from_config(trained.config)
     assert not torch.allclose(by_hand.alphas_cumprod, trained.alphas_cumprod)
@@ -187,12 +187,12 @@ def test_the_noise_schedule_is_carried_over_where_from_config_would_change_it():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", FLOW])
-def test_zero_terminal_snr_is_refused_where_it_has_no_meaning(prediction_type):
+def test_zero_terminal_snr_is_rejected_for_epsilon_and_flow_prediction(prediction_type):
     with pytest.raises(ValueError, match="`rescale_betas_zero_snr` cannot be used with"):
         training_scheduler(prediction_type, rescale_betas_zero_snr=True)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(ValueError, match="`prediction_type` must be one of epsilon"):
         training_scheduler("noise")
     with pytest.raises(ValueError, match="unknown scheduler 'eule'"):
@@ -204,34 +204,34 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddpm", "euler_ancestral"])
-def test_the_same_seed_gives_the_same_picture_whatever_the_batch(sampler):
-    """Also with samplers that draw noise at every step."""
+def test_the_same_seed_gives_the_same_image_in_any_batch(sampler):
+    """Includes samplers that add noise at every step."""
     pipeline = tiny_pipeline("epsilon")
     pipeline.set_scheduler(sampler)
 
-    def pictures(prompts, generator, count=1):
+    def generate(prompts, generator, count=1):
         return pipeline(
             prompts, num_images_per_prompt=count, generator=generator, num_inference_steps=4, output_type="np"
         ).images
 
-    four = pictures("a red poster", seeded(), 4)
-    assert np.array_equal(four, pictures("a red poster", seeded(), 4))
+    four = generate("a red poster", seeded(), 4)
+    assert np.array_equal(four, generate("a red poster", seeded(), 4))
     assert np.abs(four[0] - four[1]).max() > 0.01
-    assert np.allclose(pictures("a red poster", seeded())[0], four[0], atol=1e-4)
-    alone = pictures("a blue poster", seeded(5))
+    assert np.allclose(generate("a red poster", seeded())[0], four[0], atol=1e-4)
+    alone = generate("a blue poster", seeded(5))
     assert not np.allclose(alone[0], four[0], atol=1e-2)
-    listed = pictures(["a red poster", "a blue poster", "of circles"], [seeded(i) for i in (4, 6, 5)])
-    last = pictures("of circles", [seeded(5)])
+    listed = generate(["a red poster", "a blue poster", "of circles"], [seeded(i) for i in (4, 6, 5)])
+    last = generate("of circles", [seeded(5)])
     assert np.allclose(listed[2], last[0], atol=1e-4)
 
 
-def test_pictures_come_in_the_order_of_prompts():
+def test_images_are_in_the_order_of_prompts():
     pipeline = point_pipeline("epsilon")
     result = pipeline(class_labels=[1, 0], num_images_per_prompt=2, guidance_scale=1, output_type="latent").images
     assert torch.allclose(result, pipeline.unet.points[[1, 1, 0, 0]], atol=1e-4)
 
 
-def test_given_latents_replace_drawn_ones():
+def test_given_latents_replace_random_ones():
     pipeline = tiny_pipeline()
     latents = torch.randn(1, 4, 4, 4)
     first = pipeline("a", latents=latents, num_inference_steps=2, output_type="np").images
@@ -241,7 +241,7 @@ def test_given_latents_replace_drawn_ones():
 # --- conditions
 
 
-def test_no_prompt_is_the_empty_prompt_and_the_negative_prompt_takes_its_place():
+def test_no_prompt_means_the_empty_prompt_which_the_negative_prompt_replaces():
     pipeline = tiny_pipeline()
 
     def latents(**arguments):
@@ -277,22 +277,22 @@ def test_an_unconditional_model():
     assert [image.size for image in images] == [(8, 8), (8, 8)]
 
 
-def test_what_a_caption_leads_to_expect_goes_beside_the_noisy_latents():
+def test_predictions_of_the_caption_prior_are_concatenated_to_the_noisy_latents():
     pipeline = tiny_pipeline(FLOW, prior=True)
     seen = []
     forward = pipeline.unet.forward
     pipeline.unet.forward = lambda x, *args, **kwargs: seen.append(x) or forward(x, *args, **kwargs)
     pipeline("a red poster", num_inference_steps=2, generator=seeded(), height=12, width=8)
-    words = pipeline.encode_prompt(["", "a red poster"])
+    prompt_embeds = pipeline.encode_prompt(["", "a red poster"])
     with torch.no_grad():
-        expected = pipeline.caption_prior(words, seen[0].shape[-2:])
+        expected = pipeline.caption_prior(prompt_embeds, seen[0].shape[-2:])
     assert expected.shape == (2, 4, *seen[0].shape[-2:])
     for model_input in seen:  # unconditional half first, at every step
         torch.testing.assert_close(model_input[:, 4:], expected)
     assert not torch.allclose(expected[0], expected[1])
 
 
-def test_expected_latents_of_another_size_are_interpolated():
+def test_predicted_latents_of_another_size_are_interpolated():
     prior, states = tiny_caption_prior(), torch.randn(2, TOKENS, TEXT_WIDTH)
     trained = prior(states)
     assert trained.shape == (2, 4, 4, 4)
@@ -300,7 +300,7 @@ def test_expected_latents_of_another_size_are_interpolated():
     torch.testing.assert_close(prior(states, (8, 2)).mean((2, 3)), trained.mean((2, 3)))
 
 
-def test_the_prior_is_learned_by_regression_alone():
+def test_no_gradient_flows_into_the_prior():
     expected = torch.ones(1, 4, 4, 4, requires_grad=True)
     noisy = torch.zeros(1, 4, 4, 4, requires_grad=True)
     concat_condition(noisy, expected).sum().backward()
@@ -322,7 +322,7 @@ def test_a_t5_text_encoder():
     assert pipeline.encode_prompt(["a red poster"]).shape == (1, 6, TEXT_WIDTH)
 
 
-def test_captions_are_padded_and_cut_and_encoded_as_in_training():
+def test_captions_are_padded_truncated_and_encoded_as_in_training():
     tokenizer, encoder = tiny_tokenizer(), tiny_text_encoder()
     ids = tokenize_captions(tokenizer, ["a red", "", "a " * 50], max_caption_length(tokenizer, encoder))
     assert ids.tolist() == [[1, 4, 5, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [1, 4, 4, 4, 4, 4, 4, 2]]
@@ -362,7 +362,7 @@ def test_the_callback_sees_each_step_may_replace_latents_and_may_stop():
     assert [step for step, _, _ in seen] == [0, 1]
     assert result.images.abs().sum() == 0
     again = pipeline("a", num_inference_steps=5, output_type="latent")
-    assert again.images.abs().sum() > 0, "the interruption of one call must not outlast it"
+    assert again.images.abs().sum() > 0, "an interruption must not affect the next call"
 
 
 def test_the_progress_bar_counts_the_steps(capsys):
@@ -380,7 +380,7 @@ def test_half_precision(dtype):
     assert np.abs(images - reference).mean() < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading wants an accelerator")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs an accelerator")
 @pytest.mark.parametrize("patch_size", [None, 2])
 def test_model_cpu_offload(patch_size):
     pipeline = tiny_pipeline(patch_size=patch_size)
@@ -389,7 +389,7 @@ def test_model_cpu_offload(patch_size):
     for _ in range(2):
         images = pipeline("a", num_inference_steps=3, generator=seeded(), output_type="np").images
         assert np.abs(images - reference).max() < 0.02
-    assert pipeline.unet.device.type == "cpu", "freed after the call"
+    assert pipeline.unet.device.type == "cpu", "must be offloaded after the call"
 
 
 # --- bad input
@@ -401,10 +401,13 @@ def test_model_cpu_offload(patch_size):
         ({"prompt": 3}, "`prompt` must be a string or a list of strings, but is 3"),
         ({"prompt": "a", "class_labels": 9}, "`class_labels` must be from 0 to 2, but has 9"),
         ({"prompt": "a", "class_labels": 3}, "`class_labels` must be from 0 to 2, but has 3"),
-        ({"class_labels": "cat"}, "`class_labels` has 'cat', which is no class of this model; it knows kind 0, kind 1"),
-        ({"prompt": ["a", "b"], "class_labels": [0, 1, 2]}, "must be one, or equally many, but are"),
-        ({"prompt": []}, "must be one, or equally many, but are"),
-        ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1.0}, "`guidance_scale` is 1.0"),
+        (
+            {"class_labels": "cat"},
+            "has 'cat', which is not a class of this model; its classes are kind 0, kind 1",
+        ),
+        ({"prompt": ["a", "b"], "class_labels": [0, 1, 2]}, "must have one entry each, or equally many, but have"),
+        ({"prompt": []}, "must have one entry each, or equally many, but have"),
+        ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1.0}, "`guidance_scale` above 1, but it is 1.0"),
         ({"prompt": "a", "negative_prompt": ["b", "c"]}, "`negative_prompt` has 2 entries"),
         ({"prompt": "a", "height": 9}, "`height` must be a multiple of 2 .* but is 9"),
         ({"prompt": "a", "num_inference_steps": 0}, "`num_inference_steps` must be a positive integer, but is 0"),
@@ -420,15 +423,15 @@ def test_bad_input_is_quoted(arguments, message):
         tiny_pipeline(classes=3)(**arguments)
 
 
-def test_conditions_that_the_model_does_not_have_are_refused():
+def test_conditions_that_the_model_does_not_have_are_rejected():
     unconditional = tiny_pipeline(text=False)
     with pytest.raises(ValueError, match="no text encoder, so `prompt` must be None, but is 'a'"):
         unconditional("a")
-    with pytest.raises(ValueError, match="knows no classes, so `class_labels` must be None, but is 1"):
+    with pytest.raises(ValueError, match="has no classes, so `class_labels` must be None, but is 1"):
         unconditional(class_labels=1)
     with pytest.raises(ValueError, match="`text_encoder` and `tokenizer` go together"):
         LatentDiffusionPipeline(tiny_vae(), tiny_unet(), training_scheduler("epsilon"), tiny_text_encoder())
-    with pytest.raises(ValueError, match="`caption_prior` reads captions"):
+    with pytest.raises(ValueError, match="`caption_prior` needs a `text_encoder`"):
         LatentDiffusionPipeline(
             tiny_vae(), tiny_unet(), training_scheduler("epsilon"), caption_prior=tiny_caption_prior()
         )
@@ -449,11 +452,11 @@ def test_saved_and_loaded_with_our_own_classes(options, tmp_path):
     assert loaded.config.id2label == pipeline.config.id2label
     prompt = "a red poster" if options.get("text", True) else None
     images = [p(prompt, num_inference_steps=2, generator=seeded(), output_type="np").images for p in (pipeline, loaded)]
-    # Not bit for bit: safetensors maps weights at 8-byte alignment, and vectorized sums then run in another order.
+    # Not bit for bit: safetensors maps weights at 8-byte alignment, which changes the order of vectorized sums.
     assert np.allclose(*images, atol=1e-5)
 
 
-def test_stock_components_load_as_stock(tmp_path):
+def test_components_of_diffusers_load_with_diffusers(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     assert isinstance(diffusers.AutoencoderKL.from_pretrained(tmp_path, subfolder="vae"), diffusers.AutoencoderKL)
     diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")

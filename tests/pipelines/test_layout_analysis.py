@@ -1,4 +1,4 @@
-"""LayoutAnalysisPipeline and pipelines/analyze.py: pictures of any size in, features, numbers and pictures out."""
+"""LayoutAnalysisPipeline and pipelines/analyze.py, with posters of any size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny_pipeline(abstractor: bool = True) -> LayoutAnalysisPipeline:
     return LayoutAnalysisPipeline(encoder=encoder, abstractor=reader if abstractor else None)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_poster(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
 
@@ -42,10 +42,10 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_pictures_of_any_size_are_read_at_their_size():
-    pictures = [picture(64, 64), picture(301, 173), picture(20, 45)]
-    reading = tiny_pipeline()(pictures)
-    for image, features, overlay in zip(pictures, reading.features, reading.overlays, strict=True):
+def test_posters_of_any_size_give_features_of_their_size():
+    posters = [random_poster(64, 64), random_poster(301, 173), random_poster(20, 45)]
+    reading = tiny_pipeline()(posters)
+    for image, features, overlay in zip(posters, reading.features, reading.overlays, strict=True):
         assert features.shape == (4, image.height, image.width)
         assert overlay.size == image.size
         assert set(np.unique(features[:2])) <= {0.0, 1.0}
@@ -55,16 +55,16 @@ def test_pictures_of_any_size_are_read_at_their_size():
     assert all(tuple(counts) == COUNTS for counts in reading.counts)
 
 
-def test_a_picture_is_read_alike_alone_and_among_others_and_on_its_side():
-    pipeline, first = tiny_pipeline(), picture(50, 40)
+def test_features_do_not_depend_on_the_batch_or_the_exif_orientation():
+    pipeline, first = tiny_pipeline(), random_poster(50, 40)
     alone = pipeline(first).features[0]
-    assert np.array_equal(alone, pipeline([picture(64, 64), first]).features[1])
+    assert np.array_equal(alone, pipeline([random_poster(64, 64), first]).features[1])
     turned = first.copy()
     turned.getexif()[0x0112] = 1
     assert np.array_equal(alone, pipeline(turned).features[0])
 
 
-def test_grammar_is_read_from_features_too():
+def test_abstract_takes_features():
     pipeline = tiny_pipeline()
     features = np.zeros((4, 30, 40), dtype=np.float32)
     features[0, 5:10, 5:20], features[2, 5:10, 5:20], features[3, 5:10, 5:20] = 1, 5, 0.8
@@ -87,13 +87,13 @@ def test_feature_channels_are_one_hot():
     ("call", "message"),
     [
         (lambda p: p([]), "empty"),
-        (lambda p: p("poster.png"), "PIL pictures"),
-        (lambda p: p(picture(32, 32), reading_size=4), "at least 16"),
-        (lambda p: LayoutAnalysisPipeline(abstractor=p.abstractor)(picture(32, 32)), "no encoder"),
+        (lambda p: p("poster.png"), "PIL images"),
+        (lambda p: p(random_poster(32, 32), reading_size=4), "at least 16"),
+        (lambda p: LayoutAnalysisPipeline(abstractor=p.abstractor)(random_poster(32, 32)), "no encoder"),
         (lambda p: LayoutAnalysisPipeline(encoder=p.encoder).abstract([]), "no abstractor"),
     ],
 )
-def test_what_cannot_be_read_is_said(call, message):
+def test_invalid_input_raises(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_pipeline())
 
@@ -112,9 +112,9 @@ np.savez(f"{here}/read.npz", features=reading.features[0], grammar=list(reading.
 """
 
 
-def test_the_folder_stands_alone(saved, tmp_path):
-    """In an environment without Halftone it loads and reads the same."""
-    image = picture(48, 32)
+def test_a_saved_pipeline_loads_without_halftone(saved, tmp_path):
+    """Its predictions in an environment without Halftone are the same."""
+    image = random_poster(48, 32)
     image.save(tmp_path / "poster.png")
     (tmp_path / "outside.py").write_text(OUTSIDE)
     python = environment_without_halftone(tmp_path / "venv")
@@ -143,7 +143,7 @@ def test_analyze_writes_a_report(saved, tmp_path, capsys):
     files = [tmp_path / "one.png", tmp_path / "sub" / "one.jpg"]
     files[1].parent.mkdir()
     for number, file in enumerate(files):
-        picture(120 + 30 * number, 160, number).save(file)
+        random_poster(120 + 30 * number, 160, number).save(file)
     out = tmp_path / "report"
     assert analyze.main([*map(str, files), "--model", str(saved), "--output_dir", str(out)]) is None
     report = json.loads((out / "report.json").read_text())
@@ -166,9 +166,9 @@ def test_analyze_writes_a_report(saved, tmp_path, capsys):
         (["{picture}", "--model", "{saved}", "--reading_size", "3"], "at least 16"),
     ],
 )
-def test_analyze_says_what_is_wrong(saved, tmp_path, words, message):
-    (tmp_path / "notes.txt").write_text("no picture")
-    picture(32, 32).save(tmp_path / "p.png")
+def test_analyze_names_what_is_wrong(saved, tmp_path, words, message):
+    (tmp_path / "notes.txt").write_text("not an image")
+    random_poster(32, 32).save(tmp_path / "p.png")
     places = {"saved": saved, "text": tmp_path / "notes.txt", "picture": tmp_path / "p.png"}
     with pytest.raises(UserError, match=message):
         analyze.main([word.format(**places) for word in words])

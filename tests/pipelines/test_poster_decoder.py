@@ -1,6 +1,6 @@
-"""PosterDecoderPipeline: briefs, seeds, guidance, samplers, bad input, and that a saved one stands alone.
+"""PosterDecoderPipeline: briefs, seeds, guidance, samplers, invalid input, and loading without Halftone.
 
-Shapes: B pictures, H W pixels.
+Shapes: B images, H W pixels.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def draw(pipeline, briefs=BRIEF, **options) -> np.ndarray:
     return pipeline(briefs, **defaults | options).images
 
 
-# --- what is drawn
+# --- generated images
 
 
-def test_a_brief_is_a_mapping_a_brief_or_a_list():
+def test_briefs_may_be_mappings_briefs_or_lists():
     pipeline = tiny_decoder()
     image = draw(pipeline)
     assert image.shape == (1, SIDE, SIDE, 3)
@@ -74,7 +74,7 @@ def test_a_brief_is_a_mapping_a_brief_or_a_list():
     assert np.array_equal(draw(pipeline, None), draw(pipeline, {}))
 
 
-def test_pictures_depend_neither_on_the_batch_nor_on_how_many_there_are():
+def test_images_depend_neither_on_the_batch_nor_on_their_number():
     pipeline = tiny_decoder()
     both = draw(pipeline, [BRIEF, {"pictures": 0}], generator=[seeded(1), seeded(2)])
     alone = draw(pipeline, {"pictures": 0}, generator=[seeded(2)])
@@ -84,7 +84,7 @@ def test_pictures_depend_neither_on_the_batch_nor_on_how_many_there_are():
     assert not np.allclose(three[0], three[1], atol=1e-3)
 
 
-def test_images_of_a_brief_stand_together():
+def test_images_of_one_brief_are_consecutive():
     pipeline = tiny_decoder()
     generators = [seeded(i) for i in range(4)]
     images = draw(pipeline, [BRIEF, {"style": "pop"}], num_images_per_prompt=2, generator=generators)
@@ -98,7 +98,7 @@ def test_guidance_by_hand():
     assert guided(cond, None) is cond
 
 
-def test_guidance_takes_the_absent_brief_and_the_brief_in_one_batch(monkeypatch):
+def test_guidance_predicts_for_the_empty_brief_and_the_brief_in_one_batch(monkeypatch):
     pipeline = tiny_decoder()
     calls = []
     forward = pipeline.unet.forward
@@ -109,13 +109,13 @@ def test_guidance_takes_the_absent_brief_and_the_brief_in_one_batch(monkeypatch)
     plain, double = calls
     assert (len(plain[0]), len(double[0])) == (1, 2)
     assert torch.equal(double[0][0], double[0][1])
-    tokens, whole = pipeline.encode_briefs(as_briefs([{}, BRIEF]))
+    tokens, global_vectors = pipeline.encode_briefs(as_briefs([{}, BRIEF]))
     assert torch.allclose(double[2]["encoder_hidden_states"], tokens, atol=1e-6)
-    assert torch.allclose(double[2]["class_labels"], whole, atol=1e-6)
+    assert torch.allclose(double[2]["class_labels"], global_vectors, atol=1e-6)
     assert not np.allclose(*guided_images, atol=1e-4)
     calls.clear()
     draw(pipeline, {}, guidance_scale=4.0)
-    assert {len(x) for x, _, _ in calls} == {1}, "there is nothing to steer away from"
+    assert {len(x) for x, _, _ in calls} == {1}, "guidance must be disabled without a brief"
 
 
 def test_other_sizes_and_output_types():
@@ -137,7 +137,7 @@ def test_the_callback_sees_replaces_and_stops():
     images = draw(pipeline, num_inference_steps=5, callback_on_step_end=callback)
     assert seen == [(0, (1, 3, SIDE, SIDE)), (1, (1, 3, SIDE, SIDE))]
     assert np.allclose(images, 0.5)
-    assert not np.allclose(draw(pipeline), 0.5), "the interruption of one call must not outlast it"
+    assert not np.allclose(draw(pipeline), 0.5), "an interruption must not affect the next call"
 
 
 def test_half_precision():
@@ -149,7 +149,7 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_every_sampler_that_suits_draws(prediction_type):
+def test_every_suitable_sampler_generates_images(prediction_type):
     pipeline = tiny_decoder(prediction_type)
     for name in suitable_samplers(prediction_type):
         if name == "lms" and not diffusers.utils.is_scipy_available():
@@ -160,7 +160,7 @@ def test_every_sampler_that_suits_draws(prediction_type):
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm", "unipc"])
-def test_the_perfect_model_of_one_picture_gives_it_back(name, monkeypatch):
+def test_the_ideal_model_of_one_image_generates_it(name, monkeypatch):
     """x_0 is 0.5 everywhere, in [-1, 1]; x_t = alpha x_0 + sigma noise, so the noise is (x_t - alpha x_0) / sigma."""
     pipeline = tiny_decoder(EPSILON)
     alphas_cumprod = training_scheduler(EPSILON).alphas_cumprod
@@ -174,7 +174,7 @@ def test_the_perfect_model_of_one_picture_gives_it_back(name, monkeypatch):
     assert np.allclose(draw(pipeline, num_inference_steps=50, guidance_scale=1.0), 0.75, atol=0.03)
 
 
-def test_a_sampler_that_does_not_suit_is_refused():
+def test_an_unsuitable_sampler_is_rejected():
     pipeline = tiny_decoder(FLOW)
     with pytest.raises(ValueError, match="'ddim' does not suit .* which predicts flow_prediction; use one of dpm"):
         pipeline.set_scheduler("ddim")
@@ -224,7 +224,7 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
     names = sorted(path.name.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py"))
     of_decoder = ["design_brief", "design_brief_encoder", "poster_decoder", "poster_domain"]
     assert names == sorted([*of_decoder, "checks", "generation", "sampling", "schedulers", "standalone"])
-    assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is stock"
+    assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is a class of Diffusers"
 
 
 OUTSIDE = """
@@ -269,7 +269,7 @@ np.savez(here / "images.npz", **images)
 """
 
 
-def test_it_loads_without_halftone_and_gives_the_same_pictures(tmp_path):
+def test_it_loads_without_halftone_and_gives_the_same_images(tmp_path):
     tiny_decoder().save_pretrained(tmp_path / "model")
     python = environment_without_halftone(tmp_path / "venv")
     (tmp_path / "outside.py").write_text(OUTSIDE)

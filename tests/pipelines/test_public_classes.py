@@ -1,4 +1,4 @@
-"""`from pipelines import …`: every public class, and none before it is asked for."""
+"""`from pipelines import …` offers every public class, and imports it on first access."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PACKAGE = Path(pipelines.__file__).parent
 
 
 def classes_in(path: Path) -> list[str]:
-    found = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    return [name for name in found if name.endswith("Pipeline")]
+    names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    return [name for name in names if name.endswith("Pipeline")]
 
 
 def test_every_public_pipeline_is_offered():
@@ -32,7 +32,7 @@ def test_every_public_pipeline_is_offered():
 
 
 def test_type_checkers_see_the_same_classes():
-    """They read the imports under TYPE_CHECKING."""
+    """Type checkers read the imports under TYPE_CHECKING."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     seen = {alias.name: node.module for node in imports for alias in node.names}

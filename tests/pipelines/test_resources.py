@@ -1,4 +1,4 @@
-"""Shipped files are found by name from any folder, after the user's own; commands are shown as they can be typed."""
+"""Shipped files are found by name from any folder, unless the user has a file of that name; commands can be typed."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def test_the_users_own_file_comes_first(tmp_path, monkeypatch):
     own.parent.mkdir()
     own.write_text("seed: 1\n")
     assert find_file("latent_diffusion/quickstart.yaml") == own
-    assert find_file("latent_diffusion/quickstart") == QUICKSTART  # no file of that name is the user's
+    assert find_file("latent_diffusion/quickstart") == QUICKSTART  # the user has no file of this name
 
 
-def test_other_folders_have_their_own_names():
+def test_briefs_are_found_in_their_own_folder():
     assert find_file("swiss", BRIEFS) == shipped_path("configs/briefs/swiss.yaml")
     with pytest.raises(UserError, match="no file 'swis'.*did you mean 'swiss'"):
         find_file("swis", BRIEFS)
 
 
 @pytest.mark.parametrize("name", ["latent_diffusion/quickstrt", "configs/experiments/latent_diffusion/quickstrt.yaml"])
-def test_an_unknown_name_names_the_nearest(name):
+def test_an_unknown_name_suggests_the_nearest(name):
     with pytest.raises(UserError, match="did you mean 'latent_diffusion/quickstart'"):
         find_file(name)
     with pytest.raises(UserError, match="no file '/nowhere/x.yaml'"):
@@ -83,7 +83,7 @@ def test_subcommands_of_scripts():
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """As started in a folder of its own by `words`, under no launcher."""
+    """Return a function that simulates starting a program with these words in its own folder, without a launcher."""
     monkeypatch.chdir(tmp_path)
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)

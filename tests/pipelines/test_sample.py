@@ -1,4 +1,4 @@
-"""sample.py as users call it, and what `--model` may be."""
+"""sample.py as users call it, and the kinds of `--model`."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from tests.support.tiny_controlnets import (
 )
 from tests.support.tiny_models import tiny_pipeline
 
-SIDE, SHOWN = 8, 128  # pixels of a tiny picture, and of the same in a grid
+SIDE, SHOWN = 8, 128  # pixels of a tiny image, and of the same image in a grid
 SCRIPT = Path(__file__).parent.parent.parent / "pipelines" / "sample.py"
 
 
@@ -40,15 +40,15 @@ def model(tmp_path_factory) -> Path:
 
 
 def cells(path: Path, rows: int, columns: int) -> np.ndarray:
-    """rows columns SIDE SIDE 3: the pictures of a grid, which shows each pixel as a square."""
+    """Return the images of a grid, which shows each pixel as a square: rows columns SIDE SIDE 3."""
     sheet = np.asarray(Image.open(path))
     assert sheet.shape == (rows * (SHOWN + GAP) + GAP, columns * (SHOWN + GAP) + GAP, 3)
     starts = [GAP + i * (SHOWN + GAP) for i in range(max(rows, columns))]
     shown = np.array([[sheet[y : y + SHOWN, x : x + SHOWN] for x in starts[:columns]] for y in starts[:rows]])
     factor = SHOWN // SIDE
-    pictures = shown[:, :, ::factor, ::factor]
-    assert np.array_equal(shown, pictures.repeat(factor, 2).repeat(factor, 3))
-    return pictures
+    images = shown[:, :, ::factor, ::factor]
+    assert np.array_equal(shown, images.repeat(factor, 2).repeat(factor, 3))
+    return images
 
 
 def test_prompts_are_rows_and_seeds_columns(model, tmp_path, capsys):
@@ -57,8 +57,8 @@ def test_prompts_are_rows_and_seeds_columns(model, tmp_path, capsys):
     main([*common, "--prompt", "a red poster", "blue", "--num_images", "3", "--seed", "4", "--output", str(grid)])
     assert str(grid) in capsys.readouterr().out
     drawn = cells(grid, 2, 3)
-    assert len({picture.tobytes() for picture in drawn.reshape(6, -1)}) == 6
-    # One picture of it, had again alone.
+    assert len({image.tobytes() for image in drawn.reshape(6, -1)}) == 6
+    # Generate one of the images again on its own.
     alone = tmp_path / "alone.png"
     main([*common, "--prompt", "blue", "--num_images", "1", "--seed", "6", "--output", str(alone)])
     assert np.abs(cells(alone, 1, 1)[0, 0].astype(int) - drawn[1, 2]).max() <= 1
@@ -83,7 +83,7 @@ def test_an_unconditional_model(tmp_path):
         ["--model", str(tmp_path / "model"), "--num_images", "3", "--num_inference_steps", "2", "--output", str(output)]
     )
     drawn = cells(output, 1, 3)
-    assert len({picture.tobytes() for picture in drawn[0]}) == 3
+    assert len({image.tobytes() for image in drawn[0]}) == 3
 
 
 # --- design briefs
@@ -112,20 +112,20 @@ def test_a_brief_from_a_file_and_from_flags(decoder, tmp_path):
     fields = ["--style", "swiss", "--palette", "#d33,#fff", "--pictures", "2", "--energy", "0.8"]
     assert np.abs(paint(decoder, tmp_path / "flags.png", *fields, *options) - from_file).max() <= 1
     other = paint(decoder, tmp_path / "other.png", "--brief", str(file), "--style", "pop", *options)
-    assert np.abs(other - from_file).max() > 1, "a flag wins over the file"
+    assert np.abs(other - from_file).max() > 1, "a flag overrides the file"
     assert from_file.shape[:2] == (1, 2)
 
 
-def test_several_briefs_are_rows_and_none_is_an_open_one(decoder, tmp_path):
+def test_several_briefs_are_rows_and_none_means_an_empty_one(decoder, tmp_path):
     (tmp_path / "a.yaml").write_text("style: swiss")
     rows = paint(decoder, tmp_path / "rows.png", "--brief", str(tmp_path / "a.yaml"), "random", "--num_images", "3")
     assert rows.shape[:2] == (2, 3)
     assert paint(decoder, tmp_path / "none.png", "--num_images", "2").shape[:2] == (1, 2)
 
 
-def test_a_random_brief_is_that_of_the_seed_and_is_told(decoder, tmp_path, capsys):
+def test_a_random_brief_depends_on_the_seed_and_is_printed(decoder, tmp_path, capsys):
     paint(decoder, tmp_path / "grid.png", "--brief", "random", "--seed", "3", "--pictures", "0", "--num_images", "1")
-    printed = capsys.readouterr().out.split("1 x 1 pictures")[0]
+    printed = capsys.readouterr().out.split("1 x 1 images")[0]
     (tmp_path / "again.yaml").write_text(printed)
     again = DesignBrief.from_yaml(tmp_path / "again.yaml")
     assert again.to_dict() == DesignBrief.random(3).to_dict() | {"pictures": 0}
@@ -147,12 +147,12 @@ def test_every_field_is_a_flag():
         (["--energy", "1.2"], r"energy must be a number in \[0, 1\], but is 1.2"),
         (["--pictures", "7"], "pictures must be a whole number from 0 to 3, but is 7"),
         (["--balance", "high"], "--balance: invalid float value: 'high'"),
-        (["--brief", "none.yaml"], "there is no file 'none.yaml'"),
+        (["--brief", "none.yaml"], "found no file 'none.yaml'"),
         (
             ["--prompt", "a poster"],
-            "--prompt says nothing to .* PosterDecoderPipeline; it takes a design brief",
+            "^PosterDecoderPipeline does not accept --prompt; use --brief, --style, --palette",
         ),
-        (["--class_label", "0"], "--class_label says nothing to"),
+        (["--class_label", "0"], "PosterDecoderPipeline does not accept --class_label"),
         (["--height", "9"], "`height` must be a multiple of 2"),
     ],
 )
@@ -163,9 +163,12 @@ def test_bad_briefs(decoder, tmp_path, monkeypatch, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [["--brief", "random"], ["--style", "pop"], ["--pictures", "0"]])
-def test_a_model_of_captions_takes_no_brief(model, tmp_path, monkeypatch, arguments):
+def test_a_latent_diffusion_model_does_not_accept_a_brief(model, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="says nothing to .* LatentDiffusionPipeline; it takes --prompt"):
+    flag = arguments[0]
+    with pytest.raises(
+        UserError, match=f"^LatentDiffusionPipeline does not accept {flag}; use --prompt or --class_label"
+    ):
         main(["--model", str(model), *arguments])
 
 
@@ -174,14 +177,14 @@ def test_a_model_of_captions_takes_no_brief(model, tmp_path, monkeypatch, argume
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory) -> Path:
-    """A model of prompts with a ControlNet of two masks."""
+    """Save a latent diffusion model with a ControlNet for two masks."""
     folder = tmp_path_factory.mktemp("steered") / "pipeline"
     tiny_controlled("film", MASKS).save_pretrained(folder)
     return folder
 
 
 def save_masks(folder: Path, names: str, side: int = SIDE) -> list[str]:
-    """A grey picture for each letter, white in places of its own."""
+    """Save a random mask for each letter, as a grey image."""
     for letter in names:
         noise = np.random.default_rng(ord(letter)).integers(0, 2, (side, side), dtype=np.uint8) * 255
         Image.fromarray(noise).save(folder / f"{letter}.png")
@@ -189,13 +192,13 @@ def save_masks(folder: Path, names: str, side: int = SIDE) -> list[str]:
 
 
 def steer(model: Path, output: Path, *arguments: str) -> np.ndarray:
-    """rows columns SIDE SIDE 3 of the grid; the first column are the controls."""
+    """Return the images of the grid, rows columns SIDE SIDE 3; the first column shows the controls."""
     main(["--model", str(model), "--num_inference_steps", "3", "--device", "cpu", "--output", str(output), *arguments])
     width, height = Image.open(output).size
     return cells(output, height // (SHOWN + GAP), width // (SHOWN + GAP)).astype(int)
 
 
-def test_one_control_for_several_prompts_begins_every_row(steered, tmp_path):
+def test_one_control_for_several_prompts_is_shown_in_every_row(steered, tmp_path):
     files = save_masks(tmp_path, "ab")
     common = ["--control_image", *files, "--num_images", "2"]
     drawn = steer(steered, tmp_path / "grid.png", *common, "--prompt", "a red poster", "blue")
@@ -237,7 +240,7 @@ def test_briefs_with_a_control(tmp_path):
     assert steer(tmp_path / "model", tmp_path / "open.png", *common).shape[:2] == (1, 2)
 
 
-def test_files_of_two_nets_come_in_turn_each_with_its_strength(tmp_path):
+def test_files_are_assigned_to_two_controlnets_in_order_each_with_its_scale(tmp_path):
     base = tiny_pipeline()
     nets = tiny_net(base, "add", MASKS, 1), tiny_net(base, "gated", PICTURE, 2)
     controlled(base, *nets).save_pretrained(tmp_path / "two")
@@ -255,19 +258,19 @@ def test_files_of_two_nets_come_in_turn_each_with_its_strength(tmp_path):
     assert np.abs(steer(tmp_path / "one", tmp_path / "1.png", *arguments)[0] - two[0, 1:]).max() <= 1
 
 
-def test_a_control_of_another_size_and_the_same_shape_is_scaled_and_told(steered, tmp_path, capsys):
+def test_a_control_of_another_size_and_the_same_aspect_ratio_is_scaled_with_a_message(steered, tmp_path, capsys):
     files = save_masks(tmp_path, "ab", side=2 * SIDE)
     large = steer(steered, tmp_path / "large.png", "--control_image", *files)
     assert f"{files[0]} is 16×16 pixels; it is scaled to 8×8." in capsys.readouterr().out
     for file in files:
-        picture = Image.open(file)
-        picture.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(file)
+        image = Image.open(file)
+        image.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(file)
     assert np.array_equal(steer(steered, tmp_path / "small.png", "--control_image", *files), large)
     assert "scaled" not in capsys.readouterr().out
 
 
-def test_class_ids_are_never_averaged(tmp_path):
-    """Large ones are picked, small ones repeated: colours between two classes would be a third."""
+def test_class_ids_are_resized_with_nearest_neighbour(tmp_path):
+    """An average of two class ids would be the id of a third class."""
     tiny_controlled("add", CLASSES).save_pretrained(tmp_path / "model")
     ids = np.zeros((2 * SIDE, 2 * SIDE), dtype=np.uint8)
     ids[:, SIDE - 1 :] = 2
@@ -280,16 +283,22 @@ def test_class_ids_are_never_averaged(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--control_image", "a.png"], r"has 1 files, but .* takes 2 .*: 2 grey pictures \(text_mask, image_mask\)"),
+        (["--control_image", "a.png"], r"has 1 files, but .* takes 2 .*: 2 grey images \(text_mask, image_mask\)"),
         (["--control_image", "a.png", "b.png", "c.png"], "has 3 files, but this model takes 2 for each control"),
         (["--control_image", "a.png", "none.png"], "--control_image none.png cannot be read as an image .No such file"),
         (
             ["--control_image", "a.png", "words.png"],
             "--control_image words.png cannot be read as an image .cannot identify",
         ),
-        (["--control_image", "a.png", "wide.png"], "wide.png is 16×8 pixels, and what is painted 8×8: cut it to"),
+        (
+            ["--control_image", "a.png", "wide.png"],
+            "wide.png is 16×8 pixels, but the generated image is 8×8, .*; crop",
+        ),
         (["--control_image", "a.png", "b.png", "--height", "9"], "`height` must be a multiple of 2"),
-        (["--control_guidance_start", "0.5"], "--control_guidance_start says how a control steers, but there is none"),
+        (
+            ["--control_guidance_start", "0.5"],
+            "--control_guidance_start has no effect without a control",
+        ),
         (
             ["--control_image", "a.png", "b.png", "--control_guidance_end", "0"],
             "`control_guidance_start` must be below `control_guidance_end`",
@@ -314,10 +323,10 @@ def test_bad_controls(steered, tmp_path, monkeypatch, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [["--control_image", "a.png"], ["--controlnet_conditioning_scale", "1"]])
-def test_a_model_without_a_controlnet_takes_no_control(model, tmp_path, monkeypatch, arguments):
+def test_a_model_without_a_controlnet_does_not_accept_a_control(model, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     save_masks(tmp_path, "a")
-    with pytest.raises(UserError, match="says nothing to .* LatentDiffusionPipeline without a ControlNet; name a run"):
+    with pytest.raises(UserError, match="^LatentDiffusionPipeline does not accept --control.* no ControlNet; use"):
         main(["--model", str(model), *arguments])
 
 
@@ -330,11 +339,11 @@ def test_a_model_without_a_controlnet_takes_no_control(model, tmp_path, monkeypa
         (["--scheduler", "ddim"], "'ddim' does not suit this model.*use one of dpm, dpm_sde, euler, unipc, heun"),
         (["--scheduler", "eular"], "unknown scheduler 'eular'"),
         (["--promt", "a"], "unknown argument --promt; did you mean 'prompt'"),
-        (["--class_label", "cat"], "'cat', which is no class of this model; it knows kind 0, kind 1"),
+        (["--class_label", "cat"], "'cat', which is not a class of this model; its classes are kind 0, kind 1"),
         (["--prompt", "a", "--height", "9"], "`height` must be a multiple of 2"),
         (["--num_images", "0"], "--num_images must be at least 1, but is 0"),
         (["--num_images", "many"], "--num_images: invalid int value: 'many'"),
-        (["--prompt", "a", "--output", "grid.txt"], "--output must be a picture"),
+        (["--prompt", "a", "--output", "grid.txt"], "--output must be an image file"),
         (["--prompt", "a", "--device", "warp9"], "--device warp9 cannot be used here"),
         (["--prompt", "a", "b", "--class_label", "0", "1", "0"], "--prompt has 2 entries and --class_label 3"),
     ],
@@ -349,16 +358,16 @@ def test_as_a_program_bad_input_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, SCRIPT, "--model", "runs/none/such"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "RANK": "0"})
     assert result.returncode == 2
-    assert result.stderr.startswith("error: there is no pipeline, run or checkpoint at 'runs/none/such'")
+    assert result.stderr.startswith("error: found no pipeline, run or checkpoint at 'runs/none/such'")
     assert len(result.stderr.splitlines()) == 1
 
 
-# --- what --model may be
+# --- kinds of --model
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run folder as training leaves it, pipelines standing for their weights."""
+    """Create a run folder like that of a training run, with empty pipelines."""
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (10, 20):
         (checkpoints / f"step-{step:08d}" / "pipeline").mkdir(parents=True)
@@ -368,25 +377,26 @@ def run(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_gives_its_pipeline_else_the_best_else_the_latest_checkpoint(run):
-    def found(*arguments) -> str:
+def test_a_run_gives_its_final_pipeline_or_its_best_or_its_latest_checkpoint(run):
+    def resolved(*arguments) -> str:
         return find_pipeline(*arguments).resolve().relative_to(run.resolve()).as_posix()
 
     best, latest = "checkpoints/step-00000010/pipeline", "checkpoints/step-00000020/pipeline"
-    assert found(run) == found(run / "checkpoints" / "best") == found(run, "best") == best
-    assert found(run, "latest") == found(run, "step-00000020") == found(run / "checkpoints" / "latest") == latest
+    assert resolved(run) == resolved(run / "checkpoints" / "best") == resolved(run, "best") == best
+    for path in ((run, "latest"), (run, "step-00000020"), (run / "checkpoints" / "latest",)):
+        assert resolved(*path) == latest
     (run / "pipeline").mkdir()
     (run / "pipeline" / "model_index.json").write_text("{}")
-    assert found(run) == found(run / "pipeline") == "pipeline"
+    assert resolved(run) == resolved(run / "pipeline") == "pipeline"
     shutil.rmtree(run / "pipeline")
     (run / "checkpoints" / "best").unlink()
-    assert found(run) == latest
+    assert resolved(run) == latest
 
 
-def test_what_is_no_model_is_an_error_that_says_what_there_is(run, tmp_path):
+def test_a_folder_without_a_pipeline_is_an_error_that_lists_what_exists(run, tmp_path):
     with pytest.raises(UserError, match="no checkpoint 'bets' with a pipeline; did you mean 'best'"):
         find_pipeline(run, "bets")
-    with pytest.raises(UserError, match="holds no pipeline"):
+    with pytest.raises(UserError, match="does not contain a pipeline"):
         find_pipeline(tmp_path)
     (run / "pipeline").mkdir()
     (run / "pipeline" / "model_index.json").write_text('{"_class_name": "LatentDiffusionPipeline"}')
@@ -394,7 +404,7 @@ def test_what_is_no_model_is_an_error_that_says_what_there_is(run, tmp_path):
         load_pipeline(run)
 
 
-def test_code_of_strangers_is_not_run_unasked(tmp_path):
+def test_custom_code_is_not_run_without_permission(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": ["their_code", "Theirs"]}')
     (tmp_path / "their_code.py").write_text("raise RuntimeError('run')\n")
     with pytest.raises(UserError, match="--trust_remote_code"):
@@ -407,7 +417,7 @@ def test_a_hub_id_is_downloaded(hub: HubServer, model, tmp_path, monkeypatch):  
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     HfApi().create_repo("ada/posters")
     HfApi().upload_folder(repo_id="ada/posters", folder_path=model)
-    # In a process of its own: the client keeps the endpoint that it saw when it was imported.
+    # Use a new process: the client keeps the endpoint that was set when it was imported.
     environment = {**os.environ, **hub.env(home=tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, SCRIPT, "--model", "ada/posters", "--prompt", "blue", "--num_inference_steps", "2"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -415,9 +425,9 @@ def test_a_hub_id_is_downloaded(hub: HubServer, model, tmp_path, monkeypatch):  
     cells(tmp_path / "grid.png", 1, 4)
 
 
-def test_a_hub_id_that_cannot_be_had_is_a_user_error(monkeypatch):
+def test_a_hub_id_that_cannot_be_downloaded_is_a_user_error(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'ada/nothing' is no folder here, and could not be had from the Hub"):
+    with pytest.raises(UserError, match="'ada/nothing' is not a local folder and cannot be downloaded from the Hub"):
         find_pipeline("ada/nothing")
