@@ -1,1 +1,1 @@
-"""Halftone as a program: the command `halftone`, and in an installed copy the presets and templates it comes with."""
+"""The command `halftone`; in an installed copy, this folder also contains the presets and templates of Halftone."""

@@ -3,8 +3,8 @@
     halftone train latent_diffusion --config latent_diffusion/own_pictures --train_data_dir my_pictures
     halftone sample --model runs/own/latent_diffusion --prompt "a red circle"
 
-A subcommand takes the same options as its script (`python training/train_latent_diffusion.py …`). Several processes
-are started by `accelerate launch` or `torchrun`, with `-m training.train_latent_diffusion` in an installed copy.
+A subcommand takes the same options as its script (`python training/train_latent_diffusion.py …`). To train with several
+processes, use `accelerate launch` or `torchrun`; in an installed copy, with `-m training.train_latent_diffusion`.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def main() -> int | None:
     if chosen is None:
         print(overview({name: summary(file) for name, file in scripts.items() if name.startswith(f"{words[0]} ")}))
         return None
-    # As if the program had been started by that name: usage lines and "the same command" show what was typed.
+    # As if the program had been started by this name, so that usage lines and suggested commands show what was typed.
     sys.argv = [f"{PROGRAM} {chosen}", *options]
     module = scripts[chosen].relative_to(CODE).with_suffix("")
     return importlib.import_module(".".join(module.parts)).main()
 
 
 def find_scripts() -> dict[str, Path]:
-    """Every script by its subcommand: `train autoencoder`, `sample`."""
+    """Return every script by its subcommand: `train autoencoder`, `sample`, ..."""
     files = [file for folder in SCRIPT_FOLDERS for file in sorted((CODE / folder).glob("*.py"))]
     scripts = [file for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
     return {subcommand(script.relative_to(CODE).as_posix()): script for script in scripts}
 
 
 def choose(words: list[str], scripts: dict[str, Path]) -> tuple[str | None, list[str]]:
-    """The subcommand that `words` begin with, and the words after it; None when a group's help was asked for.
+    """Split `words` into a subcommand and its options; the subcommand is None if the help of a group is requested.
 
     Raises:
-        UserError: there is no such subcommand; the message names the nearest.
+        UserError: if the subcommand does not exist; the message suggests the nearest.
     """
     first, *others = words
     if first in scripts:
@@ -65,19 +65,19 @@ def choose(words: list[str], scripts: dict[str, Path]) -> tuple[str | None, list
     group = [name.split()[1] for name in scripts if name.startswith(f"{first} ")]
     if not group:
         firsts = sorted({name.split()[0] for name in scripts} | {"path"})
-        raise UserError(f"there is no command '{PROGRAM} {first}'{nearest(first, firsts)} ({PROGRAM} --help lists all)")
+        raise UserError(f"unknown command '{PROGRAM} {first}'{nearest(first, firsts)} ({PROGRAM} --help lists all)")
     if others and others[0] in ("-h", "--help"):
         return None, []
     if not others or others[0].startswith("-"):
-        raise UserError(f"'{PROGRAM} {first}' is followed by a name: {', '.join(group)}")
+        raise UserError(f"'{PROGRAM} {first}' is incomplete; add one of {', '.join(group)}")
     if others[0] not in group:
         near = nearest(others[0], group)
-        raise UserError(f"there is no command '{PROGRAM} {first} {others[0]}'{near}; choose from {', '.join(group)}")
+        raise UserError(f"unknown command '{PROGRAM} {first} {others[0]}'{near}; choose from {', '.join(group)}")
     return f"{first} {others[0]}", others[1:]
 
 
 def overview(commands: dict[str, str]) -> str:
-    """The help text: an entry for each of these subcommands, with what it does."""
+    """Return the help text, with an entry for each of these subcommands."""
     indent = " " * _COLUMN
     lines = [f"usage: {PROGRAM} COMMAND [options]", ""]
     for name, text in commands.items():
@@ -86,14 +86,14 @@ def overview(commands: dict[str, str]) -> str:
 
 
 def summary(script: Path) -> str:
-    """The first sentence of a script's docstring, up to its colon if it has one; the script is not imported."""
+    """Return the first sentence of a script's docstring, up to a colon if it has one; the script is not imported."""
     docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<=[.?!]) |: |[:.]$", paragraph)[0].rstrip(".")
 
 
 def print_path(words: list[str]) -> None:
-    """`halftone path [NAME]`."""
+    """Run `halftone path [NAME]`."""
     if not words:
         print("\n".join(shipped_files()))
     elif words[0] in ("-h", "--help"):

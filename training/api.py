@@ -1,7 +1,4 @@
-"""What the training scripts use, by seven names, for notebooks: see docs/api.md.
-
-B batch.
-"""
+"""The building blocks of the training scripts as seven functions, for notebooks; see docs/api.md."""
 
 from __future__ import annotations
 
@@ -40,30 +37,30 @@ __all__ = [
 
 
 def set_deterministic(seed: int = 0) -> None:
-    """Seed the global generators of Python, NumPy and torch, and have torch take deterministic kernels.
+    """Seed the global random generators of Python, NumPy and torch, and make torch use deterministic kernels.
 
-    A stage needs none of it for its own draws, which are functions of (seed, step, position): it is for the rest of a
-    notebook, and for dropout. Operations without a deterministic kernel warn.
+    A stage does not need this for its own random numbers, which are functions of (seed, step, position); it makes
+    dropout and the rest of a notebook repeatable. Operations without a deterministic kernel emit a warning.
     """
     from accelerate.utils import set_seed
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def load_config(path: str | Path, stage: str | None = None, **overrides: Any) -> RunConfig:
-    """The checked config of any stage, as its script reads it.
+    """Return the validated config of a stage, read in the same way as by its training script.
 
     Args:
-        path: a YAML file, or a run folder (its config.yaml), or the name of a preset that comes with Halftone
+        path: a YAML file, a run folder (its config.yaml is read), or the name of a preset that comes with Halftone
             (`latent_diffusion/quickstart`).
-        stage: `autoencoder`, `latent_diffusion`, …; None takes the one that the file belongs to (`scripts.stage_of`).
-        overrides: in place of what the file says, named as the flags are; those with a dot as
+        stage: `autoencoder`, `latent_diffusion`, …; None selects the stage that the file belongs to (`stage_of`).
+        overrides: values that replace those of the file, named like the flags; a name with a dot is given as
             `**{"model.dropout": 0.1}`.
 
     Raises:
-        UserError: no such file, an unknown key, or a value that cannot be.
+        UserError: if the file does not exist, a key is unknown or a value is invalid.
     """
     file = Path(path) / "config.yaml" if Path(path).is_dir() else find_file(path)
     words = ["--config", str(file)]
@@ -73,33 +70,37 @@ def load_config(path: str | Path, stage: str | None = None, **overrides: Any) ->
 
 
 def build_model(config: RunConfig) -> nn.Module:
-    """The stage's first phase on `get_device()`, with the weights a run begins with.
+    """Return the module of the stage's first phase on `get_device()`, with the weights that a run starts from.
 
-    Its children are the models: `build_model(config).unet`. Frozen models that it uses are not among them. Inputs that
-    the config's `prepare` can make are made; the same config gives the same object each time.
+    Its children are the trained models, for example `build_model(config).unet`; the frozen models it uses are not among
+    them. Missing inputs that the config's `prepare` can make are made first. Calling the function again with the same
+    config object returns the same module.
     """
     return _stage(config).phases[0]
 
 
 def build_dataset(config: RunConfig, split: str = "train") -> MapDataset:
-    """The stage's data: `dataset[SampleKey(row, key)]` is a sample, `dataset.collate(samples)` a batch.
+    """Return a dataset of the stage: `dataset[SampleKey(row, key)]` is a sample, `dataset.collate(samples)` a batch.
 
     Args:
-        split: "train", or "validation" (an error where the stage has none).
+        split: "train" or "validation".
+
+    Raises:
+        UserError: if `split` is neither of them, or if the stage has no validation data.
     """
     if split not in ("train", "validation"):
         raise UserError(f"split is '{split}'; choose train or validation")
     data = _stage(config).train_data() if split == "train" else _stage(config).validation_data()
     if data is None:
-        raise UserError("there are no validation data; raise --validation_fraction")
+        raise UserError("the config leaves no validation data; raise --validation_fraction")
     return data
 
 
 def build_loss(config: RunConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
-    """`loss(batch, step=0)`: the scalar loss of a batch of `build_dataset` in this step, and detached metrics.
+    """Return a function `loss(batch, step=0)` that computes the scalar loss and the detached metrics of a batch.
 
-    Noise, timesteps and dropped conditions are those that a run on one process has for this step, so the first loss is
-    the run's first loss.
+    Noise, timesteps and dropped conditions are those that a run on one process uses at this step, so the first loss
+    equals the run's first loss.
     """
     stage = _stage(config)
 
@@ -112,18 +113,18 @@ def build_loss(config: RunConfig) -> Callable[..., tuple[Tensor, dict[str, Tenso
 
 
 def build_optimizer(config: RunConfig, parameters: nn.Module | Iterable[nn.Parameter]):
-    """The configured optimizer at `learning_rate`: over what requires gradients in a module, or what is given."""
+    """Return the configured optimizer for the given parameters, or for those of a module that require gradients."""
     if isinstance(parameters, nn.Module):
         parameters = [p for p in parameters.parameters() if p.requires_grad]
     return optimizers.build_optimizer(config, parameters, config.learning_rate)
 
 
 _stages: dict[int, Stage] = {}
-"""By the identity of their config; an entry goes with its config."""
+"""Stages by the `id` of their config; an entry is removed when its config is garbage collected."""
 
 
 def _stage(config: RunConfig) -> Stage:
-    """The stage of this very config object, built at first use."""
+    """Return the stage of this config object; it is built on first use."""
     if id(config) not in _stages:
         make_missing(config.recipes(), lambda: None)
         script = type(config).__module__.rsplit(".", 1)[-1]

@@ -4,9 +4,10 @@
     python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml --print_commands
     python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml -- --max_train_steps 20
 
-Each is started as a user would, in a process of its own; what stands after -- goes to all of them. What has finished is
-skipped, what was stopped goes on, a failure is told and the others go on: the same command finishes a series. The
-exit status is 1 if any has failed, and that of the signal (see docs/runs.md) if the series was stopped.
+Each experiment runs in a process of its own, as if a user had started it. The arguments after -- are passed to all of
+them. Finished experiments are skipped and interrupted ones are resumed; if one fails, the others still run. Run the
+same command again to complete a series. The exit status is 1 if an experiment failed; if the series was stopped by a
+signal, it is the status of that signal (see docs/runs.md).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from training.run.folder import RunFolder
 
 @dataclass
 class Experiment:
-    """One config file, as its script would read it with the flags of the series."""
+    """One config file, parsed as its training script would parse it together with the flags of the series."""
 
     name: str
     file: str
@@ -50,7 +51,7 @@ class Experiment:
 
     @property
     def words(self) -> list[str]:
-        """Script and flags, without the interpreter."""
+        """The command line of the experiment: script and flags, without the interpreter."""
         script = script_path(self.stage)
         shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
         return [str(shown), "--config", self.file, *self.flags]
@@ -72,27 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = write_comparison(folder, table, None)
         with contextlib.suppress(Interrupted):
             stop.check()
-            picture = draw_samples(runs, Samples(options.prompt, options.num_samples, options.seed), stop.check)
-            written = write_comparison(folder, table, picture)
+            image = draw_samples(runs, Samples(options.prompt, options.num_samples, options.seed), stop.check)
+            written = write_comparison(folder, table, image)
         print("\n".join(["", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), *map(str, written)]))
         if stop.requested is not None:
-            print("the series was stopped; the same command goes on with it")
+            print("the series was stopped; run the same command again to resume it")
             return stop.exit_status(stop.requested)
     return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, and as `flags` what stands after `--`. Raises UserError."""
+    """Parse the options; the arguments after `--` become `flags`. Raises UserError."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = Options(__doc__)
     add = parser.add_argument
-    add("configs", nargs="+", help="YAML files of training scripts, of any stage; patterns with * too")
-    add("--print_commands", "--dry_run", action="store_true", help="print what would be run, and run nothing")
-    add("--output_dir", help="of comparison.csv, .md and .png (default: the folder that the runs' folders share)")
-    add("--prompt", nargs="+", help="of the samples (default: the first experiment's preview prompts)")
-    add("--num_samples", type=int, default=6, help="in each row of the picture (default: 6)")
-    add("--seed", type=int, default=0, help="of the first column; the next ones count up (default: 0)")
+    add("configs", nargs="+", help="YAML config files of any training script; patterns with * are expanded")
+    add("--print_commands", "--dry_run", action="store_true", help="print the commands without running them")
+    add("--output_dir", help="folder of comparison.csv, .md and .png (default: nearest folder with all run folders)")
+    add("--prompt", nargs="+", help="prompts of the samples (default: preview prompts of the first run that has any)")
+    add("--num_samples", type=int, default=6, help="number of samples in each row of comparison.png (default: 6)")
+    add("--seed", type=int, default=0, help="random seed of the first column; later columns add 1 each (default: 0)")
     options = parser.parse(words[:cut])
     options.flags = words[cut + 1 :]
     if options.num_samples < 1:
@@ -101,10 +102,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def plan(configs: Sequence[str], flags: Sequence[str]) -> list[Experiment]:
-    """The experiments of these files, all of them checked before the first one starts.
+    """Return the experiments of these files; all of them are checked before the first one starts.
 
     Raises:
-        UserError: a file that is not there or wrong in itself, or two that write to the same run folder.
+        UserError: if a file does not exist or is invalid, or if two files write to the same run folder.
     """
     experiments: list[Experiment] = []
     for file in _expanded(configs):
@@ -120,7 +121,7 @@ def plan(configs: Sequence[str], flags: Sequence[str]) -> list[Experiment]:
         if path in folders:
             raise UserError(
                 f"{folders[path]} and {experiment.file} have the same output_dir {experiment.config.output_dir}; "
-                "give each one of its own"
+                "give each experiment its own output_dir"
             )
         folders[path] = experiment.file
     if len({experiment.name for experiment in experiments}) < len(experiments):
@@ -130,7 +131,10 @@ def plan(configs: Sequence[str], flags: Sequence[str]) -> list[Experiment]:
 
 
 def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str, str]:
-    """Run what is not finished; returns in a few words how each one ended, until a stop."""
+    """Run the experiments that are not finished and return, by name, a few words on how each one ended.
+
+    After a request to stop, the remaining experiments are not started.
+    """
     outcomes: dict[str, str] = {}
     for number, experiment in enumerate(experiments, 1):
         if stop.requested is not None:
@@ -139,7 +143,7 @@ def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str,
         title = f"[{number}/{len(experiments)}] {experiment.name}"
         if is_finished(experiment):
             outcomes[experiment.name] = "finished" + _changed_since(experiment)
-            print(f"{title}: {outcomes[experiment.name]} before, in {experiment.folder.path}", flush=True)
+            print(f"{title}: already {outcomes[experiment.name]}, see {experiment.folder.path}", flush=True)
             continue
         print(f"{title}\n      python {shlex.join(experiment.words)}", flush=True)
         status = run_script([sys.executable, *experiment.words], lambda: stop.requested)
@@ -149,31 +153,35 @@ def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str,
 
 
 def is_finished(experiment: Experiment) -> bool:
-    """Whether the run has all the steps that are asked for, or was stopped early, and its pipeline is exported."""
+    """Return whether the run has done all requested steps, or stopped early, and its pipeline is exported."""
     folder, config = experiment.folder, experiment.config
     if config.overwrite or config.extra_epochs or not folder.record_file.is_file():
         return False
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
-        return False  # its script says what is wrong
+        return False  # started again, its script reports the settings that cannot change
     record = json.loads(folder.record_file.read_text())
     state_file = folder.checkpoints / "latest" / "trainer_state.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
     if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
         return False
     steps_per_epoch = record["num_train_images"] // record["global_batch_size"]
-    asked = config.max_train_steps or config.num_train_epochs * steps_per_epoch
-    return record["steps"] >= asked or state.get("stopped_early", False)
+    target_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    return record["steps"] >= target_steps or state.get("stopped_early", False)
 
 
 def common_folder(experiments: Sequence[Experiment]) -> Path:
-    """The nearest folder that holds all run folders."""
+    """Return the nearest folder that contains all run folders."""
     common = Path(os.path.commonpath([experiment.folder.path.resolve().parent for experiment in experiments]))
     return common.relative_to(Path.cwd()) if common.is_relative_to(Path.cwd()) else common
 
 
 def _expanded(patterns: Sequence[str]) -> list[str]:
-    """Files in the order given; of patterns that the shell left alone the user's own, sorted, or the shipped ones."""
+    """Return the files in the given order.
+
+    A pattern that the shell did not expand stands for the user's own files that match it, sorted, or else for the
+    matching files that come with Halftone.
+    """
     files = []
     for pattern in patterns:
         own = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
@@ -183,10 +191,12 @@ def _expanded(patterns: Sequence[str]) -> list[str]:
 
 
 def _changed_since(experiment: Experiment) -> str:
-    """Settings that are asked for now and were others in the finished run."""
+    """Return a note on the settings that differ from those of the finished run; empty where none do."""
     saved: dict[str, Any] = experiment.folder.saved_config() or {}
     changes = experiment.config.changes_from(saved)["warn"]
-    return f" with other settings ({'; '.join(changes)}; -- --overwrite true runs all anew)" if changes else ""
+    if not changes:
+        return ""
+    return f" with other settings ({'; '.join(changes)}; add -- --overwrite true to run all experiments again)"
 
 
 def _outcome(status: int, stopped: bool) -> str:

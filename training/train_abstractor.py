@@ -1,14 +1,15 @@
-"""Train the abstractor: a poster's feature tensor → its design grammar (8 numbers) and its counts.
+"""Train the grammar abstractor: a poster's feature tensor → its design grammar (8 numbers) and its counts.
 
     accelerate launch training/train_abstractor.py                        # small posters, made for you
     accelerate launch training/train_abstractor.py --config configs/experiments/posters/abstractor_small.yaml
     accelerate launch training/train_abstractor.py --dataset_name data/posters_256 --resolution 256 \\
         --encoder runs/encoder --output_dir runs/mine
 
-With `--encoder` it learns from what that encoder reads as well, and its pipeline goes from pictures to numbers.
-Typed again, a command goes on where the run stood.
-B batch, C feature channels, H W pixels, N grammar numbers.
+With `--encoder`, it also trains on the features that this layout encoder predicts, and its pipeline takes images of
+posters. Run the same command again to resume the run.
 """
+
+# Shapes: B batch, C feature channels, H W pixels, N grammar numbers.
 
 from __future__ import annotations
 
@@ -51,22 +52,24 @@ class Config(ImageStageConfig, PosterDataConfig):
     model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
     encoder: str | None = option(None)
-    """A layout encoder (run, checkpoint, pipeline or Hub id) whose predictions are trained on as well"""
+    """Layout encoder (run, checkpoint, pipeline or Hub id) whose predicted features are also used for training"""
     predicted_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)
-    """With an encoder: the share of posters whose features are its predictions; the others have the true features"""
+    """Fraction of the posters for which the features predicted by --encoder replace the true features"""
     counts_weight: float = option(0.1, on_resume="warn", at_least=0)
-    """Weight of the counts' cross-entropy beside the numbers' squared error"""
+    """Weight of the cross-entropy of the counts, relative to the squared error of the grammar's numbers"""
 
 
 def true_features(batch: Batch) -> Tensor:
-    """What a perfect encoder would read. B C H W in [0, 1]."""
+    """Return the features that a perfect encoder would predict. B C H W in [0, 1]."""
     roles = one_hot(batch["color_role"], len(COLOR_ROLES))
     return torch.cat([batch["text_mask"], batch["image_mask"], roles, batch["hierarchy"]], 1)
 
 
 class AbstractorPhase(Phase):
-    """Squared error of the numbers, in units of their own deviation (some vary a hundred times less than others), and
-    cross-entropy of the counts."""
+    """Loss of the abstractor: squared error of the standardized numbers, and cross-entropy of the counts.
+
+    The numbers are standardized because some of them vary a hundred times less than others.
+    """
 
     name = "abstractor"
 
@@ -76,19 +79,19 @@ class AbstractorPhase(Phase):
         self.borrow(encoder=encoder)
 
     def features(self, batch: Batch, predicted: Tensor) -> Tensor:
-        """B C H W; `predicted`: B, bool, whose features are the encoder's."""
+        """Return the features of a batch, B C H W; those of the samples in `predicted` (B, bool) by the encoder."""
         features = true_features(batch)
         if self.encoder is None or not predicted.any():
             return features
         with torch.no_grad():
-            read = self.encoder(batch["pixel_values"]).probabilities()
-        return torch.where(predicted[:, None, None, None], read, features)
+            predictions = self.encoder(batch["pixel_values"]).probabilities()
+        return torch.where(predicted[:, None, None, None], predictions, features)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        said = self.abstractor(self.features(batch, draws.uniform("predicted") < self.config.predicted_share))
-        numbers = F.mse_loss(said.standardized, self.abstractor.standardize(batch["grammar"]))
-        counted = batch["counts"].long().unbind(1)
-        counts = torch.stack([F.cross_entropy(x, y) for x, y in zip(said.counts, counted, strict=True)]).mean()
+        output = self.abstractor(self.features(batch, draws.uniform("predicted") < self.config.predicted_share))
+        numbers = F.mse_loss(output.standardized, self.abstractor.standardize(batch["grammar"]))
+        targets = batch["counts"].long().unbind(1)
+        counts = torch.stack([F.cross_entropy(x, y) for x, y in zip(output.counts, targets, strict=True)]).mean()
         metrics = {"grammar_loss": numbers.detach(), "counts_ce": counts.detach()}
         return numbers + self.config.counts_weight * counts, metrics
 
@@ -111,50 +114,50 @@ class AbstractorStage(ImageStage):
         self.frozen = [self.encoder] if self.encoder is not None else []
 
     def _grammar_scale(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of each number over the training posters."""
+        """Compute the mean and standard deviation of each number over the training posters."""
         numbers = np.array([self.training_set.dataset[name] for name in GRAMMAR])
         return {"grammar_mean": numbers.mean(1).tolist(), "grammar_std": (numbers.std(1) + SMALLEST_DEVIATION).tolist()}
 
-    def _readings(self) -> dict[str, bool]:
-        """How validation names its figures, and whether the features are then the encoder's."""
+    def _prefixes(self) -> dict[str, bool]:
+        """Return the prefixes of the validation metrics, and whether each is measured on the encoder's features."""
         return {"val_": False} if self.encoder is None else {"val_": False, "val_predicted_": True}
 
-    def _say(self, batch: Batch, predicted: bool) -> Any:
+    def _predict(self, batch: Batch, predicted: bool) -> Any:
         count = len(batch["grammar"])
         return self.abstractor(self.phase.features(batch, torch.full((count,), predicted, device=self.context.device)))
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         sums = {"count": torch.tensor(len(batch["grammar"]))}
-        for prefix, predicted in self._readings().items():
-            said = self._say(batch, predicted)
-            sums |= regression_sums(said.grammar, batch["grammar"], [prefix + name for name in GRAMMAR])
-            right = (said.counted() == batch["counts"].long()).sum(0)
-            sums |= {f"{prefix}{name}_right": value for name, value in zip(COUNTS, right, strict=True)}
+        for prefix, predicted in self._prefixes().items():
+            output = self._predict(batch, predicted)
+            sums |= regression_sums(output.grammar, batch["grammar"], [prefix + name for name in GRAMMAR])
+            correct = (output.counted() == batch["counts"].long()).sum(0)
+            sums |= {f"{prefix}{name}_right": value for name, value in zip(COUNTS, correct, strict=True)}
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for prefix in self._readings():
-            figures = regression_metrics(sums, sums["count"], {prefix + name: name for name in GRAMMAR})
-            found[f"{prefix}r2"] = sum(r2 for _, r2 in figures.values()) / len(figures)
-            found[f"{prefix}mae"] = sum(mae for mae, _ in figures.values()) / len(figures)
+        metrics: dict[str, float] = {}
+        for prefix in self._prefixes():
+            errors = regression_metrics(sums, sums["count"], {prefix + name: name for name in GRAMMAR})
+            metrics[f"{prefix}r2"] = sum(r2 for _, r2 in errors.values()) / len(errors)
+            metrics[f"{prefix}mae"] = sum(mae for mae, _ in errors.values()) / len(errors)
             for name in COUNTS:
-                found[f"{prefix}{name}_accuracy"] = sums[f"{prefix}{name}_right"] / sums["count"]
-            for name, (mae, r2) in figures.items():
-                found |= {f"{prefix}r2_{name}": r2, f"{prefix}mae_{name}": mae}
-        return found
+                metrics[f"{prefix}{name}_accuracy"] = sums[f"{prefix}{name}_right"] / sums["count"]
+            for name, (mae, r2) in errors.items():
+                metrics |= {f"{prefix}r2_{name}": r2, f"{prefix}mae_{name}": mae}
+        return metrics
 
     def previews(self) -> Previews:
-        true, said = [], []
+        targets, predictions = [], []
         rows = self.shown_rows(PREVIEW_POSTERS)
         for start in range(0, len(rows), 32):
             self.context.poll()
             batch = self.shown_batch(rows[start : start + 32])
-            true.append(batch["grammar"].cpu())
-            said.append(self._say(batch, self.encoder is not None).grammar.cpu())
-        words = "read from the picture by the encoder" if self.encoder is not None else "read from the true features"
-        plots = scatter_plots(torch.cat(true).numpy(), torch.cat(said).numpy(), GRAMMAR)
-        return Previews([plots], [f"the grammar's numbers, {words}, against the true ones"], columns=1)
+            targets.append(batch["grammar"].cpu())
+            predictions.append(self._predict(batch, self.encoder is not None).grammar.cpu())
+        source = "the features predicted by the encoder" if self.encoder is not None else "the true features"
+        plots = scatter_plots(torch.cat(targets).numpy(), torch.cat(predictions).numpy(), GRAMMAR)
+        return Previews([plots], [f"grammar numbers predicted from {source}, against their targets"], columns=1)
 
     def pipeline(self):
         from pipelines.layout_analysis import LayoutAnalysisPipeline

@@ -1,12 +1,13 @@
-"""Train an autoencoder: image ⇄ latents, and what its heads read in them: masks and classes.
+"""Train an autoencoder: image ⇄ latents, optionally with heads that predict masks and classes from the latents.
 
     accelerate launch training/train_autoencoder.py                       # the quickstart's posters
     accelerate launch training/train_autoencoder.py --train_data_dir my_images --resolution 128 --output_dir runs/ae
     accelerate launch training/train_autoencoder.py --config configs/experiments/autoencoder/posters_64_heads.yaml
 
-The same command again resumes the run. images: B 3 H W in [-1, 1]; latents: B C h w.
-B batch, K classes of pixels, N classes of images.
+Run the same command again to resume the run.
 """
+
+# Shapes: B batch, K classes of pixels, N classes of images. Images: B 3 H W in [-1, 1]; latents: B C h w.
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
 PREVIEWS = 8
 PRINCIPAL_COMPONENTS_IMAGES = 512
-# These losses share one learned weight, and each head's loss has one; the others keep the weights they are given.
+# With --learned_loss_weights, these losses share one learned weight and the loss of each head has its own; the other
+# losses keep their configured weights.
 RECONSTRUCTION = ("l1", "l2", "perceptual")
 
 
@@ -67,19 +69,19 @@ class Config(HeadsConfig, ImageStageConfig):
     l2_weight: float = option(0.0, on_resume="warn", at_least=0)
     """Weight of the mean squared error"""
     kl_weight: float = option(1e-6, on_resume="warn", at_least=0)
-    """Weight of the posterior's KL divergence to a standard normal; for classes that have a posterior"""
+    """Weight of the KL divergence of the posterior from a standard normal; unused by classes without a posterior"""
     latent_noise: float = option(0.0, on_resume="warn", at_least=0)
-    """Noise added to the latents before decoding, relative to their standard deviation: it makes the decoder robust"""
+    """Noise added to the latents before decoding, relative to their standard deviation; makes the decoder robust"""
     perceptual_weight: float = option(0.0, on_resume="warn", at_least=0)
     """Weight of the perceptual loss"""
     perceptual_backbone: str | None = option(None, on_resume="warn")
-    """Vision backbone of Transformers, by name or folder, e.g. microsoft/resnet-18"""
+    """Transformers vision backbone of the perceptual loss: a Hub id such as microsoft/resnet-18, or a folder"""
     adversarial_weight: float = option(0.0, on_resume="warn", at_least=0)
-    """Weight of the patch discriminator; 0 trains without one"""
+    """Weight of the adversarial loss of a patch discriminator; 0 trains without a discriminator"""
     discriminator_start: int = option(1000, on_resume="warn", at_least=0)
-    """The step from which the discriminator trains and its loss counts"""
+    """First step at which the discriminator trains and the adversarial loss is added"""
     discriminator_learning_rate: float | None = option(None, on_resume="warn", above=0)
-    """Unset: that of the autoencoder"""
+    """Peak learning rate of the discriminator; if unset, --learning_rate is used"""
     latent_statistics_images: int = option(4096, on_resume="warn", at_least=1)
     """Number of images over which the latents' mean and standard deviation are measured at the end"""
 
@@ -96,7 +98,7 @@ class Config(HeadsConfig, ImageStageConfig):
 
 
 class AutoencoderPhase(Phase):
-    """Reconstruction, KL and heads, and what a perceptual backbone and a discriminator add."""
+    """Loss of the autoencoder: reconstruction, KL divergence and heads; optionally perceptual and adversarial loss."""
 
     name = "autoencoder"
 
@@ -112,7 +114,11 @@ class AutoencoderPhase(Phase):
             self.borrow(perceptual=perceptual)
 
     def latents(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """A draw from the posterior with noise added, and each sample's KL (None for a class without a posterior)."""
+        """Sample latents from the posterior and add noise to them.
+
+        Returns:
+            The latents, and the KL divergence of each sample (None for a class without a posterior).
+        """
         encoded = self.autoencoder.encode(images)
         if hasattr(encoded, "latent_dist"):
             mean, logvar = encoded.latent_dist.mean, encoded.latent_dist.logvar
@@ -121,13 +127,13 @@ class AutoencoderPhase(Phase):
         else:
             latents, kl = encoded.latents, None
         if self.config.latent_noise:
-            # Relative: from noise of a fixed size the encoder escapes by making its latents larger.
+            # Relative to the latents: the encoder would evade noise of a fixed size by making its latents larger.
             spread = latents.detach().float().std(dim=(1, 2, 3), keepdim=True)
             latents = latents + self.config.latent_noise * spread * draws.normal("latent_noise", latents.shape[1:])
         return latents, kl
 
     def reconstruct(self, images: Tensor, draws: Draws) -> Tensor:
-        """Reconstructions as in training, from a draw of the posterior. B 3 H W."""
+        """Reconstruct images as in training, from a sample of the posterior. B 3 H W."""
         return self.autoencoder.decode(self.latents(images, draws)[0]).sample
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +146,7 @@ class AutoencoderPhase(Phase):
         return loss, metrics
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Every loss that counts, before weighting: scalars by name."""
+        """Compute the losses that are in use, before weighting: scalars by name."""
         config, images = self.config, batch["pixel_values"]
         latents, kl = self.latents(images, draws)
         decoded = decode_all(self.autoencoder, latents)
@@ -174,9 +180,10 @@ class AutoencoderStage(ImageStage):
         self.open_data(functools.partial(ImageDataset, config=config, **columns))
         torch.manual_seed(config.seed)
         self.autoencoder = build_autoencoder(config.model, config.resolution, **self.heads.model_arguments())
+        # The linear shortcuts start as the best linear autoencoder of these images; the networks learn the rest.
         some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self.training_set)))]
         start_from_principal_components(self.autoencoder, fetch(self.training_set, some)["pixel_values"])
-        self.ema_of = {"vae": self.autoencoder}  # as the pipeline calls it
+        self.ema_of = {"vae": self.autoencoder}  # the name of this component in the pipeline
         self.take_initial_weights(self.ema_of)
         perceptual = PerceptualLoss(config.perceptual_backbone or "") if config.perceptual_weight else None
         self.generator = AutoencoderPhase(self.autoencoder, config, perceptual)
@@ -221,7 +228,7 @@ class AutoencoderStage(ImageStage):
         from pipelines.autoencoder import AutoencoderPipeline
 
         vae: Any = self.autoencoder
-        # Without heads it is a stock class wherever it can be; what a diffusion model takes of it never has heads.
+        # Without heads, export a class of Diffusers itself where there is one, so that it loads without remote code.
         bare = hasattr(vae, "autoencoder") and not self.heads.model_arguments()
         return AutoencoderPipeline(vae=vae.autoencoder() if bare else vae)
 
@@ -229,7 +236,7 @@ class AutoencoderStage(ImageStage):
         return self.heads.card_facts()
 
     def _decode_modes(self, batch: Batch) -> AutoencoderOutput:
-        """What is decoded from the modes of the posteriors of a batch's images."""
+        """Decode the mode of each image's posterior."""
         encoded: Any = self.autoencoder.encode(batch["pixel_values"])
         return decode_all(self.autoencoder, latents_of(encoded))
 

@@ -4,10 +4,11 @@
     accelerate launch training/train_controlnet.py --base_model runs/mine --dataset_name data/mine \\
         --conditioning_image_column conditioning_image --fusion_mode gated --output_dir runs/controlnet_mine
 
-The base is a run of train_latent_diffusion.py or of train_decoder.py. The same command again resumes
-the run.
-B batch, C control channels, R resolution, h w cells of the U-Net's input.
+The base model is a run of train_latent_diffusion.py or of train_decoder.py. Run the same command again to resume the
+run.
 """
+
+# Shapes: B batch, C control channels.
 
 from __future__ import annotations
 
@@ -56,15 +57,15 @@ class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
     output_dir: str = option("runs/controlnet", on_resume="free")
     """The run folder"""
     base_model: str = option("")
-    """The model to steer: a run, checkpoint, pipeline folder or Hub id"""
+    """Trained model that the ControlNet steers: a run, checkpoint, pipeline folder or Hub id"""
     fusion_mode: str = option("add", choices=MODES)
-    """How control meets the U-Net's features: add, gated, concat, film or cross_attention"""
+    """How control features are combined with those of the U-Net: add, gated, concat, film or cross_attention"""
     conditioning_classes: int = option(0, at_least=0)
-    """Above 0: conditioning_image_column holds ids of this many classes, which become one channel each"""
+    """Number of classes whose ids --conditioning_image_column contains, one channel each; 0 for images or masks"""
     control_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
-    """Share of samples trained with an empty (black) control"""
+    """Fraction of samples trained with an empty (black) control"""
     reader: str | None = option(None, on_resume="free")
-    """A layout encoder, or an autoencoder with a segmentation head, that reads generated images for val_control_iou"""
+    """Layout encoder or segmentation autoencoder that predicts the controls of generated images (val_control_iou)"""
     num_read: int = option(16, on_resume="free", at_least=1)
     """Number of images generated for --reader at each validation"""
     preview_inference_steps: int = option(20, on_resume="free", at_least=1)
@@ -77,21 +78,20 @@ class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
         columns = self.conditioning_image_column
         if not columns:
             raise UserError(
-                "--conditioning_image_column names no column; give one of control images, or a list of masks"
+                "--conditioning_image_column is empty; name a column of control images, or a list of mask columns"
             )
         if self.conditioning_classes and not isinstance(columns, str) and len(columns) > 1:
             raise UserError(
-                f"--conditioning_classes {self.conditioning_classes} reads class ids of one column, but "
-                f"--conditioning_image_column names {', '.join(columns)}"
+                f"--conditioning_classes {self.conditioning_classes} needs one column of class ids, but "
+                f"--conditioning_image_column names {', '.join(columns)}; name one column, or set "
+                "--conditioning_classes to 0"
             )
         if not self.base_model:
-            raise UserError(
-                "no base model was named; give --base_model: a run of train_latent_diffusion.py or train_decoder.py"
-            )
+            raise UserError("--base_model is not set; give a run of train_latent_diffusion.py or train_decoder.py")
 
 
 class ControlNetPhase(Phase):
-    """The base model's denoising loss, with the base frozen and steered."""
+    """Denoising loss of the frozen base model, steered by the ControlNet."""
 
     name = "controlnet"
 
@@ -104,20 +104,23 @@ class ControlNetPhase(Phase):
     def predictions(
         self, batch: Batch, draws: Draws, dropped: Tensor, controls: list[Tensor | None], sampling: str | None = None
     ) -> tuple[Any, list[Tensor]]:
-        """One noisy batch, and what is predicted of it under each of `controls` (None: the base model alone)."""
+        """Return one noisy batch, and the U-Net's prediction for it under each of `controls`.
+
+        A control of None gives the prediction of the base model alone.
+        """
         from pipelines.models.fusion_controlnet import steering
 
         x_0 = self.base.clean(batch, draws)
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         condition = self.base.condition(batch, dropped)
         model_input = self.base.model_input(noisy.x_t, condition)
-        found = []
+        predictions = []
         for control in controls:
             nets, given = ([], []) if control is None else ([self.controlnet], [control])
             kernel = attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing)
             with kernel, steering(self.unet, nets, given):
-                found.append(self.unet(model_input, noisy.timesteps, **condition).sample)
-        return noisy, found
+                predictions.append(self.unet(model_input, noisy.timesteps, **condition).sample)
+        return noisy, predictions
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         kept = draws.uniform("control_dropout") >= self.config.control_dropout
@@ -167,24 +170,24 @@ class ControlNetStage(ImageStage):
             batch, draws, keep_all, [control, None, others(control)], sampling="uniform"
         )
         sums = control_sums(predictions, [noisy.loss(prediction) for prediction in predictions])
-        return sums if self.reader is None else sums | self._read(self.reader, batch)
+        return sums if self.reader is None else sums | self._iou_sums(self.reader, batch)
 
-    def _read(self, reader: ControlReader, batch: Batch) -> dict[str, Tensor]:
-        """Images are generated for the first controls of the validation data, and `reader` reads their controls.
+    def _iou_sums(self, reader: ControlReader, batch: Batch) -> dict[str, Tensor]:
+        """Generate images for the first controls of the validation data, and compare what `reader` predicts with them.
 
-        They have no prompt, so that nothing but the control tells what to draw.
+        The images are generated without a prompt, so that the control alone determines what they show.
         """
         rows = [i for i, index in enumerate(batch["index"].tolist()) if index < self.config.num_read]
-        read = reader(self._paint(batch, rows, {}, "pt") * 2 - 1) if rows else None
-        return iou_sums(read, batch["conditioning_pixel_values"][rows])
+        predicted = reader(self._generate(batch, rows, {}, "pt") * 2 - 1) if rows else None
+        return iou_sums(predicted, batch["conditioning_pixel_values"][rows])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         metrics = control_metrics(sums)
         if metrics["val_control_gain_in_standard_errors"] < IGNORED_BELOW:
             logger.warning(
-                "the model ignores its control so far: with the control of another image its loss is higher by %.1f "
-                "standard errors only; more steps, a higher --learning_rate, or a control that describes the image "
-                "would help",
+                "the model ignores its control so far: with the control of another image, its loss is higher by only "
+                "%.1f standard errors; train for more steps, raise --learning_rate, or use a control that describes "
+                "the image better",
                 metrics["val_control_gain_in_standard_errors"],
             )
         return metrics
@@ -192,18 +195,18 @@ class ControlNetStage(ImageStage):
     def previews(self) -> Previews:
         rows = self.shown_rows(self.config.num_previews)
         batch = self.shown_batch(rows)
-        conditions, words = self.base.prompts(self.shown_data, batch, rows)
-        painted = self._paint(batch, rows, conditions, "pil")
+        conditions, texts = self.base.prompts(self.shown_data, batch, rows)
+        generated = self._generate(batch, rows, conditions, "pil")
         controls = [control_to_pil(control) for control in batch["conditioning_pixel_values"]]
         images, captions = [], []
-        for control, image, real, text in zip(controls, painted, batch["pixel_values"], words, strict=True):
-            images += [control, image, to_pil(real)]
-            captions += ["control", text, "the real one"]
+        for control, image, original, text in zip(controls, generated, batch["pixel_values"], texts, strict=True):
+            images += [control, image, to_pil(original)]
+            captions += ["control", text, "original"]
         return Previews(images, captions, columns=6)
 
-    def _paint(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
-        """Images with the controls of these samples, from fixed seeds."""
-        resolution = self.config.resolution  # the base may have been trained at another
+    def _generate(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
+        """Generate images with the controls of these samples, from fixed seeds."""
+        resolution = self.config.resolution  # the base model may have been trained at another resolution
         return self.sample(
             self.pipeline(),
             seeds=[self.config.seed + int(batch["index"][row]) for row in rows],

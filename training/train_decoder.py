@@ -1,12 +1,13 @@
 """Train the poster decoder from scratch: design brief → poster, by diffusion in pixel space.
 
-    accelerate launch training/train_decoder.py                           # 64 px, posters made for you
+    accelerate launch training/train_decoder.py                           # 64 px, on generated posters
     accelerate launch training/train_decoder.py --config configs/experiments/posters/decoder.yaml
     accelerate launch training/train_decoder.py --dataset_name data/posters_128 --resolution 128 --extra_epochs 2
 
-Typed again, a command goes on where the run stood.
-B batch, R resolution, L fields of a brief (tokens), D token width, E width of the global vector.
+Run the same command again to resume the run.
 """
+
+# Shapes: B batch.
 
 from __future__ import annotations
 
@@ -43,9 +44,9 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
     model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""
     brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
-    """The encoder of the brief, trained jointly"""
+    """The encoder of the design brief, trained jointly"""
     field_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
-    """Share of a brief's fields that training leaves out, on average: few or none of most briefs, most of some"""
+    """Average fraction of a brief's fields dropped in training; most briefs lose few or none, some lose most"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -53,7 +54,7 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
 
 
 class PosterDecoderPhase(Phase):
-    """The denoising loss on pixels, some fields of each brief left out."""
+    """Denoising loss on pixels, with some fields of the briefs dropped."""
 
     name = "decoder"
 
@@ -64,11 +65,11 @@ class PosterDecoderPhase(Phase):
         self.most_tokens = max((side**2 for side in config.model.attention_resolutions), default=0)
 
     def losses(self, batch: Batch, draws: Draws, brief: dict[str, Tensor], sampling: str | None = None) -> Tensor:
-        """Of each sample. B."""
+        """Compute the loss of each sample. B."""
         noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
-        tokens, whole = self.brief_encoder(**brief)
+        tokens, vector = self.brief_encoder(**brief)
         with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
-            prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=whole).sample
+            prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
         return noisy.loss(prediction)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,7 +91,7 @@ class PosterDecoderStage(ImageStage):
         self.unet = build_pixel_unet(config.model, config.resolution, *widths)
         self.brief_encoder = DesignBriefEncoder(*widths)
         self.diffusion = Diffusion(config)
-        # It is known for noise alone; otherwise it depends on how far the posters are from unit variance.
+        # Known only where the target is the noise; for other targets it depends on the variance of the posters.
         self.trivial_loss = self.diffusion.trivial_loss if config.prediction_type == "epsilon" else None
         self.ema_of = {"unet": self.unet, "brief_encoder": self.brief_encoder}
         self.take_initial_weights(self.ema_of)

@@ -1,12 +1,13 @@
-"""Train the layout encoder: a poster's picture → its feature tensor (text, pictures, colour roles, hierarchy).
+"""Train the layout encoder: image of a poster → feature tensor (text mask, image mask, colour roles, hierarchy).
 
-    accelerate launch training/train_encoder.py                           # small posters, made for you
+    accelerate launch training/train_encoder.py                           # on small generated posters
     accelerate launch training/train_encoder.py --config configs/experiments/posters/encoder_small.yaml
     accelerate launch training/train_encoder.py --dataset_name data/posters_256 --resolution 256 --output_dir runs/mine
 
-Typed again, a command goes on where the run stood.
-B batch, H W pixels, K colour roles.
+Run the same command again to resume the run.
 """
+
+# Shapes: B batch, H W pixels, K colour roles.
 
 from __future__ import annotations
 
@@ -51,11 +52,11 @@ class Config(ImageStageConfig, PosterDataConfig):
     dice_weight: float = option(1.0, on_resume="warn", at_least=0)
     """Weight of the Dice losses of masks and colour roles"""
     ce_weight: float = option(1.0, on_resume="warn", at_least=0)
-    """Weight of the cross-entropies of masks and colour roles"""
+    """Weight of the cross-entropy losses of masks and colour roles"""
     mse_weight: float = option(5.0, on_resume="warn", at_least=0)
-    """Weight of the hierarchy's squared error"""
+    """Weight of the squared error of the hierarchy"""
     role_balance: float = option(0.5, on_resume="warn", at_least=0)
-    """How much more rare colour roles count in the cross-entropy: their share of pixels to the power of minus this"""
+    """Exponent p of the colour role weights in the cross-entropy, (fraction of pixels) ** -p; 0 weights all equally"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -65,7 +66,7 @@ class Config(ImageStageConfig, PosterDataConfig):
 
 
 class LayoutEncoderPhase(Phase):
-    """Dice and cross-entropy of what is a class, squared error of what is a number."""
+    """Loss of the encoder: Dice and cross-entropy losses of masks and colour roles, squared error of the hierarchy."""
 
     name = "encoder"
 
@@ -77,23 +78,24 @@ class LayoutEncoderPhase(Phase):
         self.register_buffer("role_weights", role_weights, persistent=False)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        config, found = self.config, self.encoder(batch["pixel_values"])
-        metrics = {name: torch.stack(losses).sum() for name, losses in self.losses(found, batch).items()}
+        config, output = self.config, self.encoder(batch["pixel_values"])
+        metrics = {name: torch.stack(losses).sum() for name, losses in self.losses(output, batch).items()}
         weights = {"dice": config.dice_weight, "ce": config.ce_weight, "mse": config.mse_weight}
         loss = torch.stack([weights[name] * value for name, value in metrics.items()]).sum()
         return loss, {name: value.detach() for name, value in metrics.items()}
 
-    def losses(self, found: Any, batch: Batch) -> dict[str, list[Tensor]]:
-        """The terms of each kind, one for each head that has it."""
-        role, true_role = found.color_role.float(), batch["color_role"]
+    def losses(self, output: Any, batch: Batch) -> dict[str, list[Tensor]]:
+        """Compute the loss terms by kind; each kind has one term for each head that uses it."""
+        role, true_role = output.color_role.float(), batch["color_role"]
         dice = [dice_loss(role.softmax(1), one_hot(true_role, role.shape[1]))]
-        # The weighted mean that PyTorch offers would make a sample's share hang on the others of its micro-batch.
+        # With F.cross_entropy(weight=...), which divides by the sum of the weights, the contribution of a sample would
+        # depend on the other samples of its micro-batch.
         cross_entropy = [(self.role_weights[true_role] * F.cross_entropy(role, true_role, reduction="none")).mean()]
         for name in MASKS:
-            logits = found[name].float()
+            logits = output[name].float()
             dice.append(dice_loss(logits.sigmoid(), batch[name]))
             cross_entropy.append(F.binary_cross_entropy_with_logits(logits, batch[name]))
-        return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(found.hierarchy.float(), batch["hierarchy"])]}
+        return {"dice": dice, "ce": cross_entropy, "mse": [F.mse_loss(output.hierarchy.float(), batch["hierarchy"])]}
 
 
 class LayoutEncoderStage(ImageStage):
@@ -111,7 +113,10 @@ class LayoutEncoderStage(ImageStage):
         self.phases = [self.phase]
 
     def _role_weights(self) -> Tensor:
-        """The weight of each colour role, by its share of the pixels of evenly spaced posters; 1 on average. K."""
+        """Compute the weight of each colour role from its share of the pixels of evenly spaced posters.
+
+        The mean weight of a pixel is 1. K.
+        """
         keys = [SampleKey(row, 0) for row in evenly_spaced(len(self.training_set), ROLE_POSTERS)]
         roles = torch.stack([self.training_set[key]["color_role"] for key in keys])
         shares = (torch.bincount(roles.flatten(), minlength=len(COLOR_ROLES)) / roles.numel()).clamp(min=1e-4)
@@ -119,17 +124,17 @@ class LayoutEncoderStage(ImageStage):
         return weights / (weights * shares).sum()
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        found = self.encoder(batch["pixel_values"])
+        output = self.encoder(batch["pixel_values"])
         count = len(batch["pixel_values"])
-        losses = sum(sum(terms) for terms in self.phase.losses(found, batch).values())
+        losses = sum(sum(terms) for terms in self.phase.losses(output, batch).values())
         sums: dict[str, Any] = {"loss": count * losses, "count": torch.tensor(count)}
         for name in MASKS:
-            both, either = mask_overlap(found[name] > 0, batch[name] > 0.5)
+            both, either = mask_overlap(output[name] > 0, batch[name] > 0.5)
             sums |= {f"{name}_both": both, f"{name}_either": either}
-        hits, totals = class_hits(found.color_role.argmax(1), batch["color_role"], len(COLOR_ROLES))
+        hits, totals = class_hits(output.color_role.argmax(1), batch["color_role"], len(COLOR_ROLES))
         for role, hit, total in zip(COLOR_ROLES, hits, totals, strict=True):
             sums |= {f"{role}_hit": hit, f"{role}_total": total}
-        sums["hierarchy"] = (found.hierarchy - batch["hierarchy"]).square().flatten(1).mean(1).sum()
+        sums["hierarchy"] = (output.hierarchy - batch["hierarchy"]).square().flatten(1).mean(1).sum()
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -150,10 +155,10 @@ class LayoutEncoderStage(ImageStage):
         masks = [batch[name] for name in MASKS]
         targets = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).cpu().numpy()
         images, captions = [], []
-        for poster, true, predicted in zip(batch["pixel_values"], targets, predictions, strict=True):
-            error, share = draw_errors(predicted, true)
-            images += [to_pil(poster), draw_features(true), draw_features(predicted), error]
-            captions += ["poster", "its features", "as the encoder reads it", f"wrong in {share:.1%} of the pixels"]
+        for poster, target, predicted in zip(batch["pixel_values"], targets, predictions, strict=True):
+            error, share = draw_errors(predicted, target)
+            images += [to_pil(poster), draw_features(target), draw_features(predicted), error]
+            captions += ["poster", "target features", "predicted features", f"errors: {share:.1%} of the pixels"]
         return Previews(images, captions, columns=4)
 
     def pipeline(self):

@@ -1,13 +1,13 @@
-"""Train a joint model of captioned images: it captions an image, draws a caption, and invents pairs of both.
+"""Train a joint model of images and captions: it captions images, draws captions, and generates new pairs of both.
 
-    accelerate launch training/train_image_caption.py                     # the quickstart's posters, made for you
+    accelerate launch training/train_image_caption.py                     # the quickstart's generated posters
     accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/emoji_64.yaml
     accelerate launch training/train_image_caption.py --train_data_dir my_images --output_dir runs/mine
 
-The tokenizer is built from the captions, unless one is named. The same command again resumes the
-run.
-B pairs, D latent vector, L tokens, R resolution.
+The tokenizer is trained on the captions, unless --tokenizer names one. Run the same command again to resume the run.
 """
+
+# Shapes: B pairs, D latent vector, L tokens.
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Config(ImageCaptionObjectiveConfig, PreviewConfig, CaptionDataConfig, Imag
     output_dir: str = option("runs/image_caption", on_resume="free")
     """The run folder"""
     lr_scheduler: str = option("cosine", on_resume="warn", choices=LR_SCHEDULERS)
-    """Constant, linear, cosine, ...: see docs/runs.md"""
+    """Learning rate schedule: constant, linear, cosine, ... (see docs/runs.md)"""
     model: ImageCaptionModelConfig = option(ImageCaptionModelConfig)
     """Encoders and decoders of images and captions"""
     prior: LatentPriorConfig = option(LatentPriorConfig)
-    """The latent prior that invents pairs"""
+    """The latent prior, which generates new pairs of image and caption"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
-    """Captions that the previews draw; unset takes those of the first validation images"""
+    """Captions that the previews draw; if unset, those of the first validation images"""
     num_previews: int = option(6, on_resume="free", at_least=1)
     """Number of images in a row of the previews"""
 
@@ -72,11 +72,11 @@ class Config(ImageCaptionObjectiveConfig, PreviewConfig, CaptionDataConfig, Imag
         super().validate(prefix)
         self.model.check_resolution(self.resolution)
         if not all(prompt.strip() for prompt in self.preview_prompts or []):
-            raise UserError(f"--preview_prompts {self.preview_prompts} has an empty caption; each must say something")
+            raise UserError(f"--preview_prompts {self.preview_prompts} has an empty caption; remove it or fill it in")
         if self.alignment_weight and self.train_batch_size < 2:
             raise UserError(
-                "--train_batch_size 1 has no other pair to tell a pair from, which --alignment_weight "
-                f"{self.alignment_weight} needs; raise the batch size, or set the weight to 0"
+                "--train_batch_size is 1, but the alignment loss compares a pair with the other pairs of its batch; "
+                f"set --train_batch_size to 2 or more, or --alignment_weight {self.alignment_weight} to 0"
             )
 
 
@@ -97,7 +97,7 @@ class ImageCaptionStage(ImageStage):
         self.model = build_model(config.model, config.resolution, self.tokenizer)
         self.phase = ImageCaptionPhase(self.model, config, pixel_variance(self.training_set, VARIANCE_IMAGES))
         self.phases, self.ema_of = [self.phase], {"model": self.model}
-        # Weights from before `--prior.start` have no prior: a run that starts from them makes a new one.
+        # Weights saved before `--prior.start` have no prior: a run that starts from them initializes a new one.
         no_prior = weights is not None and not (weights / "prior").is_dir()
         self.prior = None
         if config.prior.hidden_size and not (no_prior and config.validate_model):
@@ -108,7 +108,7 @@ class ImageCaptionStage(ImageStage):
         logger.info("%s", model_summary(self.ema_of))
 
     def _weights(self) -> Path | None:
-        """The pipeline folder of the weights that the run starts from, its own or what was named; None for new ones."""
+        """Return the pipeline folder of the weights that the run starts from; None if it starts from scratch."""
         from pipelines.tools.loading import find_pipeline
 
         config = self.config
@@ -119,27 +119,27 @@ class ImageCaptionStage(ImageStage):
         return find_pipeline(config.init_from) if config.init_from else None
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Losses and metrics of posterior means; images and captions are each decoded from both means."""
+        """Compute losses and metrics from the posterior means; images and captions are each decoded from both means."""
         phase, pixels, share = self.phase, batch["pixel_values"], self.config.cross_share
         ids, mask = batch["input_ids"], batch["attention_mask"]
         image, caption = (posterior.mean for posterior in phase.posteriors(batch, ids, mask))
         same = same_captions(ids, mask) | same_images(pixels)
-        told, tokens = phase.caption_losses(image, ids, mask)
+        crossed, tokens = phase.caption_losses(image, ids, mask)  # captions decoded from the latents of the images
         repeated, _ = phase.caption_losses(caption, ids, mask)
         decoded = self.model.decode_image(image).float()
         cosines = torch.nn.functional.cosine_similarity(image[:, None], caption[None], dim=2)
         sums = {
             "count": torch.tensor(len(pixels)),
             "tokens": tokens.sum(),
-            "told": told.sum(),
-            "caption": ((1 - share) * repeated / tokens + share * told / tokens).sum(),
+            "told": crossed.sum(),
+            "caption": ((1 - share) * repeated / tokens + share * crossed / tokens).sum(),
             "shown": scaled_errors(decoded, pixels, phase.variance).sum(),
             "drawn": phase.image_losses(caption, batch).sum(),
             "alignment": phase.alignment_losses(image, caption, same).sum(),
             "psnr": psnr(decoded, pixels).sum(),
             "ssim": ssim(decoded, pixels).sum(),
             "true": cosines.diagonal().sum(),
-            # Of each picture with every other caption of the batch; a batch of one has none.
+            # Cosines of each image with every mismatched caption of the batch; a batch of one has none.
             "shuffled": cosines.masked_fill(same, 0).sum(),
             "shuffled_count": (~same).sum(),
         }
@@ -154,7 +154,7 @@ class ImageCaptionStage(ImageStage):
         image_loss = ((1 - share) * sums["shown"] + share * sums["drawn"]) / count
         caption_loss = sums["caption"] / count
         weighted = config.image_weight * image_loss + config.caption_weight * caption_loss
-        found = {
+        metrics = {
             "val_loss": weighted + config.alignment_weight * sums["alignment"] / count,
             "val_image_loss": image_loss,
             "val_caption_loss": caption_loss,
@@ -165,7 +165,7 @@ class ImageCaptionStage(ImageStage):
             "val_alignment_score": sums["true"] / count,
             "val_alignment_score_shuffled": sums["shuffled"] / max(sums["shuffled_count"], 1),
         }
-        return found | ({"val_prior_loss": sums["prior"] / count} if "prior" in sums else {})
+        return metrics | ({"val_prior_loss": sums["prior"] / count} if "prior" in sums else {})
 
     def previews(self) -> Previews:
         return caption_previews(self.pipeline(), self.shown_data, self.config, self.context.poll)
@@ -178,7 +178,7 @@ class ImageCaptionStage(ImageStage):
             model=self.model,
             tokenizer=self.tokenizer,
             scheduler=sampling_scheduler(training_scheduler("flow_prediction")),
-            # Before `--prior.start` there is none that anybody could draw from.
+            # Before `--prior.start` the prior is untrained, and its samples would be noise.
             prior=self.prior if self.prior is not None and self.prior.has_learned else None,
             image_fit=self.config.image_fit,
             aspect_ratio=self.aspect_ratio,

@@ -1,12 +1,14 @@
 """Train latent diffusion from scratch: caption and/or class label (or neither) → latents → image.
 
-    accelerate launch training/train_latent_diffusion.py                  # the quickstart's posters, made for you
+    accelerate launch training/train_latent_diffusion.py                  # the quickstart's generated posters
     accelerate launch training/train_latent_diffusion.py --config configs/experiments/latent_diffusion/emoji_64.yaml
     accelerate launch training/train_latent_diffusion.py --train_data_dir my_images --vae runs/autoencoder \\
         --tokenizer my_images_tokenizer --output_dir runs/mine
 
-The same command again resumes the run.  B batch, C latent channels, h w latent cells, L tokens, D text width.
+Run the same command again to resume the run.
 """
+
+# Shapes: B batch, C latent channels, h w latent cells, L tokens.
 
 from __future__ import annotations
 
@@ -51,21 +53,21 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
     vae: str = option("")
     """Autoencoder of the latents: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
     latent_cache: str | None = option(None)
-    """Latents made by data_scripts/precompute_latents.py; unset encodes the images at every step"""
+    """Folder of latents made by data_scripts/precompute_latents.py; if unset, images are encoded at every step"""
     condition_on: list[str] = option(["caption"], choices=("caption", "label"))
-    """The conditions: [caption], [label], [caption, label] or []"""
+    """Conditions of the model: [caption], [label], [caption, label], or [] for none"""
     tokenizer: str | None = option(None)
-    """Tokenizer folder or name, e.g. made by data_scripts/train_tokenizer.py; unset: that of the pretrained encoder"""
+    """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; default: that of --pretrained_text_encoder"""
     pretrained_text_encoder: str | None = option(None)
-    """A text encoder of Transformers by name or folder, kept frozen; unset trains a small one of our own"""
+    """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     model: UNetConfig = option(UNetConfig)
     """The U-Net"""
     text_encoder: TextEncoderConfig = option(TextEncoderConfig)
-    """The text encoder trained jointly"""
+    """The text encoder that is trained jointly, unless --pretrained_text_encoder is set"""
     caption_prior: CaptionPriorConfig = option(CaptionPriorConfig)
-    """A prediction of the latents from the caption alone, given to the U-Net beside its input"""
+    """The caption prior: predicts the latents from the caption alone, as additional input channels of the U-Net"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
-    """Prompts of the previews; unset takes captions of the validation data"""
+    """Prompts of the previews; if unset, captions of the validation data"""
     preview_guidance_scale: float = option(2.5, on_resume="free")
     """Guidance scale of the previews"""
 
@@ -73,13 +75,13 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
         super().validate(prefix)
         if not self.vae:
             raise UserError(
-                "no autoencoder was named; give --vae: a Hub id such as stabilityai/sdxl-vae, a folder, "
-                "or a run of train_autoencoder.py"
+                "--vae is not set; give a Hub id such as stabilityai/sdxl-vae, a folder, or a run of "
+                "train_autoencoder.py"
             )
         if self.with_captions and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(
-                f"captions need --tokenizer ({command('data_scripts/train_tokenizer.py')} makes one) "
-                "or --pretrained_text_encoder; to train without captions: --condition_on '[]'"
+                f"captions need --tokenizer (make one with {command('data_scripts/train_tokenizer.py')}) "
+                "or --pretrained_text_encoder; to train without captions, use --condition_on '[]'"
             )
         if self.caption_prior.hidden_size and not self.with_captions:
             raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
@@ -94,13 +96,13 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
 
 
 class LatentDiffusionPhase(Phase):
-    """The denoising loss on latents, with the condition dropped for some samples.
+    """Denoising loss on latents, with the condition dropped for some samples.
 
     Args:
         latent_shape: C, h, w.
-        text_encoder: trained along, unless `config` names a pretrained one; None for a model without text.
-        empty_ids: token ids of the empty caption, 1 L; they come with the text encoder.
-        caption_prior: trained along; None for a model without one.
+        text_encoder: trained jointly, unless `config` names a pretrained one; None for a model without captions.
+        empty_ids: token ids of the empty caption, 1 L; required with a text encoder.
+        caption_prior: trained jointly; None for a model without a caption prior.
     """
 
     name = "diffusion"
@@ -128,23 +130,23 @@ class LatentDiffusionPhase(Phase):
         self.register_buffer("empty_ids", empty_ids, persistent=False)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
-        """B C h w, scaled."""
+        """Return the scaled latents of a batch. B C h w."""
         return batch_latents(self.vae, batch, draws, self.latent_shape)
 
     def losses(
         self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The losses of denoising, and of the caption prior where there is one, for each sample. B each."""
+        """Compute the denoising loss of each sample, and its caption prior loss where there is a prior. B each."""
         from pipelines.latent_diffusion import concat_condition
 
         x_0 = self.latents(batch, draws)
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         dropped = draws.uniform("cfg_dropout") < dropout
         condition = caption_and_class(self.unet, self.text_encoder, self.empty_ids, batch, dropped)
-        expected = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
+        prior = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
         with attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing):
-            prediction = self.unet(concat_condition(noisy.x_t, expected), noisy.timesteps, **condition).sample
-        return noisy.loss(prediction), None if expected is None else mse_per_sample(expected, x_0)
+            prediction = self.unet(concat_condition(noisy.x_t, prior), noisy.timesteps, **condition).sample
+        return noisy.loss(prediction), None if prior is None else mse_per_sample(prior, x_0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         losses, prior_losses = self.losses(batch, draws, self.config.cfg_dropout)
@@ -164,7 +166,8 @@ class LatentDiffusionStage(ImageStage):
 
         super().__init__(config, context)
         self.vae = load_vae(config.vae)
-        # Weights are drawn from here on, in this order: the text encoder's, the U-Net's, the caption prior's.
+        # The order in which models are initialized below (text encoder, U-Net, caption prior) is part of what a seed
+        # means: to change it would change every run.
         torch.manual_seed(config.seed)
         names = (config.tokenizer, config.pretrained_text_encoder) if config.with_captions else (None, None)
         self.tokens, self.text_encoder = build_text(config.text_encoder, *names)
@@ -189,7 +192,7 @@ class LatentDiffusionStage(ImageStage):
             warm_up(prior, self.text_encoder, *samples, config.caption_prior, config.seed)
 
     def _open_images(self) -> dict[int, str]:
-        """Open images; returns the class names, none without labels."""
+        """Open the images and return the names of the classes; none without labels."""
         config = self.config
         columns = {"captions": config.with_captions, "caption_tokens": self.tokens, "labels": config.with_labels}
         label_map = load_label_map(config) if config.with_labels else None  # of all splits: one may lack a class
@@ -197,7 +200,7 @@ class LatentDiffusionStage(ImageStage):
         return self.training_set.id2label
 
     def _open_cache(self, path: str) -> dict[int, str]:
-        """Open cached latents; returns the class names, none without labels."""
+        """Open the cached latents and return the names of the classes; none without labels."""
         config, cache = self.config, LatentCache(path)
         check_cache(cache, self.vae, config.vae, config)
         cache.require(captions=config.with_captions, labels=config.with_labels)

@@ -1,4 +1,4 @@
-"""The benchmark's verdicts, its failures, and (slow) one run of the loop against the bare loop."""
+"""The benchmark: its goals, its errors, and (slow) one comparison of the loop with the bare loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.tools.cli import UserError
 from training.benchmarks import run as benchmarks
-from training.benchmarks.run import BenchmarkConfig, Figure, describe, timed
+from training.benchmarks.run import BenchmarkConfig, Metric, describe, timed
 from training.core.parsing import parse_config
 
 
@@ -19,13 +19,13 @@ from training.core.parsing import parse_config
     [(0.98, 0.97, False, True), (0.96, 0.97, False, False), (2.4, 2.5, True, True), (2.6, 2.5, True, False)],
 )
 def test_verdicts(value: float, goal: float, at_most: bool, met: bool) -> None:
-    figure = Figure("x", value, "s", goal, at_most)
-    assert figure.met is met
-    assert figure.line().endswith("met" if met else "MISSED")
+    metric = Metric("x", value, "s", goal, at_most)
+    assert metric.met is met
+    assert metric.line().endswith("met" if met else "MISSED")
 
 
-def test_a_figure_without_a_goal_has_no_verdict() -> None:
-    assert describe([Figure("x", 1.0)])["figures"] == [
+def test_a_metric_without_a_goal_has_no_verdict() -> None:
+    assert describe([Metric("x", 1.0)])["figures"] == [
         {"name": "x", "value": 1.0, "unit": "", "goal": None, "met": None}
     ]
 
@@ -43,10 +43,10 @@ def test_unknown_measurement() -> None:
 
 @pytest.mark.slow
 def test_a_script_measures_in_a_process_of_its_own() -> None:
-    """The smallest of the parts: model and optimizer alone, no step."""
-    found = benchmarks._measured_by("captions", "--side memory --preset emoji_64 --batch_size 0 --device cpu")
-    assert found["parameters"] > 1e6
-    assert found["peak_mb"] > 4 * 4 * found["parameters"] / 1e6  # weights, gradients and two moments
+    """The smallest measurement: model and optimizer, without a training step."""
+    measured = benchmarks._measured_by("captions", "--side memory --preset emoji_64 --batch_size 0 --device cpu")
+    assert measured["parameters"] > 1e6
+    assert measured["peak_mb"] > 4 * 4 * measured["parameters"] / 1e6  # weights, gradients and two moments
 
 
 @pytest.mark.parametrize("script", ["captions", "decoder", "loops"])
@@ -71,8 +71,8 @@ def test_loop_against_bare_loop(tmp_path: Path) -> None:
         str(tmp_path / "work"),
     ]
     benchmarks.main([*words, "--output", str(output)])
-    figures = {f["name"]: f["value"] for f in json.loads(output.read_text())["figures"]}
-    # Ten steps on whatever machine this is: the figures are there and of the right size; `make bench` judges them.
-    assert 0.5 < figures["speed over the bare loop, by turns in one process"] < 2
-    assert 0.3 < figures["speed over the bare loop, whole processes"] < 3
-    assert 0 < figures["peak memory above the bare loop's, training steps"] < 1000
+    metrics = {f["name"]: f["value"] for f in json.loads(output.read_text())["figures"]}
+    # After only ten steps, the metrics are present and plausible; `make bench` compares them with the goals.
+    assert 0.5 < metrics["speed over the bare loop, by turns in one process"] < 2
+    assert 0.3 < metrics["speed over the bare loop, whole processes"] < 3
+    assert 0 < metrics["peak memory above the bare loop's, training steps"] < 1000

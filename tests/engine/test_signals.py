@@ -48,7 +48,7 @@ def test_a_process_asked_to_stop_saves_and_says_how_to_resume(tmp_path, number):
     assert process.returncode == (130 if number == signal.SIGINT else REQUEUE_STATUS), errors
     assert "Traceback" not in errors
     assert f"stopped at step {state_of(tmp_path / 'run')['step']} of 24; everything is saved" in output
-    assert f"To go on: python tests/support/toy.py --output_dir {tmp_path}/run" in output
+    assert f"To resume: python tests/support/toy.py --output_dir {tmp_path}/run" in output
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -128,7 +128,7 @@ def test_a_launcher_ended_by_a_sigterm_stops_the_trainer(tmp_path):
     trainer.wait(60)
     log = (parts / "run.log").read_text()
     assert "everything is saved" in log
-    assert "To go on: accelerate launch tests/support/toy.py" in log
+    assert "To resume: accelerate launch tests/support/toy.py" in log
     toy(parts, *FLAGS)
     assert rows(parts) == rows(whole)
     assert_same_state(parts, whole)

@@ -1,4 +1,4 @@
-"""The autoencoder's experiments: what their names say is what they are, and they differ in nothing else."""
+"""The autoencoder experiments: their settings match their names, and they differ in nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_phase_1_is_complete_and_numbered_in_order():
     assert len(PHASE1) == 24
 
 
-def test_a_phase_1_experiment_is_what_its_name_says():
+def test_the_settings_of_a_phase_1_experiment_match_its_name():
     for path in PHASE1:
         match = re.fullmatch(r"phase1_\d+_AE_(S\d)_ch(\d+)_ds(\d+)", path.stem)
         assert match is not None
@@ -52,7 +52,7 @@ def test_phase_1_experiments_differ_in_nothing_else():
     assert all(one == rest[0] for one in rest)
 
 
-# Of phase 1 one for each set of heads: the others have the same keys.
+# From phase 1, one experiment for each set of heads: the others have the same keys.
 @pytest.mark.parametrize("path", [*sorted(FOLDER.glob("*.yaml")), *PHASE1[::6]], ids=lambda path: path.stem)
 def test_presets_parse(path: Path):
     parse_config(Config, ["--config", str(path)])

@@ -1,4 +1,4 @@
-"""The comparison of runs: what differs, the figures they left, CSV and Markdown; and the series that makes them."""
+"""The comparison of runs: the settings that differ, their metrics, CSV and Markdown; and the series of experiments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY = "configs/experiments/latent_diffusion/ablation/tiny"
 
 
 def leave_behind(folder: RunFolder, config, *, steps: int = 40, stopped_early: bool = False, exported: bool = True):
-    """What a run of the loop writes, as far as the comparison reads it: 160 images, ten steps an epoch."""
+    """Write the files of a run that the comparison reads: 160 images, ten steps per epoch."""
     folder.create()
     folder.release()
     folder.save_config(config.to_dict())
@@ -63,26 +63,26 @@ def latent_config(folder: Path, *flags: str):
 
 @pytest.fixture
 def runs(tmp_path):
-    found = {}
+    by_name = {}
     for name, flags in {
         "narrow": ("--model.block_out_channels", "[32,32]"),
         "wide": ("--model.block_out_channels", "[64,64]", "--balance_by", "label", "--num_train_epochs", "3"),
     }.items():
         config = latent_config(tmp_path / name, *flags)
-        found[name] = ("latent_diffusion", RunFolder(tmp_path / name), config)
-    return found
+        by_name[name] = ("latent_diffusion", RunFolder(tmp_path / name), config)
+    return by_name
 
 
-def test_a_row_says_what_differs_and_what_came_of_it(runs):
+def test_a_row_has_the_differing_settings_and_the_metrics(runs):
     leave_behind(runs["narrow"][1], runs["narrow"][2])
     table = comparison_table(runs, {"narrow": "finished", "wide": "failed with exit status 1"})
-    assert table.differing == ["balance_by", "model.block_out_channels"]  # lengths and folders are no settings
+    assert table.differing == ["balance_by", "model.block_out_channels"]  # not lengths and folders
     narrow, wide = table.rows
     assert narrow["model.block_out_channels"] == [32, 32]
     assert (wide["balance_by"], wide["outcome"]) == ("label", "failed with exit status 1")
     assert "steps" not in wide
-    figures = {key: narrow[key] for key in narrow if key not in ("name", "outcome", *table.differing)}
-    assert figures == {
+    metrics = {key: narrow[key] for key in narrow if key not in ("name", "outcome", *table.differing)}
+    assert metrics == {
         "parameters": 1_234_567, "steps": 40, "val_loss": 0.55, "best_val_loss": 0.52, "best_step": 30,
         "images_per_second": 20.0, "training_seconds": 32.0, "peak_memory_mib": 801.5,
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_row_says_what_differs_and_what_came_of_it(runs):
     assert set(table.columns) == set(narrow) | set(wide)
 
 
-def test_files_hold_the_same_figures(runs, tmp_path):
+def test_files_hold_the_same_metrics(runs, tmp_path):
     leave_behind(runs["narrow"][1], runs["narrow"][2])
     leave_behind(runs["wide"][1], runs["wide"][2])
     table = comparison_table(runs, {"narrow": "finished", "wide": "finished"})
@@ -106,7 +106,7 @@ def test_files_hold_the_same_figures(runs, tmp_path):
     assert "![" not in text
 
 
-def test_losses_that_cannot_be_compared_are_said_to_be():
+def test_a_warning_about_losses_that_cannot_be_compared():
     rows = [{"name": "a", "prediction_type": "epsilon", "val_loss": 1.0}, {"name": "b", "prediction_type": "x|y"}]
     text = table_markdown(Table(["name", "prediction_type", "val_loss"], rows, ["prediction_type"]), "comparison.png")
     assert "cannot be compared between rows that differ in prediction_type" in text
@@ -121,7 +121,7 @@ def test_settings_that_differ():
 
 
 def save_tiny_run(folder: Path, **options):
-    """A run whose pipeline draws: (stage, folder, config)."""
+    """Save a run whose pipeline generates images; returns (stage, folder, config)."""
     tiny_pipeline("flow_prediction", **options).save_pretrained(folder / "pipeline")
     return "latent_diffusion", RunFolder(folder), latent_config(folder, "--preview_inference_steps", "2")
 
@@ -133,22 +133,22 @@ def test_rows_of_samples_are_from_the_same_seeds_and_prompts(tmp_path):
         "with classes": save_tiny_run(tmp_path / "three", classes=3),
     }
     runs["not there"] = ("latent_diffusion", RunFolder(tmp_path / "four"), runs["one"][2])
-    asked = Samples(["red poster", "blue circles"], 3, seed=5)
+    samples = Samples(["red poster", "blue circles"], 3, seed=5)
     polled = []
-    picture = draw_samples(runs, asked, lambda: polled.append(1))
+    image = draw_samples(runs, samples, lambda: polled.append(1))
     assert len(polled) == 3
-    alone = [draw_samples({name: runs[name]}, asked) for name in ("one", "the same")]
-    assert alone[0].tobytes() != draw_samples({"one": runs["one"]}, Samples(asked.prompts, 3, seed=6)).tobytes()
-    pixels = [np.asarray(sheet.crop((100, 0, *sheet.size))) for sheet in alone]  # their titles aside
+    alone = [draw_samples({name: runs[name]}, samples) for name in ("one", "the same")]
+    assert alone[0].tobytes() != draw_samples({"one": runs["one"]}, Samples(samples.prompts, 3, seed=6)).tobytes()
+    pixels = [np.asarray(sheet.crop((100, 0, *sheet.size))) for sheet in alone]  # without their titles
     width = min(part.shape[1] for part in pixels)
     assert np.array_equal(*(part[:, -width:] for part in pixels))
-    # Previews of a pipeline that draws nothing from noise stand below.
+    # A pipeline that does not sample from noise shows its previews below.
     autoencoder = RunFolder(tmp_path / "five")
     save_png(Image.new("RGB", (300, 111)), autoencoder.pipeline / "samples.png")
     (autoencoder.pipeline / "model_index.json").write_text('{"_class_name": ["autoencoder", "AutoencoderPipeline"]}')
-    mixed = draw_samples({**runs, "autoencoder": ("autoencoder", autoencoder, runs["one"][2])}, asked)
-    assert mixed.height > picture.height + 111
-    assert draw_samples({"not there": runs["not there"]}, asked) is None
+    mixed = draw_samples({**runs, "autoencoder": ("autoencoder", autoencoder, runs["one"][2])}, samples)
+    assert mixed.height > image.height + 111
+    assert draw_samples({"not there": runs["not there"]}, samples) is None
 
 
 # --- the series ------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_patterns_that_the_shell_left_alone(monkeypatch):
     assert len(names) == 6
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path):
+def test_mistakes_are_reported_before_anything_runs(tmp_path):
     files = experiment_files(tmp_path, three="learning_rat: 1.0e-3")
     with pytest.raises(UserError, match=r"three.yaml: unknown key 'learning_rat'.*did you mean 'learning_rate'"):
         plan(files, [])

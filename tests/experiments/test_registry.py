@@ -1,4 +1,4 @@
-"""Which script a config file belongs to, and the experiments that come with the project."""
+"""The registry finds the stage of a config file; the experiments that come with the project are consistent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_stage_of_a_file(file):
 def test_every_experiment_belongs_to_one_script(path):
     assert stage_of(path) in stage_names()
     folder = path.relative_to(EXPERIMENTS).parts[0]
-    elsewhere = path.parent.name == "inputs" or path.stem == "stage3_controlnet"  # what a series of others takes along
+    elsewhere = path.parent.name == "inputs" or path.stem == "stage3_controlnet"  # an input of another series
     assert folder not in stage_names() or elsewhere or stage_of(path) == folder
 
 
@@ -55,7 +55,7 @@ def test_the_config_of_a_run_needs_no_name(tmp_path):
 def test_mistakes_are_user_errors(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("learning_rate: 1.0e-3\nmodel: {block_out_channels: [16, 32]}\n")
-    with pytest.raises(UserError, match=r"could be of .*autoencoder or .*put it into a folder of that name"):
+    with pytest.raises(UserError, match=r"could belong to .*autoencoder or .*move it into a folder"):
         stage_of(file)
     file.write_text("kl_weigth: 1.0e-6\nl1_weight: 1.0\n")
     with pytest.raises(UserError, match="unknown key 'kl_weigth'.*did you mean 'kl_weight'.*autoencoder"):
@@ -63,9 +63,9 @@ def test_mistakes_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no file '.*nowhere.yaml'"):
         stage_of(tmp_path / "nowhere.yaml")
     file.write_text("just words")
-    with pytest.raises(UserError, match="holds no settings"):
+    with pytest.raises(UserError, match="contains no settings"):
         stage_of(file)
-    with pytest.raises(UserError, match="no stage 'autoencodr'; did you mean 'autoencoder'"):
+    with pytest.raises(UserError, match="unknown stage 'autoencodr'; did you mean 'autoencoder'"):
         config_class("autoencodr")
 
 
@@ -86,26 +86,26 @@ def ablations(prefix: str) -> dict[str, dict]:
         ("stage2", 3, {"freeze_parameters", "balance_by", "balance_power"}),
     ],
 )
-def test_siblings_differ_in_what_their_names_say_alone(prefix, least, differing):
+def test_experiments_of_a_group_differ_only_in_what_they_compare(prefix, least, differing):
     files = ablations(prefix)
     assert len(files) >= least
     keys = {key for values in files.values() for key in values}
-    found = {key for key in keys if len({str(values.get(key)) for values in files.values()}) > 1}
-    assert found == {"output_dir"} | differing
+    varied = {key for key in keys if len({str(values.get(key)) for values in files.values()}) > 1}
+    assert varied == {"output_dir"} | differing
     for name, values in files.items():
         assert values["output_dir"] == f"runs/ablation/{name}"
         config = parse_config(config_class("latent_diffusion"), ["--config", str(ABLATION / f"{name}.yaml")])
         assert config.resolution // 4 // 2 ** (len(config.model.block_out_channels) - 1) >= 4
 
 
-def test_capacity_is_what_the_name_says():
+def test_the_capacity_matches_the_name():
     for name, values in ablations("capacity").items():
         width, depth = name.removeprefix("capacity_unet").split("_d")
         widths = UNetConfig(**values["model"]).block_out_channels
         assert (widths[0], len(widths)) == (int(width), int(depth))
 
 
-def test_attention_is_what_the_name_says():
+def test_the_attention_levels_match_the_name():
     levels = {name: values["model"]["attention_levels"] for name, values in ablations("attention").items()}
     assert levels == {
         "attention_none": [],
@@ -116,7 +116,7 @@ def test_attention_is_what_the_name_says():
 
 
 def test_each_runs_alone():
-    """What an experiment reads is made by its own `prepare`, which the series shares."""
+    """The `prepare` of each experiment makes all of its inputs; the experiments of a series share them."""
     for path in ABLATION.rglob("*.yaml"):
         values = read_config_file(path)
         made = " ".join(values["prepare"])

@@ -1,4 +1,4 @@
-"""The command `halftone`: what it lists, where it leads, and what it says of words that lead nowhere."""
+"""The command `halftone`: its help, its subcommands, and its errors for unknown words."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def halftone(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
-def said(monkeypatch, capsys, *words: str) -> str:
+def output_of(monkeypatch, capsys, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["halftone", *words])
     assert main() is None
     return capsys.readouterr().out
 
 
 def test_help_lists_every_script_in_a_sentence(monkeypatch, capsys):
-    text = said(monkeypatch, capsys, "--help")
-    assert said(monkeypatch, capsys) == text
+    text = output_of(monkeypatch, capsys, "--help")
+    assert output_of(monkeypatch, capsys) == text
     names = {"train latent_diffusion", "sample", "caption", "analyze", "data make_posters", "evaluate posters"}
     assert names <= SCRIPTS.keys()
     for name, script in SCRIPTS.items():
         assert f"\n  {name} " in text, name
         assert len(summary(script).split()) > 2, script
     assert "Train a tokenizer on the captions of a dataset" in " ".join(text.split())
-    of_a_group = said(monkeypatch, capsys, "train", "--help")
+    of_a_group = output_of(monkeypatch, capsys, "train", "--help")
     assert "train encoder" in of_a_group
     assert "sample" not in of_a_group
 
 
 def test_help_is_quick():
     seconds = []
-    for _ in range(3):  # the quickest: others may be busy on this machine
+    for _ in range(3):  # the fastest run counts, because other processes may use the machine
         started = time.perf_counter()
         assert halftone("--help").returncode == 0
         seconds.append(time.perf_counter() - started)
@@ -66,10 +66,10 @@ def test_a_subcommand_is_its_script_with_its_words():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian", "encoder"], "no command 'halftone trian'; did you mean 'train'"),
-        (["train", "encodr"], "no command 'halftone train encodr'; did you mean 'encoder'"),
-        (["train"], "followed by a name: .*autoencoder"),
-        (["data", "--num_posters", "3"], "followed by a name: .*make_posters"),
+        (["trian", "encoder"], "unknown command 'halftone trian'; did you mean 'train'"),
+        (["train", "encodr"], "unknown command 'halftone train encodr'; did you mean 'encoder'"),
+        (["train"], "is incomplete; add one of .*autoencoder"),
+        (["data", "--num_posters", "3"], "is incomplete; add one of .*make_posters"),
         (["nothing_like_it"], "halftone --help lists all"),
     ],
 )
@@ -85,10 +85,10 @@ def test_an_unknown_word_is_status_2():
 
 
 def test_paths_of_shipped_files(monkeypatch, capsys):
-    listed = said(monkeypatch, capsys, "path").split()
+    listed = output_of(monkeypatch, capsys, "path").split()
     assert listed == shipped_files()
     assert {"configs/accelerate/cpu.yaml", "configs/briefs/swiss.yaml", "model_cards/base.md.jinja"} <= set(listed)
     for name in ("accelerate/multi_gpu", "accelerate/multi_gpu.yaml", "configs/accelerate/multi_gpu.yaml"):
-        assert said(monkeypatch, capsys, "path", name).strip() == str(ROOT / "configs/accelerate/multi_gpu.yaml")
+        assert output_of(monkeypatch, capsys, "path", name).strip() == str(ROOT / "configs/accelerate/multi_gpu.yaml")
     preset = str(find_file("autoencoder/quickstart"))
-    assert said(monkeypatch, capsys, "path", "autoencoder/quickstart").strip() == preset
+    assert output_of(monkeypatch, capsys, "path", "autoencoder/quickstart").strip() == preset

@@ -16,12 +16,12 @@ from pipelines.tools.cli import UserError
 from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer, hub  # noqa: F401  (a fixture)
 from training.publishing.hub import HubConfig, Publisher
 
-FAST = (0.05, 0.1, 0.2)  # seconds between attempts
+FAST = (0.05, 0.1, 0.2)  # seconds between attempts to upload
 
 
 @pytest.fixture(autouse=True)
 def quick_client(monkeypatch):
-    """The client's own retries within a request wait for seconds; ours are what is tested."""
+    """Shorten the client's own waits between retries of a request, which take seconds; ours are tested here."""
     from huggingface_hub.utils import _http
 
     monkeypatch.setattr(_http.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.02)))
@@ -105,7 +105,7 @@ def test_a_repo_of_somebody_else_that_can_be_read_is_refused(hub, tmp_path):  # 
 
 def test_no_token_at_all(hub, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match=r"no Hugging Face token was found; `hf auth login`"):
+    with pytest.raises(UserError, match=r"no Hugging Face token was found; run `hf auth login`"):
         make_publisher(tmp_path)[0].check()
 
 
@@ -142,7 +142,7 @@ def test_a_pipeline_goes_up_and_comes_back_from_an_empty_cache(hub, tmp_path, pi
     assert not (tmp_path / "run" / ".hub_queue").exists()
 
 
-def test_training_goes_on_while_an_upload_waits_and_what_is_uploaded_is_a_snapshot(hub, tmp_path, pipeline):  # noqa: F811
+def test_training_continues_while_an_upload_waits_and_a_snapshot_is_uploaded(hub, tmp_path, pipeline):  # noqa: F811
     publisher, _ = make_publisher(tmp_path)
     publisher.check()
     weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
@@ -209,7 +209,7 @@ def test_a_hub_that_dies_costs_one_warning_and_a_command_to_type(hub, tmp_path, 
         time.sleep(0.05)
     report = publisher.finish(timeout=30)
     assert report.missing == [""]
-    assert sum("failed, training goes on" in line for line in lines) == 1
+    assert sum("failed, training continues" in line for line in lines) == 1
     assert f"hf upload ada/posters {pipeline} ." in lines[-1]
 
 
@@ -240,7 +240,7 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
     publisher.check()
     publisher.upload(tmp_path / "nothing", "Step 10")
     assert publisher.finish(timeout=5).missing == [""]
-    assert "failed, training goes on" in lines[0]
+    assert "failed, training continues" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_finish_may_be_called_again_and_uploads_may_follow_it(hub, tmp_path, pip
     assert publisher.finish().uploaded == []
     publisher.upload(pipeline, "one")
     publisher.finish(timeout=30)
-    said = len(lines)
+    reported = len(lines)
     assert publisher.finish(timeout=30).uploaded == [""]
-    assert len(lines) == said  # the news are told once
+    assert len(lines) == reported  # each result is reported once
     (pipeline / "model_index.json").write_text('{"new": 1}')
     publisher.upload(pipeline, "two")
     publisher.finish(timeout=30)
@@ -309,7 +309,7 @@ def test_training_state_and_secrets_stay_at_home(hub, tmp_path, pipeline):  # no
     (pipeline / ".env").write_text("HF_TOKEN=...")
     (pipeline / "config.yaml").write_text(f"hub_token: {WRITE_TOKEN}\n")
     (pipeline / "tokenizer").mkdir()
-    (pipeline / "tokenizer" / "tokenizer.json").write_text("{}")  # `token` in a name is no secret
+    (pipeline / "tokenizer" / "tokenizer.json").write_text("{}")  # `token` in a name does not make it a secret
     publisher, lines = make_publisher(tmp_path)
     publisher.check()
     publisher.upload(pipeline, "Step 10")
@@ -326,7 +326,7 @@ def test_training_state_and_secrets_stay_at_home(hub, tmp_path, pipeline):  # no
 
 @pytest.mark.slow  # test_standalone.py does so with our own pipelines
 def test_diffusers_loads_a_pipeline_from_the_hub(hub: HubServer, tmp_path):  # noqa: F811
-    """What the server is for: from_pretrained of a repo that the real client uploaded."""
+    """Diffusers' from_pretrained loads a repository that the real client uploaded to the test server."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Model cards: valid for the Hub, true to the record, silent where it is silent."""
+"""Model cards: they are valid for the Hub, and state the facts of the record and no others."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def front_matter(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_a_card_says_what_the_record_says(folder):
+def test_a_card_states_the_facts_of_the_record(folder):
     text = write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
     assert front_matter(text) == {
         "library_name": "diffusers",
@@ -83,7 +83,7 @@ def test_a_card_says_what_the_record_says(folder):
         "![Samples](samples.png)",
         'DiffusionPipeline.from_pretrained("ada/posters-64", trust_remote_code=True)',
         'pipeline("a minimalist poster | blue")',
-        "1,900 training pictures",
+        "1,900 training images",
         "1,500 (25.4 epochs)",
         "1 h 2 min",
         "| validation loss | 0.4123 |",
@@ -110,8 +110,8 @@ def test_an_empty_record_makes_a_card_that_claims_nothing(tmp_path, template):
     before_code, _, after_code = text.split("---\n", 2)[2].split("```")
     assert "None" not in text
     assert "from scratch" not in text
-    assert "No figures were measured" in text
-    assert "has named no licence" in text
+    assert "No metrics were recorded" in text
+    assert "has not specified a licence" in text
     assert "license" not in front_matter(text)
     assert not any(character.isdigit() for character in before_code + after_code.split("---")[0])
 
@@ -146,7 +146,7 @@ def test_a_licence_that_the_hub_does_not_know_goes_under_other(folder):
     assert "apache-2.0" in HUB_LICENSES
 
 
-def test_a_local_folder_is_no_data_set_on_the_hub(folder, monkeypatch):
+def test_a_local_folder_is_not_a_dataset_on_the_hub(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "my" / "pictures").mkdir(parents=True)
     assert is_hub_dataset("ada/posters")
@@ -167,7 +167,7 @@ def test_samples_that_are_not_there_are_not_shown(folder):
     assert "samples.png" not in write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
 
 
-def test_memorization_is_told_when_it_was_measured(folder):
+def test_memorization_is_stated_when_it_was_measured(folder):
     record = {**RECORD, "memorization": {"copies": 3, "of_samples": 1000}}
     text = write_model_card(folder, "latent_diffusion.md.jinja", record).read_text()
     assert "copies 3, of samples 1,000" in text

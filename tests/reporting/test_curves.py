@@ -1,4 +1,4 @@
-"""Training curves from metrics.csv, whole, short, broken."""
+"""Training curves from complete, short and damaged metrics.csv files."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def write_metrics(path: Path, rows: int, header=HEADER) -> Path:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 30, 500])
-def test_a_picture_of_any_length_of_run(tmp_path, rows):
+def test_curves_of_runs_of_any_length(tmp_path, rows):
     path = draw_training_curves(write_metrics(tmp_path / "metrics.csv", rows), tmp_path / "curves.png", "a run")
-    picture = Image.open(path)
-    assert picture.width >= 1000
-    colors = {tuple(color) for color in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    image = Image.open(path)
+    assert image.width >= 1000
+    colors = {tuple(color) for color in np.asarray(image.convert("RGB")).reshape(-1, 3)}
     assert (0x3B, 0x6F, 0xB6) in colors  # the training loss is on it
     assert ((0xD1, 0x49, 0x5B) in colors) == (rows >= 10)  # and validation, where there was one
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.csv"]
@@ -69,7 +69,7 @@ def test_a_stage_with_two_phases_has_two_loss_panels(tmp_path):
         b'step,loss\n1,"unclosed quote\n2,3',
     ],
 )
-def test_a_file_with_nothing_to_draw_gives_no_picture_and_no_error(tmp_path, content):
+def test_a_file_with_nothing_to_draw_gives_no_image_and_no_error(tmp_path, content):
     (tmp_path / "metrics.csv").write_bytes(content)
     assert draw_training_curves(tmp_path / "metrics.csv", tmp_path / "curves.png") is None
     assert not (tmp_path / "curves.png").exists()

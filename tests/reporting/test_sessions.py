@@ -1,4 +1,4 @@
-"""The strip and the table that a run shows between sessions."""
+"""The strip of previews, the table of epochs and the next command at the end of a session."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COLORS = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#00ffff", "#ff00ff", "#80
 
 
 def colors_in(strip: Image.Image) -> list[str]:
-    """Of the grids, from left to right."""
-    found: list[str] = []
+    """Return the colours of the grids in a strip, from left to right."""
+    colors: list[str] = []
     y = strip.height // 2
     for x in range(strip.width):
         color = "#{:02x}{:02x}{:02x}".format(*strip.getpixel((x, y)))
-        if color in COLORS and (not found or found[-1] != color):
-            found.append(color)
-    return found
+        if color in COLORS and (not colors or colors[-1] != color):
+            colors.append(color)
+    return colors
 
 
 def save_grids(samples: Path, steps: list[int], steps_per_epoch: int) -> None:
@@ -50,8 +50,8 @@ def test_grids_stand_in_the_order_of_their_steps(tmp_path):
     assert colors_in(strip) == COLORS[:4]
     assert 4 * GRID_WIDTH < strip.width < 4 * (GRID_WIDTH + 20)
     save_png(strip, tmp_path / "progress.png")
-    assert colors_in(progress_strip(tmp_path, 4, 12)) == COLORS[:4], "the strip is none of the grids"
-    assert colors_in(progress_strip(tmp_path, 4, 9)) == COLORS[:2], "nor are those of steps undone"
+    assert colors_in(progress_strip(tmp_path, 4, 12)) == COLORS[:4], "the strip does not contain itself"
+    assert colors_in(progress_strip(tmp_path, 4, 9)) == COLORS[:2], "later grids of an earlier session are left out"
 
 
 def test_no_grids_no_strip_and_of_many_the_first_and_the_last_stay(tmp_path):
@@ -87,18 +87,24 @@ def test_a_long_table_is_cut_in_the_middle(tmp_path):
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "…", "28", "29", "30"]
 
 
-def test_the_report_says_what_is_done_and_what_to_type(tmp_path):
+def test_the_report_has_the_progress_and_the_next_command(tmp_path):
     file = metrics(tmp_path / "metrics.csv", 2)
     state = RunState(step=4, goal_steps=8, sessions=2, elapsed_seconds=3700)
     report = session_report(file, state, 2, "python training/train_decoder.py --config a.yaml", complete=False)
-    assert report.startswith("2 of 4 epochs (4 steps) in 2 sessions, 1:01:40 of training\n\n| epoch |")
-    assert report.endswith("\n\nTo go on: python training/train_decoder.py --config a.yaml")
+    assert report.startswith("Step 4 of 8 (epoch 2 of 4) after 2 sessions and 1:01:40 of training\n\n| epoch |")
+    assert report.endswith("\n\nTo resume: python training/train_decoder.py --config a.yaml")
     # All steps done, but stopped before the export: the same command finishes it.
     state.step = 8
-    assert session_report(file, state, 2, "python t.py", complete=False).endswith("To go on: python t.py")
+    assert session_report(file, state, 2, "python t.py", complete=False).endswith("To resume: python t.py")
     assert session_report(file, state, 2, "python t.py", complete=True).endswith(
-        "To go on: python t.py --extra_epochs 2"
+        "To train for more epochs: python t.py --extra_epochs 2"
     )
+
+
+def test_the_progress_of_a_long_run_is_easy_to_read(tmp_path):
+    state = RunState(step=1043, goal_steps=4000, sessions=1, elapsed_seconds=75)
+    progress, *_ = session_report(tmp_path / "none.csv", state, 11, "python t.py", complete=False).splitlines()
+    assert progress == "Step 1,043 of 4,000 (epoch 94.8 of 363.6) after 1 session and 1:15 of training"
 
 
 @pytest.mark.parametrize(
@@ -114,19 +120,19 @@ def test_the_report_says_what_is_done_and_what_to_type(tmp_path):
         ("python t.py --model.widths '[8, 16]'", False, "python t.py --model.widths '[8, 16]'"),
     ],
 )
-def test_the_next_command_goes_on_and_never_starts_anew(command, complete, expected):
+def test_the_next_command_continues_the_run_and_never_overwrites_it(command, complete, expected):
     assert next_command(command, complete) == expected
 
 
 def test_a_run_shows_its_sessions(tmp_path):
-    """The toy stage, as any other: a session of two epochs and one of one more."""
+    """The toy stage does so like any other: a session of two epochs, and then one more epoch."""
     forget_accelerate()
     first = toy(tmp_path / "run", "--num_train_epochs", "2")
-    assert "2 of 2 epochs" in first.stdout
+    assert "(epoch 2 of 2)" in first.stdout
     assert "--extra_epochs 2" in first.stdout.splitlines()[-1]
     toy(tmp_path / "run", "--extra_epochs", "1")
-    told = (tmp_path / "run/sessions.md").read_text()
-    assert "3 of 3 epochs" in told
-    assert "in 2 sessions" in told
-    assert [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("|")][2:] == ["1", "2", "3"]
-    assert "To go on: python tests/support/toy.py" in told
+    report = (tmp_path / "run/sessions.md").read_text()
+    assert "(epoch 3 of 3)" in report
+    assert "after 2 sessions" in report
+    assert [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")][2:] == ["1", "2", "3"]
+    assert "To train for more epochs: python tests/support/toy.py" in report

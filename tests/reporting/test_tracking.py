@@ -1,4 +1,4 @@
-"""Trackers: the real W&B client (offline), the real TensorBoard, read back from their files."""
+"""Trackers: the real W&B client (offline) and the real TensorBoard; their files are read back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ AWKWARD_CONFIG = {
 }
 
 
-def red_pictures(count: int) -> list[Image.Image]:
+def red_images(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (16, 16), (255, 0, 0)) for _ in range(count)]
 
 
@@ -86,7 +86,7 @@ def test_report_to_all_is_what_is_installed():
 def test_an_unknown_tracker_is_named_with_the_nearest_known_one():
     with pytest.raises(UserError, match=r"tensorbord.*did you mean 'tensorboard'"):
         parse_report_to("wandb,tensorbord")
-    with pytest.raises(UserError, match="stands alone"):
+    with pytest.raises(UserError, match="cannot be combined"):
         parse_report_to("wandb,none")
 
 
@@ -129,7 +129,7 @@ def test_numpy_and_torch_scalars_become_numbers():
 
 
 def wandb_records(run_dir: Path) -> list[Any]:
-    """Every record of every offline run under `run_dir`, in order (W&B's files are LevelDB logs of protobufs)."""
+    """Read all records of all offline runs under `run_dir`, in order (W&B's files are LevelDB logs of protobufs)."""
     from wandb.proto import wandb_internal_pb2
 
     records = []
@@ -169,7 +169,7 @@ def test_wandb_without_a_login_records_offline_in_the_run_folder_and_continues_w
     first = start_trackers(["wandb"], **common)
     for step in range(1, 6):
         first.log({"loss": 1 / step, "text": "no number"}, step)
-    first.log_images(red_pictures(2), ["a red square"], 5)
+    first.log_images(red_images(2), ["a red square"], 5)
     first.summary({"psnr": 30.5, "best": {"step": 3}})
     first.finish()
     time.sleep(1.1)  # W&B names its folders by the second
@@ -248,14 +248,14 @@ def test_wandb_never_asks_even_at_a_terminal(tmp_path):
 # --- TensorBoard ---------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_files_hold_metrics_pictures_config_and_summary(tmp_path):
+def test_tensorboard_files_hold_metrics_images_config_and_summary(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     common = {"project": "p", "run_name": "r", "run_dir": tmp_path, "config": AWKWARD_CONFIG}
     first = start_trackers(["tensorboard"], **common)
     for step in range(1, 6):
         first.log({"loss": 1 / step}, step)
-    first.log_images(red_pictures(3), ["one", "two", "three"], 5)
+    first.log_images(red_images(3), ["one", "two", "three"], 5)
     first.finish()
     second = start_trackers(["tensorboard"], previous_id=first.run_id, first_step=3, **common)
     for step in range(3, 7):
@@ -276,7 +276,7 @@ def test_tensorboard_files_hold_metrics_pictures_config_and_summary(tmp_path):
 
 
 class BrokenService:
-    """Stands for a service, not for a part of ours: it worked, then stopped answering."""
+    """A stand-in for an external service that has stopped answering."""
 
     name, run_id = "service", "abc"
 
@@ -297,7 +297,7 @@ def test_a_tracker_that_fails_warns_once_is_given_up_and_never_raises():
     trackers.add(service)  # type: ignore[arg-type]
     for step in range(10):
         trackers.log({"loss": math.inf}, step)
-    trackers.log_images(red_pictures(1), [], 3)
+    trackers.log_images(red_images(1), [], 3)
     trackers.summary({})
     trackers.finish()
     assert len(lines) == 1
@@ -309,7 +309,7 @@ def test_a_tracker_that_fails_warns_once_is_given_up_and_never_raises():
 def test_a_tracker_that_cannot_start_costs_one_warning(tmp_path):
     lines: list[str] = []
     blocked = tmp_path / "file"
-    blocked.write_text("a file where a folder is wanted")
+    blocked.write_text("a file where a folder is expected")
     trackers = start_trackers(
         ["tensorboard"], project="p", run_name="r", run_dir=blocked, config={}, notify=lines.append
     )

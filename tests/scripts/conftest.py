@@ -1,4 +1,4 @@
-"""Forty real posters with their tokenizer, made once, and tiny models."""
+"""Fixtures: forty real posters with their tokenizer, made once, and flags for tiny models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training.api: thin names over what the scripts use, and the example of docs/api.md as it stands there."""
+"""training.api: it gives the losses, models and data of the scripts, and the example in docs/api.md runs as written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config_file(tmp_path, autoencoder_flags) -> Path:
 
 
 def test_the_losses_are_those_of_a_run(tmp_path, config_file, autoencoder_flags):
-    """Three steps by hand, with everything from the api, against the script's own."""
+    """Three steps of a handwritten loop over the API give the losses of the training script."""
     flags = ("--max_train_steps", "3", "--max_grad_norm", "0", "--gradient_accumulation_steps", "1")
     forget_accelerate()
     assert train_autoencoder.main([*autoencoder_flags, *flags, "--output_dir", str(tmp_path / "run")]) == 0
@@ -77,13 +77,13 @@ def test_one_config_is_one_stage(config_file):
         api.build_dataset(config, "test")
 
 
-def test_a_config_of_a_file_a_run_and_a_stage_by_name(tmp_path, config_file, autoencoder):
+def test_load_config_takes_a_file_a_run_or_a_stage_by_name(tmp_path, config_file, autoencoder):
     config = api.load_config(config_file, learning_rate=1e-5, **{"model.latent_channels": 8, "train_data_dir": None})
     assert (config.learning_rate, config.model.latent_channels, config.train_data_dir) == (1e-5, 8, None)
     assert type(api.load_config(autoencoder)) is type(config)
     (tmp_path / "mine.yaml").write_text("learning_rate: 1.0e-3\n")
     assert type(api.load_config(tmp_path / "mine.yaml", stage="autoencoder")) is type(config)
-    with pytest.raises(UserError, match="could be of"):
+    with pytest.raises(UserError, match="could belong to"):
         api.load_config(tmp_path / "mine.yaml")
     with pytest.raises(UserError, match="learning_rate"):
         api.load_config(config_file, learning_rat=1)
@@ -114,7 +114,7 @@ def test_the_device_is_the_one_runs_are_on(monkeypatch):
 
 
 def test_the_documented_example_runs(tmp_path, posters, monkeypatch, capsys):
-    """On forty posters, where the guide's config would draw 2,000."""
+    """It runs on forty posters; the config in the guide would draw 2,000."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/posters_64").symlink_to(posters)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -1,4 +1,4 @@
-"""train_autoencoder.py with heads: each loss trains what it should and nothing else; the run shows what was read."""
+"""train_autoencoder.py with heads: each loss trains what it should and nothing else; the run shows the predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADVERSARIAL = ("--adversarial_weight", "0.1", "--discriminator_start", "0")
 ENCODER = ("encoder.", "quant_conv.")
 FEATURES = ("post_quant_conv.", "decoder.body.")
 IMAGE = ("decoder.body.conv_out.", "decoder.shortcut.")
-# What each loss trains: beginnings of names of the autoencoder's parameters, and of those among them that it does not.
+# For each loss, prefixes of the names of the autoencoder's parameters that it trains, and prefixes of the exceptions.
 REACHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(("l1", "l2", "perceptual", "adversarial"), ((*ENCODER, *FEATURES, *IMAGE), ())),
     "kl": (ENCODER, ()),
@@ -61,7 +61,7 @@ def stage_of(*words: str) -> train_autoencoder.AutoencoderStage:
 
 @pytest.fixture(scope="module")
 def everything(autoencoder_flags, backbone) -> train_autoencoder.AutoencoderStage:
-    """A stage with every loss there is, its frozen parts frozen as the loop does it."""
+    """A stage with all losses, whose frozen parts are frozen in the same way as by the loop."""
     perceptual = ("--perceptual_weight", "0.5", "--perceptual_backbone", str(backbone), "--l2_weight", "2")
     stage = stage_of(*autoencoder_flags, *HEADS, *ADVERSARIAL, *perceptual, "--learned_loss_weights", "true")
     for module in stage.frozen:
@@ -71,7 +71,7 @@ def everything(autoencoder_flags, backbone) -> train_autoencoder.AutoencoderStag
 
 @pytest.fixture
 def clean(everything) -> Iterator[train_autoencoder.AutoencoderStage]:
-    """The stage without gradients, and again without them after."""
+    """The stage, without gradients before and after the test."""
     for phase in everything.phases:
         phase.zero_grad()
     yield everything
@@ -94,8 +94,8 @@ def test_a_loss_reaches_the_parameters_it_should_and_no_others(clean, name):
     begins, excepted = REACHES[name]
     names = {n for n, _ in clean.autoencoder.named_parameters()}
     expected = {n for n in names if n.startswith(begins) and not n.startswith(excepted or "-")}
-    found = reached(clean.autoencoder)
-    assert found == expected, (sorted(found - expected), sorted(expected - found))
+    result = reached(clean.autoencoder)
+    assert result == expected, (sorted(result - expected), sorted(expected - result))
     assert {n for n in reached(generator) if n.startswith("loss_weights")} == set()
     assert all(p.grad is None for p in discriminator.parameters())
     assert all(p.grad is None for module in clean.frozen for p in module.parameters())
@@ -117,12 +117,12 @@ def test_the_discriminators_loss_reaches_the_discriminator_alone(clean):
     generator, discriminator = clean.phases
     discriminator(*first_batch(clean))[0].backward()
     assert all(p.grad is None for p in generator.parameters())
-    # Weights only: within the hinge's margin the last bias gets -1 from real and +1 from fake pictures.
+    # Weights only: within the margin of the hinge loss, the last bias gets -1 from real and +1 from fake images.
     assert {n for n, p in discriminator.named_parameters() if p.ndim > 1} <= reached(discriminator)
 
 
 def test_learned_weights_start_with_the_gradients_of_fixed_ones(autoencoder_flags):
-    """Both stages have the same weights, because nothing random depends on how losses are weighed."""
+    """Both stages have the same weights, because nothing random depends on how the losses are weighted."""
     words = (*autoencoder_flags, *HEADS, "--l2_weight", "2", "--segmentation_weight", "0.3")
     gradients = []
     for learned in ("false", "true"):
@@ -159,14 +159,14 @@ def test_every_part_moves(run):
 
 
 def test_metrics_have_the_total_each_part_and_each_weight(run):
-    found = rows(run)
+    logged = rows(run)
     parts = {"loss", "l1", "kl", "adversarial", "segmentation", "classification"}
     weights = {f"weight_{name}" for name in ("reconstruction", "segmentation", "classification")}
-    assert all(row[name] for row in found for name in parts | weights)
-    assert float(found[0]["weight_segmentation"]) == pytest.approx(0.01, rel=0.05)
-    validated = {name: float(value) for name, value in found[-1].items() if name.startswith("val_")}
-    figures = {"val_psnr", "val_ssim", "val_pixel_accuracy", "val_mean_iou", "val_top1_accuracy"}
-    assert figures <= validated.keys()
+    assert all(row[name] for row in logged for name in parts | weights)
+    assert float(logged[0]["weight_segmentation"]) == pytest.approx(0.01, rel=0.05)
+    validated = {name: float(value) for name, value in logged[-1].items() if name.startswith("val_")}
+    metrics = {"val_psnr", "val_ssim", "val_pixel_accuracy", "val_mean_iou", "val_top1_accuracy"}
+    assert metrics <= validated.keys()
     assert 0 < validated["val_mean_iou"] <= validated["val_pixel_accuracy"] <= 1
     assert validated["val_top1_accuracy"] * 4 == pytest.approx(round(validated["val_top1_accuracy"] * 4))
 
@@ -188,9 +188,9 @@ def test_the_grid_shows_masks_in_the_colours_of_their_classes(run):
 
 def test_the_runs_pipeline_keeps_the_heads_and_its_card_names_the_classes(run, posters):
     config = DataConfig(dataset_name=str(posters))
-    pictures = [row["image"] for row in load_split(config, "validation", 0)]
+    images = [row["image"] for row in load_split(config, "validation", 0)]
     pipeline = load_pipeline(run)
-    masks, classes = pipeline.segment(pictures, output_type="np"), pipeline.classify(pictures)
+    masks, classes = pipeline.segment(images, output_type="np"), pipeline.classify(images)
     assert masks.shape == (4, 64, 64)
     assert masks.max() < 6
     assert all(set(shares) == set(STYLES) for shares in classes)

@@ -1,6 +1,7 @@
-"""What a user can get wrong: one message that names it, exit status 2, no traceback, and nothing trained.
+"""Mistakes of users: each gives one message that names it, exit status 2, no traceback, and no training.
 
-Most cases run `main` as the program's entry point does, in this process; one of each kind as a process of its own.
+Most cases call `main` in this process, as the entry point of the program does; one of each kind runs in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from training import train_autoencoder, train_latent_diffusion
 
 
 def refusal(script, words: list[str], capfd) -> str:
-    """The message with which `script` refuses `words`."""
+    """Run `script` with `words`, and return the error message with which it refuses them."""
     forget_accelerate()
     capfd.readouterr()
     with pytest.raises(SystemExit) as left:
         entry_point(lambda: script.main(words))
-    said = capfd.readouterr()
-    assert left.value.code == 2, said.err
-    assert "Traceback" not in said.out + said.err
-    messages = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1, said.err
-    return said.err[said.err.index("error: ") :]
+    output = capfd.readouterr()
+    assert left.value.code == 2, output.err
+    assert "Traceback" not in output.out + output.err
+    messages = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, output.err
+    return output.err[output.err.index("error: ") :]
 
 
 def nothing_was_trained(folder: Path) -> bool:
@@ -39,8 +40,8 @@ def nothing_was_trained(folder: Path) -> bool:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """An imagefolder of twelve pictures with captions."""
+def image_folder(tmp_path) -> Path:
+    """A folder of twelve images with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +58,7 @@ def write_captions(folder: Path, captions: list[str | None]) -> None:
 
 
 SEGMENTATION = ("--heads", "[segmentation]", "--mask_column", "color_role")
-# Words to add to a run that would train, and what the message must name.
+# Flags that make an otherwise valid run fail, and the words that the message must contain.
 AUTOENCODER = {
     "missing dataset": (["--dataset_name", "nowhere/at-all-of-it/x"], ["nowhere", "--dataset_name"]),
     "missing folder": (["--dataset_name", "", "--train_data_dir", "/nowhere"], ["/nowhere"]),
@@ -78,7 +79,7 @@ AUTOENCODER = {
     "backbone that is none": (["--perceptual_weight", "1", "--perceptual_backbone", "/nowhere"], ["/nowhere"]),
     "patches for a stock class": (["--model.class_name", "AutoencoderKL"], ["--model.patch_size 4"]),
     "no masks": (["--heads", "[segmentation]"], ["'mask'", "--mask_column"]),
-    "masks that are no classes": ([*SEGMENTATION, "--mask_column", "text_mask"], ["'text_mask'", "at least two"]),
+    "masks that do not hold classes": ([*SEGMENTATION, "--mask_column", "text_mask"], ["'text_mask'", "at least two"]),
     "mask ids beyond the head": ([*SEGMENTATION, "--num_mask_classes", "3"], ["'color_role'", "beyond the 3 classes"]),
     "too few names": ([*SEGMENTATION, "--num_mask_classes", "6", "--mask_class_names", "[a,b]"], ["2 names", "is 6"]),
     "unknown head": (["--heads", "[segmentaton]"], ["--heads", "segmentaton"]),
@@ -128,10 +129,10 @@ def test_train_latent_diffusion(tmp_path, diffusion_flags, capfd, name):
 
 
 @pytest.mark.parametrize("kind", ["broken", "not an image", "empty"])
-def test_a_broken_picture_is_named(tmp_path, pictures, autoencoder_flags, capfd, kind):
-    file = pictures / "7.png"
+def test_a_broken_image_is_named(tmp_path, image_folder, autoencoder_flags, capfd, kind):
+    file = image_folder / "7.png"
     file.write_bytes({"broken": file.read_bytes()[:200], "not an image": b"hello", "empty": b""}[kind])
-    words = [*autoencoder_flags, "--dataset_name", "", "--train_data_dir", str(pictures)]
+    words = [*autoencoder_flags, "--dataset_name", "", "--train_data_dir", str(image_folder)]
     message = refusal(train_autoencoder, [*words, "--output_dir", str(tmp_path / "run")], capfd)
     assert "7.png" in message
     assert "--on_bad_sample skip" in message
@@ -142,9 +143,9 @@ def test_a_broken_picture_is_named(tmp_path, pictures, autoencoder_flags, capfd,
 
 
 @pytest.mark.parametrize("caption", ["", "  ", None])
-def test_an_empty_caption_is_named(tmp_path, pictures, diffusion_flags, capfd, caption):
-    write_captions(pictures, [caption if row == 5 else f"number {row}" for row in range(12)])
-    words = [*diffusion_flags, "--dataset_name", "", "--train_data_dir", str(pictures)]
+def test_an_empty_caption_is_named(tmp_path, image_folder, diffusion_flags, capfd, caption):
+    write_captions(image_folder, [caption if row == 5 else f"number {row}" for row in range(12)])
+    words = [*diffusion_flags, "--dataset_name", "", "--train_data_dir", str(image_folder)]
     message = refusal(train_latent_diffusion, [*words, "--output_dir", str(tmp_path / "run")], capfd)
     assert "row 5" in message
     assert "caption" in message
@@ -214,7 +215,7 @@ def test_a_mistake_in_the_data_as_a_process(tmp_path, autoencoder_flags):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once_by_two_processes(tmp_path, autoencoder_flags):
+def test_a_mistake_is_reported_once_by_two_processes(tmp_path, autoencoder_flags):
     flags = (*autoencoder_flags, "--output_dir", str(tmp_path / "run"), "--train_batch_size", "64")
     done = launch(ROOT / "training/train_autoencoder.py", *flags, processes=2, timeout=120)
     assert done.returncode != 0

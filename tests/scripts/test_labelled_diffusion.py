@@ -1,4 +1,4 @@
-"""Labelled latent diffusion on cached latents: balanced, previewed by the frozen decoder, and fine-tuned in parts."""
+"""Class-conditional latent diffusion on cached latents: balanced, previewed through the VAE, and partly fine-tuned."""
 
 from __future__ import annotations
 

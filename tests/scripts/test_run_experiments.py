@@ -1,4 +1,4 @@
-"""run_experiments.py as users start it: six tiny experiments, one that fails, a stop, and the same command again."""
+"""run_experiments.py as users start it: six tiny experiments of which one fails, a stop, and resuming the series."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXPERIMENTS = {
 
 @pytest.fixture
 def configs(tmp_path, diffusion_flags) -> list[str]:
-    """The tiny flags of these tests as six files that differ in a setting each."""
+    """The tiny flags of these tests as six files, which differ in one setting each."""
     base = parse_config(config_class("latent_diffusion"), [*diffusion_flags, "--max_train_steps", "6"]).to_dict()
     files = []
     for name, changed in EXPERIMENTS.items():
@@ -50,7 +50,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def test_six_experiments_with_one_command(tmp_path, configs):
-    """One names a column that is not there, which only its data can tell: it fails, and the others go on."""
+    """One names a missing column, which is noticed when its data are opened: it fails, and the others still run."""
     done = launch(SCRIPT, *configs, "--num_samples", "3", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -67,20 +67,20 @@ def test_six_experiments_with_one_command(tmp_path, configs):
             assert float(rows[name][column]) > 0, (name, column)
     text = (tmp_path / "runs/comparison.md").read_text()
     assert "cannot be compared between rows that differ in prediction_type" in text
-    picture = Image.open(tmp_path / "runs/comparison.png")
-    assert picture.width > 3 * 192
-    assert picture.height > 5 * 192
-    assert len(set(picture.resize((64, 64)).getdata())) > 50
+    image = Image.open(tmp_path / "runs/comparison.png")
+    assert image.width > 3 * 192
+    assert image.height > 5 * 192
+    assert len(set(image.resize((64, 64)).getdata())) > 50
     before = {name: (tmp_path / f"runs/{name}/record.json").stat().st_mtime_ns for name in outcomes}
     again = launch(SCRIPT, *configs, "--print_commands", cwd=tmp_path)
     assert again.stdout.count("# finished") == len(outcomes)
     done = launch(SCRIPT, *(file for file in configs if "misspelt" not in file), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == len(outcomes)
+    assert done.stdout.count("already finished") == len(outcomes)
     assert {name: (tmp_path / f"runs/{name}/record.json").stat().st_mtime_ns for name in outcomes} == before
 
 
-def test_a_stop_reaches_the_run_and_the_same_command_goes_on(tmp_path, configs):
+def test_a_stop_reaches_the_run_and_the_same_command_resumes(tmp_path, configs):
     flags = [*configs[:2], "--num_samples", "2", "--", "--max_train_steps", "400", "--checkpointing_epochs", "0"]
     series = subprocess.Popen(
         command(SCRIPT, *flags), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -92,14 +92,14 @@ def test_a_stop_reaches_the_run_and_the_same_command_goes_on(tmp_path, configs):
     series.send_signal(signal.SIGTERM)
     output, errors = series.communicate(timeout=300)
     assert series.returncode == 75, errors
-    assert "the same command goes on with it" in output
+    assert "run the same command again to resume it" in output
     assert not (tmp_path / "runs/narrow").exists()
     rows = table(tmp_path / "runs")
     assert (rows["base"]["outcome"], rows["narrow"]["outcome"]) == ("unfinished", "not begun")
     stopped_at = json.loads((tmp_path / "runs/base/checkpoints/latest/trainer_state.json").read_text())["step"]
     assert 0 < stopped_at < 400
-    goes_on = [*configs[:2], "--num_samples", "2", "--", "--max_train_steps", str(stopped_at + 2)]
-    done = launch(SCRIPT, *goes_on, cwd=tmp_path)
+    resumed = [*configs[:2], "--num_samples", "2", "--", "--max_train_steps", str(stopped_at + 2)]
+    done = launch(SCRIPT, *resumed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"at step {stopped_at}" in done.stdout + done.stderr
     assert {row["steps"] for row in table(tmp_path / "runs").values()} == {str(stopped_at + 2)}

@@ -36,9 +36,9 @@ def config_of(flags, *more: str) -> train_autoencoder.Config:
     return parse_config(train_autoencoder.Config, [*flags, *more])
 
 
-def reconstructed(pipeline, pictures) -> np.ndarray:
+def reconstructed(pipeline, images) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(pictures, output_type="np").images
+    return pipeline(images, output_type="np").images
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +57,24 @@ def test_the_run_folder_is_complete(launched):
     assert {p.name for p in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
     samples = {"epoch_0001.png", "epoch_0002.png", "progress.png"}
     assert {p.name for p in (launched / "samples").iterdir()} == samples
-    with Image.open(launched / "pipeline/samples.png") as picture:
-        assert picture.size > (64, 64)
+    with Image.open(launched / "pipeline/samples.png") as image:
+        assert image.size > (64, 64)
     last = rows(launched)[-1]
     assert {"loss", "l1", "kl", "val_loss", "val_psnr", "val_ssim"} <= {name for name, value in last.items() if value}
     assert f"{float(last['val_psnr']):.1f}"[:3] in (launched / "pipeline/README.md").read_text()
 
 
 def test_the_pipeline_loads_here_and_as_remote_code_alike(launched, posters):
-    pictures = [row["image"] for row in load_split(config_of(["--dataset_name", str(posters)]), "validation", 0)]
-    ours = reconstructed(load_pipeline(launched), pictures)
-    theirs = reconstructed(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True), pictures)
+    images = [row["image"] for row in load_split(config_of(["--dataset_name", str(posters)]), "validation", 0)]
+    ours = reconstructed(load_pipeline(launched), images)
+    theirs = reconstructed(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True), images)
     assert ours.shape == (4, 64, 64, 3)
     assert np.array_equal(ours, theirs)
     module = type(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True)).__module__
     assert module.startswith("diffusers_modules")
 
 
-def test_latents_have_the_statistics_that_its_config_says(launched, autoencoder_flags):
+def test_latents_have_the_statistics_in_the_config_of_the_model(launched, autoencoder_flags):
     vae = load_pipeline(launched).vae
     config = config_of(autoencoder_flags)
     data = ImageDataset(load_split(config, "train", 0), config, captions=False, augment=False)
@@ -87,7 +87,7 @@ def test_latents_have_the_statistics_that_its_config_says(launched, autoencoder_
 
 
 def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, autoencoder_flags, monkeypatch):
-    """Accumulating over two micro-batches; a SIGTERM in the second step of the second epoch."""
+    """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
     import signal
 
     forward = train_autoencoder.AutoencoderPhase.forward
@@ -132,9 +132,9 @@ def test_with_discriminator_and_perceptual_loss_every_part_trains_and_the_rest_s
     until = load_tensors(second / names[1])
     assert all(torch.equal(before[names[1]][k], until[k]) for k in until), "the discriminator starts with its step"
     assert not any("perceptual" in key or "backbone" in key for key in tensors(tmp_path / "run"))
-    found = rows(tmp_path / "run")
-    assert [bool(row["adversarial"]) for row in found] == [False, False, True, True]
-    assert all(float(row["perceptual"]) > 0 for row in found)
+    logged = rows(tmp_path / "run")
+    assert [bool(row["adversarial"]) for row in logged] == [False, False, True, True]
+    assert all(float(row["perceptual"]) > 0 for row in logged)
 
 
 def test_the_generators_loss_gives_the_discriminator_no_gradient(autoencoder_flags):
@@ -153,7 +153,7 @@ def test_the_generators_loss_gives_the_discriminator_no_gradient(autoencoder_fla
     generator.zero_grad()
     discriminator(batch, Draws(0, 0, range(2)))[0].backward()
     assert all(p.grad is None for p in generator.parameters())
-    # Weights only: within the hinge's margin the last bias gets -1 from real and +1 from fake pictures.
+    # Weights only: within the margin of the hinge loss, the last bias gets -1 from real and +1 from fake images.
     assert all(p.grad is not None and p.grad.any() for p in discriminator.parameters() if p.ndim > 1)
 
 

@@ -1,4 +1,4 @@
-"""train_controlnet.py as users start it: the base stays, the control is measured, sessions add up, mistakes are told.
+"""train_controlnet.py as users start it: the base model stays unchanged, control metrics, resuming, and user errors.
 
 B samples, C control channels, H W pixels.
 """
@@ -45,7 +45,7 @@ TINY = (
 MASKS = ("--conditioning_image_column", "[text_mask, image_mask]")
 ROLES = ("--conditioning_image_column", "color_role", "--conditioning_classes", "6")
 PROMPT = "a minimalist poster, blue on cream, one picture"
-FIGURES = {
+METRICS = {
     "val_loss", "val_loss_without_control", "val_loss_shuffled_control", "val_control_sensitivity",
     "val_shuffled_sensitivity", "val_control_gain_in_standard_errors", "val_control_iou", "val_shuffled_iou",
     "val_iou_gain_in_standard_errors",
@@ -114,7 +114,7 @@ def launched(tmp_path_factory, flags) -> Path:
 
 @pytest.fixture(scope="module")
 def of_decoder(tmp_path_factory, decoder_flags) -> Path:
-    """Four steps on the decoder, by class ids."""
+    """A run of four steps on the poster decoder, controlled by class ids."""
     folder = tmp_path_factory.mktemp("of_decoder") / "run"
     assert train(folder, decoder_flags, "--fusion_mode", "cross_attention") == 0
     return folder
@@ -134,14 +134,14 @@ def test_the_run_folder_is_complete(launched):
 
 
 @pytest.mark.parametrize("run", ["launched", "of_decoder"])
-def test_every_row_has_its_figures(request, run):
-    found = rows(request.getfixturevalue(run))
-    assert [int(row["step"]) for row in found] == list(range(1, len(found) + 1))
-    assert all(math.isfinite(float(row["loss"])) for row in found)
-    at_epochs = found[3::4]
-    assert len(at_epochs) == len(found) // 4
+def test_every_row_has_its_metrics(request, run):
+    logged = rows(request.getfixturevalue(run))
+    assert [int(row["step"]) for row in logged] == list(range(1, len(logged) + 1))
+    assert all(math.isfinite(float(row["loss"])) for row in logged)
+    at_epochs = logged[3::4]
+    assert len(at_epochs) == len(logged) // 4
     for row in at_epochs:
-        values = {name: float(row[name]) for name in FIGURES}
+        values = {name: float(row[name]) for name in METRICS}
         assert all(math.isfinite(value) for value in values.values())
         assert all(0 <= values[name] <= 1 for name in ("val_control_iou", "val_shuffled_iou"))
         assert values["val_control_sensitivity"] > 0
@@ -149,7 +149,7 @@ def test_every_row_has_its_figures(request, run):
 
 
 def test_the_base_alone_is_the_same_throughout(launched):
-    """The figure without control is the base's own, which nobody trains."""
+    """The loss without control is that of the base model, which is not trained."""
     assert len({row["val_loss_without_control"] for row in rows(launched) if row["val_loss"]}) == 1
 
 
@@ -168,7 +168,7 @@ def test_only_the_controlnet_is_trained_and_all_of_it(tmp_path, flags, launched)
     names = {name.split(":")[1].split(".")[0] for name in tensors(launched, "phase_controlnet.safetensors")}
     assert names == {"controlnet"}
     saved = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "99", "--preview_epochs", "0")
-    # Without weight decay a parameter moves by its gradient alone.
+    # Without weight decay, only gradients change a parameter.
     train(tmp_path / "run", flags, *saved, "--weight_decay", "0", "--num_train_epochs", "2")
     first, last = (
         load_tensors(tmp_path / f"run/checkpoints/step-{step:08d}/phase_controlnet.safetensors") for step in (1, 8)
@@ -176,11 +176,11 @@ def test_only_the_controlnet_is_trained_and_all_of_it(tmp_path, flags, launched)
     assert [key for key in first if torch.equal(first[key], last[key])] == []
 
 
-def test_the_pipeline_holds_the_averages(launched):
-    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+def test_the_pipeline_has_the_ema_weights(launched):
+    ema = load_tensors(launched / "checkpoints/latest/ema.safetensors")
     for folder in (launched / "pipeline", launched / "checkpoints/latest/pipeline"):
-        found = load_tensors(folder / "controlnet/diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, average[f"controlnet.{name}"]) for name, tensor in found.items())
+        exported = load_tensors(folder / "controlnet/diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, ema[f"controlnet.{name}"]) for name, tensor in exported.items())
 
 
 def test_the_pipeline_draws_here_and_as_remote_code_alike(launched, base, posters):
@@ -188,7 +188,7 @@ def test_the_pipeline_draws_here_and_as_remote_code_alike(launched, base, poster
                      "validation", 0)[0]  # fmt: skip
     masks = [row["text_mask"], row["image_mask"]]
 
-    def drawn(pipeline, **control) -> np.ndarray:
+    def generate(pipeline, **control) -> np.ndarray:
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         return pipeline(PROMPT, num_inference_steps=3, generator=generator, output_type="np", **control).images
@@ -196,19 +196,19 @@ def test_the_pipeline_draws_here_and_as_remote_code_alike(launched, base, poster
     ours = load_pipeline(launched)
     assert type(ours) is FusionControlNetPipeline
     assert list(ours.controlnet.config.control_names) == ["text_mask", "image_mask"]
-    steered = drawn(ours, control_image=masks)
+    steered = generate(ours, control_image=masks)
     assert steered.shape == (1, 64, 64, 3)
     theirs = DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True)
-    assert np.array_equal(drawn(theirs, control_image=masks), steered)
-    assert np.array_equal(drawn(ours), drawn(load_pipeline(base)))
-    assert not np.array_equal(drawn(ours), steered)
+    assert np.array_equal(generate(theirs, control_image=masks), steered)
+    assert np.array_equal(generate(ours), generate(load_pipeline(base)))
+    assert not np.array_equal(generate(ours), steered)
 
 
 # --- sessions
 
 
 def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, flags, monkeypatch):
-    """Accumulating over two micro-batches; a SIGTERM in the second step of the second epoch."""
+    """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
     forward = train_controlnet.ControlNetPhase.forward
 
     def signalled(self, batch, draws):
@@ -224,13 +224,13 @@ def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, flags, monkeyp
     assert_same_state(tmp_path / "run", launched)
 
 
-def test_init_from_takes_the_controlnet_alone_and_starts_anew(tmp_path, launched, flags):
+def test_init_from_takes_only_the_controlnet_weights(tmp_path, launched, flags):
     more = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
     train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
     source = load_tensors(launched / "pipeline/controlnet/diffusion_pytorch_model.safetensors")
-    found = tensors(tmp_path / "run", "phase_controlnet.safetensors")
+    trained = tensors(tmp_path / "run", "phase_controlnet.safetensors")
     for name, tensor in source.items():
-        assert torch.allclose(found[f"phase_controlnet.safetensors:controlnet.{name}"], tensor, atol=1e-9), name
+        assert torch.allclose(trained[f"phase_controlnet.safetensors:controlnet.{name}"], tensor, atol=1e-9), name
     assert rows(tmp_path / "run")[-1]["step"] == "1"
 
 
@@ -257,7 +257,7 @@ def test_class_ids_are_one_hot(of_decoder, decoder_flags, posters):
 
 @pytest.mark.parametrize("mode", FUSION_MODES)
 def test_before_the_first_step_the_control_changes_nothing(flags, mode, caplog):
-    """In every mode the three losses are the base's own, to the bit, and the run says so."""
+    """In every mode the three losses equal that of the base model, bit for bit, and the run warns about it."""
     stage = stage_of(flags, "--fusion_mode", mode)
     batch = fetch(stage.validation_data(), [SampleKey(i, i) for i in range(4)])
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_controls_are_dropped_per_sample_at_the_rate_asked_for_and_never_in_vali
     assert all(all(shown.tolist()) for shown in seen)
 
 
-def test_previews_are_of_the_resolution_trained_at_whatever_that_of_the_base(flags):
+def test_previews_have_the_training_resolution_even_if_the_base_has_another(flags):
     stage = stage_of(flags, "--resolution", "32")
     shown = stage.previews()
     assert {image.size for image in shown.images} == {(32, 32)}
@@ -305,11 +305,11 @@ def test_previews_are_of_the_resolution_trained_at_whatever_that_of_the_base(fla
 
 @pytest.fixture(scope="module")
 def other_size(tmp_path_factory) -> Path:
-    """Captioned pictures with control images of half their size, in the last row."""
+    """Captioned images with control images, of which the last one has half the size of its image."""
     folder = tmp_path_factory.mktemp("sizes") / "data"
-    pictures = [PILImage.new("RGB", (64, 64))] * 16
-    controls = [*pictures[1:], PILImage.new("RGB", (32, 32))]
-    table = Dataset.from_dict({"image": pictures, "text": ["a poster"] * 16, "conditioning_image": controls})
+    images = [PILImage.new("RGB", (64, 64))] * 16
+    controls = [*images[1:], PILImage.new("RGB", (32, 32))]
+    table = Dataset.from_dict({"image": images, "text": ["a poster"] * 16, "conditioning_image": controls})
     table = table.cast_column("image", Image()).cast_column("conditioning_image", Image())
     DatasetDict({"train": table}).save_to_disk(folder)
     return folder
@@ -335,7 +335,7 @@ REFUSED = {
     "no columns": (["--conditioning_image_column", "[]"], ["--conditioning_image_column"]),
     "a column that is not there": (["--conditioning_image_column", "mask"], ["'mask'", "--conditioning_image_column"]),
     "a column of numbers": (["--conditioning_image_column", "energy"], ["'energy'", "--conditioning_image_column"]),
-    "a reader of masks for pictures": (["--conditioning_image_column", "image"], ["--reader", "kind image"]),
+    "a reader of masks for images": (["--conditioning_image_column", "image"], ["--reader", "kind image"]),
     "a reader of other masks": (
         ["--conditioning_image_column", "[text_mask, hierarchy]"], ["--reader", "hierarchy", "text_mask and image_mask"]
     ),
@@ -344,14 +344,14 @@ REFUSED = {
     "a reader that is none": (["--reader", "BASE"], ["--reader"]),
     "weights of another mode": (["--init_from", "RUN", "--fusion_mode", "gated"], ["--init_from", "another model"]),
     "weights for another base": (["--init_from", "OF_DECODER"], ["--init_from", "another model"]),
-    "weights that are no ControlNet": (["--init_from", "BASE"], ["--init_from", "has no controlnet"]),
+    "weights without a ControlNet": (["--init_from", "BASE"], ["--init_from", "has no controlnet"]),
     "an unknown mode": (["--fusion_mode", "multiply"], ["multiply", "--fusion_mode", "cross_attention"]),
     "dropout": (["--control_dropout", "1.5"], ["--control_dropout is 1.5"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_one_message(request, tmp_path, flags, capfd, name):
+def test_an_invalid_configuration_is_one_message(request, tmp_path, flags, capfd, name):
     fixtures = {"AUTOENCODER": "autoencoder", "BASE": "base", "RUN": "launched", "OF_DECODER": "of_decoder",
                 "DECODER": "decoder",
                 "OTHER_SIZE": "other_size"}  # fmt: skip
@@ -363,7 +363,7 @@ def test_what_cannot_be_is_one_message(request, tmp_path, flags, capfd, name):
     assert nothing_was_trained(folder)
 
 
-def test_a_base_is_not_exchanged_under_a_run(tmp_path, launched, flags, decoder, capfd):
+def test_the_base_model_of_a_run_cannot_change(tmp_path, launched, flags, decoder, capfd):
     words = [*flags, "--output_dir", str(launched), "--base_model", str(decoder), "--num_train_epochs", "3"]
     assert "base_model" in refusal(train_controlnet, words, capfd)
 

@@ -1,4 +1,4 @@
-"""train_decoder.py as users start it: what should train does, briefs lose fields as asked, and sessions add up.
+"""train_decoder.py as users start it: all parameters train, fields of briefs are dropped as configured, and resuming.
 
 B samples, L fields of a brief.
 """
@@ -57,7 +57,7 @@ def stage_of(flags, *more: str) -> train_decoder.PosterDecoderStage:
     return train_decoder.PosterDecoderStage(parse_config(train_decoder.Config, [*flags, *more]), StageContext())
 
 
-def drawn(pipeline, brief=BRIEF, **options) -> np.ndarray:
+def generate(pipeline, brief=BRIEF, **options) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(brief, num_inference_steps=3, generator=generator, output_type="np", **options).images
@@ -78,33 +78,33 @@ def test_the_run_folder_is_complete(launched):
     assert {path.name for path in launched.iterdir()} >= files | {"samples", "checkpoints", "pipeline"}
     samples = {"epoch_0001.png", "epoch_0002.png", "progress.png"}
     assert {p.name for p in (launched / "samples").iterdir()} == samples
-    assert "2 of 2 epochs (8 steps) in 1 session" in (launched / "sessions.md").read_text()
+    assert "Step 8 of 8 (epoch 2 of 2) after 1 session" in (launched / "sessions.md").read_text()
     card = (launched / "pipeline/README.md").read_text()
-    assert "paints posters of 32 × 32 pixels from design briefs" in card
+    assert "generates posters of 32 × 32 pixels from design briefs" in card
     assert rows(launched)[-1]["val_loss"]
 
 
 def test_the_pipeline_draws_here_and_as_remote_code_alike(launched):
-    ours = drawn(load_pipeline(launched))
-    theirs = drawn(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True))
+    ours = generate(load_pipeline(launched))
+    theirs = generate(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True))
     assert ours.shape == (1, 32, 32, 3)
     assert np.array_equal(ours, theirs)
-    assert not np.array_equal(ours, drawn(load_pipeline(launched), {"style": "pop"}, guidance_scale=5.0))
+    assert not np.array_equal(ours, generate(load_pipeline(launched), {"style": "pop"}, guidance_scale=5.0))
 
 
-def test_the_pipeline_holds_the_averages(launched):
-    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+def test_the_pipeline_has_the_ema_weights(launched):
+    ema = load_tensors(launched / "checkpoints/latest/ema.safetensors")
     for folder in (launched / "pipeline", launched / "checkpoints/latest/pipeline"):
         for part in ("unet", "brief_encoder"):
-            found = load_tensors(folder / part / "diffusion_pytorch_model.safetensors")
-            assert all(torch.equal(tensor, average[f"{part}.{name}"]) for name, tensor in found.items())
+            exported = load_tensors(folder / part / "diffusion_pytorch_model.safetensors")
+            assert all(torch.equal(tensor, ema[f"{part}.{name}"]) for name, tensor in exported.items())
 
 
 @pytest.mark.parametrize("attention", ["[16]", "[]"])
 def test_every_parameter_trains(tmp_path, flags, attention):
-    """Of fields that no row has (the grammar of an old dataset), the null alone."""
+    """Every parameter changes, except those of fields that no row has (the grammar, in an old dataset)."""
     more = ("--model.attention_resolutions", attention, "--checkpointing_steps", "1", "--checkpoints_total_limit", "99")
-    # Leaving out half of the fields lets a few steps reach the nulls as well as the others.
+    # With half of the fields dropped, a few steps reach the parameters of absent fields as well as all others.
     more += ("--field_dropout", "0.5", "--preview_epochs", "0", "--weight_decay", "0", "--num_train_epochs", "2")
     train(tmp_path / "run", flags, *more)
     first, last = (
@@ -122,7 +122,7 @@ def test_every_parameter_trains(tmp_path, flags, attention):
 
 
 def test_sessions_add_up(tmp_path, launched, flags):
-    """Two epochs in two sessions of one, by --extra_epochs: weights and rows equal two at once, bit for bit."""
+    """Two sessions of one epoch each (--extra_epochs) give the same weights and rows as one session of two epochs."""
     for _ in range(2):
         assert train(tmp_path / "run", flags, "--extra_epochs", "1") == 0
     assert_same_state(tmp_path / "run", launched)
@@ -130,7 +130,7 @@ def test_sessions_add_up(tmp_path, launched, flags):
 
 @pytest.mark.slow
 def test_two_epochs_and_two_more_are_four_at_once(tmp_path, flags):
-    """Launched as users do: weights equal, the same rows of metrics, none missing and none twice."""
+    """Launched as users do: the weights are equal, and so are the rows of metrics; none is missing or repeated."""
     for folder, sessions in (("parts", 2), ("once", 1)):
         for _ in range(sessions):
             epochs = str(4 // sessions)
@@ -146,9 +146,9 @@ def test_two_epochs_and_two_more_are_four_at_once(tmp_path, flags):
 def test_a_start_from_other_weights(tmp_path, launched, flags):
     more = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
     train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
-    found = load_tensors(tmp_path / "run/checkpoints/latest/phase_decoder.safetensors")
+    trained = load_tensors(tmp_path / "run/checkpoints/latest/phase_decoder.safetensors")
     source = load_tensors(launched / "pipeline/unet/diffusion_pytorch_model.safetensors")
-    assert all(torch.allclose(found[f"unet.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
+    assert all(torch.allclose(trained[f"unet.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
 
 
 # --- briefs
@@ -172,14 +172,15 @@ def whole_briefs(count: int) -> dict[str, torch.Tensor]:
 
 
 def kept(field_dropout: float, cfg_dropout: float, count: int = 4000) -> torch.Tensor:
-    """Which fields are left, B L."""
+    """Return which fields are left after dropping. B L."""
     brief = drop_fields(whole_briefs(count), Draws(0, 5, range(count)), field_dropout, cfg_dropout)
     return torch.cat([brief[f"{name}_present"] for name in PARTS], 1).float()
 
 
 def test_fields_are_dropped_at_the_rate_asked_for_full_and_sparse_briefs_alike():
     left = kept(0.1, 0.0)
-    # Beyond the palette, whose later colours go with the earlier ones. Shares are Beta(1/9, 1): std 0.2 of 4,000.
+    # Without the palette, whose later colours are dropped with the earlier ones. The dropped shares are distributed as
+    # Beta(1/9, 1), with a standard deviation of 0.2, over 4,000 briefs.
     assert left[:, :14].mean(0).sub(0.9).abs().max() < 4 * 0.3 / 4000**0.5
     shares = left[:, :14].mean(1)
     assert (shares == 1).float().mean() > 0.5, "most briefs are whole"
@@ -225,7 +226,7 @@ def test_validation_drops_nothing(flags, monkeypatch):
 
 
 def save(rows_: dict, folder: Path) -> Path:
-    """A dataset of these columns, each row with a black picture."""
+    """Save a dataset of these columns, with a black image in each row."""
     from PIL import Image as PILImage
 
     count = len(next(iter(rows_.values())))
@@ -234,7 +235,7 @@ def save(rows_: dict, folder: Path) -> Path:
     return folder
 
 
-def test_what_is_no_poster_dataset_is_one_message(tmp_path):
+def test_another_kind_of_dataset_is_one_message(tmp_path):
     folder = save({"style": ["pop"] * 16, "text": ["a poster"] * 16}, tmp_path / "pictures")
     with pytest.raises(UserError, match="is not a poster dataset: .* no column energy, .*make_posters.py") as caught:
         train(tmp_path / "run", TINY, "--dataset_name", str(folder))
@@ -259,7 +260,7 @@ def test_an_impossible_brief_names_row_column_and_what_is_allowed(tmp_path):
         (("--brief_encoder.token_width", "0"), "--brief_encoder.token_width is 0; it must be at least 1"),
     ],
 )
-def test_numbers_that_cannot_be(flags, more, message):
+def test_invalid_numbers(flags, more, message):
     with pytest.raises(UserError, match=message):
         parse_config(train_decoder.Config, [*flags, *more])
 
@@ -268,11 +269,11 @@ def test_numbers_that_cannot_be(flags, more, message):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_presets_parse_and_say_how_their_posters_are_made(path):
+def test_presets_parse_and_prepare_their_posters(path):
     config = parse_config(train_decoder.Config, ["--config", str(path)])
     assert config.dataset_name in config.prepare
     assert f"--resolution {config.resolution} " in config.prepare[config.dataset_name]
-    # What the large one spells out is what the classes have by default.
+    # The large preset spells out the defaults of the classes.
     if path.stem == "decoder":
         plain = train_decoder.Config()
         assert (config.model, config.brief_encoder, config.num_train_timesteps) == (

@@ -1,4 +1,4 @@
-"""train_image_caption.py as users start it: what should train does, what is switched off does not, and it resumes."""
+"""train_image_caption.py as users start it: which parameters train, terms that are switched off, and resuming."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """48 captioned pictures: 43 to train on, 5 steps an epoch."""
+def image_folder(tmp_path_factory) -> Path:
+    """A folder of 48 captioned images: 43 for training, 5 steps per epoch."""
     return draw_folder(tmp_path_factory.mktemp("captioned") / "pictures")
 
 
 @pytest.fixture(scope="module")
-def flags(pictures) -> tuple[str, ...]:
-    return (*TINY, "--train_data_dir", str(pictures))
+def flags(image_folder) -> tuple[str, ...]:
+    return (*TINY, "--train_data_dir", str(image_folder))
 
 
 def train(folder: Path, flags, *more: str) -> int:
@@ -61,7 +61,11 @@ def stage_of(flags, *more: str) -> train_image_caption.ImageCaptionStage:
 
 
 def gradients(stage, rows_=range(6), batch=None) -> dict[str, torch.Tensor]:
-    """Of the model's parameters after one backward pass, 0 where none arrives; `batch` in place of that of the rows."""
+    """Return the gradients of the model's parameters after one backward pass; 0 for a parameter without a gradient.
+
+    Args:
+        batch: used instead of the batch of `rows_`.
+    """
     batch = batch or fetch(stage.train_data(), [SampleKey(row, row) for row in rows_])
     stage.phase.zero_grad()
     stage.phase(batch, Draws(0, 0, rows_))[0].backward()
@@ -90,10 +94,10 @@ def test_the_run_folder_is_complete(launched):
     assert (launched / "checkpoints/best").exists()
     assert (launched / "checkpoints/latest").exists()
     card = (launched / "pipeline/README.md").read_text()
-    assert "it captions a picture, draws a caption" in card
+    assert "it captions images, draws captions" in card
 
 
-def test_the_log_tells_of_tokenizer_and_model(launched):
+def test_the_log_describes_tokenizer_and_model(launched):
     log = (launched / "run.log").read_text()
     assert "are decoded without loss" in log
     assert "-> [1," in log
@@ -108,10 +112,10 @@ def test_the_pipeline_works_here_and_as_remote_code_alike(launched):
     pixels = [pipeline.draw("a red circle", output_type="pt").images for pipeline in (ours, theirs)]
     assert torch.allclose(*pixels, atol=1e-6)
     assert ours.caption(picture(0)) == theirs.caption(picture(0))
-    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+    ema = load_tensors(launched / "checkpoints/latest/ema.safetensors")
     for part in ("model", "prior"):
-        found = load_tensors(launched / "pipeline" / part / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, average[f"{part}.{name}"]) for name, tensor in found.items())
+        exported = load_tensors(launched / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, ema[f"{part}.{name}"]) for name, tensor in exported.items())
 
 
 def test_every_parameter_trains(tmp_path, flags):
@@ -126,36 +130,36 @@ def test_every_parameter_trains(tmp_path, flags):
 
 
 def test_both_decoders_read_both_latents(flags):
-    """All pictures from captions and all captions from pictures: each encoder is then taught by the other's decoder."""
+    """With all images decoded from captions and all captions from images, each decoder trains the other's encoder."""
     one_way = stage_of(
         flags, "--cross_share", "1", "--caption_weight", "0", "--alignment_weight", "0", "--kl_weight", "0"
     )
-    found = gradients(one_way)
-    assert found["caption_encoder.out.weight"].abs().sum() > 0
-    assert found["image_encoder.out.weight"].abs().sum() == 0
+    reached = gradients(one_way)
+    assert reached["caption_encoder.out.weight"].abs().sum() > 0
+    assert reached["image_encoder.out.weight"].abs().sum() == 0
     other_way = stage_of(
         flags, "--cross_share", "1", "--image_weight", "0", "--alignment_weight", "0", "--kl_weight", "0"
     )
-    found = gradients(other_way)
-    assert found["image_encoder.out.weight"].abs().sum() > 0
-    assert found["caption_encoder.out.weight"].abs().sum() == 0
+    reached = gradients(other_way)
+    assert reached["image_encoder.out.weight"].abs().sum() > 0
+    assert reached["caption_encoder.out.weight"].abs().sum() == 0
 
 
 def test_each_weight_at_zero_switches_exactly_that_gradient_off(flags):
-    """The gradient is the sum of its terms' (times their weights), and without a weight the sum lacks that term."""
+    """The gradient is the weighted sum of the gradients of all terms; a weight of 0 removes exactly one term."""
     weights = {"image_weight": 1.0, "caption_weight": 1.0, "alignment_weight": 0.5, "kl_weight": 0.1}
 
-    def found(values: dict[str, float]) -> dict[str, torch.Tensor]:
+    def gradients_with(values: dict[str, float]) -> dict[str, torch.Tensor]:
         return gradients(
             stage_of(flags, *(word for name, value in values.items() for word in (f"--{name}", str(value))))
         )
 
-    whole = found(weights)
+    whole = gradients_with(weights)
     names = {"image_weight": "image_loss", "caption_weight": "caption_loss", "alignment_weight": "alignment_loss"}
     assert list(names) == list(weights)[:3]
     for weight in weights:
-        without = found(weights | {weight: 0.0})
-        alone = found(
+        without = gradients_with(weights | {weight: 0.0})
+        alone = gradients_with(
             dict.fromkeys(weights, 0.0)
             | {weight: weights[weight]}
             | ({} if weight in names else {"alignment_weight": 1e-30})
@@ -175,7 +179,7 @@ def test_each_weight_at_zero_switches_exactly_that_gradient_off(flags):
 
 
 def test_a_switched_off_decoder_stays_as_it_is(tmp_path, flags):
-    """Weight decay too leaves it alone."""
+    """Weight decay does not change it either."""
     more = ("--image_weight", "0", "--weight_decay", "0.5", "--preview_epochs", "0")
     train(tmp_path / "run", flags, *more, "--max_train_steps", "2", "--checkpointing_steps", "1")
     first = dict(stage_of(flags, "--image_weight", "0").model.named_parameters())
@@ -185,7 +189,7 @@ def test_a_switched_off_decoder_stays_as_it_is(tmp_path, flags):
 
 
 def test_padding_never_enters_the_loss(flags):
-    """Wider padding, and whatever ids stand there, change no loss and no gradient."""
+    """More padding, with any token ids, changes neither loss nor gradients."""
     stage = stage_of(flags)
     some = (0, 1, 14, 15)  # captions of two lengths
     batch = fetch(stage.train_data(), [SampleKey(row, row) for row in some])
@@ -199,7 +203,7 @@ def test_padding_never_enters_the_loss(flags):
 
 
 def test_sessions_add_up(tmp_path, launched, flags):
-    """Two epochs in two sessions of one: weights and rows equal two at once, bit for bit."""
+    """Two sessions of one epoch each give the same weights and rows as one session of two epochs, bit for bit."""
     steady = ("--lr_scheduler", "constant", "--prior.start", "0")
     for _ in range(2):
         assert train(tmp_path / "run", flags, "--extra_epochs", "1", *steady) == 0
@@ -214,7 +218,7 @@ def test_a_prior_that_starts_late(tmp_path, flags):
 
 
 def test_before_its_start_there_is_no_prior_to_draw_from(tmp_path, flags):
-    """Not one that gives noise."""
+    """A pipeline saved before `--prior.start` has no prior, because an untrained one would give noise."""
     more = ("--prior.start", "0.75", "--max_train_steps", "4", "--checkpointing_steps", "2", "--validation_steps", "2")
     train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
     early, late = (load_pipeline(tmp_path / "run/checkpoints" / name) for name in ("step-00000002", "step-00000004"))
@@ -244,28 +248,28 @@ def test_without_a_prior(tmp_path, flags):
 def test_a_start_from_other_weights(tmp_path, launched, flags):
     more = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
     train(tmp_path / "run", flags, *more, "--preview_epochs", "0")
-    found = load_tensors(tmp_path / "run/checkpoints/latest/phase_image_caption.safetensors")
+    trained = load_tensors(tmp_path / "run/checkpoints/latest/phase_image_caption.safetensors")
     source = load_tensors(launched / "pipeline/model/diffusion_pytorch_model.safetensors")
-    assert all(torch.allclose(found[f"model.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
+    assert all(torch.allclose(trained[f"model.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
 
 
 def test_losses_fall_and_captions_are_learned(tmp_path, flags):
-    """Twenty-four different pairs, learned by heart in a minute."""
+    """The model memorizes twenty-four different pairs in a minute."""
     more = ("--num_train_epochs", "60", "--learning_rate", "1e-2", "--validation_epochs", "0", "--preview_epochs", "0")
     more += ("--model.latent_size", "32", "--model.text_hidden_size", "32", "--gradient_accumulation_steps", "1")
     train(tmp_path / "run", flags, *more, "--train_batch_size", "12", "--logging_steps", "10", "--ema_decay", "0.9")
-    found = rows(tmp_path / "run")
-    assert float(found[-1]["caption_loss"]) < 0.25 * float(found[0]["caption_loss"])
-    assert float(found[-1]["image_loss"]) < 0.7 * float(found[0]["image_loss"])
+    logged = rows(tmp_path / "run")
+    assert float(logged[-1]["caption_loss"]) < 0.25 * float(logged[0]["caption_loss"])
+    assert float(logged[-1]["image_loss"]) < 0.7 * float(logged[0]["image_loss"])
     pipeline = load_pipeline(tmp_path / "run")
-    told = pipeline.caption([picture(i) for i in range(24)])
-    assert sum(words == caption(i) for i, words in enumerate(told)) >= 12
+    predicted = pipeline.caption([picture(i) for i in range(24)])
+    assert sum(words == caption(i) for i, words in enumerate(predicted)) >= 12
     similar = pipeline.similarity([picture(i) for i in range(24)], [caption(i) for i in range(24)])
     assert (similar.argmax(0) == torch.arange(24)).float().mean() >= 0.5
 
 
 def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
-    """By the pair's place in the global batch, and only what the encoder reads: captions are learned whole."""
+    """Words are dropped by the position of the pair in the global batch, and only in the input of the encoder."""
     phase = stage_of(flags, "--word_dropout", "0.25").phase
     text = CaptionTokens(tiny_caption_tokenizer(), 12, "longest")([caption(i) for i in range(24)])
     ids, mask = text["input_ids"], text["attention_mask"]
@@ -286,7 +290,7 @@ def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
     ("more", "message"),
     [
         (("--image_weight", "0", "--caption_weight", "0", "--alignment_weight", "0"), "nothing to learn from"),
-        (("--train_batch_size", "1"), "no other pair"),
+        (("--train_batch_size", "1"), "the other pairs of its batch"),
         (("--cross_share", "2"), "--cross_share is 2.0; it must lie in"),
         (("--word_dropout", "-0.1"), "--word_dropout is -0.1; it must lie in"),
         (("--kl_weight", "-1"), "at least 0"),
@@ -300,14 +304,14 @@ def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
         (("--prior.repeats", "0"), "at least 1"),
     ],
 )
-def test_values_that_cannot_be(flags, more, message):
+def test_invalid_values(flags, more, message):
     with pytest.raises(UserError, match=message):
         parse_config(train_image_caption.Config, [*flags, *more])
 
 
-def test_an_empty_caption_is_told_before_training(tmp_path, pictures, flags):
+def test_an_empty_caption_is_reported_before_training(tmp_path, image_folder, flags):
     folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(image_folder, folder)
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     lines[3] = json.dumps({"file_name": "003.png", "text": "  "})
     (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -318,9 +322,9 @@ def test_an_empty_caption_is_told_before_training(tmp_path, pictures, flags):
 def test_long_captions_are_cut_and_counted_once(caplog, flags):
     with caplog.at_level(logging.INFO, logger="halftone"):
         stage = stage_of(flags, "--model.max_length", "5")
-    told = [record.message for record in caplog.records if "are truncated" in record.message]
-    assert len(told) == 1
-    assert "more than 5 tokens" in told[0]
+    messages = [record.message for record in caplog.records if "are truncated" in record.message]
+    assert len(messages) == 1
+    assert "more than 5 tokens" in messages[0]
     batch = fetch(stage.train_data(), [SampleKey(row, row) for row in range(43)])
     long = [row for row, words in enumerate(batch["caption"]) if words.endswith(", big")]
     assert long
@@ -332,10 +336,10 @@ def test_long_captions_are_cut_and_counted_once(caplog, flags):
 
 
 @pytest.fixture
-def other_words(tmp_path, pictures) -> Path:
-    """The same pictures with as many other words, in whose tokenizer the same ids mean these."""
+def other_words(tmp_path, image_folder) -> Path:
+    """The same images with an equal number of other words: their tokenizer uses the same ids for other words."""
     folder = tmp_path / "other_words"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(image_folder, folder)
     text = (folder / "metadata.jsonl").read_text()
     for word, other in {"red": "zebra", "blue": "aardvark", "circle": "alps"}.items():
         text = text.replace(word, other)
@@ -344,7 +348,7 @@ def other_words(tmp_path, pictures) -> Path:
 
 
 def test_a_tokenizer_that_does_not_fit(tmp_path, launched, flags, other_words):
-    """Of other words than the weights to start from."""
+    """A tokenizer whose words differ from those of the initial weights is refused."""
     stage = stage_of(flags, "--train_data_dir", str(other_words))
     stage.tokenizer.save_pretrained(tmp_path / "tokenizer")
     words = ("--init_from", str(launched), "--tokenizer", str(tmp_path / "tokenizer"))
@@ -353,7 +357,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, launched, flags, other_words):
 
 
 def test_weights_keep_their_tokenizer(tmp_path, launched, flags, other_words):
-    """Whatever captions are trained on: started from, gone on with, or validated."""
+    """They keep it whatever captions are trained on: for --init_from, on resume, and for --validate_model."""
     own = stage_of(flags).tokenizer.get_vocab()
     there = ("--train_data_dir", str(other_words))
     assert stage_of(flags, *there).tokenizer.get_vocab() != own
@@ -362,9 +366,9 @@ def test_weights_keep_their_tokenizer(tmp_path, launched, flags, other_words):
         assert stage_of(flags, *there, *more).tokenizer.get_vocab() == own
 
 
-def test_captions_may_be_in_any_column(tmp_path, pictures, flags):
+def test_captions_may_be_in_any_column(tmp_path, image_folder, flags):
     folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(image_folder, folder)
     text = (folder / "metadata.jsonl").read_text().replace('"text"', '"title"')
     (folder / "metadata.jsonl").write_text(text)
     stage = stage_of(flags, "--train_data_dir", str(folder), "--caption_column", "title")
@@ -373,7 +377,7 @@ def test_captions_may_be_in_any_column(tmp_path, pictures, flags):
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_split(flags):
-    """But for the alignment, whose wrong answers are those of the micro-batch."""
+    """This holds without the alignment loss, whose mismatched pairs are those of the micro-batch."""
     stage = stage_of(flags, "--alignment_weight", "0")
     some = range(7, 17)
     lengths = [len(text.split()) for text in fetch(stage.train_data(), [SampleKey(i, i) for i in some])["caption"]]
@@ -383,10 +387,10 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_split(flags):
         assert torch.allclose(gradient, (halves[0][name] + halves[1][name]) / 2, rtol=1e-4, atol=1e-6), name
 
 
-def test_the_evaluation_script(tmp_path, launched, pictures):
-    """Its figures are those of the pipeline, by all captions of a picture; pairs trained on are left out."""
+def test_the_evaluation_script(tmp_path, launched, image_folder):
+    """Its metrics equal those computed with the pipeline, over all captions of an image, without training pairs."""
     data = tmp_path / "data"
-    shutil.copytree(pictures, data / "train")
+    shutil.copytree(image_folder, data / "train")
     trained = [json.loads(line) for line in (data / "train/metadata.jsonl").read_text().splitlines()]
     several = [json.dumps(record | {"text": [record["text"]]}) for record in trained]
     (data / "train/metadata.jsonl").write_text("\n".join(several))
@@ -396,15 +400,15 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
         name = f"{i}.png"
         image = picture(i)
         if i != 3:
-            image.putpixel((0, 0), (9 * i, 90, 9))  # as no picture trained on has it
+            image.putpixel((0, 0), (9 * i, 90, 9))  # a pixel that no training image has
         image.save(data / "validation" / name)
         lines.append(json.dumps({"file_name": name, "text": [caption(i), *["a picture", "it"][: i % 3]]}))
     (data / "validation/metadata.jsonl").write_text("\n".join(lines))
 
     words = ["--model", str(launched), "--dataset_name", str(data), "--pictures", str(tmp_path / "png")]
     evaluate_captions.main([*words, "--output", str(tmp_path / "figures.json")])
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert (figures["pairs"], figures["left_out"]) == (5, 1)
+    metrics = json.loads((tmp_path / "figures.json").read_text())
+    assert (metrics["pairs"], metrics["left_out"]) == (5, 1)
     pipeline = load_pipeline(launched)
     config = evaluate_captions.CaptionEvaluationConfig(model=str(launched), dataset_name=str(data))
     held_out = evaluate_captions.data_of(config, pipeline)[1]
@@ -413,19 +417,19 @@ def test_the_evaluation_script(tmp_path, launched, pictures):
     assert [len(own) for own in batch["caption"]] == [1, 2, 3, 2, 3]
     first = [own[0] for own in batch["caption"]]
     captions = pipeline.encode_captions(first)
-    assert figures["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
+    assert metrics["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
     ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length, "longest")(first).values()
     for name, latents in (("perplexity", images), ("repeated_perplexity", captions)):
         logits = pipeline.model.caption_logits(latents, ids)[:, :-1]
         chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][mask[:, 1:] == 1]
-        assert figures[name] == pytest.approx((-chosen.mean()).exp().item(), rel=1e-4)
-    assert figures["perplexity"] != pytest.approx(figures["repeated_perplexity"], rel=1e-4)
-    told = pipeline.caption((batch["pixel_values"] + 1) / 2)
-    assert figures["bleu_2"] == pytest.approx(caption_scores(told, batch["caption"])["bleu_2"])
+        assert metrics[name] == pytest.approx((-chosen.mean()).exp().item(), rel=1e-4)
+    assert metrics["perplexity"] != pytest.approx(metrics["repeated_perplexity"], rel=1e-4)
+    predicted = pipeline.caption((batch["pixel_values"] + 1) / 2)
+    assert metrics["bleu_2"] == pytest.approx(caption_scores(predicted, batch["caption"])["bleu_2"])
     assert len(list((tmp_path / "png").glob("*.png"))) == 3
     pairs = pipeline.sample(64, generator=[torch.Generator().manual_seed(i) for i in range(64)], output_type="pt")
     drawn = [pipeline.similarity(image[None], text).item() for image, text in zip(*pairs.values()) if text]
-    assert figures["invented_alignment"] == pytest.approx(sum(drawn) / len(drawn), abs=1e-5)
+    assert metrics["invented_alignment"] == pytest.approx(sum(drawn) / len(drawn), abs=1e-5)
 
 
 def test_a_tokenizer_without_ends(tmp_path, flags):

@@ -1,4 +1,4 @@
-"""train_latent_diffusion.py as users start it, with every kind of condition: what should train, and only that, does."""
+"""train_latent_diffusion.py as users start it: which parameters train for each kind of condition, and resuming."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stage_of(flags, *more: str) -> train_latent_diffusion.LatentDiffusionStage:
     )
 
 
-def drawn(pipeline, **arguments) -> np.ndarray:
+def generate(pipeline, **arguments) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(num_inference_steps=3, generator=generator, output_type="np", **arguments).images
@@ -77,23 +77,23 @@ def test_the_run_folder_is_complete(launched):
 
 
 def test_the_pipeline_draws_here_and_as_remote_code_alike(launched):
-    ours = drawn(load_pipeline(launched), prompt=PROMPT)
-    theirs = drawn(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True), prompt=PROMPT)
+    ours = generate(load_pipeline(launched), prompt=PROMPT)
+    theirs = generate(DiffusionPipeline.from_pretrained(launched / "pipeline", trust_remote_code=True), prompt=PROMPT)
     assert ours.shape == (1, 64, 64, 3)
     assert np.array_equal(ours, theirs)
-    other = drawn(load_pipeline(launched), prompt="a swiss poster, red on white, no pictures", guidance_scale=5.0)
+    other = generate(load_pipeline(launched), prompt="a swiss poster, red on white, no pictures", guidance_scale=5.0)
     assert not np.array_equal(ours, other)
 
 
-def test_the_pipeline_holds_the_averages_and_a_checkpoint_too(launched):
-    average = load_tensors(launched / "checkpoints/latest/ema.safetensors")
+def test_the_pipeline_and_a_checkpoint_have_the_ema_weights(launched):
+    ema = load_tensors(launched / "checkpoints/latest/ema.safetensors")
     for folder in (launched / "pipeline", launched / "checkpoints/latest/pipeline"):
         unet = load_tensors(folder / "unet/diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, average[f"unet.{name}"]) for name, tensor in unet.items())
+        assert all(torch.equal(tensor, ema[f"unet.{name}"]) for name, tensor in unet.items())
 
 
 def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, diffusion_flags, monkeypatch):
-    """Accumulating over two micro-batches; a SIGTERM in the second step of the second epoch."""
+    """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
     forward = train_latent_diffusion.LatentDiffusionPhase.forward
 
     def signalled(self, batch, draws):
@@ -134,40 +134,40 @@ def test_what_should_train_trains_and_only_that(tmp_path, diffusion_flags, pretr
     frozen_encoder = "frozen" in name
     if frozen_encoder:
         flags += ["--tokenizer", str(pretrained)]
-    # Dropping half of the conditions lets a few steps reach the null class as well as the others.
+    # With half of the conditions dropped, a few steps reach the null class as well as the others.
     flags += ["--cfg_dropout", "0.5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "99"]
     folder = tmp_path / "run"
     train(folder, diffusion_flags, *flags, "--num_train_epochs", "2", "--preview_epochs", "2")
     first, last = (load_tensors(folder / f"checkpoints/step-{s:08d}/phase_diffusion.safetensors") for s in (1, 8))
     assert [key for key in first if torch.equal(first[key], last[key])] == []
     parts = {key.split(".")[0] for key in first}
-    wanted = {"unet"} | ({"text_encoder"} if "caption" in name and not frozen_encoder else set())
-    assert parts == wanted | ({"caption_prior"} if "prior" in name else set())
+    expected_parts = {"unet"} | ({"text_encoder"} if "caption" in name and not frozen_encoder else set())
+    assert parts == expected_parts | ({"caption_prior"} if "prior" in name else set())
     assert ("unet.class_embedding.weight" in first) == ("label" in name)
     pipeline = load_pipeline(folder)
     vae = load_pipeline(autoencoder).vae.state_dict()
     assert all(torch.equal(tensor, vae[key]) for key, tensor in pipeline.vae.state_dict().items())
     if frozen_encoder:
         expected = tiny_text_encoder().state_dict()
-        found = pipeline.text_encoder.state_dict()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        exported = pipeline.text_encoder.state_dict()
+        assert all(torch.equal(exported[key], expected[key]) for key in expected)
     arguments = {"prompt": PROMPT} if "caption" in name else {}
     if "label" in name:
         arguments["class_labels"] = "swiss"
-    assert np.isfinite(drawn(pipeline, **arguments)).all()
+    assert np.isfinite(generate(pipeline, **arguments)).all()
 
 
 def test_cached_latents_give_the_same_losses(tmp_path, diffusion_flags, cache):
     train(tmp_path / "pictures", diffusion_flags, "--preview_epochs", "0")
     train(tmp_path / "cached", diffusion_flags, "--preview_epochs", "0", "--latent_cache", str(cache))
     for name in ("loss", "val_loss", "grad_norm"):
-        pictures, cached = ([float(r[name]) for r in rows(tmp_path / f) if r[name]] for f in ("pictures", "cached"))
-        assert cached == pytest.approx(pictures, rel=1e-5), name
+        from_images, cached = ([float(r[name]) for r in rows(tmp_path / f) if r[name]] for f in ("pictures", "cached"))
+        assert cached == pytest.approx(from_images, rel=1e-5), name
 
 
 @contextmanager
 def read_captions(stage) -> Iterator[list[torch.Tensor]]:
-    """The ids that the text encoder reads meanwhile, B L for each of its forward passes."""
+    """Collect the token ids that the text encoder reads in this context, B L for each of its forward passes."""
     read: list[torch.Tensor] = []
     hook = stage.phase.text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].clone()), with_kwargs=True
@@ -177,7 +177,7 @@ def read_captions(stage) -> Iterator[list[torch.Tensor]]:
 
 
 def lost_captions(stage, batch, read: list[torch.Tensor]) -> torch.Tensor:
-    """Which samples of the batch lost their caption, a row for each pass; the others kept it as it was."""
+    """Return which samples of the batch lost their caption, one row for each pass; check that the others kept it."""
     empty = tokenize_captions(stage.tokens.tokenizer, [""], stage.tokens.max_length)
     assert not (batch["input_ids"] == empty).all(1).any()
     lost = torch.stack([(ids == empty).all(1) for ids in read])
@@ -187,7 +187,8 @@ def lost_captions(stage, batch, read: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", ["pictures", "cache"])
 def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags, cache, source):
-    """10,000 samples: within three standard deviations, no batch as a whole, and others every time."""
+    """Over 10,000 samples, the rate is within three standard deviations; no batch is dropped as a whole, and the lost
+    captions change from step to step."""
     stage = stage_of(diffusion_flags, *(("--latent_cache", str(cache)) if source == "cache" else ()))
     data, phase = stage.train_data(), stage.phase
     batch = fetch(data, [SampleKey(i % len(data), i) for i in range(100)])
@@ -207,7 +208,7 @@ def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags
 
 
 def test_the_rate_holds_in_the_loss_itself(diffusion_flags):
-    """Training drops by its config, and validation nothing."""
+    """Training drops captions at the configured rate, validation drops none."""
     stage = stage_of(diffusion_flags)
     batch = fetch(stage.train_data(), [SampleKey(i, i) for i in range(8)])
     with torch.no_grad(), read_captions(stage) as read:
@@ -220,19 +221,19 @@ def test_the_rate_holds_in_the_loss_itself(diffusion_flags):
     assert abs(share - 0.1) < 3 * (0.1 * 0.9 / 320) ** 0.5
 
 
-def test_init_from_takes_weights_and_starts_anew(tmp_path, launched, diffusion_flags):
+def test_init_from_takes_only_the_weights(tmp_path, launched, diffusion_flags):
     flags = ("--init_from", str(launched), "--learning_rate", "1e-12", "--max_train_steps", "1", "--weight_decay", "0")
     train(tmp_path / "run", diffusion_flags, *flags, "--preview_epochs", "0")
     source = load_tensors(launched / "pipeline/unet/diffusion_pytorch_model.safetensors")
-    found = tensors(tmp_path / "run", "phase_diffusion.safetensors")
+    trained = tensors(tmp_path / "run", "phase_diffusion.safetensors")
     assert all(
-        torch.allclose(found[f"phase_diffusion.safetensors:unet.{name}"], tensor, atol=1e-9)
+        torch.allclose(trained[f"phase_diffusion.safetensors:unet.{name}"], tensor, atol=1e-9)
         for name, tensor in source.items()
     )
     assert rows(tmp_path / "run")[-1]["step"] == "1"
 
 
-def test_a_run_that_was_started_from_another_goes_on_without_it(tmp_path, launched, diffusion_flags):
+def test_a_run_that_was_started_from_another_resumes_without_it(tmp_path, launched, diffusion_flags):
     import shutil
 
     shutil.copytree(launched, tmp_path / "source", symlinks=True)

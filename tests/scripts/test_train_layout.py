@@ -1,4 +1,4 @@
-"""train_encoder.py and train_abstractor.py as users start them: run, loaded, resumed, validated, refused."""
+"""train_encoder.py and train_abstractor.py as users start them: runs, resuming, loading, validation and user errors."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def encoder(data, tmp_path_factory) -> Path:
 
 
 def test_the_encoder_learns_and_shows_it(encoder):
-    found = rows(encoder)
-    figures = {"val_text_iou", "val_image_iou", "val_color_accuracy", "val_hierarchy_mse"}
-    assert figures <= found[-1].keys()
-    assert all(0 <= float(found[-1][name]) <= 1 for name in figures)
-    assert float(found[-1]["val_loss"]) < float(found[3]["val_loss"])
+    logged = rows(encoder)
+    metrics = {"val_text_iou", "val_image_iou", "val_color_accuracy", "val_hierarchy_mse"}
+    assert metrics <= logged[-1].keys()
+    assert all(0 <= float(logged[-1][name]) <= 1 for name in metrics)
+    assert float(logged[-1]["val_loss"]) < float(logged[3]["val_loss"])
     with Image.open(encoder / "samples/epoch_0002.png") as grid:
         assert grid.width > 4 * 128  # poster, truth, prediction, error
     card = (encoder / "pipeline/README.md").read_text()
@@ -84,7 +84,7 @@ def test_the_encoder_resumes_bit_for_bit(data, encoder, tmp_path):
 
 
 def test_validate_only_takes_any_model_and_split(data, encoder, tmp_path, capsys):
-    """`--validate_only --validate_model DIR`: a run, without touching any run folder."""
+    """`--validate_only --validate_model DIR` validates a run without writing to any run folder."""
     place = tmp_path / "untouched"
     words = (*flags_of(data), "--validate_only", "--validate_model", str(encoder))
     assert train(train_encoder, place, *words) == 0
@@ -118,7 +118,7 @@ def test_loss_weights_switch_their_terms_off(data):
 
 
 def test_rare_roles_count_more(data):
-    """Weights fall with a role's share of the pixels, and are 1 on average; at 0 they are all 1."""
+    """Weights decrease with a role's share of the pixels and average to 1; with --role_balance 0 they are all 1."""
     words = [*flags_of(data), "--output_dir", "unused"]
     even = train_encoder.LayoutEncoderStage(
         parse_config(train_encoder.Config, [*words, "--role_balance", "0"]), StageContext()
@@ -133,7 +133,7 @@ def test_rare_roles_count_more(data):
 
 
 def test_maps_are_cut_and_mirrored_as_their_poster(data):
-    """A flip mirrors picture and maps alike; augmentation changes the picture alone, by the key alone."""
+    """A flip mirrors the image and its maps; augmentation changes only the image, and depends only on the key."""
     words = [*flags_of(data), "--output_dir", "unused"]
     plain = parse_config(train_encoder.Config, words)
     varied = parse_config(train_encoder.Config, [*words, "--random_flip", "true", "--photometric_augmentation", "1"])
@@ -235,7 +235,7 @@ def test_a_mask_of_another_size_is_refused(data, tmp_path, capfd):
         (train_abstractor, ["--predicted_share", "1.5"], "--predicted_share"),
     ],
 )
-def test_what_cannot_be_is_refused(script, words, named, data, tmp_path, capfd):
+def test_invalid_settings_are_refused(script, words, named, data, tmp_path, capfd):
     tiny = TINY_ENCODER if script is train_encoder else TINY_ABSTRACTOR
     message = refusal(
         script, [*COMMON, *tiny, "--dataset_name", str(data), "--output_dir", str(tmp_path / "run"), *words], capfd

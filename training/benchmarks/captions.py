@@ -1,7 +1,7 @@
-"""What the joint model of pictures and captions costs: run by run.py, a process for each figure.
+"""Measure time and memory of the joint model of images and captions; started by run.py, once for each measurement.
 
-`--side generation`: captions by the cache of keys and values against a loop of full-sequence forwards, with the default
-network. `--side memory`: a training step of one preset at one batch size. B captions, L tokens, D latent vector.
+`--side generation` compares caption generation with a cache of keys and values against a loop of full-sequence forward
+passes, for the default network. `--side memory` measures a training step of one preset at one batch size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.data.tokenization import CaptionTokens, train_tokenizer
 from training.engine.launch import keep_freed_memory, threads_per_process
 
 PRESETS = shipped_path("configs/experiments/image_caption")
-WORDS = 7996  # and four special tokens: the default vocabulary
+WORDS = 7996  # with four special tokens, the size of the default vocabulary
 CAPTION_WORDS = 12
 
 
@@ -39,34 +39,38 @@ class CaptionBenchConfig(Options):
     """Flags of this script."""
 
     side: str = option("generation", choices=("generation", "memory"))
-    """generation or memory"""
+    """What to measure: generation or memory"""
     preset: str = "default"
-    """memory: a preset of configs/experiments/image_caption"""
+    """For memory: name of a preset in configs/experiments/image_caption"""
     batch_size: int = option(8, at_least=0)
-    """Captions generated at once, or pairs in the step; 0 builds model and optimizer alone"""
+    """Number of captions generated at once, or of pairs in a training step; 0 only builds the model and optimizer"""
     tokens: int = 100
-    """generation: tokens of each caption"""
+    """For generation: number of tokens in each caption"""
     steps: int = option(4, at_least=2)
-    """memory: training steps, of which all but the first are timed"""
+    """For memory: number of training steps; all but the first are timed"""
     repetitions: int = 3
-    """generation: turns of either side"""
+    """For generation: number of timed repetitions of each method"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device of the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     output: str = ""
-    """JSON file for the figures"""
+    """JSON file of the results"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if not (PRESETS / f"{self.preset}.yaml").is_file():
-            raise UserError(f"there is no preset {self.preset} in {PRESETS}")
+            raise UserError(f"--preset {self.preset} does not exist; choose the name of a file in {PRESETS}")
 
 
 @torch.no_grad()
 def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[int]) -> Tensor:
-    """Greedy captions of exactly `tokens` tokens after `<START>`, the whole sequence computed anew for each. B tokens.
+    """Generate greedy captions of exactly `tokens` tokens, with a forward pass of the whole sequence for each token.
 
     Args:
-        never: ids that are not taken.
+        latents: B D.
+        never: token ids that are never generated.
+
+    Returns:
+        Token ids after `<START>`, B `tokens`.
     """
     ids = torch.full((len(latents), 1), model.config.start_token_id, device=latents.device)
     for _ in range(tokens):
@@ -77,7 +81,7 @@ def loop_of_forwards(model: Any, latents: Tensor, tokens: int, never: Sequence[i
 
 
 def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
-    """Seconds of both ways, the quotient, and the share of equal tokens."""
+    """Measure the seconds of both methods, their ratio, and the fraction of equal tokens."""
     from pipelines.models.image_caption_model import ImageCaptionModel
 
     device = get_device(config.device)
@@ -87,12 +91,12 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
     settings = model.config
     special = (settings.pad_token_id, settings.start_token_id, settings.unknown_token_id, settings.end_token_id)
     sides: dict[str, Callable[[], Tensor]] = {
-        # No caption ends before the last token: `min_length` counts <START> too.
+        # With this `min_length`, which includes <START>, no caption ends before the last token.
         "cached": lambda: model.generate_captions(latents, min_length=config.tokens + 1),
         "full": lambda: loop_of_forwards(model, latents, config.tokens, special),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    found = {name: side() for name, side in sides.items()}  # warm
+    captions = {name: side() for name, side in sides.items()}  # also the warm-up
     synchronize(device)
     for _ in range(config.repetitions):
         for name, side in sides.items():
@@ -104,12 +108,12 @@ def measure_generation(config: CaptionBenchConfig) -> dict[str, float]:
         "cached_seconds": statistics.median(seconds["cached"]),
         "full_seconds": statistics.median(seconds["full"]),
         "speedup": statistics.median(full / cached for full, cached in zip(seconds["full"], seconds["cached"])),
-        "equal_tokens": float((found["cached"] == found["full"]).float().mean()),
+        "equal_tokens": float((captions["cached"] == captions["full"]).float().mean()),
     }
 
 
 def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
-    """Peak MB (10⁶ bytes), resident or on the GPU, and pairs a second, of training steps of both phases."""
+    """Measure peak memory (MB = 10⁶ bytes, resident or on the GPU) and pairs per second of training both phases."""
     from training.train_image_caption import Config, ImageCaptionPhase
 
     device = get_device(config.device)
@@ -127,7 +131,8 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
 
 
 def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any) -> tuple[Callable[[int], None], int]:
-    """A step of model and prior as the loop does it, EMA included, and how many parameters it trains."""
+    """Return a function that trains model and prior for one step as the loop does, EMA included; and the number of
+    trained parameters."""
     from pipelines.models.latent_prior import LatentPriorModel
     from training.engine.ema import EMA
     from training.models.image_caption import build_model
@@ -169,11 +174,11 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(CaptionBenchConfig, argv, description=__doc__)
     if not config.output:
-        raise UserError("--output is missing; run.py (make bench) gives it")
+        raise UserError("--output is missing; run training/benchmarks/run.py (make bench), which sets it")
     torch.set_num_threads(threads_per_process())
     keep_freed_memory()
-    figures = measure_generation(config) if config.side == "generation" else measure_memory(config)
-    write_atomically(Path(config.output), json.dumps(figures) + "\n")
+    metrics = measure_generation(config) if config.side == "generation" else measure_memory(config)
+    write_atomically(Path(config.output), json.dumps(metrics) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Peak memory of a training step of the poster decoder at its default size, 256 px: run by run.py, one process
-for each batch size."""
+"""Measure the peak memory of a training step of the poster decoder at its default size of 256 px; started by run.py,
+once for each batch size."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class DecoderBenchConfig(Options):
     """Flags of this script."""
 
     batch_size: int = 1
-    """Posters in the step; 0 builds the model and its optimizer, and steps on nothing"""
+    """Number of posters in the training step; 0 only builds the model and its optimizer"""
     output: str = ""
-    """JSON file for the figure"""
+    """JSON file of the result"""
 
 
 def peak_of_a_step(batch_size: int) -> float:
-    """MB (10⁶ bytes), resident, of a process that does one step."""
+    """Return the peak resident memory of this process after one training step, in MB (10⁶ bytes)."""
     from pipelines.common.design_brief import DesignBrief, brief_tensors
     from pipelines.models.design_brief_encoder import DesignBriefEncoder
 
@@ -56,9 +56,9 @@ def peak_of_a_step(batch_size: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(DecoderBenchConfig, argv, description=__doc__)
     if not options.output:
-        raise UserError("--output is missing; run.py (make bench) gives it")
-    figures = {"peak_mb": peak_of_a_step(options.batch_size)}
-    write_atomically(Path(options.output), json.dumps(figures) + "\n")
+        raise UserError("--output is missing; run training/benchmarks/run.py (make bench), which sets it")
+    metrics = {"peak_mb": peak_of_a_step(options.batch_size)}
+    write_atomically(Path(options.output), json.dumps(metrics) + "\n")
 
 
 if __name__ == "__main__":

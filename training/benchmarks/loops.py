@@ -1,7 +1,8 @@
-"""The two sides of `make bench`: the loop with everything on, and the bare PyTorch loop that it is held against.
+"""The two sides of `make bench`: the training loop with everything on, and a bare PyTorch loop for comparison.
 
-Both train the same networks on the same latents with the same threads. Run by run.py: one process each
-(speed and peak memory of whole processes), or both in one process by turns (a busy machine disturbs that ratio less).
+Both train the same networks on the same latents with the same number of threads. run.py starts them either in separate
+processes, for the speed and the peak memory of whole processes, or in one process in turn, for a speed ratio that a
+busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from training.train_latent_diffusion import Config, LatentDiffusionStage
 
 WARM_UP_STEPS = 5
 BLOCK_STEPS = 5
-"""Steps that one side does in a row when both take turns in one process."""
+"""Number of consecutive steps of one side when both take turns in one process."""
 
 
 @dataclass
@@ -47,23 +48,23 @@ class LoopBenchConfig(Options):
     """Flags of this script."""
 
     recipe: str = ""
-    """A config of train_latent_diffusion.py that trains on a latent cache"""
+    """Config file of train_latent_diffusion.py that trains on a latent cache"""
     side: Literal["bare", "loop", "turns"] = "bare"
-    """bare, loop, or both in one process by turns"""
+    """What to measure: bare, loop, or both of them in turn in one process (turns)"""
     steps: int = 60
-    """Steps to measure on each side, after the warm-up"""
+    """Number of measured steps on each side, after the warm-up"""
     threads: int = 1
-    """CPU threads of torch"""
+    """Number of CPU threads of torch"""
     run_dir: str = ""
     """Run folder of the loop"""
     output: str = ""
-    """JSON file for the figures"""
+    """JSON file of the results"""
 
 
 class BareLoop:
-    """What somebody would write for this one model: latents in memory, captions tokenized beforehand, no more.
+    """A minimal training loop for this one model, with latents in memory and captions tokenized beforehand.
 
-    On the device that the loop takes.
+    It runs on the same device as the loop of Halftone.
     """
 
     def __init__(self, config: Config):
@@ -101,7 +102,7 @@ class BareLoop:
         dropped = torch.rand(len(rows), 1, device=self.device) < self.dropout
         text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
-        with attention_kernel(x_0[0, 0].numel()):  # as the stage does: the two sides differ in the loop alone
+        with attention_kernel(x_0[0, 0].numel()):  # as in the stage, so that only the loops differ
             prediction = self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample
         loss = F.mse_loss(prediction, noise - x_0)
         self.optimizer.zero_grad()
@@ -111,7 +112,7 @@ class BareLoop:
 
 
 class Watched:
-    """The stage's data, telling `before_batch` of each batch that the loop asks for: once a step."""
+    """Wraps the stage's dataset and calls `before_batch` for each batch that the loop requests, that is once a step."""
 
     def __init__(self, data: Any, before_batch: Callable[[], None]):
         self._data, self._before_batch = data, before_batch
@@ -131,15 +132,18 @@ class Watched:
 
 
 def measure_bare(config: Config, steps: int) -> dict[str, float]:
-    """images/s and peak MB of a process that runs the bare loop."""
+    """Measure images per second and peak memory (MB) of a process that runs the bare loop."""
     bare = BareLoop(config)
     seconds = _timed(bare.step, WARM_UP_STEPS, steps)
     return {"images_per_second": config.train_batch_size * steps / seconds, "peak_mb": peak_mb()}
 
 
 def measure_loop(config: Config, steps: int) -> dict[str, float]:
-    """images/s and peak MB of a process that runs the loop; the peak up to the last step, and that of all that follows
-    it (validation, previews, checkpoint, export) as `peak_with_export_mb`."""
+    """Measure images per second and peak memory (MB) of a process that runs the loop.
+
+    `peak_mb` is the peak up to the last step; `peak_with_export_mb` includes what follows it (validation, previews,
+    checkpoint, export).
+    """
     stamps: list[float] = []
     at_last_step: list[float] = []
 
@@ -149,7 +153,8 @@ def measure_loop(config: Config, steps: int) -> dict[str, float]:
 
     config.max_train_steps = WARM_UP_STEPS + steps + 1
     train(functools.partial(_watched_stage, before_batch), config)
-    # settle_buckets and previews ask for batches of their own: the last steps + 1 of the steps' are counted.
+    # settle_buckets requests one batch before the first step, and previews request some after the last step: among the
+    # first max_train_steps requests, the last steps + 1 belong to consecutive training steps.
     stamps = stamps[: config.max_train_steps]
     seconds = stamps[-1] - stamps[-1 - steps]
     return {
@@ -160,7 +165,10 @@ def measure_loop(config: Config, steps: int) -> dict[str, float]:
 
 
 def measure_turns(config: Config, steps: int) -> dict[str, float]:
-    """The median, over pairs of blocks of steps done in turn by both sides, of the loop's speed over the bare one's."""
+    """Measure the speed of the loop relative to the bare loop, while both train in turn in one process.
+
+    The ratio is the median over pairs of blocks of steps.
+    """
     bare = BareLoop(config)
     blocks = max(2, steps // BLOCK_STEPS)
     loop_seconds: list[float] = []
@@ -178,7 +186,7 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
 
     config.max_train_steps = blocks * BLOCK_STEPS + 1
     train(functools.partial(_watched_stage, before_batch), config)
-    # The first pair is warm-up. A block of the loop lies between two of the bare one: it is compared with their mean.
+    # The first pair is warm-up. A block of the loop is compared with the mean of the bare blocks before and after it.
     ratios = [
         (bare_seconds[i] + bare_seconds[i + 1]) / 2 / loop_seconds[i]
         for i in range(1, min(len(loop_seconds), len(bare_seconds) - 1))
@@ -187,7 +195,7 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
 
 
 def peak_mb() -> float:
-    """This process's peak resident memory in MB (10⁶ bytes)."""
+    """Return the peak resident memory of this process in MB (10⁶ bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -210,7 +218,7 @@ def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(LoopBenchConfig, argv, description=__doc__)
     if not options.recipe or not options.output:
-        raise UserError("--recipe and --output are missing; run.py (make bench) gives them")
+        raise UserError("--recipe or --output is missing; run training/benchmarks/run.py (make bench), which sets both")
     words = ["--output_dir", options.run_dir, "--cpu_threads", str(options.threads), "--overwrite", "true"]
     config = parse_config(Config, ["--config", options.recipe, *words])
     measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[options.side]

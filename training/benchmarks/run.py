@@ -1,10 +1,10 @@
-"""What Halftone costs over a bare PyTorch loop, and how quick its commands are: `make bench`.
+"""Measure the overhead of Halftone over a bare PyTorch loop, and the speed of its commands (`make bench`).
 
     python training/benchmarks/run.py
     python training/benchmarks/run.py --only '[loop]' --pairs 5
 
-Ratios are medians over pairs of runs that alternate, so that a machine that is warm, busy or slow today shifts both
-sides alike. A quiet machine is still the better one.
+Ratios are medians over pairs of runs that alternate, so that a warm, busy or slow machine affects both sides equally.
+Results are still more precise on a machine without other work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REPETITIONS = 5
 CAPTION_BATCHES = {"tiny": (0, 16, 64, 128), "default": (0, 1, 2, 4, 8)}
 TRAINERS = ("train_latent_diffusion", "train_autoencoder")
 FIRST_STEP_LIMIT = 120.0
-"""Seconds after which the first step is given up for lost."""
+"""Seconds to wait for the first step of a run before the benchmark fails."""
 
 
 @dataclass
@@ -53,17 +53,17 @@ class BenchmarkConfig(Options):
     only: list[str] = field(
         default_factory=lambda: ["loop", "latents", "commands", "first_step", "posters", "decoder", "captions"]
     )
-    """What to measure"""
+    """Parts of the benchmark to run"""
     pairs: int = option(3, at_least=1)
-    """Pairs of whole processes for the loop's speed and memory"""
+    """Number of pairs of processes that measure the speed and the memory of the loop"""
     steps: int = option(60, at_least=10)
-    """Steps in each"""
+    """Number of measured steps in each process"""
     threads: int = 0
-    """CPU threads of torch; 0: all cores that this process may use"""
+    """Number of CPU threads of torch; 0 uses all cores that are available to this process"""
     work_dir: str = "runs/bench"
-    """Where the benchmark's own posters, tokenizer, autoencoder and latents are kept"""
+    """Folder of the benchmark's own posters, tokenizer, autoencoder and latents"""
     output: str = "runs/bench.json"
-    """The figures"""
+    """JSON file of the results"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -72,8 +72,8 @@ class BenchmarkConfig(Options):
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One line of the table."""
+class Metric:
+    """One measured value, and the goal that it should meet."""
 
     name: str
     value: float
@@ -88,41 +88,41 @@ class Figure:
         return self.value <= self.goal if self.at_most else self.value >= self.goal
 
     def line(self) -> str:
-        """Name, value, goal and whether it is met, in columns."""
+        """Return one line of the table: name, value, goal, and whether the goal is met."""
         goal = "" if self.goal is None else f"{'≤' if self.at_most else '≥'} {self.goal:g}"
         verdict = {None: "", True: "met", False: "MISSED"}[self.met]
         return f"{self.name:<66} {self.value:>9.3f} {self.unit:<10} {goal:>8}  {verdict}".rstrip()
 
 
-def measure_loop(config: BenchmarkConfig) -> list[Figure]:
-    """The loop with everything on over the bare loop: speed in whole processes and by turns, and memory."""
+def measure_loop(config: BenchmarkConfig) -> list[Metric]:
+    """Compare the loop with everything on with the bare loop: speed in whole processes and in turn, and memory."""
     recipe = write_recipe(config)
     sides: dict[str, list[dict[str, float]]] = {"bare": [], "loop": []}
     for _ in range(config.pairs):
-        for side, found in sides.items():
-            found.append(run_side(config, recipe, side))
+        for side, results in sides.items():
+            results.append(run_side(config, recipe, side))
     turns = run_side(config, recipe, "turns")
     pairs = list(zip(sides["loop"], sides["bare"], strict=True))
-    speeds = {side: statistics.median(f["images_per_second"] for f in found) for side, found in sides.items()}
+    speeds = {side: statistics.median(r["images_per_second"] for r in results) for side, results in sides.items()}
     return [
-        Figure("bare loop, batch 32", speeds["bare"], "images/s"),
-        Figure("loop with everything on, batch 32", speeds["loop"], "images/s"),
-        Figure("speed over the bare loop, by turns in one process", turns["ratio"], "", 0.97),
-        Figure(
+        Metric("bare loop, batch 32", speeds["bare"], "images/s"),
+        Metric("loop with everything on, batch 32", speeds["loop"], "images/s"),
+        Metric("speed over the bare loop, by turns in one process", turns["ratio"], "", 0.97),
+        Metric(
             "speed over the bare loop, whole processes",
             statistics.median(a["images_per_second"] / b["images_per_second"] for a, b in pairs),
             "",
             0.97,
         ),
-        Figure(
+        Metric(
             "peak memory above the bare loop's, training steps",
             statistics.median(a["peak_mb"] - b["peak_mb"] for a, b in pairs),
             "MB",
             300,
             at_most=True,
         ),
-        Figure(
-            "peak memory above it, validation, previews and export included",
+        Metric(
+            "peak memory above the bare loop's, previews and export included",
             statistics.median(a["peak_with_export_mb"] - b["peak_mb"] for a, b in pairs),
             "MB",
             300,
@@ -131,8 +131,8 @@ def measure_loop(config: BenchmarkConfig) -> list[Figure]:
     ]
 
 
-def measure_latents(config: BenchmarkConfig) -> list[Figure]:
-    """Milliseconds to read a batch of 32 from a latent cache, flips included: the best of many, on one core."""
+def measure_latents(config: BenchmarkConfig) -> list[Metric]:
+    """Measure the milliseconds to read a batch of 32, with flips, from a latent cache: the best of 200 on one core."""
     from training.core.draws import SampleKey
     from training.data.latent_cache.dataset import LatentCache
 
@@ -140,38 +140,38 @@ def measure_latents(config: BenchmarkConfig) -> list[Figure]:
     dataset = LatentCache(str(Path(config.work_dir).resolve() / "latents")).split("train", random_flip=True)
     keys = [SampleKey(i % len(dataset), i) for i in range(32)]
     seconds = min(timeit.repeat(lambda: dataset.collate(dataset.__getitems__(keys)), number=1, repeat=200))
-    return [Figure("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
+    return [Metric("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
 
 
-def measure_commands(config: BenchmarkConfig) -> list[Figure]:
-    """Seconds of `--help` and of a config error."""
-    figures = []
+def measure_commands(config: BenchmarkConfig) -> list[Metric]:
+    """Measure the seconds that `--help` and a config error take."""
+    metrics = []
     for trainer in TRAINERS:
         for name, words, status in (("--help", ["--help"], 0), ("a config error", ["--learning_rat", "1"], 2)):
             command = [sys.executable, f"training/{trainer}.py", *words]
             busy = child_cpu_seconds()
             seconds = statistics.median(timed(command, status) for _ in range(REPETITIONS))
             busy = (child_cpu_seconds() - busy) / REPETITIONS
-            figures.append(Figure(f"{trainer}.py, {name}", seconds, "s", 2.5, at_most=True))
-            figures.append(Figure(f"{trainer}.py, {name}: of that, CPU time", busy, "s"))
-    return figures
+            metrics.append(Metric(f"{trainer}.py, {name}", seconds, "s", 2.5, at_most=True))
+            metrics.append(Metric(f"{trainer}.py, {name}: CPU time", busy, "s"))
+    return metrics
 
 
-def measure_first_step(config: BenchmarkConfig) -> list[Figure]:
-    """Seconds from `accelerate launch` to the row of the first step in metrics.csv."""
+def measure_first_step(config: BenchmarkConfig) -> list[Metric]:
+    """Measure the seconds from `accelerate launch` to the row of the first step in metrics.csv."""
     recipe = write_recipe(config)
     wall, busy = zip(*(_first_step(recipe) for _ in range(3)), strict=True)
     with_regression, _ = _first_step(recipe, "--caption_prior.hidden_size", "512")
     return [
-        Figure("accelerate launch to the first step's end", statistics.median(wall), "s", 12, at_most=True),
-        Figure("accelerate launch to the first step's end: CPU time", statistics.median(busy), "s"),
-        Figure("the same with the quickstart's caption prior, which regresses first", with_regression, "s"),
+        Metric("accelerate launch to the first step's end", statistics.median(wall), "s", 12, at_most=True),
+        Metric("accelerate launch to the first step's end: CPU time", statistics.median(busy), "s"),
+        Metric("accelerate launch to the first step's end, with a caption prior", with_regression, "s"),
     ]
 
 
-def measure_posters(config: BenchmarkConfig) -> list[Figure]:
-    """Posters a second at 256 px with two processes, start and writing included."""
-    figures = []
+def measure_posters(config: BenchmarkConfig) -> list[Metric]:
+    """Measure the posters made per second at 256 px with two processes, including their start and the writing."""
+    metrics = []
     for complexity, goal in (("plain", 40), ("standard", 40), ("rich", None)):
         with tempfile.TemporaryDirectory() as folder:
             command = (
@@ -179,49 +179,49 @@ def measure_posters(config: BenchmarkConfig) -> list[Figure]:
                 f"--resolution 256 --num_workers 2 --complexity {complexity}"
             )
             rate = DRAWN_POSTERS / timed([sys.executable, *command.split()])
-        figures.append(Figure(f"make_posters.py, {complexity}, 256 px, 2 processes", rate, "posters/s", goal))
-    return figures
+        metrics.append(Metric(f"make_posters.py, {complexity}, 256 px, 2 processes", rate, "posters/s", goal))
+    return metrics
 
 
-def measure_decoder(config: BenchmarkConfig) -> list[Figure]:
-    """Memory of a training step of the poster decoder at its default size, as it grows with the batch."""
+def measure_decoder(config: BenchmarkConfig) -> list[Metric]:
+    """Measure the memory of a training step of the poster decoder at its default size: the base, and per image."""
     peaks = []
     for batch_size in (0, 1, 2):
         peaks.append(_measured_by("decoder", f"--batch_size {batch_size}")["peak_mb"])
     return [
-        Figure("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
-        Figure("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
+        Metric("poster decoder, 256 px, float32: model, gradients, optimizer", peaks[0], "MB"),
+        Metric("poster decoder, 256 px, float32: each image of a batch", peaks[2] - peaks[1], "MB"),
     ]
 
 
-def measure_captions(config: BenchmarkConfig) -> list[Figure]:
-    """Captions by the cache against a loop of full-sequence forwards; memory and speed of training by batch size."""
-    found = _measured_by("captions", "--side generation --batch_size 8 --tokens 100")
-    figures = [
-        Figure("captions, batch 8, 100 tokens: with the cache", found["cached_seconds"], "s"),
-        Figure("captions, batch 8, 100 tokens: loop of full forwards", found["full_seconds"], "s"),
-        Figure("captions: the cache's speed over the loop's", found["speedup"], "", 5),
-        Figure("captions: share of tokens that are the same", found["equal_tokens"], "", 1),
+def measure_captions(config: BenchmarkConfig) -> list[Metric]:
+    """Measure caption generation with a cache against full forward passes, and the memory and speed of training."""
+    results = _measured_by("captions", "--side generation --batch_size 8 --tokens 100")
+    metrics = [
+        Metric("captions, batch 8, 100 tokens: with the cache", results["cached_seconds"], "s"),
+        Metric("captions, batch 8, 100 tokens: loop of full forwards", results["full_seconds"], "s"),
+        Metric("captions: the cache's speed over the loop's", results["speedup"], "", 5),
+        Metric("captions: share of tokens that are the same", results["equal_tokens"], "", 1),
     ]
     for preset, batch_sizes in CAPTION_BATCHES.items():
         for size in batch_sizes:
-            found = _measured_by("captions", f"--side memory --preset {preset} --batch_size {size}")
+            results = _measured_by("captions", f"--side memory --preset {preset} --batch_size {size}")
             name = f"image_caption/{preset}.yaml, batch {size}"
-            figures.append(Figure(f"{name}: peak memory", found["peak_mb"], "MB"))
+            metrics.append(Metric(f"{name}: peak memory", results["peak_mb"], "MB"))
             if size:
-                figures.append(Figure(f"{name}: training", found["pairs_per_second"], "images/s"))
-    return figures
+                metrics.append(Metric(f"{name}: training", results["pairs_per_second"], "images/s"))
+    return metrics
 
 
 def _measured_by(script: str, words: str) -> dict[str, float]:
-    """What a script beside this one measures in a process of its own."""
+    """Run another script of this folder in a process of its own, and return what it measured."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "figures.json")
+        output = Path(folder, "results.json")
         timed([sys.executable, f"training/benchmarks/{script}.py", *words.split(), "--output", str(output)])
         return json.loads(output.read_text())
 
 
-MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
+MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Metric]]] = {
     "loop": measure_loop,
     "latents": measure_latents,
     "commands": measure_commands,
@@ -233,7 +233,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Figure]]] = {
 
 
 def write_recipe(config: BenchmarkConfig) -> Path:
-    """The quickstart's config on posters and latents of the benchmark's own, which are made if they are not there."""
+    """Write the quickstart's config for the benchmark's own posters and latents, which are made if they are missing."""
     work = Path(config.work_dir).resolve()
     data, tokenizer, vae, latents = (work / name for name in ("posters", "tokenizer", "autoencoder", "latents"))
     _make(data, f"data_scripts/make_posters.py --output_dir {data} --num_posters {NUM_POSTERS} --resolution 64")
@@ -253,7 +253,7 @@ def write_recipe(config: BenchmarkConfig) -> Path:
     once = {"validation_epochs": 0, "preview_epochs": 0, "checkpointing_epochs": 0, "report_to": "none"}
     values |= {name: str(path) for name, path in paths.items()} | once
     values |= {"train_batch_size": 32, "ema_update_every": 1, "logging_steps": 10}
-    # The bare loop has the same networks and precision, and no caption prior.
+    # As in the bare loop, which has no caption prior and no mixed precision.
     values |= {"mixed_precision": "no", "caption_prior": {**values["caption_prior"], "hidden_size": 0}}
     recipe = work / "config.yaml"
     recipe.write_text(yaml.safe_dump(values))
@@ -261,7 +261,7 @@ def write_recipe(config: BenchmarkConfig) -> Path:
 
 
 def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, float]:
-    """What one process of loops.py measures."""
+    """Run loops.py in a process of its own, and return what it measured."""
     threads = config.threads or usable_cores()
     with tempfile.TemporaryDirectory() as run:
         words = f"--recipe {recipe} --side {side} --steps {config.steps} --threads {threads} --run_dir {run}/run"
@@ -269,7 +269,7 @@ def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, floa
 
 
 def timed(command: Sequence[str], status: int = 0) -> float:
-    """Seconds that a command took. Raises UserError when it ends with another exit status than `status`."""
+    """Return the seconds that a command took. Raises UserError if its exit status differs from `status`."""
     started = time.perf_counter()
     done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
     seconds = time.perf_counter() - started
@@ -279,7 +279,7 @@ def timed(command: Sequence[str], status: int = 0) -> float:
 
 
 def child_cpu_seconds() -> float:
-    """CPU time of all children so far that have ended: what a busy machine does not change much."""
+    """Return the CPU time of all child processes that have ended; other work on the machine hardly changes it."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -295,7 +295,7 @@ def _make(path: Path, command: str) -> None:
 
 
 def _first_step(recipe: Path, *flags: str) -> tuple[float, float]:
-    """Seconds, and CPU seconds of launcher and trainer."""
+    """Return the seconds until the first step is logged, and the CPU seconds of launcher and trainer."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         words = ["--config", str(recipe), "--output_dir", str(run), "--logging_steps", "1", *flags]
@@ -307,44 +307,44 @@ def _first_step(recipe: Path, *flags: str) -> tuple[float, float]:
         try:
             while not (run / "metrics.csv").is_file():
                 if process.poll() is not None or time.perf_counter() - started > FIRST_STEP_LIMIT:
-                    raise UserError(f"no first step came of: {' '.join(command)}")
+                    raise UserError(f"the first step was not reached by: {' '.join(command)}; run it to see why")
                 time.sleep(0.01)
             seconds = time.perf_counter() - started
             launcher = psutil.Process(process.pid)
             times = [p.cpu_times() for p in (launcher, *launcher.children(recursive=True))]
             return seconds, sum(t.user + t.system for t in times)
         finally:
-            # The launcher and the trainer, which saves nothing that anybody wants.
+            # End the launcher and the trainer at once: nothing that they would still save is needed.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def describe(figures: Sequence[Figure]) -> dict[str, Any]:
-    """The figures and the machine they were measured on, for the JSON file."""
+def describe(metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return the content of the JSON file: the metrics, and the machine they were measured on."""
     return {
         "cpu_cores": usable_cores(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "figures": [
-            {"name": f.name, "value": round(f.value, 4), "unit": f.unit, "goal": f.goal, "met": f.met} for f in figures
+            {"name": m.name, "value": round(m.value, 4), "unit": m.unit, "goal": m.goal, "met": m.met} for m in metrics
         ],
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(BenchmarkConfig, argv, description=__doc__)
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
     for name in config.only:
         print(f"measuring: {name} ...", flush=True)
-        found = MEASUREMENTS[name](config)
-        for figure in found:
-            print(figure.line(), flush=True)
-        figures += found
+        measured = MEASUREMENTS[name](config)
+        for metric in measured:
+            print(metric.line(), flush=True)
+        metrics += measured
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, json.dumps(describe(figures), indent=2) + "\n")
-    missed = sum(figure.met is False for figure in figures)
-    print(f"\n{missed or 'none'} of {sum(f.goal is not None for f in figures)} goals missed; figures: {config.output}")
+    write_atomically(output, json.dumps(describe(metrics), indent=2) + "\n")
+    missed = sum(metric.met is False for metric in metrics)
+    print(f"\n{missed} of {sum(m.goal is not None for m in metrics)} goals missed; results: {config.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table of what differs and what came of it, and a row of samples from each."""
+"""Compares several runs: a table of the settings that differ and of the results, and a row of samples from each run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from training.run.metrics_log import read_metrics
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Name → (stage, run folder, the config asked for).
+# Name → (stage, run folder, requested config).
 Runs = Mapping[str, tuple[str, RunFolder, RunConfig]]
-# Losses of runs that differ in one of these measure different things.
+# Runs that differ in one of these settings compute different losses, which cannot be compared.
 MEANING_OF_LOSS = (
     "prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr",
     "flow_shift", "snr_gamma", "noise_offset", "vae", "latent_cache", "resolution", "dataset_name", "train_data_dir",
@@ -36,18 +36,18 @@ DRAWN_FROM_NOISE = ("LatentDiffusionPipeline", "PosterDecoderPipeline")
 
 @dataclass
 class Samples:
-    """What to draw in each row of the picture."""
+    """The samples in each row of the image."""
 
     prompts: Sequence[str] | None
-    """None takes the preview prompts of the first run that has some."""
+    """None uses the preview prompts of the first run that has any."""
     count: int
     seed: int
-    """Of the first column; the next ones count up."""
+    """Random seed of the first column; later columns add 1 each."""
 
 
 @dataclass
 class Table:
-    """Rows of values by column; columns in order, those of settings that differ named apart."""
+    """Rows of values by column, the columns in order, and which of the columns are settings that differ."""
 
     columns: list[str]
     rows: list[dict[str, Any]]
@@ -55,10 +55,10 @@ class Table:
 
 
 def comparison_table(runs: Runs, outcomes: Mapping[str, str]) -> Table:
-    """One row per run: what differs between the configs, and the figures it has left behind.
+    """Return a table with one row per run: the settings that differ between the configs, and the metrics of the run.
 
     Args:
-        outcomes: name → how it ended, in a few words.
+        outcomes: name → a few words on how the run ended.
     """
     settings = {name: _settings(stage, folder, config) for name, (stage, folder, config) in runs.items()}
     differing = differing_settings(list(settings.values()))
@@ -66,24 +66,24 @@ def comparison_table(runs: Runs, outcomes: Mapping[str, str]) -> Table:
     for name, (stage, folder, _) in runs.items():
         row = {"name": name, "outcome": outcomes.get(name, ""), **{key: settings[name].get(key) for key in differing}}
         rows.append(row | run_metrics(stage, folder))
-    figures = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     first = ["name", "outcome", *differing, "parameters", "steps"]
     last = ["images_per_second", "training_seconds", "peak_memory_mib"]
-    middle = [key for key in figures if key not in (*first, *last)]
-    return Table([key for key in [*first, *middle, *last] if key in figures], rows, differing)
+    middle = [key for key in columns if key not in (*first, *last)]
+    return Table([key for key in [*first, *middle, *last] if key in columns], rows, differing)
 
 
 def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that have not the same value everywhere, in the order of the configs."""
+    """Return the keys whose values differ between the configs, in the order of the configs."""
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
 
 
 def run_metrics(stage: str, folder: RunFolder) -> dict[str, Any]:
-    """What a run has recorded so far; nothing for one that has not saved yet.
+    """Return the metrics that a run has recorded so far; empty for a run that has not saved a checkpoint yet.
 
-    `best_<metric>` and `best_step` are of the metric that the stage's `best` goes by; other figures are the last ones.
-    `images_per_second` is over all training steps, validation and saving left out.
+    `best_<metric>` and `best_step` refer to the metric by which the stage selects its best checkpoint; all other
+    metrics are the latest ones. `images_per_second` is measured over all training steps, without validation and saving.
     """
     state = _read_json(folder.checkpoints / "latest" / "trainer_state.json")
     record = _read_json(folder.record_file)
@@ -91,61 +91,64 @@ def run_metrics(stage: str, folder: RunFolder) -> dict[str, Any]:
         return {}
     metrics = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
     last = {key: float(row[key]) for row in metrics for key in row if key.startswith("val_") and row[key]}
-    figures: dict[str, Any] = {"parameters": record.get("trained_parameters"), "steps": state["step"], **last}
+    recorded: dict[str, Any] = {"parameters": record.get("trained_parameters"), "steps": state["step"], **last}
     if state.get("best_value") is not None:
-        figures |= {
+        recorded |= {
             f"best_{stage_class(stage).best_metric}": state["best_value"],
             "best_step": state["best_step"],
         }
     if state["elapsed_seconds"] > 0:
-        figures["images_per_second"] = round(state["images_seen"] / state["elapsed_seconds"], 2)
-    figures["training_seconds"] = round(state["elapsed_seconds"], 1)
-    figures["peak_memory_mib"] = record.get("peak_memory_mib")
-    return {key: value for key, value in figures.items() if value is not None}
+        recorded["images_per_second"] = round(state["images_seen"] / state["elapsed_seconds"], 2)
+    recorded["training_seconds"] = round(state["elapsed_seconds"], 1)
+    recorded["peak_memory_mib"] = record.get("peak_memory_mib")
+    return {key: value for key, value in recorded.items() if value is not None}
 
 
 def draw_samples(runs: Runs, samples: Samples, poll: Callable[[], None] = lambda: None) -> Image | None:
-    """A row of pictures per run with a pipeline, from the same seeds and conditions; None where there is no run.
+    """Generate a row of images for each run that has a pipeline, from the same seeds and conditions.
 
-    Pipelines that want more than that, or draw nothing from noise, show the previews of their runs instead, which are
-    of the same data; below the others.
+    A run whose pipeline needs other inputs, or does not sample from noise, shows its previews instead, below the rows
+    of the other runs.
 
     Args:
         poll: called between runs.
+
+    Returns:
+        The rows as one image; None if no run has anything to show.
     """
-    there = {name: run for name, run in runs.items() if (run[1].pipeline / "model_index.json").is_file()}
-    if not there:
+    exported = {name: run for name, run in runs.items() if (run[1].pipeline / "model_index.json").is_file()}
+    if not exported:
         return None
-    drawn = {name: run for name, run in there.items() if _pipeline_class(run[1]) in DRAWN_FROM_NOISE}
+    drawn = {name: run for name, run in exported.items() if _pipeline_class(run[1]) in DRAWN_FROM_NOISE}
     sheets = [_rows_of(drawn, samples, poll)] if drawn else []
-    for name, (_, folder, _) in there.items():
+    for name, (_, folder, _) in exported.items():
         file = folder.pipeline / "samples.png"
         if name not in drawn and file.is_file():
             sheets.append(image_grid([_opened(file)], columns=1, row_titles=[name]))
     return _stacked(sheets) if sheets else None
 
 
-def _rows_of(there: Runs, samples: Samples, poll: Callable[[], None]) -> Image:
-    first = next(iter(there.values()))[2]
-    prompts = _prompts(there, samples)
+def _rows_of(runs: Runs, samples: Samples, poll: Callable[[], None]) -> Image:
+    first = next(iter(runs.values()))[2]
+    prompts = _prompts(runs, samples)
     images: list[Image] = []
     titles: list[str] = []
-    for _, folder, _ in there.values():
+    for _, folder, _ in runs.values():
         poll()
         row, titles = _draw(folder, first, prompts, samples)
         images += row
-    return image_grid(images, columns=samples.count, row_titles=list(there), column_titles=titles)
+    return image_grid(images, columns=samples.count, row_titles=list(runs), column_titles=titles)
 
 
-def write_comparison(folder: Path, table: Table, picture: Image | None) -> list[Path]:
-    """Write comparison.csv, comparison.md and, where there is one, comparison.png; returns the paths."""
+def write_comparison(folder: Path, table: Table, image: Image | None) -> list[Path]:
+    """Write comparison.csv, comparison.md and, if there is an image, comparison.png; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.csv", folder / f"{NAME}.md"]
     write_atomically(written[0], table_csv(table))
-    image = folder / f"{NAME}.png"
-    if picture is not None:
-        written.append(save_png(picture, image))
-    write_atomically(written[1], table_markdown(table, image.name if image.is_file() else None))
+    image_file = folder / f"{NAME}.png"
+    if image is not None:
+        written.append(save_png(image, image_file))
+    write_atomically(written[1], table_markdown(table, image_file.name if image_file.is_file() else None))
     return written
 
 
@@ -157,21 +160,22 @@ def table_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def table_markdown(table: Table, picture: str | None) -> str:
+def table_markdown(table: Table, image_name: str | None) -> str:
     cells = [[_cell(row.get(column)) for column in table.columns] for row in table.rows]
     lines = ["# Comparison", "", f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
     lines += [f"| {' | '.join(row)} |" for row in cells]
     reasons = [key for key in table.differing if key in MEANING_OF_LOSS]
     if reasons and any("loss" in column for column in table.columns):
         differing = ", ".join(reasons)
-        lines += ["", f"Losses cannot be compared between rows that differ in {differing}: look at the samples."]
-    if picture:
-        lines += ["", "One row of samples each, from the same seeds and prompts:", "", f"![samples]({picture})"]
+        warning = f"Losses cannot be compared between rows that differ in {differing}; compare the samples instead."
+        lines += ["", warning]
+    if image_name:
+        lines += ["", "One row of samples per run, from the same seeds and prompts:", "", f"![samples]({image_name})"]
     return "\n".join(lines) + "\n"
 
 
 def _settings(stage: str, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Settings that decide what a run is, by dotted name: as it was started, or as it is asked for."""
+    """Return the settings that define a run, by dotted name: those it was started with, or else the requested ones."""
     free = {f.name for f in dataclasses.fields(config_class(stage)) if f.metadata.get("on_resume") == "free"}
     values = folder.saved_config() or config.to_dict()
     return _flat({name: value for name, value in values.items() if name not in free})
@@ -185,25 +189,28 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _prompts(runs: Runs, samples: Samples) -> list[str]:
-    """One text per column; none for models without a text encoder."""
+    """Return one prompt per column; none for models without a text encoder."""
     if not any((folder.pipeline / "tokenizer").is_dir() for _, folder, _ in runs.values()):
         return []
-    found = list(samples.prompts or [])
+    prompts = list(samples.prompts or [])
     for _, folder, config in runs.values():
-        # Captions of previews name the class as well, where there is one.
+        # With class labels, the caption of a preview ends with the class in brackets.
         recorded = [re.sub(r" \[[^\]]*\]$", "", text) for text in _read_json(folder.record_file).get("prompts") or []]
-        found = found or list(getattr(config, "preview_prompts", None) or recorded)
-    found = found or [""]
-    return [found[i % len(found)] for i in range(samples.count)]
+        prompts = prompts or list(getattr(config, "preview_prompts", None) or recorded)
+    prompts = prompts or [""]
+    return [prompts[i % len(prompts)] for i in range(samples.count)]
 
 
 def _draw(
     folder: RunFolder, settings: RunConfig, prompts: Sequence[str], samples: Samples
 ) -> tuple[list[Image], list[str]]:
-    """One row, and what its columns show; column i is drawn from seed + i.
+    """Generate the images of one row; column i uses seed + i.
 
     Args:
-        settings: have the guidance and the number of steps, the same for all rows.
+        settings: config whose guidance scale and number of sampling steps are used for all rows.
+
+    Returns:
+        The images, and the titles of their columns.
     """
     import torch
 
@@ -223,7 +230,7 @@ def _draw(
 
 
 def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
-    """What steers each column, and its title."""
+    """Return the pipeline's arguments with the conditions of all columns, and the title of each column."""
     from pipelines.common.design_brief import DesignBrief
 
     if hasattr(pipeline, "brief_encoder"):
@@ -248,7 +255,7 @@ def _opened(file: Path) -> Image:
 
 
 def _stacked(sheets: Sequence[Image]) -> Image:
-    """One below the other on white."""
+    """Stack images vertically on a white background."""
     from PIL import Image as PILImage
 
     whole = PILImage.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PAPER)

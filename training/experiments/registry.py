@@ -1,4 +1,4 @@
-"""The training scripts, and which of them a config file belongs to."""
+"""Finds the training scripts, and the stage that a config file belongs to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFIX = "train_"
 
 
 def stage_names() -> list[str]:
-    """`autoencoder` for train_autoencoder.py, and so on."""
+    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on."""
     return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
 
 
@@ -30,14 +30,14 @@ def script_path(stage: str) -> Path:
 
 
 def script_module(stage: str) -> ModuleType:
-    """The script as a module.
+    """Import the training script of a stage.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: if the stage does not exist.
     """
     name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
     if name not in known:
-        raise UserError(f"there is no stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
+        raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
     return importlib.import_module(f"training.{PREFIX}{name}")
 
 
@@ -46,17 +46,17 @@ def config_class(stage: str) -> type[RunConfig]:
 
 
 def stage_class(stage: str) -> type[Stage]:
-    """The one Stage that a script defines."""
+    """Return the Stage subclass that a training script defines."""
     module = script_module(stage)
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
     return next(value for value in own if issubclass(value, Stage))
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """What a YAML file says: the user's own, or one that comes with the code.
+    """Read the settings of a YAML file: a file of the user's, or one that comes with Halftone.
 
     Raises:
-        UserError: no such file, or no mapping in it.
+        UserError: if the file does not exist, or does not contain a mapping.
     """
     file = find_file(path)
     try:
@@ -64,20 +64,21 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
     except yaml.YAMLError as error:
-        raise UserError(f"the config file '{path}' is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"the config file '{path}' holds no settings (key: value)")
+        raise UserError(f"the config file '{path}' contains no settings; write one 'key: value' per line")
     return values
 
 
 def stage_of(path: str | Path) -> str:
-    """The stage that a config file belongs to: the one whose script knows all of its keys.
+    """Return the stage that a config file belongs to: the stage whose script knows all of its keys.
 
-    Where several do, its place tells them apart: a file whose name begins with the stage's (`encoder_small.yaml`), or
-    the nearest folder of its name (`latent_diffusion/`). The config.yaml of a run has all keys of its stage.
+    If several scripts do, the stage is taken from the path: from a file name that begins with the name of a stage
+    (`encoder_small.yaml`), or else from the nearest folder with such a name (`latent_diffusion/`). The config.yaml of a
+    run contains all keys of its stage, so it is never ambiguous.
 
     Raises:
-        UserError: no script knows all keys, or its place does not tell which.
+        UserError: if no script knows all keys, or if several do and the path names none of them.
     """
     keys = _dotted(read_config_file(path))
     unknown = {}
@@ -92,12 +93,14 @@ def stage_of(path: str | Path) -> str:
         return placed
     if fitting:
         raise UserError(
-            f"{path} could be of {' or '.join(fitting)}; put it into a folder of that name, or begin its name with it"
+            f"{path} could belong to the stages {' or '.join(fitting)}; move it into a folder with the name of its "
+            "stage, or begin its file name with that name"
         )
     closest = placed or min(unknown, key=lambda stage: len(unknown[stage]))
     key = unknown[closest][0]
     raise UserError(
-        f"unknown key '{key}' in {path}{nearest(key, known_names(config_class(closest)))} (taken for one of {closest})"
+        f"unknown key '{key}' in {path}{nearest(key, known_names(config_class(closest)))} (read as a config of the "
+        f"stage {closest})"
     )
 
 
@@ -110,7 +113,7 @@ def _by_place(path: Path, stages: Sequence[str]) -> str | None:
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for name, value in values.items():
-        if isinstance(value, Mapping) and name != "prepare":  # whose keys are paths
+        if isinstance(value, Mapping) and name != "prepare":  # the keys of `prepare` are paths
             keys += _dotted(value, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")

@@ -1,4 +1,4 @@
-"""The end of a run: the pipeline in Diffusers form, its card, and the Hub."""
+"""Exports a finished run: the pipeline in the format of Diffusers, its model card, and the upload to the Hub."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ UPLOAD_GRACE_SECONDS = 20.0
 
 
 class Exporter:
-    """Writes `pipeline/` with README.md and samples.png, and uploads what was asked for; main process only.
+    """Writes `pipeline/` with README.md and samples.png, and uploads it if requested. Used on the main process only.
 
     Args:
-        settings: the run's config as plain values, for the card.
-        publisher: of the run's model repository; None uploads nothing.
+        settings: the config of the run as plain values, for the model card.
+        publisher: uploads to the model repository of the run; None uploads nothing.
 
     Raises:
-        UserError: the stage's card template is missing; better now than after hours of training.
+        UserError: if the card template of the stage is missing; checked here so that it does not fail after training.
     """
 
     def __init__(self, stage: Stage, settings: Mapping[str, Any], folder: RunFolder, publisher: Publisher | None):
@@ -38,20 +38,20 @@ class Exporter:
         check_card(stage.card_template)
 
     def checkpoint_saved(self, path: Path) -> None:
-        """Upload what `--hub_strategy` says of a checkpoint that has just been written."""
+        """Upload the parts of a new checkpoint that `--hub_strategy` selects."""
         if self._publisher is not None:
             self._publisher.checkpoint_saved(path)
 
     def close(self) -> None:
-        """A run that was asked to stop gives uploads on their way a moment, no more."""
+        """Wait a short time for unfinished uploads; called when a run was asked to stop."""
         if self._publisher is not None:
             self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write everything, from the models as they are now.
+        """Export the models as they are now, with the model card and the samples, and upload them.
 
         Args:
-            record: the run's own record, which the card is made from.
+            record: the record of the run, from which the card is made.
         """
         temporary = self.folder.path / ".writing-pipeline"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""Publishing on the Hugging Face Hub while training goes on.
+"""Uploads to the Hugging Face Hub while training continues.
 
-Whether uploading can work at all is found out before the first step (`Publisher.check`). After that every upload runs
-on one background thread, from a snapshot of what is to be uploaded, and is tried again when it fails; nothing of it
-can end a run.
+`Publisher.check` verifies before the first step that uploads can work. After that, every upload runs on one background
+thread, from a snapshot of the files, and is retried if it fails. A failing upload never ends a run.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from tqdm import tqdm
 from pipelines.tools.cli import UserError, cause, one_line
 from training.core.options import Options, option
 
-# What a run uploads, and when; as in the Transformers Trainer.
+# What a run uploads, and when; the same strategies as in the Transformers Trainer.
 HUB_STRATEGIES = {
     "end": "the final pipeline, once",
     "every_save": "the pipeline at every checkpoint",
-    "checkpoint": "that, and the newest checkpoint (optimizer state included) as last-checkpoint/",
-    "all_checkpoints": "that, and every checkpoint under checkpoints/",
+    "checkpoint": "as every_save, and the newest checkpoint (optimizer state included) as last-checkpoint/",
+    "all_checkpoints": "as every_save, and every checkpoint under checkpoints/",
 }
 RETRY_DELAYS = (5.0, 20.0, 60.0, 180.0)  # seconds; the client itself already retries each request for half a minute
 TRAINING_STATE = ("*optimizer*", "*grad_scaler*", "*random_state*", "*trainer_state*", ".*", "*/.*")
@@ -46,22 +45,22 @@ class HubConfig(Options):
     """Whether and how a run is uploaded to the Hugging Face Hub."""
 
     push_to_hub: bool = option(False, on_resume="free")
-    """Upload the pipeline when it is complete (and at the moments that `--hub_strategy` says)."""
+    """Upload the pipeline to the Hub after training, and at other times selected by --hub_strategy"""
     hub_model_id: str | None = option(None, on_resume="free")
-    """user/name; unset: your user and the folder's name."""
+    """Name of the Hub repository, as user/name; if unset, your user name and the name of the run folder"""
     hub_token: str | None = option(None, on_resume="free", secret=True)
-    """Unset: the token of `hf auth login` or HF_TOKEN. It is never saved."""
+    """Access token for the Hub, which is never saved; if unset, HF_TOKEN or the token of `hf auth login`"""
     hub_private_repo: bool = option(False, on_resume="free")
-    """Create the repository as a private one."""
+    """Create the repository as a private repository"""
     hub_strategy: str = option("end", on_resume="free", choices=tuple(HUB_STRATEGIES))
-    """end (the pipeline, once), every_save (at each checkpoint), checkpoint (and the newest one) or all_checkpoints."""
+    """end (final pipeline), every_save (pipeline at each save), checkpoint (also the newest one) or all_checkpoints"""
     license: str | None = option(None, on_resume="free")
-    """Licence of the model for its card, e.g. cc-by-4.0. Nothing is assumed."""
+    """Licence of the model, e.g. cc-by-4.0; if unset, the model card says that no licence was specified"""
 
 
 @dataclass
 class PublishReport:
-    """What came of the uploads, by path in the repo ("" is its root): on the Hub as last given, or not."""
+    """Result of the uploads: paths in the repository ("" is its root) whose latest version is on the Hub or missing."""
 
     uploaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -69,19 +68,19 @@ class PublishReport:
 
 @dataclass
 class _Upload:
-    source: Path  # what the user can upload by hand
+    source: Path  # the folder that the user can upload by hand
     snapshot: Path
     path_in_repo: str
     message: str
 
 
 class Publisher:
-    """One model repo and the uploads of one run into it. Used on the main process only.
+    """Uploads one run to one model repository. Used on the main process only.
 
     Args:
-        config: names the repository, the token and the strategy.
-        run_dir: the run's folder; snapshots wait in a hidden folder of it, on the same disk as the checkpoints.
-        notify: takes the lines for the user.
+        config: the repository, the token and the strategy.
+        run_dir: the run folder; snapshots are kept in a hidden folder in it, on the same disk as the checkpoints.
+        notify: function that shows a line to the user.
         retry_delays: seconds to wait before each further attempt at a failed upload.
     """
 
@@ -103,17 +102,17 @@ class Publisher:
         self._numbers = count()
         self._pending: OrderedDict[str, _Upload] = OrderedDict()
         self._running: _Upload | None = None
-        self._outcome: dict[str, bool] = {}  # by path in the repo: whether what was given last is there
+        self._outcome: dict[str, bool] = {}  # by path in the repo: whether its latest version is on the Hub
         self._sources: dict[str, Path] = {}
         self._changed = threading.Condition()
         self._warned = False
-        self._news = False  # since `finish` last reported
+        self._news = False  # whether uploads were queued or failed since `finish` last reported
         self._thread: threading.Thread | None = None
         self._api: Any = None
 
     @property
     def wants_pipeline_at_save(self) -> bool:
-        """Whether a pipeline folder is to be made and uploaded at every checkpoint."""
+        """Whether a pipeline is exported and uploaded at every checkpoint."""
         return self.strategy != "end"
 
     @property
@@ -121,12 +120,12 @@ class Publisher:
         return f"{self._hub_api().endpoint}/{self.model_id}"
 
     def check(self) -> None:
-        """Before the first step: is there a token, is it valid, may it write, does the repo exist (else make it).
+        """Check, before the first step, that a token exists, is valid and may write; create the repository if needed.
 
         Raises:
-            UserError: whichever of these is not so, with what mends it.
+            UserError: if one of these conditions does not hold; the message says how to fix it.
         """
-        shutil.rmtree(self._queue_dir, ignore_errors=True)  # of an interrupted run
+        shutil.rmtree(self._queue_dir, ignore_errors=True)  # left over from an interrupted run
         api = self._hub_api()
         account = self._account(api)
         if "/" not in self.model_id:
@@ -135,27 +134,27 @@ class Publisher:
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError(
-                f"--push_to_hub: the token of '{account['name']}' can only read; make one with write access at "
-                f"{api.endpoint}/settings/tokens, then `hf auth login` or HF_TOKEN=..."
+                f"--push_to_hub: the token of '{account['name']}' can only read; create one with write access at "
+                f"{api.endpoint}/settings/tokens, then run `hf auth login` or set HF_TOKEN"
             )
         self._make_repo(api, account)
 
     def upload(self, folder: str | os.PathLike[str], message: str, path_in_repo: str = "") -> None:
-        """Queue `folder` for upload, without training state, as it is now: it may change or go right after.
+        """Queue `folder` for upload as it is now, without training state; it may change or be deleted afterwards.
 
-        A newer upload to the same `path_in_repo` takes the place of one that still waits. Never raises: a failure
-        costs one warning.
+        A newer upload to the same `path_in_repo` replaces one that is still waiting. This method never raises: a
+        failure is reported in one warning.
 
         Args:
-            message: the commit's.
-            path_in_repo: folder in the repo; "" is its root.
+            message: the commit message.
+            path_in_repo: folder in the repository; "" is its root.
         """
         self._enqueue(Path(folder), message, path_in_repo, leave_out=TRAINING_STATE, link=False)
 
     def checkpoint_saved(self, folder: str | os.PathLike[str]) -> None:
-        """Queue what the strategy wants of a finished checkpoint: its `pipeline/`, or all of it. Never raises."""
+        """Queue the parts of a checkpoint that the strategy uploads: its `pipeline/`, or all of it. Never raises."""
         folder = Path(folder)
-        # A checkpoint never changes once it is there, so links to its files are as good as copies and cost nothing.
+        # A checkpoint never changes once it is written, so hard links to its files can replace copies.
         if self.wants_pipeline_at_save and (folder / "pipeline").is_dir():
             self._enqueue(folder / "pipeline", folder.name, "", leave_out=TRAINING_STATE, link=True)
         if self.strategy == "checkpoint":
@@ -164,7 +163,7 @@ class Publisher:
             self._enqueue(folder, f"{folder.name}: checkpoint", f"checkpoints/{folder.name}", leave_out=(), link=True)
 
     def finish(self, timeout: float | None = 3600.0) -> PublishReport:
-        """Wait up to `timeout` seconds for what is queued; say what is on the Hub and how to upload the rest."""
+        """Wait up to `timeout` seconds for queued uploads; report what is on the Hub and how to upload the rest."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             if self._pending or self._running:
@@ -178,7 +177,7 @@ class Publisher:
             self._outcome.update(dict.fromkeys(unfinished, False))
             self._pending.clear()
             self._running = None
-            self._thread = None  # a thread that is no longer this one stops; a later upload starts another
+            self._thread = None  # the old thread notices this and stops; a later upload starts another
             self._changed.notify_all()
         if not unfinished:
             shutil.rmtree(self._queue_dir, ignore_errors=True)
@@ -188,14 +187,14 @@ class Publisher:
         )
         if self._news:
             self._news = False
-            self._say(report)
+            self._show(report)
         return report
 
     def _hub_api(self) -> Any:
         if self._api is None:
             from huggingface_hub import HfApi
 
-            # HF_ENDPOINT is read here as well: the library reads it once, when it is first imported.
+            # HF_ENDPOINT is read here because the library reads it only once, when it is first imported.
             self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=self._token)
         return self._api
 
@@ -205,7 +204,7 @@ class Publisher:
 
         if not (self._token or get_token()):
             raise UserError(
-                "--push_to_hub: no Hugging Face token was found; `hf auth login`, or set HF_TOKEN to a token with "
+                "--push_to_hub: no Hugging Face token was found; run `hf auth login`, or set HF_TOKEN to a token with "
                 f"write access ({api.endpoint}/settings/tokens), or leave out --push_to_hub"
             )
         try:
@@ -214,7 +213,7 @@ class Publisher:
             if _status(error) in (401, 403):
                 raise UserError(
                     f"--push_to_hub: {api.endpoint} does not accept the token (HF_TOKEN, or the stored login): "
-                    f"{cause(error)}; make a new one at {api.endpoint}/settings/tokens"
+                    f"{cause(error)}; create a new one at {api.endpoint}/settings/tokens"
                 ) from None
             raise self._unreachable(error) from None
         except Exception as error:  # no network, a wrong HF_ENDPOINT, HF_HUB_OFFLINE=1: the client has many classes
@@ -223,7 +222,7 @@ class Publisher:
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
             f"--push_to_hub: {self._hub_api().endpoint} could not be reached ({cause(error)}); check the network "
-            "and HF_ENDPOINT, or leave out --push_to_hub and upload when training is over"
+            "and HF_ENDPOINT, or leave out --push_to_hub and upload the pipeline after training"
         )
 
     def _check_name(self) -> None:
@@ -246,7 +245,7 @@ class Publisher:
                 own = [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
                 raise UserError(
                     f"--hub_model_id {self.model_id}: '{account['name']}' may not write there ({cause(error)}); "
-                    f"take one of this account's namespaces ({', '.join(own)}) or a token with that right"
+                    f"use one of this account's namespaces ({', '.join(own)}) or a token that may write there"
                 ) from None
             raise self._unreachable(error) from None
         except Exception as error:  # the connection broke between two requests
@@ -257,7 +256,7 @@ class Publisher:
         snapshot = self._queue_dir / f"{next(self._numbers):06d}"
         try:
             self._snapshot(folder, snapshot, leave_out, link)
-        except OSError as error:  # disk full, folder gone
+        except OSError as error:  # e.g. the disk is full, or the folder was deleted
             shutil.rmtree(snapshot, ignore_errors=True)
             self._failed(path_in_repo, folder, error)
             return
@@ -281,7 +280,7 @@ class Publisher:
             if not path.is_file() or any(fnmatch(name, pattern) for pattern in (*leave_out, *SECRETS)):
                 continue
             if self._holds_secret(path):
-                self._notify(f"warning: {path} seems to hold an access token and is not uploaded; take the token out")
+                self._notify(f"warning: {path} seems to contain an access token and is not uploaded; remove the token")
                 continue
             target = snapshot / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +306,7 @@ class Publisher:
             error = self._attempt(upload)
             shutil.rmtree(upload.snapshot, ignore_errors=True)
             with self._changed:
-                if self._dismissed():  # and `finish` has told what became of this upload
+                if self._dismissed():  # `finish` has already reported this upload as missing
                     return
                 self._running = None
                 self._outcome[upload.path_in_repo] = error is None
@@ -320,7 +319,7 @@ class Publisher:
         return self._thread is not threading.current_thread()
 
     def _attempt(self, upload: _Upload) -> Exception | None:
-        """Upload, trying again after each of the delays; returns what went wrong in the end, or None."""
+        """Upload, and retry after each of the delays; returns the last error, or None on success."""
         for delay in (*self._retry_delays, None):
             try:
                 self._send(upload)
@@ -331,7 +330,7 @@ class Publisher:
                 last = error
             with self._changed:
                 given_up = lambda: self._dismissed() or upload.path_in_repo in self._pending  # noqa: E731
-                if self._changed.wait_for(given_up, timeout=delay):  # over, or superseded by a newer one
+                if self._changed.wait_for(given_up, timeout=delay):  # the run ends, or a newer upload waits
                     return last
         return None
 
@@ -340,14 +339,14 @@ class Publisher:
 
         quiet = not are_progress_bars_disabled()
         if quiet:
-            disable_progress_bars()  # they would be drawn over the training's own
+            disable_progress_bars()  # they would overwrite the progress bar of training
         try:
             self._hub_api().upload_folder(
                 repo_id=self.model_id,
                 folder_path=upload.snapshot,
                 path_in_repo=upload.path_in_repo or None,
                 commit_message=upload.message,
-                # A folder of its own is replaced as a whole; at the root there are other things (checkpoints).
+                # A subfolder is replaced as a whole; the root keeps its other contents (checkpoints).
                 delete_patterns="*" if upload.path_in_repo else None,
             )
         finally:
@@ -360,15 +359,15 @@ class Publisher:
         self._sources[path_in_repo] = source
         if not self._warned:
             self._warned = True
-            self._notify(f"warning: uploading {source} to {self.model_id} failed, training goes on: {cause(error)}")
+            self._notify(f"warning: uploading {source} to {self.model_id} failed, training continues: {cause(error)}")
 
-    def _say(self, report: PublishReport) -> None:
+    def _show(self, report: PublishReport) -> None:
         if report.uploaded:
             places = ", ".join(path or "the model" for path in report.uploaded)
             self._notify(f"Uploaded to {self.url}: {places}")
         for path in report.missing:
             command = f"hf upload {self.model_id} {self._sources[path]} {path or '.'}"
-            self._notify(f"warning: not uploaded: {path or 'the model'}; to do it by hand: {command}")
+            self._notify(f"warning: not uploaded: {path or 'the model'}; to upload it by hand: {command}")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -379,12 +378,12 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again cannot help: no right, no repo, content that the Hub refuses."""
+    """Return whether a retry cannot help: no permission, no repository, or content that the Hub rejects."""
     return _status(error) in (400, 401, 403, 404, 413, 422) or isinstance(error, (ValueError, TypeError))
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind `error`, looking through the errors it was raised from."""
+    """Return the HTTP status of `error`, or of one of the errors it was raised from; None without a status."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:

@@ -1,7 +1,7 @@
-"""Model cards: README.md of a published pipeline, from a template in model_cards/ and the run's own record.
+"""Model cards: the README.md of a published pipeline, from a template in model_cards/ and the record of the run.
 
-Nothing is invented: a fact that the record does not hold is left out, or said not to have been measured. Nothing
-private gets in: tokens are dropped and local paths are cut to their last part.
+A card states only facts from the record; a fact that the record lacks is left out, or marked as not measured. Nothing
+private is published: tokens are dropped, and local paths are cut to their last part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.core.files import write_atomically
 
 TEMPLATES = shipped_path("model_cards")
 CARD_NAME = "README.md"
-# What the Hub takes in a card's `license`; anything else goes under "other" with its name.
+# The values that the Hub accepts as `license`; any other licence is published as "other", with its name.
 HUB_LICENSES = frozenset(
     """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
     bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
@@ -37,29 +37,30 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STOCK_LIBRARIES = ("diffusers", "transformers")
 METRIC_NAMES = {
     "val_loss": "validation loss",
-    "val_psnr": "PSNR on validation pictures (dB)",
-    "val_ssim": "SSIM on validation pictures",
-    "val_pixel_accuracy": "pixels of validation pictures whose class was read right",
-    "val_mean_iou": "mean IoU of the classes of pixels on validation pictures",
-    "val_top1_accuracy": "validation pictures whose class was read right",
+    "val_psnr": "PSNR on validation images (dB)",
+    "val_ssim": "SSIM on validation images",
+    "val_pixel_accuracy": "pixel accuracy of segmentation on validation images",
+    "val_mean_iou": "mean IoU of segmentation on validation images",
+    "val_top1_accuracy": "top-1 accuracy of classification on validation images",
     "fid": "FID",
     "kid": "KID",
 }
 
 
 def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapping[str, Any]) -> Path:
-    """Write `folder`/README.md from `model_cards/<template>` and the run's record.
+    """Write `folder`/README.md from `model_cards/<template>` and the record of the run.
 
     Args:
-        folder: the pipeline folder; its model_index.json tells whether loading needs remote code and captions.
+        folder: the pipeline folder; its model_index.json shows whether loading needs remote code, and whether the
+            model takes captions.
         template: a file name in model_cards/.
         record: any of stage, model_name, license, dataset, num_train_images, resolution, steps, epochs,
             global_batch_size, images_seen, hardware, cpu_cores, elapsed_seconds, config, metrics {name: value},
-            best {metric, value, step}, memorization (text or figures), prompts, samples_file, versions {name: version},
-            trust_remote_code, hub_model_id; whatever is absent or None is left out.
+            best {metric, value, step}, memorization (text or metrics), prompts, samples_file, versions {name: version},
+            trust_remote_code, hub_model_id; facts that are absent or None are left out.
 
     Raises:
-        UserError: no such template.
+        UserError: if the template does not exist.
     """
     folder = Path(folder)
     path = folder / CARD_NAME
@@ -68,10 +69,10 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
 
 
 def check_card(template: str) -> None:
-    """Render an empty card, so that a template that is missing or broken is known before the first step.
+    """Render an empty card, so that a missing or broken template is noticed before the first step.
 
     Raises:
-        UserError: no such template, or none that it extends.
+        UserError: if the template, or one that it extends, does not exist.
     """
     _render(TEMPLATES, template, {})
 
@@ -96,7 +97,7 @@ def _render(folder: Path, template: str, record: Mapping[str, Any]) -> str:
 
 
 def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the templates may print, in words: every name they use, empty where the record is silent."""
+    """Return the variables of the templates: every name that they use, empty where the record has no such fact."""
     config = _public_config(record.get("config") or {})
     conditions = _conditions(folder, record)
     samples = record.get("samples_file")
@@ -120,7 +121,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "training": _training(record),
         "config": config,
         "config_yaml": _yaml(config) if config else "",
-        "metrics": [(_cell(_metric_name(k)), _cell(_figure(v))) for k, v in (record.get("metrics") or {}).items()],
+        "metrics": [(_cell(_metric_name(k)), _cell(_number(v))) for k, v in (record.get("metrics") or {}).items()],
         "best": _best(record.get("best") or {}),
         "memorization": _memorization(record.get("memorization")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
@@ -131,12 +132,12 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
-    """(class id, name, colour as #rrggbb) of the classes of pixels."""
+    """Return (class id, name, colour as #rrggbb) for each class of pixels."""
     return [(id_, _cell(one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
 
 
 def needs_remote_code(folder: Path) -> bool:
-    """Whether the pipeline in `folder`, or a part of it, is a class that its own files define."""
+    """Return whether the pipeline in `folder`, or one of its components, has a class that its own files define."""
     index = _model_index(folder)
     pipeline_class = index.get("_class_name")
     parts = [value[0] for name, value in index.items() if not name.startswith("_") and _is_part(value)]
@@ -153,16 +154,16 @@ def _model_index(folder: Path) -> dict[str, Any]:
 
 
 def _conditions(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """What steers the pictures: captions where there is a text encoder, class labels where there are classes."""
+    """Return the conditions of the model: captions if it has a text encoder, class labels if it has classes."""
     index = _model_index(folder)
-    asked = (record.get("config") or {}).get("condition_on")
+    chosen = (record.get("config") or {}).get("condition_on")
     has_text = _is_part(index.get("text_encoder"))
-    conditions = ["captions"] if has_text or (not index and asked and "caption" in asked) else []
-    return [*conditions, "class labels"] if index.get("id2label") or (asked and "label" in asked) else conditions
+    conditions = ["captions"] if has_text or (not index and chosen and "caption" in chosen) else []
+    return [*conditions, "class labels"] if index.get("id2label") or (chosen and "label" in chosen) else conditions
 
 
 def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) -> str:
-    """The card's YAML header, by huggingface_hub's own class."""
+    """Return the YAML header of the card, made by `huggingface_hub.ModelCardData`."""
     from huggingface_hub import ModelCardData
 
     stage = str(record.get("stage") or "").replace("_", "-")
@@ -175,7 +176,7 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
     license_name = record.get("license")
     if license_name and license_name.lower() in HUB_LICENSES:
         facts["license"] = license_name.lower()
-    elif license_name:  # the Hub refuses a card whose licence it does not know
+    elif license_name:  # the Hub rejects a card whose licence it does not know
         facts |= {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", license_name.lower()).strip("-")}
     return ModelCardData(**{key: value for key, value in facts.items() if value}).to_yaml()
 
@@ -187,7 +188,7 @@ def _pipeline_tag(stage: str, conditions: list[str]) -> str | None:
 
 
 def is_hub_dataset(name: Any, config: Mapping[str, Any] | None = None) -> bool:
-    """Whether `name` is a data set on the Hub (`owner/name`) rather than a folder or file of this machine."""
+    """Return whether `name` is a dataset on the Hub (`owner/name`) rather than a local folder or file."""
     if not isinstance(name, str) or not HUB_ID.fullmatch(name) or name == (config or {}).get("train_data_dir"):
         return False
     return not Path(name).exists() and not name.startswith("data/")
@@ -199,12 +200,12 @@ def _data(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if name and is_hub_dataset(name, record.get("config")):
         lines.append(f"[{name}](https://huggingface.co/datasets/{name})")
     elif name:
-        lines.append(f"`{Path(str(name)).name}`, files that are not on the Hub")
+        lines.append(f"`{Path(str(name)).name}` (local files that are not on the Hub)")
     if record.get("num_train_images"):
-        lines.append(f"{record['num_train_images']:,} training pictures")
+        lines.append(f"{record['num_train_images']:,} training images")
     if record.get("resolution"):
         crop = {True: ", centre crop", False: ", random crop"}.get(config.get("center_crop"), "")  # type: ignore[arg-type]
-        flip = ", mirrored at random" if config.get("random_flip") else ""
+        flip = ", random horizontal flips" if config.get("random_flip") else ""
         lines.append(f"resized to {_size(record['resolution'])}{crop}{flip}")
     return lines
 
@@ -215,9 +216,9 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         epochs = f" ({record['epochs']:g} epochs)" if record.get("epochs") else ""
         lines.append(("steps", f"{record['steps']:,}{epochs}"))
     if record.get("global_batch_size"):
-        lines.append(("pictures per step", f"{record['global_batch_size']:,}"))
+        lines.append(("images per step", f"{record['global_batch_size']:,}"))
     if record.get("images_seen"):
-        lines.append(("pictures seen", f"{record['images_seen']:,}"))
+        lines.append(("images seen", f"{record['images_seen']:,}"))
     if record.get("hardware"):
         cores = f", {record['cpu_cores']} CPU cores" if record.get("cpu_cores") else ""
         lines.append(("hardware", f"{record['hardware']}{cores}"))
@@ -228,14 +229,14 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _memorization(result: Any) -> str:
     if isinstance(result, Mapping):
-        return ", ".join(f"{_metric_name(name)} {_figure(value)}" for name, value in result.items())
+        return ", ".join(f"{_metric_name(name)} {_number(value)}" for name, value in result.items())
     return one_line(result) if result else ""
 
 
 def _best(best: Mapping[str, Any]) -> str:
     if best.get("metric") is None or best.get("value") is None or not best.get("step"):
         return ""
-    return f"Best {_metric_name(best['metric'])}: {_figure(best['value'])}, at step {best['step']:,}."
+    return f"Best {_metric_name(best['metric'])}: {_number(best['value'])}, at step {best['step']:,}."
 
 
 def _metric_name(name: str) -> str:
@@ -245,7 +246,7 @@ def _metric_name(name: str) -> str:
     return name.removeprefix("val_").replace("_", " ") + (" (validation)" if name.startswith("val_") else "")
 
 
-def _figure(value: Any) -> str:
+def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return one_line(value)
     if not math.isfinite(value):
@@ -269,7 +270,7 @@ def _duration(seconds: float) -> str:
 
 
 def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without secrets and empty values, local paths cut to their last part."""
+    """Return `config` without secrets and empty values, and with local paths cut to their last part."""
     return {
         key: _public(value)
         for key, value in config.items()
@@ -294,5 +295,5 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a table, where `|` would end the cell."""
+    """Escape text for a cell of a Markdown table, which `|` would end."""
     return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What a person watching the curves would say: warnings from the history of epochs. Pure functions."""
+"""Warnings about the course of training, computed from the history of its epochs. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ GAP_RATIO = 1.5
 
 
 def advice(history: Sequence[EpochSummary], trivial_loss: float | None, final_epochs: float) -> list[str]:
-    """Sentences a person can act on, for the newest epoch of `history`; usually none.
+    """Return warnings about the newest epoch of `history`, each with what to do about it; usually none.
 
     Args:
-        history: epochs so far, in order.
-        trivial_loss: loss of a model that has learned nothing; None where it isn't known.
-        final_epochs: how many epochs the run is going to have.
+        history: the epochs so far, in order.
+        trivial_loss: the loss of a model that has learned nothing; None where it is not known.
+        final_epochs: number of epochs that the run will have in the end.
     """
-    found = [_still_high(history, trivial_loss), _flat_or_rising(history, final_epochs), _gap(history)]
-    return [sentence for sentence in found if sentence]
+    warnings = [_still_high(history, trivial_loss), _flat_or_rising(history, final_epochs), _gap(history)]
+    return [warning for warning in warnings if warning]
 
 
 def _still_high(history: Sequence[EpochSummary], trivial_loss: float | None) -> str | None:
@@ -35,17 +35,17 @@ def _still_high(history: Sequence[EpochSummary], trivial_loss: float | None) -> 
         cause = f"the learning rate is very low ({last.learning_rate:.1e}); try --learning_rate 1e-4 to 1e-3"
     elif last.loss > 1.2 * trivial_loss:
         cause = (
-            "training diverges, or the latents are not of unit scale; lower --learning_rate, and check that the VAE "
-            "is the one the latents come from"
+            "training diverges, or the latents do not have unit variance; lower --learning_rate, and check that --vae "
+            "is the autoencoder that the latents were computed with"
         )
     else:
         cause = (
-            "too few steps so far (see steps per epoch in --dry_run), a model too small for the data, or captions "
-            "that say nothing about the pictures"
+            "too few steps so far (--dry_run shows the steps per epoch), a model that is too small for the data, or "
+            "captions that do not describe the images"
         )
     return (
         f"the loss is still {last.loss:.3f} after {len(history)} epochs; "
-        f"a model that knows nothing has about {trivial_loss:.1f}. Likely: {cause}"
+        f"a model that has learned nothing has a loss of about {trivial_loss:.1f}. Likely cause: {cause}"
     )
 
 
@@ -57,12 +57,12 @@ def _flat_or_rising(history: Sequence[EpochSummary], final_epochs: float) -> str
     if recent > before * (1 + 5 * FLAT_SHARE):
         return (
             f"the training loss rose over the last {FLAT_EPOCHS} epochs ({before:.4f} → {recent:.4f}); "
-            "lower --learning_rate, or go back to --resume_from_checkpoint best"
+            "lower --learning_rate, or resume from the best checkpoint with --resume_from_checkpoint best"
         )
     if recent > before * (1 - FLAT_SHARE):
         return (
-            f"the training loss has been flat for {FLAT_EPOCHS} epochs ({before:.4f} → {recent:.4f}); a schedule that "
-            "decays (--lr_scheduler cosine) or a larger model may still gain, more of the same will not"
+            f"the training loss has been flat for {FLAT_EPOCHS} epochs ({before:.4f} → {recent:.4f}); a decaying "
+            "learning rate (--lr_scheduler cosine) or a larger model may lower it, more epochs alone will not"
         )
     return None
 
@@ -76,7 +76,7 @@ def _gap(history: Sequence[EpochSummary]) -> str | None:
     if last.val_loss > GAP_RATIO * last.loss and last.val_loss > 1.1 * best:  # type: ignore[operator]
         return (
             f"the validation loss ({last.val_loss:.4f}; best {best:.4f}) moves away from the training loss "
-            f"({last.loss:.4f}): the model begins to memorize. More pictures, --random_flip, a smaller model, or "
-            "--early_stopping_patience would help; `best` keeps the best weights"
+            f"({last.loss:.4f}): the model begins to memorize its training data. Use more images, --random_flip, a "
+            "smaller model or --early_stopping_patience; the checkpoint `best` keeps the best weights"
         )
     return None

@@ -1,8 +1,8 @@
-"""Training curves: metrics.csv as one picture.
+"""Training curves: the metrics.csv of a run as one image.
 
 The columns are those of the run folder's metrics.csv (`step`, `loss` or `<phase>_loss`, `val_*`, `learning_rate`,
-`grad_norm`, ...); any may be missing, and any cell may be blank. Matplotlib is used through its object interface:
-no window, no global state, whatever backend the surrounding program has chosen.
+`grad_norm`, ...); any column may be missing, and any cell may be blank. Matplotlib is used through its object
+interface, so that no window opens and the backend of the surrounding program stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRAIN_COLOR, VALIDATION_COLOR, BEST_COLOR = "#3b6fb6", "#d1495b", "#2e7d32"
 OTHER_COLORS = ("#6d597a", "#e09f3e", "#2a9d8f", "#7f5539", "#577590", "#b5179e")
 PANEL_INCHES = (5.6, 3.3)
 MAX_OTHER_PANELS = 8
-# Validation figures of which more is better; of any other, less is.
+# A validation metric with one of these words in its name is better when it is higher; any other, when it is lower.
 HIGHER_IS_BETTER = ("psnr", "ssim", "accuracy", "iou", "recall", "precision", "share", "score", "bleu", "f1", "dice")
 Panel = Callable[[Any], None]
 
@@ -33,13 +33,13 @@ Panel = Callable[[Any], None]
 def draw_training_curves(
     csv_path: str | os.PathLike[str], png_path: str | os.PathLike[str], title: str = ""
 ) -> Path | None:
-    """Draw the run's metrics.csv into a PNG, written whole or not at all.
+    """Draw the metrics.csv of a run as a PNG file, which is written atomically.
 
-    Panels: the losses (every row light, smoothed dark, validation as points with the best one marked), each further
-    validation figure, the learning rate, the gradient norm.
+    The panels show the losses (every row in a light colour, smoothed values in a dark one, validation as points with
+    the best one marked), each other validation metric, the learning rate, and the gradient norm.
 
     Returns:
-        The PNG's path; None if the file has nothing to draw yet (absent, empty, damaged, no numbers).
+        The path of the PNG file; None if metrics.csv has nothing to draw (absent, empty, damaged or without numbers).
     """
     columns = read_metrics(csv_path)
     panels = _panels(columns)
@@ -49,10 +49,10 @@ def draw_training_curves(
 
 
 def read_metrics(csv_path: str | os.PathLike[str]) -> dict[str, Series]:
-    """The numeric columns of metrics.csv by name; rows without a step and cells without a finite number are left out.
+    """Read the numeric columns of metrics.csv, by name.
 
-    Where a step occurs twice (a resumed run repeats some) the later row counts. A row that was cut short by a crash
-    gives what it has.
+    Rows without a step and cells without a finite number are left out. If a step occurs twice, because a resumed run
+    repeats it, the later row is used. A row that was cut short by a crash contributes the cells that it has.
     """
     points: dict[str, dict[float, float]] = {}
     try:
@@ -64,7 +64,7 @@ def read_metrics(csv_path: str | os.PathLike[str]) -> dict[str, Series]:
                     if step is not None and value is not None and name and name != "step":
                         points.setdefault(name, {})[step] = value
     except (OSError, csv.Error):
-        return {}  # a run's first minutes, or a damaged file: nothing to draw is no reason to stop training
+        return {}  # the file does not exist yet or is damaged: training continues without curves
     series = {}
     for name, values in points.items():
         steps = sorted(values)
@@ -73,9 +73,10 @@ def read_metrics(csv_path: str | os.PathLike[str]) -> dict[str, Series]:
 
 
 def smooth(values: Sequence[float], radius: int) -> list[float]:
-    """Mean over the values at most `radius` away on either side (near the ends, those that there are).
+    """Return the moving average of `values` over a window of `radius` values on either side (fewer near the ends).
 
-    Centred, because an exponential average lags: while a loss falls fast it runs visibly above every point.
+    The window is centred because an exponential average lags behind: while a loss falls fast, it runs visibly above
+    every point.
     """
     sums = [0.0, *accumulate(values)]
     windows = ((max(0, i - radius), min(len(values), i + radius + 1)) for i in range(len(values)))
@@ -126,7 +127,7 @@ def _line_panel(name: str, series: Series, color: str, mark_best: bool = False) 
             _mark_best(axes, series, higher=any(word in name for word in HIGHER_IS_BETTER))
             axes.legend(frameon=False, fontsize=8)
         else:
-            axes.yaxis.set_major_formatter("{x:g}")  # 1e-05, without an offset that would sit on the title
+            axes.yaxis.set_major_formatter("{x:g}")  # 1e-05; an offset label would overlap the title
         _name(axes, _words(name))
 
     return draw
@@ -137,10 +138,10 @@ def _raw_and_smoothed(axes: Any, series: Series, color: str, label: str) -> None
     logarithmic = _spans_magnitudes(values)
     if logarithmic:
         axes.set_yscale("log")
-    if len(values) < 20:  # too few for an average to say anything
+    if len(values) < 20:  # too few values for a meaningful average
         axes.plot(steps, values, "o-", color=color, markersize=3, linewidth=1.4, label=label)
         return
-    radius = max(2, len(values) // 40)  # a twentieth of the run: the same look after 100 rows as after 100,000
+    radius = max(2, len(values) // 40)  # a window of a twentieth of the run, however long it is
     averaged = smooth([math.log(value) for value in values] if logarithmic else values, radius)
     averaged = [math.exp(value) for value in averaged] if logarithmic else averaged
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -150,14 +151,14 @@ def _raw_and_smoothed(axes: Any, series: Series, color: str, label: str) -> None
 
 
 def _spans_magnitudes(values: Sequence[float]) -> bool:
-    """Whether positive values span over a factor of 20, a few outliers left aside."""
+    """Return whether the values are positive and span more than a factor of 20, not counting a few outliers."""
     ordered = sorted(values)
     low, high = ordered[len(ordered) // 50], ordered[-1 - len(ordered) // 50]
     return ordered[0] > 0 and high / low > 20
 
 
 def _cut_outliers(axes: Any, values: Sequence[float], averaged: Sequence[float]) -> None:
-    """Leave out single values that would flatten all the others."""
+    """Limit the axis so that single outliers do not flatten the rest of the curve."""
     ordered = sorted(values)
     low, high = ordered[0], max(ordered[int(0.99 * (len(ordered) - 1))], *averaged)
     if ordered[-1] > high + (high - low) > high:

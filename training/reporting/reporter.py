@@ -1,6 +1,6 @@
-"""What a run tells while it goes: progress bar, rows of metrics, curves, sample grids, trackers and the log.
+"""Reports the progress of a run: progress bar, rows of metrics, curves, sample grids, trackers and the log.
 
-Every process counts, since counts are part of a checkpoint; only the main one writes.
+Every process counts steps and images, because the counts are part of a checkpoint; only the main process writes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halftone")
 
-# Without a terminal there is no bar: a line now and then says that it is alive.
+# Without a terminal, the progress bar is not shown; a log line after this time shows that the run is alive.
 SECONDS_BETWEEN_LINES = 60.0
 METRICS_IN_BAR = 5
-# Drawing takes half a second or more, which short epochs would feel.
+# Drawing the curves takes half a second or more, which would slow down a run with short epochs.
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
 
 
 class Reporter:
-    """The reports of one session, from where its run stands: metrics.csv is cut there, and trackers continue there.
+    """The reports of one session. It cuts metrics.csv at the step that the run resumes from; trackers continue there.
 
     Args:
-        settings: the run's config as plain values, for the trackers.
-        is_main: whether this is the main process; on others the reporter only counts.
+        settings: the config of the run as plain values, for the trackers.
+        is_main: whether this is the main process; on other processes the reporter only counts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Reporter:
     ):
         self.stage, self.folder, self.state = stage, folder, state
         self.steps_per_epoch, self.is_main = steps_per_epoch, is_main
-        # A row of the current step is still to be written when what falls due after it is.
+        # While the events after the current step (validation, previews, ...) are pending, its row is not written yet.
         last_row = state.step - 1 if state.pending_events else state.step
         if is_main:
             self.metrics_log = MetricsLog(folder.metrics_file, last_row)
@@ -75,11 +75,11 @@ class Reporter:
         self._bar: tqdm | None = None
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
-        self._line_said = time.perf_counter()
-        self._curves_due = self._line_said + SECONDS_BETWEEN_CURVES
+        self._last_line = time.perf_counter()
+        self._curves_due = self._last_line + SECONDS_BETWEEN_CURVES
 
     def progress(self) -> tqdm:
-        """The progress bar, a context manager."""
+        """Return the progress bar, which is a context manager."""
         self._bar = tqdm(
             total=self.state.goal_steps,
             initial=self.state.step,
@@ -92,11 +92,11 @@ class Reporter:
         return self._bar
 
     def restart_clock(self) -> None:
-        """Validation, previews and saving do not count towards images per second."""
+        """Restart the clock, so that validation, previews and saving do not count towards images per second."""
         self._clock = time.perf_counter()
 
     def step_done(self, values: dict[str, float], images: int) -> None:
-        """Count a step's time and images, and show it."""
+        """Count the time and the images of a step, and show the progress."""
         now = time.perf_counter()
         self._row_images += images
         self._row_seconds += now - self._clock
@@ -106,19 +106,20 @@ class Reporter:
         loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
         if self._bar is not None and not self._bar.disable:
             self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
-            figures = "".join(f", {name.removeprefix('val_')} {value:.3g}" for name, value in self._figures())
-            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s{figures}", refresh=False)
+            metrics = "".join(f", {name.removeprefix('val_')} {value:.3g}" for name, value in self._bar_metrics())
+            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s{metrics}", refresh=False)
             self._bar.update()
-        elif now - self._line_said >= SECONDS_BETWEEN_LINES:
-            self._line_said = now
-            logger.info("step %d of %d: %s%.0f images/s", self.state.step, self.state.goal_steps, loss, speed)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            step, goal = f"{self.state.step:,}", f"{self.state.goal_steps:,}"
+            logger.info("step %s of %s: %s%.0f images/s", step, goal, loss, speed)
 
-    def _figures(self) -> list[tuple[str, float]]:
-        """The first of the last validation's figures: what a bar has room for."""
+    def _bar_metrics(self) -> list[tuple[str, float]]:
+        """Return the first metrics of the last validation, as many as fit on the progress bar."""
         return list(self.state.last_validation.items())[:METRICS_IN_BAR]
 
     def log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
-        """A row of metrics for the step just done: means since the last one, and what was validated."""
+        """Write a row of metrics for the step just done: means since the last row, and the validation metrics."""
         state = self.state
         epoch = state.step // self.steps_per_epoch
         row: dict[str, Any] = {
@@ -140,10 +141,10 @@ class Reporter:
             self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
             if validated or epoch_end:
                 self._draw_curves()
-                self._say_row(epoch, row, validated)
+                self._log_summary(epoch, row, validated)
 
     def keep_previews(self, previews: Previews) -> None:
-        """Save the grid, send it to the trackers, and warn of a collapse."""
+        """Save the preview grid, send it to the trackers, and warn if the generated images have collapsed."""
         from training.metrics.collapse import collapse_warnings
 
         step, spe = self.state.step, self.steps_per_epoch
@@ -156,10 +157,14 @@ class Reporter:
                 logger.warning("%s", warning)
 
     def end_session(self, complete: bool) -> None:
-        """The run so far, on the terminal and in sessions.md; `complete`: it reached its goal, export included."""
-        told = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
-        write_atomically(self.folder.path / REPORT, f"# {self.folder.path.name}\n\n{session_report(*told)}\n")
-        logger.info("%s", session_report(*told, most_epochs=MOST_EPOCHS))
+        """Log a report of the run so far, and write it to sessions.md.
+
+        Args:
+            complete: whether the run reached its goal, export included.
+        """
+        facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
+        write_atomically(self.folder.path / REPORT, f"# {self.folder.path.name}\n\n{session_report(*facts)}\n")
+        logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         state = self.state
@@ -181,11 +186,11 @@ class Reporter:
             now = time.perf_counter()
             self._curves_due = now + max(SECONDS_BETWEEN_CURVES, (now - started) / MOST_TIME_FOR_CURVES)
 
-    def _say_row(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
+    def _log_summary(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         parts = []
         if "epoch_loss_mean" in row:
             low, high = row["epoch_loss_min"], row["epoch_loss_max"]
             parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
         parts += [f"{name} {value:.4g}" for name, value in validated.items()]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
-        self._line_said = time.perf_counter()
+        self._last_line = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Trackers: where metrics, sample pictures, the config and the final summary of a run go besides its own folder.
+"""Trackers: dashboards that record the metrics, previews, config and final summary of a run, beside its own folder.
 
-The tracker classes are Accelerate's (`accelerate.tracking`); what is added here is what a long run needs of them: they
-never ask a question, never need a network, never end a run, and go on where they were when the run is resumed.
+The tracker classes are those of Accelerate (`accelerate.tracking`). This module adds what long runs need: trackers
+never ask a question, never need a network, never end a run, and continue their record when the run is resumed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KNOWN_TRACKERS = ("wandb", "tensorboard", "trackio")
-# Our own horizontal axis. W&B's internal step only ever grows and drops what lies behind it, which a resumed run
-# that repeats a few steps would run into.
+# The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
+# step than the last one, as a resumed run does when it repeats a few steps.
 STEP_METRIC = "step"
-# A tracker that fails this often in a row is left alone: each failed call may cost its whole network timeout.
+# After this number of failures in a row, a tracker is no longer used: each failed call may take a network timeout.
 FAILURES_BEFORE_GIVING_UP = 3
 
 Notify = Callable[[str], None]
@@ -38,12 +38,12 @@ Notify = Callable[[str], None]
 
 @dataclass
 class TrackerConfig(Options):
-    """Where metrics and preview images go beside the run folder."""
+    """The trackers that record metrics and preview images, beside the run folder."""
 
     report_to: str | list[str] = option("wandb", on_resume="free")
-    """wandb, trackio, tensorboard, several (comma-separated), or none."""
+    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed), or none"""
     tracker_project_name: str = option("halftone", on_resume="free")
-    """The project on the dashboard."""
+    """Name of the project in the trackers"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -51,10 +51,10 @@ class TrackerConfig(Options):
 
 
 def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
-    """`"wandb,tensorboard"`, `["wandb"]`, `"none"` or `"all"` (every tracker that is installed) as a list of names.
+    """Parse `"wandb,tensorboard"`, `["wandb"]`, `"none"` or `"all"` (every installed tracker) into a list of names.
 
     Raises:
-        UserError: a name that is no tracker (with the nearest that is), or a tracker whose package is not installed.
+        UserError: if a name is unknown (the message suggests the nearest), or if a tracker is not installed.
     """
     given = [report_to] if isinstance(report_to, str) else list(report_to or [])
     names = [name.strip().lower() for part in given for name in part.split(",") if name.strip()]
@@ -64,11 +64,14 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
         return [name for name in KNOWN_TRACKERS if _is_installed(name)]
     for name in names:
         if name in ("none", "all"):
-            raise UserError(f"--report_to {','.join(names)}: '{name}' stands alone; leave it out or give nothing else")
+            raise UserError(
+                f"--report_to {','.join(names)}: '{name}' cannot be combined with other names; give it alone, or "
+                "leave it out"
+            )
         if name not in KNOWN_TRACKERS:
             known = ", ".join(KNOWN_TRACKERS)
             raise UserError(
-                f"--report_to {name}: no such tracker{nearest(name, KNOWN_TRACKERS)} (known: {known}, none)"
+                f"--report_to {name}: unknown tracker{nearest(name, KNOWN_TRACKERS)}; choose from {known}, all, none"
             )
         if not _is_installed(name):
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or leave it out")
@@ -89,14 +92,14 @@ def start_trackers(
     """Start the trackers called `names` on the main process; on all other processes the result does nothing.
 
     Args:
-        names: from `parse_report_to`.
-        project: W&B's and Trackio's project.
-        run_name: what this run is called in them.
-        run_dir: the run's folder; W&B's and TensorBoard's files go into `wandb/` and `tensorboard/` in it.
-        config: the resolved config; lists, nested dicts, None and paths are welcome.
-        previous_id: `Trackers.run_id` of the run that is resumed; None starts a new one.
-        first_step: the step the run stands at; TensorBoard hides what an interrupted run wrote at or after it.
-        notify: takes the lines for the user (by default `tqdm.write`, which leaves progress bars whole).
+        names: names as returned by `parse_report_to`.
+        project: name of the project in W&B and Trackio.
+        run_name: name of this run in the trackers.
+        run_dir: the run folder; the files of W&B and TensorBoard are written to `wandb/` and `tensorboard/` in it.
+        config: the resolved config; it may contain lists, nested dicts, None and paths.
+        previous_id: `Trackers.run_id` of the run that is resumed; None starts a new run.
+        first_step: the first step that will be logged; TensorBoard hides what an earlier session wrote from there on.
+        notify: function that shows a line to the user (by default `tqdm.write`, which keeps progress bars intact).
     """
     from accelerate.state import PartialState
 
@@ -111,8 +114,8 @@ def start_trackers(
     for name in names:
         try:
             backend = starts[name]()
-        except Exception as error:  # whatever a service's client does, training goes on without it
-            notify(f"warning: {name} could not be started and gets nothing from this run: {cause(error)}")
+        except Exception as error:  # whatever error a tracker raises, training continues without it
+            notify(f"warning: {name} could not be started and will not record this session: {cause(error)}")
         else:
             trackers.add(backend)
     trackers.run_id = trackers.run_id or run_name
@@ -120,21 +123,21 @@ def start_trackers(
 
 
 class Trackers:
-    """The trackers of one run. None of its methods raises: a tracker that fails costs one warning.
+    """The trackers of one run. Its methods never raise: when a tracker fails, the user sees one warning.
 
-    `run_id` belongs into the checkpoint: given back as `previous_id` it continues the same W&B run.
+    `run_id` should be saved in the checkpoint: passed as `previous_id` on resume, it continues the same W&B run.
     """
 
     def __init__(self, run_id: str | None = None, notify: Notify = tqdm.write):
         self.run_id = run_id
         self._notify = notify
         self._backends: list[_Backend] = []
-        self._failures: dict[str, int] = {}  # in a row, by tracker
+        self._failures: dict[str, int] = {}  # number of failures in a row, by tracker
         self._warned: set[str] = set()
 
     @property
     def names(self) -> list[str]:
-        """The trackers that are still being written to."""
+        """The names of the trackers that are still in use."""
         return [backend.name for backend in self._backends]
 
     def add(self, backend: _Backend) -> None:
@@ -142,7 +145,7 @@ class Trackers:
         self.run_id = backend.run_id or self.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write scalar `metrics` at optimizer step `step`; what is no number (None, text) is left out."""
+        """Log scalar `metrics` at optimizer step `step`; values that are not numbers (None, text) are left out."""
         numbers = _numbers(metrics)
         if numbers:
             self._each(lambda backend: backend.log(numbers, step))
@@ -150,16 +153,16 @@ class Trackers:
     def log_images(
         self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str = "samples"
     ) -> None:
-        """Write `images` with one caption each (PIL, any mode) at optimizer step `step`."""
+        """Log `images` (PIL, any mode) with one caption each at optimizer step `step`."""
         if images:
             self._each(lambda backend: backend.log_images(images, captions, step, name))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's last word: figures shown for the run as a whole rather than at a step."""
+        """Log final values, which are shown for the run as a whole rather than at a step."""
         self._each(lambda backend: backend.summary({key: plain(value) for key, value in values.items()}))
 
     def finish(self) -> None:
-        """Write what is still pending and close; afterwards every method does nothing."""
+        """Write what is pending and close the trackers; afterwards every method does nothing."""
         self._each(lambda backend: backend.finish())
         self._backends = []
 
@@ -167,7 +170,7 @@ class Trackers:
         for backend in list(self._backends):
             try:
                 action(backend)
-            except Exception as error:  # a tracker is a convenience: it must not cost a run
+            except Exception as error:  # a failing tracker must not end the run
                 self._failed(backend, error)
             else:
                 self._failures[backend.name] = 0
@@ -176,13 +179,13 @@ class Trackers:
         self._failures[backend.name] = self._failures.get(backend.name, 0) + 1
         if backend.name not in self._warned:
             self._warned.add(backend.name)
-            self._notify(f"warning: {backend.name} failed, training goes on without it: {cause(error)}")
+            self._notify(f"warning: {backend.name} failed, training continues without it: {cause(error)}")
         if self._failures[backend.name] >= FAILURES_BEFORE_GIVING_UP:
             self._backends.remove(backend)
 
 
 class _Backend:
-    """One tracker. Methods may raise; `Trackers` deals with that."""
+    """One tracker. Its methods may raise; `Trackers` handles the errors."""
 
     name: str
     run_id: str | None = None
@@ -216,12 +219,12 @@ class _WandB(_Backend):
         init: dict[str, Any] = {
             "name": run_name,
             "id": re.sub(r"[/\\#?%:]", "-", run_id) if run_id else None,  # characters that W&B refuses in an id
-            "resume": "allow" if mode == "online" else None,  # offline it only warns that it means nothing
+            "resume": "allow" if mode == "online" else None,  # offline, W&B only warns that it has no effect
             "dir": str(run_dir),
             "config": plain(config),
         }
-        quiet = {"silent": True}  # W&B's own banner is ten lines a run
-        # By default a dead network costs 90 s here.
+        quiet = {"silent": True}  # suppresses W&B's banner of ten lines
+        # By default, W&B waits 90 s for a network that does not answer.
         patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))} if mode == "online" else {}
         reason = "no W&B key and no login were found" if mode == "offline" and "WANDB_MODE" not in os.environ else ""
         try:
@@ -243,7 +246,7 @@ class _WandB(_Backend):
 
     def _announce(self, reason: str) -> None:
         if self._run.settings.mode == "offline":
-            # Each resumption is one more folder of the same id; `wandb sync` joins them in order of their time.
+            # Each resumed session adds a folder with the same id; `wandb sync` joins them in order of time.
             folders = Path(self._run.dir).parent.parent / f"offline-run-*-{self.run_id}"
             note = f"{reason}: recording offline" if reason else "W&B records offline"
             self._notify(f"{note}; to upload the run later: wandb sync {_short(folders)}")
@@ -254,8 +257,8 @@ class _WandB(_Backend):
         self._tracker.log({**metrics, STEP_METRIC: step})
 
     def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
-        pictures = [self._wandb.Image(image, caption=text) for image, text in _with_captions(images, captions)]
-        self._tracker.log({name: pictures, STEP_METRIC: step})
+        logged = [self._wandb.Image(image, caption=text) for image, text in _with_captions(images, captions)]
+        self._tracker.log({name: logged, STEP_METRIC: step})
 
     def summary(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)
@@ -273,7 +276,7 @@ class _TensorBoard(_Backend):
         purge = {"purge_step": first_step} if first_step else {}
         self._tracker = TensorBoardTracker("tensorboard", run_dir, **purge)
         self._tracker.start()
-        # Not store_init_configuration: it opens a second run on every start and refuses lists and None.
+        # `store_init_configuration` is not used: it opens a second run at every start, and rejects lists and None.
         self._config = flatten_config(config)
         text = "".join(
             f"    {key}: {value}\n" for key, value in self._config.items()
@@ -286,14 +289,14 @@ class _TensorBoard(_Backend):
     def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
         import numpy as np
 
-        # One picture of the whole grid: TensorBoard shows no captions of its own.
+        # One image of the whole grid, with the captions drawn into it: TensorBoard shows no captions.
         grid = np.asarray(_grid(images, captions))
         self._tracker.writer.add_image(name, grid, global_step=step, dataformats="HWC")
         self._tracker.writer.flush()
 
     def summary(self, values: dict[str, Any]) -> None:
-        figures = {f"summary/{key}": value for key, value in _numbers(values).items()}
-        self._tracker.writer.add_hparams(self._config, figures, run_name=".")
+        metrics = {f"summary/{key}": value for key, value in _numbers(values).items()}
+        self._tracker.writer.add_hparams(self._config, metrics, run_name=".")
         texts = {key: value for key, value in values.items() if isinstance(value, str)}
         for key, value in texts.items():
             self._tracker.writer.add_text(f"summary/{key}", value)
@@ -320,7 +323,7 @@ class _Trackio(_Backend):
         self._tracker.log(metrics, step=step)
 
     def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
-        # One picture of the whole grid: Trackio takes one picture per name and step.
+        # One image of the whole grid: Trackio accepts one image per name and step.
         self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=name)}, step=step)
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -331,7 +334,7 @@ class _Trackio(_Backend):
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types: dataclasses and mappings as dicts, sequences as lists, the rest as text."""
+    """Convert `value` to JSON types: dataclasses and mappings to dicts, sequences to lists, other objects to text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -348,7 +351,7 @@ def plain(value: Any) -> Any:
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """`config` as one level of `outer.inner` keys with scalar values; lists become JSON text, None becomes "none"."""
+    """Flatten `config` to one level of `outer.inner` keys with scalar values: lists as JSON text, None as "none"."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in cast(dict[str, Any], plain(config)).items():
         if isinstance(value, dict):
@@ -361,11 +364,11 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, boo
 
 
 def _wandb_mode(wandb: Any) -> str:
-    """The mode the user asked for (WANDB_MODE, `wandb offline`), else online with a key and offline without."""
+    """Return the mode that the user chose (WANDB_MODE, `wandb offline`); by default online with a key, else offline."""
     settings = wandb.setup().settings
-    asked = os.environ.get("WANDB_MODE") or settings.mode
-    if asked and asked != "online":
-        return str(asked)
+    chosen = os.environ.get("WANDB_MODE") or settings.mode
+    if chosen and chosen != "online":
+        return str(chosen)
     has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
     if has_key or _in_netrc(urlsplit(settings.base_url).netloc):
         return "online"
@@ -373,14 +376,14 @@ def _wandb_mode(wandb: Any) -> str:
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether ~/.netrc (NETRC, or ~/_netrc) holds credentials for `host`: where `wandb login` puts the key."""
+    """Return whether `wandb login` has stored a key for `host` in the netrc file (NETRC, ~/.netrc or ~/_netrc)."""
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     hosts = {host, "api.wandb.ai"} if host.endswith("wandb.ai") else {host}
     for place in places:
         try:
             accounts = netrc.netrc(os.path.expanduser(place)).hosts
         except (OSError, netrc.NetrcParseError):
-            continue  # absent or unreadable: no login
+            continue  # the file is absent or unreadable: no login
         if hosts & set(accounts):
             return True
     return False
@@ -388,11 +391,12 @@ def _in_netrc(host: str) -> bool:
 
 def _is_installed(name: str) -> bool:
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # a mere folder called `wandb` has a spec, but no origin
+    # The spec of a mere folder called `wandb`, which is not the package, has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric entries of `values` (0-d tensors and NumPy scalars too) as Python floats."""
+    """Return the numeric entries of `values`, including 0-d tensors and NumPy scalars, as Python floats."""
     numbers = {}
     for key, value in values.items():
         if isinstance(value, (bool, int, float)) or _is_scalar_array(value):
@@ -401,7 +405,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_scalar_array(value: Any) -> bool:
-    """A NumPy scalar or a 0-d tensor, told without importing either library."""
+    """Return whether `value` is a NumPy scalar or a 0-d tensor, without importing either library."""
     return hasattr(value, "item") and getattr(value, "ndim", None) == 0
 
 
@@ -417,6 +421,6 @@ def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
 
 
 def _short(path: Path) -> str:
-    """`path` relative to the working folder where that is shorter to type."""
+    """Return `path` relative to the working folder if that is shorter, else as it is."""
     relative = os.path.relpath(path)
     return relative if len(relative) < len(str(path)) else str(path)

@@ -1,4 +1,4 @@
-"""What the stages have in common beyond the seam: opening and checking images, initial weights, and previews."""
+"""Base class of the stages that train on images: opens and checks the data, loads initial weights, samples previews."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = logging.getLogger("halftone")
 
 @dataclass
 class ImageStageConfig(RunConfig, DataConfig):
-    """The flags of every stage that trains on images."""
+    """Flags of every stage that trains on images."""
 
     init_from: str | None = option(None, on_resume="warn")
-    """Start from the weights of a run, checkpoint or pipeline; steps and optimizer start from zero"""
+    """Start from the weights of a run, checkpoint or pipeline; the step count and the optimizer start fresh"""
 
 
 @dataclass
 class PreviewConfig(Options):
-    """How many previews a stage shows, and how they are sampled."""
+    """Number of previews of a stage, and how they are sampled."""
 
     num_previews: int = option(8, on_resume="free", at_least=1)
     """Number of samples in a preview"""
@@ -46,16 +46,17 @@ class PreviewConfig(Options):
 
 
 class OpenDataset(Protocol):
-    """Makes a stage's dataset from stored rows; `augment`: as training sees them."""
+    """A function that makes a stage's dataset from stored rows; `augment` turns on the augmentation of training."""
 
     def __call__(self, rows: Dataset, *, augment: bool) -> Any: ...
 
 
 class ImageStage(Stage):
-    """A stage that trains on images. A subclass opens its data, builds its models, and says `phases` and `ema_of`.
+    """A stage that trains on images. A subclass opens its data, builds its models, and sets `phases` and `ema_of`.
 
     Attributes:
-        training_set, validation_set: set by `open_data`; the latter is None where nothing is held out.
+        training_set: the training data, set by `open_data`.
+        validation_set: the held-out data, set by `open_data`; None where no data are held out.
     """
 
     config: Any
@@ -67,10 +68,10 @@ class ImageStage(Stage):
         self.config = config
 
     def open_data(self, dataset: OpenDataset) -> None:
-        """Open the training and the held-out rows, and look for rows that cannot be used.
+        """Open the training and the held-out rows, and check that all of them can be used.
 
         Raises:
-            UserError: no such data, or rows that cannot be used.
+            UserError: if the data do not exist, or if some rows cannot be used.
         """
         config = self.config
         self.training_set = dataset(load_split(config, "train", config.seed), augment=True)
@@ -86,29 +87,29 @@ class ImageStage(Stage):
         return self.validation_set
 
     def take_initial_weights(self, modules: Mapping[str, nn.Module]) -> None:
-        """Copy the weights that `--init_from` names into `modules`, unless a checkpoint will replace them anyway."""
+        """Copy the weights that `--init_from` names into `modules`, unless the run resumes from a checkpoint."""
         if self.config.init_from and not self.context.resuming:
             load_initial_weights(self.config.init_from, modules)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The mean loss; stages with more metrics override it."""
+        """Return the mean loss; stages with more metrics override this method."""
         return {"val_loss": sums["loss"] / sums["count"]}
 
     def shown_rows(self, most: int) -> range:
-        """The rows that previews show: the first of the held-out data, or of the training data without any."""
+        """Return the rows that previews show: the first `most` rows of `shown_data`."""
         return range(min(most, len(self.shown_data)))
 
     def shown_batch(self, rows: Sequence[int]) -> Batch:
-        """Samples that previews show, on the device."""
+        """Return these rows of `shown_data` as a batch on the device."""
         return to_device(fetch(self.shown_data, [SampleKey(row, 0) for row in rows]), self.context.device)
 
     @property
     def shown_data(self) -> Any:
-        """The data that previews show."""
+        """The data that previews show: the held-out data or, if there are none, the training data."""
         return self.validation_set or self.training_set
 
     def sample(self, pipeline: Any, *arguments: Any, seeds: Sequence[int], **options: Any) -> Any:
-        """What `pipeline` draws with the previews' settings; between sampling steps a request to stop is heard."""
+        """Generate images with the settings of the previews; a request to stop is handled between sampling steps."""
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(
             *arguments,
@@ -125,5 +126,5 @@ class ImageStage(Stage):
 
 
 def loss_sums(losses: Tensor) -> dict[str, Tensor]:
-    """The statistics of a batch's losses (B) from which `ImageStage.metrics` makes their mean."""
+    """Return the sums over a batch's losses (B) from which `ImageStage.metrics` computes the mean loss."""
     return {"loss": losses.sum(), "count": torch.tensor(len(losses))}
