@@ -105,7 +105,7 @@ def test_the_result_and_the_error_of_the_main_process():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_kept():
-    """Of 40 blocks of 32 MB, allocated one after another, only the first one causes page faults."""
+    """Allocating 40 blocks of 32 MB, one after another, causes page faults for the first one only."""
     code = (
         "import os, resource, torch; from training.engine.launch import start_accelerator; "
         "from training.engine.run_config import RunConfig; start_accelerator(RunConfig(output_dir='x'))\n"

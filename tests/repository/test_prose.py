@@ -20,8 +20,9 @@ MOST_TURNS = 25  # a few are right where they stand: a picture on a wall, number
 # A poster has pictures on it, and a brief says how many: there the word is the name of a thing.
 OF_POSTERS = re.compile(
     r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/metrics/(posters|cycle)|"
-    r"pipelines/common/(poster_domain|design_brief|layout_pictures)|training/evaluation/evaluate_(posters|decoder)|"
-    r"docs/(data|decoder|encoder)|tests/(data_scripts|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
+    r"pipelines/(common/(poster_domain|design_brief|layout_pictures)|analyze|layout_analysis)|"
+    r"model_cards/(layout_encoder|grammar_abstractor|poster_decoder)|training/evaluation/evaluate_(posters|decoder)|"
+    r"docs/(design/)?(data|decoder|encoder|abstractor|controlnet)|tests/(data_scripts|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
 )
 TURNS = {
     "picture": r"\bpictures?\b",
