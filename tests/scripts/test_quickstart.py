@@ -1,0 +1,81 @@
+"""The quickstart's plan and summary; `make quickstart-tiny` runs the whole of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.tools.cli import UserError
+from training import quickstart
+from training.quickstart import AUTOENCODER, DIFFUSION, GOALS, Plan
+
+
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_run(name: str, metrics: dict[str, float], steps: int, all_steps: int, seconds_per_step: float = 0.25) -> None:
+    folder = Path("runs/quickstart") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.json").write_text(json.dumps({"metrics": metrics, "steps": steps}))
+    estimate = 20 + all_steps * seconds_per_step
+    speed = {"steps": steps, "all_steps": all_steps, "all_steps_estimated_seconds": estimate}
+    (folder / "speed.json").write_text(json.dumps(speed | {"seconds": {"phases": {"it": seconds_per_step}}}))
+
+
+def finished(autoencoder_steps: int, diffusion_steps: int, **metrics: float) -> dict:
+    """The summary of a quickstart of ten minutes with these results; metrics that are not given reach their goals."""
+    values = {name: goal for name, (goal, _) in GOALS.items()} | metrics
+    psnr = {"val_psnr": values.pop("autoencoder_psnr"), "val_ssim": 0.9}
+    write_run("autoencoder", psnr, autoencoder_steps, 2600)
+    write_run("latent_diffusion", {"val_loss": 0.3}, diffusion_steps, 3300)
+    Path("runs/quickstart/figures.json").write_text(json.dumps(values))
+    return quickstart.summarize(Plan(10.0, seconds={"make_posters": 10.0, AUTOENCODER: 200.0, DIFFUSION: 350.0}))
+
+
+def test_the_autoencoder_has_a_third_and_the_diffusion_model_the_rest():
+    plan = Plan(10.0, seconds={"make_posters": 15.0})
+    assert plan.minutes_for(AUTOENCODER) == round((600 - 15 - 15) / 3 / 60, 2)
+    write_run("autoencoder", {}, 700, 2600, seconds_per_step=0.2)
+    plan.seconds |= {AUTOENCODER: 195.0, "precompute_latents": 15.0}
+    assert plan.minutes_for(DIFFUSION) == round((600 - 225 - 15 - 150 * 0.2) / 60, 2)
+
+
+def test_decisions_are_kept(capsys):
+    plan = Plan(10.0)
+    minutes = plan.minutes_for(AUTOENCODER)
+    again = Plan.open(10.0)
+    again.seconds["make_posters"] = 100.0  # would change a new decision
+    assert again.minutes_for(AUTOENCODER) == minutes
+    assert Plan.open(30.0).minutes == 10
+    assert "was begun with --minutes 10, which stays" in capsys.readouterr().out
+
+
+def test_another_time_may_be_given_until_something_was_decided():
+    Plan(10.0, seconds={"make_posters": 5.0}).save()
+    assert Plan.open(30.0).minutes == 30
+
+
+def test_goals_that_were_not_reached_on_a_slow_machine_say_what_to_do():
+    summary = finished(700, 900, palette_share_ratio=0.5)
+    assert not summary["full_recipe"]["complete"]
+    assert summary["full_recipe"]["estimated_minutes_here"] == round((10 + 40 + (2600 + 3300) * 0.25) / 60 + 1)
+    missed = summary["goals"]["palette_share_ratio"]
+    assert (missed["goal"], missed["reached"]) == (0.9, False)
+    assert "train_latent_diffusion.py --config" in missed["note"]
+    assert summary["goals"]["autoencoder_psnr"] == {"goal": 26.0, "reached": True}
+
+
+def test_a_goal_missed_by_the_full_recipe_is_not_blamed_on_the_machine():
+    summary = finished(2600, 3300, title_position_share=0.8)
+    assert summary["full_recipe"]["complete"]
+    assert summary["goals"]["title_position_share"] == {"goal": 0.9, "reached": False}
+
+
+@pytest.mark.parametrize("minutes", ["1", "-3", "ten"])
+def test_impossible_times_are_rejected(minutes):
+    with pytest.raises(UserError, match="minutes"):
+        quickstart.main(["--minutes", minutes])
