@@ -74,7 +74,7 @@ class MakeControlsConfig(Options):
     encoder: str | None = None
     """layout: encoder to use: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     num_workers: int = 0
     """Number of threads that read and draw images; 0 uses one per CPU core"""
     on_bad_sample: Literal["error", "skip"] = "error"

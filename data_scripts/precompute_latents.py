@@ -95,7 +95,7 @@ class PrecomputeConfig(DataConfig):
     dataloader_num_workers: int = 0
     """Number of processes that decode images"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; by default the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
     overwrite: bool = False

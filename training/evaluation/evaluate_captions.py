@@ -71,7 +71,7 @@ class CaptionEvaluationConfig(Options):
     seed: int = 0
     """Random seed for shuffling pairs, sampling captions and generating new pairs"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
     """Folder for PNGs of reconstructions, generated images and new image-caption pairs; unset: no PNGs"""
     output: str | None = None

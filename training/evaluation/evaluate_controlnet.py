@@ -55,7 +55,7 @@ class ControlEvaluationConfig(Options):
     seed: int = 0
     """Random seed; image i is generated with seed + i"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     table: str | None = None
     """File for the table (Markdown); unset: only printed"""
     grid: str | None = None

@@ -51,7 +51,7 @@ class DecoderEvaluationConfig(Options):
     seed: int = 0
     """Random seed; poster i is generated with seed + i"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     grid: str | None = None
     """File for a grid of real posters, generated posters and what is read from them (PNG); unset: no grid"""
     output: str | None = None

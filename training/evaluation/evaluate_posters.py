@@ -44,7 +44,7 @@ class EvaluationConfig(Options):
     seed: int = 0
     """Random seed; poster i is generated with seed + i"""
     device: str | None = None
-    """Where models run: cpu, cuda, cuda:1, mps, ...; unset: the GPU if there is one, otherwise the CPU"""
+    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     grid_rows: int = 8
     """Number of briefs in the grid"""
     grid: str | None = None
