@@ -28,7 +28,7 @@ from training.core.parsing import parse_config
 from training.engine.speed import SPEED_FILE
 
 START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
-RUN = Path("runs/quickstart")
+RUN, LATENTS = Path("runs/quickstart"), "data/posters_64_latents"
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
 AUTOENCODER, DIFFUSION = "train_autoencoder", "train_latent_diffusion"
 TITLES = {
@@ -75,6 +75,7 @@ class Plan:
     """What was decided and done so far; kept in runs/quickstart/plan.json, so that nothing is decided twice."""
 
     minutes: float
+    tiny: bool = False
     training_minutes: dict[str, float] = field(default_factory=dict)
     """Name of a training script → minutes that it was given."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -83,18 +84,27 @@ class Plan:
     FILE = RUN / "plan.json"
 
     @classmethod
-    def open(cls, minutes: float) -> Plan:
-        """Return the plan of the quickstart in this folder, or a new one of `minutes`."""
+    def open(cls, minutes: float, tiny: bool) -> Plan:
+        """Return the plan of the quickstart in this folder, or a new one.
+
+        Raises:
+            UserError: the quickstart in this folder is a tiny one and this one is not, or the other way round.
+        """
         if not cls.FILE.is_file():
-            return cls(minutes)
+            return cls(minutes, tiny)
         plan = cls(**json.loads(cls.FILE.read_text()))
-        if plan.training_minutes and plan.minutes != minutes:
+        if plan.tiny != tiny:
+            raise UserError(
+                f"{RUN} belongs to a quickstart {'with' if plan.tiny else 'without'} --tiny, whose results would be "
+                f"used; delete or move them first: rm -r {RUN} data/posters_64 data/posters_64_tokenizer {LATENTS}"
+            )
+        if not plan.training_minutes:
+            plan.minutes = minutes
+        elif plan.minutes != minutes:
             print(
                 f"{RUN} was begun with --minutes {plan.minutes:g}, which stays. For another number of minutes, delete "
-                f"or move {RUN} and data/posters_64_latents, and start again"
+                f"or move {RUN} and {LATENTS}, and start again"
             )
-        elif not plan.training_minutes:
-            plan.minutes = minutes
         return plan
 
     def save(self) -> None:
@@ -155,7 +165,7 @@ def run_stage(command: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(QuickstartConfig, argv, description=__doc__)
-    plan, commands = Plan.open(config.minutes), stages(config.tiny)
+    plan, commands = Plan.open(config.minutes, config.tiny), stages(config.tiny)
     print(
         f"The quickstart takes about {plan.minutes:g} minutes. Both trainings measure the speed of this machine first, "
         "say how long the full recipe would take, and train fewer steps where the time is too short for it.",
@@ -214,7 +224,7 @@ def full_recipe(plan: Plan) -> dict[str, Any]:
         "steps": [speed["all_steps"] for speed in speeds],
         "estimated_minutes_here": minutes,
         "train_on": typed(longer),
-        "from_the_beginning": f"rm -r {RUN} data/posters_64_latents && {new}",
+        "from_the_beginning": f"rm -r {RUN} {LATENTS} && {new}",
     }
 
 

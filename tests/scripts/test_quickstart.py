@@ -47,16 +47,22 @@ def test_the_autoencoder_has_a_third_and_the_diffusion_model_the_rest():
 def test_decisions_are_kept(capsys):
     plan = Plan(10.0)
     minutes = plan.minutes_for(AUTOENCODER)
-    again = Plan.open(10.0)
+    again = Plan.open(10.0, tiny=False)
     again.seconds["make_posters"] = 100.0  # would change a new decision
     assert again.minutes_for(AUTOENCODER) == minutes
-    assert Plan.open(30.0).minutes == 10
+    assert Plan.open(30.0, tiny=False).minutes == 10
     assert "was begun with --minutes 10, which stays" in capsys.readouterr().out
 
 
 def test_another_time_may_be_given_until_something_was_decided():
     Plan(10.0, seconds={"make_posters": 5.0}).save()
-    assert Plan.open(30.0).minutes == 30
+    assert Plan.open(30.0, tiny=False).minutes == 30
+
+
+def test_results_of_a_tiny_quickstart_are_not_used_by_a_real_one():
+    Plan(10.0, tiny=True).save()
+    with pytest.raises(UserError, match="rm -r runs/quickstart data/posters_64 "):
+        quickstart.main([])
 
 
 def test_goals_that_were_not_reached_on_a_slow_machine_say_what_to_do():
