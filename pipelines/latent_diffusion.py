@@ -93,6 +93,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._interrupt = True` to end
     sampling.
 
+    With `output_type` `"np"` and `"pt"`, images are in [0, 1]; `"latent"` gives scaled latents (`B C h w`).
+
     Args:
         vae (`ModelMixin`): Any Diffusers image autoencoder; latents are scaled as its config says.
         unet (`UNet2DConditionModel`): Denoises latents, given the timestep, the text condition and the class.
