@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of other projects that the documents may use.
-FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill", "git"}
+FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill", "git", "export"}
+# The flags that the walkthrough adds to a command for images without captions.
+CONDITIONS = re.compile(r"^- `(--condition_on .*?)`", re.MULTILINE)
 TINY = {
     "train_tokenizer": [],
     "check_dataset": [],
@@ -59,6 +61,8 @@ def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
         chosen, flags = choose(words[1:], scripts)
         assert chosen is not None
         return str(scripts[chosen].relative_to(ROOT)), flags
+    if words[:3] == ["srun", "bash", "-c"]:
+        return script_and_flags(_without_variables(shlex.split(words[3])))
     if "-m" in words:
         module, *flags = words[words.index("-m") + 1 :]
         return f"{module.replace('.', '/')}.py", flags
@@ -231,10 +235,11 @@ def _friend_loads(pipeline: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_walkthrough_without_captions(workplace: Path) -> None:
     draw_classes(workplace / "my_images")
-    captioned, classes = (body for kind, body in FENCE.findall(section("Your own images")) if kind == "bash")
-    needed = [line for line in captioned.splitlines() if "train_autoencoder" in line or "precompute" in line]
+    shell = next(body for kind, body in FENCE.findall(section("Your own images")) if kind == "bash")
+    needed = [line for line in shell.splitlines() if "train_autoencoder" in line or "precompute" in line]
     walk("\n".join(needed), workplace)
-    by_label, by_nothing = classes.splitlines()
+    step_5 = next(line for line in shell.splitlines() if "train_latent_diffusion" in line)
+    by_label, by_nothing = (f"{step_5} {flag}" for flag in CONDITIONS.findall(section("Your own images")))
     walk(by_label + " --output_dir runs/by_label", workplace)
     walk(by_nothing + " --output_dir runs/by_nothing", workplace)
     walk("python pipelines/sample.py --model runs/by_label --class_label green --output label.png", workplace)
