@@ -66,13 +66,16 @@ def has_accelerator_device() -> bool:
 
 
 def computes_in_bf16() -> bool:
-    """Whether the hardware computes in bfloat16; elsewhere it is emulated, which is slower than float32."""
+    """Return whether bfloat16 is faster than float32 on the default device.
+
+    On a CPU that takes matrix units (AMX). Those that only have the vector instructions of AVX-512 for it can be slower
+    in bfloat16: the quickstart's steps took 1.4 times as long on one of them (docs/LOG.md).
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return not torch.backends.mps.is_available() and any(getattr(torch.cpu, name, bool)() for name in tests)
+    return not torch.backends.mps.is_available() and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def synchronize(device: torch.device) -> None:
