@@ -44,7 +44,7 @@ class CheckConfig(DataConfig):
     """Flags of this script."""
 
     splits: list[str] = field(default_factory=list)
-    """Splits to check; an empty list checks all of them"""
+    """Splits to check, e.g. '[train,test]'; an empty list checks all of them"""
     max_listed: int = 1000
     """Maximum number of problems to list; 0 lists all"""
 

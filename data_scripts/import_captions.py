@@ -37,19 +37,19 @@ class ImportConfig(Options):
     """Flags of this script. The metadata file may also be given as the first argument."""
 
     metadata: str = ""
-    """JSON or JSON Lines file with the captions"""
+    """JSON or JSON Lines file with the captions (required)"""
     image_dir: str = ""
-    """Folder with the images that the metadata file refers to"""
+    """Folder with the images that the metadata file refers to (required)"""
     output_dir: str | None = None
-    """Folder to write; by default, the path of image_dir followed by _captioned"""
+    """Folder to write; if unset, the path of --image_dir followed by _captioned"""
     caption_field: str = "caption"
     """Field of a record that holds its caption or its list of captions"""
     file_field: str | None = None
-    """Field of a record that holds the name of the image file; by default, the first common name, such as file_name"""
+    """Field of a record that holds the name of the image file; if unset, the first common name, such as file_name"""
     on_missing: Literal["error", "skip"] = "error"
     """What to do if an image or a caption is missing: stop and list all such records, or skip them"""
     overwrite: bool = False
-    """Set an earlier dataset in output_dir aside (it is renamed, not deleted)"""
+    """Rename an earlier dataset in --output_dir (it is not deleted), and make a new one"""
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError if a required flag is missing."""

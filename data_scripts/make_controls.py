@@ -52,15 +52,15 @@ class MakeControlsConfig(Options):
     dataset_config_name: str | None = None
     """Configuration of the dataset, if it has several"""
     train_data_dir: str | None = None
-    """Folder of images; use it instead of dataset_name"""
+    """Folder of images; replaces --dataset_name"""
     image_column: str = "image"
     """Column with the images"""
     output_dir: str = ""
-    """Folder to write; it must be empty or not exist yet"""
+    """Folder to write (required); it must be empty or not exist yet"""
     kind: list[str] | str = field(default_factory=list)
-    """Kind of control: edges, soft_edges, palette or layout, or a list of kinds"""
+    """Kind of control (required): edges, soft_edges, palette or layout, or a list of kinds, e.g. '[edges,palette]'"""
     columns: list[str] = field(default_factory=list)
-    """Names of all new columns, to replace the default names"""
+    """Names of all new columns, e.g. '[lines,colours]', to replace the default names"""
     sigma: float = option(0.7, at_least=0)
     """edges, soft_edges: standard deviation of the blur before edge detection, in pixels; more leaves fewer details"""
     low_threshold: float = 0.03
@@ -72,15 +72,16 @@ class MakeControlsConfig(Options):
     cells: int = 8
     """palette: number of cells along the shorter side"""
     encoder: str | None = None
-    """layout: encoder to use: a run of train_encoder.py, its checkpoint or pipeline, or a Hub id"""
+    """layout: encoder to use (required for this kind): run folder of train_encoder.py, checkpoint, pipeline folder
+    or Hub id"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     num_workers: int = 0
     """Number of threads that read and draw images; 0 uses one per CPU core"""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a broken image: stop and name its row, or skip the row"""
     overwrite: bool = False
-    """Set earlier controls in output_dir aside (they are renamed, not deleted) and make new ones"""
+    """Rename earlier controls in --output_dir (they are not deleted), and make new ones"""
 
     @property
     def kinds(self) -> list[str]:

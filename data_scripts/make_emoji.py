@@ -90,7 +90,7 @@ class MakeEmojiConfig(Options):
     output_dir: str = "data/emoji_64"
     """Folder to write the dataset to"""
     font: str | None = None
-    """Colour emoji font (.ttf, .ttc); by default, the first one in the system's font folders"""
+    """Colour emoji font (.ttf, .ttc); if unset, the first one in the system's font folders"""
     resolution: int = option(64, at_least=8, at_most=512)
     """Width and height in pixels; the glyphs of Noto are 128 pixels high"""
     sequences: Literal["all", "none"] = "all"
@@ -100,7 +100,7 @@ class MakeEmojiConfig(Options):
     seed: int = 0
     """Random seed that decides which emoji are held out"""
     overwrite: bool = False
-    """Set an earlier dataset in output_dir aside (it is renamed, not deleted)"""
+    """Rename an earlier dataset in --output_dir (it is not deleted), and make a new one"""
 
 
 class Emoji(NamedTuple):

@@ -41,8 +41,9 @@ class MakePostersConfig(Options):
     resolution: Literal[64, 128, 256] = 64
     """Width and height in pixels"""
     complexity: Literal["plain", "standard", "rich"] = "plain"
-    """plain: flat shapes on a grid in palette colours; standard: also gradients, overlaps, rules, pictures in the
-    poster's own colours and traces of printing and scanning; rich: also rotated text, photographs and JPEG noise"""
+    """How complex the posters are. plain: flat shapes on a grid in palette colours; standard: also gradients,
+    overlaps, rules, pictures in the poster's own colours and traces of printing and scanning; rich: also rotated
+    text, photographs and JPEG noise"""
     seed: int = option(0, at_least=0)
     """Random seed; another seed gives other posters"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
@@ -52,7 +53,7 @@ class MakePostersConfig(Options):
     num_workers: int = option(0, at_least=0)
     """Number of processes that draw; 0 uses one per CPU core. It does not change the posters"""
     overwrite: bool = False
-    """Set an earlier poster dataset in output_dir aside (it is renamed, not deleted) and make a new one"""
+    """Rename an earlier poster dataset in --output_dir (it is not deleted), and make a new one"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

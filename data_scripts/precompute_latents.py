@@ -73,29 +73,31 @@ class PrecomputeConfig(DataConfig):
     """Flags of this script."""
 
     vae: str = ""
-    """VAE to encode with: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
+    """VAE that encodes the images (required): Hub id, VAE or pipeline folder, or autoencoder run folder"""
     output_dir: str = ""
-    """Folder to write the cache to"""
+    """Folder to write the cache to (required)"""
     splits: list[str] = field(default_factory=lambda: ["train", "validation"])
     """Splits to encode"""
     seed: int = 0
-    """Random seed that selects the held-out rows (without a validation split) and those of max_train_samples"""
+    """Random seed that selects the held-out rows (without a validation split) and those of --max_train_samples"""
     labels: Literal["auto", "yes", "no"] = "auto"
-    """Cache label_column; auto caches it if it exists and has at least two rows per class"""
+    """Whether to cache --label_column; auto caches it if it exists and has at least two rows per class"""
     masks: Literal["auto", "yes", "no"] = "auto"
-    """Cache mask_column at the images' resolution; auto caches it if it exists and holds class ids, not colours"""
+    """Whether to cache --mask_column at the images' resolution; auto caches it if it exists and holds class ids, not
+    colours"""
     encode_batch_size: int = option(16, at_least=1)
     """Number of images encoded at once"""
     shard_rows: int = option(512, at_least=1)
     """Number of images per shard; an interruption loses at most the shard in progress"""
     storage_dtype: Literal["float32", "float16"] = "float32"
-    """float32 gives the same latents as encoding during training; float16 halves the size and rounds to 3 digits"""
+    """Data type of the stored latents: float32 gives the same latents as encoding during training; float16 halves
+    the size and rounds to 3 digits"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the VAE; a VAE that overflows in half precision (force_upcast) runs in float32 anyway"""
     dataloader_num_workers: int = 0
     """Number of processes that decode images"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
     overwrite: bool = False

@@ -42,7 +42,7 @@ class TokenizerConfig(DataConfig):
     """Flags of this script."""
 
     output_dir: str = ""
-    """Folder to write the tokenizer and its Transformers configuration to"""
+    """Folder to write the tokenizer and its Transformers configuration to (required)"""
     model: Literal["word_level", "bpe"] = "word_level"
     """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, so no word is unknown"""
     vocab_size: int = 8000

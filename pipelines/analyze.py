@@ -181,11 +181,19 @@ def _sheet_paths(files: Sequence[Path], folder: Path) -> list[Path]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Options(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="Image files of posters")
-    parser.add_argument("--model", required=True, help="Run or pipeline folder of a layout encoder or abstractor")
     parser.add_argument(
-        "--reading_size", type=int, help="Resize the shorter side to N pixels (default: as in training)"
+        "--model",
+        required=True,
+        help="Run folder, checkpoint, pipeline folder or Hub id of a layout encoder or grammar abstractor",
     )
-    parser.add_argument("--output_dir", default="layout_report", help="Folder for the PNGs and report.json")
+    parser.add_argument(
+        "--reading_size", type=int, help="Resize the shorter side of the posters to N pixels (default: as in training)"
+    )
+    parser.add_argument(
+        "--output_dir",
+        default="layout_report",
+        help="Folder for the PNG files and report.json (default: layout_report)",
+    )
     parser.add_argument("--device", help=DEVICE_HELP)
     options = parser.parse(argv)
     if options.reading_size is not None and options.reading_size < 16:

@@ -56,11 +56,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="Image files")
     add("--model", required=True, help="Run folder, checkpoint, pipeline folder or Hub id of an image–caption model")
-    add("--num_beams", type=int, default=1, help="Number of beams; 1 is greedy search (default: 1)")
-    add("--top_p", type=float, help="Sample from the most likely tokens whose probabilities add up to this value")
-    add("--temperature", type=float, default=1.0, help="Sampling temperature (default: 1)")
-    add("--num_candidates", type=int, default=1, help="Sample N captions per image and keep the most typical one")
-    add("--max_length", type=int, help="Maximum number of tokens (default: as in training)")
+    add("--num_beams", type=int, default=1, help="Number of beams for beam search; 1 decodes greedily (default: 1)")
+    add(
+        "--top_p",
+        type=float,
+        help="Sample from the most likely tokens whose probabilities add up to this value, e.g. 0.9 "
+        "(default: no sampling)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="Temperature for sampling; values below 1 favour likely tokens (default: 1)",
+    )
+    add(
+        "--num_candidates",
+        type=int,
+        default=1,
+        help="If above 1, number of captions to sample per image, of which the one most similar to all others is used"
+        " (default: 1)",
+    )
+    add("--max_length", type=int, help="Maximum number of tokens per caption (default: as in training)")
     add(
         "--seed",
         type=int,
@@ -69,8 +85,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--batch_size", type=int, default=16, help="Images per batch; does not change the captions (default: 16)")
     add("--device", help=DEVICE_HELP)
-    add("--output", help="JSON Lines file to write, with file_name and text")
-    add("--overwrite", action="store_true", help="Overwrite the file of --output")
+    add("--output", help="JSON Lines file to write, with file_name and text (default: only print the captions)")
+    add("--overwrite", action="store_true", help="Overwrite the file given by --output if it exists")
     options = parser.parse(argv)
     for name in ("num_beams", "batch_size", "num_candidates"):
         if getattr(options, name) < 1:

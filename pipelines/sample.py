@@ -8,8 +8,8 @@
 
 Latent diffusion models take prompts or class labels, poster models take design briefs, and models with a ControlNet
 take control images. Several prompts (or class labels, briefs or controls) give one row each; a row begins with its
-control. Column k uses seed + k regardless of the number of rows, columns and images per batch, so every image can be
-generated again on its own. Images smaller than 128 pixels are enlarged by a whole factor.
+control. Column k (from 0) uses seed + k regardless of the number of rows, columns and images per batch, so every image
+can be generated again on its own. Images smaller than 128 pixels are upscaled by an integer factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.common.poster_domain import COUNTS, GRAMMAR, STYLES
+from pipelines.common.poster_domain import COLORS, MAX_PICTURES, MAX_TEXT_BLOCKS, STYLES
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.commands import command
 from pipelines.tools.control_files import controls_of, open_controls
@@ -43,10 +43,30 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 NUM_IMAGES = 4
 CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
-NUMBER_FIELDS = ("energy", "formality", "warmth", *GRAMMAR)
-BRIEF_FIELDS = ("style", "palette", *COUNTS, *NUMBER_FIELDS)
+NUMBER_FIELDS = {
+    "energy": "Mood, from 0 (calm) to 1 (energetic)",
+    "formality": "Mood, from 0 (informal) to 1 (formal)",
+    "warmth": "Warmth of the colours, from 0 (cold, blue) to 1 (warm, red)",
+    "balance": "Balance of opposite sides of the page, from 0 (all elements in one quarter) to 1 (equal weights)",
+    "equilibrium": "Position of the layout's centre of mass, from 0 (corner of the page) to 1 (centre)",
+    "symmetry": "Symmetry of the layout about both axes and the centre of the page, from 0 (none) to 1 (perfect)",
+    "regularity": "Regularity of alignments and distances, from 0 (irregular) to 1 (regular)",
+    "rhythm": "Distribution of the elements over the quarters of the page, from 0.33 (least even) to 1 (even)",
+    "density": "Density of the layout, from 0 (elements cover nothing or the whole page) to 1 (half of the page)",
+    "hierarchy_contrast": "Differences in how strongly the elements attract the eye, from 0 (none) to 1 (largest)",
+    "image_share": "Fraction of the page covered by images, from 0 to 1",
+}
+COUNT_FIELDS = {
+    "text_blocks": f"Number of text blocks including the title, 0 to {MAX_TEXT_BLOCKS}",
+    "pictures": f"Number of images on the poster, 0 to {MAX_PICTURES}",
+}
+PALETTE_HELP = (
+    "Comma-separated colours in the order background, primary, accent, ink (three colours: background, primary, ink), "
+    f"e.g. '#fff,#d33,black'. Each is #rgb, #rrggbb or one of {', '.join(COLORS)}"
+)
+BRIEF_FIELDS = ("style", "palette", *COUNT_FIELDS, *NUMBER_FIELDS)
 STEERING = {
-    "controlnet_conditioning_scale": "Strength of the ControlNet; 0 disables it (default: 1)",
+    "controlnet_conditioning_scale": "Strength of the control; 0 disables it (default: 1)",
     "control_guidance_start": "Fraction of the steps at which the ControlNet starts applying (default: 0)",
     "control_guidance_end": "Fraction of the steps at which the ControlNet stops applying (default: 1)",
 }
@@ -84,14 +104,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Options(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="Pipeline folder, run folder, checkpoint or Hub id")
-    add("--checkpoint", help="Checkpoint of a run: best, latest or a folder name (default: final pipeline, or best)")
+    add(
+        "--checkpoint",
+        help="Checkpoint of a run: best, latest or a folder name"
+        " (default: the final pipeline if it exists, otherwise the best checkpoint)",
+    )
     add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
     add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
     add("--class_label", nargs="+", action="extend", help="Class ids or names; each gives a row")
-    add("--brief", nargs="+", action="extend", help="Design briefs: YAML files, or `random` (depends on --seed)")
+    add(
+        "--brief",
+        nargs="+",
+        action="extend",
+        help="Design briefs (poster models only): YAML files, see configs/briefs, or random (drawn with --seed); each "
+        "gives a row (default: only the fields below)",
+    )
     _add_brief_fields(parser)
     _add_control_options(parser)
-    add("--pairs", type=int, help="Number of new image–caption pairs (joint models only)")
+    add(
+        "--pairs",
+        type=int,
+        help="Number of image–caption pairs to generate unconditionally (only for models that generate both image and "
+        "caption)",
+    )
     add("--num_images", type=int, default=NUM_IMAGES, help=f"Number of images per row (default: {NUM_IMAGES})")
     add(
         "--scheduler",
@@ -100,8 +135,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
     add("--guidance_scale", type=float, default=2.5, help="Classifier-free guidance; 1 disables it (default: 2.5)")
     add("--seed", type=int, default=0, help="Random seed; column k uses seed + k (default: 0)")
-    add("--height", type=int, help="Height in pixels (default: the training size)")
-    add("--width", type=int, help="Width in pixels (default: the training size)")
+    add("--height", type=int, help="Height of the images in pixels (default: the training size)")
+    add("--width", type=int, help="Width of the images in pixels (default: the training size)")
     add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
     add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
@@ -118,20 +153,25 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fields of the design brief; they override those of --brief")
+    group = parser.add_argument_group(
+        "fields of the design brief; they override those of --brief, and the model chooses those that are not set"
+    )
     group.add_argument("--style", help=f"One of {', '.join(STYLES)}")
-    group.add_argument("--palette", help="Colours as '#d33,#fff' or names: background, primary, accent, ink")
-    for name in COUNTS:
-        group.add_argument(f"--{name}", type=int, help=f"Number of {name.replace('_', ' ')}, 0 to 3")
-    for name in NUMBER_FIELDS:
-        group.add_argument(f"--{name}", type=float, help="Number from 0 to 1")
+    group.add_argument("--palette", help=PALETTE_HELP)
+    for name, text in COUNT_FIELDS.items():
+        group.add_argument(f"--{name}", type=int, help=text)
+    for name, text in NUMBER_FIELDS.items():
+        group.add_argument(f"--{name}", type=float, help=text)
 
 
 def _add_control_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "options of models with a ControlNet; several networks share a value or have one each"
+        "ControlNet options; for several ControlNets, give one value for all or one value per network"
     )
-    files = "Image files of a control, in the order of the model's networks and channels; each control gives a row"
+    files = (
+        "Files of control images. A ControlNet for masks takes one file for each of its channels, any other ControlNet "
+        "one file. A model that takes n files takes n for each row: the files of row 1, then those of row 2, ..."
+    )
     group.add_argument("--control_image", nargs="+", action="extend", help=files)
     for name, text in STEERING.items():
         group.add_argument(f"--{name}", nargs="+", type=float, help=text)

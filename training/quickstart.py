@@ -65,9 +65,9 @@ class QuickstartConfig(Options):
     """Flags of quickstart.py."""
 
     minutes: float = option(10.0, at_least=2)
-    """Minutes that the quickstart may take; a machine that needs longer for the full recipe trains fewer steps"""
+    """Time limit in minutes for the whole quickstart, at least 2; on a slow machine, fewer steps are trained"""
     tiny: bool = False
-    """Run a few steps of every stage, to see that it works; the posters will be blobs"""
+    """Run only a few steps of each stage, to check that it works; the posters will be shapeless"""
 
 
 @dataclass

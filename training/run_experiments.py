@@ -89,11 +89,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Options(__doc__)
     add = parser.add_argument
     add("configs", nargs="+", help="YAML config files of any training script; patterns with * are expanded")
-    add("--print_commands", "--dry_run", action="store_true", help="print the commands without running them")
-    add("--output_dir", help="folder of comparison.csv, .md and .png (default: nearest folder with all run folders)")
-    add("--prompt", nargs="+", help="prompts of the samples (default: preview prompts of the first run that has any)")
-    add("--num_samples", type=int, default=6, help="number of samples in each row of comparison.png (default: 6)")
-    add("--seed", type=int, default=0, help="random seed of the first column; later columns add 1 each (default: 0)")
+    add("--print_commands", "--dry_run", action="store_true", help="Print the commands without running them")
+    add("--output_dir", help="Folder for comparison.csv, .md and .png (default: nearest folder with all run folders)")
+    add("--prompt", nargs="+", help="Prompts of the samples (default: preview prompts of the first run that has any)")
+    add("--num_samples", type=int, default=6, help="Number of samples in each row of comparison.png (default: 6)")
+    add("--seed", type=int, default=0, help="Random seed; column k (from 0) uses seed + k (default: 0)")
     options = parser.parse(words[:cut])
     options.flags = words[cut + 1 :]
     if options.num_samples < 1:

@@ -48,13 +48,15 @@ class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_abstractor.py."""
 
     output_dir: str = option("runs/abstractor", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
     encoder: str | None = option(None)
-    """Layout encoder (run, checkpoint, pipeline or Hub id) whose predicted features are also used for training"""
+    """Layout encoder (run folder, checkpoint, pipeline folder or Hub id) whose predicted features are also used for
+    training; if unset, only the true features of the dataset are used"""
     predicted_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)
-    """Fraction of the posters for which the features predicted by --encoder replace the true features"""
+    """Fraction of the posters for which the features predicted by --encoder replace the true features; not used
+    without --encoder"""
     counts_weight: float = option(0.1, on_resume="warn", at_least=0)
     """Weight of the cross-entropy of the counts, relative to the squared error of the grammar's numbers"""
 

@@ -61,7 +61,7 @@ class Config(HeadsConfig, ImageStageConfig):
     """Flags of train_autoencoder.py."""
 
     output_dir: str = option("runs/autoencoder", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: AutoencoderModelConfig = option(AutoencoderModelConfig)
     """The autoencoder"""
     l1_weight: float = option(1.0, on_resume="warn", at_least=0)
@@ -73,7 +73,7 @@ class Config(HeadsConfig, ImageStageConfig):
     latent_noise: float = option(0.0, on_resume="warn", at_least=0)
     """Noise added to the latents before decoding, relative to their standard deviation; makes the decoder robust"""
     perceptual_weight: float = option(0.0, on_resume="warn", at_least=0)
-    """Weight of the perceptual loss"""
+    """Weight of the perceptual loss, which needs --perceptual_backbone; 0 disables it"""
     perceptual_backbone: str | None = option(None, on_resume="warn")
     """Transformers vision backbone of the perceptual loss: a Hub id such as microsoft/resnet-18, or a folder"""
     adversarial_weight: float = option(0.0, on_resume="warn", at_least=0)
@@ -83,7 +83,7 @@ class Config(HeadsConfig, ImageStageConfig):
     discriminator_learning_rate: float | None = option(None, on_resume="warn", above=0)
     """Peak learning rate of the discriminator; if unset, --learning_rate is used"""
     latent_statistics_images: int = option(4096, on_resume="warn", at_least=1)
-    """Number of images over which the latents' mean and standard deviation are measured at the end"""
+    """Number of images from which the latents' mean and standard deviation are computed at the end of training"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

@@ -55,21 +55,26 @@ class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
     """Flags of train_controlnet.py."""
 
     output_dir: str = option("runs/controlnet", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     base_model: str = option("")
-    """Trained model that the ControlNet steers: a run, checkpoint, pipeline folder or Hub id"""
+    """Base model, which stays frozen (required): run folder, checkpoint, pipeline folder or Hub id of a model
+    trained with train_latent_diffusion.py or train_decoder.py"""
     fusion_mode: str = option("add", choices=MODES)
-    """How control features are combined with those of the U-Net: add, gated, concat, film or cross_attention"""
+    """How control features enter the U-Net: add (as in ControlNet), gated (added with a learned gate), concat, film
+    (scale and shift) or cross_attention"""
     conditioning_classes: int = option(0, at_least=0)
-    """Number of classes whose ids --conditioning_image_column contains, one channel each; 0 for images or masks"""
+    """If the control images contain class ids, number of classes; the ids are one-hot encoded. 0: use the pixel
+    values"""
     control_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
-    """Fraction of samples trained with an empty (black) control"""
+    """Probability of training a sample with an empty (black) control, independently of --cfg_dropout"""
     reader: str | None = option(None, on_resume="free")
-    """Layout encoder or segmentation autoencoder that predicts the controls of generated images (val_control_iou)"""
+    """Layout encoder, or autoencoder with a segmentation head (run folder, checkpoint, pipeline folder or Hub id),
+    that predicts the controls of generated images; their mean IoU with the true controls is logged as
+    val_control_iou. If unset, this metric is not computed"""
     num_read: int = option(16, on_resume="free", at_least=1)
-    """Number of images generated for --reader at each validation"""
+    """Number of images to generate at each validation for val_control_iou (see --reader)"""
     preview_inference_steps: int = option(20, on_resume="free", at_least=1)
-    """Number of sampling steps for previews and for the images given to --reader"""
+    """Number of inference steps for previews and for val_control_iou"""
     num_previews: int = option(6, on_resume="free", at_least=1)
     """Number of samples in a preview"""
 

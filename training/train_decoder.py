@@ -40,11 +40,11 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
     """Flags of train_decoder.py."""
 
     output_dir: str = option("runs/posters/decoder", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""
     brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
-    """The encoder of the design brief, trained jointly"""
+    """The encoder of the design brief, trained jointly with the U-Net"""
     field_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Average fraction of a brief's fields dropped in training; most briefs lose few or none, some lose most"""
 

@@ -46,9 +46,9 @@ class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_encoder.py."""
 
     output_dir: str = option("runs/encoder", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: LayoutEncoderConfig = option(LayoutEncoderConfig)
-    """The network"""
+    """The layout encoder"""
     dice_weight: float = option(1.0, on_resume="warn", at_least=0)
     """Weight of the Dice losses of masks and colour roles"""
     ce_weight: float = option(1.0, on_resume="warn", at_least=0)

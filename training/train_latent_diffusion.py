@@ -49,15 +49,18 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free")
-    """The run folder"""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     vae: str = option("")
-    """Autoencoder of the latents: a Hub id, a VAE or pipeline folder, or the run folder of an autoencoder"""
+    """VAE that encodes the images to latents (required): Hub id, VAE or pipeline folder, or autoencoder run folder"""
     latent_cache: str | None = option(None)
-    """Folder of latents made by data_scripts/precompute_latents.py; if unset, images are encoded at every step"""
+    """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
+    and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
+    images. If unset, images are encoded at every step"""
     condition_on: list[str] = option(["caption"], choices=("caption", "label"))
-    """Conditions of the model: [caption], [label], [caption, label], or [] for none"""
+    """Conditions of the model: '[caption]', '[label]', '[caption,label]' or '[]' (unconditional)"""
     tokenizer: str | None = option(None)
-    """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; default: that of --pretrained_text_encoder"""
+    """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; required for captions unless
+    --pretrained_text_encoder is set, which then also supplies the tokenizer"""
     pretrained_text_encoder: str | None = option(None)
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     model: UNetConfig = option(UNetConfig)
@@ -65,9 +68,10 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
     text_encoder: TextEncoderConfig = option(TextEncoderConfig)
     """The text encoder that is trained jointly, unless --pretrained_text_encoder is set"""
     caption_prior: CaptionPriorConfig = option(CaptionPriorConfig)
-    """The caption prior: predicts the latents from the caption alone, as additional input channels of the U-Net"""
+    """Caption prior: a small MLP that predicts the latents from the caption; its prediction is concatenated to the
+    U-Net's input"""
     preview_prompts: list[str] | None = option(None, on_resume="free")
-    """Prompts of the previews; if unset, captions of the validation data"""
+    """Prompts of the previews, e.g. '[a red circle,a blue square]'; if unset, captions of the validation data"""
     preview_guidance_scale: float = option(2.5, on_resume="free")
     """Guidance scale of the previews"""
 

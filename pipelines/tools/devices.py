@@ -10,9 +10,7 @@ from .cli import UserError, one_line
 if TYPE_CHECKING:
     import torch
 
-DEVICE_HELP = (
-    "Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"
-)
+DEVICE_HELP = "Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"
 """The `--help` text of `--device`, in every command that has the option."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from training import train_autoencoder
-from training.core.options import option
+from training.core.options import Options, option
 from training.core.parsing import known_names, parse_config
 from training.engine.run_config import RunConfig
 
@@ -33,8 +34,18 @@ class Config(RunConfig):
     """Folder"""
     model: Model = field(default_factory=Model)
     """The model"""
-    names: list[str] = option(["a"])
+    names: list[str] = option(["a", "b"])
     """Names"""
+    share: str = option("50%")
+    """Share"""
+
+
+@dataclass
+class Plain(Options):
+    """Flags of a command without lists."""
+
+    count: int = 1
+    """Count"""
 
 
 def parse(*words: str) -> Config:
@@ -112,14 +123,62 @@ def test_a_preset_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         parse("--config")
 
 
-def test_help_has_every_flag_with_its_description(capsys):
+def help_of(capsys, config_class: type = Config, **arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        parse("--help")
+        parse_config(config_class, ["--help"], **arguments)
     assert exit_info.value.code == 0
-    output = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_has_every_flag_with_its_description(capsys):
+    output = " ".join(help_of(capsys).split())
     for name in known_names(Config):
         assert f"--{name}" in output, name
-    assert "Batch size per process (of one micro-batch)." in output
+    assert "Batch size per process (of one micro-batch)" in output
+
+
+def test_help_ends_each_description_with_the_default(capsys):
+    output = " ".join(help_of(capsys).split())
+    for text in (
+        "(of one micro-batch) (default: 16)",
+        "Peak learning rate (default: 0.0001)",
+        "Maximum gradient norm for gradient clipping; 0 disables it (default: 1)",
+        "validation, previews and the pipeline use it (default: true)",
+        "Names (default: [a,b])",
+        "Channels (default: [8,16])",
+        "Share (default: 50%)",
+        "Folder (default: runs/x)",
+    ):
+        assert text in output
+    for unset in ("if unset, the name of the run folder", "e.g. '[unet.down_blocks.*]'", "if unset, the value of the"):
+        assert unset in output
+        assert not output.split(unset)[1].lstrip().startswith("(default")
+    assert "(default: )" not in output
+    assert "(default: None)" not in output
+    assert "==SUPPRESS==" not in output
+
+
+def test_help_explains_files_lists_and_booleans(capsys):
+    output = " ".join(help_of(capsys, description="A command.", preset="configs/experiments/stage/tiny.yaml").split())
+    assert "A command. Lists are written in quotes, as in '[a,b]'" in output
+    assert "A boolean flag without a value means true. --print_config shows all settings." in output
+    assert "the name of a preset, e.g. stage/tiny; command-line flags override it" in output
+    assert "Without any arguments, stage/tiny is used" in output
+    assert "YAML file with the --model.* options below, without this prefix" in output
+    assert "preset" not in " ".join(help_of(capsys, Plain).split())
+    assert "Lists" not in help_of(capsys, Plain)
+
+
+def test_a_file_of_a_group_has_its_options_without_the_prefix(tmp_path):
+    assert parse("--model", yaml_file(tmp_path, "dropout: 0.25\n")).model == Model([8, 16], 0.25)
+    assert parse("--names+", "c").names == ["a", "b", "c"]
+    assert parse("--dry_run").dry_run is True
+
+
+@pytest.mark.parametrize("config_class", [Config, train_autoencoder.Config])
+def test_no_description_ends_with_a_full_stop(capsys, config_class):
+    words = " ".join(help_of(capsys, config_class).split("options:\n", 1)[1].split())
+    assert re.findall(r"[^ ]*[^.]\.(?: \(default: [^ ]*\))?(?= --| [A-Z][^ ]* --|$)", words) == []
 
 
 def test_a_config_written_and_read_again_is_the_same(tmp_path):

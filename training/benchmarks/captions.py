@@ -51,9 +51,9 @@ class CaptionBenchConfig(Options):
     repetitions: int = 3
     """For generation: number of timed repetitions of each method"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     output: str = ""
-    """JSON file of the results"""
+    """File for the results (JSON, required)"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

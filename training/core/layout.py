@@ -13,11 +13,11 @@ class BatchConfig(Options):
     """Options for the number of images per step."""
 
     train_batch_size: int = option(16, on_resume="warn", at_least=1)
-    """Batch size per process (of one micro-batch)."""
+    """Batch size per process (of one micro-batch)"""
     gradient_accumulation_steps: int = option(1, on_resume="warn", at_least=1)
-    """Number of micro-batches to accumulate before each optimizer step."""
+    """Number of micro-batches to accumulate before each optimizer step"""
     validation_batch_size: int = option(0, on_resume="free", at_least=0)
-    """Batch size for validation; 0 uses --train_batch_size."""
+    """Batch size for validation; 0 uses --train_batch_size"""
 
 
 @dataclass(frozen=True)

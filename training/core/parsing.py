@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_type_hints
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import jsonargparse
 
 from pipelines.tools.cli import UserError, nearest
-from pipelines.tools.resources import find_file
+from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
 
 Config = TypeVar("Config", bound=Options)
@@ -29,7 +30,7 @@ def parse_config(
             `--model.field`.
         argv: the arguments after the program's name; None uses the arguments of this process.
         description: shown by `--help`.
-        preset: name of the preset to use if `argv` is empty.
+        preset: path of the preset to use if `argv` is empty.
 
     Raises:
         UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
@@ -38,7 +39,7 @@ def parse_config(
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
         words = ["--config", preset]
-    parser = _parser(config_class, description)
+    parser = _parser(config_class, description, preset)
     if any(word in ("-h", "--help") for word in words):
         parser.print_help()
         sys.exit(0)
@@ -84,7 +85,7 @@ def _resolve_annotations(config_class: type) -> None:
     initializer.__annotations__.update({f.name: hints[f.name] for f in dataclasses.fields(config_class)})
 
 
-def _parser(config_class: type, description: str | None) -> jsonargparse.ArgumentParser:
+def _parser(config_class: type, description: str | None, preset: str) -> jsonargparse.ArgumentParser:
     _resolve_annotations(config_class)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
@@ -93,17 +94,61 @@ def _parser(config_class: type, description: str | None) -> jsonargparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        action=_ConfigFile,
-        help="YAML file with any of the options below, or the name of a preset such as latent_diffusion/quickstart; "
-        "flags override it",
-    )
+    parser.add_argument("--config", action=_ConfigFile, help=_config_help(preset))
     parser.add_class_arguments(config_class, as_group=False)
+    groups = {action.dest.rpartition(".")[0] for action in parser._actions}
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:  # `--dry_run` alone is `--dry_run true`
             action.nargs, action.const = "?", True
+        action.help = _help_of(action, is_group=action.dest in groups)
+    parser.description = "\n\n".join(filter(None, [(description or "").strip(), _notation(parser)]))
     return parser
+
+
+def _notation(parser: jsonargparse.ArgumentParser) -> str:
+    """Return the sentences of the description on how values are written; only those that apply to this command."""
+    sentences = ["--print_config shows all settings."]
+    if any(action.const is True for action in parser._actions):
+        sentences.insert(0, "A boolean flag without a value means true.")
+    if any(option.endswith("+") for action in parser._actions for option in action.option_strings):
+        sentences.insert(0, "Lists are written in quotes, as in '[a,b]'; --NAME+ VALUE appends VALUE to the list.")
+    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
+
+
+def _config_help(preset: str) -> str:
+    if not preset:
+        return "YAML file with any of the options below; command-line flags override it"
+    name = preset.removeprefix(f"{PRESETS}/").removesuffix(".yaml")
+    return (
+        f"YAML file with any of the options below, or the name of a preset, e.g. {name}; command-line flags override "
+        f"it. Without any arguments, {name} is used"
+    )
+
+
+def _help_of(action: argparse.Action, *, is_group: bool) -> str | None:
+    """Return the help text of an option, followed by its default unless that means that the option is unset."""
+    if is_group:
+        return f"YAML file with the --{action.dest}.* options below, without this prefix"
+    if action.dest == "print_config":
+        return (
+            "Print all settings as YAML, with the given flags applied, and exit; --print_config=skip_default leaves "
+            "out those with their default value"
+        )
+    default = _written(action.default)
+    if action.help is None or action.default == argparse.SUPPRESS or default in ("", "[]", "{}"):
+        return action.help
+    return f"{action.help} (default: {default.replace('%', '%%')})"
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is written on the command line, without quotes; an empty string for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> None:

@@ -51,11 +51,12 @@ class CaptionDataConfig(DataConfig):
     """Source of images with captions, and how both are read."""
 
     validation_fraction: float = option(0.1, at_least=0, below=1)
-    """Fraction of the training split held out for validation if the dataset has no validation split"""
+    """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     image_fit: Literal["crop", "stretch"] = option("crop")
-    """How images are made square: crop cuts out a square, stretch rescales the whole image"""
+    """How images are made square: crop cuts out a square, stretch rescales the whole image and changes its aspect
+    ratio"""
     tokenizer: str | None = option(None)
-    """Tokenizer folder or Hub name; unset trains one on the training captions"""
+    """Tokenizer folder or Hub id; if unset, a tokenizer is trained on the training captions"""
     tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
     """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces"""
     vocab_size: int = option(8000)

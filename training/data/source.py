@@ -47,39 +47,42 @@ class DataConfig(Options):
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
     train_data_dir: str | None = option(None)
-    """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces dataset_name"""
+    """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces --dataset_name"""
     image_column: str = option("image")
     """Column with the images"""
     caption_column: str = option("text")
     """Column with the captions: a text, or a list of texts from which one is drawn at random each time"""
     label_column: str = option("label")
-    """Column with the classes: class names, or numbers from 0"""
+    """Column with the class labels: class names, or numbers from 0"""
     mask_column: str = option("mask")
-    """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images"""
+    """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images; used only
+    by the segmentation head of train_autoencoder.py, precompute_latents.py and check_dataset.py"""
     conditioning_image_column: list[str] | str = option("conditioning_image")
-    """Column with control images of the same size as the images, or a list of such columns"""
+    """Column with control images of the same size as the images, or a list of such columns; used only by
+    train_controlnet.py and check_dataset.py"""
     conditioning_image_mode: Literal["rgb", "l"] | None = option(None)
-    """How control images are read: rgb reads one column in colour (three channels); l reads each column in grey (one
-    channel). Unset: rgb for a single column name, l for a list of columns"""
+    """How train_controlnet.py reads control images: rgb reads one column in colour (three channels); l reads each
+    column in grey (one channel). If unset, rgb for a single column name, l for a list of columns"""
     train_split: str = option("train")
     """Split to train on"""
     validation_split: str = option("validation")
-    """Split to validate on; if it does not exist, validation_fraction of the training split is held out"""
+    """Split to validate on; if it does not exist, --validation_fraction of the training split is held out"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     resolution: int = option(64, at_least=8)
-    """Width and height of the training images in pixels"""
+    """Size of the square training images in pixels; images are cropped to a square and resized to it"""
     center_crop: bool = option(True)
-    """Crop images that are not square at their centre; false crops them at random, differently in each epoch"""
+    """Crop images that are not square at their centre; false crops them at a random place, which changes in each
+    epoch"""
     random_flip: bool = option(False)
-    """Mirror a random half of the images, chosen again in each epoch"""
+    """Flip images (and their masks and control images) horizontally with probability 0.5"""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option("lanczos")
-    """Interpolation for resizing images"""
+    """Interpolation for resizing images and control images (masks and class ids: always nearest)"""
     on_bad_sample: Literal["error", "skip"] = option("error", on_resume="warn")
     """What to do about a broken image, an empty caption or an invalid label: error stops and names the row, skip uses
     the next good row instead"""
     max_train_samples: int | None = option(None, at_least=1)
-    """Train only on this number of rows, drawn with the seed; useful for quick trials"""
+    """Number of training rows to use, drawn at random with --seed; if unset, all"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

@@ -27,9 +27,10 @@ class BalanceConfig(Options):
     """Options for drawing rare classes more often."""
 
     balance_by: str | None = option(None)
-    """Column with the class of each row; rows of rare classes are drawn more often (see --balance_power)."""
+    """Column with the class of each row; rows of rare classes are drawn more often (see --balance_power). If unset,
+    all rows are drawn equally often"""
     balance_power: float = option(1.0, at_least=0, at_most=1)
-    """Strength of --balance_by: 0 keeps the classes' shares of the data set, 1 draws all classes equally often."""
+    """Strength of --balance_by: 0 keeps the classes' fractions of the dataset, 1 draws all classes equally often"""
 
 
 def balanced_strata(data: Any, config: BalanceConfig) -> Strata | None:

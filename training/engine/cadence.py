@@ -12,19 +12,20 @@ class CadenceConfig(Options):
     """How often a run logs, validates, shows previews and saves."""
 
     logging_steps: int = option(10, on_resume="warn", at_least=1)
-    """Write a row to metrics.csv every N steps, and at the end of each epoch."""
+    """Write a row to metrics.csv every N optimizer steps, and at the end of each epoch"""
     validation_epochs: int = option(1, on_resume="warn", at_least=0)
-    """Validate every N epochs; 0 disables it."""
+    """Validate every N epochs; 0 disables it. A run always ends with a validation"""
     validation_steps: int = option(0, on_resume="warn", at_least=0)
-    """Validate every N steps; 0 disables it."""
+    """Validate every N optimizer steps, in addition to --validation_epochs; 0 disables it"""
     preview_epochs: int = option(1, on_resume="free", at_least=0)
-    """Save previews every N epochs; 0 disables it."""
+    """Save previews every N epochs; 0 disables it. Previews are always saved at the end of a run"""
     preview_steps: int = option(0, on_resume="free", at_least=0)
-    """Save previews every N steps; 0 disables it."""
+    """Save previews every N optimizer steps, in addition to --preview_epochs; 0 disables it"""
     checkpointing_epochs: int = option(1, on_resume="free", at_least=0)
-    """Save a checkpoint every N epochs; 0 disables it."""
+    """Save a checkpoint every N epochs; 0 disables it. A checkpoint is always saved after the best validation so far
+    and at the end of a run"""
     checkpointing_steps: int = option(0, on_resume="free", at_least=0)
-    """Save a checkpoint every N steps; 0 disables it."""
+    """Save a checkpoint every N optimizer steps, in addition to --checkpointing_epochs; 0 disables it"""
 
 
 class Cadence:

@@ -21,11 +21,11 @@ class EMAConfig(Options):
     """Options for the exponential moving average (EMA) of the weights."""
 
     use_ema: bool = option(True)
-    """Keep an exponential moving average (EMA) of the weights; validation, previews and the pipeline use it."""
+    """Keep an exponential moving average (EMA) of the weights; validation, previews and the pipeline use it"""
     ema_decay: float = option(0.999, on_resume="warn", at_least=0, below=1, usual="0.999")
-    """EMA decay per step. Early steps use the smaller value (1 + step) / (10 + step)."""
+    """Maximum EMA decay; the decay at each step is min(ema_decay, (1 + step) / (10 + step))"""
     ema_update_every: int = option(1, on_resume="warn", at_least=1)
-    """Update the EMA weights every N steps, with the decay to the power of N; larger values save time."""
+    """Update the EMA weights every N steps, with the decay to the power of N; larger values save time"""
 
 
 class EMA:

@@ -40,9 +40,10 @@ class LaunchConfig(Options):
     """Precision and threads of each process; everything else comes from the Accelerate config."""
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
-    """no, fp16, bf16 or auto (bf16 if the device computes in it, else no). Default: the Accelerate config's value."""
+    """One of no, fp16, bf16 or auto (bf16 if the device supports it, otherwise no); if unset, the value of the
+    Accelerate config"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
-    """Number of CPU threads per process; 0 divides the machine's cores among its processes."""
+    """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
 
 
 def start_accelerator(config: LaunchConfig) -> Accelerator:

@@ -21,19 +21,19 @@ class OptimizerConfig(Options):
     """Options for the optimizers; every phase has its own."""
 
     learning_rate: float = option(1e-4, on_resume="warn", above=0, usual="1e-4")
-    """Peak learning rate."""
+    """Peak learning rate"""
     optimizer: str = option("adamw", choices=OPTIMIZERS)
-    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adam or sgd."""
+    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adam or sgd"""
     adam_beta1: float = option(0.9, on_resume="warn", at_least=0, below=1)
-    """Adam's beta1, the decay rate of the first moment."""
+    """Adam's beta1, the decay rate of the first moment"""
     adam_beta2: float = option(0.999, on_resume="warn", at_least=0, below=1)
-    """Adam's beta2, the decay rate of the second moment."""
+    """Adam's beta2, the decay rate of the second moment"""
     adam_epsilon: float = option(1e-8, on_resume="warn", at_least=0)
-    """Adam's epsilon, added to the denominator for numerical stability."""
+    """Adam's epsilon, added to the denominator for numerical stability"""
     weight_decay: float = option(0.01, on_resume="warn", at_least=0)
-    """Weight decay of adamw, adamw_8bit and sgd."""
+    """Weight decay of adamw, adamw_8bit and sgd"""
     max_grad_norm: float = option(1.0, on_resume="warn", at_least=0)
-    """Maximum gradient norm for gradient clipping; 0 disables it."""
+    """Maximum gradient norm for gradient clipping; 0 disables it"""
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], learning_rate: float):

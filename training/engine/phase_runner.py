@@ -42,9 +42,9 @@ class PhaseConfig(OptimizerConfig):
     """Options for running and optimizing each phase."""
 
     compile: bool = option(False, on_resume="warn")
-    """Compile each phase with torch.compile."""
+    """Compile the model and its loss with torch.compile"""
     gradient_checkpointing: bool = option(False, on_resume="warn")
-    """Recompute activations in the backward pass, which saves memory and takes more time."""
+    """Recompute activations in the backward pass, which saves memory and takes more time"""
 
 
 class PhaseRunner:

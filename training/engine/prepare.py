@@ -49,7 +49,8 @@ class PrepareConfig(Options):
     """Inputs that are made before training if they are missing."""
 
     prepare: dict[str, str] = option({}, on_resume="free")
-    """Inputs to make if they are missing: path → script and flags that make it. Meant for YAML files."""
+    """Mapping from a required path to the script of this project, with its flags, that creates it if it is missing
+    (usually set in YAML), e.g. {data/posters_64: data_scripts/make_posters.py --output_dir data/posters_64}"""
 
     def recipes(self) -> dict[str, str]:
         """Return the entries of `prepare` whose path is used in the config or in another such entry."""

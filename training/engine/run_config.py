@@ -28,17 +28,19 @@ class SessionConfig(Options):
     """The random seed, and what the command does instead of training."""
 
     seed: int = option(0)
-    """Random seed; the same seed gives the same run."""
+    """Random seed; the same seed gives the same run"""
     dry_run: bool = option(False, on_resume="free")
-    """Print the resolved config, parameter counts, steps per epoch and a memory estimate, and exit."""
+    """Print the resolved config, parameter counts, steps per epoch and a memory estimate, and exit"""
     validate_only: bool = option(False, on_resume="free")
-    """Load the checkpoint, validate, print the metrics, and exit."""
+    """Validate the checkpoint selected by --resume_from_checkpoint, or the model given by --validate_model, print
+    the metrics and exit"""
     validate_model: str | None = option(None, on_resume="free")
-    """Run, checkpoint or pipeline for --validate_only to validate, instead of the run in --output_dir."""
+    """Run folder, checkpoint, pipeline folder or Hub id of the model to validate with --validate_only; if unset, the
+    run in --output_dir"""
     dataloader_num_workers: int = option(0, on_resume="free", at_least=0)
-    """Number of processes that load data; 0 loads in the training process."""
+    """Number of processes that load data; 0 loads in the training process"""
     max_nonfinite_steps: int = option(10, on_resume="free", at_least=1)
-    """Stop with an error after N steps in a row whose loss or gradient is not finite."""
+    """Skip steps with a non-finite loss or gradient, and stop with an error after N of them in a row"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

@@ -29,15 +29,18 @@ class ScheduleConfig(Options):
     """Options for the learning-rate schedule."""
 
     lr_scheduler: str = option("constant_with_warmup", on_resume="warn", choices=LR_SCHEDULERS)
-    """One of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup, piecewise_constant."""
+    """Learning-rate schedule: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
+    piecewise_constant"""
     lr_warmup_steps: int = option(100, on_resume="warn", at_least=0)
-    """Number of optimizer steps over which the learning rate rises to its peak."""
+    """Number of optimizer steps over which the learning rate rises from 0 to its peak; not used with constant and
+    piecewise_constant"""
     lr_num_cycles: int = option(1, on_resume="warn")
-    """Number of cycles of the cosine_with_restarts schedule."""
+    """Number of cycles of the cosine_with_restarts schedule"""
     lr_power: float = option(1.0, on_resume="warn")
-    """Power of the polynomial schedule."""
+    """Power of the polynomial schedule"""
     lr_step_rules: str | None = option(None, on_resume="warn")
-    """Factors of piecewise_constant: '1:100,0.1:200,0.01' is 1 until step 100, 0.1 until step 200, then 0.01."""
+    """Factors of the piecewise_constant schedule, e.g. '1:100,0.1:200,0.01': 1 until step 100, 0.1 until step 200,
+    then 0.01"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

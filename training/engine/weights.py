@@ -24,7 +24,7 @@ class FreezeConfig(Options):
     """Options for parameters that are not trained."""
 
     freeze_parameters: list[str] = option([])
-    """Parameters to freeze, as patterns of their names in the pipeline, e.g. '[unet.down_blocks.*]'."""
+    """Glob patterns of the parameters to freeze, as component.parameter, e.g. '[unet.down_blocks.*]'"""
 
 
 def load_initial_weights(path: str, modules: Mapping[str, nn.Module], flag: str = "--init_from") -> None:

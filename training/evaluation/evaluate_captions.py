@@ -55,11 +55,11 @@ class CaptionEvaluationConfig(Options):
     """Flags of evaluate_captions.py."""
 
     model: str = ""
-    """A run of train_image_caption.py, a checkpoint or a pipeline"""
+    """Image–caption model (required): run folder of train_image_caption.py, checkpoint or pipeline folder"""
     split: str = option("validation", choices=("train", "validation"))
     """Pairs to evaluate on: validation (held-out pairs) or train"""
     dataset_name: str | None = None
-    """Data to evaluate on (folder, file or Hub id); unset: the data of the run"""
+    """Data to evaluate on (folder, file or Hub id); if unset, the data of the run"""
     max_samples: int = option(0, at_least=0)
     """Maximum number of pairs, counted from the first; 0 uses all"""
     num_beams: int = option(1, at_least=1)
@@ -67,15 +67,16 @@ class CaptionEvaluationConfig(Options):
     num_candidates: int = option(1, at_least=1)
     """Number of captions sampled per image, of which the one most similar to all others is used; 1 disables sampling"""
     num_pairs: int = 8
-    """Number of new image-caption pairs in invented_pairs.png (joint models only)"""
+    """Number of new image–caption pairs in invented_pairs.png (only for models with a latent prior)"""
     seed: int = 0
     """Random seed for shuffling pairs, sampling captions and generating new pairs"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     pictures: str | None = None
-    """Folder for PNGs of reconstructions, generated images and new image-caption pairs; unset: no PNGs"""
+    """Folder for PNG files of reconstructions, generated images and new image–caption pairs; if unset, none are
+    written"""
     output: str | None = None
-    """File for the metrics (JSON); unset: only printed"""
+    """File for the metrics (JSON); if unset, they are only printed"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

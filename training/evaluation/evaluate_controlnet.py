@@ -39,11 +39,13 @@ class ControlEvaluationConfig(Options):
     """Flags of evaluate_controlnet.py."""
 
     models: list[str] = field(default_factory=list)
-    """Runs of train_controlnet.py, or their checkpoints or pipelines, all with the same kind of control"""
+    """ControlNets (required), e.g. '[runs/controlnet/add,runs/controlnet/gated]': run folders of
+    train_controlnet.py, checkpoints or pipeline folders, all with the same kind of control"""
     reader: str = ""
-    """Layout encoder, or autoencoder with a segmentation head, that reads the control from images"""
+    """Layout encoder, or autoencoder with a segmentation head, that reads the control from images (required): run
+    folder, checkpoint, pipeline folder or Hub id"""
     dataset_name: str = ""
-    """Images with control images, of the same size as the models' images"""
+    """Images with control images (required), of the same size as the models' images"""
     conditioning_image_column: list[str] | str = field(default_factory=lambda: ["text_mask", "image_mask"])
     """Columns with control images, as in training"""
     split: str = "test"
@@ -55,13 +57,13 @@ class ControlEvaluationConfig(Options):
     seed: int = 0
     """Random seed; image i is generated with seed + i"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     table: str | None = None
-    """File for the table (Markdown); unset: only printed"""
+    """File for the table (Markdown); if unset, it is only printed"""
     grid: str | None = None
-    """File for a grid of control images and generated images (PNG); unset: no grid"""
+    """File for a grid of control images and generated images (PNG); if unset, no grid is written"""
     output: str | None = None
-    """File for the metrics (JSON); unset: no file"""
+    """File for the metrics (JSON); if unset, no file is written"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

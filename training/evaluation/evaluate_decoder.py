@@ -33,9 +33,9 @@ class DecoderEvaluationConfig(Options):
     """Flags of evaluate_decoder.py."""
 
     model: str = ""
-    """Decoder: a run, a checkpoint or a pipeline"""
+    """Poster decoder (required): run folder, checkpoint, pipeline folder or Hub id"""
     reader: str = ""
-    """Run of train_abstractor.py with --encoder, for posters of the decoder's size"""
+    """Run folder of train_abstractor.py (required), trained with --encoder on posters of the decoder's size"""
     dataset_name: str = "data/posters_standard_64"
     """Posters made with data_scripts/make_posters.py, of the decoder's size"""
     split: str = "test"
@@ -47,15 +47,16 @@ class DecoderEvaluationConfig(Options):
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance"""
     scheduler: str | None = None
-    """Scheduler to sample with; unset: the pipeline's own"""
+    """Scheduler for sampling; if unset, that of the pipeline"""
     seed: int = 0
     """Random seed; poster i is generated with seed + i"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     grid: str | None = None
-    """File for a grid of real posters, generated posters and what is read from them (PNG); unset: no grid"""
+    """File for a grid of real posters, generated posters and what is read from them (PNG); if unset, no grid is
+    written"""
     output: str | None = None
-    """File for the metrics (JSON); unset: only printed"""
+    """File for the metrics (JSON); if unset, they are only printed"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

@@ -28,7 +28,7 @@ class EvaluationConfig(Options):
     """Flags of evaluate_posters.py."""
 
     model: str = ""
-    """Latent diffusion model: a run, a checkpoint or a pipeline"""
+    """Latent diffusion model (required): run folder, checkpoint, pipeline folder or Hub id"""
     dataset_name: str = "data/posters_64"
     """Posters made with data_scripts/make_posters.py"""
     split: str = "test"
@@ -40,17 +40,17 @@ class EvaluationConfig(Options):
     guidance_scale: float = 2.5
     """Scale of classifier-free guidance"""
     scheduler: str | None = None
-    """Scheduler to sample with; unset: the pipeline's own"""
+    """Scheduler for sampling; if unset, that of the pipeline"""
     seed: int = 0
     """Random seed; poster i is generated with seed + i"""
     device: str | None = None
-    """Device to run models on: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     grid_rows: int = 8
     """Number of briefs in the grid"""
     grid: str | None = None
-    """File for the grid (PNG); unset: no grid"""
+    """File for a grid of posters (PNG); if unset, no grid is written"""
     output: str | None = None
-    """File for the metrics (JSON); unset: only printed"""
+    """File for the metrics (JSON); if unset, they are only printed"""
 
 
 def generate(pipeline: Any, prompts: Sequence[str], config: EvaluationConfig, variant: int = 0) -> list[Image.Image]:

@@ -33,15 +33,16 @@ class AutoencoderModelConfig(Options):
     latent_channels: int = option(16, at_least=1)
     """Number of latent channels"""
     layers_per_block: int = option(1, at_least=1)
-    """Residual blocks per level"""
+    """Number of residual blocks per level"""
     patch_size: int = option(4, at_least=1)
-    """Side of the pixel patches that the network works on (MultiHeadAutoencoderKL only); 1 is the stock architecture"""
+    """Side of the pixel patches that the network works on (MultiHeadAutoencoderKL only); 1 is the architecture of
+    AutoencoderKL"""
     linear_shortcut: bool = option(True)
     """Add a linear map beside encoder and decoder (MultiHeadAutoencoderKL only); the model then learns much faster"""
     norm_num_groups: int = option(32, at_least=1)
     """Number of groups for group normalization"""
     mid_block_add_attention: bool = option(False)
-    """Use self-attention in the middle block, at the lowest resolution"""
+    """Use self-attention in the middle block, which has the lowest resolution"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

@@ -43,15 +43,17 @@ class HeadsConfig(Options):
     """Heads of the autoencoder and the weights of their losses."""
 
     heads: list[Literal["segmentation", "classification"]] = option([])
-    """Heads to train: segmentation (targets from --mask_column), classification (targets from --label_column)"""
+    """Heads to train: '[segmentation]' (targets from --mask_column), '[classification]' (targets from
+    --label_column), both, or '[]' for none"""
     num_mask_classes: int = option(0, at_least=0)
     """Number of mask classes; 0 counts them in the training data"""
     mask_class_names: list[str] = option([])
-    """Names of the mask classes, starting with id 0; they are saved with the model"""
+    """Names of the mask classes, starting with id 0, which are saved with the model"""
     segmentation_weight: float = option(0.01, on_resume="warn", at_least=0)
-    """Weight of the cross-entropy per pixel, which is about ten times the reconstruction error for an untrained head"""
+    """Weight of the segmentation loss (cross-entropy per pixel), which is about ten times the reconstruction error
+    for an untrained head"""
     classification_weight: float = option(0.01, on_resume="warn", at_least=0)
-    """Weight of the cross-entropy per image"""
+    """Weight of the classification loss (cross-entropy per image)"""
     learned_loss_weights: bool = option(False)
     """Learn the weights of the reconstruction and head losses (Kendall et al. 2018), starting from the given weights"""
 

@@ -33,15 +33,16 @@ class CaptionPriorConfig(Options):
     hidden_size: int = option(0, at_least=0)
     """Width of the hidden layers; 0 trains without a caption prior"""
     dropout: float = option(0.1, at_least=0, below=1)
-    """Dropout in the hidden layers"""
+    """Dropout probability in the hidden layers"""
     weight: float = option(1.0, at_least=0)
     """Weight of the prior's squared error in the loss"""
     warmup_steps: int = option(250, at_least=0)
-    """Steps of regression before the run's first step, which train the prior and, unless frozen, the text encoder"""
+    """Number of steps to pretrain the prior (caption → latents, squared error) and, unless frozen, the text encoder,
+    before training; not counted in --max_train_steps; 0 disables it"""
     warmup_batch_size: int = option(64, at_least=1)
-    """Captions in each step of this regression"""
+    """Batch size of the prior's pretraining"""
     warmup_samples: int = option(2048, at_least=1)
-    """Number of training images that this regression uses"""
+    """Number of training images used for the prior's pretraining"""
 
 
 def build_caption_prior(config: CaptionPriorConfig, text_width: int, latent_shape: tuple[int, int, int]) -> nn.Module:

@@ -25,19 +25,19 @@ class ImageCaptionModelConfig(Options):
     block_out_channels: list[int] = option([128, 256, 384, 512])
     """Channels of each level; every level after the first halves the resolution"""
     layers_per_block: int = option(1, at_least=1)
-    """Residual blocks per level"""
+    """Number of residual blocks per level"""
     norm_num_groups: int = option(32, at_least=1)
     """Number of groups for group normalization"""
     map_channels: int = option(32, at_least=1)
-    """Channels of the feature map between the convolutions and the latent vector"""
+    """Number of channels of the feature map between the convolutions and the latent vector"""
     text_hidden_size: int = option(512, at_least=1)
     """Hidden size of the caption encoder and decoder"""
     num_attention_heads: int = option(8, at_least=1)
-    """Attention heads of the caption encoder and decoder"""
+    """Number of attention heads of the caption encoder and decoder"""
     num_encoder_layers: int = option(4, at_least=1)
-    """Layers of the caption encoder"""
+    """Number of layers of the caption encoder"""
     num_decoder_layers: int = option(6, at_least=1)
-    """Layers of the caption decoder"""
+    """Number of layers of the caption decoder"""
     prefix_length: int = option(8, at_least=1)
     """Number of prefix tokens that pass the latent vector to the caption decoder"""
 

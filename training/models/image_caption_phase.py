@@ -43,9 +43,10 @@ class ImageCaptionObjectiveConfig(Options):
     kl_weight: float = option(1e-3, on_resume="warn", at_least=0)
     """Weight of the posteriors' KL divergence from a standard normal distribution, averaged over the latent vector"""
     cross_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)
-    """Share of images decoded from their caption's latent, and of captions decoded from their image's latent"""
+    """Fraction of images decoded from their caption's latent, and of captions decoded from their image's latent"""
     word_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1)
-    """Share of words that the caption encoder reads as <UNK> in training, so that it learns to handle unknown words"""
+    """Fraction of words that the caption encoder reads as <UNK> in training, so that it learns to handle unknown
+    words"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

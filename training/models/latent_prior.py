@@ -27,12 +27,12 @@ class LatentPriorConfig(Options):
     num_layers: int = option(4, at_least=1)
     """Number of residual MLP blocks"""
     repeats: int = option(4, at_least=1)
-    """Noise levels per latent in each step; the prior costs little to run compared with encoding the latents"""
+    """Number of noise levels per latent in each step; the prior costs little compared with encoding the latents"""
     start: float = option(0.6, at_least=0, below=1, usual="0.6")
-    """Fraction of training after which the prior starts; earlier, the latents still change, and a prior that tracks
-    them ends up worse"""
+    """Fraction of training after which the prior starts to train; earlier, the latents still change, and a prior
+    that tracks them becomes worse"""
     learning_rate: float | None = option(None, above=0)
-    """Peak learning rate of the prior; unset uses that of the autoencoder"""
+    """Peak learning rate of the prior; if unset, --learning_rate is used"""
 
 
 def build_latent_prior(config: LatentPriorConfig, latent_size: int) -> Any:

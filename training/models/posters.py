@@ -51,7 +51,7 @@ class AbstractorConfig(_PosterNetworkConfig):
     sample_size: int = option(64, at_least=1)
     """Side to which the input features are resized"""
     dropout: float = option(0.1, at_least=0, below=1)
-    """Dropout in the fully connected layers"""
+    """Dropout probability in the fully connected layers"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

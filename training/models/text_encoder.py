@@ -21,13 +21,14 @@ class TextEncoderConfig(Options):
     """Architecture of the jointly trained text encoder; the names are those of transformers.CLIPTextConfig."""
 
     hidden_size: int = option(128, at_least=1)
-    """Width of the tokens"""
+    """Size of the hidden states"""
     num_hidden_layers: int = option(2, at_least=1)
-    """Transformer layers"""
+    """Number of Transformer layers"""
     num_attention_heads: int = option(4, at_least=1)
-    """Attention heads"""
+    """Number of attention heads"""
     max_length: int = option(32, at_least=3)
-    """Maximum number of tokens per caption, including its start and end tokens; longer captions are truncated"""
+    """Maximum number of tokens per caption, including its start and end tokens; longer captions are truncated. It
+    also applies to --pretrained_text_encoder"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

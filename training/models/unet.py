@@ -23,15 +23,15 @@ class _UNetShape(Options):
     block_out_channels: list[int] = option([128, 192])
     """Channels of each level; every level after the first halves the resolution"""
     layers_per_block: int = option(2, at_least=1)
-    """Residual blocks per level on the way down; each level has one more on the way up"""
+    """Number of residual blocks per level on the way down; each level has one more on the way up"""
     attention_head_dim: int = option(32, at_least=1)
-    """Channels per attention head"""
+    """Number of channels per attention head"""
     transformer_layers_per_block: int = option(1, at_least=1)
-    """Transformer layers in each attention block"""
+    """Number of Transformer layers in each attention block"""
     norm_num_groups: int = option(32, at_least=1)
     """Number of groups for group normalization"""
     dropout: float = option(0.0, at_least=0, below=1)
-    """Dropout in residual blocks"""
+    """Dropout probability in residual blocks"""
     resnet_time_scale_shift: Literal["default", "scale_shift"] = option("scale_shift")
     """How residual blocks use the time embedding: default adds it, scale_shift takes scale and shift from it"""
 
@@ -46,7 +46,7 @@ class UNetConfig(_UNetShape):
     """The U-Net for latents."""
 
     attention_levels: list[int] = option([0, 1])
-    """Levels with attention, where 0 has the highest resolution; [] leaves attention in the middle block only"""
+    """Levels with attention, where 0 has the highest resolution; [] leaves attention only in the middle block"""
     text_in_time_embedding: bool = option(True)
     """Add the whole caption, pooled by attention, to the time embedding (addition_embed_type text)"""
 

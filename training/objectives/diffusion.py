@@ -27,17 +27,18 @@ class NoiseScheduleConfig(Options):
     prediction_type: str = option("flow_prediction", choices=functional.PREDICTION_TYPES)
     """What the model predicts: epsilon, v_prediction, sample, or flow_prediction (rectified flow)"""
     num_train_timesteps: int = option(1000, at_least=2)
-    """Number of noise levels of the schedule"""
+    """Number of timesteps (noise levels) of the noise schedule"""
     beta_schedule: str = option("scaled_linear", choices=BETA_SCHEDULES)
     """Noise schedule: linear, scaled_linear or squaredcos_cap_v2; not used with flow_prediction"""
     beta_start: float = option(0.00085)
-    """First beta of the noise schedule"""
+    """First beta of the noise schedule; not used with flow_prediction"""
     beta_end: float = option(0.012)
-    """Last beta of the noise schedule"""
+    """Last beta of the noise schedule; not used with flow_prediction"""
     rescale_betas_zero_snr: bool = option(False)
     """Rescale the betas to zero terminal SNR (Lin et al. 2024); only for v_prediction and sample"""
     flow_shift: float = option(1.0, above=0, usual="1")
-    """Shift of flow-matching timesteps towards noise, in training and sampling; use more than 1 for large latents"""
+    """Timestep shift for flow_prediction, in training and sampling; 1 disables it, larger values favour noisier
+    timesteps (e.g. 3 for latents much larger than 32x32)"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
@@ -55,15 +56,15 @@ class ObjectiveConfig(Options):
     timestep_sampling: str = option("logit_normal", on_resume="warn", choices=TIMESTEP_SAMPLINGS)
     """Distribution of the timesteps in training: uniform or logit_normal"""
     logit_mean: float = option(0.0, on_resume="warn")
-    """Mean of the logit-normal timestep distribution"""
+    """Mean of the logit-normal timestep distribution (only with --timestep_sampling logit_normal)"""
     logit_std: float = option(1.0, on_resume="warn")
-    """Standard deviation of the logit-normal timestep distribution"""
+    """Standard deviation of the logit-normal timestep distribution (only with --timestep_sampling logit_normal)"""
     snr_gamma: float | None = option(None, on_resume="warn", above=0, usual="5")
-    """Gamma of the min-SNR loss weighting (Hang et al. 2023), 5 in the paper; unset disables it"""
+    """Gamma of the min-SNR loss weighting (Hang et al. 2023), 5 in the paper; if unset, the loss is not weighted"""
     noise_offset: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of offset noise; 0 disables it"""
     cfg_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
-    """Fraction of samples trained without their condition, for classifier-free guidance"""
+    """Probability of training a sample without its caption, label or design brief, for classifier-free guidance"""
 
 
 @dataclass

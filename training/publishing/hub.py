@@ -45,7 +45,7 @@ class HubConfig(Options):
     """Whether and how a run is uploaded to the Hugging Face Hub."""
 
     push_to_hub: bool = option(False, on_resume="free")
-    """Upload the pipeline to the Hub after training, and at other times selected by --hub_strategy"""
+    """Upload the model to the Hub; --hub_strategy selects what is uploaded and when"""
     hub_model_id: str | None = option(None, on_resume="free")
     """Name of the Hub repository, as user/name; if unset, your user name and the name of the run folder"""
     hub_token: str | None = option(None, on_resume="free", secret=True)
@@ -53,7 +53,8 @@ class HubConfig(Options):
     hub_private_repo: bool = option(False, on_resume="free")
     """Create the repository as a private repository"""
     hub_strategy: str = option("end", on_resume="free", choices=tuple(HUB_STRATEGIES))
-    """end (final pipeline), every_save (pipeline at each save), checkpoint (also the newest one) or all_checkpoints"""
+    """When to upload: end (final pipeline only), every_save (pipeline at each save), checkpoint (as every_save, plus
+    the latest checkpoint) or all_checkpoints (as every_save, plus every checkpoint)"""
     license: str | None = option(None, on_resume="free")
     """Licence of the model, e.g. cc-by-4.0; if unset, the model card says that no licence was specified"""
 

@@ -41,7 +41,7 @@ class TrackerConfig(Options):
     """The trackers that record metrics and preview images, beside the run folder."""
 
     report_to: str | list[str] = option("wandb", on_resume="free")
-    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed), or none"""
+    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed) or none"""
     tracker_project_name: str = option("halftone", on_resume="free")
     """Name of the project in the trackers"""
 

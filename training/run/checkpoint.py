@@ -43,9 +43,10 @@ class CheckpointConfig(Options):
     """Options for resuming from checkpoints and keeping them."""
 
     resume_from_checkpoint: str = option("latest", on_resume="free")
-    """Checkpoint to resume from: latest, best, none, or the path of a checkpoint."""
+    """Checkpoint to resume from: latest, best or the path of a checkpoint; none fails if the folder contains a run
+    (see --overwrite)"""
     checkpoints_total_limit: int = option(2, on_resume="free", at_least=1)
-    """Number of newest checkpoints to keep, in addition to the best one."""
+    """Maximum number of checkpoints to keep besides the best one, at least 1; the oldest are deleted"""
 
 
 class DamagedCheckpoint(Exception):

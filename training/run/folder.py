@@ -29,11 +29,11 @@ class RunFolderConfig(Options):
     """Options for the folder and name of a run."""
 
     output_dir: str = option("", on_resume="free")
-    """Run folder; a run in it is resumed."""
+    """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     run_name: str = option("", on_resume="free")
-    """Name of the run for experiment trackers and the model card; empty uses the folder's name."""
+    """Name of the run for experiment trackers and the model card; if unset, the name of the run folder"""
     overwrite: bool = option(False, on_resume="free")
-    """Start again although the folder contains a run; the old run is renamed, not deleted."""
+    """Start again although the folder contains a run; the old run is renamed, not deleted"""
 
 
 class RunFolder:

@@ -20,9 +20,11 @@ class EarlyStoppingConfig(Options):
     """Options for stopping when the validation metric no longer improves."""
 
     early_stopping_patience: int = option(0, on_resume="warn", at_least=0)
-    """Stop after N validations in a row without improvement; 0 disables it."""
+    """Stop after N validations in a row without improvement of the validation metric (see
+    --early_stopping_min_delta); 0 disables it"""
     early_stopping_min_delta: float = option(0.0, on_resume="warn", at_least=0)
-    """Smallest change of the validation metric that counts as an improvement."""
+    """Minimum change of the validation metric that counts as an improvement. The metric is val_loss (lower is
+    better), but val_psnr in train_autoencoder.py and val_r2 in train_abstractor.py (higher is better)"""
 
 
 @dataclass(frozen=True)

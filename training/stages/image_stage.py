@@ -30,7 +30,8 @@ class ImageStageConfig(RunConfig, DataConfig):
     """Flags of every stage that trains on images."""
 
     init_from: str | None = option(None, on_resume="warn")
-    """Start from the weights of a run, checkpoint or pipeline; the step count and the optimizer start fresh"""
+    """Initialize the trained model (in train_controlnet.py, the ControlNet) from another run, checkpoint or pipeline
+    of the same kind and architecture; step count and optimizer start fresh"""
 
 
 @dataclass
@@ -40,9 +41,9 @@ class PreviewConfig(Options):
     num_previews: int = option(8, on_resume="free", at_least=1)
     """Number of samples in a preview"""
     preview_guidance_scale: float = option(2.0, on_resume="free")
-    """Guidance scale of the previews"""
+    """Guidance scale of the previews; not used by train_image_caption.py"""
     preview_inference_steps: int = option(25, on_resume="free", at_least=1)
-    """Number of sampling steps of the previews"""
+    """Number of inference steps for previews"""
 
 
 class OpenDataset(Protocol):
