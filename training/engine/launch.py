@@ -40,8 +40,8 @@ class LaunchConfig(Options):
     """Precision and threads of each process; everything else comes from the Accelerate config."""
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
-    """One of no, fp16, bf16 or auto (bf16 if the device supports it, otherwise no); if unset, the value of the
-    Accelerate config"""
+    """One of no, fp16, bf16 or auto (bf16 on GPUs that support it and CPUs with AMX, otherwise no); if
+    unset, the value of the Accelerate config"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
 
