@@ -377,7 +377,7 @@ def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequenc
 def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
     for work in works:
         for note in sorted((folder / work.name).glob("shard-*.json")):
-            if json.loads(note.read_text()).get("request") != work.request:
+            if json.loads(note.read_text(encoding="utf-8")).get("request") != work.request:
                 return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
     return []
 

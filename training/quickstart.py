@@ -92,7 +92,7 @@ class Plan:
         """
         if not cls.FILE.is_file():
             return cls(minutes, tiny)
-        plan = cls(**json.loads(cls.FILE.read_text()))
+        plan = cls(**json.loads(cls.FILE.read_text(encoding="utf-8")))
         if plan.tiny != tiny:
             raise UserError(
                 f"{RUN} belongs to a quickstart {'with' if plan.tiny else 'without'} --tiny, whose results would be "
@@ -127,12 +127,12 @@ class Plan:
 def speed_of(run: str) -> dict[str, Any] | None:
     """Return what a training run of the quickstart measured and decided; None if it was not fitted to a time."""
     file = RUN / run / SPEED_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def stages(tiny: bool) -> list[tuple[str, str | None]]:
     """Return (command, the path that exists once it is done) of every stage, in order."""
-    recipes = yaml.safe_load(shipped_path(CONFIG).read_text())["prepare"]
+    recipes = yaml.safe_load(shipped_path(CONFIG).read_text(encoding="utf-8"))["prepare"]
     plan: list[tuple[str, str | None]] = [(command, path) for path, command in recipes.items()]
     plan += [
         (f"training/train_latent_diffusion.py --config {CONFIG}", None),
@@ -189,10 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summarize(plan: Plan) -> dict[str, Any]:
     """Collect the metrics of all stages, and say which goals of the full recipe were reached."""
-    records = [json.loads((RUN / name / "record.json").read_text()) for name in ("autoencoder", "latent_diffusion")]
+    records = [
+        json.loads((RUN / name / "record.json").read_text(encoding="utf-8"))
+        for name in ("autoencoder", "latent_diffusion")
+    ]
     autoencoder, diffusion = records
     metrics = {
-        **json.loads((RUN / "figures.json").read_text()),
+        **json.loads((RUN / "figures.json").read_text(encoding="utf-8")),
         "autoencoder_psnr": autoencoder["metrics"]["val_psnr"],
         "autoencoder_ssim": autoencoder["metrics"]["val_ssim"],
         "diffusion_val_loss": diffusion["metrics"]["val_loss"],

@@ -160,9 +160,9 @@ def is_finished(experiment: Experiment) -> bool:
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
         return False  # started again, its script reports the settings that cannot change
-    record = json.loads(folder.record_file.read_text())
+    record = json.loads(folder.record_file.read_text(encoding="utf-8"))
     state_file = folder.checkpoints / "latest" / "trainer_state.json"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
         return False
     steps_per_epoch = record["num_train_images"] // record["global_batch_size"]

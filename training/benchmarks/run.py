@@ -218,7 +218,7 @@ def _measured_by(script: str, words: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "results.json")
         timed([sys.executable, f"training/benchmarks/{script}.py", *words.split(), "--output", str(output)])
-        return json.loads(output.read_text())
+        return json.loads(output.read_text(encoding="utf-8"))
 
 
 MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], list[Metric]]] = {
@@ -247,7 +247,7 @@ def write_recipe(config: BenchmarkConfig) -> Path:
         latents / "cache.json",
         f"data_scripts/precompute_latents.py --dataset_name {data} --resolution 64 --vae {vae} --output_dir {latents}",
     )
-    values = yaml.safe_load(QUICKSTART.read_text())
+    values = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     values.pop("prepare")
     paths = {"dataset_name": data, "tokenizer": tokenizer, "vae": vae, "latent_cache": latents}
     once = {"validation_epochs": 0, "preview_epochs": 0, "checkpointing_epochs": 0, "report_to": "none"}
@@ -256,7 +256,7 @@ def write_recipe(config: BenchmarkConfig) -> Path:
     # As in the bare loop, which has no caption prior and no mixed precision.
     values |= {"mixed_precision": "no", "caption_prior": {**values["caption_prior"], "hidden_size": 0}}
     recipe = work / "config.yaml"
-    recipe.write_text(yaml.safe_dump(values))
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     return recipe
 
 

@@ -106,8 +106,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     # Transformers 5 writes TokenizersBackend, its new name for the class, which 4 does not know.
-    settings = {**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    settings = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def report_on(tokenizer: PreTrainedTokenizerFast, captions: Iterable[str]) -> TokenizerReport:

@@ -168,7 +168,7 @@ def _requested_processes(command: list[str]) -> int | None:
     if "--config_file" in command[:-1]:
         path = Path(command[command.index("--config_file") + 1])
         if path.is_file():
-            return _as_int((yaml.safe_load(path.read_text()) or {}).get("num_processes"))
+            return _as_int((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("num_processes"))
     return None
 
 

@@ -169,7 +169,7 @@ def _of_run(folder: Path) -> dict[str, float]:
     log = folder / "metrics.csv"
     if not log.is_file():
         return {}
-    with log.open() as lines:
+    with log.open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     logged: dict[str, float] = {}
     for key, name in (("val_control_sensitivity", "sensitivity"), ("val_shuffled_sensitivity", "shuffled_sensitivity")):

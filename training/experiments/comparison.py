@@ -272,7 +272,7 @@ def _pipeline_class(folder: RunFolder) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _cell(value: Any) -> str:

@@ -60,7 +60,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     file = find_file(path)
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
     except yaml.YAMLError as error:

@@ -134,7 +134,7 @@ def prune(checkpoints: Path, keep: int) -> None:
 def verify(folder: Path) -> None:
     """Raise DamagedCheckpoint with the reason unless every file exists with the size and SHA-256 of the manifest."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"its {MANIFEST} cannot be read ({error})") from None
     for name, expected in files.items():
@@ -196,11 +196,11 @@ def _newest_undamaged(checkpoints: Path) -> Path | None:
 
 
 def load_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_json(value: Any, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=1))
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

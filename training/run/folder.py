@@ -57,7 +57,7 @@ class RunFolder:
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `release`
+            self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until `release`
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
@@ -68,7 +68,7 @@ class RunFolder:
         """Raise UserError if another process has the folder's lock."""
         lock = self.path / ".lock"
         if lock.is_file():
-            with lock.open() as file:
+            with lock.open(encoding="utf-8") as file:
                 self._take(file)
 
     def _take(self, lock: IO[str]) -> None:
@@ -95,7 +95,7 @@ class RunFolder:
         """Return whether the exported pipeline is that of `step`."""
         if not (self.pipeline / "model_index.json").is_file() or not self.record_file.is_file():
             return False
-        return json.loads(self.record_file.read_text()).get("steps") == step
+        return json.loads(self.record_file.read_text(encoding="utf-8")).get("steps") == step
 
     def set_aside(self) -> Path | None:
         """Rename the folder of an old run and return its new path; None if there is nothing in the folder."""
@@ -117,7 +117,7 @@ class RunFolder:
         """Return the config that the run was started with; None if it was not saved."""
         if not self.config_file.is_file():
             return None
-        return yaml.safe_load(self.config_file.read_text())
+        return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
 
     def save_config(self, config: dict[str, Any]) -> None:
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -137,7 +137,7 @@ def start_logging(log_file: Path | None) -> None:
     terminal.setLevel(logging.INFO if log_file else logging.ERROR)
     logger.addHandler(terminal)
     if log_file:
-        to_file = logging.FileHandler(log_file)
+        to_file = logging.FileHandler(log_file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
 

@@ -35,7 +35,7 @@ class MetricsLog:
             self.columns = [name for name in [*self.columns, *new] if name not in TIMING_COLUMNS] + timing
             self._rewrite([*rows, _as_text(row)])
             return
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(_as_text(row))
 
     def _cut(self, resume_step: int) -> None:
@@ -55,14 +55,14 @@ class MetricsLog:
             self.path.unlink()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -38,7 +38,7 @@ _CAPTION_SEPARATOR = "\0"
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a complete cache, or None if the cache is not complete."""
     file = folder / MANIFEST
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def shard_name(number: int) -> str:
@@ -90,7 +90,7 @@ def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] 
         verify: read the whole shard and compare its SHA-256, not only its size.
     """
     try:
-        note = json.loads(file.with_suffix(".json").read_text())
+        note = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
         size = file.stat().st_size
     except (FileNotFoundError, json.JSONDecodeError):
         return None
