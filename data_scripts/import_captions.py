@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +193,8 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        lines = [line for line in text.splitlines() if line.strip()]
+        # Not `splitlines`, which also splits at characters that JSON allows in texts, e.g. U+2028.
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError:

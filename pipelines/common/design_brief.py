@@ -130,7 +130,7 @@ class DesignBrief:
 
         quote = "colours are written in quotes ('#d33'), because # begins a comment"
         try:
-            values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise ValueError(f"the brief {path} cannot be read: {reason}") from None

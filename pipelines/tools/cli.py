@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import logging
 import os
 import sys
@@ -57,11 +58,23 @@ class Options(argparse.ArgumentParser):
         return options
 
 
+def _print_every_character() -> None:
+    """Print `?` for a character that the encoding of the terminal lacks, instead of raising UnicodeEncodeError.
+
+    The encoding itself is kept: it is what the terminal, or the program at the other end of a pipe, decodes.
+    """
+    for stream in (sys.stdout, sys.stderr):  # each is None in a Windows program without a console
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
-    A `UserError` is printed to stderr as one message without a traceback, and the exit status is 2.
+    A `UserError` is printed to stderr as one message without a traceback, and the exit status is 2. Characters that
+    the encoding of the terminal lacks are printed as `?`.
     """
+    _print_every_character()
     # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

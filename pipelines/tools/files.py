@@ -1,4 +1,4 @@
-"""Check the files that commands read and write before a model is loaded."""
+"""Read files that users write, and check before a model is loaded that the output can be written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from pathlib import Path
 from PIL import Image
 
 from .cli import UserError, one_line
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file that a user may have written: UTF-8, with or without a byte order mark, as of Notepad.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        UserError: If the file is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}: {error.reason}); save it as UTF-8") from None
 
 
 def read_image(path: Path, name: str | None = None) -> Image.Image:

@@ -271,7 +271,7 @@ def run_side(config: BenchmarkConfig, recipe: Path, side: str) -> dict[str, floa
 def timed(command: Sequence[str], status: int = 0) -> float:
     """Return the seconds that a command took. Raises UserError if its exit status differs from `status`."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, errors="replace")
     seconds = time.perf_counter() - started
     if done.returncode != status:
         raise UserError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-1500:]}")

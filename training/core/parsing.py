@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, TypeVar, get_type_hints
 
 import jsonargparse
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.files import read_text
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
 
@@ -34,7 +37,7 @@ def parse_config(
 
     Raises:
         UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
-            missing file, or an error from the class's own `validate()`.
+            missing file, a file that is not UTF-8, or an error from the class's own `validate()`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if preset and not words:
@@ -45,7 +48,7 @@ def parse_config(
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _utf8_files():
             warnings.simplefilter("ignore", category=DeprecationWarning)
             namespace = parser.parse_args(words)
             values = parser.instantiate(namespace)
@@ -54,6 +57,21 @@ def parse_config(
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     config.validate()
     return config
+
+
+@contextlib.contextmanager
+def _utf8_files() -> Iterator[None]:
+    """Let jsonargparse read files as UTF-8. It calls `open` without an encoding, which is then the locale's."""
+    module = vars(sys.modules[jsonargparse.Path.__module__])
+    module["open"] = _open
+    try:
+        yield
+    finally:
+        module.pop("open", None)
+
+
+def _open(path: str, mode: str = "r") -> IO[Any]:
+    return io.StringIO(read_text(path)) if mode == "r" else open(path, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def known_names(config_class: type, prefix: str = "") -> list[str]:

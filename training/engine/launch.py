@@ -17,6 +17,7 @@ import yaml
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
+from pipelines.tools.files import read_text
 from training.core.options import Options, option
 from training.engine.signals import launcher_command
 from training.engine.threads import place_worker_threads, usable_cores
@@ -168,7 +169,7 @@ def _requested_processes(command: list[str]) -> int | None:
     if "--config_file" in command[:-1]:
         path = Path(command[command.index("--config_file") + 1])
         if path.is_file():
-            return _as_int((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("num_processes"))
+            return _as_int((yaml.safe_load(read_text(path)) or {}).get("num_processes"))
     return None
 
 

@@ -24,6 +24,7 @@ import yaml
 from PIL import Image
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.files import read_text
 from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
@@ -137,7 +138,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
 def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedImages, CaptionedImages | None]:
     """Return the pairs that the run was trained on and those that it held out. Raises UserError."""
     run = next((f for f in _folders(Path(config.model).expanduser()) if (f / "config.yaml").is_file()), None)
-    settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else {}
+    settings: dict[str, Any] = yaml.safe_load(read_text(run / "config.yaml")) if run else {}
     if not (config.dataset_name or settings):
         raise UserError(f"{config.model} is not in a run with a config.yaml that names its data; give --dataset_name")
     known = CaptionDataConfig.__dataclass_fields__

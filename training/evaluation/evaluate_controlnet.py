@@ -11,7 +11,6 @@ N images, C control channels, R resolution.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from training.core.previews import save_png
 from training.engine.launch import threads_per_process
 from training.metrics.control import ControlReader, control_iou, in_standard_errors, others
 from training.metrics.images import to_pil
+from training.run.metrics_log import read_metrics
 
 BATCH = 16
 GRID_ROWS = 6
@@ -169,8 +169,7 @@ def _of_run(folder: Path) -> dict[str, float]:
     log = folder / "metrics.csv"
     if not log.is_file():
         return {}
-    with log.open(encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_metrics(log)
     logged: dict[str, float] = {}
     for key, name in (("val_control_sensitivity", "sensitivity"), ("val_shuffled_sensitivity", "shuffled_sensitivity")):
         values = [float(row[key]) for row in rows if row.get(key)]

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.files import read_text
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names
 from training.core.stage import Stage
@@ -56,11 +57,11 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """Read the settings of a YAML file: a file of the user's, or one that comes with Halftone.
 
     Raises:
-        UserError: if the file does not exist, or does not contain a mapping.
+        UserError: if the file does not exist, is not UTF-8, or does not contain a mapping.
     """
     file = find_file(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(file))
     except OSError as error:
         raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
     except yaml.YAMLError as error:

@@ -56,7 +56,7 @@ def read_metrics(csv_path: str | os.PathLike[str]) -> dict[str, Series]:
     """
     points: dict[str, dict[float, float]] = {}
     try:
-        with open(csv_path, newline="", encoding="utf-8", errors="replace") as file:
+        with open(csv_path, newline="", encoding="utf-8-sig", errors="replace") as file:
             for row in csv.DictReader(line.replace("\0", "") for line in file):
                 step = _number(row.get("step"))
                 for name, text in row.items():

@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.files import read_text
 from training.core.files import write_atomically
 from training.core.options import Options, option
 
@@ -117,7 +118,7 @@ class RunFolder:
         """Return the config that the run was started with; None if it was not saved."""
         if not self.config_file.is_file():
             return None
-        return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        return yaml.safe_load(read_text(self.config_file))
 
     def save_config(self, config: dict[str, Any]) -> None:
         write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

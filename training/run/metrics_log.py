@@ -62,7 +62,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel saves CSV files with a byte order mark
         return list(csv.DictReader(file))
 
 
