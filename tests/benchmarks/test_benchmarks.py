@@ -51,7 +51,7 @@ def test_a_script_measures_in_a_process_of_its_own() -> None:
 
 @pytest.mark.parametrize("script", ["captions", "decoder", "loops"])
 def test_every_part_of_the_benchmark_is_a_script(script) -> None:
-    assert f'_measured_by("{script}", ' in Path(benchmarks.__file__).read_text()
+    assert f'_measured_by("{script}", ' in Path(benchmarks.__file__).read_text(encoding="utf-8")
     assert Path(benchmarks.__file__).with_name(f"{script}.py").is_file()
 
 

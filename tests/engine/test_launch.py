@@ -66,7 +66,7 @@ def test_auto_precision_is_bf16_if_the_cpu_supports_it(monkeypatch, threads, nat
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="reads /proc/cpuinfo")
 def test_bf16_arithmetic_is_detected():
-    flags = Path("/proc/cpuinfo").read_text().split()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     assert computes_in_bf16() == ("amx_bf16" in flags)
 
 

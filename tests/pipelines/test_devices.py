@@ -133,7 +133,7 @@ def test_as_a_program_an_unavailable_device_gives_one_line_and_status_2(folder):
 
 def device_helps(path: Path) -> list[str]:
     """Return the help texts of the option `device`: under the dataclass field, or in `add_argument`."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     helps = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):

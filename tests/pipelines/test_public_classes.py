@@ -17,7 +17,7 @@ PACKAGE = Path(pipelines.__file__).parent
 
 
 def classes_in(path: Path) -> list[str]:
-    names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     return [name for name in names if name.endswith("Pipeline")]
 
 

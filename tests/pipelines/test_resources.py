@@ -33,7 +33,7 @@ def test_the_users_own_file_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = Path("latent_diffusion/quickstart.yaml")
     own.parent.mkdir()
-    own.write_text("seed: 1\n")
+    own.write_text("seed: 1\n", encoding="utf-8")
     assert find_file("latent_diffusion/quickstart.yaml") == own
     assert find_file("latent_diffusion/quickstart") == QUICKSTART  # the user has no file of this name
 

@@ -4,7 +4,6 @@ Loading takes seconds, so one process without Halftone does all work and writes 
 """
 
 import importlib
-import importlib.metadata
 import json
 import os
 import re

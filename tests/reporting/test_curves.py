@@ -24,7 +24,7 @@ HEADER = ["step", "epoch", "images_seen", "loss", "learning_rate", "grad_norm", 
 
 def write_metrics(path: Path, rows: int, header=HEADER) -> Path:
     generator = random.Random(0)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, extrasaction="ignore", restval="")
         writer.writeheader()
         for step in range(1, rows + 1):

@@ -63,7 +63,7 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
     """(line, text) of what people read in a file: of code, its comments and the strings that are sentences."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         fenced = False
         for number, line in enumerate(text.splitlines(), 1):
@@ -94,7 +94,7 @@ def turns(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def genitives(path: Path) -> Iterator[tuple[int, str]]:
     if path.suffix == ".py":
-        for line, text in docstrings(ast.parse(path.read_text())):
+        for line, text in docstrings(ast.parse(path.read_text(encoding="utf-8"))):
             if GENITIVE.match(text.strip()):
                 yield line, text.strip().splitlines()[0]
 

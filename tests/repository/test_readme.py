@@ -39,7 +39,7 @@ TINY = {
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    return [body for kind, body in FENCE.findall(document.read_text()) if kind == language]
+    return [body for kind, body in FENCE.findall(document.read_text(encoding="utf-8")) if kind == language]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -133,7 +133,7 @@ def test_a_wrong_flag_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+    for link in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
         if link.startswith("http"):
             continue
         path, _, anchor = link.partition("#")
@@ -144,7 +144,7 @@ def test_links_resolve(document: Path) -> None:
 
 def anchors(document: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a document."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

@@ -112,7 +112,7 @@ def f():
 def imported(path: Path) -> set[str]:
     """Return the top-level modules that a file imports anywhere, without relative imports."""
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:

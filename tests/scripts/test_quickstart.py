@@ -32,7 +32,7 @@ def finished(autoencoder_steps: int, diffusion_steps: int, **metrics: float) -> 
     psnr = {"val_psnr": values.pop("autoencoder_psnr"), "val_ssim": 0.9}
     write_run("autoencoder", psnr, autoencoder_steps, 2600)
     write_run("latent_diffusion", {"val_loss": 0.3}, diffusion_steps, 3300)
-    Path("runs/quickstart/figures.json").write_text(json.dumps(values))
+    Path("runs/quickstart/figures.json").write_text(json.dumps(values), encoding="utf-8")
     return quickstart.summarize(Plan(10.0, seconds={"make_posters": 10.0, AUTOENCODER: 200.0, DIFFUSION: 350.0}))
 
 
