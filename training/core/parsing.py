@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import IO, Any, TypeVar, get_type_hints
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
 
@@ -48,7 +46,7 @@ def parse_config(
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
     try:
-        with warnings.catch_warnings(), _utf8_files():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
             namespace = parser.parse_args(words)
             values = parser.instantiate(namespace)
@@ -57,21 +55,6 @@ def parse_config(
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     config.validate()
     return config
-
-
-@contextlib.contextmanager
-def _utf8_files() -> Iterator[None]:
-    """Let jsonargparse read files as UTF-8. It calls `open` without an encoding, which is then the locale's."""
-    module = vars(sys.modules[jsonargparse.Path.__module__])
-    module["open"] = _open
-    try:
-        yield
-    finally:
-        module.pop("open", None)
-
-
-def _open(path: str, mode: str = "r") -> IO[Any]:
-    return io.StringIO(read_text(path)) if mode == "r" else open(path, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def known_names(config_class: type, prefix: str = "") -> list[str]:
@@ -92,6 +75,13 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
         super().__call__(parser, cfg, str(find_file(values)), option_string)
 
 
+class _Parser(jsonargparse.ArgumentParser):
+    """Reads `--config` files as UTF-8; jsonargparse itself reads them in the encoding of the locale."""
+
+    def parse_path(self, path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
+        return self.parse_string(read_text(path), path, *arguments, **options)
+
+
 def _resolve_annotations(config_class: type) -> None:
     """Replace the annotations of all fields by types.
 
@@ -106,7 +96,7 @@ def _resolve_annotations(config_class: type) -> None:
 def _parser(config_class: type, description: str | None, preset: str) -> jsonargparse.ArgumentParser:
     _resolve_annotations(config_class)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         exit_on_error=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
