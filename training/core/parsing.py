@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
+import yaml
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_token
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
 
@@ -34,9 +35,10 @@ def parse_config(
 
     Raises:
         UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
-            missing file, or an error from the class's own `validate()`.
+            missing file, a token in the arguments or in the file, or an error from the class's own `validate()`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    refuse_hub_token(words)
     if preset and not words:
         words = ["--config", preset]
     parser = _parser(config_class, description, preset)
@@ -71,7 +73,28 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
     """`--config`: a YAML file, or the name of a preset that comes with the code."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_file(values)), option_string)
+        file = find_file(values)
+        try:
+            settings = yaml.safe_load(file.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            settings = None  # jsonargparse reads the file as well, and explains the error
+        kept = without_hub_token(settings, file) if isinstance(settings, dict) else settings
+        # A text in place of a path is parsed as the content of a file.
+        super().__call__(parser, cfg, str(file) if kept == settings else yaml.safe_dump(kept), option_string)
+
+
+def without_hub_token(settings: dict[str, Any], file: Any) -> dict[str, Any]:
+    """Return the settings of a YAML file without `hub_token`, which the config.yaml of an old run may contain.
+
+    Raises:
+        UserError: `hub_token` is neither empty nor masked with asterisks; the message does not repeat it.
+    """
+    token = settings.get("hub_token")
+    if token and "*" not in str(token):
+        raise UserError(
+            f"hub_token in {file} is not accepted, because config files are copied and shared; {TOKEN_ADVICE}"
+        )
+    return {name: value for name, value in settings.items() if name != "hub_token"}
 
 
 def _resolve_annotations(config_class: type) -> None:
