@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import find_file, shipped_path
 from training.core.parsing import parse_config
 from training.engine.prepare import run_script
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.print_commands:
         for experiment in experiments:
             done = "  # finished" if is_finished(experiment) else ""
-            print(f"python {shlex.join(experiment.words)}{done}")
+            print(f"python {mask_credentials(shlex.join(experiment.words))}{done}")
         return 0
     folder = Path(options.output_dir) if options.output_dir else common_folder(experiments)
     with StopSignal() as stop:
@@ -145,7 +146,7 @@ def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str,
             outcomes[experiment.name] = "finished" + _changed_since(experiment)
             print(f"{title}: already {outcomes[experiment.name]}, see {experiment.folder.path}", flush=True)
             continue
-        print(f"{title}\n      python {shlex.join(experiment.words)}", flush=True)
+        print(f"{title}\n      python {mask_credentials(shlex.join(experiment.words))}", flush=True)
         status = run_script([sys.executable, *experiment.words], lambda: stop.requested)
         outcomes[experiment.name] = _outcome(status, stop.requested is not None)
         print(f"{title}: {outcomes[experiment.name]}", flush=True)

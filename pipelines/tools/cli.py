@@ -12,8 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from .credentials import mask_credentials
+
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+TOKEN_ADVICE = (
+    "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
+    "(for training) write the token into a file and add --hub_token_file PATH"
+)
 
 
 class UserError(Exception):
@@ -37,6 +43,17 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def refuse_hub_token(words: Iterable[str]) -> None:
+    """Raise UserError if a command line contains `--hub_token`; the message does not repeat the token."""
+    for word in words:
+        flag = word.split("=", 1)[0].rstrip("+")
+        if flag.startswith("-") and flag.lstrip("-").replace("-", "_") == "hub_token":
+            raise UserError(
+                "--hub_token is not accepted, because other programs can read a command line, and launchers, trackers "
+                f"and logs record it; {TOKEN_ADVICE}. Replace the token that was on this command line by a new one"
+            )
+
+
 class Options(argparse.ArgumentParser):
     """Argument parser that raises a UserError for an invalid option, and suggests the nearest one if it is unknown."""
 
@@ -50,11 +67,12 @@ class Options(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse `argv`, or the arguments of the process if it is None. Raises UserError."""
+        refuse_hub_token(sys.argv[1:] if argv is None else argv)
         options, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-            flag = unknown[0].lstrip("-").split("=")[0]
-            self.error(f"unknown argument {unknown[0]}{nearest(flag, known)}")
+            argument = unknown[0].split("=")[0] if unknown[0].startswith("-") else unknown[0]
+            self.error(f"unknown argument {argument}{nearest(argument.lstrip('-'), known)}")
         return options
 
 
@@ -71,8 +89,8 @@ def _print_every_character() -> None:
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
-    A `UserError` is printed to stderr as one message without a traceback, and the exit status is 2. Characters that
-    the encoding of the terminal lacks are printed as `?`.
+    A `UserError` is printed to stderr as one message without a traceback and without access tokens, and the exit
+    status is 2. Characters that the encoding of the terminal lacks are printed as `?`.
     """
     _print_every_character()
     # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
@@ -82,7 +100,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except UserError as error:
         # With several processes every rank raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)

@@ -58,6 +58,12 @@ def make_publisher(tmp_path: Path, model_id: str | None = "posters", **settings)
     return Publisher(config, run_dir=tmp_path / "run", notify=lines.append, retry_delays=FAST), lines
 
 
+def token_file(folder: Path, token: str) -> str:
+    path = folder / "token.txt"
+    path.write_text(token + "\n")
+    return str(path)
+
+
 def test_check_makes_the_repo_in_the_users_namespace(hub, tmp_path):  # noqa: F811
     publisher, _ = make_publisher(tmp_path, hub_private_repo=True)
     publisher.check()
@@ -90,7 +96,7 @@ def test_an_organization_of_the_user_will_do(hub, tmp_path):  # noqa: F811
     ],
 )
 def test_what_would_fail_later_is_refused_before_the_first_step(hub, tmp_path, token, model_id, message):  # noqa: F811
-    publisher, _ = make_publisher(tmp_path, model_id, hub_token=token)
+    publisher, _ = make_publisher(tmp_path, model_id, hub_token_file=token_file(tmp_path, token))
     with pytest.raises(UserError, match=message):
         publisher.check()
     assert not hub.repos
@@ -98,7 +104,7 @@ def test_what_would_fail_later_is_refused_before_the_first_step(hub, tmp_path, t
 
 def test_a_repo_of_somebody_else_that_can_be_read_is_refused(hub, tmp_path):  # noqa: F811
     make_publisher(tmp_path, "posters")[0].check()  # ada's, public
-    publisher, _ = make_publisher(tmp_path, "ada/posters", hub_token=OTHER_TOKEN)
+    publisher, _ = make_publisher(tmp_path, "ada/posters", hub_token_file=token_file(tmp_path, OTHER_TOKEN))
     with pytest.raises(UserError, match="may not write there"):
         publisher.check()
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.tools.credentials import mask_credentials
 from training.core.checks import check_bounds, check_choice
 
 OnResume = Literal["error", "warn", "free"]
@@ -27,7 +28,6 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     usual: str = "",
-    secret: bool = False,
 ) -> Any:
     """Define a config field.
 
@@ -38,10 +38,9 @@ def option(
         choices: the allowed values, or the allowed entries of a list.
         at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
         usual: a usual value, shown in the message about a value that is out of bounds.
-        secret: whether the value must not be written into a file.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"on_resume": on_resume, "choices": choices, "bounds": bounds, "usual": usual, "secret": secret}
+    metadata = {"on_resume": on_resume, "choices": choices, "bounds": bounds, "usual": usual}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -75,14 +74,16 @@ class Options:
                     check_bounds(flag, entry, **rules["bounds"], usual=rules["usual"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values of all fields except secrets as plain values, and groups of options as dicts."""
-        values = dataclasses.asdict(self)
-        return {f.name: values[f.name] for f in dataclasses.fields(self) if not f.metadata.get("secret")}
+        """Return the values of all fields as plain values, and groups of options as dicts."""
+        return dataclasses.asdict(self)
 
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
-        """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}."""
+        """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}.
+
+        Both sides are compared as they are saved, with tokens masked.
+        """
         changes: dict[OnResume, list[str]] = {"error": [], "warn": []}
-        own = self.to_dict()
+        own, saved = mask_credentials(self.to_dict()), mask_credentials(saved)
         for option_field in dataclasses.fields(self):
             name = option_field.name
             on_resume: OnResume = option_field.metadata.get("on_resume", "error")

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
+import yaml
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_token
 from pipelines.tools.files import read_text
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
@@ -35,9 +36,11 @@ def parse_config(
 
     Raises:
         UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
-            missing file, a file that is not UTF-8, or an error from the class's own `validate()`.
+            missing file, a file that is not UTF-8, a token in the arguments or in the file, or an error from the
+            class's own `validate()`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    refuse_hub_token(words)
     if preset and not words:
         words = ["--config", preset]
     parser = _parser(config_class, description, preset)
@@ -75,11 +78,32 @@ class _ConfigFile(jsonargparse.ActionConfigFile):
         super().__call__(parser, cfg, str(find_file(values)), option_string)
 
 
+def without_hub_token(settings: dict[str, Any], file: Any) -> dict[str, Any]:
+    """Return the settings of a YAML file without `hub_token`, which the config.yaml of an old run may contain.
+
+    Raises:
+        UserError: `hub_token` is neither empty nor masked with asterisks; the message does not repeat it.
+    """
+    token = settings.get("hub_token")
+    if token and "*" not in str(token):
+        raise UserError(
+            f"hub_token in {file} is not accepted, because config files are copied and shared; {TOKEN_ADVICE}"
+        )
+    return {name: value for name, value in settings.items() if name != "hub_token"}
+
+
 class _Parser(jsonargparse.ArgumentParser):
-    """Reads `--config` files as UTF-8; jsonargparse itself reads them in the encoding of the locale."""
+    """Reads `--config` files as UTF-8 and without tokens; jsonargparse reads them in the encoding of the locale."""
 
     def parse_path(self, path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
-        return self.parse_string(read_text(path), path, *arguments, **options)
+        text = read_text(path)
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError:
+            settings = None  # jsonargparse explains the error
+        if isinstance(settings, dict) and "hub_token" in settings:
+            text = yaml.safe_dump(without_hub_token(settings, path))
+        return self.parse_string(text, path, *arguments, **options)
 
 
 def _resolve_annotations(config_class: type) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
 from training.engine.launch import on_main, start_accelerator
@@ -180,5 +181,5 @@ def _print_validation(stage: Stage, config: RunConfig, accelerator: Accelerator,
 
 def _print_on_main(text: str, accelerator: Accelerator) -> int:
     if accelerator.is_main_process:
-        print(text)
+        print(mask_credentials(text))
     return 0

@@ -13,7 +13,7 @@ import yaml
 from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.files import read_text
 from pipelines.tools.resources import find_file
-from training.core.parsing import known_names
+from training.core.parsing import known_names, without_hub_token
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig
 
@@ -57,7 +57,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """Read the settings of a YAML file: a file of the user's, or one that comes with Halftone.
 
     Raises:
-        UserError: if the file does not exist, is not UTF-8, or does not contain a mapping.
+        UserError: if the file does not exist, is not UTF-8, does not contain a mapping, or contains a token.
     """
     file = find_file(path)
     try:
@@ -68,7 +68,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"the config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"the config file '{path}' contains no settings; write one 'key: value' per line")
-    return values
+    return without_hub_token(values, path)
 
 
 def stage_of(path: str | Path) -> str:

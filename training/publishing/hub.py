@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError, cause, one_line
+from pipelines.tools.credentials import mask_credentials
 from training.core.options import Options, option
 
 # What a run uploads, and when; the same strategies as in the Transformers Trainer.
@@ -34,7 +35,7 @@ HUB_STRATEGIES = {
 RETRY_DELAYS = (5.0, 20.0, 60.0, 180.0)  # seconds; the client itself already retries each request for half a minute
 TRAINING_STATE = ("*optimizer*", "*grad_scaler*", "*random_state*", "*trainer_state*", ".*", "*/.*")
 SECRETS = (".env*", "*/.env*", ".netrc", "*/.netrc", "*.pem", "*.key", "id_rsa*", "*/id_rsa*", ".git/*", "wandb/*")
-SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|\bWANDB_API_KEY\s*[=:]\s*\S+")
+MOST_TOKEN_BYTES = 10_000  # a larger file was named by mistake
 TEXT_SUFFIXES = {".json", ".yaml", ".yml", ".md", ".txt", ".csv", ".toml", ".py", ".log", ".jsonl", ".sh", ".ini", ""}
 
 Notify = Callable[[str], None]
@@ -48,8 +49,8 @@ class HubConfig(Options):
     """Upload the model to the Hub; --hub_strategy selects what is uploaded and when"""
     hub_model_id: str | None = option(None, on_resume="free")
     """Name of the Hub repository, as user/name; if unset, your user name and the name of the run folder"""
-    hub_token: str | None = option(None, on_resume="free", secret=True)
-    """Access token for the Hub, which is never saved; if unset, HF_TOKEN or the token of `hf auth login`"""
+    hub_token_file: str | None = option(None, on_resume="free")
+    """File that contains only an access token for the Hub; if unset, HF_TOKEN or the token of `hf auth login`"""
     hub_private_repo: bool = option(False, on_resume="free")
     """Create the repository as a private repository"""
     hub_strategy: str = option("end", on_resume="free", choices=tuple(HUB_STRATEGIES))
@@ -57,6 +58,33 @@ class HubConfig(Options):
     the latest checkpoint) or all_checkpoints (as every_save, plus every checkpoint)"""
     license: str | None = option(None, on_resume="free")
     """Licence of the model, e.g. cc-by-4.0; if unset, the model card says that no licence was specified"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.push_to_hub and self.hub_token_file is not None:
+            read_token(self.hub_token_file)
+
+
+def read_token(path: str) -> str:
+    """Return the access token in the file `--hub_token_file`.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or contains more than a token. The message does not show any of
+            its content.
+    """
+    fix = "name a file that contains only the token, or leave the flag out to use HF_TOKEN or `hf auth login`"
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            content = file.read(MOST_TOKEN_BYTES + 1)
+    except (OSError, ValueError, RuntimeError) as error:  # a path with a null character; an unknown user after ~
+        reason = getattr(error, "strerror", None) or "not a valid path"
+        raise UserError(f"--hub_token_file {path} cannot be read ({reason}); {fix}") from None
+    token = content.decode("utf-8-sig", errors="replace").strip()
+    if not token:
+        raise UserError(f"--hub_token_file {path} is empty; {fix}")
+    if len(content) > MOST_TOKEN_BYTES or not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"--hub_token_file {path} contains something other than one token; {fix}")
+    return token
 
 
 @dataclass
@@ -96,7 +124,8 @@ class Publisher:
         self.model_id = config.hub_model_id or run_dir.name
         self.run_dir = run_dir
         self.strategy = config.hub_strategy
-        self._token, self._private = config.hub_token, config.hub_private_repo
+        self._token_file, self._private = config.hub_token_file, config.hub_private_repo
+        self._token: str | None = None  # None uses HF_TOKEN or the stored login
         self._notify = notify
         self._retry_delays = tuple(retry_delays)
         self._queue_dir = run_dir / ".hub_queue"
@@ -136,7 +165,7 @@ class Publisher:
         if role == "read":
             raise UserError(
                 f"--push_to_hub: the token of '{account['name']}' can only read; create one with write access at "
-                f"{api.endpoint}/settings/tokens, then run `hf auth login` or set HF_TOKEN"
+                f"{api.endpoint}/settings/tokens, then run `hf auth login`, set HF_TOKEN or use --hub_token_file"
             )
         self._make_repo(api, account)
 
@@ -195,6 +224,8 @@ class Publisher:
         if self._api is None:
             from huggingface_hub import HfApi
 
+            if self._token_file is not None:
+                self._token = read_token(self._token_file)
             # HF_ENDPOINT is read here because the library reads it only once, when it is first imported.
             self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=self._token)
         return self._api
@@ -205,20 +236,24 @@ class Publisher:
 
         if not (self._token or get_token()):
             raise UserError(
-                "--push_to_hub: no Hugging Face token was found; run `hf auth login`, or set HF_TOKEN to a token with "
-                f"write access ({api.endpoint}/settings/tokens), or leave out --push_to_hub"
+                "--push_to_hub: no Hugging Face token was found; run `hf auth login`, set HF_TOKEN to a token with "
+                f"write access ({api.endpoint}/settings/tokens), name a file that contains it with --hub_token_file, "
+                "or leave out --push_to_hub"
             )
         try:
             return api.whoami()
         except HfHubHTTPError as error:
             if _status(error) in (401, 403):
                 raise UserError(
-                    f"--push_to_hub: {api.endpoint} does not accept the token (HF_TOKEN, or the stored login): "
+                    f"--push_to_hub: {api.endpoint} does not accept the token ({self._token_source()}): "
                     f"{cause(error)}; create a new one at {api.endpoint}/settings/tokens"
                 ) from None
             raise self._unreachable(error) from None
         except Exception as error:  # no network, a wrong HF_ENDPOINT, HF_HUB_OFFLINE=1: the client has many classes
             raise self._unreachable(error) from None
+
+    def _token_source(self) -> str:
+        return "HF_TOKEN, or the stored login" if self._token_file is None else f"--hub_token_file {self._token_file}"
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
@@ -291,10 +326,7 @@ class Publisher:
         if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > 4_000_000:
             return False
         text = path.read_text(encoding="utf-8", errors="ignore")
-        own = [
-            secret for secret in (self._token, os.environ.get("HF_TOKEN"), os.environ.get("WANDB_API_KEY")) if secret
-        ]
-        return bool(SECRET_TEXT.search(text)) or any(len(secret) >= 8 and secret in text for secret in own)
+        return mask_credentials(text) != text or (self._token is not None and self._token in text)
 
     def _work(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """Model cards: the README.md of a published pipeline, from a template in model_cards/ and the record of the run.
 
 A card states only facts from the record; a fact that the record lacks is left out, or marked as not measured. Nothing
-private is published: tokens are dropped, and local paths are cut to their last part.
+private is published: tokens are dropped or masked, and local paths are cut to their last part.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.common.class_colors import class_color
 from pipelines.common.poster_domain import hex_color
 from pipelines.tools.cli import UserError, nearest, one_line
+from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import own_version, shipped_path
 from training.core.files import write_atomically
 
@@ -32,7 +33,7 @@ HUB_LICENSES = frozenset(
     gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0
     postgresql ofl-1.1 ncsa unlicense zlib pddl unknown other""".split()  # noqa: SIM905 - sixty lines otherwise
 )
-SECRET_KEYS = re.compile(r"(^|_)(token|api_key|password|secret)$")
+SECRET_KEYS = re.compile(r"(^|_)(token|token_file|api_key|password|secret)$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STOCK_LIBRARIES = ("diffusers", "transformers")
 METRIC_NAMES = {
@@ -64,7 +65,7 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
     """
     folder = Path(folder)
     path = folder / CARD_NAME
-    write_atomically(path, _render(folder, template, record))
+    write_atomically(path, mask_credentials(_render(folder, template, record)))
     return path
 
 

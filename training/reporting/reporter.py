@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pipelines.tools.commands import this_command
+from pipelines.tools.credentials import mask_credentials
 from training.core.files import write_atomically
 from training.core.previews import Previews, save_png
 from training.reporting.advice import advice
@@ -163,7 +164,8 @@ class Reporter:
             complete: whether the run reached its goal, export included.
         """
         facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
-        write_atomically(self.folder.path / REPORT, f"# {self.folder.path.name}\n\n{session_report(*facts)}\n")
+        report = f"# {self.folder.path.name}\n\n{session_report(*facts)}\n"
+        write_atomically(self.folder.path / REPORT, mask_credentials(report))
         logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError, cause, nearest
+from pipelines.tools.credentials import mask_credentials
 from training.core.options import Options, option
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def start_trackers(
         project: name of the project in W&B and Trackio.
         run_name: name of this run in the trackers.
         run_dir: the run folder; the files of W&B and TensorBoard are written to `wandb/` and `tensorboard/` in it.
-        config: the resolved config; it may contain lists, nested dicts, None and paths.
+        config: the resolved config; it may contain lists, nested dicts, None and paths. Access tokens in it
+            and in `run_name` are masked.
         previous_id: `Trackers.run_id` of the run that is resumed; None starts a new run.
         first_step: the first step that will be logged; TensorBoard hides what an earlier session wrote from there on.
         notify: function that shows a line to the user (by default `tqdm.write`, which keeps progress bars intact).
@@ -104,6 +106,7 @@ def start_trackers(
     from accelerate.state import PartialState
 
     trackers = Trackers(run_id=previous_id, notify=notify)
+    run_name, config = mask_credentials(run_name), mask_credentials(plain(config))
     if not PartialState().is_main_process:
         return trackers
     starts: dict[str, Callable[[], _Backend]] = {

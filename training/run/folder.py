@@ -13,6 +13,7 @@ from typing import IO, Any
 import yaml
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
 from training.core.files import write_atomically
 from training.core.options import Options, option
@@ -115,21 +116,30 @@ class RunFolder:
         return target
 
     def saved_config(self) -> dict[str, Any] | None:
-        """Return the config that the run was started with; None if it was not saved."""
+        """Return the config that the run was started with, without a token from old versions; None if not saved."""
         if not self.config_file.is_file():
             return None
-        return yaml.safe_load(read_text(self.config_file))
+        config = yaml.safe_load(read_text(self.config_file))
+        if isinstance(config, dict):
+            config.pop("hub_token", None)
+        return config
 
     def save_config(self, config: dict[str, Any]) -> None:
-        write_atomically(self.config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        """Write config.yaml, with access tokens masked."""
+        text = yaml.safe_dump(mask_credentials(config), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config_file, text)
 
     def save_record(self, record: dict[str, Any]) -> None:
         """Write record.json: the metrics and settings of the run, for the model card and for users."""
-        write_atomically(self.record_file, json.dumps(record, indent=2, default=str) + "\n")
+        text = json.dumps(record, indent=2, default=str)
+        write_atomically(self.record_file, mask_credentials(text) + "\n")
 
 
 def start_logging(log_file: Path | None) -> None:
-    """Send log messages to the terminal and to `log_file`, with their time; without a file, only errors are shown."""
+    """Send log messages to the terminal and to `log_file`, with their time; without a file, only errors are shown.
+
+    Access tokens are masked in both.
+    """
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):
@@ -139,8 +149,15 @@ def start_logging(log_file: Path | None) -> None:
     logger.addHandler(terminal)
     if log_file:
         to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(to_file)
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Masks access tokens, also those in the text of a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_credentials(super().format(record))
 
 
 class _TerminalHandler(logging.Handler):
@@ -150,5 +167,5 @@ class _TerminalHandler(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + record.getMessage())
+        tqdm.write(mask_credentials(prefix + record.getMessage()))
         sys.stdout.flush()  # so that messages reach a file or a pipe at once
