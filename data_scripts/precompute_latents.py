@@ -56,7 +56,7 @@ from training.data.latent_cache.format import (
 from training.data.source import named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
-from training.engine.signals import StopSignal, ignore_interrupts
+from training.engine.signals import StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -196,7 +196,7 @@ class Encoder:
             batch_sampler=keys,  # type: ignore[arg-type]
             collate_fn=collate_items,
             num_workers=self.config.dataloader_num_workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
         return iter(loader)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,12 +22,20 @@ from training.engine.signals import REQUEUE_STATUS, Interrupted, StopSignal
 FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
 
 
-def started(folder: Path, *flags: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start a run in a separate process, and wait until it is training."""
+def started(
+    folder: Path, *flags: str, before: tuple[str, ...] = (), hangup=signal.SIG_DFL, own_group: bool = False
+) -> subprocess.Popen:
+    """Start a run in a separate process, and wait until it is training.
+
+    Args:
+        hangup: what a SIGHUP does at the start. The tests themselves may run under `nohup`.
+        own_group: whether to start a new group of processes, which can be signalled as a whole.
+    """
     words = ["--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS, *flags]
     process = subprocess.Popen(
         [*before, *command(TOY, *words)] if not before else [*before, str(TOY), *words],
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=own_group, preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )  # fmt: skip
     wait_for(lambda: (folder / "metrics.csv").is_file(), process)
     return process
@@ -40,7 +49,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name
+)
 def test_a_process_asked_to_stop_saves_and_says_how_to_resume(tmp_path, number):
     process = started(tmp_path / "run", "--slow_seconds", "0.05", "--logging_steps", "1")
     process.send_signal(number)
@@ -49,6 +60,25 @@ def test_a_process_asked_to_stop_saves_and_says_how_to_resume(tmp_path, number):
     assert "Traceback" not in errors
     assert f"stopped at step {state_of(tmp_path / 'run')['step']} of 24; everything is saved" in output
     assert f"To resume: python tests/support/toy.py --output_dir {tmp_path}/run" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path, number):
+    """Service managers and schedulers signal every process of a job, the data-loading workers too."""
+    flags = ("--slow_seconds", "0.05", "--logging_steps", "1", "--dataloader_num_workers", "2")
+    process = started(tmp_path / "run", *flags, own_group=True)
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE_STATUS, errors
+    assert "everything is saved" in output
+    assert state_of(tmp_path / "run")["step"] > 0
+
+
+def test_nohup_keeps_a_run_training_when_the_terminal_closes(tmp_path):
+    process = started(tmp_path / "run", "--logging_steps", "1", hangup=signal.SIG_IGN)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -101,6 +131,19 @@ def test_handlers_are_restored():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_handlers_are_set_in_the_main_thread_only():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def enter() -> None:
+        with StopSignal() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
 
 
 def test_a_stop_between_two_inputs_makes_no_more(tmp_path):

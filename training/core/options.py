@@ -8,10 +8,12 @@ part that is a field (`model: UNetConfig = option(UNetConfig)`) has flags with a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipelines.tools.cli import UserError
 from pipelines.tools.credentials import mask_credentials
 from training.core.checks import check_bounds, check_choice
 
@@ -54,6 +56,7 @@ class Options:
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError for invalid values. This base method checks the bounds and choices of each field.
+        No number may be infinite or NaN.
 
         A part overrides it to check several fields together, and calls `super().validate(prefix)` first, so that the
         checks of all base classes of a config run.
@@ -70,6 +73,8 @@ class Options:
             for entry in value if isinstance(value, list) else [value]:
                 if rules.get("choices") and entry is not None:
                     check_choice(flag, entry, rules["choices"])
+                if isinstance(entry, float) and not math.isfinite(entry):
+                    raise UserError(f"--{flag} is {entry}; it must be a finite number")
                 if "bounds" in rules and entry is not None:
                     check_bounds(flag, entry, **rules["bounds"], usual=rules["usual"])
 

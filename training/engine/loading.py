@@ -12,7 +12,7 @@ from training.core.draws import Draws
 from training.core.layout import BatchLayout
 from training.core.stage import Batch, MapDataset
 from training.engine.sampler import StepSampler, Strata
-from training.engine.signals import ignore_interrupts
+from training.engine.signals import leave_signals_to_the_trainer
 from training.engine.threads import use_all_cores
 
 
@@ -66,6 +66,6 @@ class MicroBatches:
 
 
 def start_worker(worker_id: int) -> None:
-    """Prepare a data-loading process: Ctrl-C is for the trainer alone, and every core may be used."""
-    ignore_interrupts(worker_id)
+    """Prepare a data-loading process: signals are for the trainer alone, and every core may be used."""
+    leave_signals_to_the_trainer(worker_id)
     use_all_cores()

@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: it finishes the step, saves a checkpoint and says how to resume.
 
-The exit status is 75 ("requeue this job") after SIGTERM or SIGUSR1 (which clusters send as a warning), and 130 after
-SIGINT (Ctrl-C).
+The exit status is 75 ("requeue this job") after SIGTERM, SIGHUP (a closed terminal or a lost connection) or SIGUSR1
+(which clusters send as a warning), and 130 after SIGINT (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 
 import psutil
 
 REQUEUE_STATUS = 75
-_HANDLED = (signal.SIGTERM, signal.SIGINT) + ((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ())
+# Windows has no SIGHUP and no SIGUSR1.
+_HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -25,7 +27,9 @@ class StopSignal:
     """Records that this process was asked to stop; a context manager that restores the previous signal handlers.
 
     `accelerate launch` exits after a SIGTERM without passing it on, so the end of the launcher is treated as a SIGTERM.
-    A second Ctrl-C stops the process at once, without saving.
+    A second Ctrl-C stops the process at once, without saving. A signal that was ignored before, as `nohup` ignores
+    SIGHUP, stays ignored. In a thread other than the main one (a notebook, a web interface) nothing is handled, since
+    Python allows handlers in the main thread only.
     """
 
     def __init__(self) -> None:
@@ -34,8 +38,10 @@ class StopSignal:
         self._launcher = _launcher_pid()
 
     def __enter__(self) -> StopSignal:
-        for number in _HANDLED:
-            self._previous[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for number in _HANDLED:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
@@ -67,9 +73,14 @@ class StopSignal:
             print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr, flush=True)
 
 
-def ignore_interrupts(worker_id: int = 0) -> None:
-    """Ignore SIGINT in data-loading workers: Ctrl-C reaches all processes, and only the trainer should handle it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_trainer(worker_id: int = 0) -> None:
+    """Ignore the signals in a data-loading worker; the trainer ends its workers when it has stopped.
+
+    Terminals, schedulers and service managers send them to the whole group of processes. Workers that died of them
+    would take with them the step that the trainer is about to finish and save.
+    """
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def launcher_command() -> list[str]:
