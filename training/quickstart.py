@@ -243,8 +243,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for name, (goal, words) in GOALS.items():
         real = summary.get("reader_" + name.removesuffix("_ratio") + "_real")
         reached = "reached" if summary["goals"][name]["reached"] else "not reached"
-        print(f"  {summary[name]:5.2f}  {words}; goal {goal:g}, {reached}"
-              + (f" (real posters: {real:.2f})" if real else ""))  # fmt: skip
+        print(f"  {summary[name]:6.3f}  {words}; goal {goal:g}, {reached}"
+              + (f" (real posters: {real:.3f})" if real else ""))  # fmt: skip
     if not recipe["complete"]:
         print(
             f"\nIn {summary['minutes']:g} minutes this machine trained {summary['autoencoder_steps']} steps of the "
