@@ -60,7 +60,7 @@ class Speed:
     """One checkpoint, its pipeline included."""
 
     def seconds(self, steps: int, training: Training, config: RunConfig) -> float:
-        """Return the estimated seconds of a run of `steps` steps, from the start of its session to the final pipeline."""
+        """Return the estimated seconds of a run of `steps` steps, from its start to the final pipeline."""
         cadence = Cadence(config, training.steps_per_epoch)
         total = self.startup + self.checkpoint  # the export at the end costs about as much as a checkpoint
         for runner in training.runners:
