@@ -22,7 +22,7 @@ import yaml
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
-from training.core.files import write_atomically, write_json
+from training.core.files import write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.engine.speed import SPEED_FILE
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan.seconds[script] = max(plan.seconds.get(script, 0.0), round(seconds, 1))
         plan.save()
     summary = summarize(plan)
-    write_atomically(RUN / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(RUN / "summary.json", summary)
     _print_summary(summary)
 
 
@@ -209,7 +209,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "minutes": plan.minutes,
         "seconds": plan.seconds,
         "total_seconds": round(sum(plan.seconds.values()), 1),
-        "goals": {name: _judge(metrics[name], goal, recipe) for name, (goal, _) in GOALS.items()},
+        "goals": {name: _judge(name, metrics[name], recipe) for name in GOALS},
         "full_recipe": recipe,
     }
 
@@ -231,12 +231,14 @@ def full_recipe(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _judge(value: float, goal: float, recipe: dict[str, Any]) -> dict[str, Any]:
+def _judge(name: str, value: float, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return whether a metric reaches its goal, and if this machine had too little time, the command that helps."""
+    goal, _ = GOALS[name]
     verdict: dict[str, Any] = {"goal": goal, "reached": value >= goal}
     if value < goal and not recipe["complete"]:
-        verdict["note"] = (
-            "this machine cannot train the full recipe in the given minutes; train on with: " + recipe["train_on"]
-        )
+        # A diffusion model belongs to the latents of its autoencoder: a better autoencoder means starting again.
+        command = recipe["from_the_beginning" if name.startswith("autoencoder_") else "train_on"]
+        verdict["note"] = f"this machine cannot train the full recipe in the given minutes; train on with: {command}"
     return verdict
 
 
@@ -246,8 +248,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for name, (goal, words) in GOALS.items():
         real = summary.get("reader_" + name.removesuffix("_ratio") + "_real")
         reached = "reached" if summary["goals"][name]["reached"] else "not reached"
-        print(f"  {summary[name]:5.2f}  {words}; goal {goal:g}, {reached}"
-              + (f" (real posters: {real:.2f})" if real else ""))  # fmt: skip
+        print(f"  {summary[name]:6.3f}  {words}; goal {goal:g}, {reached}"
+              + (f" (real posters: {real:.3f})" if real else ""))  # fmt: skip
     if not recipe["complete"]:
         print(
             f"\nIn {summary['minutes']:g} minutes this machine trained {summary['autoencoder_steps']} steps of the "

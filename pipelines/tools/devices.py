@@ -63,7 +63,7 @@ def has_accelerator_device() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def computes_in_bf16() -> bool:
+def bf16_is_faster() -> bool:
     """Return whether bfloat16 is faster than float32 on the default device.
 
     On a CPU that takes matrix units (AMX). Those that only have the vector instructions of AVX-512 for it can be slower

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
-from pipelines.tools.devices import computes_in_bf16
+from pipelines.tools.devices import bf16_is_faster
 from tests.conftest import ROOT, forget_accelerate
 from training.engine import launch
 from training.engine.launch import on_main, start_accelerator, threads_per_process
@@ -57,7 +57,7 @@ def test_cpu_threads_are_set(threads):
 @pytest.mark.parametrize("native", [False, True])
 def test_auto_precision_is_bf16_if_the_cpu_supports_it(monkeypatch, threads, native):
     forget_accelerate()
-    monkeypatch.setattr(launch, "computes_in_bf16", lambda: native)
+    monkeypatch.setattr(launch, "bf16_is_faster", lambda: native)
     assert start_accelerator(RunConfig(mixed_precision="auto", cpu_threads=1)).mixed_precision == (
         "bf16" if native else "no"
     )
@@ -65,9 +65,9 @@ def test_auto_precision_is_bf16_if_the_cpu_supports_it(monkeypatch, threads, nat
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="reads /proc/cpuinfo")
-def test_bf16_arithmetic_is_detected():
+def test_bf16_is_faster_on_cpus_with_matrix_units():
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    assert computes_in_bf16() == ("amx_bf16" in flags)
+    assert bf16_is_faster() == ("amx_bf16" in flags)
 
 
 @pytest.mark.parametrize(

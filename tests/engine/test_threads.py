@@ -20,7 +20,7 @@ import torch
 from tests.support.toy import ToyConfig, ToyStage
 from training.engine.launch import start_accelerator
 from training.engine.loading import start_worker
-from training.engine.threads import main_thread_on_its_core
+from training.engine.threads import main_thread_on_its_core, usable_cores
 
 def placed():
     masks = [sorted(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")]
@@ -29,12 +29,13 @@ def placed():
 def of_worker():
     reader, writer = os.pipe()
     if os.fork() == 0:
-        start_worker(0)
+        start_worker(0, cores)
         os.write(writer, json.dumps(sorted(os.sched_getaffinity(0))).encode())
         os._exit(0)
     os.wait()
     return json.loads(os.read(reader, 1000))
 
+cores = usable_cores()
 accelerator = start_accelerator(ToyConfig(cpu_threads=int(sys.argv[1])))
 seen = {"threads": torch.get_num_threads(), "before": placed()}
 with main_thread_on_its_core(accelerator.device):

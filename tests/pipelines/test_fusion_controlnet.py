@@ -206,7 +206,7 @@ def test_several_nets_are_fused_one_after_another():
     film = moved(controlnet_of(unet, "film"), 3)
     first = steered(unet, [film, one], controls)
     assert not torch.allclose(first, steered(unet, [one, film], controls[::-1]), atol=1e-4)
-    # A new net has no effect, whatever the other net does.
+    # A new ControlNet has no effect, also beside one that has.
     torch.testing.assert_close(steered(unet, [one, controlnet_of(unet)], controls), steered(unet, [one], controls[:1]))
 
 

@@ -129,25 +129,40 @@ def test_numpy_and_torch_scalars_become_numbers():
 
 
 def wandb_records(run_dir: Path) -> list[Any]:
-    """Read all records of all offline runs under `run_dir`, in order (W&B's files are LevelDB logs of protobufs)."""
+    """Read all records of all offline runs under `run_dir`, in order, once each of them has its last record.
+
+    W&B writes the files in a process of its own, which may still be doing so after `finish` has returned.
+    """
+    deadline = time.monotonic() + 20
+    while True:
+        runs = [read_wandb_file(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
+        if all(records and records[-1].WhichOneof("record_type") == "exit" for records in runs):
+            return [record for records in runs for record in records]
+        assert time.monotonic() < deadline, "W&B did not finish its files"
+        time.sleep(0.05)
+
+
+def read_wandb_file(path: Path) -> list[Any]:
+    """Read the complete records of one file: a LevelDB log of protobufs."""
     from wandb.proto import wandb_internal_pb2
 
     records = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
-        data, position, pending = path.read_bytes(), 7, b""
-        while position + 7 <= len(data):
-            left_in_block = 32768 - position % 32768
-            if left_in_block < 7:
-                position += left_in_block
-                continue
-            _, length, kind = struct.unpack_from("<IHB", data, position)
-            pending += data[position + 7 : position + 7 + length]
-            position += 7 + length
-            if kind in (1, 4):  # whole record, or its last part
-                record = wandb_internal_pb2.Record()
-                record.ParseFromString(pending)
-                records.append(record)
-                pending = b""
+    data, position, pending = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            break  # still being written
+        pending += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole record, or its last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pending)
+            records.append(record)
+            pending = b""
     return records
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_TURNS = 25  # a few are right where they stand: a picture on a wall, numbers that are averages
+MOST_TURNS = 25  # the rest are prompts, test data and pictures on posters
 # A poster has pictures on it, and a brief says how many: there the word is the name of a thing.
 OF_POSTERS = re.compile(
     r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/metrics/(posters|cycle)|"
@@ -51,7 +51,7 @@ def sources() -> list[Path]:
 
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, text) of docstrings, and of the strings under fields of classes, which `--help` shows."""
+    """Yield (line, text) of docstrings, and of the strings under fields of classes, which `--help` shows."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             for part in node.body:
@@ -62,7 +62,7 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of what people read in a file: of code, its comments and the strings that are sentences."""
+    """Yield (line, text) of what people read in a file: of code, its comments and the strings that are sentences."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         fenced = False
@@ -82,8 +82,9 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno + offset, re.sub(r"`[^`]*`", " ", line)
 
 
-def turns(path: Path) -> Iterator[tuple[int, str, str]]:
-    name = path.relative_to(ROOT).as_posix()
+def turns(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, turn, text) of every turn of phrase in a file that has a plainer form."""
+    name = path.relative_to(root).as_posix()
     for line, text in prose(path):
         for turn, pattern in TURNS.items():
             if turn == "picture" and OF_POSTERS.match(name):
@@ -110,10 +111,9 @@ def test_no_docstring_begins_with_a_genitive():
 
 
 @pytest.mark.parametrize(("text", "turn"), [("# a picture is read", "picture"), ('"""It is no number."""', "is no X")])
-def test_a_turn_would_be_noticed(tmp_path, monkeypatch, text, turn):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+def test_a_turn_would_be_noticed(tmp_path, text, turn):
     (tmp_path / "code.py").write_text(text + "\n")
-    assert [name for _, name, _ in turns(tmp_path / "code.py")] == [turn]
+    assert [name for _, name, _ in turns(tmp_path / "code.py", tmp_path)] == [turn]
 
 
 if __name__ == "__main__":

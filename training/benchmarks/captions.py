@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import computes_in_bf16, get_device, synchronize
+from pipelines.tools.devices import bf16_is_faster, get_device, synchronize
 from pipelines.tools.resources import shipped_path
 from training.benchmarks.loops import peak_mb
 from training.core.batches import to_device
@@ -161,7 +161,7 @@ def _training_step(settings: Any, phase_class: Any, batch_size: int, device: Any
         batch = {"pixel_values": pixels, **to_device(tokens(captions), device)}
         for one, own, optimizer in zip(phases, parameters, optimizers):
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16()):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_faster()):
                 loss, _ = one(batch, Draws(0, number, range(batch_size), device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(own, settings.max_grad_norm)

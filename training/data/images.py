@@ -132,7 +132,7 @@ class ImageDataset(torch.utils.data.Dataset):
         num_mask_classes: number of classes of `mask_column`; 0 for no masks.
         control: source of `conditioning_pixel_values` (see `training.data.companions.control_of`).
         label_map: from `load_label_map`, shared by all splits; None reads the classes from `dataset`.
-        augment: False, for validation, uses the centre crop and no flip whatever the config.
+        augment: whether to crop and flip as configured; False uses the centre crop and no flip, as for validation.
         every_caption: whether an item has all captions of a row with several captions, instead of a random one.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from pipelines.tools.cli import UserError
-from pipelines.tools.devices import computes_in_bf16, has_accelerator_device
+from pipelines.tools.devices import bf16_is_faster, has_accelerator_device
 from pipelines.tools.files import read_text
 from training.core.options import Options, option
 from training.engine.signals import launcher_command
@@ -57,7 +57,7 @@ def start_accelerator(config: LaunchConfig) -> Accelerator:
 
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "auto":
-        precision = "bf16" if computes_in_bf16() else "no"
+        precision = "bf16" if bf16_is_faster() else "no"
     if precision == "fp16" and not has_accelerator_device():
         raise UserError(
             "--mixed_precision fp16 needs a GPU, and this run is on a CPU; use bf16 or no "

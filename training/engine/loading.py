@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,7 +15,7 @@ from training.core.layout import BatchLayout
 from training.core.stage import Batch, MapDataset
 from training.engine.sampler import StepSampler, Strata
 from training.engine.signals import leave_signals_to_the_trainer
-from training.engine.threads import use_all_cores
+from training.engine.threads import usable_cores
 
 
 class MicroBatches:
@@ -36,6 +38,7 @@ class MicroBatches:
     ):
         self.data, self.layout, self.seed, self.strata = data, layout, seed, strata
         self.num_workers, self.device = num_workers, device
+        self._cores = usable_cores()  # before the main thread is kept on one of them
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step in `start <= step < stop`, on the device."""
@@ -44,7 +47,7 @@ class MicroBatches:
             batch_sampler=self._sampler(start, stop),  # type: ignore[arg-type]
             collate_fn=collate_function(self.data),
             num_workers=self.num_workers,
-            worker_init_fn=start_worker if self.num_workers else None,
+            worker_init_fn=functools.partial(start_worker, cores=self._cores) if self.num_workers else None,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
@@ -65,7 +68,8 @@ class MicroBatches:
         return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)
 
 
-def start_worker(worker_id: int) -> None:
-    """Prepare a data-loading process: signals are for the trainer alone, and every core may be used."""
+def start_worker(worker_id: int, cores: Sequence[int]) -> None:
+    """Prepare a data-loading process: signals are for the trainer alone, and it may use all `cores`."""
     leave_signals_to_the_trainer(worker_id)
-    use_all_cores()
+    if cores:
+        os.sched_setaffinity(0, cores)

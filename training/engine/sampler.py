@@ -52,7 +52,7 @@ class StratifiedDraw:
     def __init__(self, strata: Strata, size: int, seed: int):
         self.size, self.seed = size, seed
         self._rows = [(strata.group_of_row == group).nonzero().flatten() for group in range(len(strata.shares))]
-        # Boundaries of the groups' intervals. The last one is exactly `size`, whatever the rounding of the sum.
+        # Boundaries of the groups' intervals. The last one is set to `size`, since the sum is rounded.
         edges = size * strata.shares.cumsum(0)
         self._edges = torch.cat([edges.new_zeros(1), edges[:-1], edges.new_tensor([size])])
         self._counted = 0

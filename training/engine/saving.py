@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError
 from training.engine.training import Training
-from training.engine.validation import evaluating
 from training.publishing.exporter import Exporter
 from training.run import checkpoint
 from training.run.folder import RunFolder
@@ -45,7 +43,7 @@ class CheckpointWriter:
         if self.accelerator.is_main_process:
             step = self.training.state.step
             try:
-                path = checkpoint.write_checkpoint(self.folder.checkpoints, step, self._write_files)
+                path = checkpoint.write_checkpoint(self.folder.checkpoints, step, self.training.write_files)
             except OSError as error:
                 logger.error("the checkpoint of step %d could not be written: %s", step, error)
                 if must_succeed:
@@ -59,10 +57,3 @@ class CheckpointWriter:
                 checkpoint.prune(self.folder.checkpoints, self.keep)
                 self.exporter.checkpoint_saved(path)
         self.accelerator.wait_for_everyone()
-
-    def _write_files(self, folder: Path) -> None:
-        training = self.training
-        with evaluating(training.modules, training.ema):
-            training.stage.pipeline().save_pretrained(folder / "pipeline")
-        for part in training.checkpoint_parts:
-            part.save(folder)

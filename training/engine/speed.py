@@ -1,7 +1,7 @@
-"""How fast this machine trains: some seconds of the run's real steps, timed before the run begins.
+"""Measures how fast this machine trains, by timing some of a run's own steps before the run begins.
 
-`--max_train_minutes` fits the number of steps to a time with it. Everything that a step changes is restored afterwards
-from a temporary checkpoint, so a run that was timed first gives the same weights as one that was not.
+`--max_train_minutes` uses it to fit the number of steps to a time. Everything that a step changes is restored
+afterwards from a temporary checkpoint, so a run that was timed first gives the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPEED_FILE = "speed.json"
 WARM_UP_STEPS = 3
 TIMED_SECONDS, MIN_TIMED_STEPS, MAX_TIMED_STEPS = 4.0, 3, 400
 VALIDATION_BATCHES = 2
-# A run shorter than this trains nothing worth looking at, whatever time was asked for.
+# A shorter run gives no useful model, even if --max_train_minutes asks for one.
 MIN_STEPS = 50
 
 
@@ -49,15 +49,18 @@ class Speed:
     """Seconds that each part of a run takes on this machine, as measured by `measure_speed`."""
 
     startup: float
-    """From the start of the session to its first step, this measurement included."""
+    """Time from the start of the session to its first step, this measurement included."""
     phases: dict[str, float]
-    """Name of each phase → seconds of one of its steps. The first one's include loading the batch and the EMA."""
+    """Seconds of one step of each phase, by name; those of the first phase include loading the batch and the EMA."""
     validation: float
+    """One validation of the whole validation set."""
     previews: float
+    """One set of previews."""
     checkpoint: float
+    """One checkpoint, its pipeline included."""
 
     def seconds(self, steps: int, training: Training, config: RunConfig) -> float:
-        """Estimated seconds of a whole run of `steps` steps, from the start of its session to the exported pipeline."""
+        """Return the estimated seconds of a run of `steps` steps, from its start to the final pipeline."""
         cadence = Cadence(config, training.steps_per_epoch)
         total = self.startup + self.checkpoint  # the export at the end costs about as much as a checkpoint
         for runner in training.runners:
@@ -69,7 +72,7 @@ class Speed:
         return total + self.checkpoint * len(cadence.checkpoint_steps(steps) | validations)
 
     def steps_in(self, seconds: float, most: int, training: Training, config: RunConfig) -> int:
-        """The largest number of steps up to `most` with which a run takes at most `seconds`; at least MIN_STEPS."""
+        """Return the largest number of steps, from MIN_STEPS to `most`, with which a run takes at most `seconds`."""
         low, high = min(MIN_STEPS, most), most
         while low < high:
             middle = (low + high + 1) // 2
@@ -116,11 +119,11 @@ def fit_length(
 def measure_speed(
     training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal, started: float
 ) -> Speed:
-    """Time the parts of a run; models, optimizers, EMA weights and counts are as before afterwards."""
+    """Time the parts of a run, and restore models, optimizers, EMA weights and counts afterwards."""
     kept = folder.checkpoints / f"{WRITING}speed"
     check_room = functools.partial(check_disk, folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     on_main(accelerator, check_room)
-    checkpoint = on_main(accelerator, lambda: _seconds(lambda: _save(training, kept)))
+    checkpoint = on_main(accelerator, lambda: _seconds(lambda: _write_new(training, kept)))
     try:
         with interrupted_together(accelerator), main_thread_on_its_core(training.device):
             phases = _time_steps(training, accelerator, stop)
@@ -137,18 +140,15 @@ def measure_speed(
     return Speed(**gather(accelerator, asdict(speed))[0])  # the main process decides for all
 
 
-def _save(training: Training, folder: Path) -> None:
-    """Write what a checkpoint holds, in the way that a checkpoint is written."""
+def _write_new(training: Training, folder: Path) -> None:
+    """Write a checkpoint's files into a new folder, which replaces one that a killed process left."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    with evaluating(training.modules, training.ema):
-        training.stage.pipeline().save_pretrained(folder / "pipeline")
-    for part in training.checkpoint_parts:
-        part.save(folder)
+    training.write_files(folder)
 
 
 def _time_steps(training: Training, accelerator: Accelerator, stop: StopSignal) -> dict[str, float]:
-    """Mean seconds of each phase's step. Every phase takes part, also one that begins later in the run."""
+    """Return the mean seconds of a step of each phase, including phases that begin later in the run."""
     for runner in training.runners:
         runner.settle_buckets(*training.batches.first())
     steps = training.batches.steps(0, WARM_UP_STEPS + MAX_TIMED_STEPS)
@@ -168,7 +168,7 @@ def _time_steps(training: Training, accelerator: Accelerator, stop: StopSignal) 
 
 
 def _one_step(training: Training, step: int, batches: list[Batch], stop: StopSignal) -> dict[str, float]:
-    """Take one step of every phase; returns the seconds of each."""
+    """Take one step of every phase, and return the seconds of each."""
     seconds, stop_agreed = {}, False
     for runner in training.runners:
         started = time.perf_counter()
@@ -183,7 +183,7 @@ def _one_step(training: Training, step: int, batches: list[Batch], stop: StopSig
 
 
 def _time_validation(training: Training, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> float:
-    """Estimated seconds of a whole validation, from a few of its batches."""
+    """Return the estimated seconds of a whole validation, from a few of its batches."""
     data = training.stage.validation_data()
     if data is None:
         return 0.0

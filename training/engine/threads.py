@@ -1,4 +1,4 @@
-"""Which core each CPU thread runs on, so that training beside another busy process is not slowed down more than needed.
+"""Gives each CPU thread a core of its own, so that another busy process slows down training only by its share.
 
 Every parallel operation ends when its slowest thread does. Left alone, the scheduler often puts two of our threads on
 one core, where they wait for each other, while the other process has a core of its own: on two cores a step then took
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Whoever sets one of these has chosen where threads run.
+# A user who sets one of these variables has chosen where threads run.
 CHOSEN_BY_USER = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 # Large enough that PyTorch divides an elementwise operation among all threads.
 ELEMENTS_PER_THREAD = 200_000
@@ -54,23 +54,16 @@ def place_worker_threads(threads: int) -> None:
 
 @contextmanager
 def main_thread_on_its_core(device: torch.device) -> Iterator[None]:
-    """Inside, the main thread stays on the first core, if `place_worker_threads` gave the others to the workers."""
+    """Keep the main thread on the first core inside the block, if the worker threads have the others.
+
+    Processes that are forked inside inherit this one core; `training.engine.loading.start_worker` gives them all cores.
+    """
     cores = usable_cores()
     if device.type != "cpu" or not one_thread_per_core(torch.get_num_threads()):
         yield
         return
-    _all_cores[:] = cores
     os.sched_setaffinity(0, {cores[0]})
     try:
         yield
     finally:
         os.sched_setaffinity(0, cores)
-
-
-def use_all_cores() -> None:
-    """Let a process that was forked from a pinned main thread use every core again."""
-    if _all_cores:
-        os.sched_setaffinity(0, _all_cores)
-
-
-_all_cores: list[int] = []

@@ -15,6 +15,7 @@ from training.engine.launch import peak_memory_mib
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
+from training.engine.validation import evaluating
 from training.run.checkpoint import load_json, save_json
 from training.run.state import RunState
 
@@ -79,6 +80,13 @@ class Training:
     @property
     def trained_parameters(self) -> int:
         return sum(p.numel() for runner in self.runners for p in runner.parameters)
+
+    def write_files(self, folder: Path) -> None:
+        """Write what a checkpoint contains into `folder`: the pipeline with the EMA weights, and every part."""
+        with evaluating(self.modules, self.ema):
+            self.stage.pipeline().save_pretrained(folder / "pipeline")
+        for part in self.checkpoint_parts:
+            part.save(folder)
 
     def checkpoint_bytes(self) -> int:
         """Estimate the size of a checkpoint: phases, EMA weights, and a pipeline with its frozen components."""
