@@ -131,7 +131,7 @@ def test_a_run_shows_its_sessions(tmp_path):
     assert "(epoch 2 of 2)" in first.stdout
     assert "--extra_epochs 2" in first.stdout.splitlines()[-1]
     toy(tmp_path / "run", "--extra_epochs", "1")
-    report = (tmp_path / "run/sessions.md").read_text()
+    report = (tmp_path / "run/sessions.md").read_text(encoding="utf-8")
     assert "(epoch 3 of 3)" in report
     assert "after 2 sessions" in report
     assert [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")][2:] == ["1", "2", "3"]

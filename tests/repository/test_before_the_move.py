@@ -138,7 +138,7 @@ class Trials:
 
 
 def state(run: Path) -> dict:
-    return json.loads((run / "checkpoints/latest/trainer_state.json").read_text())
+    return json.loads((run / "checkpoints/latest/trainer_state.json").read_text(encoding="utf-8"))
 
 
 def pipeline_tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def test_measured_latent_statistics_are_the_same(trials):
     runs = (trials.whole("autoencoder"), trials.folder / "begun/autoencoder")
     if not runs[1].exists():
         trials.begun_before("autoencoder")
-    configs = [json.loads((run / "pipeline/vae/config.json").read_text()) for run in runs]
+    configs = [json.loads((run / "pipeline/vae/config.json").read_text(encoding="utf-8")) for run in runs]
     assert configs[0]["latents_mean"]
     for name in ("latents_mean", "latents_std", "scaling_factor"):
         assert configs[0][name] == configs[1][name]

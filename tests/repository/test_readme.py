@@ -156,7 +156,7 @@ def test_python_blocks_compile() -> None:
 
 
 def section(title: str) -> str:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
@@ -221,7 +221,7 @@ def test_walkthrough_with_captions(workplace: Path) -> None:
     _friend_loads(run / "pipeline", workplace)
     extra_epochs = next(body for kind, body in FENCE.findall(section("Stop and resume")) if kind == "bash")
     walk(extra_epochs.replace("--extra_epochs 20", "--extra_epochs 1"), workplace)
-    assert json.loads((run / "record.json").read_text())["steps"] > 4
+    assert json.loads((run / "record.json").read_text(encoding="utf-8"))["steps"] > 4
 
 
 def _friend_loads(pipeline: Path, folder: Path) -> None:

@@ -53,7 +53,7 @@ def pip(*words: str | Path) -> None:
 
 
 def dependencies() -> list[str]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +134,15 @@ def test_the_repository_is_not_on_the_path(run):
 
 
 def test_an_autoencoder_trains_and_its_record_contains_the_command(autoencoder):
-    card = (autoencoder / "pipeline/README.md").read_text()
+    card = (autoencoder / "pipeline/README.md").read_text(encoding="utf-8")
     assert "Halftone 0." in card
-    assert "halftone train autoencoder --config mine.yaml" in (autoencoder / "sessions.md").read_text()
-    assert "halftone data make_posters --num_posters 40" in (autoencoder / "run.log").read_text()
+    assert "halftone train autoencoder --config mine.yaml" in (autoencoder / "sessions.md").read_text(encoding="utf-8")
+    assert "halftone data make_posters --num_posters 40" in (autoencoder / "run.log").read_text(encoding="utf-8")
 
 
 def test_latent_diffusion_trains_as_a_module_and_samples(run, workplace, diffusion):
-    assert "path/to/this/folder" in (diffusion / "pipeline/README.md").read_text()
-    assert "python -m training.train_latent_diffusion" in (diffusion / "sessions.md").read_text()
+    assert "path/to/this/folder" in (diffusion / "pipeline/README.md").read_text(encoding="utf-8")
+    assert "python -m training.train_latent_diffusion" in (diffusion / "sessions.md").read_text(encoding="utf-8")
     run("halftone", "sample", "--model", "runs/diffusion", "--prompt", "a poster", "--num_images", "2",
         "--num_inference_steps", "2", "--output", "grid.png")  # fmt: skip
     with Image.open(workplace / "grid.png") as grid:
@@ -153,8 +153,10 @@ def test_accelerate_launches_the_module_with_a_shipped_config(run, diffusion, di
     config = run("halftone", "path", "accelerate/cpu").stdout.strip()
     launch = ("-m", "accelerate.commands.launch", "--config_file", config, "-m", "training.train_latent_diffusion")
     run("python", *launch, *diffusion_flags, "--max_train_steps", "3")
-    assert json.loads((diffusion / "record.json").read_text())["steps"] == 3
-    assert "accelerate launch -m training.train_latent_diffusion" in (diffusion / "sessions.md").read_text()
+    assert json.loads((diffusion / "record.json").read_text(encoding="utf-8"))["steps"] == 3
+    assert "accelerate launch -m training.train_latent_diffusion" in (diffusion / "sessions.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_presets_are_found_by_name_from_any_folder(run):
