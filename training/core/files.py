@@ -1,6 +1,6 @@
 """Durable writing of files and folders: a reader sees the complete old content or the complete new one.
 
-Everything is written under a temporary name, flushed to the disk, and renamed; then the folder that contains the name is
+Everything is written under a temporary name, flushed to the disk, and renamed; then the folder with that name is
 flushed. Therefore a killed process or a power cut leaves no incomplete file or folder under a final name. Everything
 that is presented as finished is written by these functions.
 """

@@ -27,8 +27,8 @@ _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 class FolderLock:
     """An exclusive lock on a file; a context manager. The operating system releases it when the process ends.
 
-    Child processes that are forked while the lock is held do not inherit it, so that data-loading workers that outlive a
-    killed trainer for some seconds do not keep others out.
+    Forked child processes do not inherit it, so that data-loading workers that outlive a killed trainer for some
+    seconds do not keep others out.
 
     Args:
         file: the lock's file; its folder must exist. The file stays there.
