@@ -100,10 +100,10 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except UserError as error:
         # With several processes every rank raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+            _print_error(f"error: {mask_credentials(str(error))}")
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
+        _print_error("stopped")
         status = INTERRUPTED_STATUS
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
@@ -112,8 +112,28 @@ def entry_point(main: Callable[[], int | None]) -> None:
         # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
         # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
         logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the stream may be closed already
-                stream.flush()
+        _flush_output()
         os._exit(status)
+    _flush_output()
     sys.exit(status)
+
+
+def _print_error(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(message, file=sys.stderr, flush=True)
+
+
+def _flush_output() -> None:
+    """Flush stdout and stderr. What cannot be written is dropped: Python would otherwise exit with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # a full disk, no reader, closed; None without a console
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)

@@ -24,8 +24,9 @@ from training.engine.weights import freeze_parameters, load_initial_weights
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
-from training.run import checkpoint
-from training.run.folder import RunFolder, start_logging
+from training.run import checkpoint, recovery
+from training.run.folder import RunFolder
+from training.run.output import lasting_output, start_logging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +53,7 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
     started = time.perf_counter()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
-    with StopSignal() as stop:
+    with lasting_output(), StopSignal() as stop:
         try:
             status = _session(build_stage, config, accelerator, folder, stop, started)
             # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
@@ -106,6 +107,8 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
     if own_folder:
         on_main(accelerator, lambda: restoring.open_run(folder, config, config.resume_from_checkpoint))
     start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
+    if own_folder:
+        on_main(accelerator, lambda: recovery.put_in_order(folder))
     if not config.validate_model:
         on_main(accelerator, lambda: restoring.compare_configs(folder, config))
 
