@@ -13,7 +13,7 @@ _SHORTEST_VALUE = 8  # a shorter value of a variable is not a token, and could b
 _TOKENS = (
     re.compile(r"(?<![A-Za-z0-9])hf_(?:oauth_[\w.-]{20,}|[A-Za-z0-9]{20,})"),
     # Keys of GitHub, GitLab, OpenAI and similar services, Slack, Google and Amazon.
-    re.compile(r"(?<![A-Za-z0-9])(?:gh[oprsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AIza)[\w-]{20,}"),
+    re.compile(r"(?<![A-Za-z0-9])(?:gh[oprsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AIza)(?=[\w-]*\d)[\w-]{20,}"),
     re.compile(r"(?<![A-Za-z0-9])A[KS]IA[0-9A-Z]{16}(?![A-Za-z0-9])"),
 )
 # What precedes a secret in a text; the secret is masked, whatever it looks like.

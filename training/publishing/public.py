@@ -23,8 +23,8 @@ HOME = "home folder"
 # halves of surrogate pairs, private use, unassigned.
 _HIDDEN = ("Cc", "Zl", "Zp", "Cf", "Cs", "Co", "Cn")
 _PATH_CHARACTERS = r"[^\s\"'`<>|,;)\]}]"
-# The beginnings of local paths: of a folder above this one, of Linux and macOS (with at least two parts, because `/` also separates words), of the
-# home folder, of Windows, of a Windows network share, and of a URL of a file.
+# The beginnings of local paths: of a folder above this one, a URL of a file, a drive of Windows, a network share, the
+# home folder, and an absolute path with at least two parts (because `/` also separates words).
 _LOCAL_PATH = re.compile(
     rf"(?<![\w.])(\.\.[\\/])+{_PATH_CHARACTERS}*|"
     rf"file:/+{_PATH_CHARACTERS}*"
@@ -49,8 +49,10 @@ def is_local_path(text: str) -> bool:
 
 
 def folder_name(path: str) -> str:
-    """Return the last part of a path in any spelling (/a/b, ~/b, file:///a/b, C:\\a\\b, \\\\server\\b); of a home folder,
-    which is named after its user, `home folder`."""
+    """Return the last part of a path in any spelling: /a/b, ~/b, file:///a/b, C:\\a\\b, \\\\server\\b.
+
+    A home folder is named after its user, so `home folder` is returned for it.
+    """
     path = re.sub(r"^file:/*(?=/|[A-Za-z]:)", "", path.strip())
     trimmed = path.rstrip("/\\")
     if _HOME.fullmatch(trimmed) or trimmed == str(Path.home()) or re.fullmatch(r"~[^/\\]*|/?root", trimmed):
