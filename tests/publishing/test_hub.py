@@ -15,6 +15,9 @@ import pytest
 from pipelines.tools.cli import UserError
 from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer, hub  # noqa: F401  (a fixture)
 from training.publishing.hub import HubConfig, Publisher
+from training.run.checkpoint import write_checkpoint
+from training.run.folder import RunFolder
+from training.run.state import RunState
 
 FAST = (0.05, 0.1, 0.2)  # seconds between attempts to upload
 
@@ -44,18 +47,26 @@ def pipeline(tmp_path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    folder = tmp_path / "run" / "checkpoints" / "step-00000010"
-    folder.mkdir(parents=True)
-    (folder / "optimizer.safetensors").write_bytes(os.urandom(50_000))
-    (folder / "model.safetensors").write_bytes(os.urandom(50_000))
-    (folder / "manifest.json").write_text("{}")
-    return folder
+    return save_checkpoint(tmp_path / "run", 10)
+
+
+def save_checkpoint(run: Path, step: int, **files: bytes) -> Path:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def write(folder: Path) -> None:
+        (folder / "optimizer.safetensors").write_bytes(os.urandom(50_000))
+        (folder / "model.safetensors").write_bytes(os.urandom(50_000))
+        RunState(step=step, best_step=step).save(folder)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    return write_checkpoint(run / "checkpoints", step, write)
 
 
 def make_publisher(tmp_path: Path, model_id: str | None = "posters", **settings) -> tuple[Publisher, list[str]]:
     lines: list[str] = []
     config = HubConfig(hub_model_id=model_id, **settings)
-    return Publisher(config, run_dir=tmp_path / "run", notify=lines.append, retry_delays=FAST), lines
+    return Publisher(config, folder=RunFolder(tmp_path / "run"), notify=lines.append, retry_delays=FAST), lines
 
 
 def token_file(folder: Path, token: str) -> str:
@@ -203,7 +214,7 @@ def test_server_errors_are_tried_again(hub, tmp_path, pipeline):  # noqa: F811
     assert report.missing == []
     assert not any("warning" in line for line in lines)
     statuses = [request.status for request in hub.requests if "/preupload/" in request.path]
-    assert statuses == [500] * 8 + [200]
+    assert statuses == [500] * 8 + [200] * 2  # for the weights, and for all files
 
 
 def test_a_hub_that_dies_costs_one_warning_and_a_command_to_type(hub, tmp_path, pipeline):  # noqa: F811
@@ -215,8 +226,8 @@ def test_a_hub_that_dies_costs_one_warning_and_a_command_to_type(hub, tmp_path, 
         time.sleep(0.05)
     report = publisher.finish(timeout=30)
     assert report.missing == [""]
-    assert sum("failed, training continues" in line for line in lines) == 1
-    assert f"hf upload ada/posters {pipeline} ." in lines[-1]
+    assert sum("failed: " in line for line in lines) == 1
+    assert f"training/push_to_hub.py {tmp_path / 'run'} --hub_model_id ada/posters" in lines[-1]
 
 
 def test_a_right_that_is_withdrawn_is_not_tried_again(hub, tmp_path, pipeline):  # noqa: F811
@@ -226,7 +237,7 @@ def test_a_right_that_is_withdrawn_is_not_tried_again(hub, tmp_path, pipeline): 
     publisher.upload(pipeline, "Step 10")
     assert publisher.finish(timeout=30).missing == [""]
     assert sum("/preupload/" in request.path for request in hub.requests) == 1
-    assert sum("failed" in line for line in lines) == 1
+    assert sum("failed: " in line for line in lines) == 1
 
 
 def test_finish_does_not_wait_for_ever(hub, tmp_path, pipeline):  # noqa: F811
@@ -238,7 +249,7 @@ def test_finish_does_not_wait_for_ever(hub, tmp_path, pipeline):  # noqa: F811
     report = publisher.finish(timeout=0.3)
     assert time.monotonic() - start < 3
     assert report.missing == [""]
-    assert "by hand" in lines[-1]
+    assert "run the same command again" in lines[-1]
 
 
 def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F811
@@ -246,7 +257,7 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
     publisher.check()
     publisher.upload(tmp_path / "nothing", "Step 10")
     assert publisher.finish(timeout=5).missing == [""]
-    assert "failed, training continues" in lines[0]
+    assert "failed: " in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +266,7 @@ def test_a_folder_that_is_not_there_costs_a_warning(hub, tmp_path):  # noqa: F81
         ("end", []),
         ("every_save", []),
         ("checkpoint", ["last-checkpoint"]),
-        ("all_checkpoints", ["checkpoints/step-00000010"]),
+        ("all_checkpoints", ["last-checkpoint", "checkpoints/step-00000010"]),
     ],
 )
 def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkpoint, strategy, paths):  # noqa: F811
@@ -263,10 +274,10 @@ def test_checkpoints_go_up_only_where_the_strategy_says_so(hub, tmp_path, checkp
     publisher.check()
     publisher.checkpoint_saved(checkpoint)
     assert publisher.finish(timeout=30).uploaded == paths
-    names = [name for name in hub.files("ada/posters") if name != ".gitattributes"]
-    expected = ["manifest.json", "model.safetensors", "optimizer.safetensors"]
-    assert sorted(names) == [f"{path}/{name}" for path in paths for name in expected]
-    assert publisher.wants_pipeline_at_save == (strategy != "end")
+    names = {name for name in hub.files("ada/posters") if name != ".gitattributes"}
+    expected = ["manifest.json", "model.safetensors", "optimizer.safetensors", "trainer_state.json"]
+    run_files = {"last-checkpoint/run/config.yaml"} if paths else set()
+    assert names == {f"{path}/{name}" for path in paths for name in expected} | run_files
 
 
 def test_a_checkpoints_pipeline_goes_to_the_root_at_every_save(hub, tmp_path, checkpoint):  # noqa: F811
@@ -294,19 +305,16 @@ def test_finish_may_be_called_again_and_uploads_may_follow_it(hub, tmp_path, pip
     assert hub.messages("ada/posters")[1:] == ["one", "two"]
 
 
-def test_the_last_checkpoint_replaces_the_one_before_it(hub, tmp_path, checkpoint):  # noqa: F811
+def test_the_last_checkpoint_replaces_the_one_before_it(hub, tmp_path):  # noqa: F811
     publisher, _ = make_publisher(tmp_path, hub_strategy="checkpoint")
     publisher.check()
-    (checkpoint / "only_in_the_first.json").write_text("{}")
-    publisher.checkpoint_saved(checkpoint)
-    deadline = time.monotonic() + 20
-    while len(hub.messages("ada/posters")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    (checkpoint / "only_in_the_first.json").unlink()
-    publisher.checkpoint_saved(checkpoint)
+    publisher.checkpoint_saved(save_checkpoint(tmp_path / "run", 10, only_in_the_first=b"{}"))
     publisher.finish(timeout=30)
-    assert hub.messages("ada/posters")[1:] == ["step-00000010: checkpoint"] * 2
-    assert "last-checkpoint/only_in_the_first.json" not in hub.files("ada/posters")
+    assert "last-checkpoint/only_in_the_first" in hub.files("ada/posters")
+    publisher.checkpoint_saved(save_checkpoint(tmp_path / "run", 20))
+    publisher.finish(timeout=30)
+    assert hub.messages("ada/posters")[1:] == ["step-00000010: checkpoint", "step-00000020: checkpoint"]
+    assert "last-checkpoint/only_in_the_first" not in hub.files("ada/posters")
     assert "last-checkpoint/model.safetensors" in hub.files("ada/posters")
 
 

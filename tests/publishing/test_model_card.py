@@ -159,7 +159,7 @@ def test_a_local_folder_is_not_a_dataset_on_the_hub(folder, monkeypatch):
         folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/pictures"}
     ).read_text()
     assert "datasets" not in front_matter(text)
-    assert "`pictures`" in text
+    assert "- pictures (local files" in text
 
 
 def test_samples_that_are_not_there_are_not_shown(folder):

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
 from pipelines.tools.cli import UserError
+from training.engine.launch import on_main
+from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together
 from training.publishing.exporter import Exporter
+from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
 from training.run.folder import RunFolder
 
@@ -40,6 +43,23 @@ def log_complete(training: Training, folder: RunFolder) -> None:
         state.images_seen,
         folder.pipeline,
     )
+
+
+def push_missing(config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal) -> int:
+    """Upload what of a complete run should be on the Hub and is not; return the exit status on every process.
+
+    Raises:
+        UserError: the token or the repository cannot be used, or the Hub cannot be reached.
+    """
+
+    def push() -> int:
+        try:
+            return Publisher(config, folder=folder, notify=logger.info, poll=stop.check).push()
+        except Interrupted:
+            logger.info("the upload was stopped; run the same command again to complete it")
+            return stop.exit_status(stop.requested or signal.SIGTERM)
+
+    return on_main(accelerator, push) if config.push_to_hub else 0
 
 
 def finish(

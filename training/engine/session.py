@@ -78,6 +78,8 @@ def _session(
         return _print_on_main(missing, accelerator)
     if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
         return stop.exit_status(stop.requested or signal.SIGTERM)
+    if on_main(accelerator, lambda: restoring.interrupted_while_fetching(folder, config, stop.check)):
+        return stop.exit_status(stop.requested or signal.SIGTERM)
     context = StageContext(accelerator.device, resuming=folder.has_checkpoint(), trains=config.trains, poll=stop.check)
     stage = build_stage(config, context)
     freeze_parameters(stage, config.freeze_parameters)
@@ -97,7 +99,7 @@ def _session(
     if on_main(accelerator, lambda: ending.is_complete(training, folder)):
         if accelerator.is_main_process:
             ending.log_complete(training, folder)
-        return 0
+        return ending.push_missing(config, folder, accelerator, stop)
     return _train(training, config, accelerator, folder, stop, resumed)
 
 
@@ -118,8 +120,11 @@ def _train(
 ) -> int:
     """Train a restored run until it is complete or interrupted; return the exit status."""
     is_main = accelerator.is_main_process
-    publisher = Publisher(config, run_dir=folder.path, notify=logger.info) if config.push_to_hub and is_main else None
-    on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
+    publisher = None
+    if config.push_to_hub and is_main:
+        publisher = Publisher(config, folder=folder, notify=logger.info, poll=stop.check)
+    if on_main(accelerator, lambda: _interrupted_in_checks(training, config, folder, publisher)):
+        return stop.exit_status(stop.requested or signal.SIGTERM)
     settings = config.to_dict()
     exporter = Exporter(training.stage, settings, folder, publisher)
     reporter = Reporter(training.stage, config, settings, folder, training.state, training.steps_per_epoch, is_main)
@@ -131,16 +136,26 @@ def _train(
     loop = Loop(training, config, accelerator, reporter, writer, stop)
     loop.run()
     if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator):
-        return 0
+        return on_main(accelerator, lambda: exporter.status)
     return ending.leave(training, exporter, reporter, accelerator, stop)
 
 
-def _check_before_start(training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None) -> None:
-    """Check the disk space and the right to upload, which would otherwise fail after hours of training."""
+def _interrupted_in_checks(
+    training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None
+) -> bool:
+    """Check the disk space and the right to upload, which would otherwise fail after hours of training.
+
+    What earlier sessions did not upload is queued. Returns whether the process was asked to stop meanwhile.
+    """
     checkpoint.relink_best(folder.checkpoints, training.state.best_step)
     restoring.check_disk(folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     if publisher is not None:
-        publisher.check()
+        try:
+            publisher.check()
+        except Interrupted:
+            return True
+        publisher.catch_up()
+    return False
 
 
 def _log_start(training: Training, folder: RunFolder, resumed: str) -> None:

@@ -19,7 +19,7 @@ from training.run.folder import RunFolder
 
 logger = logging.getLogger("halftone")
 
-UPLOAD_GRACE_SECONDS = 20.0
+UPLOAD_GRACE_SECONDS = 1.0  # a stopped process ends within two seconds
 
 
 class Exporter:
@@ -45,7 +45,12 @@ class Exporter:
     def close(self) -> None:
         """Wait a short time for unfinished uploads; called when a run was asked to stop."""
         if self._publisher is not None:
-            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
+            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS, stoppable=False)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a complete run: 0, or 3 if something could not be uploaded."""
+        return 0 if self._publisher is None else self._publisher.status
 
     def write(self, record: dict[str, Any]) -> None:
         """Export the models as they are now, with the model card and the samples, and upload them.
@@ -69,7 +74,7 @@ class Exporter:
         self.folder.save_record(record)
         logger.info("the pipeline is in %s", self.folder.pipeline)
         if self._publisher is not None:
-            self._publisher.upload(self.folder.pipeline, f"{self.stage.name}: {record['steps']} steps")
+            self._publisher.catch_up()
             self._publisher.finish()
 
     def _full_record(self, record: dict[str, Any]) -> dict[str, Any]:

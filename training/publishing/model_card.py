@@ -1,7 +1,8 @@
 """Model cards: the README.md of a published pipeline, from a template in model_cards/ and the record of the run.
 
 A card states only facts from the record; a fact that the record lacks is left out, or marked as not measured. Nothing
-private is published: tokens are dropped or masked, and local paths are cut to their last part.
+private is published: tokens are dropped or masked, and local paths are cut to their last part. Text from data, such as
+captions and class labels, is written by `literal`, so that it cannot contain links, images or HTML.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 from pipelines.common.class_colors import class_color
 from pipelines.common.poster_domain import hex_color
-from pipelines.tools.cli import UserError, nearest, one_line
+from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import own_version, shipped_path
 from training.core.files import write_atomically
+from training.publishing.public import cell, clean, fenced, folder_name, literal, public_settings, public_value, visible
 
 TEMPLATES = shipped_path("model_cards")
 CARD_NAME = "README.md"
@@ -33,7 +35,7 @@ HUB_LICENSES = frozenset(
     gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0
     postgresql ofl-1.1 ncsa unlicense zlib pddl unknown other""".split()  # noqa: SIM905 - sixty lines otherwise
 )
-SECRET_KEYS = re.compile(r"(^|_)(token|token_file|api_key|password|secret)$")
+UNPUBLISHED = "path/to/this/folder"  # what a card says in place of the repository if the model is not on the Hub
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STOCK_LIBRARIES = ("diffusers", "transformers")
 METRIC_NAMES = {
@@ -88,6 +90,7 @@ def _render(folder: Path, template: str, record: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["literal"] = literal
     facts = card_facts(folder, {key: value for key, value in record.items() if value is not None})
     try:
         text = environment.get_template(template).render(facts)
@@ -99,34 +102,35 @@ def _render(folder: Path, template: str, record: Mapping[str, Any]) -> str:
 
 def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables of the templates: every name that they use, empty where the record has no such fact."""
-    config = _public_config(record.get("config") or {})
+    config = public_settings(record.get("config") or {})
     conditions = _conditions(folder, record)
     samples = record.get("samples_file")
-    prompts = [one_line(prompt) for prompt in record.get("prompts") or []]
+    prompts = [clean(prompt) for prompt in record.get("prompts") or []]
     return {
         "metadata": _metadata(folder, record, conditions),
-        "title": record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1] or "A Halftone model",
+        "title": literal(record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1])
+        or "A Halftone model",
         "license": record.get("license"),
         "samples_file": samples if samples and (folder / samples).is_file() else "",
-        "prompts": prompts,
+        "prompts": [literal(prompt) for prompt in prompts],
         "example_prompt": json.dumps(prompts[0] if prompts else "...", ensure_ascii=False),
-        "repository": record.get("hub_model_id") or "path/to/this/folder",
+        "repository": record.get("hub_model_id") or UNPUBLISHED,
         "trust_remote_code": record.get("trust_remote_code", needs_remote_code(folder)),
         "conditions": " and ".join(conditions),
         "size": _size(record.get("resolution")),
         "num_train_images": record.get("num_train_images"),
-        "init_from": config.get("init_from"),
+        "init_from": literal(config.get("init_from", "")),
         "from_scratch": bool(config) and not config.get("init_from"),
-        "pretrained_text_encoder": config.get("pretrained_text_encoder"),
+        "pretrained_text_encoder": literal(config.get("pretrained_text_encoder", "")),
         "data": _data(record, config),
         "training": _training(record),
         "config": config,
-        "config_yaml": _yaml(config) if config else "",
-        "metrics": [(_cell(_metric_name(k)), _cell(_number(v))) for k, v in (record.get("metrics") or {}).items()],
+        "config_block": fenced(_yaml(config), "yaml") if config else "",
+        "metrics": [(cell(_metric_name(k)), cell(_number(v))) for k, v in (record.get("metrics") or {}).items()],
         "best": _best(record.get("best") or {}),
         "memorization": _memorization(record.get("memorization")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
-        "classes": [one_line(name) for name in record.get("classes") or []],
+        "classes": [literal(name) for name in record.get("classes") or []],
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
         "halftone": own_version(),
     }
@@ -134,7 +138,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
     """Return (class id, name, colour as #rrggbb) for each class of pixels."""
-    return [(id_, _cell(one_line(name)), hex_color(class_color(id_))) for id_, name in enumerate(names)]
+    return [(id_, cell(name), hex_color(class_color(id_))) for id_, name in enumerate(names)]
 
 
 def needs_remote_code(folder: Path) -> bool:
@@ -174,11 +178,12 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
         "pipeline_tag": _pipeline_tag(stage, conditions),
         "datasets": [record["dataset"]] if is_hub_dataset(record.get("dataset"), record.get("config")) else None,
     }
-    license_name = record.get("license")
+    license_name = clean(public_value(record.get("license") or ""))
     if license_name and license_name.lower() in HUB_LICENSES:
         facts["license"] = license_name.lower()
     elif license_name:  # the Hub rejects a card whose licence it does not know
-        facts |= {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", license_name.lower()).strip("-")}
+        short = re.sub(r"[^a-z0-9.+-]+", "-", license_name.lower()).strip("-")
+        facts |= {"license": "other", "license_name": short or "other"}
     return ModelCardData(**{key: value for key, value in facts.items() if value}).to_yaml()
 
 
@@ -201,7 +206,7 @@ def _data(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     if name and is_hub_dataset(name, record.get("config")):
         lines.append(f"[{name}](https://huggingface.co/datasets/{name})")
     elif name:
-        lines.append(f"`{Path(str(name)).name}` (local files that are not on the Hub)")
+        lines.append(f"{literal(folder_name(str(name)))} (local files that are not on the Hub)")
     if record.get("num_train_images"):
         lines.append(f"{record['num_train_images']:,} training images")
     if record.get("resolution"):
@@ -231,13 +236,13 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _memorization(result: Any) -> str:
     if isinstance(result, Mapping):
         return ", ".join(f"{_metric_name(name)} {_number(value)}" for name, value in result.items())
-    return one_line(result) if result else ""
+    return literal(result) if result else ""
 
 
 def _best(best: Mapping[str, Any]) -> str:
     if best.get("metric") is None or best.get("value") is None or not best.get("step"):
         return ""
-    return f"Best {_metric_name(best['metric'])}: {_number(best['value'])}, at step {best['step']:,}."
+    return f"Best {literal(_metric_name(best['metric']))}: {_number(best['value'])}, at step {best['step']:,}."
 
 
 def _metric_name(name: str) -> str:
@@ -249,7 +254,7 @@ def _metric_name(name: str) -> str:
 
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return one_line(value)
+        return clean(public_value(value))
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -270,31 +275,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` without secrets and empty values, and with local paths cut to their last part."""
-    return {
-        key: _public(value)
-        for key, value in config.items()
-        if not SECRET_KEYS.search(key) and value is not None and value not in ("", [], {}) and key != "prepare"
-    }
-
-
-def _public(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _public_config(value)
-    if isinstance(value, (list, tuple)):
-        return [_public(item) for item in value]
-    if isinstance(value, (Path, str)) and (isinstance(value, Path) or value.startswith(("/", "~", "..", "\\"))):
-        return Path(value).name
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
 def _yaml(config: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120).strip()
-
-
-def _cell(text: str) -> str:
-    """Escape text for a cell of a Markdown table, which `|` would end."""
-    return text.replace("|", "\\|")
+    return visible(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120).strip())

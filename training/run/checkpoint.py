@@ -41,8 +41,9 @@ class CheckpointConfig(Options):
     """Options for resuming from checkpoints and keeping them."""
 
     resume_from_checkpoint: str = option("latest", on_resume="free")
-    """Checkpoint to resume from: latest, best or the path of a checkpoint; none fails if the folder contains a run
-    (see --overwrite)"""
+    """Checkpoint to resume from: latest, best or the path of a checkpoint; hub or the name of a Hub repository
+    (user/name, or user/name@revision) to download the checkpoint that --hub_strategy checkpoint uploaded; none fails
+    if the folder contains a run (see --overwrite)"""
     checkpoints_total_limit: int = option(2, on_resume="free", at_least=1)
     """Maximum number of checkpoints to keep besides the best one, at least 1; the oldest are deleted"""
 
@@ -112,6 +113,20 @@ def set_aside(folder: Path) -> Path:
     while os.path.lexists(folder.with_name(f"{folder.name}.old-{number}")):
         number += 1
     return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def up_to_latest(checkpoints: Path) -> list[Path]:
+    """Return the checkpoint folders up to `latest`, newest first."""
+    return list(_up_to_latest(checkpoints))
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """Return the checkpoint `latest`, or else the one with the highest step; None if there is none."""
+    return next(iter(_up_to_latest(checkpoints)), None)
 
 
 def relink_best(checkpoints: Path, step: int) -> None:
