@@ -26,6 +26,14 @@ class UserError(Exception):
     """Error that the user can fix. Its message says what is wrong, which value was given, and how to fix it."""
 
 
+class ReportedError(UserError):
+    """An error that another process of the same run has reported; this one prints nothing and ends with `status`."""
+
+    def __init__(self, message: str, status: int = USER_ERROR_STATUS):
+        super().__init__(message)
+        self.status = status
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause that suggests the most similar known name (`'; did you mean X?'`), or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -86,6 +94,11 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+def print_error(error: Exception) -> None:
+    """Print an error to stderr as one message, without access tokens."""
+    print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+
+
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
@@ -97,10 +110,12 @@ def entry_point(main: Callable[[], int | None]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
+    except ReportedError as error:
+        status = error.status
     except UserError as error:
-        # With several processes every rank raises the same error, so only rank 0 prints it.
+        # Before the processes of a run are connected, each of them raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+            print_error(error)
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)

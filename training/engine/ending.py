@@ -41,15 +41,20 @@ def log_complete(training: Training, folder: RunFolder) -> None:
 
 
 def finish(
-    training: Training, folder: RunFolder, exporter: Exporter, reporter: Reporter, accelerator: Accelerator
+    training: Training,
+    folder: RunFolder,
+    exporter: Exporter,
+    reporter: Reporter,
+    accelerator: Accelerator,
+    stop: StopSignal,
 ) -> bool:
-    """Export the pipeline of a trained run; every process calls it.
+    """Export the pipeline of a trained and saved run; every process calls it.
 
     Returns:
         False when the export was interrupted; the same command, run again, finishes it.
     """
     try:
-        with interrupted_together(accelerator), evaluating(training.modules, training.ema):
+        with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
             if training.state.stopped_early:
                 training.load_best(folder.checkpoints / "best")
             training.stage.finish()
