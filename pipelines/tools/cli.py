@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+# Threads of this name may wait for a network when the program ends; nobody waits for them.
+BACKGROUND = "background"
 TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
@@ -123,9 +126,11 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
+    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
+        # its work is done and saved ("terminate called without an active exception"). Libraries of trackers wait at
+        # exit for what their threads are waiting for. Skip the shutdown.
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # the stream may be closed already

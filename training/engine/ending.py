@@ -11,6 +11,7 @@ from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together
 from training.publishing.exporter import Exporter
 from training.reporting.reporter import Reporter
+from training.reporting.tracking import STOPPING_SECONDS
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def finish(
         return False
     if accelerator.is_main_process:
         reporter.trackers.summary(training.record())
-        reporter.trackers.finish()
+        reporter.trackers.finish(stop_requested=lambda: stop.requested)
         reporter.end_session(complete=True)
     return True
 
@@ -78,7 +79,7 @@ def leave(
         state = training.state
         logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
         reporter.end_session(complete=False)
-        reporter.trackers.finish()
+        reporter.trackers.finish(STOPPING_SECONDS)
         exporter.close()
     numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
     return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)
