@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+# Threads of this name may wait for a network when the program ends; nobody waits for them.
+BACKGROUND = "background"
 TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
@@ -24,6 +27,14 @@ TOKEN_ADVICE = (
 
 class UserError(Exception):
     """Error that the user can fix. Its message says what is wrong, which value was given, and how to fix it."""
+
+
+class ReportedError(UserError):
+    """An error that another process of the same run has reported; this one prints nothing and ends with `status`."""
+
+    def __init__(self, message: str, status: int = USER_ERROR_STATUS):
+        super().__init__(message)
+        self.status = status
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -86,6 +97,16 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+def print_error(error: Exception) -> None:
+    """Print an error to stderr as one message, without access tokens, if anybody is there to read it."""
+    _print_message(f"error: {mask_credentials(str(error))}")
+
+
+def _print_message(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
@@ -97,20 +118,24 @@ def entry_point(main: Callable[[], int | None]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
+    except ReportedError as error:
+        status = error.status
     except UserError as error:
-        # With several processes every rank raises the same error, so only rank 0 prints it.
+        # Before the processes of a run are connected, each of them raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            _print_error(f"error: {mask_credentials(str(error))}")
+            print_error(error)
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
-        _print_error("stopped")
+        _print_message("stopped")
         status = INTERRUPTED_STATUS
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
+    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
+        # its work is done and saved ("terminate called without an active exception"). Libraries of trackers wait at
+        # exit for what their threads are waiting for. Skip the shutdown.
         logging.shutdown()
         _flush_output()
         os._exit(status)
@@ -118,21 +143,12 @@ def entry_point(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def _print_error(message: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        print(message, file=sys.stderr, flush=True)
-
-
 def _flush_output() -> None:
     """Flush stdout and stderr. What cannot be written is dropped: Python would otherwise exit with status 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-        ):  # a full disk, no reader, closed; None without a console
+        except (OSError, ValueError, AttributeError):  # a full disk, no reader, closed; None without a console
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())

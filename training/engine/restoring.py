@@ -13,7 +13,6 @@ from training.core.options import Options
 from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
-from training.engine.signals import Interrupted
 from training.engine.training import Training
 from training.publishing import hub_resume
 from training.run import checkpoint
@@ -63,22 +62,15 @@ def compare_configs(folder: RunFolder, config: Options) -> None:
         logger.warning("resuming with changed settings: %s", "; ".join(changes["warn"]))
 
 
-def interrupted_while_fetching(folder: RunFolder, config: RunConfig, poll: Callable[[], None]) -> bool:
+def fetch_checkpoint(folder: RunFolder, config: RunConfig, poll: Callable[[], None]) -> None:
     """Download the checkpoint if `--resume_from_checkpoint` names one on the Hub; called on the main process only.
-
-    Returns:
-        Whether the process was asked to stop meanwhile.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged or of another run, or the Hub cannot be reached.
+        Interrupted: the process was asked to stop.
     """
-    if config.dry_run or config.validate_model or not hub_resume.is_on_hub(config.resume_from_checkpoint):
-        return False
-    try:
+    if not (config.dry_run or config.validate_model) and hub_resume.is_on_hub(config.resume_from_checkpoint):
         hub_resume.fetch(config.resume_from_checkpoint, folder, config, config, poll)
-    except Interrupted:
-        return True
-    return False
 
 
 def restore(training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator) -> str:

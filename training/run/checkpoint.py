@@ -115,10 +115,6 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def up_to_latest(checkpoints: Path) -> list[Path]:
     """Return the checkpoint folders up to `latest`, newest first."""
     return list(_up_to_latest(checkpoints))
