@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,11 +26,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
-from training.core.files import write_json
+from training.core.files import WRITING, write_json
+from training.core.made_folders import read_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
@@ -56,7 +59,7 @@ from training.data.latent_cache.format import (
 from training.data.source import named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
-from training.engine.signals import StopSignal, leave_signals_to_the_trainer
+from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -155,17 +158,24 @@ class Encoder:
     def file(self, split: str, number: int) -> Path:
         return Path(self.config.output_dir) / split / shard_name(number)
 
-    def missing(self, work: SplitWork) -> list[int]:
+    def missing(self, work: SplitWork, poll: Callable[[], None]) -> list[int]:
         """Return the shards of this process that are missing or incomplete; existing shards are read to verify them."""
         mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
-        return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
+        missing = []
+        for number in mine:
+            poll()
+            if complete_shard(self.file(work.name, number), work.request, verify=True) is None:
+                missing.append(number)
+        return missing
 
     def make(self, work: SplitWork, numbers: Sequence[int], stop: StopSignal, bar: tqdm) -> bool:
-        """Encode and write shards `numbers`; return False if a stop was requested before the last one."""
+        """Encode and write shards `numbers`; return False if a stop was requested, which drops the shard in progress."""
         batches = self._batches(work, numbers)
-        for position, number in enumerate(numbers):
+        for number in numbers:
             columns: dict[str, list] = {}
             while sum(map(len, columns.get("index", []))) < len(self.rows(work, number)):
+                if stop.requested is not None:
+                    return False
                 batch = next(batches)
                 for name, value in self._encode(batch).items():
                     columns.setdefault(name, []).append(value)
@@ -176,8 +186,6 @@ class Encoder:
             if "mask" in tensors:
                 tensors["mask"] = tensors["mask"].to(torch.uint8)
             write_shard(self.file(work.name, number), tensors, captions if work.images.captions else None, work.request)
-            if stop.requested is not None and position + 1 < len(numbers):
-                return False
         return True
 
     def rows(self, work: SplitWork, number: int) -> range:
@@ -227,8 +235,11 @@ class Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
-    with StopSignal() as stop:
-        return precompute(config, stop)
+    with StopSignal() as stop, making_cache(Path(config.output_dir)):
+        try:
+            return precompute(config, stop)
+        except Interrupted:
+            return stop.exit_status(stop.requested or signal.SIGTERM)
 
 
 def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
@@ -240,10 +251,10 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     facts, works = _plan(config, vae, shape)
     _make_room(config, facts, works)
     encoder = Encoder(config, vae, device)
-    todo = {work.name: encoder.missing(work) for work in works}
+    todo = {work.name: encoder.missing(work, stop.check) for work in works}
     if any(todo.values()):
         for work in works:
-            require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
+            require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell, poll=stop.check)
         images = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])
         _check_disk(config, images, facts)
         share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
@@ -252,7 +263,7 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
         with tqdm(total=images, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
             for work in works:
                 if not encoder.make(work, todo[work.name], stop, bar):
-                    encoder.tell("\nStopped after a complete shard; run the same command again to resume.")
+                    encoder.tell("\nStopped; run the same command again to resume after the last complete shard.")
                     return stop.exit_status(stop.requested or 0)
     if not _finish(config, facts, works):
         return 0  # other processes are still encoding; the last one to finish writes the manifest
@@ -320,7 +331,8 @@ def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
     if config.masks != "auto" or config.mask_column not in stored.column_names:
         return config.masks == "yes"
     try:
-        first = undecoded_images(stored.select_columns([config.mask_column]), config.mask_column, "mask_column")[0]
+        masks = stored.select_columns([config.mask_column])
+        first = undecoded_images(masks, config.mask_column, "mask_column", config)[0]
         SegmentationMask(config.mask_column, IGNORE_INDEX).load(first, open_image(first[config.mask_column]).size)
     except (UserError, BadSample, BrokenImage):
         return False
@@ -336,10 +348,7 @@ def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[
         UserError: the folder cannot be written, or holds other latents; the message lists the differences.
     """
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+    folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
     differences = _differences(manifest, facts, works) if manifest else _foreign_shards(folder, works)
     if not differences:
@@ -377,7 +386,8 @@ def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequenc
 def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
     for work in works:
         for note in sorted((folder / work.name).glob("shard-*.json")):
-            if json.loads(note.read_text(encoding="utf-8")).get("request") != work.request:
+            content = read_json(note)
+            if isinstance(content, dict) and content.get("request") != work.request:  # a damaged note is made again
                 return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
     return []
 
@@ -417,9 +427,10 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
 
 
 def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Delete shards of an earlier, larger cache and files left by a kill (see `training.core.files.replacing`)."""
+    """Delete shards of an earlier, larger cache, and what killed processes of this and earlier versions left."""
     shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
-    for file in (*shards, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
+    unfinished = (*folder.glob(f"{WRITING}*"), *folder.parent.glob(f"{WRITING}*"))
+    for file in (*shards, *unfinished, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
         file.unlink(missing_ok=True)
 
 
