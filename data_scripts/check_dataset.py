@@ -104,9 +104,9 @@ def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: Lab
     )
     companions = _companions(dataset, config)
     columns = [*images.dataset.column_names, *companions]
-    table = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column")
+    table = undecoded_images(dataset.select_columns(columns), config.image_column, "image_column", config)
     for column, flag in companions.items():
-        table = undecoded_images(table, column, flag)
+        table = undecoded_images(table, column, flag, config)
     report = SplitReport(name, len(dataset))
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(dataset), unit="row", desc=name) as bar:
         for rows, values in chunks(table, range(len(dataset))):

@@ -1,93 +1,193 @@
-"""Write a dataset's folder completely or not at all: it is written under another name and renamed when complete."""
+"""Making a folder of data: by one process at a time, completely or not at all, without losing what was there."""
 
 from __future__ import annotations
 
+import errno
 import itertools
-import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipelines.tools.cli import UserError
-from training.core.files import fsync_folder, write_json
+from training.core.files import flush_tree, recover_folder, replacing_folder, write_json
+from training.core.made_folders import MANIFEST, dataset_problem, lock_of, read_manifest
+from training.engine.signals import StopSignal, started_by
 
-MANIFEST = "manifest.json"
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# How libraries written in Rust report a full disk.
+_DISK_FULL_TEXT = f"os error {errno.ENOSPC}"
+PARENT_POLL_SECONDS = 0.5
+SECONDS_TO_CLEAN_UP = 10.0
 
 
 @contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` to write into: a killed run then leaves no incomplete dataset in `folder`.
+def making(folder: Path) -> Iterator[Path]:
+    """Make `folder` in this block, as the only process that does so, and yield its absolute path.
+
+    What killed makers left beside the folder is deleted first. In this block, SIGTERM and SIGHUP raise SystemExit, so
+    that nothing incomplete stays behind, and so does the end of the training run that started this process.
 
     Raises:
-        UserError: the folder cannot be created.
+        UserError: another process makes the folder, it cannot be written, or the disk is full.
     """
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder = Path(os.path.abspath(folder.expanduser()))
+    lock = lock_of(folder, f"another process is making {folder}; wait for it, or choose another --output_dir")
+    with _explained_errors(folder), _stopped_by_signals():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            recover_folder(folder)
+            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)  # of earlier versions
+            yield folder
 
 
-def check_replaceable(folder: Path, kind: str, pattern: str, overwrite: bool) -> None:
-    """Check that `folder` is missing or empty, or that it holds an earlier dataset that may be set aside.
+@contextmanager
+def making_cache(folder: Path) -> Iterator[None]:
+    """Write shards to `folder` in this block. Several processes of one launcher may do so, but not two launches.
+
+    Raises:
+        UserError: another process writes to the folder, it cannot be written, or the disk is full.
+    """
+    folder = Path(os.path.abspath(folder.expanduser()))
+    lock = lock_of(folder, f"another process is making {folder}; wait for it, or choose another --output_dir")
+    with _explained_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock if os.environ.get("RANK", "0") == "0" else nullcontext():
+            yield
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield an empty folder to write into, which takes the place of `folder` at the end of the block.
+
+    Yields:
+        The empty folder, and a list that receives the new path of what was in `folder`, which is renamed.
+    """
+    aside: list[Path] = []
+    with replacing_folder(folder) as partial:
+        yield partial, aside
+        flush_tree(partial)  # before the old folder is renamed, so that the path is without a folder for a moment only
+        if folder.is_dir() and any(folder.iterdir()):
+            names = (folder.with_name(f"{folder.name}_old_{number}") for number in itertools.count(1))
+            aside.append(folder.rename(next(name for name in names if not name.exists())))
+
+
+def check_replaceable(folder: Path, script: str, noun: str, overwrite: bool) -> None:
+    """Check that `folder` is missing or empty, or that it holds a dataset of `script` that may be set aside.
+
+    A dataset that is not complete may always be set aside.
 
     Args:
         folder: the folder to write.
-        kind: what the dataset is called in messages, such as "an imagefolder".
-        pattern: glob pattern of files by which an earlier dataset is recognized.
-        overwrite: whether an earlier dataset may be set aside.
+        script: the script that makes it, such as make_emoji.py.
+        noun: what the dataset is called in messages, such as "emoji".
+        overwrite: whether a complete dataset may be set aside.
 
     Raises:
-        UserError: `folder` holds something else, or an earlier dataset and `overwrite` is false.
+        UserError: `folder` holds something else, or a complete dataset and `overwrite` is false.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; choose a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not any(folder.glob(pattern)):
-        raise UserError(f"--output_dir {folder} holds something that is not {kind}; choose another folder")
-    if not overwrite:
+    if not is_made_by(folder, script):
         raise UserError(
-            f"--output_dir {folder} already holds {kind}; choose another folder, or set the existing one aside with "
+            f"--output_dir {folder} is not empty and holds no {noun} made by {script}; choose another folder, or move "
+            "its contents"
+        )
+    problem = dataset_problem(folder)
+    if problem:
+        print(f"{folder} {problem}, so it is made again.")
+    elif not overwrite:
+        raise UserError(
+            f"--output_dir {folder} already holds {noun}; choose another folder, or set the existing one aside with "
             "--overwrite true"
         )
 
 
-def put_in_place(partial: Path, folder: Path) -> Path | None:
-    """Rename `partial` to `folder`. An earlier dataset there is renamed, not deleted; return its new path, or None."""
-    aside, folder = None, folder.absolute()
-    if folder.is_dir() and any(folder.iterdir()):
-        names = (folder.with_name(f"{folder.name}_old_{number}") for number in itertools.count(1))
-        aside = folder.rename(next(name for name in names if not name.exists()))
-    partial.rename(folder)
-    fsync_folder(folder.parent)
-    return aside
+def is_made_by(folder: Path, script: str) -> bool:
+    """Return whether the dataset in `folder` was made by this script, complete or not."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        made_by = manifest.get("made_by") or manifest["settings"].get("made_by")  # earlier versions: in the settings
+        return made_by == script or (made_by is None and script == "make_posters.py")
+    # Without a manifest: nothing but the files that the script writes, as after a power cut, or of an earlier version.
+    entries = {path.name for path in folder.iterdir()}
+    return "contact_sheet.png" in entries and entries <= {"data", "README.md", "contact_sheet.png", MANIFEST}
 
 
-def write_manifest(folder: Path, settings: dict[str, Any]) -> None:
-    """Record the settings that the dataset was made with and the sizes of its files.
+def write_manifest(folder: Path, script: str, settings: dict[str, Any], files: Iterable[Path]) -> None:
+    """Record the script and the settings that the dataset was made with, and the sizes of its `files`.
 
     The manifest must be written last, because its presence marks the dataset as complete.
     """
-    sizes = {f"data/{path.name}": path.stat().st_size for path in sorted((folder / "data").iterdir())}
-    write_json(folder / MANIFEST, {"settings": settings, "files": sizes})
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(files)}
+    write_json(folder / MANIFEST, {"made_by": script, "settings": settings, "files": sizes})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that the dataset in `folder` was made with, or None if no complete one exists."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
+    manifest = read_manifest(folder)
+    return manifest["settings"] if manifest and dataset_problem(folder) is None else None
+
+
+@contextmanager
+def _explained_errors(folder: Path) -> Iterator[None]:
+    """Convert errors of the file system to a UserError that names the disk or the file."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        return manifest["settings"] if whole else None
-    except (json.JSONDecodeError, KeyError, TypeError, FileNotFoundError):
-        return None  # the manifest is of another kind, or a file is missing
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _DISK_FULL or _DISK_FULL_TEXT in str(error):
+            raise UserError(
+                f"the disk of {folder} is full ({_free_bytes(folder) / 1e6:,.1f} MB are free); make room, or choose "
+                "another --output_dir. Nothing incomplete was left"
+            ) from error
+        if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):  # the reader of stdout is gone
+            raise
+        file = f", at {error.filename}" if error.filename else ""
+        reason = f"{error.strerror or error}{file}"
+        raise UserError(f"--output_dir {folder} cannot be written ({reason}); choose another folder") from error
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raise SystemExit in the main thread for SIGTERM and SIGHUP, unless ignored, and when the parent has ended."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(StopSignal.exit_status(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {n: signal.signal(n, stop) for n in _STOPPING if signal.getsignal(n) is not signal.SIG_IGN}
+    over = threading.Event()
+    parent = started_by()
+    if parent is not None:
+        threading.Thread(target=_stop_with, args=(parent, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop_with(parent: int, over: threading.Event) -> None:
+    """Stop this process when process `parent`, which started it, has ended."""
+    while os.getppid() == parent:
+        if over.wait(PARENT_POLL_SECONDS):
+            return
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not over.wait(SECONDS_TO_CLEAN_UP):  # the main thread is in a library that does not return
+        os._exit(StopSignal.exit_status(signal.SIGTERM))

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from PIL import Image
-
-from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
+from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
 from pipelines.tools.commands import command
+from pipelines.tools.files import image_suffixes
 from training.core.options import Options
 from training.core.parsing import parse_config
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 SHOWN = 10
+SCRIPT = "import_captions.py"
 
 
 @dataclass
@@ -85,23 +85,28 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         words = ["--metadata", *words]
     config = parse_config(ImportConfig, words, description=__doc__)
     config.require_sources()
-    target = config.target
-    check_replaceable(target, "an imagefolder", "metadata.jsonl", config.overwrite)
+    with making(config.target) as target:
+        check_replaceable(target, SCRIPT, "imported captions", config.overwrite)
+        _import(config, target)
+    return 0
+
+
+def _import(config: ImportConfig, target: Path) -> None:
+    """Write the imagefolder `target`."""
     captions, problems = read_captions(config)
     images = _find_images(captions, Path(config.image_dir).expanduser(), problems)
     _report(problems, config)
     if not images:
         raise UserError(f"none of the {len(captions):,} images in {config.metadata} can be imported; check --image_dir")
-    try:
-        aside = write_imagefolder(images, captions, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --output_dir") from error
-    if aside:
-        print(f"The earlier dataset is now in {aside}.")
+    with new_folder(target) as (partial, aside):
+        write_imagefolder(images, captions, Path(config.image_dir).expanduser(), partial)
+        settings = {"caption_field": config.caption_field, "file_field": config.file_field}
+        write_manifest(partial, SCRIPT, settings, (file for file in partial.rglob("*") if file.is_file()))
+    for path in aside:
+        print(f"The earlier dataset is now in {path}.")
     several = sum(len(captions[name]) > 1 for name in images)
-    print(f"{len(images):,} captioned images ({several:,} with several captions) are in {target}")
-    print(f"Train with them: --train_data_dir {target}")
-    return 0
+    print(f"{len(images):,} captioned images ({several:,} with several captions) are in {config.target}")
+    print(f"Train with them: --train_data_dir {config.target}")
 
 
 def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]]:
@@ -135,26 +140,22 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
     return captions, problems
 
 
-def write_imagefolder(images: Mapping[str, Path], captions: Mapping[str, list[str]], target: Path) -> Path | None:
-    """Write the images and metadata.jsonl to `target`, completely or not at all.
-
-    Returns:
-        The new path of an earlier dataset in `target`, or None if there was none.
-    """
+def write_imagefolder(
+    images: Mapping[str, Path], captions: Mapping[str, list[str]], source: Path, target: Path
+) -> None:
+    """Write the images, which are in the folder `source`, and metadata.jsonl to the empty folder `target`."""
     # A column of the dataset holds either texts or lists of texts, never both.
     several = any(len(captions[name]) > 1 for name in images)
     lines = []
-    with partial_folder(target) as partial:
-        for name, source in images.items():
-            # A name without a file extension gets that of its image file.
-            stored = name if PurePosixPath(name).suffix.lower() == source.suffix.lower() else f"{name}{source.suffix}"
-            place = partial / stored
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source, place)
-            text: Any = captions[name] if several else captions[name][0]
-            lines.append(json.dumps({"file_name": stored, "text": text}, ensure_ascii=False))
-        (partial / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return put_in_place(partial, target)
+    for name, file in images.items():
+        # A name without a file extension gets that of its image file.
+        stored = name if PurePosixPath(name).suffix.lower() == file.suffix.lower() else f"{name}{file.suffix}"
+        place = target / stored
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(file, place, source)
+        text: Any = captions[name] if several else captions[name][0]
+        lines.append(json.dumps({"file_name": stored, "text": text}, ensure_ascii=False))
+    (target / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
@@ -252,8 +253,7 @@ def _find_images(captions: dict[str, list[str]], folder: Path, problems: list[st
     For a name without a file extension, the common extensions are tried in order. If two names refer to one file, the
     captions of both are collected under the first name.
     """
-    known = Image.registered_extensions()
-    readable = {ending for ending, kind in known.items() if kind in Image.OPEN}
+    readable = image_suffixes()
     images: dict[str, Path] = {}
     names: dict[Path, str] = {}
     for name in list(captions):
@@ -273,11 +273,16 @@ def _find_images(captions: dict[str, list[str]], folder: Path, problems: list[st
     return images
 
 
-def _link_or_copy(source: Path, place: Path) -> None:
-    try:
-        os.link(source.resolve(), place)
-    except OSError:  # another file system, or one that does not support hard links
-        shutil.copyfile(source, place)
+def _link_or_copy(file: Path, place: Path, folder: Path) -> None:
+    """Link a file of `folder`. A file elsewhere, to which a symbolic link leads, may be of somebody else: copy it."""
+    path = file.resolve()
+    if not file.is_symlink() and path.is_relative_to(folder.resolve()):
+        try:
+            os.link(path, place)
+            return
+        except OSError:  # another file system, or one that does not support hard links
+            pass
+    shutil.copyfile(path, place)
 
 
 def _report(problems: Sequence[str], config: ImportConfig) -> None:

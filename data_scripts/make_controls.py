@@ -24,7 +24,7 @@ from data_scripts.controls import kinds as control_kinds
 from data_scripts.controls.dataset import ControlWriter, Draw, write_card
 from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
-from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
+from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest
 from pipelines.tools.commands import command
 from training.core.options import Options, option
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 """Increased whenever the same images and options would give different controls."""
 
+SCRIPT = "make_controls.py"
 SHEET_IMAGES = 24
 
 
@@ -145,52 +146,40 @@ class MakeControlsConfig(Options):
         values = {name: getattr(self, name) for name in names}
         if self.encoder and Path(self.encoder).expanduser().exists():
             values["encoder"] = Path(self.encoder).name
-        shared = {"made_by": "make_controls.py", "format_version": FORMAT_VERSION, "source": self.source}
+        shared = {"made_by": SCRIPT, "format_version": FORMAT_VERSION, "source": self.source}
         return {**shared, "kinds": self.kinds, "columns": self.new_columns, **values}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(MakeControlsConfig, argv, description=__doc__)
-    folder = Path(config.output_dir).expanduser()
     control_kinds.require_scikit_image(config.kinds)
-    _check_folder(folder, config)
+    with making(Path(config.output_dir)) as folder:
+        check_replaceable(folder, SCRIPT, "controls", config.overwrite)
+        _make(config, folder)
+    return 0
+
+
+def _make(config: MakeControlsConfig, folder: Path) -> None:
+    """Draw the controls and write them to `folder`."""
     splits = _open(config)
     draw = drawer(config)
     started = time.perf_counter()
     # A layout encoder uses all cores for one image already.
     workers = config.num_workers or (1 if config.encoder else os.cpu_count() or 1)
     skip = config.on_bad_sample == "skip"
-    with partial_folder(folder) as partial, ThreadPoolExecutor(workers) as pool:
+    with new_folder(folder) as (partial, aside), ThreadPoolExecutor(workers) as pool:
         writer = ControlWriter(partial, config.image_column, config.new_columns, draw, pool, skip_broken=skip)
         counts = {name: writer.write(name, split) for name, split in splits.items()}
         shown = splits["train"] if "train" in splits else next(iter(splits.values()))
         contact_sheet(shown, config, draw).save(partial / "contact_sheet.png")
         write_card(partial, config.source, counts, _meanings(config), config.settings())
-        write_manifest(partial, config.settings())
-        aside = put_in_place(partial, folder)
-    if aside:
-        print(f"The earlier controls are now in {aside}.")
+        write_manifest(partial, SCRIPT, config.settings(), (partial / "data").iterdir())
+    for path in aside:
+        print(f"The earlier controls are now in {path}.")
     skipped = sum(map(len, splits.values())) - sum(counts.values())
     if skipped:
         print(f"{skipped:,} rows with broken images were skipped.")
     _report(config, counts, time.perf_counter() - started)
-    return 0
-
-
-def _check_folder(folder: Path, config: MakeControlsConfig) -> None:
-    """Raise UserError if `folder` holds something that may not be set aside."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; choose a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    settings = read_settings(folder) or {}
-    if settings.get("made_by") != "make_controls.py":
-        raise UserError(f"--output_dir {folder} is not empty and holds no complete controls; choose another folder")
-    if not config.overwrite:
-        raise UserError(
-            f"--output_dir {folder} already holds controls ({', '.join(settings['kinds'])} of {settings['source']}); "
-            "choose another folder, or add --overwrite to set them aside"
-        )
 
 
 def _open(config: MakeControlsConfig) -> DatasetDict:
@@ -219,7 +208,10 @@ def _open(config: MakeControlsConfig) -> DatasetDict:
                     f"the dataset already has a column '{column}'; give other names with --columns '[...]' in place of "
                     f"{', '.join(config.default_columns)}"
                 )
-        splits[name] = undecoded_images(split, config.image_column, "image_column")
+        for column, feature in split.features.items():
+            if isinstance(feature, datasets.Image):  # all of them are copied into the new dataset
+                split = undecoded_images(split, column, "image_column", data)
+        splits[name] = undecoded_images(split, config.image_column, "image_column", data)
     return datasets.DatasetDict(splits)
 
 

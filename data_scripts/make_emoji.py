@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from data_scripts.dataset_folder import check_replaceable, partial_folder, put_in_place
+from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
 from pipelines.tools.cli import UserError, entry_point
 from training.core.draws import mix
 from training.core.options import Options, option
@@ -40,6 +40,7 @@ FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf", "T
 # A bitmap font opens only at the size that it has (Noto: 109, Apple: 160). An outline font opens at any
 # size, so the first one is used.
 FONT_SIZES = (109, 160, 136, 128, 96, 64)
+SCRIPT = "make_emoji.py"
 CAPTION = "an emoji of {}"
 SHEET_COLUMNS, SHEET_CELL, SHEET_LABEL_WIDTH = 12, 64, 150
 
@@ -117,8 +118,14 @@ class Emoji(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(MakeEmojiConfig, argv, description=__doc__)
-    folder = Path(config.output_dir)
-    check_replaceable(folder, "a dataset", "data/*.parquet", config.overwrite)
+    with making(Path(config.output_dir)) as folder:
+        check_replaceable(folder, SCRIPT, "emoji", config.overwrite)
+        _make(config, folder)
+    return 0
+
+
+def _make(config: MakeEmojiConfig, folder: Path) -> None:
+    """Draw the emoji and write them to `folder`."""
     path = find_font(config.font)
     font = open_font(path)
     print(f"Drawing the emoji of {path} at {config.resolution} px.")
@@ -132,15 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not drawn:
         raise UserError(f"{path} has no emoji that can be drawn; choose a colour emoji font with --font FILE")
     splits = split_by_base(drawn, config.validation_fraction, config.seed)
-    aside = _write(splits, contact_sheet(drawn), folder)
-    if aside:
-        print(f"The earlier emoji are now in {aside}.")
+    with new_folder(folder) as (partial, aside):
+        _write(splits, contact_sheet(drawn), partial)
+        settings = {"font": path.name, "resolution": config.resolution, "sequences": config.sequences}
+        settings |= {"validation_fraction": config.validation_fraction, "seed": config.seed}
+        write_manifest(partial, SCRIPT, settings, (partial / "data").iterdir())
+    for earlier in aside:
+        print(f"The earlier emoji are now in {earlier}.")
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
     classes = len({emoji.label for emoji, _ in drawn})
-    print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {folder}.")
-    print(f"Look at them: {folder / 'contact_sheet.png'}")
-    print(f"Train on them: --dataset_name {folder} --resolution {config.resolution}")
-    return 0
+    print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {config.output_dir}.")
+    print(f"Look at them: {Path(config.output_dir) / 'contact_sheet.png'}")
+    print(f"Train on them: --dataset_name {config.output_dir} --resolution {config.resolution}")
 
 
 def find_font(given: str | None) -> Path:
@@ -326,22 +336,13 @@ def _contents(path: Path) -> tuple[list[int], list[tuple[int, ...]]]:
     return list(codepoints), ligatures
 
 
-def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> Path | None:
-    """Write the dataset completely or not at all.
-
-    Returns:
-        The new path of an earlier dataset in `folder`, or None if there was none.
-    """
+def _write(splits: dict[str, list[tuple[Emoji, Image.Image]]], sheet: Image.Image, folder: Path) -> None:
+    """Write the splits and the contact sheet to an empty folder."""
     labels = sorted({emoji.label for rows in splits.values() for emoji, _ in rows})
-    try:
-        with partial_folder(folder) as partial:
-            (partial / "data").mkdir()
-            for name, rows in splits.items():
-                _table(rows, labels).to_parquet(partial / "data" / f"{name}-00000-of-00001.parquet")
-            sheet.save(partial / "contact_sheet.png")
-            return put_in_place(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+    (folder / "data").mkdir()
+    for name, rows in splits.items():
+        _table(rows, labels).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    sheet.save(folder / "contact_sheet.png")
 
 
 def _table(rows: Sequence[tuple[Emoji, Image.Image]], labels: list[str]) -> Dataset:

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_scripts.dataset_folder import partial_folder, put_in_place, read_settings, write_manifest
+from data_scripts.dataset_folder import (
+    check_replaceable,
+    is_made_by,
+    making,
+    new_folder,
+    read_settings,
+    write_manifest,
+)
 from data_scripts.posters.contact_sheet import contact_sheet
 from data_scripts.posters.dataset import SPLITS, split_indices, write_card, write_dataset
 from data_scripts.posters.records import PosterOptions, make_row
@@ -27,6 +34,7 @@ from training.core.parsing import parse_config
 FORMAT_VERSION = 3
 """Increased whenever the same options would give different rows."""
 
+SCRIPT = "make_posters.py"
 CONTACT_SHEET_POSTERS = 18
 HELD_OUT_MINIMUM = 64
 """Minimum number of posters in validation and in test for 1,000 posters or more; metrics on fewer are too noisy."""
@@ -79,27 +87,31 @@ class MakePostersConfig(Options):
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(MakePostersConfig, argv, description=__doc__)
-    folder = Path(config.output_dir)
-    if _already_made(folder, config):
-        print(f"{folder} already holds exactly these {config.num_posters:,} posters; nothing to do.")
-        return 0
+    with making(Path(config.output_dir)) as folder:
+        if _already_made(folder, config):
+            print(f"{config.output_dir} already holds exactly these {config.num_posters:,} posters; nothing to do.")
+        else:
+            _make(config, folder)
+    return 0
+
+
+def _make(config: MakePostersConfig, folder: Path) -> None:
+    """Draw the posters and write them to `folder`."""
     workers = min(config.num_workers or os.cpu_count() or 1, config.num_posters)
     kind = f"{config.complexity} posters at {config.resolution} px"
     print(f"Drawing {config.num_posters:,} {kind} with {workers} process(es); a few thousand take less than a minute.")
     started = time.perf_counter()
-    with partial_folder(folder) as partial:
+    with new_folder(folder) as (partial, aside):
         parts = split_indices(config.num_posters, config.split_sizes(), config.seed)
         options = PosterOptions(config.seed, config.resolution, config.complexity)
         write_dataset(partial, options, parts, workers)
         shown = [make_row(options, index) for index in parts["train"][:CONTACT_SHEET_POSTERS]]
         contact_sheet(shown).save(partial / "contact_sheet.png")
         write_card(partial, config.settings(), parts)
-        write_manifest(partial, config.settings())
-        aside = put_in_place(partial, folder)
-    if aside:
-        print(f"The earlier posters are now in {aside}.")
-    _report(folder, config, parts, time.perf_counter() - started)
-    return 0
+        write_manifest(partial, SCRIPT, config.settings(), (partial / "data").iterdir())
+    for path in aside:
+        print(f"The earlier posters are now in {path}.")
+    _report(Path(config.output_dir), config, parts, time.perf_counter() - started)
 
 
 def _already_made(folder: Path, config: MakePostersConfig) -> bool:
@@ -109,16 +121,9 @@ def _already_made(folder: Path, config: MakePostersConfig) -> bool:
         UserError: `folder` holds posters with other settings and --overwrite was not given, or it holds something that
             is not a poster dataset.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; choose a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
-    settings = read_settings(folder)
-    if settings is None:
-        raise UserError(
-            f"--output_dir {folder} is not empty and holds no complete poster dataset; choose another folder"
-        )
-    if config.overwrite:
+    settings = read_settings(folder) if folder.is_dir() and is_made_by(folder, SCRIPT) else None
+    if settings is None or config.overwrite:
+        check_replaceable(folder, SCRIPT, "posters", config.overwrite)
         return False
     if settings == config.settings():
         return True

@@ -26,11 +26,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
-from training.core.files import write_json
+from training.core.files import WRITING, write_json
+from training.core.made_folders import read_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
@@ -229,7 +231,7 @@ class Encoder:
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with StopSignal() as stop:
+    with StopSignal() as stop, making_cache(Path(config.output_dir)):
         try:
             with RankWatch(rank, processes, stop, patience=config.process_timeout) as watch, stop.at_once():
                 precompute(config)
@@ -327,7 +329,8 @@ def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
     if config.masks != "auto" or config.mask_column not in stored.column_names:
         return config.masks == "yes"
     try:
-        first = undecoded_images(stored.select_columns([config.mask_column]), config.mask_column, "mask_column")[0]
+        masks = stored.select_columns([config.mask_column])
+        first = undecoded_images(masks, config.mask_column, "mask_column", config)[0]
         SegmentationMask(config.mask_column, IGNORE_INDEX).load(first, open_image(first[config.mask_column]).size)
     except (UserError, BadSample, BrokenImage):
         return False
@@ -343,10 +346,7 @@ def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[
         UserError: the folder cannot be written, or holds other latents; the message lists the differences.
     """
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
+    folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
     differences = _differences(manifest, facts, works) if manifest else _foreign_shards(folder, works)
     if not differences:
@@ -384,7 +384,8 @@ def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequenc
 def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
     for work in works:
         for note in sorted((folder / work.name).glob("shard-*.json")):
-            if json.loads(note.read_text(encoding="utf-8")).get("request") != work.request:
+            content = read_json(note)
+            if isinstance(content, dict) and content.get("request") != work.request:  # a damaged note is made again
                 return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
     return []
 
@@ -424,9 +425,10 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
 
 
 def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Delete shards of an earlier, larger cache and files left by a kill (see `training.core.files.replacing`)."""
+    """Delete shards of an earlier, larger cache, and what killed processes of this and earlier versions left."""
     shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
-    for file in (*shards, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
+    unfinished = (*folder.glob(f"{WRITING}*"), *folder.parent.glob(f"{WRITING}*"))
+    for file in (*shards, *unfinished, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
         file.unlink(missing_ok=True)
 
 

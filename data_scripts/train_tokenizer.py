@@ -8,14 +8,14 @@ The folder loads with transformers.AutoTokenizer.from_pretrained, even where thi
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipelines.tools.cli import UserError, entry_point
-from training.core.files import write_atomically
+from data_scripts.dataset_folder import making, new_folder
+from pipelines.tools.cli import UserError, entry_point, printable
+from training.core.made_folders import tokenizer_problem
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.captions import captions_of
@@ -32,9 +32,11 @@ from training.data.tokenization import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 EXAMPLES = 3
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""The files that Transformers 4 and 5 write for a tokenizer that is made here."""
 
 
 @dataclass
@@ -56,7 +58,8 @@ class TokenizerConfig(DataConfig):
     seed: int = 0
     """Random seed that selects the held-out rows (without a validation split)"""
     overwrite: bool = False
-    """Replace an existing tokenizer; models trained with it do not work with the new one"""
+    """Rename an earlier tokenizer in --output_dir (it is not deleted), and make a new one; models that were trained with
+    the earlier one do not work with the new one"""
 
     def validate(self, prefix: str = "") -> None:
         """Check values before any data is opened.
@@ -72,15 +75,38 @@ class TokenizerConfig(DataConfig):
             raise UserError(
                 f"vocab_size is {self.vocab_size}; --vocab_size must be at least {smallest} for {self.model}"
             )
-        if Path(self.output_dir, "tokenizer.json").exists() and not self.overwrite:
-            raise UserError(
-                f"{self.output_dir} already holds a tokenizer; choose another --output_dir, or replace it with "
-                "--overwrite true"
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(TokenizerConfig, argv, description=__doc__)
+    with making(Path(config.output_dir)) as folder:
+        _check_replaceable(folder, config.overwrite)
+        _make(config, folder)
+    return 0
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Check that `folder` is missing, empty, or holds a tokenizer and nothing else; a complete one is kept.
+
+    Raises:
+        UserError: it holds other files, or a complete tokenizer and `overwrite` is false.
+    """
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    if others or (folder.exists() and not folder.is_dir()):
+        holds = f"holds {', '.join(others[:3])}, which is not part of a tokenizer" if others else "is a file"
+        raise UserError(f"--output_dir {folder} {holds}; choose another folder, such as {folder / 'tokenizer'}")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        problem = tokenizer_problem(folder)
+        if problem is None:
+            raise UserError(
+                f"{folder} already holds a tokenizer; choose another --output_dir, or set the "
+                "existing one aside with --overwrite true"
+            )
+        print(f"{folder} {problem}, so it is made again.")
+
+
+def _make(config: TokenizerConfig, folder: Path) -> None:
+    """Train the tokenizer and write it to `folder`."""
     train = load_split(config, "train", config.seed)
     require_column(train, config.caption_column, "caption_column")
     validation = load_split(config, "validation", config.seed)
@@ -101,13 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         )
     seen, name = (validation, "validation") if len(validation) else (train, "training")
     for caption in itertools.islice(captions_of(seen, config.caption_column), EXAMPLES):
-        print(round_trip(tokenizer, caption))
+        print(printable(round_trip(tokenizer, caption)))
     report = report_on(tokenizer, captions_of(seen, config.caption_column))
     print(describe(report, name, tokenizer.model_max_length))
-    _save(tokenizer, Path(config.output_dir))
+    with new_folder(folder) as (partial, aside):
+        save_tokenizer(tokenizer, partial)
+    for path in aside:
+        print(f"The earlier tokenizer is now in {path}.")
     print(f"The tokenizer ({len(tokenizer):,} entries) is in {config.output_dir}")
     print(f"Train with it: --tokenizer {config.output_dir}")
-    return 0
 
 
 def describe(report: TokenizerReport, name: str, limit: int) -> str:
@@ -123,18 +151,6 @@ def describe(report: TokenizerReport, name: str, limit: int) -> str:
             "That is a lot: try a larger --vocab_size, a lower --min_frequency, or --model bpe (no unknown words)."
         )
     return "\n".join(sentences)
-
-
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write every file atomically, tokenizer.json last, so that a folder with tokenizer.json is complete."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            save_tokenizer(tokenizer, Path(temporary))
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-                write_atomically(folder / file.name, file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another --output_dir") from error
 
 
 if __name__ == "__main__":

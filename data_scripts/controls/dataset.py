@@ -73,8 +73,8 @@ class ControlWriter:
         """Return the types of the source's columns and of the new columns."""
         import datasets
 
-        images = {name: datasets.Image() for name in (self.image_column, *self.columns)}
-        return datasets.Features({**split.features, **images})
+        images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+        return datasets.Features({**split.features, **{name: datasets.Image() for name in (*images, *self.columns)}})
 
     def _write_shard(self, path: Path, split: Dataset, bar: tqdm, features: Features) -> int:
         """Write rows from the position of `bar` on, until there are no more rows or the file is large enough."""
@@ -119,8 +119,13 @@ class ControlWriter:
         for number, name in enumerate(self.columns):
             values = [{"bytes": controls[number], "path": None} for controls in kept]
             stored = stored.append_column(name, pyarrow.array(values, type=datasets.Image().pa_type))
-        # Images that are still separate files (imagefolder) are read into the table.
-        return datasets.table.embed_table_storage(datasets.table.table_cast(stored, features.arrow_schema))
+        table = datasets.table.table_cast(stored, features.arrow_schema)
+        # Images that are still separate files (imagefolder) are read into the table; no other files are.
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        embedded = datasets.table.embed_table_storage(table.select(images))
+        for name in images:
+            table = table.set_column(table.column_names.index(name), table.field(name), embedded[name])
+        return table
 
 
 def _controls_or_problem(draw: Draw, source: Any) -> list[bytes] | str:

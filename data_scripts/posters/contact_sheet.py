@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_scripts.posters.painting.lettering import font_path
 from data_scripts.posters.records import Row
+from pipelines.tools.files import open_image_file
 
 POSTER_PIXELS = 256
 GAP = 12
@@ -36,7 +37,7 @@ def contact_sheet(rows: list[Row], columns: int = 3) -> Image.Image:
 
 
 def _decoded(stored: Row) -> Image.Image:
-    return Image.open(io.BytesIO(stored["bytes"]))
+    return open_image_file(io.BytesIO(stored["bytes"]))
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -34,10 +34,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_gray(image: Image.Image) -> Image.Image:
     """Convert 16-bit, 32-bit or float grey to RGB. Pillow's `convert` clips them at 255, which turns scans white."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     brightest = values.max(initial=0)
     if image.mode == "F":
         scale = 255.0 if brightest <= 1 else 255 / 65535 if brightest > 255 else 1.0
     else:
         scale = 255 / 65535 if image.mode.startswith("I;16") or brightest > 255 else 1.0
-    return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    gray = np.empty(values.shape, np.uint8)
+    for place, row in zip(gray, values):  # row by row, because float64 takes eight bytes per pixel
+        place[:] = np.clip(row.astype(np.float64) * scale + 0.5, 0, 255)
+    return Image.fromarray(gray).convert("RGB")

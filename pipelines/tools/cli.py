@@ -8,6 +8,7 @@ import difflib
 import io
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,10 @@ TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
 )
+
+# The embedding, override and isolate characters; the marks that Arabic and Hebrew texts use are not among them.
+BIDI_CONTROLS = "\u202a-\u202e\u2066-\u2069"
+CONTROL_CHARACTERS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI_CONTROLS}]")
 
 
 class UserError(Exception):
@@ -46,6 +51,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def one_line(value: Any, limit: int | None = None) -> str:
     """Return `value` as text without line breaks, truncated to `limit` characters."""
     return " ".join(str(value).split())[:limit]
+
+
+def printable(value: Any) -> str:
+    """Return `value` as text in which control characters, except line breaks and tabs, are written as `\\x1b`.
+
+    A caption, a file name or a class name from somebody else could otherwise move the cursor of the terminal, change
+    its title or reverse the direction of the text (`BIDI_CONTROLS`).
+    """
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(value))
 
 
 def cause(error: BaseException) -> str:
@@ -98,8 +112,8 @@ def _print_every_character() -> None:
 
 
 def print_error(error: Exception) -> None:
-    """Print an error to stderr as one message, without access tokens, if anybody is there to read it."""
-    _print_message(f"error: {mask_credentials(str(error))}")
+    """Print an error to stderr as one message, without access tokens and control characters. It may go unread."""
+    _print_message(f"error: {printable(mask_credentials(str(error)))}")
 
 
 def _print_message(message: str) -> None:

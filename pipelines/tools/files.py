@@ -1,14 +1,28 @@
-"""Read files that users write, and check before a model is loaded that the output can be written."""
+"""Read files that users write, and check before a model is loaded that the output can be written.
+
+Images may come from anybody. `open_image_file` is the only function that opens them, here and in training.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
 from .cli import UserError, one_line
+
+# Formats whose decoders are part of Pillow and read pixels only. Not among them are EPS, for which Pillow runs
+# Ghostscript, and formats that are rare, so that their decoders are less tested.
+IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 89_000_000
+"""Limit of an image's width times its height, unless the variable `PIXELS_VARIABLE` sets another one. A file of some
+hundred kB can have more, and a decoded image takes three to eight bytes per pixel. Pillow warns at this number."""
+PIXELS_VARIABLE = "HALFTONE_MAX_IMAGE_PIXELS"
 
 
 def read_text(path: str | Path) -> str:
@@ -24,6 +38,53 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} is not UTF-8 (byte {error.start:,}: {error.reason}); save it as UTF-8") from None
 
 
+def open_image_file(file: str | Path | IO[bytes]) -> Image.Image:
+    """Open an image without decoding it, whoever it comes from.
+
+    Raises:
+        OSError: The file cannot be opened, or its format is none of `IMAGE_FORMATS`.
+        ValueError, SyntaxError: The header is damaged, or the image has more pixels than allowed.
+    """
+    limit = max_image_pixels()
+    advice = f"the limit is {limit / 1e6:g} million; make it smaller, or set the environment variable {PIXELS_VARIABLE}"
+    if Image.MAX_IMAGE_PIXELS and limit > Image.MAX_IMAGE_PIXELS:  # the user allows more than Pillow does
+        Image.MAX_IMAGE_PIXELS = limit
+    try:
+        image = Image.open(file, formats=_known_formats())
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, and {advice}"
+        ) from None
+    width, height = image.size
+    if width * height > limit:
+        image.close()
+        raise ValueError(f"it has {width}×{height} = {width * height / 1e6:g} million pixels, and {advice}")
+    return image
+
+
+def max_image_pixels() -> int:
+    """Return the limit of an image's width times its height. Raises UserError for a variable that is not a number."""
+    value = os.environ.get(PIXELS_VARIABLE)
+    if value is None:
+        return MAX_IMAGE_PIXELS
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"{PIXELS_VARIABLE} is '{value}'; set it to a number of pixels, or unset it")
+    return int(value)
+
+
+def image_suffixes() -> set[str]:
+    """Return the file name extensions of the images that can be opened, in lower case with their dot."""
+    formats = _known_formats()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Return the `IMAGE_FORMATS` that the installed Pillow was built with."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
 def read_image(path: Path, name: str | None = None) -> Image.Image:
     """Read and decode an image file.
 
@@ -34,7 +95,7 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
     Raises:
         UserError: If the file does not exist, is not an image, or is damaged.
     """
-    with _image_errors(name or str(path)), Image.open(path) as image:
+    with _image_errors(name or str(path)), open_image_file(path) as image:
         image.load()
         return image
 
@@ -42,14 +103,14 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
 def check_image_header(path: Path) -> None:
     """Check that a file has the header of an image, without decoding its pixels. Raises UserError."""
     with _image_errors(str(path)):
-        Image.open(path).close()
+        open_image_file(path).close()
 
 
 @contextlib.contextmanager
 def _image_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{name} cannot be read as an image ({reason}); choose another file") from error
 

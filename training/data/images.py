@@ -35,6 +35,7 @@ from training.data.transforms import (
     apply_geometry,
     crop_geometry,
     decoded,
+    open_image,
     pick_caption,
     to_tensor,
     verify_image,
@@ -51,6 +52,7 @@ __all__ = [
     "LabelMap",
     "caption_problem",
     "collate_items",
+    "decoded_rows",
     "load_all_splits",
     "load_label_map",
     "load_split",
@@ -65,12 +67,16 @@ logger = logging.getLogger(__name__)
 _SPARSE_LABELS = 100
 
 
-class BadRow(UserError):
-    """A row that cannot be used and stops training, because `on_bad_sample` is "error"."""
+class WorkerError(UserError):
+    """An error about the data that may be raised in a loader worker."""
 
     def __init__(self, message: str):
         # DataLoader builds a worker's exception again from its printed traceback; keep only the message for the user.
-        super().__init__(message.rsplit("BadRow: ", 1)[-1].strip())
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class BadRow(WorkerError):
+    """A row that cannot be used and stops training, because `on_bad_sample` is "error"."""
 
 
 class LabelMap:
@@ -190,7 +196,7 @@ class ImageDataset(torch.utils.data.Dataset):
             require_column(dataset, column, flag)
         dataset = dataset.select_columns(list(dict.fromkeys([*columns, *image_flags])))
         for column, flag in image_flags.items():
-            dataset = undecoded_images(dataset, column, flag)
+            dataset = undecoded_images(dataset, column, flag, self.config)
         return dataset
 
     @property
@@ -330,6 +336,27 @@ class ImageDataset(torch.utils.data.Dataset):
             ) from bad
         self._bad[index] = 1
         logger.warning("%s; the next good row is used instead (%d bad rows so far)", message, int(self._bad.sum()))
+
+
+def decoded_rows(dataset: Dataset, config: DataConfig, at_most: int) -> list[dict[str, Any]]:
+    """Return the first rows of a dataset as dicts, with all of their images decoded.
+
+    Raises:
+        UserError: an image is missing or damaged.
+    """
+    import datasets
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    for name in images:
+        dataset = undecoded_images(dataset, name, "dataset_name", config)
+    rows = [dataset[i] for i in range(min(at_most, len(dataset)))]
+    for number, row in enumerate(rows):
+        for name in images:
+            try:
+                row[name] = decoded(row, name, open_image)
+            except BadSample as bad:
+                raise UserError(f"row {number} of {config.source}, column '{name}': {bad}; fix or remove it") from None
+    return rows
 
 
 def load_label_map(config: DataConfig) -> LabelMap:

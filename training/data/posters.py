@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, F_TENSOR_CHANNELS, GRAMMAR
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
+from pipelines.tools.files import open_image_file
 from training.core.draws import SampleKey
 from training.core.options import option
 from training.data.images import BadSample, ImageDataset
@@ -80,7 +81,7 @@ class PosterDataset(ImageDataset):
         self.strength = config.photometric_augmentation if augment else 0.0
         dataset = dataset.select_columns([config.image_column, *columns])
         for column in (config.image_column, *MAP_COLUMNS):
-            dataset = undecoded_images(dataset, column, "image_column")
+            dataset = undecoded_images(dataset, column, "image_column", config)
         self.dataset = dataset
         self.quick_columns = [config.image_column, *MAP_COLUMNS]
 
@@ -154,7 +155,7 @@ def photographed(poster: Image.Image, strength: float, rng: np.random.Generator)
     if rng.random() < 0.3 * strength:
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=int(rng.integers(40, 95)))
-        image = Image.open(buffer).convert("RGB")
+        image = open_image_file(buffer).convert("RGB")
     return image
 
 

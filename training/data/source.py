@@ -16,6 +16,7 @@ import numpy as np
 from pipelines.tools.cli import UserError, nearest
 from training.core.draws import mix
 from training.core.options import Options, option
+from training.data.image_paths import refuse_foreign_paths
 from training.data.transforms import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class DataConfig(Options):
     max_train_samples: int | None = option(None, at_least=1)
     """Number of training rows to use, drawn at random with --seed; if unset, all"""
 
+    @property
+    def source(self) -> str:
+        """The Hub id, folder or file of the data; empty if none is given."""
+        return self.dataset_name or self.train_data_dir or ""
+
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if self.dataset_name and self.train_data_dir:
@@ -133,10 +139,9 @@ def load_all_splits(config: DataConfig) -> DatasetDict:
     Raises:
         UserError: the source is not given, does not exist, or cannot be read.
     """
-    name = config.dataset_name or config.train_data_dir
-    if not name:
+    if not config.source:
         raise UserError("no training data is given; set --dataset_name (Hub id, folder or file) or --train_data_dir")
-    return _open_source(name, bool(config.train_data_dir), config.dataset_config_name, config.train_split)
+    return _open_source(config.source, bool(config.train_data_dir), config.dataset_config_name, config.train_split)
 
 
 @functools.lru_cache(maxsize=4)
@@ -200,11 +205,15 @@ def transform_fingerprint(config: DataConfig) -> str:
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}"
 
 
-def undecoded_images(dataset: Dataset, column: str, flag: str) -> Dataset:
+def undecoded_images(dataset: Dataset, column: str, flag: str, config: DataConfig) -> Dataset:
     """Return `dataset` with `column` as {"bytes", "path"}, so that we decode the images and report their errors.
 
+    Args:
+        flag: the flag that names the column, for messages.
+        config: the source that the dataset was opened from; only files in its folder may be named in the column.
+
     Raises:
-        UserError: the column holds neither images nor file names nor bytes.
+        UserError: the column holds neither images nor file names nor bytes, or it names files of other folders.
     """
     import datasets
 
@@ -218,7 +227,9 @@ def undecoded_images(dataset: Dataset, column: str, flag: str) -> Dataset:
         images = [name for name, other in dataset.features.items() if isinstance(other, datasets.Image)]
         hint = f"; column '{images[0]}' does" if images else ""
         raise UserError(f"column '{column}' holds {feature}, not images{hint}: choose one with --{flag}")
-    return dataset.cast_column(column, datasets.Image(decode=False))
+    undecoded = dataset.cast_column(column, datasets.Image(decode=False))
+    refuse_foreign_paths(undecoded, column, config.source)
+    return undecoded
 
 
 def named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
@@ -237,9 +248,7 @@ def named_split(config: DataConfig, splits: DatasetDict, name: str) -> Dataset:
             f"it has {', '.join(known)}: choose one with {flag}"
         )
     if not len(splits[name]):
-        raise UserError(
-            f"split '{name}' of {config.dataset_name or config.train_data_dir} has no rows; add images to it"
-        )
+        raise UserError(f"split '{name}' of {config.source} has no rows; add images to it")
     return splits[name]
 
 

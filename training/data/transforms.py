@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pipelines.common.pixels import to_rgb
+from pipelines.tools.files import open_image_file
 from training.core.draws import mix
 
 RESAMPLING = {
@@ -106,11 +107,11 @@ def open_image(source: Any) -> Image.Image:
     data, path = (source.get("bytes"), source.get("path")) if isinstance(source, dict) else (None, source)
     try:
         if data is not None:
-            return Image.open(io.BytesIO(data))
+            return open_image_file(io.BytesIO(data))
         if not path or not Path(path).is_file():
             raise BrokenImage(f"file {path!r} does not exist")
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_image_file(path)
+    except (OSError, ValueError, SyntaxError) as error:
         raise BrokenImage(f"not a readable image ({_first_line(error)})") from error
 
 

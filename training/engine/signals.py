@@ -24,6 +24,8 @@ from types import FrameType, TracebackType
 import psutil
 
 REQUEUE_STATUS = 75
+STARTED_BY = "HALFTONE_STARTED_BY"
+"""Environment variable with the id of the process that started this one, and without which it is not needed."""
 # Windows has no SIGHUP and no SIGUSR1; other systems have no SIGBREAK.
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")
 _HANDLED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -46,7 +48,8 @@ class Interrupted(BaseException):
 class StopSignal:
     """Records that this process was asked to stop; a context manager that restores the previous signal handlers.
 
-    `accelerate launch` exits after a SIGTERM without passing it on, so the end of the launcher is treated as a SIGTERM.
+    `accelerate launch` exits after a SIGTERM without passing it on, so the end of the launcher is treated as a SIGTERM;
+    so is the end of the training run that started this process to make its input (`STARTED_BY`).
     A second Ctrl-C stops the process at once, without saving. A signal that was ignored before, as `nohup` ignores
     SIGHUP, stays ignored. In a thread other than the main one (a notebook, a web interface) nothing is handled, since
     Python allows handlers in the main thread only.
@@ -227,5 +230,14 @@ def launcher_command() -> list[str]:
     return words if is_launcher else []
 
 
+def started_by() -> int | None:
+    """Return the id of the training run or quickstart that started this process, if any; asked once.
+
+    The variable is removed, so that processes that this one starts do not inherit it.
+    """
+    number = os.environ.pop(STARTED_BY, "")
+    return int(number) if number.isdecimal() and os.name == "posix" else None
+
+
 def _launcher_pid() -> int | None:
-    return os.getppid() if launcher_command() else None
+    return started_by() or (os.getppid() if launcher_command() else None)

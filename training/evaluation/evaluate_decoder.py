@@ -75,7 +75,7 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     """
     from pipelines.tools.loading import load_on_device
     from training.data.briefs import brief_of
-    from training.data.images import DataConfig, load_split
+    from training.data.images import DataConfig, decoded_rows, load_split
     from training.data.posters import NUMBER_COLUMNS, require_poster_columns
 
     torch.set_num_threads(threads_per_process())
@@ -84,9 +84,10 @@ def evaluate(config: DecoderEvaluationConfig) -> dict[str, float]:
     if config.scheduler:
         decoder.set_scheduler(config.scheduler)
     decoder.set_progress_bar_config(desc="generating posters")
-    rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
+    data = DataConfig(dataset_name=config.dataset_name)
+    rows = load_split(data, config.split, 0)
     require_poster_columns(rows, ["image", "palette", *NUMBER_COLUMNS], config.dataset_name)
-    posters = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
+    posters = decoded_rows(rows, data, config.num_briefs)
     briefs = [brief_of(row) for row in posters]
     generated: list[Image.Image] = []
     for start in range(0, len(briefs), BATCH):

@@ -71,18 +71,19 @@ def evaluate(config: EvaluationConfig) -> dict[str, float]:
         UserError: the model or the data do not exist.
     """
     from pipelines.tools.loading import load_on_device
-    from training.data.images import DataConfig, load_split
+    from training.data.images import DataConfig, decoded_rows, load_split
 
     torch.set_num_threads(threads_per_process())
     pipeline = load_on_device(config.model, config.device)
     if config.scheduler:
         pipeline.set_scheduler(config.scheduler)
     pipeline.set_progress_bar_config(desc="generating posters")
-    rows = load_split(DataConfig(dataset_name=config.dataset_name), config.split, 0)
+    data = DataConfig(dataset_name=config.dataset_name)
+    rows = load_split(data, config.split, 0)
     if "palette" not in rows.column_names:
         maker = command("data_scripts/make_posters.py")
         raise UserError(f"{config.dataset_name} has no briefs; give posters made with {maker}")
-    briefs = [rows[i] for i in range(min(config.num_briefs, len(rows)))]
+    briefs = decoded_rows(rows, data, config.num_briefs)
     posters = generate(pipeline, [brief["text"] for brief in briefs], config)
     metrics = measure_posters(posters, briefs, [brief["image"] for brief in briefs])
     if config.grid:

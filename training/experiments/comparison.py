@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.checkpoint_links import STATE_FILE, follow_links
+from pipelines.tools.files import open_image_file
 from pipelines.tools.grids import PAPER, image_grid
 from training.core.files import read_json, write_atomically
 from training.core.previews import save_png
@@ -249,9 +250,7 @@ def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> 
 
 
 def _opened(file: Path) -> Image:
-    from PIL import Image as PILImage
-
-    return PILImage.open(file)
+    return open_image_file(file)
 
 
 def _stacked(sheets: Sequence[Image]) -> Image:

@@ -99,7 +99,7 @@ def count_mask_classes(config: DataConfig) -> int:
     column = config.mask_column
     dataset = named_split(config, load_all_splits(config), config.train_split)
     require_column(dataset, column, "mask_column")
-    masks = undecoded_images(dataset.select_columns([column]), column, "mask_column")
+    masks = undecoded_images(dataset.select_columns([column]), column, "mask_column", config)
     read_as = SegmentationMask(column, IGNORE_INDEX)
     pixels = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     problem = ""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.files import open_image_file
 from pipelines.tools.grids import image_grid
 from training.run.metrics_log import read_metrics
 
@@ -37,8 +38,6 @@ def progress_strip(samples: Path, steps_per_epoch: int, last_step: int) -> Image
     Returns:
         The strip; None without grids.
     """
-    from PIL import Image as PILImage
-
     grids: list[tuple[int, str, Path]] = []
     for path in samples.glob("*.png"):
         match = re.fullmatch(r"(epoch|step)_(\d+)", path.stem)
@@ -51,7 +50,7 @@ def progress_strip(samples: Path, steps_per_epoch: int, last_step: int) -> Image
         return None
     images = []
     for _, _, path in shown:
-        with PILImage.open(path) as image:
+        with open_image_file(path) as image:
             images.append(_narrow(image.convert("RGB")))
     return image_grid(images, columns=len(images), column_titles=[title for _, title, _ in shown])
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data_scripts.posters.brief import pick
+from pipelines.tools.files import open_image_file
 
 Color = tuple[int, int, int]
 
@@ -66,7 +67,7 @@ def with_jpeg_noise(poster: Image.Image, rng: np.random.Generator) -> Image.Imag
     """Return the poster after JPEG compression of random quality, with the usual half resolution of colours."""
     file = io.BytesIO()
     poster.save(file, format="JPEG", quality=pick(rng, JPEG_QUALITY), subsampling="4:2:0")
-    with Image.open(file) as stored:
+    with open_image_file(file) as stored:
         return stored.convert("RGB")
 
 

@@ -15,9 +15,18 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, nearest
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
+from training.core.made_folders import cache_problem
 from training.data.classes import column_classes
 from training.data.images import DataConfig, collate_items, load_split
-from training.data.latent_cache.format import FORMAT_VERSION, MAKER, captions_of_row, read_manifest, read_shard
+from training.data.latent_cache.format import (
+    FORMAT_VERSION,
+    MAKER,
+    REPAIR,
+    captions_of_row,
+    read_manifest,
+    read_shard,
+    require_intact,
+)
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips, pick_caption
 from training.objectives.segmentation import IGNORE_INDEX
@@ -34,15 +43,17 @@ class LatentCache:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
-            state = "has not been finished" if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
-            raise UserError(f"the latent cache '{path}' {state}; make or complete it with {MAKER}")
+            state = cache_problem(self.path) if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
+            raise UserError(f"the latent cache '{path}' {state or 'is damaged'}; make or complete it with {MAKER}")
         self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"the latent cache '{path}' has format {self.manifest['format_version']}, but this version "
                 f"reads format {FORMAT_VERSION}; make it again with {MAKER} --overwrite true"
             )
-        self._check_files()
+        problem = cache_problem(self.path)
+        if problem:
+            raise UserError(f"the latent cache '{path}' {problem}; {REPAIR}")
 
     @property
     def splits(self) -> list[str]:
@@ -153,15 +164,6 @@ class LatentCache:
                 f"{num_classes} classes (0 to {num_classes - 1}, and {IGNORE_INDEX} for unlabelled pixels)"
             )
 
-    def _check_files(self) -> None:
-        for name, split in self.manifest["splits"].items():
-            for shard in split["shards"]:
-                file = self.path / name / shard["file"]
-                size = file.stat().st_size if file.is_file() else None
-                if size != shard["bytes"]:
-                    fact = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-                    raise UserError(f"{file} {fact}; run {MAKER} with the cache's flags again to repair it")
-
 
 class LatentCacheDataset(torch.utils.data.Dataset):
     """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: like `ImageDataset`, with the VAE's
@@ -191,16 +193,18 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         self._rows = cache.manifest["splits"][split]["rows"]
         self._shard_rows = cache.manifest["shard_rows"]
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
+        self._sha256 = [shard["sha256"] for shard in cache.manifest["splits"][split]["shards"]]
         self._open: dict[int, dict[str, Tensor]] = {}
+        # One byte per shard, shared with the loader workers: each shard is verified once per session, when it is first
+        # read. To verify the whole cache before the first step would delay it by minutes.
+        self._intact = torch.zeros(len(self._files), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return self._rows
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         number, row = divmod(key.index, self._shard_rows)
-        shard = self._open.get(number)
-        if shard is None:
-            shard = self._open[number] = read_shard(self._files[number])
+        shard = self._shard(number)
         variant = int(self.random_flip and flips(key.key))
         # Copies, because a loader worker that returns a view would send its whole shard.
         item: dict[str, Any] = {"mean": shard["mean"][row, variant].to(torch.float32, copy=True)}
@@ -215,6 +219,15 @@ class LatentCacheDataset(torch.utils.data.Dataset):
             item["mask"] = mask.flip(-1) if variant else mask
         item["index"] = key.index
         return item
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a shard. Raises DamagedShard if its content is not what was written."""
+        if number not in self._open:
+            if not self._intact[number]:
+                require_intact(self._files[number], self._sha256[number])
+                self._intact[number] = 1
+            self._open[number] = read_shard(self._files[number])
+        return self._open[number]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
         return [self[key] for key in keys]
@@ -233,7 +246,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         if self.config and (self.config.dataset_name or self.config.train_data_dir):
             return column_classes(load_split(self.config, self.name, self.seed), column)
         if column == self.label_column and self.id2label:
-            ids = torch.cat([read_shard(file)["label"] for file in self._files])
+            ids = torch.cat([self._shard(number)["label"] for number in range(len(self._files))])
             return _without_unnamed(ids, list(self.id2label.values()))
         cached = f"'{self.label_column}'" if self.id2label else "no classes"
         raise UserError(

@@ -12,33 +12,41 @@ N rows, V variants (1, or 2 with the mirrored image), C latent channels, h w lat
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.tools.commands import command
 from training.core.files import write_atomically, write_json
+from training.core.made_folders import CACHE_MANIFEST, read_json
+from training.data.images import WorkerError
 from training.objectives.segmentation import IGNORE_INDEX
 
 # Masks and the name of the label column were added later. The manifest mentions them only if there are masks or if the
 # name is not the default one, so that all other caches have the same bytes as before.
 FORMAT_VERSION = 1
-MANIFEST = "cache.json"
+MANIFEST = CACHE_MANIFEST
+MANIFEST_KEYS = {"format_version", "vae", "transform", "resolution", "latent_shape", "flips", "shard_rows", "splits"}
 MAKER = command("data_scripts/precompute_latents.py")
+REPAIR = f"run {MAKER} with the cache's flags again to repair it"
+NOTE_KEYS = {"request", "file", "rows", "bytes", "sha256"}
 # Separates several captions of one image, which are stored in one field; no caption contains it.
 _CAPTION_SEPARATOR = "\0"
 
 
+class DamagedShard(WorkerError):
+    """A shard that cannot be read, or whose content is not what was written."""
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a complete cache, or None if the cache is not complete."""
-    file = folder / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Return the manifest of a finished cache; None if the cache is not finished, or the manifest is damaged."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest if isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS else None
 
 
 def shard_name(number: int) -> str:
@@ -46,9 +54,23 @@ def shard_name(number: int) -> str:
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """Return the memory-mapped tensors of a shard; pages are read when they are accessed."""
-    with safe_open(file, framework="pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+    """Return the memory-mapped tensors of a shard; pages are read when they are accessed.
+
+    Raises:
+        DamagedShard: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedShard(f"{file} cannot be read ({error}); {REPAIR}") from None
+
+
+def require_intact(file: Path, sha256: str) -> None:
+    """Raise DamagedShard unless the content of a shard has the SHA-256 that its cache's manifest has for it."""
+    with file.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+            raise DamagedShard(f"{file} is damaged (its SHA-256 is not that in {MANIFEST}); {REPAIR}")
 
 
 def captions_of_row(shard: dict[str, Tensor], row: int) -> str | list[str]:
@@ -89,12 +111,10 @@ def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] 
     Args:
         verify: read the whole shard and compare its SHA-256, not only its size.
     """
-    try:
-        note = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        size = file.stat().st_size
-    except (FileNotFoundError, json.JSONDecodeError):
+    note = read_json(file.with_suffix(".json"))
+    if not isinstance(note, dict) or not file.is_file() or not note.keys() >= NOTE_KEYS:
         return None
-    if note.pop("request") != request or size != note["bytes"]:
+    if note.pop("request") != request or file.stat().st_size != note["bytes"]:
         return None
     if verify:
         with file.open("rb") as content:

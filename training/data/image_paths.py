@@ -1,0 +1,69 @@
+"""Paths in the image columns of a dataset: only files of the dataset itself are read.
+
+A row holds the bytes of an image, or the path of its file. A Parquet or JSON file from somebody else can name any file
+of this machine, which would then appear in samples or in a dataset that is made from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.tools.cli import UserError, printable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ARCHIVE = "::"
+
+
+def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
+    """Raise UserError if an image in `column`, of type `datasets.Image`, is a file outside of the dataset.
+
+    Only the rows without bytes are looked at, so that this takes no time for datasets that hold their images.
+
+    Args:
+        source: the Hub id, folder or file that the dataset was opened from.
+    """
+    import pyarrow.compute
+
+    folders = _folders(source)
+    for chunk in dataset.data.column(column).chunks:
+        paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
+        for path in paths.drop_null().to_pylist():
+            if not _is_inside(path, folders):
+                raise UserError(
+                    f"column '{column}' of {source} names the file {printable(path)}, which is not in the dataset's "
+                    "own folder and is therefore not read; move the images into the folder, or store them in the column"
+                )
+
+
+def _folders(source: str) -> tuple[str, ...]:
+    """Return the folders whose files belong to the dataset, each with a separator at its end."""
+    path = Path(source).expanduser()
+    if path.exists():
+        own = path if path.is_dir() else path.parent
+        return tuple(_with_separator((os.path.abspath(own), os.path.realpath(own), *_unpacked())))
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return tuple(_with_separator((str(HF_HUB_CACHE), str(datasets.config.HF_DATASETS_CACHE), *_unpacked())))
+
+
+def _unpacked() -> tuple[str, ...]:
+    """Return the folder in which `datasets` unpacks archives."""
+    import datasets
+
+    return (str(datasets.config.EXTRACTED_DATASETS_PATH),)
+
+
+def _with_separator(folders: Iterable[str]) -> Iterable[str]:
+    return (os.path.abspath(folder).rstrip(os.sep) + os.sep for folder in folders)
+
+
+def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
+    """Return whether the file, or the archive that it is in (zip://a.png::/data/x.zip), is in one of the folders."""
+    file = path.rpartition(_ARCHIVE)[2]
+    return "://" not in file and os.path.abspath(file).startswith(folders)
