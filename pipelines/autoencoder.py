@@ -3,8 +3,6 @@
 Shapes: B images, H W pixels, C latent channels, h w latent cells, K pixel classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,10 +3,8 @@
 Shapes: B images, C control channels, H W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,12 +37,12 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         controlnet: ModelMixin,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prediction_type: str | None = None,
-        id2label: dict | None = None,
-        max_text_length: int | None = None,
-        caption_prior: ModelMixin | None = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        prediction_type: Optional[str] = None,
+        id2label: Optional[dict] = None,
+        max_text_length: Optional[int] = None,
+        caption_prior: Optional[ModelMixin] = None,
     ):
         super().__init__(
             vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,

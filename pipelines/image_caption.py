@@ -6,12 +6,10 @@ Conventions: images are in [-1, 1]; a caption is `<START>`, its tokens and `<END
 sampled, the latent vector of an image or a caption is the mean of its posterior. The prior is a rectified flow.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -166,7 +164,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         model: ModelMixin,
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin,
-        prior: ModelMixin | None = None,
+        prior: Optional[ModelMixin] = None,
         image_fit: str = "crop",
         aspect_ratio: float = 1.0,
         image_interpolation_mode: str = "lanczos",

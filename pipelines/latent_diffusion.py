@@ -9,10 +9,8 @@ timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokeni
 `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -124,12 +122,12 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         vae: ModelMixin,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prediction_type: str | None = None,
-        id2label: dict | None = None,
-        max_text_length: int | None = None,
-        caption_prior: ModelMixin | None = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        prediction_type: Optional[str] = None,
+        id2label: Optional[dict] = None,
+        max_text_length: Optional[int] = None,
+        caption_prior: Optional[ModelMixin] = None,
     ):
         super().__init__()
         if (text_encoder is None) != (tokenizer is None):

@@ -6,11 +6,9 @@ F_Tensor is the feature tensor of a poster: text mask, image mask, colour roles 
 V_Grammar is its vector of design grammar.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -57,7 +55,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
     _optional_components = ["encoder", "abstractor"]
     model_cpu_offload_seq = "encoder->abstractor"
 
-    def __init__(self, encoder: ModelMixin | None = None, abstractor: ModelMixin | None = None):
+    def __init__(self, encoder: Optional[ModelMixin] = None, abstractor: Optional[ModelMixin] = None):
         super().__init__()
         self.register_modules(encoder=encoder, abstractor=abstractor)
 

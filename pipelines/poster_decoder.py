@@ -7,10 +7,8 @@ which is passed as its `class_labels` and added to the time embedding. In an emp
 matching is rectified flow as in Stable Diffusion 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -48,7 +46,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         brief_encoder: ModelMixin,
-        prediction_type: str | None = None,
+        prediction_type: Optional[str] = None,
     ):
         super().__init__()
         prediction_type = known_prediction_type(prediction_type, scheduler)
