@@ -57,6 +57,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         control_image: Any = None,
         *,
         class_labels: Any = None,
+        prompt_embeds: Any = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images for each prompt (or class label, or control image), in that order.
@@ -67,6 +68,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
                 images (see `control_images.control_tensor`). With several ControlNets, a list with the control of each.
                 By default, the base model generates without control.
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids or class names.
+            prompt_embeds (`torch.Tensor`, *optional*): Result of `encode_prompt` (`B L D`), instead of prompts.
             controlnet_conditioning_scale (`float` or `list[float]`, defaults to 1.0): Strength of the ControlNet; 0
                 disables it. Several ControlNets share one value or have one each, here and in the next two arguments.
             control_guidance_start (`float` or `list[float]`, defaults to 0.0): Fraction of the sampling steps at which
@@ -82,4 +84,5 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
         """
-        return self.call_with_control({"prompt": prompt, "class_labels": class_labels}, control_image, **options)
+        conditions = {"prompt": prompt, "class_labels": class_labels, "prompt_embeds": prompt_embeds}
+        return self.call_with_control(conditions, control_image, **options)

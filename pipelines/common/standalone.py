@@ -45,7 +45,7 @@ REMOTE_PACKAGE = "diffusers_modules"
 class StandalonePipelineMixin:
     """Adds a `save_pretrained` whose folder loads without Halftone. Name it before DiffusionPipeline.
 
-    Defining a pipeline class raises an ImportError if Diffusers or Transformers is older than the oldest supported version.
+    Defining such a class raises an ImportError if Diffusers or Transformers is older than the oldest supported version.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
