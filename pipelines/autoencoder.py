@@ -3,20 +3,27 @@
 Shapes: B images, H W pixels, C latent channels, h w latent cells, K pixel classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from .common.checks import OUTPUT_TYPES, check_output_type
+from .common.checks import OUTPUT_TYPES, check_generator, check_output_type
 from .common.class_colors import class_ids_to_pil
-from .common.latents import decode_latents, downsampling_factor, encode_latents, latent_shape, posterior_moments
+from .common.latents import (
+    decode_latents,
+    downsampling_factor,
+    encode_latents,
+    latent_channels,
+    latent_shape,
+    posterior_moments,
+)
+from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
 
@@ -45,7 +52,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
     def __call__(
         self,
         images: Any,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -54,8 +61,8 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         Args:
             images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to
                 reconstruct, see the class.
-            generator (`torch.Generator`, *optional*): Generator for sampling the latents from the posterior. By
-                default, the mode of the posterior is used.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling the latents from the posterior,
+                or one for each image. By default, the mode of the posterior is used.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`, in [0, 1]), `"pt"` (`B 3 H W`, in
                 [0, 1]) or `"latent"` (scaled latents, `B C h w`).
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -80,14 +87,14 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         return self(images).images  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def encode(self, images: Any, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Any, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """Encode images to scaled latents.
 
         Args:
             images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to encode,
                 see the class.
-            generator (`torch.Generator`, *optional*): Generator for sampling the latents from the posterior. By
-                default, the mode of the posterior is used.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling the latents from the posterior,
+                or one for each image. By default, the mode of the posterior is used.
 
         Returns:
             `torch.Tensor`: The scaled latents, `B C h w`, float32.
@@ -95,16 +102,20 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: If a side of the images is not a multiple of the downsampling factor.
         """
+        check_generator(generator)
         pixels = self._pixels(images).to(self._execution_device)
         noise = None
         if generator is not None:
             shape = (len(pixels), *latent_shape(self.vae, *pixels.shape[-2:]))
-            noise = torch.randn(shape, generator=generator, device=generator.device).to(pixels.device)
+            noise = initial_noise(shape, generator_per_image(generator, len(pixels)), pixels.device)
         return encode_latents(self.vae, pixels, noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Decode scaled latents (`B C h w`) to images of `output_type` (`"pil"`, `"np"` or `"pt"`)."""
+        check_output_type(output_type)
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != latent_channels(self.vae):
+            raise ValueError(f"`latents` must have shape (B, {latent_channels(self.vae)}, h, w), but is {latents!r}")
         images = decode_latents(self.vae, latents.to(self._execution_device))
         return self.image_processor.postprocess(images, output_type=output_type)
 
@@ -170,11 +181,17 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
     def _pixels(self, images: Any) -> Tensor:
         """Convert images of any accepted kind to a tensor, B 3 H W in [-1, 1], float32."""
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if all(isinstance(image, Image.Image) for image in images):
+        kinds = {kind for kind in (Image.Image, np.ndarray, Tensor) for image in images if isinstance(image, kind)}
+        if len(kinds) != 1 or not all(isinstance(image, tuple(kinds)) for image in images):
+            found = ", ".join(sorted({type(image).__name__ for image in images})) or "empty"
+            raise ValueError(f"`images` must be PIL images, an array or a tensor, but is {found}")
+        if kinds == {Image.Image}:
             sizes = {image.size for image in images}
             if len(sizes) > 1:
                 raise ValueError(f"`images` must all have the same size, but have {sorted(sizes)} (width, height)")
             images = [image.convert("RGB") for image in images]
+        elif any(image.ndim not in (3, 4) or image.size == 0 for image in images):
+            raise ValueError(f"`images` must have 3 or 4 dimensions, but have {[tuple(i.shape) for i in images]}")
         first = images[0]
         if isinstance(first, Image.Image):
             width, height = first.size

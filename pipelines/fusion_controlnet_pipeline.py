@@ -3,10 +3,8 @@
 Shapes: B images, C control channels, H W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,12 +37,12 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         controlnet: ModelMixin,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prediction_type: str | None = None,
-        id2label: dict | None = None,
-        max_text_length: int | None = None,
-        caption_prior: ModelMixin | None = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        prediction_type: Optional[str] = None,
+        id2label: Optional[dict] = None,
+        max_text_length: Optional[int] = None,
+        caption_prior: Optional[ModelMixin] = None,
     ):
         super().__init__(
             vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
@@ -59,6 +57,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         control_image: Any = None,
         *,
         class_labels: Any = None,
+        prompt_embeds: Any = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images for each prompt (or class label, or control image), in that order.
@@ -69,6 +68,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
                 images (see `control_images.control_tensor`). With several ControlNets, a list with the control of each.
                 By default, the base model generates without control.
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids or class names.
+            prompt_embeds (`torch.Tensor`, *optional*): Result of `encode_prompt` (`B L D`), instead of prompts.
             controlnet_conditioning_scale (`float` or `list[float]`, defaults to 1.0): Strength of the ControlNet; 0
                 disables it. Several ControlNets share one value or have one each, here and in the next two arguments.
             control_guidance_start (`float` or `list[float]`, defaults to 0.0): Fraction of the sampling steps at which
@@ -84,4 +84,5 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
         """
-        return self.call_with_control({"prompt": prompt, "class_labels": class_labels}, control_image, **options)
+        conditions = {"prompt": prompt, "class_labels": class_labels, "prompt_embeds": prompt_embeds}
+        return self.call_with_control(conditions, control_image, **options)

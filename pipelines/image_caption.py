@@ -6,12 +6,9 @@ Conventions: images are in [-1, 1]; a caption is `<START>`, its tokens and `<END
 sampled, the latent vector of an image or a caption is the mean of its posterior. The prior is a rectified flow.
 """
 
-from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -22,7 +19,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .common.checks import check_output_type, check_positive_integers
+from .common.checks import (
+    check_generator,
+    check_numbers,
+    check_output_type,
+    check_positive_integers,
+    check_steps,
+    is_integer,
+)
+from .common.conditions import as_list
+from .common.consensus import consensus
 from .common.generation import SamplersByName
 from .common.pixels import pixel_channels, to_rgb
 from .common.sampling import denoise, generator_per_image, initial_noise
@@ -60,32 +66,6 @@ class GumbelNoise(LogitsProcessor):
             rows = [torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators]
             uniform = torch.stack(rows).to(scores.device)
         return scores - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-
-
-def consensus(captions: Sequence[str]) -> str:
-    """Return the caption that shares the most n-grams (one to four words) with all captions, averaged over pairs.
-
-    This is minimum Bayes risk decoding (Kumar & Byrne 2004): given samples from the model, it returns the caption with
-    the lowest expected loss. The most likely caption is a worse choice for an image that can be described in many ways.
-    Recall of n-grams counts more than precision (F2, as in chrF: Popović 2016); otherwise the shortest would win.
-    """
-    if len(captions) == 1:
-        return captions[0]
-    counts = Counter(captions)
-    grams = {text: [Counter(_grams(text.split(), size)) for size in (1, 2, 3, 4)] for text in counts}
-
-    def likeness(one: str, other: str) -> float:
-        score = 0.0
-        for own, reference in zip(grams[one], grams[other]):
-            total = own.total() + 4 * reference.total()
-            score += 5 * (own & reference).total() / total if total else 1.0  # both too short for such n-grams
-        return score
-
-    return max(counts, key=lambda text: sum(likeness(text, other) * count for other, count in counts.items()))
-
-
-def _grams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[list[int]]:
@@ -166,7 +146,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         model: ModelMixin,
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin,
-        prior: ModelMixin | None = None,
+        prior: Optional[ModelMixin] = None,
         image_fit: str = "crop",
         aspect_ratio: float = 1.0,
         image_interpolation_mode: str = "lanczos",
@@ -220,6 +200,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             ValueError: If an argument is invalid; the message quotes it.
         """
         check_positive_integers(num_candidates=num_candidates)
+        check_generator(generator)
+        num_candidates = int(num_candidates)
         top_p = 1.0 if num_candidates > 1 and top_p is None else top_p
         self._check_decoding(num_beams, top_p, temperature, max_length)
         latents = self.encode_images(images)
@@ -227,11 +209,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             captions = self._captions(latents, num_beams, top_p, temperature, generator, max_length)
         else:
             # One stream per candidate: a stream is read until the longest caption of the batch is complete.
-            streams = [
-                stream
-                for one in generator_per_image(generator, len(latents)) or []
-                for stream in generator_per_image(one, num_candidates) or []
-            ]
+            streams = generator_per_image(generator, len(latents), num_candidates) or []
             rows = latents.repeat_interleave(num_candidates, dim=0)
             drawn: list[str] = []
             for start in range(0, len(rows), CANDIDATES_AT_ONCE):
@@ -269,6 +247,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         """
         check_output_type(output_type)
         check_positive_integers(num_images_per_prompt=num_images_per_prompt)
+        check_generator(generator)
+        num_images_per_prompt = int(num_images_per_prompt)
         posterior = self._caption_posterior(prompts)
         # Repeat the posterior for each image. Its class is not imported: one loaded from the Hub has its own copy.
         posterior = type(posterior)(*(part.repeat_interleave(num_images_per_prompt, dim=0) for part in posterior))
@@ -311,10 +291,12 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         self._check_decoding(num_beams, top_p, temperature, max_length)
         if self.prior is None:
             raise ValueError("this model has no latent prior, so it cannot generate pairs; train it with a prior")
-        check_positive_integers(num_pairs=num_pairs, num_inference_steps=num_inference_steps)
+        check_positive_integers(num_pairs=num_pairs)
+        check_generator(generator)
         check_scheduler(self.scheduler, FLOW)
-        generators = generator_per_image(generator, num_pairs)
-        latents = self._sample_latents(num_pairs, generators, num_inference_steps)
+        steps = check_steps(self.scheduler, num_inference_steps, None, None)
+        generators = generator_per_image(generator, int(num_pairs))
+        latents = self._sample_latents(int(num_pairs), generators, steps)
         captions = self._captions(latents, num_beams, top_p, temperature, generators, max_length)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
@@ -340,7 +322,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         return self._caption_posterior(texts).mean
 
     def _caption_posterior(self, texts: str | Sequence[str]) -> Any:
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = as_list(texts)
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"captions must be non-empty texts, but are {texts!r}")
         ids = caption_ids(self.tokenizer, texts, self.model.config.max_length)
@@ -385,7 +367,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         )
         return [" ".join(text.split()) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _sample_latents(self, count: int, generators: list[torch.Generator] | None, steps: int) -> Tensor:
+    def _sample_latents(self, count: int, generators: list[torch.Generator] | None, steps: Mapping[str, Any]) -> Tensor:
         """Sample latent vectors from the prior, B D, float32."""
         prior: Any = self.prior
         noise = initial_noise((count, prior.config.latent_size), generators, self._execution_device)
@@ -421,7 +403,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
                 raise ValueError(f"`images` must have shape (B, 3, {size}, {size}), but has {tuple(images.shape)}")
             return images.float() * 2 - 1
         if isinstance(images, np.ndarray):
-            if images.shape[1:] != (size, size, 3) or not np.issubdtype(images.dtype, np.floating):
+            if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not np.issubdtype(images.dtype, np.floating):
                 raise ValueError(
                     f"`images` must be floats of shape (B, {size}, {size}, 3), but are {images.dtype} of {images.shape}"
                 )
@@ -436,6 +418,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
     def _check_decoding(self, num_beams: int, top_p: float | None, temperature: float, max_length: int | None) -> None:
         """Raise a ValueError that quotes the first invalid argument of decoding captions."""
         check_positive_integers(num_beams=num_beams)
+        check_numbers(temperature=temperature, **({} if top_p is None else {"top_p": top_p}))
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"`top_p` must lie in (0, 1], but is {top_p}")
         if top_p is not None and num_beams > 1:
@@ -445,5 +428,5 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         if temperature != 1 and top_p is None:
             raise ValueError(f"`temperature` {temperature} has no effect without sampling; pass `top_p`, such as 1")
         longest = self.model.config.max_length
-        if max_length is not None and not 2 <= max_length <= longest:
+        if max_length is not None and not (is_integer(max_length) and 2 <= max_length <= longest):
             raise ValueError(f"`max_length` must be from 2 to {longest}, the model's maximum, but is {max_length}")

@@ -9,10 +9,8 @@ timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokeni
 `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
@@ -20,8 +18,9 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .common.checks import OUTPUT_TYPES
-from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
+from .common.checks import OUTPUT_TYPES, check_embeds, check_steps, check_tensor
+from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, reads_text
+from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
@@ -85,13 +84,13 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.
 
-    A single `generator` seeds a separate random stream for each image, so that the first images do not depend on the
-    number of images.
+    The first image uses a single `generator` itself, as if it were passed in a list. Every further image has a random
+    stream of its own, seeded from it, so that the first images do not depend on the number of images.
 
     `callback_on_step_end` is called after each denoising step with `(pipeline, step, timestep, callback_kwargs)`, where
     `callback_kwargs` has the tensors named in `callback_on_step_end_tensor_inputs` (`"latents"`, `"prompt_embeds"`).
-    The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._interrupt = True` to end
-    sampling.
+    The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._guidance_scale`, and
+    `pipeline._interrupt = True` to end sampling. The callbacks of Diffusers for Stable Diffusion work as well.
 
     With `output_type` `"np"` and `"pt"`, images are in [0, 1]; `"latent"` gives scaled latents (`B C h w`).
 
@@ -124,12 +123,12 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         vae: ModelMixin,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prediction_type: str | None = None,
-        id2label: dict | None = None,
-        max_text_length: int | None = None,
-        caption_prior: ModelMixin | None = None,
+        text_encoder: Optional[PreTrainedModel] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        prediction_type: Optional[str] = None,
+        id2label: Optional[dict] = None,
+        max_text_length: Optional[int] = None,
+        caption_prior: Optional[ModelMixin] = None,
     ):
         super().__init__()
         if (text_encoder is None) != (tokenizer is None):
@@ -172,6 +171,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
@@ -188,6 +191,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`), `"pt"` (`B 3 H W`) or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Results of `encode_prompt` (`B L D`),
+                instead of prompts.
+            timesteps, sigmas (`list`, *optional*): Timesteps or noise levels instead of `num_inference_steps`, from
+                high to low, if the scheduler takes them.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
@@ -195,24 +202,30 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
         """
-        height, width = self._size(height, width)
+        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt, class_labels, negative_prompt, guidance_scale, num_inference_steps, num_images_per_prompt,
-            output_type, callback_on_step_end_tensor_inputs,
+            output_type, tensor_inputs, height, width, generator, callback_on_step_end, prompt_embeds,
+            negative_prompt_embeds, timesteps, sigmas,
         )  # fmt: skip
-        device = self._execution_device
-        count = max(len(_as_list(prompt)), len(_as_list(class_labels)), 1)
-        guided = guidance_scale > 1 and (prompt is not None or class_labels is not None)
-        prompt_embeds = self._text_condition(prompt, negative_prompt, guided, count, num_images_per_prompt, device)
-        labels = self._class_condition(class_labels, guided, count, num_images_per_prompt, device)
-        num_images = count * num_images_per_prompt
-        generators = generator_per_image(generator, num_images)
-        noise = self._initial_latents(latents, num_images, height, width, generators, device)
-        options = SamplingOptions(
-            num_inference_steps, guidance_scale if guided else None, generators,
-            callback_on_step_end, callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-        images = self._denoise(noise, prompt_embeds, labels, options)
+        height, width = self._size(height, width)
+        device, repeats = self._execution_device, int(num_images_per_prompt)
+        count = max(
+            len(as_list(prompt)), len(as_list(class_labels)), 1 if prompt_embeds is None else len(prompt_embeds)
+        )
+        conditions = (prompt, class_labels, prompt_embeds)
+        self._begin(guidance_scale, any(condition is not None for condition in conditions))
+        guided = self.do_classifier_free_guidance
+        text = self._text_condition(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided, count, device
+        )
+        text = None if text is None else text.repeat_interleave(repeats, dim=0)
+        labels = self._class_condition(class_labels, guided, count, repeats, device)
+        generators = generator_per_image(generator, count * repeats)
+        noise = self._initial_latents(latents, count * repeats, height, width, generators, device)
+        steps = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        options = SamplingOptions(steps, generators, callback_on_step_end, tensor_inputs)
+        images = self._denoise(noise, text, labels, options)
         if output_type != "latent":
             images = decode_latents(self.vae, images)
         return self._finished(images, output_type, return_dict)
@@ -222,34 +235,66 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         prompt: Any,
         class_labels: Any,
         negative_prompt: Any,
-        guidance_scale: float,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        guidance_scale: Any,
+        num_inference_steps: Any,
+        num_images_per_prompt: Any,
+        output_type: Any,
+        callback_on_step_end_tensor_inputs: Any,
+        height: Any = None,
+        width: Any = None,
+        generator: Any = None,
+        callback_on_step_end: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
     ) -> None:
         """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
-            num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
-        )
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if value is not None and not all(isinstance(text, str) for text in _as_list(value)):
-                raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
-            if value is not None and self.text_encoder is None:
-                raise ValueError(f"this model has no text encoder, so `{name}` must be None, but is {value!r}")
+            num_images_per_prompt, guidance_scale, generator, output_type, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        self._size(height, width)
+        self._check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         if class_labels is not None and self.unet.config.num_class_embeds is None:
             raise ValueError(f"this model has no classes, so `class_labels` must be None, but is {class_labels!r}")
-        counts = {"prompt": prompt, "class_labels": class_labels, "negative_prompt": negative_prompt}
         self.class_ids(class_labels)
-        lengths = {name: len(_as_list(value)) for name, value in counts.items() if value is not None}
+        negative = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
+        counts = {
+            "prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels, "negative_prompt": negative
+        }  # fmt: skip
+        lengths = {name: _length(value) for name, value in counts.items() if value is not None}
         if 0 in lengths.values() or len({n for n in lengths.values() if n != 1}) > 1:
             raise ValueError(f"prompts and labels must have one entry each, or equally many, but have {lengths}")
-        if negative_prompt is not None and guidance_scale <= 1:
+        if not is_empty(negative_prompt) and guidance_scale <= 1:
             raise ValueError(f"`negative_prompt` needs a `guidance_scale` above 1, but it is {guidance_scale}")
-        if negative_prompt is not None and len(_as_list(negative_prompt)) > max(
-            len(_as_list(prompt)), len(_as_list(class_labels)), 1
-        ):
-            raise ValueError(f"`negative_prompt` has {lengths['negative_prompt']} entries, more than there are prompts")
+        if lengths.pop("negative_prompt", 1) > max(lengths.values(), default=1):
+            raise ValueError(f"`negative_prompt` has {_length(negative)} entries, more than there are prompts")
+
+    def _check_text(self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_embeds: Any) -> None:
+        """Raise a ValueError if the prompts, or the embeddings in their place, cannot be used."""
+        given = {"prompt": prompt, "negative_prompt": negative_prompt}
+        for name, value in given.items():
+            if value is not None and not all(isinstance(text, str) for text in as_list(value)):
+                raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
+            if self.text_encoder is None and not (value is None or (name == "negative_prompt" and is_empty(value))):
+                raise ValueError(f"this model has no text encoder, so `{name}` must be None, but is {value!r}")
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_embeds}
+        for name, value in embeds.items():
+            if value is not None and not self._takes_text:
+                raise ValueError(f"this model takes no text, so `{name}` must be None")
+        check_embeds(int(self.unet.config.get("cross_attention_dim") or 0), **embeds)
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("`prompt` and `prompt_embeds` say the same; pass one of them")
+        if not is_empty(negative_prompt) and negative_embeds is not None:
+            raise ValueError("`negative_prompt` and `negative_prompt_embeds` say the same; pass one of them")
+        if self._takes_text and self.text_encoder is None and prompt_embeds is None:
+            raise ValueError("this pipeline was loaded without its text encoder, so it needs `prompt_embeds`")
+
+    @property
+    def _takes_text(self) -> bool:
+        return self.text_encoder is not None or reads_text(self.unet)
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
         """Encode prompts to the U-Net's text condition (`B L D`, in the U-Net's dtype)."""
@@ -263,39 +308,56 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         Raises:
             ValueError: If a name is unknown, or an id is out of range.
         """
-        ids_by_name = {name: int(id_) for id_, name in (self.config.id2label or {}).items()}
-        classes = null_class(self.unet) or 0
-        ids = []
-        for label in _as_list(class_labels):
-            if isinstance(label, str) and label not in ids_by_name:
-                names = ", ".join(list(ids_by_name)[:20]) or "unnamed; pass class ids"
-                raise ValueError(
-                    f"`class_labels` has {label!r}, which is not a class of this model; its classes are {names}"
-                )
-            id_ = ids_by_name[label] if isinstance(label, str) else int(label)
-            if not 0 <= id_ < classes:
-                raise ValueError(f"`class_labels` must be from 0 to {classes - 1}, but has {id_}")
-            ids.append(id_)
-        return ids
+        return class_ids(class_labels, self.config.id2label or {}, null_class(self.unet) or 0)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(self, height: Any, width: Any) -> tuple[int, int]:
         height, width = self._given_or_trained_size(height, width, self.vae_scale_factor)
         latent_shape(self.vae, height, width)
         return height, width
 
     def _text_condition(
-        self, prompt: Any, negative_prompt: Any, guided: bool, count: int, repeats: int, device: torch.device
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        prompt_embeds: Tensor | None,
+        negative_embeds: Tensor | None,
+        guided: bool,
+        count: int,
+        device: torch.device,
     ) -> Tensor | None:
         """Return the text condition (B L D), or None for a model without text.
 
         With guidance it has twice the batch size, and the unconditional half comes first.
+
+        Raises:
+            ValueError: the two halves have different shapes, or the unconditional half cannot be encoded.
         """
-        if self.text_encoder is None:
+        if not self._takes_text:
             return None
-        prompts = _broadcast(_as_list(prompt) or [""], count)
-        if guided:
-            prompts = _broadcast(_as_list(negative_prompt) or [""], count) + prompts
-        return self.encode_prompt(prompts, device).repeat_interleave(repeats, dim=0)
+        prompts = broadcast(as_list(prompt) or [""], count)
+        negatives = broadcast(as_list(negative_prompt) or [""], count) if guided else []
+        if prompt_embeds is None and negative_embeds is None:
+            return self.encode_prompt(negatives + prompts, device)
+        if guided and negative_embeds is None and self.text_encoder is None:
+            raise ValueError(
+                "this pipeline was loaded without its text encoder, so guidance needs `negative_prompt_embeds`; pass "
+                "them, or `guidance_scale=1`"
+            )
+        positive = self._embeds(prompt_embeds, prompts, count, device)
+        if not guided:
+            return positive
+        negative = self._embeds(negative_embeds, negatives, count, device)
+        if negative.shape != positive.shape:
+            raise ValueError(
+                "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but have "
+                f"{tuple(positive.shape)} and {tuple(negative.shape)}"
+            )
+        return torch.cat([negative, positive])
+
+    def _embeds(self, embeds: Tensor | None, prompts: list[str], count: int, device: torch.device) -> Tensor:
+        if embeds is None:
+            return self.encode_prompt(prompts, device)
+        return broadcast_rows(embeds.to(device, self.unet.dtype), count)
 
     def _class_condition(
         self, class_labels: Any, guided: bool, count: int, repeats: int, device: torch.device
@@ -307,7 +369,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         null = null_class(self.unet)
         if null is None:
             return None
-        ids = _broadcast([null] if class_labels is None else self.class_ids(class_labels), count)
+        ids = broadcast([null] if class_labels is None else self.class_ids(class_labels), count)
         if guided:
             ids = [null] * count + ids
         return torch.tensor(ids, device=device).repeat_interleave(repeats, dim=0)
@@ -324,8 +386,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """Return the initial noise of each image (B C h w, standard normal, float32)."""
         shape = latent_shape(self.vae, height, width)
         if latents is not None:
-            if tuple(latents.shape) != (num_images, *shape):
-                raise ValueError(f"`latents` must have shape {(num_images, *shape)}, but has {tuple(latents.shape)}")
+            check_tensor("latents", latents, (num_images, *shape))
             return latents.to(device=device, dtype=torch.float32)
         return initial_noise((num_images, *shape), generators, device)
 
@@ -344,20 +405,13 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
                 concat_condition(x, expected),
                 timestep,
                 encoder_hidden_states=prompt_embeds,
-                class_labels=class_labels,
+                class_labels=None if class_labels is None else class_labels[-len(x) :],
                 return_dict=False,
             )[0]
 
         return self._sample(noise, predict, options, {"prompt_embeds": prompt_embeds}, with_expected_latents)
 
 
-def _as_list(value: Any) -> list:
-    if value is None:
-        return []
-    if isinstance(value, Tensor):
-        return value.reshape(-1).tolist()
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _broadcast(values: list, count: int) -> list:
-    return values * count if len(values) == 1 else values
+def _length(value: Any) -> int:
+    """Return the number of entries of prompts or labels, or of rows of embeddings (B L D)."""
+    return len(value) if isinstance(value, Tensor) and value.ndim == 3 else len(as_list(value))

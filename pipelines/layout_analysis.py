@@ -6,11 +6,9 @@ F_Tensor is the feature tensor of a poster: text mask, image mask, colour roles 
 V_Grammar is its vector of design grammar.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .common.checks import check_positive_integers
 from .common.layout_pictures import draw_overlay
 from .common.pixels import pixel_channels
 from .common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
@@ -57,7 +56,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
     _optional_components = ["encoder", "abstractor"]
     model_cpu_offload_seq = "encoder->abstractor"
 
-    def __init__(self, encoder: ModelMixin | None = None, abstractor: ModelMixin | None = None):
+    def __init__(self, encoder: Optional[ModelMixin] = None, abstractor: Optional[ModelMixin] = None):
         super().__init__()
         self.register_modules(encoder=encoder, abstractor=abstractor)
 
@@ -109,6 +108,8 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         for poster in posters:
             if not isinstance(poster, Image.Image):
                 raise ValueError(f"`images` must be PIL images, but one is a {type(poster).__name__}")
+        if reading_size is not None:
+            check_positive_integers(reading_size=reading_size)
         if reading_size is not None and reading_size < 16:
             raise ValueError(f"`reading_size` is {reading_size}; it must be at least 16 pixels")
         return [ImageOps.exif_transpose(poster).convert("RGB") for poster in posters]
@@ -149,6 +150,8 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         """
         if self.abstractor is None:
             raise ValueError("this pipeline has no abstractor; train one with training/train_abstractor.py")
+        if not isinstance(features, (list, tuple)):
+            raise ValueError(f"`features` must be a list of arrays, but is a {type(features).__name__}")
         for array in features:
             if np.ndim(array) != 3 or len(array) != 4:
                 raise ValueError(f"`features` must be of shape 4 × H × W, but one has shape {np.shape(array)}")

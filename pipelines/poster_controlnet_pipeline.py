@@ -3,9 +3,7 @@
 Shapes: B images, C control channels, H W pixels.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Optional
 
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 
@@ -37,7 +35,7 @@ class PosterControlNetPipeline(ControlledMixin, PosterDecoderPipeline):
         scheduler: SchedulerMixin,
         brief_encoder: ModelMixin,
         controlnet: ModelMixin,
-        prediction_type: str | None = None,
+        prediction_type: Optional[str] = None,
     ):
         super().__init__(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder, prediction_type=prediction_type)
         self.set_controlnet(controlnet)

@@ -7,18 +7,17 @@ which is passed as its `class_labels` and added to the time embedding. In an emp
 matching is rectified flow as in Stable Diffusion 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .common.checks import check_steps
 from .common.design_brief import DesignBrief, brief_tensors
-from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type
+from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
@@ -40,7 +39,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     """
 
     model_cpu_offload_seq = "brief_encoder->unet"
-    _callback_tensor_inputs = ["images"]
+    _callback_tensor_inputs = ["images", "prompt_embeds"]
     scheduler: Any
 
     def __init__(
@@ -48,7 +47,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         brief_encoder: ModelMixin,
-        prediction_type: str | None = None,
+        prediction_type: Optional[str] = None,
     ):
         super().__init__()
         prediction_type = known_prediction_type(prediction_type, scheduler)
@@ -71,6 +70,8 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` posters for each brief, in that order.
 
@@ -84,14 +85,18 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
                 + scale * (cond - uncond), where uncond is the prediction for an empty brief. Both predictions are
                 computed in one batch. Guidance is disabled at 1 and below, or if all briefs are empty.
             num_images_per_prompt (`int`, defaults to 1): The number of posters to generate per brief.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster. One
-                generator seeds a separate random stream for each, so the first posters do not depend on their number.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster. The
+                first poster uses a single generator itself; every further one has a stream that is seeded from it, so
+                the first posters do not depend on their number.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` (`B H W 3`) or `"pt"` (`B 3 H W`), both in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called at the end of each denoising step with `(pipeline,
                 step, timestep, callback_kwargs)`. The `images` (`B 3 H W`) that it returns in a dictionary replace the
-                current ones. Setting `pipeline._interrupt = True` ends sampling early.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Tensors in `callback_kwargs`.
+                current ones. It may set `pipeline._guidance_scale`, and `pipeline._interrupt = True` to end sampling.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Tensors in `callback_kwargs`:
+                `"images"`, and `"prompt_embeds"` (the tokens of the briefs, with guidance `2B L D`).
+            timesteps, sigmas (`list`, *optional*): Timesteps or noise levels instead of `num_inference_steps`, from
+                high to low, if the scheduler takes them.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.
@@ -99,35 +104,49 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
         """
-        height, width = self._size(height, width)
+        callback_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
-            briefs, num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
-        )
+            briefs, num_inference_steps, num_images_per_prompt, output_type, callback_tensor_inputs, height, width,
+            guidance_scale, generator, callback_on_step_end, timesteps, sigmas,
+        )  # fmt: skip
+        height, width = self._size(height, width)
         device = self._execution_device
         design_briefs = as_briefs(briefs)
-        guided = guidance_scale > 1 and any(brief.to_dict() for brief in design_briefs)
-        tokens, global_vectors = self.encode_briefs(design_briefs, device, guided, num_images_per_prompt)
-        num_images = len(design_briefs) * num_images_per_prompt
+        self._begin(guidance_scale, any(brief.to_dict() for brief in design_briefs))
+        tokens, global_vectors = self.encode_briefs(
+            design_briefs, device, self.do_classifier_free_guidance, int(num_images_per_prompt)
+        )
+        num_images = len(design_briefs) * int(num_images_per_prompt)
         generators = generator_per_image(generator, num_images)
         noise = initial_noise((num_images, 3, height, width), generators, device)
         options = SamplingOptions(
-            num_inference_steps, guidance_scale if guided else None, generators,
-            callback_on_step_end, callback_on_step_end_tensor_inputs,
+            check_steps(self.scheduler, num_inference_steps, timesteps, sigmas), generators,
+            callback_on_step_end, callback_tensor_inputs,
         )  # fmt: skip
         return self._finished(self._denoise(noise, tokens, global_vectors, options), output_type, return_dict)
 
     def check_inputs(
         self,
         briefs: Any,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        num_inference_steps: Any,
+        num_images_per_prompt: Any,
+        output_type: Any,
+        callback_on_step_end_tensor_inputs: Any,
+        height: Any = None,
+        width: Any = None,
+        guidance_scale: Any = 1.0,
+        generator: Any = None,
+        callback_on_step_end: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
     ) -> None:
         """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
-            num_inference_steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
-        )
+            num_images_per_prompt, guidance_scale, generator, output_type, callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        self._size(height, width)
         as_briefs(briefs)
 
     def encode_briefs(
@@ -148,18 +167,22 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     def _denoise(self, noise: Tensor, tokens: Tensor, global_vectors: Tensor, options: SamplingOptions) -> Tensor:
         """Denoise standard normal noise to images (B 3 H W, in [-1, 1]); with guidance, conditions have size 2B."""
 
-        def predict(x: Tensor, timestep: Any) -> Tensor:
-            return self.unet(x, timestep, encoder_hidden_states=tokens, class_labels=global_vectors, return_dict=False)[
-                0
-            ]
+        def predict(x: Tensor, timestep: Any, tokens: Tensor) -> Tensor:
+            return self.unet(
+                x,
+                timestep,
+                encoder_hidden_states=tokens,
+                class_labels=global_vectors[-len(x) :],
+                return_dict=False,
+            )[0]
 
-        return self._sample(noise, predict, options)
+        return self._sample(noise, predict, options, {"prompt_embeds": tokens}, lambda prompt_embeds: (prompt_embeds,))
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         height, width = self._given_or_trained_size(height, width)
         step = 2 ** (len(self.unet.config.block_out_channels) - 1)
         for name, value in (("height", height), ("width", width)):
-            if not isinstance(value, int) or value < step or value % step:
+            if value < step or value % step:
                 raise ValueError(
                     f"`{name}` must be a multiple of {step} (the U-Net's total downsampling), but is {value!r}"
                 )

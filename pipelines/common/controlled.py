@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..models.fusion_controlnet import FusionControlNets, as_nets, steering
+from .checks import check_numbers, check_positive_integers
+from .conditions import as_list, broadcast, broadcast_rows
 from .control_images import control_tensor, per_net, step_share
 
 
@@ -86,9 +88,11 @@ class ControlledMixin:
             ValueError: an argument cannot be used; the message quotes it.
         """
         base = super().__call__  # type: ignore[misc]
+        check_positive_integers(num_images_per_prompt=num_images_per_prompt)
         options |= {"height": height, "width": width}
         if control_image is None:
             return base(**conditions, num_images_per_prompt=num_images_per_prompt, **options)
+        num_images_per_prompt = int(num_images_per_prompt)
         controls = self.control_tensors(control_image, *self._size(height, width))
         conditions, count = _for_each_control(len(controls[0]), conditions)
         controls = [control.repeat_interleave(num_images_per_prompt, dim=0) for control in controls]
@@ -120,25 +124,26 @@ class ControlledMixin:
     def steered(
         self,
         controls: Sequence[Tensor],
-        scale: float | Sequence[float],
-        start: float | Sequence[float],
-        end: float | Sequence[float],
+        conditioning_scale: float | Sequence[float],
+        guidance_start: float | Sequence[float],
+        guidance_end: float | Sequence[float],
     ) -> AbstractContextManager[None]:
-        """Return a context in which the U-Net is steered, from the share `start` of the sampling steps to `end`.
+        """Return a context in which the U-Net is steered between two shares of the sampling steps.
 
         Raises:
-            ValueError: `start` and `end` are not increasing shares in [0, 1], or an argument is a list that does not
-                have one entry for each ControlNet.
+            ValueError: the shares are not increasing or not in [0, 1], or an argument is a list that does not have one
+                entry for each ControlNet.
         """
         nets = as_nets(self.controlnet)
-        scales = per_net("controlnet_conditioning_scale", scale, len(nets))
-        starts = per_net("control_guidance_start", start, len(nets))
-        ends = per_net("control_guidance_end", end, len(nets))
-        for first, last in zip(starts, ends, strict=True):
-            if not 0 <= first < last <= 1:
+        scales = per_net("controlnet_conditioning_scale", conditioning_scale, len(nets))
+        starts = per_net("control_guidance_start", guidance_start, len(nets))
+        ends = per_net("control_guidance_end", guidance_end, len(nets))
+        for scale, start, end in zip(scales, starts, ends, strict=True):
+            check_numbers(controlnet_conditioning_scale=scale, control_guidance_start=start, control_guidance_end=end)
+            if not 0 <= start < end <= 1:
                 raise ValueError(
                     "`control_guidance_start` must be below `control_guidance_end`, both in [0, 1], but they are "
-                    f"{first} and {last}"
+                    f"{start} and {end}"
                 )
 
         def scale_of(net: int, timestep: Any) -> float:
@@ -156,10 +161,7 @@ def _for_each_control(controls: int, conditions: Mapping[str, Any]) -> tuple[dic
     Raises:
         ValueError: a condition has several entries, but not one for each control.
     """
-    lists = {
-        name: value if value is None or isinstance(value, (list, tuple, Tensor)) else [value]
-        for name, value in conditions.items()
-    }
+    lists = {name: value if value is None or _has_rows(value) else as_list(value) for name, value in conditions.items()}
     lengths = {name: len(value) for name, value in lists.items() if value is not None}
     count = max(lengths.values(), default=0)
     if controls > 1 and count > 1 and count != controls:
@@ -169,8 +171,16 @@ def _for_each_control(controls: int, conditions: Mapping[str, Any]) -> tuple[dic
             "each control"
         )
     if controls > 1 and count == 1:
-        lists = {name: None if value is None else [value[0]] * controls for name, value in lists.items()}
+        lists = {
+            name: broadcast_rows(value, controls) if _has_rows(value) else value and broadcast(value, controls)
+            for name, value in lists.items()
+        }
     return lists, count
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether `value` is a tensor of embeddings, B L D, and not one of class ids."""
+    return isinstance(value, Tensor) and value.ndim > 1
 
 
 def _plain(value: Any) -> Any:

@@ -13,9 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from .checks import OUTPUT_TYPES, check_output_type, check_positive_integers
+from .checks import (
+    OUTPUT_TYPES,
+    check_generator,
+    check_numbers,
+    check_output_type,
+    check_positive_integers,
+    check_tensor,
+)
 from .sampling import denoise, guided
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
 
@@ -54,18 +62,69 @@ class SamplersByName:
 class SamplingOptions(NamedTuple):
     """Arguments of a pipeline's call that say how to sample, not what the images show."""
 
-    num_inference_steps: int
-    guidance_scale: float | None
-    """None samples without guidance; otherwise the U-Net sees a batch of 2B, the unconditional half first."""
+    steps: Mapping[str, Any]
+    """Arguments of the scheduler's `set_timesteps`, see `check_steps`."""
     generators: list[torch.Generator] | None
     callback: Callable[..., dict] | None
     callback_tensor_inputs: Sequence[str]
 
 
+class Conditions:
+    """The tensors that a callback may read and replace: one row for each image, or two with guidance.
+
+    With guidance the unconditional half comes first, so the last B rows are always the conditional ones.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor | None], num_images: int):
+        self.tensors = dict(tensors)
+        self.num_images = num_images
+
+    def replace(self, replaced: Mapping[str, Any]) -> bool:
+        """Take the tensors that a callback returned, and return whether one of them is new.
+
+        A single row stands for all images. `SDCFGCutoffCallback` returns the last row, and means the conditional half.
+
+        Raises:
+            ValueError: a tensor has the wrong shape.
+        """
+        changed = False
+        for name, before in self.tensors.items():
+            value = replaced.get(name, before)
+            if value is before or before is None:
+                continue
+            rows = len(value) if isinstance(value, Tensor) and value.ndim else 0
+            if rows == 1 and torch.equal(value, before[-1:]):
+                value = before[-self.num_images :]
+            elif rows == 1:
+                value = value.expand(self.num_images, *value.shape[1:])
+            elif rows not in (self.num_images, 2 * self.num_images):
+                raise ValueError(
+                    f"`callback_on_step_end` returned `{name}` with {rows} rows, but there are {self.num_images} images"
+                )
+            check_tensor(name, value, (len(value), *before.shape[1:]))
+            self.tensors[name], changed = value, True
+        return changed
+
+    def rows(self, count: int) -> dict[str, Tensor | None]:
+        """Return the last `count` rows of each tensor.
+
+        Raises:
+            ValueError: there are fewer rows, because a callback switched guidance on.
+        """
+        for name, tensor in self.tensors.items():
+            if tensor is not None and len(tensor) < count:
+                raise ValueError(
+                    f"guidance needs `{name}` with {count} rows, the unconditional half first, but there are "
+                    f"{len(tensor)}; start with a `guidance_scale` above 1, or return them from `callback_on_step_end`"
+                )
+        return {name: None if tensor is None else tensor[-count:] for name, tensor in self.tensors.items()}
+
+
 class UNetSamplingMixin(SamplersByName):
     """Sampling for a pipeline with a `unet` and its `config.prediction_type`. Name it before DiffusionPipeline.
 
-    The first entry of `_callback_tensor_inputs` is the name of the sampled tensor.
+    The first entry of `_callback_tensor_inputs` is the name of the sampled tensor. As in the pipelines of Diffusers, a
+    callback may set `_guidance_scale` and `_interrupt`.
     """
 
     unet: Any
@@ -76,79 +135,122 @@ class UNetSamplingMixin(SamplersByName):
     _callback_tensor_inputs: list[str]
     _output_types: tuple[str, ...] = OUTPUT_TYPES
     _interrupt = False
+    _guidance_scale = 1.0
+    _conditioned = False
+    _num_timesteps = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance in the current call; a callback may change `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current call is guided: the scale is above 1, and there is a condition."""
+        return self._guidance_scale > 1 and self._conditioned
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the current call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling ends after the current step; a callback may set `_interrupt`."""
+        return self._interrupt
 
     def _check_sampling(
         self,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        num_images_per_prompt: Any,
+        guidance_scale: Any,
+        generator: Any,
+        output_type: Any,
+        callback: Any,
+        callback_tensor_inputs: Any,
     ) -> None:
         """Raise a ValueError if an argument cannot be used or the scheduler does not suit the model."""
         check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
-        check_positive_integers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_positive_integers(num_images_per_prompt=num_images_per_prompt)
+        check_numbers(guidance_scale=guidance_scale)
+        check_generator(generator)
         check_output_type(output_type, self._output_types)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` must be a function, but is {callback!r}")
+        names = callback_tensor_inputs
+        unknown = [name for name in names if name not in self._callback_tensor_inputs] if _is_list(names) else names
+        if unknown or not _is_list(names):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
             )
+        for one in getattr(callback, "callbacks", [callback]):
+            if "IPAdapter" in type(one).__name__:
+                raise ValueError(f"`callback_on_step_end` is a {type(one).__name__}, but there is no IP adapter")
 
-    def _given_or_trained_size(self, height: int | None, width: int | None, factor: int = 1) -> tuple[int, int]:
+    def _given_or_trained_size(self, height: Any, width: Any, factor: int = 1) -> tuple[int, int]:
         """Return height and width in pixels; for None, the size that the U-Net was trained at, times `factor`.
 
         Raises:
-            ValueError: a side is None, and the U-Net's config has no size.
+            ValueError: a side is not a positive integer, or it is None, and the U-Net's config has no size.
         """
+        given = {"height": height, "width": width}
+        check_positive_integers(**{name: side for name, side in given.items() if side is not None})
         sample_size = self.unet.config.sample_size
         cells = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
         if (height is None or width is None) and None in cells:
             raise ValueError("the U-Net's config has no `sample_size`, so `height` and `width` must be given")
-        return cells[0] * factor if height is None else height, cells[1] * factor if width is None else width
+        return int(cells[0] * factor if height is None else height), int(cells[1] * factor if width is None else width)
+
+    def _begin(self, guidance_scale: Any, conditioned: bool) -> None:
+        """Reset what a callback may read and change."""
+        self._guidance_scale, self._conditioned, self._interrupt = float(guidance_scale), conditioned, False
 
     def _sample(
         self,
         noise: Tensor,
         predict: Callable[..., Tensor],
         options: SamplingOptions,
-        conditions: Mapping[str, Tensor | None] | None = None,
-        prepare: Callable[..., tuple] = tuple,
+        tensors: Mapping[str, Tensor | None],
+        prepare: Callable[..., tuple],
     ) -> Tensor:
         """Turn standard normal noise into samples (B C h w) in float32; only the U-Net's input has the U-Net's dtype.
 
         Args:
-            predict: (input of the U-Net, timestep, *prepare(**conditions)) → prediction of the U-Net, for B or 2B.
-            conditions: tensors that the callback may read and replace, in addition to the samples.
-            prepare: function that turns the conditions into arguments of `predict`; it is called at the start, and
-                again after a callback has replaced one of them.
+            predict: (input of the U-Net, timestep, *prepare(**tensors)) → prediction of the U-Net, for B or 2B.
+            tensors: those that the callback may read and replace, in addition to the samples, see `Conditions`.
+            prepare: function that turns the tensors into arguments of `predict`; it is called at the start, and again
+                after a callback has replaced one of them or has switched guidance off or on.
         """
-        conditions = dict(conditions or {})
-        prepared = prepare(**conditions)
-        self._interrupt = False
+        conditions = Conditions(tensors, len(noise))
+        prepared: dict[int, tuple] = {}  # by the number of rows
 
         def guided_prediction(x: Tensor, timestep: Any) -> Tensor:
-            model_input = x if options.guidance_scale is None else torch.cat([x, x])
-            prediction = predict(model_input.to(self.unet.dtype), timestep, *prepared)
-            return guided(prediction.float(), options.guidance_scale)
+            scale = self._guidance_scale if self.do_classifier_free_guidance else None
+            model_input = x if scale is None else torch.cat([x, x])
+            rows = len(model_input)
+            if rows not in prepared:
+                prepared[rows] = prepare(**conditions.rows(rows))
+            prediction = predict(model_input.to(self.unet.dtype), timestep, *prepared[rows])
+            return guided(prediction.float(), scale)
 
         def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
-            nonlocal prepared
+            self._num_timesteps = len(self.scheduler.timesteps)
             if options.callback is not None:
                 name = self._callback_tensor_inputs[0]
-                tensors = {name: x, **conditions}
-                chosen = {one: tensors[one] for one in options.callback_tensor_inputs}
-                replaced = options.callback(self, step, timestep, chosen) or {}
+                available = {name: x, **conditions.tensors}
+                chosen = {one: available[one] for one in options.callback_tensor_inputs}
+                replaced = options.callback(self, step, timestep, chosen)
+                if replaced is not None and not isinstance(replaced, Mapping):
+                    raise ValueError(f"`callback_on_step_end` must return a dictionary, but returned {replaced!r}")
+                replaced = replaced or {}
+                check_tensor(name, replaced.get(name, x), x.shape)
                 x = replaced.get(name, x)
-                changed = {one: replaced[one] for one in conditions if one in replaced}
-                if changed:
-                    conditions.update(changed)
-                    prepared = prepare(**conditions)
+                if conditions.replace(replaced):
+                    prepared.clear()
             return x, self._interrupt
 
         return denoise(
-            self.scheduler, guided_prediction, noise, options.num_inference_steps, options.generators,
-            self.progress_bar, after_step,
-        )  # fmt: skip
+            self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step
+        )
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Return the result of a call for `images` (B 3 H W in [-1, 1]); output type "latent" leaves them unchanged."""
@@ -156,3 +258,14 @@ class UNetSamplingMixin(SamplersByName):
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def tensor_inputs_of(callback: Any, tensor_inputs: Any) -> Any:
+    """Return the tensors that a callback of Diffusers needs, or `tensor_inputs` for any other callback."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return list(callback.tensor_inputs)
+    return [] if tensor_inputs is None else tensor_inputs
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))

@@ -8,7 +8,7 @@ This file is shipped inside published pipelines, so it imports no other file of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def denoise(
     scheduler: Any,
     predict: Callable[[Tensor, Any], Tensor],
     noise: Tensor,
-    num_inference_steps: int,
+    steps: Mapping[str, Any],
     generators: list[torch.Generator] | None,
     progress_bar: Any,
     after_step: Callable[[int, Any, Tensor], tuple[Tensor, bool]],
@@ -29,11 +29,12 @@ def denoise(
     Args:
         predict: (scaled x_t, timestep) → the model's prediction in float32, with guidance applied.
         noise: B C h w.
+        steps: arguments of `scheduler.set_timesteps`, such as `{"num_inference_steps": 25}`.
         generators: one generator per image for the scheduler's own noise; None uses the global generator.
         progress_bar: called with `total=`; returns a context manager whose `update()` counts a step.
         after_step: (step from 0, timestep, x) → x, possibly replaced, and whether to stop after this step.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    scheduler.set_timesteps(**steps, device=noise.device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_arguments = {"generator": generators} if takes_generator else {}
@@ -61,28 +62,35 @@ def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
 
 
 def generator_per_image(
-    generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int, streams: int = 1
 ) -> list[torch.Generator] | None:
-    """Return a generator for each image, for its initial noise and for the noise of its sampling steps.
+    """Return `streams` generators for each image, for its initial noise and for the noise of its sampling steps.
 
     If the noise of a batch were drawn as one tensor, an image's noise at the second step would depend on the number of
-    images.
+    images. Therefore the first image uses a single generator itself, as it would use it in a list. Every further image
+    has a generator of its own, seeded from the state of the single one at the time of the call.
 
     Raises:
-        ValueError: the number of generators is not the number of images.
+        ValueError: there is a list of generators, but not one for each image.
     """
     if generator is None:
         return None
     if isinstance(generator, torch.Generator):
-        device = generator.device
-        seeds = [int(torch.randint(2**62, (1,), generator=generator, device=device)) for _ in range(num_images)]
-        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        return _spread(generator, num_images * streams)
     if len(generator) != num_images:
         raise ValueError(
             f"`generator` has {len(generator)} entries, but the number of images is {num_images}; pass one generator, "
             "or one for each image"
         )
-    return list(generator)
+    return [stream for one in generator for stream in _spread(one, streams)]
+
+
+def _spread(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    device = generator.device
+    copy = torch.Generator(device)  # the seeds must not change what the first image draws
+    copy.set_state(generator.get_state())
+    seeds = [int(torch.randint(2**62, (1,), generator=copy, device=device)) for _ in range(count - 1)]
+    return [generator, *(torch.Generator(device).manual_seed(seed) for seed in seeds)]
 
 
 def initial_noise(shape: Sequence[int], generators: list[torch.Generator] | None, device: torch.device) -> Tensor:

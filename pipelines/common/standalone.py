@@ -1,7 +1,7 @@
 """Saves pipeline folders that load where Halftone is not installed, with the source files of all code that is not in
 Diffusers or Transformers.
 
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` of diffusers 0.42 copies source files into one flat
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` copies source files into one flat
 folder that all repositories share: the pipeline's file, the files that it imports relatively (but not the files that
 those import), and one file for each custom component. A file whose name is already that of a loaded module is executed
 in that module. A file of the same name from a second repository would therefore silently replace the code of the first.
@@ -14,7 +14,7 @@ Hence the three rules of `ship`:
 
 A pipeline loaded from such a folder can be saved in the same way; its published files are then saved unchanged.
 
-This file is shipped inside published pipelines, so it imports no other file of Halftone.
+This file is shipped inside published pipelines.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from .compatibility import check_versions, make_portable
 
 RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]+)(\s+import\b)", flags=re.MULTILINE)
 PACKAGE_IMPORT = re.compile(r"^\s*from\s+\.+\s+import\b", flags=re.MULTILINE)
@@ -41,7 +43,14 @@ REMOTE_PACKAGE = "diffusers_modules"
 
 
 class StandalonePipelineMixin:
-    """Adds a `save_pretrained` whose folder loads without Halftone. Name it before DiffusionPipeline."""
+    """Adds a `save_pretrained` whose folder loads without Halftone. Name it before DiffusionPipeline.
+
+    Defining such a class raises an ImportError if Diffusers or Transformers is older than the oldest supported version.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_versions()
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, and add the source files of custom classes.
@@ -55,6 +64,43 @@ class StandalonePipelineMixin:
             )
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         ship(self, Path(save_directory))
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Create a pipeline of this class from the components and the config of another one, sharing its weights.
+
+        `DiffusionPipeline.from_pipe` would leave out every component whose class is not exactly that of the annotation
+        (a VAE may be of any class), and convert the shared weights to float32.
+
+        Args:
+            pipeline: any pipeline that has the components, such as one of another class.
+            **kwargs: components and config values that replace those of `pipeline`; `torch_dtype` (or `dtype`) converts
+                the weights, which are otherwise left as they are.
+
+        Raises:
+            ValueError: a component is missing, or an argument is unknown; the message names it.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        kwargs.pop("torch_dtype", None)
+        if not isinstance(getattr(pipeline, "components", None), dict):
+            raise ValueError(f"`pipeline` must be a pipeline, but is {pipeline!r}")
+        parameters = inspect.signature(cls.__init__).parameters
+        known = [name for name in parameters if name != "self"]
+        unknown = sorted(kwargs.keys() - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no `{unknown[0]}`; it has {', '.join(known)}")
+        available = {**pipeline.config, **pipeline.components, **kwargs}
+        values = {name: available[name] for name in known if name in available}
+        missing = [
+            name for name in known if values.get(name) is None and parameters[name].default is inspect.Parameter.empty
+        ]
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no `{missing[0]}`, which {cls.__name__} needs; "
+                f"pass it, as in `from_pipe(pipeline, {missing[0]}=...)`"
+            )
+        created = cls(**values)
+        return created if dtype is None else created.to(dtype=dtype)  # type: ignore[attr-defined]
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +127,10 @@ def ship(pipeline: Any, folder: Path) -> None:
     for name, component in pipeline.components.items():
         # torch.compile wraps a component in a class of its own
         component_class = type(getattr(component, "_orig_mod", component))
-        if component is None or component_class.__module__.split(".")[0] in STOCK_LIBRARIES:
+        if component is None:
+            continue
+        if component_class.__module__.split(".")[0] in STOCK_LIBRARIES:
+            index[name] = make_portable(folder / name, component) or index[name]
             continue
         component_file = _source_file(component_class)
         files = _published_files(component_file)

@@ -14,6 +14,7 @@ from ..common.standalone import HASH_SUFFIX
 from .checkpoint_links import CHECKPOINTS, follow_links
 from .cli import UserError, nearest
 from .devices import get_device
+from .weights import PICKLES, pipeline_variant
 
 INDEX = "model_index.json"
 
@@ -45,12 +46,13 @@ def load_pipeline(
             "trust it"
         )
     options = {} if pipeline_class else {"trust_remote_code": trust_remote_code}
+    variant = pipeline_variant(folder)
     try:
         with without_loading_bars():
             return (pipeline_class or diffusers.DiffusionPipeline).from_pretrained(
-                folder, dtype=dtype or torch.float32, **options
+                folder, dtype=dtype or torch.float32, variant=variant, use_safetensors=True, **options
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, TypeError, KeyError, AttributeError) as error:
         # Diffusers raises these for incomplete or foreign folders.
         raise UserError(f"the pipeline in {folder} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
 
@@ -136,7 +138,7 @@ def _download(repo_id: str) -> Path:
 
     try:
         # The repository may contain a whole run, with its checkpoints.
-        return Path(snapshot_download(repo_id, ignore_patterns=["checkpoints/*"]))
+        return Path(snapshot_download(repo_id, ignore_patterns=["checkpoints/*", *PICKLES]))
     # Errors of the client share no base class of their own: HTTP errors are OSErrors, invalid ids are ValueErrors.
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

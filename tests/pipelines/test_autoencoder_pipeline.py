@@ -78,7 +78,9 @@ def test_saved_and_loaded(tmp_path):
     images = [p(random_image(), output_type="np").images for p in (pipeline, loaded)]
     assert np.allclose(*images, atol=1e-5)
     shipped = sorted(p.name.rsplit("_", 1)[0] for p in tmp_path.glob("*.py"))
-    assert shipped == ["autoencoder", "checks", "class_colors", "latents", "standalone"]
+    assert shipped == [
+        "autoencoder", "checks", "class_colors", "compatibility", "latents", "sampling", "standalone"
+    ]  # fmt: skip
 
 
 LABELS = {0: "swiss", 1: "pop", 2: "brutalist"}

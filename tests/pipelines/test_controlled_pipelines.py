@@ -452,7 +452,7 @@ def test_every_source_file_is_shipped(kind: str, tmp_path):
     shared = {"checks", "control_images", "controlled", "fusion_controlnet", "generation", "sampling", "schedulers"}
     of_latent = {"fusion_controlnet_pipeline", "latent_diffusion", "latents"}
     of_decoder = {"poster_controlnet_pipeline", "poster_decoder", "poster_domain", "design_brief"}
-    shared |= {"pixels", "standalone"}
+    shared |= {"compatibility", "conditions", "pixels", "standalone"}
     assert stems == shared | (of_latent if kind == "latent" else of_decoder | {"design_brief_encoder"})
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)

@@ -304,8 +304,8 @@ def test_the_prior_learns_a_distribution():
 
     with torch.no_grad():
         samples = denoise(
-            scheduler, lambda x, t: prior(x, t.reshape(1).expand(len(x))), noise, 30, None, NoBar,
-            lambda step, t, x: (x, False),
+            scheduler, lambda x, t: prior(x, t.reshape(1).expand(len(x))), noise, {"num_inference_steps": 30}, None,
+            NoBar, lambda step, t, x: (x, False),
         )  # fmt: skip
     distances = torch.cdist(samples, points)
     assert (distances.min(1).values < 0.5).float().mean() > 0.9

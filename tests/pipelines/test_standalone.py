@@ -133,9 +133,10 @@ def made():
 def greeting(folder: Path, package: str, files: dict[str, str], imports: str, part: str = "DDIMScheduler()") -> Any:
     """Return a pipeline from a new package with these `files` and a greeting.py, which has the given `imports`."""
     root = folder / package
-    standalone = Path(pipelines.__file__).parent / "common" / "standalone.py"
+    names = ("common/standalone.py", "common/compatibility.py")
+    shared = {name: (Path(pipelines.__file__).parent / name).read_text() for name in names}
     pipeline_file = GREETING.format(imports=imports, part=part)
-    for name, source in {**files, "common/standalone.py": standalone.read_text(), "greeting.py": pipeline_file}.items():
+    for name, source in {**files, **shared, "greeting.py": pipeline_file}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(source)
     sys.path.insert(0, str(folder))
@@ -241,6 +242,8 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
     assert stems == [
         "caption_prior",
         "checks",
+        "compatibility",
+        "conditions",
         "generation",
         "latent_diffusion",
         "latents",
@@ -277,12 +280,12 @@ def test_helpers_in_nested_folders_are_published_side_by_side(outside):
     """The pipeline's file also imports what only its helpers need, because diffusers copies only its direct imports."""
     here, _, _ = outside
     published = {path.name.rsplit("_", 1)[0]: path.read_text() for path in (here / "nested").glob("*.py")}
-    assert set(published) == {"greeting", "phrases", "punctuation", "words", "deep", "standalone"}
+    assert set(published) == {"greeting", "phrases", "punctuation", "words", "deep", "standalone", "compatibility"}
     for name, source in published.items():
         imports = re.findall(r"^ *(from \..*)", source, flags=re.MULTILINE)
         assert all(re.match(r"from \.\w+_[0-9a-f]{8} import ", line) for line in imports), (name, imports)
     imported = re.findall(r"^from \.(\w+)_[0-9a-f]{8} import", published["greeting"], flags=re.MULTILINE)
-    assert sorted(imported) == ["deep", "phrases", "punctuation", "standalone", "words"]
+    assert sorted(imported) == ["compatibility", "deep", "phrases", "punctuation", "standalone", "words"]
 
 
 def test_the_helper_of_a_helper_loads_without_halftone(outside):

@@ -103,7 +103,7 @@ def load_text_encoder(name_or_path: str) -> Any:
         kind = transformers.AutoConfig.from_pretrained(name_or_path).model_type
         classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
         model_class = getattr(transformers, classes.get(kind, "AutoModel"))
-        return model_class.from_pretrained(name_or_path).eval().requires_grad_(False)
+        return model_class.from_pretrained(name_or_path, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the text encoder '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); "

@@ -9,6 +9,7 @@ import torch
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError, cause
+from pipelines.tools.weights import weights_variant
 
 # Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
@@ -27,8 +28,17 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
     name_or_path = follow_links_or_name(name_or_path)
     config, subfolder = _find_config(name_or_path)
     vae_class = _class_of(config, name_or_path)
+    folder = Path(name_or_path).expanduser()
+    local = folder.is_dir()
+    variant = weights_variant(folder / (subfolder or "")) if local else None
     try:
-        vae = vae_class.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+        vae = vae_class.from_pretrained(
+            str(folder) if local else name_or_path,
+            subfolder=subfolder,
+            torch_dtype=torch.float32,
+            variant=variant,
+            use_safetensors=True,
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the VAE '{name_or_path}' cannot be loaded ({cause(error)}); check --vae") from error
     if hasattr(vae, "autoencoder"):

@@ -37,7 +37,7 @@ class PerceptualLoss(nn.Module):
             config = AutoConfig.from_pretrained(name_or_path)
             config.out_features = [name for name in config.stage_names if name != "stem"]
             backbone_class = type(AutoBackbone.from_config(config))
-            self.backbone = backbone_class.from_pretrained(name_or_path, config=config)
+            self.backbone = backbone_class.from_pretrained(name_or_path, config=config, use_safetensors=True)
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
                 f"--perceptual_backbone {name_or_path} cannot be loaded ({str(error).splitlines()[0]}); "

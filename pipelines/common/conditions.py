@@ -1,0 +1,73 @@
+"""Prompts and class labels as lists, one entry for each image.
+
+This file is shipped inside published pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .checks import is_integer
+
+
+def as_list(value: Any) -> list:
+    """Return the entries of a list, tuple, array or tensor; any other value is a single entry, and None is none."""
+    if value is None:
+        return []
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.reshape(-1).tolist()
+    return list(value) if isinstance(value, (list, tuple, range)) else [value]
+
+
+def broadcast(values: list, count: int) -> list:
+    """Repeat a list with a single entry `count` times; return other lists unchanged."""
+    return values * count if len(values) == 1 else values
+
+
+def broadcast_rows(embeds: Tensor, count: int) -> Tensor:
+    """Repeat a tensor with a single row `count` times; return other tensors unchanged."""
+    return embeds.expand(count, *embeds.shape[1:]) if len(embeds) == 1 else embeds
+
+
+def is_empty(prompt: Any) -> bool:
+    """Whether `prompt` is None or consists of empty strings: as a negative prompt, both mean the same."""
+    entries = as_list(prompt)
+    return prompt is None or (len(entries) > 0 and all(isinstance(text, str) and text == "" for text in entries))
+
+
+def class_ids(class_labels: Any, id2label: Mapping[str, str], classes: int) -> list[int]:
+    """Convert class labels, given as ids or names, to class ids.
+
+    Raises:
+        ValueError: a name is unknown, an id is out of range, or a label is neither.
+    """
+    ids_by_name = {name: int(id_) for id_, name in id2label.items()}
+    ids = []
+    for label in as_list(class_labels):
+        if isinstance(label, str) and label not in ids_by_name:
+            names = ", ".join(list(ids_by_name)[:20]) or "unnamed; pass class ids"
+            raise ValueError(
+                f"`class_labels` has {label!r}, which is not a class of this model; its classes are {names}"
+            )
+        if not (isinstance(label, str) or is_integer(label)):
+            raise ValueError(f"`class_labels` must be class ids or class names, but has {label!r}")
+        id_ = ids_by_name[label] if isinstance(label, str) else int(label)
+        if not 0 <= id_ < classes:
+            raise ValueError(f"`class_labels` must be from 0 to {classes - 1}, but has {id_}")
+        ids.append(id_)
+    return ids
+
+
+def reads_text(unet: Any) -> bool:
+    """Whether a U-Net attends to a text condition."""
+    config = unet.config
+    blocks = [
+        config.get("mid_block_type"),
+        *(config.get("down_block_types") or ()),
+        *(config.get("up_block_types") or ()),
+    ]
+    return any("CrossAttn" in block for block in blocks if block)
