@@ -124,8 +124,8 @@ def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
     if isinstance(saved, dict) and saved.keys() == {field.name for field in fields(Speed)}:
         phases = saved["phases"]
         numbers = [value for name, value in saved.items() if name != "phases"]
-        known = isinstance(phases, dict) and phases.keys() == names
-        if known and all(isinstance(number, (int, float)) for number in (*numbers, *phases.values())):
+        of_this_run = isinstance(phases, dict) and phases.keys() == names
+        if of_this_run and all(isinstance(number, (int, float)) for number in (*numbers, *phases.values())):
             return saved
     logger.warning("%s is damaged, so the speed is measured again", file)
     return None

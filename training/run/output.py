@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,13 @@ class LastingStream:
     def _try(self, action: Any) -> None:
         try:
             action()
-        except (OSError, ValueError, AttributeError) as error:  # ValueError: closed; AttributeError: it is None
+        except (ValueError, AttributeError):  # it is closed; it is None in a program without a console
+            return
+        except OSError as error:
             if self._failed:
                 return
             self._failed = True
-            reason = getattr(error, "strerror", None) or str(error)
-            message = f"{self._name} can no longer be written ({reason}); training continues"
-            with suppress(RecursionError):
-                logger.warning("%s", message)
+            message = f"{self._name} can no longer be written ({error.strerror}); training continues"
+            logger.warning("%s", message)
             if self._name == "stdout":
                 print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -25,6 +25,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict[str, float]": (dict,),
 }
 
+_METRICS = ("last_validation", "best_validation")
+
 
 @dataclass
 class EarlyStoppingConfig(Options):
@@ -115,7 +117,8 @@ class RunState:
             if f.name in values and (not isinstance(values[f.name], types) or _is_other_number(values[f.name], types)):
                 raise TypeError(f"{f.name} is {values[f.name]!r}")
         sums = [number for pair in values["means"].values() for number in pair]
-        for number in (*sums, *values["epoch_loss"].values(), *values.get("last_validation", {}).values()):
+        metrics = [number for name in _METRICS for number in values.get(name, {}).values()]
+        for number in (*sums, *values["epoch_loss"].values(), *metrics):
             if not isinstance(number, (int, float)):
                 raise TypeError(f"{number!r} is not a number")
         known = {f.name for f in dataclasses.fields(cls)}
