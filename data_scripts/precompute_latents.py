@@ -35,6 +35,7 @@ from training.core.files import WRITING, write_json
 from training.core.made_folders import read_json
 from training.core.options import option
 from training.core.parsing import parse_config
+from training.core.polling import polled
 from training.data.checks import require_clean
 from training.data.companions import SegmentationMask
 from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
@@ -169,7 +170,7 @@ class Encoder:
         return missing
 
     def make(self, work: SplitWork, numbers: Sequence[int], stop: StopSignal, bar: tqdm) -> bool:
-        """Encode and write shards `numbers`; return False if a stop was requested, which drops the shard in progress."""
+        """Encode and write shards `numbers`; return False if a stop was requested before the end of the last one."""
         batches = self._batches(work, numbers)
         for number in numbers:
             columns: dict[str, list] = {}
@@ -248,7 +249,8 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
     device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     vae = load_vae(config.vae)
     shape = _latent_shape(vae, config)
-    facts, works = _plan(config, vae, shape)
+    polled(lambda: load_all_splits(config), stop.check)
+    facts, works = _plan(config, vae, shape, stop.check)
     _make_room(config, facts, works)
     encoder = Encoder(config, vae, device)
     todo = {work.name: encoder.missing(work, stop.check) for work in works}
@@ -276,7 +278,7 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
 
 
 def _plan(
-    config: PrecomputeConfig, vae: nn.Module, shape: tuple[int, int, int]
+    config: PrecomputeConfig, vae: nn.Module, shape: tuple[int, int, int], poll: Callable[[], None]
 ) -> tuple[dict[str, Any], list[SplitWork]]:
     """Return the manifest's entries for the whole cache, and the splits to encode."""
     stored = named_split(config, load_all_splits(config), config.train_split)
@@ -311,7 +313,7 @@ def _plan(
     works = []
     for name, dataset in images.items():
         if len(dataset):
-            fingerprint = dataset_fingerprint(dataset)
+            fingerprint = dataset_fingerprint(dataset, poll)
             request = hashlib.sha256(json.dumps([decisive, name, fingerprint]).encode()).hexdigest()
             works.append(SplitWork(name, dataset, fingerprint, request))
     return facts, works

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from training.data.images import ImageDataset
+from training.data.records import read_record, write_record
 from training.data.source import column_values
-
-if TYPE_CHECKING:
-    pass
 
 # The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
 # spaced images. A million images of 100 kB would take minutes at each start; 4,096 take a second or two.
@@ -35,13 +34,29 @@ _VAE_CONFIG_KEYS = (
 )
 
 
-def dataset_fingerprint(dataset: ImageDataset) -> str:
+def dataset_fingerprint(dataset: ImageDataset, poll: Callable[[], None] = lambda: None) -> str:
     """Return the SHA-256 over the number of rows, all captions and labels, and the bytes of up to `SAMPLED_IMAGES`
     images and of their masks, if the dataset has any.
 
     It is independent of paths and of how the rows are stored (files, Parquet, Arrow). In a dataset with more rows than
     that, a change to images alone is detected only if it affects a sampled image.
+
+    Args:
+        poll: called now and then; it may raise to stop.
     """
+    names = dataset.label_map.names if dataset.label_map is not None else None
+    columns = [dataset.image_columns, dataset.captions and dataset.config.caption_column, dataset.config.label_column]
+    key = [dataset.stored_rows_key, *columns, names]
+    known = read_record("fingerprint", key) if dataset.stored_rows_key else None
+    if isinstance(known, str):
+        return known
+    fingerprint = _read_fingerprint(dataset, poll)
+    if dataset.stored_rows_key:
+        write_record("fingerprint", key, fingerprint)
+    return fingerprint
+
+
+def _read_fingerprint(dataset: ImageDataset, poll: Callable[[], None]) -> str:
     config, rows = dataset.config, len(dataset)
     digest = hashlib.sha256(f"{rows} rows".encode())
     if dataset.captions:
@@ -54,6 +69,7 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
     images = dataset.dataset.select_columns(dataset.image_columns)
     sampled = evenly_spaced(rows, SAMPLED_IMAGES)
     for start in range(0, len(sampled), _IMAGES_PER_READ):
+        poll()
         columns = images[sampled[start : start + _IMAGES_PER_READ]]
         for sources in zip(*(columns[name] for name in dataset.image_columns), strict=True):
             for source in sources:

@@ -25,6 +25,7 @@ from training.data.source import (
     named_split,
     require_column,
     row_id,
+    stored_rows_key,
     transform_fingerprint,
     undecoded_images,
 )
@@ -203,6 +204,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def id2label(self) -> dict[int, str]:
         """Class names by id; empty without labels."""
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
+
+    @property
+    def stored_rows_key(self) -> str | None:
+        """Key for records about the rows (see `training.data.records`); None if they are not in files."""
+        return stored_rows_key(self._every_column, self.config) if self.config.source else None
 
     def classes(self, column: str) -> RowClasses:
         """Return the class of each row by any column, for `--balance_by`. Raises UserError."""

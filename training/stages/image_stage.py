@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
 from training.core.options import Options, option
+from training.core.polling import polled
 from training.core.stage import Batch, Stage, StageContext
 from training.data.checks import require_clean
-from training.data.source import DataConfig, load_split
+from training.data.source import DataConfig, load_all_splits, load_split
 from training.engine.run_config import RunConfig
 from training.engine.weights import load_initial_weights
 
@@ -67,6 +68,8 @@ class ImageStage(Stage):
     def __init__(self, config: ImageStageConfig, context: StageContext):
         super().__init__(context)
         self.config = config
+        if config.source:  # opened once here, while requests to stop are heard
+            polled(lambda: load_all_splits(config), context.poll)
 
     def open_data(self, dataset: OpenDataset) -> None:
         """Open the training and the held-out rows, and check that all of them can be used.
@@ -79,7 +82,7 @@ class ImageStage(Stage):
         held_out = load_split(config, "validation", config.seed)
         self.validation_set = dataset(held_out, augment=False) if len(held_out) else None
         for data in filter(None, (self.training_set, self.validation_set)):
-            require_clean(data, tell=logger.info)
+            require_clean(data, tell=logger.info, poll=self.context.poll)
 
     def train_data(self) -> Any:
         return self.training_set

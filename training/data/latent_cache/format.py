@@ -46,7 +46,7 @@ class DamagedShard(WorkerError):
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished cache; None if the cache is not finished, or the manifest is damaged."""
     manifest = read_json(folder / MANIFEST)
-    return manifest if isinstance(manifest, dict) and MANIFEST_KEYS <= manifest.keys() else None
+    return manifest if isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS else None
 
 
 def shard_name(number: int) -> str:
@@ -112,7 +112,7 @@ def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] 
         verify: read the whole shard and compare its SHA-256, not only its size.
     """
     note = read_json(file.with_suffix(".json"))
-    if not isinstance(note, dict) or not file.is_file() or not NOTE_KEYS <= note.keys():
+    if not isinstance(note, dict) or not file.is_file() or not note.keys() >= NOTE_KEYS:
         return None
     if note.pop("request") != request or file.stat().st_size != note["bytes"]:
         return None
