@@ -55,7 +55,7 @@ class CaptionDataConfig(DataConfig):
     image_fit: Literal["crop", "stretch"] = option("crop")
     """How images are made square: crop cuts out a square, stretch rescales the whole image and changes its aspect
     ratio"""
-    tokenizer: str | None = option(None)
+    tokenizer: str | None = option(None, content="tokenizer")
     """Tokenizer folder or Hub id; if unset, a tokenizer is trained on the training captions"""
     tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
     """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces"""

@@ -205,6 +205,11 @@ class ImageDataset(torch.utils.data.Dataset):
         """Class names by id; empty without labels."""
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
 
+    map_columns: Sequence[str] = ()
+    """Columns of other images that samples are made of; a subclass sets them."""
+    number_columns: Sequence[str] = ()
+    """Columns of other values that samples are made of; a subclass sets them."""
+
     @property
     def stored_rows_key(self) -> str | None:
         """Key for records about the rows (see `training.data.records`); None if they are not in files."""

@@ -45,11 +45,11 @@ _SPLIT_FOLDERS = {
 class DataConfig(Options):
     """Source of the images, its columns, and how images are cropped."""
 
-    dataset_name: str | None = option(None)
+    dataset_name: str | None = option(None, content="data")
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
-    train_data_dir: str | None = option(None)
+    train_data_dir: str | None = option(None, content="data")
     """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces --dataset_name"""
     image_column: str = option("image")
     """Column with the images"""
