@@ -109,7 +109,7 @@ def _make(config: TokenizerConfig, folder: Path) -> None:
     validation = load_split(config, "validation", config.seed)
     print(f"Training a {config.model} tokenizer on the captions of {len(train):,} rows.")
     tokenizer = train_tokenizer(
-        captions_of(train, config.caption_column),
+        captions_of(train, config.caption_column, config.on_bad_sample),
         model=config.model,
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, printable
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
 from training.core.files import write_atomically
@@ -167,5 +167,5 @@ class _TerminalHandler(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(mask_credentials(prefix + record.getMessage()))
+        tqdm.write(printable(mask_credentials(prefix + record.getMessage())))
         sys.stdout.flush()  # so that messages reach a file or a pipe at once
