@@ -6,6 +6,7 @@ Nothing here scans or maps the rows, so that a million rows open as fast as a hu
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -312,6 +313,7 @@ def _load_imagefolder(path: Path, config_name: str | None, state: str) -> Datase
                     for split, files in tables.items()
                 }
             )
+    _require_readable_metadata(path)
     files = _imagefolder_splits(path)
     loaded = datasets.load_dataset("imagefolder", config_name, data_dir=str(path), data_files=files)
     tables = {split: [file["filename"] for file in rows.cache_files] for split, rows in loaded.items()}
@@ -337,8 +339,32 @@ def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
 
 def _has_metadata(path: Path) -> bool:
     """Return whether a folder, or the folder of a split in it, has the metadata file of an imagefolder."""
+    return bool(_metadata_files(path))
+
+
+def _metadata_files(path: Path) -> list[Path]:
     folders = [path, *(path / word for words in _SPLIT_FOLDERS.values() for word in words)]
-    return any((folder / name).is_file() for folder in folders for name in ("metadata.jsonl", "metadata.csv"))
+    files = [folder / name for folder in folders for name in ("metadata.jsonl", "metadata.csv")]
+    return [file for file in files if file.is_file()]
+
+
+def _require_readable_metadata(path: Path) -> None:
+    """Raise UserError for metadata that is empty, or whose rows `datasets` would join at an unclosed quotation mark."""
+    for file in _metadata_files(path):
+        if not file.stat().st_size:
+            raise UserError(f"{file} is empty; write one line for each image, or delete it")
+        if file.suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            with file.open(encoding="utf-8", newline="") as lines:
+                rows = csv.reader(lines, strict=True)
+                try:
+                    for _ in rows:
+                        pass
+                except csv.Error as error:
+                    raise UserError(
+                        f"{file} cannot be read as CSV ({error}, in the row that ends in line {rows.line_num}): is a "
+                        "quotation mark not closed? Fix that row, or use metadata.jsonl"
+                    ) from None
 
 
 def _imagefolder_splits(path: Path) -> dict[str, list[str]] | None:
