@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point
+from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point, printable
 from training.core.parsing import parse_config
 from training.data.checks import Problem, chunks, verify_reason
 from training.data.fingerprints import encoded_bytes
@@ -82,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     reports = []
     for name in config.splits or list(splits):
         reports.append(check_split(name, named_split(config, splits, name), config, label_map))
-    print(summary(reports, config, label_map))
+    print(printable(summary(reports, config, label_map)))
     problems = [(report.name, problem) for report in reports for problem in report.problems]
     if not problems:
         print("No problems: every row can be trained on.")
         return 0
     print(f"\n{len(problems):,} problems:")
     for name, problem in problems[: config.max_listed or None]:
-        print(f"  {name} {problem}")
+        print(f"  {name} {printable(problem)}")
     if config.max_listed and len(problems) > config.max_listed:
         print(f"  and {len(problems) - config.max_listed:,} more (--max_listed 0 lists all)")
     print("Fix or remove these rows, or skip them during training with --on_bad_sample skip")

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipelines.tools.cli import UserError
 from training.core.files import flush_tree, recover_folder, replacing_folder, write_json
+from training.core.locks import FolderLock
 from training.core.made_folders import MANIFEST, dataset_problem, lock_of, read_manifest
 from training.engine.signals import StopSignal, started_by
 
@@ -41,7 +43,7 @@ def making(folder: Path) -> Iterator[Path]:
     lock = lock_of(folder, f"another process is making {folder}; wait for it, or choose another --output_dir")
     with _explained_errors(folder), _stopped_by_signals():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
+        with _taken(lock):
             recover_folder(folder)
             shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)  # of earlier versions
             yield folder
@@ -58,8 +60,25 @@ def making_cache(folder: Path) -> Iterator[None]:
     lock = lock_of(folder, f"another process is making {folder}; wait for it, or choose another --output_dir")
     with _explained_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock if os.environ.get("RANK", "0") == "0" else nullcontext():
+        with _taken(lock) if os.environ.get("RANK", "0") == "0" else nullcontext():
             yield
+
+
+@contextmanager
+def _taken(lock: FolderLock) -> Iterator[None]:
+    """Hold the lock. A run that only looks whether it is held takes it for a moment, so try more than once."""
+    for delay in (0.2, 0.4):
+        try:
+            lock.acquire()
+            break
+        except UserError:
+            time.sleep(delay)
+    else:
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from training.data.caption_text import caption_problem, cleaned_caption
+
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
-from pipelines.tools.cli import UserError, entry_point, nearest
+from pipelines.tools.cli import UserError, entry_point, nearest, printable
 from pipelines.tools.commands import command
 from pipelines.tools.files import image_suffixes
 from training.core.options import Options
@@ -125,10 +127,11 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
             problems.append(f"record {number}: no file name (it has {', '.join(record) or 'no fields'})")
             continue
         own = _texts(record.get(config.caption_field))
-        if own:
+        problem = caption_problem(own) if own else "no caption"
+        if problem is None:
             captions.setdefault(name, []).extend(text for text in own if text not in captions.get(name, []))
         else:
-            problems.append(f"record {number} ({name}): no caption")
+            problems.append(f"record {number} ({name}): {problem}")
     if not captions:
         if config.caption_field in fields:
             raise UserError(f"{config.metadata} has no captions: every '{config.caption_field}' is empty")
@@ -198,7 +201,7 @@ def _read(path: Path) -> Any:
         lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         try:
             return [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise UserError(
                 f"{path} is not valid JSON (line {error.lineno}: {error.msg}); fix it, or export it again"
             ) from None
@@ -233,7 +236,7 @@ def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) 
         return str(path)
     parts = [part for part in path.parts if part not in ("/", "..") and not part.endswith(":")]
     ends = (PurePosixPath(*parts[first:]) for first in range(len(parts)))
-    return str(next((end for end in ends if (folder / end).is_file()), path.name))
+    return str(next((end for end in ends if os.path.isfile(folder / end)), path.name))
 
 
 def _file_value(record: Mapping[str, Any], file_field: str | None) -> str | None:
@@ -244,7 +247,8 @@ def _file_value(record: Mapping[str, Any], file_field: str | None) -> str | None
 
 def _texts(value: Any) -> list[str]:
     several = value if isinstance(value, list) else [value]
-    return [" ".join(text.split()) for text in several if isinstance(text, str) and text.strip()]
+    texts = (" ".join(cleaned_caption(text).split()) for text in several if isinstance(text, str))
+    return [text for text in texts if text]
 
 
 def _find_images(captions: dict[str, list[str]], folder: Path, problems: list[str]) -> dict[str, Path]:
@@ -260,9 +264,9 @@ def _find_images(captions: dict[str, list[str]], folder: Path, problems: list[st
         ending = PurePosixPath(name).suffix.lower()
         endings = ("",) if ending in readable else ("", *SUFFIXES, *map(str.upper, SUFFIXES))
         files = [folder / f"{name}{end}" for end in endings]
-        file = next((f for f in files if f.is_file() and f.suffix.lower() in readable), None)
+        file = next((f for f in files if os.path.isfile(f) and f.suffix.lower() in readable), None)
         if file is None:
-            problem = "is not an image" if files[0].is_file() else f"the image is not in {folder}"
+            problem = "is not an image" if os.path.isfile(files[0]) else f"the image is not in {folder}"
             problems.append(f"{name}: {problem}")
             continue
         first = names.setdefault(file.resolve(), name)
@@ -290,7 +294,7 @@ def _report(problems: Sequence[str], config: ImportConfig) -> None:
     if not problems:
         return
     if config.on_missing == "skip":
-        print(f"{len(problems):,} records are skipped; the first is {problems[0]}")
+        print(f"{len(problems):,} records are skipped; the first is {printable(problems[0])}")
         return
     shown = [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from data_scripts.dataset_folder import making, new_folder
 from pipelines.tools.cli import UserError, entry_point, printable
@@ -30,9 +30,6 @@ from training.data.tokenization import (
     smallest_vocabulary,
     train_tokenizer,
 )
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = 3
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -58,8 +55,8 @@ class TokenizerConfig(DataConfig):
     seed: int = 0
     """Random seed that selects the held-out rows (without a validation split)"""
     overwrite: bool = False
-    """Rename an earlier tokenizer in --output_dir (it is not deleted), and make a new one; models that were trained with
-    the earlier one do not work with the new one"""
+    """Rename an earlier tokenizer in --output_dir (it is not deleted), and make a new one; models trained with the
+    earlier one do not work with the new one"""
 
     def validate(self, prefix: str = "") -> None:
         """Check values before any data is opened.
@@ -112,7 +109,7 @@ def _make(config: TokenizerConfig, folder: Path) -> None:
     validation = load_split(config, "validation", config.seed)
     print(f"Training a {config.model} tokenizer on the captions of {len(train):,} rows.")
     tokenizer = train_tokenizer(
-        captions_of(train, config.caption_column),
+        captions_of(train, config.caption_column, config.on_bad_sample),
         model=config.model,
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,

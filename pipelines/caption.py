@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.cli import Options, UserError, entry_point, printable
 from pipelines.tools.commands import command
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.files import check_image_header, check_output, read_image
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             paths = files[start : start + options.batch_size]
             captions = _captions(pipeline, [read_image(path) for path in paths], options, start)
             for path, caption in zip(paths, captions, strict=True):
-                print(f"{path}: {caption}", flush=True)
+                print(printable(f"{path}: {caption}"), flush=True)
                 if output and lines:
                     # The format of an imagefolder's metadata.jsonl, whose file names are relative to its folder.
                     record = {"file_name": _relative(path, output.parent), "text": caption}

@@ -23,8 +23,10 @@ from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
 from training.core.files import read_json, write_json
+from training.core.made_folders import incomplete
 from training.core.options import Options, option
 from training.core.parsing import parse_config
+from training.engine.signals import STARTED_BY
 from training.engine.speed import SPEED_FILE
 
 START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
@@ -157,7 +159,8 @@ def run_stage(command: str) -> float:
     """Run one of the project's scripts; return the seconds that it took. Raises UserError when it fails."""
     started = time.monotonic()
     script, *flags = shlex.split(command)
-    status = subprocess.run([sys.executable, str(CODE / script), *flags]).returncode
+    environment = {**os.environ, STARTED_BY: str(os.getpid())}  # the script ends when the quickstart has been killed
+    status = subprocess.run([sys.executable, str(CODE / script), *flags], env=environment).returncode
     if status:
         raise UserError(
             f"the quickstart stopped at: {command} (exit status {status}); the reason is above. "
@@ -176,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for number, (command, done) in enumerate(commands, 1):
         script = script_name(command)
-        if done and Path(done).exists():
+        if done and incomplete(done, command.split()[0]) is None:
             print(f"\n[{number}/{len(commands)}] {TITLES[script]}: already done ({done})", flush=True)
             continue
         if script in (AUTOENCODER, DIFFUSION):

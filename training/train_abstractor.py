@@ -30,6 +30,7 @@ from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
+from training.data.fingerprints import module_fingerprint
 from training.data.posters import PosterDataConfig, PosterDataset
 from training.engine.session import train
 from training.engine.weights import load_component
@@ -51,7 +52,7 @@ class Config(ImageStageConfig, PosterDataConfig):
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
-    encoder: str | None = option(None)
+    encoder: str | None = option(None, content="encoder")
     """Layout encoder (run folder, checkpoint, pipeline folder or Hub id) whose predicted features are also used for
     training; if unset, only the true features of the dataset are used"""
     predicted_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)
@@ -127,6 +128,10 @@ class AbstractorStage(ImageStage):
     def _predict(self, batch: Batch, predicted: bool) -> Any:
         count = len(batch["grammar"])
         return self.abstractor(self.phase.features(batch, torch.full((count,), predicted, device=self.context.device)))
+
+    def inputs(self) -> dict[str, str]:
+        encoder = {"encoder": module_fingerprint(self.encoder)} if self.encoder is not None else {}
+        return {**super().inputs(), **encoder}
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         sums = {"count": torch.tensor(len(batch["grammar"]))}

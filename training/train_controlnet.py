@@ -29,6 +29,7 @@ from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
 from training.data.companions import control_of
+from training.data.fingerprints import module_fingerprint
 from training.engine.session import train
 from training.metrics.control import (
     IGNORED_BELOW,
@@ -56,7 +57,7 @@ class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
 
     output_dir: str = option("runs/controlnet", on_resume="free")
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
-    base_model: str = option("")
+    base_model: str = option("", content="base_model")
     """Base model, which stays frozen (required): run folder, checkpoint, pipeline folder or Hub id of a model
     trained with train_latent_diffusion.py or train_decoder.py"""
     fusion_mode: str = option("add", choices=MODES)
@@ -167,6 +168,9 @@ class ControlNetStage(ImageStage):
         self.phase = ControlNetPhase(config, self.controlnet, self.base)
         self.phases = [self.phase]
         self.frozen = [*self.base.modules, *([self.reader.module] if self.reader else [])]
+
+    def inputs(self) -> dict[str, str]:
+        return {**super().inputs(), "base_model": module_fingerprint(*self.base.modules)}
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         control = batch["conditioning_pixel_values"]

@@ -33,6 +33,7 @@ from training.data.captions import (
     tell_round_trips,
     tokenizer_for,
 )
+from training.data.fingerprints import tokenizer_fingerprint
 from training.data.source import load_split
 from training.data.tokenization import CaptionTokens
 from training.engine.schedule import LR_SCHEDULERS
@@ -119,6 +120,9 @@ class ImageCaptionStage(ImageStage):
         if self.context.resuming:
             return find_pipeline(config.output_dir, "latest")
         return find_pipeline(config.init_from) if config.init_from else None
+
+    def inputs(self) -> dict[str, str]:
+        return {**super().inputs(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Compute losses and metrics from the posterior means; images and captions are each decoded from both means."""

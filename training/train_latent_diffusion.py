@@ -25,6 +25,7 @@ from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
+from training.data.fingerprints import module_fingerprint, tokenizer_fingerprint, vae_fingerprint
 from training.data.images import ImageDataset, load_label_map
 from training.data.latent_cache.check import check_cache
 from training.data.latent_cache.dataset import LatentCache
@@ -50,18 +51,18 @@ class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free")
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
-    vae: str = option("")
+    vae: str = option("", content="vae")
     """VAE that encodes the images to latents (required): Hub id, VAE or pipeline folder, or autoencoder run folder"""
-    latent_cache: str | None = option(None)
+    latent_cache: str | None = option(None, content="latent_cache")
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
     images. If unset, images are encoded at every step"""
     condition_on: list[str] = option(["caption"], choices=("caption", "label"))
     """Conditions of the model: '[caption]', '[label]', '[caption,label]' or '[]' (unconditional)"""
-    tokenizer: str | None = option(None)
+    tokenizer: str | None = option(None, content="tokenizer")
     """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; required for captions unless
     --pretrained_text_encoder is set, which then also supplies the tokenizer"""
-    pretrained_text_encoder: str | None = option(None)
+    pretrained_text_encoder: str | None = option(None, content="text_encoder")
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     model: UNetConfig = option(UNetConfig)
     """The U-Net"""
@@ -169,6 +170,7 @@ class LatentDiffusionStage(ImageStage):
         from pipelines.common.latents import latent_shape
 
         super().__init__(config, context)
+        self.cache: LatentCache | None = None
         self.vae = load_vae(config.vae)
         # The order in which models are initialized below (text encoder, U-Net, caption prior) is part of what a seed
         # means: to change it would change every run.
@@ -206,6 +208,7 @@ class LatentDiffusionStage(ImageStage):
     def _open_cache(self, path: str) -> dict[int, str]:
         """Open the cached latents and return the names of the classes; none without labels."""
         config, cache = self.config, LatentCache(path)
+        self.cache = cache
         check_cache(cache, self.vae, config.vae, config)
         cache.require(captions=config.with_captions, labels=config.with_labels)
         tokens = self.tokens
@@ -213,6 +216,16 @@ class LatentDiffusionStage(ImageStage):
         if "validation" in cache.splits:
             self.validation_set = cache.split("validation", caption_tokens=tokens)
         return cache.id2label if config.with_labels else {}
+
+    def inputs(self) -> dict[str, str]:
+        found = {**super().inputs(), "vae": vae_fingerprint(self.vae)}
+        if self.cache is not None:
+            found["latent_cache"] = self.cache.fingerprint
+        if self.tokens is not None:
+            found["tokenizer"] = tokenizer_fingerprint(self.tokens.tokenizer)
+        if self.text_encoder is not None and self.config.pretrained_text_encoder:
+            found["text_encoder"] = module_fingerprint(self.text_encoder)
+        return found
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         losses, _ = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")

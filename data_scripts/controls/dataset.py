@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
+from training.data.checks import decoding
 from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class ControlWriter:
 def _controls_or_problem(draw: Draw, source: Any) -> list[bytes] | str:
     """Return the controls of an image as PNG files, or the reason why the image is broken."""
     try:
-        return [_png(control) for control in draw(load_rgb(source))]
+        with decoding(source):
+            return [_png(control) for control in draw(load_rgb(source))]
     except BrokenImage as error:
         return str(error)
 

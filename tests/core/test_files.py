@@ -121,10 +121,10 @@ def test_a_full_disk_leaves_the_old_content_and_is_an_os_error(tmp_path, library
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(OSError) as failure, replacing(file) as temporary:  # noqa: PT011, PT012 - its number is below
+        with pytest.raises(OSError) as failure, replacing(file) as temporary:
             too_much(temporary)
         assert failure.value.errno == errno.EFBIG
-        with pytest.raises(OSError) as failure, replacing_folder(folder) as temporary:  # noqa: PT011, PT012
+        with pytest.raises(OSError) as failure, replacing_folder(folder) as temporary:
             too_much(temporary / "a")
         assert failure.value.errno == errno.EFBIG
     finally:

@@ -17,6 +17,7 @@ from training.core.locks import FolderLock
 MANIFEST = "manifest.json"
 CACHE_MANIFEST = "cache.json"
 PIPELINE_INDEX = "model_index.json"
+_LAST_FILES = (MANIFEST, CACHE_MANIFEST, PIPELINE_INDEX, "tokenizer.json")
 _PARQUET_MAGIC = b"PAR1"
 
 
@@ -24,15 +25,17 @@ def incomplete(path: str | os.PathLike[str], script: str) -> str | None:
     """Return what is wrong with a folder that `script` makes, such as "is missing"; None if it is complete.
 
     Args:
-        path: the folder, or a file or folder inside it.
+        path: the folder, or the file in it that is written last.
         script: path or name of the script, such as data_scripts/make_posters.py.
     """
     path = Path(path).expanduser()
     try:
         if not path.exists():
             return "is missing"
-        problem_of = _KINDS.get(Path(script).stem, run_problem if Path(script).stem.startswith("train_") else None)
-        return problem_of(path) if problem_of and path.is_dir() else None
+        folder = path.parent if path.name in _LAST_FILES else path
+        name = Path(script).stem
+        problem_of = _KINDS.get(name, run_problem if name.startswith("train_") else None)
+        return problem_of(folder) if problem_of and folder.is_dir() else None
     except OSError as error:  # a loop of links, a folder that may not be read
         return f"cannot be read ({error.strerror})"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ def option(
     default: Any,
     *,
     on_resume: OnResume = "error",
+    content: str = "",
     choices: Sequence[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -37,12 +38,14 @@ def option(
         default: a value (lists and dicts are copied), or a class derived from `Options` for a group of options.
         on_resume: effect of changing the value when a run is resumed. `error`: refused, as it would be another model or
             other data; `warn`: listed in a warning; `free`: allowed.
+        content: for the path or name of an input: its key in `Stage.inputs`. A changed value is then allowed if the
+            content is the same, as for data that were copied to another place.
         choices: the allowed values, or the allowed entries of a list.
         at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
         usual: a usual value, shown in the message about a value that is out of bounds.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"on_resume": on_resume, "choices": choices, "bounds": bounds, "usual": usual}
+    metadata = {"on_resume": on_resume, "content": content, "choices": choices, "bounds": bounds, "usual": usual}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -85,13 +88,27 @@ class Options:
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
         """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}.
 
-        Both sides are compared as they are saved, with tokens masked.
+        Inputs that are compared by their content are left out (see `moved_from`). Both sides are compared as they are
+        saved, with tokens masked.
         """
         changes: dict[OnResume, list[str]] = {"error": [], "warn": []}
+        for option_field, text in self._differences(saved):
+            on_resume: OnResume = option_field.metadata.get("on_resume", "error")
+            if on_resume != "free" and not option_field.metadata.get("content"):
+                changes[on_resume].append(text)
+        return changes
+
+    def moved_from(self, saved: dict[str, Any]) -> dict[str, list[str]]:
+        """Return the changed paths of inputs, by key of `Stage.inputs`: {"data": ["--train_data_dir: a → b"]}."""
+        moved: dict[str, list[str]] = {}
+        for option_field, text in self._differences(saved):
+            if option_field.metadata.get("content"):
+                moved.setdefault(option_field.metadata["content"], []).append(text)
+        return moved
+
+    def _differences(self, saved: dict[str, Any]) -> Iterator[tuple[dataclasses.Field, str]]:
         own, saved = mask_credentials(self.to_dict()), mask_credentials(saved)
         for option_field in dataclasses.fields(self):
             name = option_field.name
-            on_resume: OnResume = option_field.metadata.get("on_resume", "error")
-            if name in saved and name in own and on_resume != "free" and saved[name] != own[name]:
-                changes[on_resume].append(f"--{name}: {saved[name]} → {own[name]}")
-        return changes
+            if name in saved and name in own and saved[name] != own[name]:
+                yield option_field, f"--{name}: {saved[name]} → {own[name]}"

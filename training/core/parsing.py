@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import jsonargparse
 import yaml
 
-from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_token
+from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, one_line, refuse_hub_token
 from pipelines.tools.files import read_text
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
@@ -55,6 +55,8 @@ def parse_config(
             values = parser.instantiate(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_explain(str(error), known_names(config_class))) from None
+    except RecursionError:
+        raise UserError("the settings are nested too deeply; is there a YAML alias that contains itself?") from None
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     config.validate()
     return config
@@ -99,9 +101,12 @@ class _Parser(jsonargparse.ArgumentParser):
         text = read_text(path)
         try:
             settings = yaml.safe_load(text)
-        except yaml.YAMLError:
-            settings = None  # jsonargparse explains the error
-        if isinstance(settings, dict) and "hub_token" in settings:
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"{path} is not valid YAML ({one_line(error, 300)}); fix it") from None
+        if not isinstance(settings, dict):
+            holds = "is empty" if settings is None else f"holds {one_line(text, 60)}"
+            raise UserError(f"{path} {holds}; a config file holds settings, such as `seed: 1`")
+        if "hub_token" in settings:
             text = yaml.safe_dump(without_hub_token(settings, path))
         return self.parse_string(text, path, *arguments, **options)
 

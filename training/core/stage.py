@@ -136,6 +136,14 @@ class Stage(ABC):
     def pipeline(self) -> DiffusionPipeline:
         """Return the public pipeline with the current weights of the modules."""
 
+    def inputs(self) -> dict[str, str]:
+        """Return a fingerprint of the content of each input (data, VAE, …), the same wherever the input is stored.
+
+        It is called once, on the main process, before training. A checkpoint contains the result, and a run resumes
+        only with inputs of the same content. The keys are those of `option(content=…)`.
+        """
+        return {}
+
     def card_facts(self) -> dict[str, Any]:
         """Return values for the model card, in addition to the run's record."""
         return {}

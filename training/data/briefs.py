@@ -43,6 +43,7 @@ class BriefedPosters(ImageDataset):
         super().__init__(dataset, config, captions=False, control=control, augment=augment)
         self.quick_columns = [name for name in FIELDS if name in dataset.column_names]
         self.dataset = self._undecoded(dataset, self.quick_columns)
+        self.number_columns = self.quick_columns
 
     def brief(self, index: int) -> DesignBrief:
         """Return the brief of a row. Raises BadSample if it is invalid."""

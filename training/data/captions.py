@@ -21,8 +21,9 @@ from pipelines.tools.commands import command
 from training.core.checks import check_bounds
 from training.core.draws import SampleKey
 from training.core.options import option
+from training.data.caption_text import MAX_CAPTION_CHARACTERS, caption_problem, cleaned_caption
 from training.data.fingerprints import evenly_spaced
-from training.data.images import DataConfig, ImageDataset, load_split
+from training.data.images import DataConfig, ImageDataset, load_split, row_id
 from training.data.source import column_values, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
@@ -55,7 +56,7 @@ class CaptionDataConfig(DataConfig):
     image_fit: Literal["crop", "stretch"] = option("crop")
     """How images are made square: crop cuts out a square, stretch rescales the whole image and changes its aspect
     ratio"""
-    tokenizer: str | None = option(None)
+    tokenizer: str | None = option(None, content="tokenizer")
     """Tokenizer folder or Hub id; if unset, a tokenizer is trained on the training captions"""
     tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
     """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces"""
@@ -119,20 +120,31 @@ def load_captioned(
     return train, CaptionedImages(held_out, config, augment=False, **flags) if len(held_out) else None
 
 
-def captions_of(dataset: Dataset, column: str) -> Iterator[str]:
+def captions_of(dataset: Dataset, column: str, on_bad_sample: Literal["error", "skip"] = "skip") -> Iterator[str]:
     """Yield every caption of a column that is not empty, reading a few thousand rows at a time.
 
+    Control characters are removed.
+
+    Args:
+        on_bad_sample: what to do about captions that are too long.
+
     Raises:
-        UserError: the column does not hold texts.
+        UserError: the column does not hold texts, or a caption is too long and `on_bad_sample` is "error".
     """
-    for value in column_values(dataset, column):
+    for row, value in enumerate(column_values(dataset, column)):
         for caption in value if isinstance(value, list) else [value]:
             if not isinstance(caption, str | None):
                 raise UserError(
                     f"column '{column}' holds {type(caption).__name__}, not texts; choose another with --caption_column"
                 )
-            if caption:
-                yield caption
+            if caption and len(caption) > MAX_CAPTION_CHARACTERS:
+                if on_bad_sample == "error":
+                    raise UserError(
+                        f"row {row_id(dataset, row)}, column '{column}': {caption_problem(caption)}; shorten it, or "
+                        "skip such rows with --on_bad_sample skip"
+                    )
+            elif caption and (cleaned := cleaned_caption(caption)):
+                yield cleaned
 
 
 def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, pipeline: Path | None = None) -> Any:
@@ -167,7 +179,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
                 )
     else:
         tokenizer = train_tokenizer(
-            captions_of(dataset, config.caption_column),
+            captions_of(dataset, config.caption_column, config.on_bad_sample),
             model=config.tokenizer_model,
             vocab_size=config.vocab_size,
             model_max_length=max_length,

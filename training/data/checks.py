@@ -5,7 +5,10 @@ N rows.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import PIL
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
+from pipelines.tools.files import max_image_pixels
 from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, ImageDataset
-from training.data.transforms import BrokenImage, verify_image
+from training.data.records import read_record, write_record
+from training.data.transforms import BrokenImage, open_image, verify_image
 
 CHECK = command("data_scripts/check_dataset.py")
 # Before training, every row of a dataset of up to SCAN_ROWS rows is checked, as far as SCAN_SECONDS allow.
@@ -26,6 +32,13 @@ SCAN_ROWS = 20_000
 SCAN_SECONDS = 10.0
 _SHOWN = 10
 _CHUNK_ROWS = 256
+# All images of a chunk are read before a request to stop is heard.
+IMAGE_CHUNK_ROWS = 32
+SCAN_VERSION = 1
+"""Increased whenever the same rows may have other problems than before."""
+# Images with more pixels are decoded one at a time, because each takes hundreds of MB.
+LARGE_IMAGE_PIXELS = 16_000_000
+_LARGE_IMAGE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -60,24 +73,54 @@ def scan(
     max_rows: int = SCAN_ROWS,
     seconds: float = SCAN_SECONDS,
     shard: tuple[int, int] = (0, 1),
+    poll: Callable[[], None] = lambda: None,
 ) -> ScanReport:
     """Check captions, labels and images of all rows, or of `max_rows` evenly spaced rows if there are more.
 
     Args:
         seconds: time limit for decoding images; they are decoded in an order that covers the dataset evenly.
         shard: (rank, number of processes); each process checks its share of the rows.
+        poll: called now and then; it may raise to stop.
     """
+    key = _record_key(dataset, max_rows, seconds, shard)
+    known = read_record("scan", key) if key else None
+    if isinstance(known, list) and len(known) == 2:
+        return ScanReport(*known)
+    report = _read_rows(dataset, max_rows, seconds, shard, poll)
+    if key and not report.problems:
+        write_record("scan", key, [report.rows, report.images_checked])
+    return report
+
+
+def _record_key(dataset: ImageDataset, max_rows: int, seconds: float, shard: tuple[int, int]) -> list[Any] | None:
+    """Return everything that the result of a scan depends on; None if the rows are not in files."""
+    rows = dataset.stored_rows_key
+    if rows is None:
+        return None
+    companions = [[type(c).__name__, c.columns, vars(c).get("num_classes")] for c in dataset.companions.values()]
+    labels = dataset.label_map.names if dataset.label_map else None
+    config = dataset.config
+    columns = [config.image_column, config.caption_column, config.label_column, dataset.quick_columns]
+    about = [type(dataset).__name__, dataset.captions, labels, companions, *columns]
+    return [rows, *about, max_rows, seconds, list(shard), max_image_pixels(), PIL.__version__, SCAN_VERSION]
+
+
+def _read_rows(
+    dataset: ImageDataset, max_rows: int, seconds: float, shard: tuple[int, int], poll: Callable[[], None]
+) -> ScanReport:
     rank, processes = shard
     rows = evenly_spaced(len(dataset), max_rows)[rank::processes]
     report = ScanReport(len(rows) if len(dataset) <= max_rows else len(dataset) // processes)
     quick = dataset.dataset.select_columns(dataset.quick_columns)
     for chunk, values in chunks(quick, rows) if dataset.quick_columns else ():
+        poll()
         for i, row in enumerate(chunk):
             for problem in dataset.quick_problems({name: column[i] for name, column in values.items()}):
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
     for row, problems in checked_images(dataset, shuffled, lambda: time.monotonic() > deadline):
+        poll()
         report.images_checked += 1
         for problem in problems:
             report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
@@ -86,17 +129,22 @@ def scan(
 
 
 def require_clean(
-    dataset: ImageDataset, *, shard: tuple[int, int] = (0, 1), tell: Callable[[str], Any] = print
+    dataset: ImageDataset,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    tell: Callable[[str], Any] = print,
+    poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Scan the dataset before a run, and refuse bad rows or report how many will be skipped.
 
     Args:
         tell: receives each message.
+        poll: called now and then; it may raise to stop.
 
     Raises:
         UserError: there are bad rows and `on_bad_sample` is "error"; the message names them.
     """
-    report = scan(dataset, shard=shard)
+    report = scan(dataset, shard=shard, poll=poll)
     if report.problems and dataset.config.on_bad_sample == "error":
         shown = [f"  {problem}" for problem in report.problems[:_SHOWN]]
         if len(report.problems) > _SHOWN:
@@ -124,23 +172,44 @@ def checked_images(
     """Yield (row, problems of its images), decoding on all cores, until `stop()` returns True."""
     images = dataset.dataset.select_columns(dataset.image_columns)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk, values in chunks(images, rows):
+        for chunk, values in chunks(images, rows, IMAGE_CHUNK_ROWS):
             records = [{name: column[i] for name, column in values.items()} for i in range(len(chunk))]
-            yield from zip(chunk, pool.map(dataset.image_problems, records), strict=True)
+            yield from zip(chunk, pool.map(functools.partial(_image_problems, dataset), records), strict=True)
             if stop():
                 return
+
+
+def _image_problems(dataset: ImageDataset, row: dict[str, Any]) -> list[BadSample]:
+    try:
+        with decoding(row[dataset.config.image_column]):
+            return dataset.image_problems(row)
+    except BrokenImage as error:
+        return [BadSample(dataset.config.image_column, str(error))]
+
+
+def decoding(source: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which an image may be decoded: if it is large, while no other large one is.
+
+    Raises:
+        BrokenImage: the image cannot be opened.
+    """
+    width, height = open_image(source).size
+    return _LARGE_IMAGE if width * height > LARGE_IMAGE_PIXELS else contextlib.nullcontext()
 
 
 def verify_reason(source: Any) -> tuple[tuple[int, int] | None, str | None]:
     """Return ((width, height), None) for an intact image, or (None, reason) for a broken one."""
     try:
-        return verify_image(source), None
+        with decoding(source):
+            return verify_image(source), None
     except BrokenImage as error:
         return None, str(error)
 
 
-def chunks(dataset: Any, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, list]]]:
-    """Yield (rows, their values by column) of a `datasets` table, a few hundred rows at a time."""
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = rows[start : start + _CHUNK_ROWS]
+def chunks(
+    dataset: Any, rows: Sequence[int], size: int = _CHUNK_ROWS
+) -> Iterator[tuple[Sequence[int], dict[str, list]]]:
+    """Yield (rows, their values by column) of a `datasets` table, `size` rows at a time."""
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
         yield chunk, dataset[chunk]

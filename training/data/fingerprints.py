@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from training.data.images import ImageDataset
+from training.data.records import read_record, write_record
 from training.data.source import column_values
-
-if TYPE_CHECKING:
-    pass
 
 # The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
 # spaced images. A million images of 100 kB would take minutes at each start; 4,096 take a second or two.
 SAMPLED_IMAGES = 4096
+SAMPLED_VALUES = 65_536
 _IMAGES_PER_READ = 64
 # The values in a VAE's config that determine its latents or their scale.
 _VAE_CONFIG_KEYS = (
@@ -35,13 +35,29 @@ _VAE_CONFIG_KEYS = (
 )
 
 
-def dataset_fingerprint(dataset: ImageDataset) -> str:
+def dataset_fingerprint(dataset: ImageDataset, poll: Callable[[], None] = lambda: None) -> str:
     """Return the SHA-256 over the number of rows, all captions and labels, and the bytes of up to `SAMPLED_IMAGES`
     images and of their masks, if the dataset has any.
 
     It is independent of paths and of how the rows are stored (files, Parquet, Arrow). In a dataset with more rows than
     that, a change to images alone is detected only if it affects a sampled image.
+
+    Args:
+        poll: called now and then; it may raise to stop.
     """
+    names = dataset.label_map.names if dataset.label_map is not None else None
+    columns = [dataset.image_columns, dataset.captions and dataset.config.caption_column, dataset.config.label_column]
+    key = [dataset.stored_rows_key, *columns, names, dataset.map_columns, dataset.number_columns]
+    known = read_record("fingerprint", key) if dataset.stored_rows_key else None
+    if isinstance(known, str):
+        return known
+    fingerprint = _read_fingerprint(dataset, poll)
+    if dataset.stored_rows_key:
+        write_record("fingerprint", key, fingerprint)
+    return fingerprint
+
+
+def _read_fingerprint(dataset: ImageDataset, poll: Callable[[], None]) -> str:
     config, rows = dataset.config, len(dataset)
     digest = hashlib.sha256(f"{rows} rows".encode())
     if dataset.captions:
@@ -51,11 +67,16 @@ def dataset_fingerprint(dataset: ImageDataset) -> str:
         digest.update(json.dumps(dataset.label_map.names).encode())
         for label in column_values(dataset.dataset, config.label_column):
             digest.update(f"{label}\n".encode())
-    images = dataset.dataset.select_columns(dataset.image_columns)
+    names = [*dataset.image_columns, *dataset.map_columns]
+    for name in dataset.number_columns:
+        for value in column_values(dataset.dataset, name):
+            digest.update(json.dumps(value).encode())
+    images = dataset.dataset.select_columns(names)
     sampled = evenly_spaced(rows, SAMPLED_IMAGES)
     for start in range(0, len(sampled), _IMAGES_PER_READ):
+        poll()
         columns = images[sampled[start : start + _IMAGES_PER_READ]]
-        for sources in zip(*(columns[name] for name in dataset.image_columns), strict=True):
+        for sources in zip(*(columns[name] for name in names), strict=True):
             for source in sources:
                 digest.update(hashlib.sha256(encoded_bytes(source)).digest())
     return digest.hexdigest()
@@ -70,6 +91,26 @@ def vae_fingerprint(vae: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def module_fingerprint(*modules: torch.nn.Module) -> str:
+    """Return the SHA-256 over the names, types and shapes of all weights, and up to `SAMPLED_VALUES` values of each.
+
+    All weights of a large model would take seconds at each start; another training changes nearly all of them.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            values = tensor.detach().flatten()
+            sampled = values[:: max(1, len(values) // SAMPLED_VALUES)].cpu().contiguous()
+            digest.update(sampled.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 over a tokenizer's entries and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def evenly_spaced(rows: int, at_most: int) -> list[int]:

@@ -15,6 +15,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
+from training.data.caption_text import caption_problem, cleaned_caption
 from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
 from training.data.source import (
@@ -25,6 +26,7 @@ from training.data.source import (
     named_split,
     require_column,
     row_id,
+    stored_rows_key,
     transform_fingerprint,
     undecoded_images,
 )
@@ -50,7 +52,6 @@ __all__ = [
     "DataConfig",
     "ImageDataset",
     "LabelMap",
-    "caption_problem",
     "collate_items",
     "decoded_rows",
     "load_all_splits",
@@ -204,6 +205,16 @@ class ImageDataset(torch.utils.data.Dataset):
         """Class names by id; empty without labels."""
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
 
+    map_columns: Sequence[str] = ()
+    """Columns of other images that samples are made of; a subclass sets them."""
+    number_columns: Sequence[str] = ()
+    """Columns of other values that samples are made of; a subclass sets them."""
+
+    @property
+    def stored_rows_key(self) -> str | None:
+        """Key for records about the rows (see `training.data.records`); None if they are not in files."""
+        return stored_rows_key(self._every_column, self.config) if self.config.source else None
+
     def classes(self, column: str) -> RowClasses:
         """Return the class of each row by any column, for `--balance_by`. Raises UserError."""
         return column_classes(self._every_column, column)
@@ -252,16 +263,16 @@ class ImageDataset(torch.utils.data.Dataset):
         return tensors
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
-        """Return the row's caption, or its captions if it has several.
+        """Return the row's caption, or its captions if it has several, without control characters.
 
         Raises:
-            BadSample: a caption is empty or not a text.
+            BadSample: a caption is empty, too long or not a text.
         """
         captions = row[self.config.caption_column]
         problem = caption_problem(captions)
         if problem:
             raise BadSample(self.config.caption_column, problem)
-        return captions
+        return [cleaned_caption(text) for text in captions] if isinstance(captions, list) else cleaned_caption(captions)
 
     def label_of(self, row: dict[str, Any]) -> int:
         """Return the row's class id.
@@ -379,13 +390,3 @@ def collate_items(items: Sequence[dict[str, Any]], caption_tokens: CaptionTokens
         else:
             batch[name] = torch.tensor(values) if isinstance(first, int) else values
     return batch if caption_tokens is None else {**batch, **caption_tokens(batch["caption"])}
-
-
-def caption_problem(captions: Any) -> str | None:
-    """Return why these captions cannot be trained on, or None if they can."""
-    texts = captions if isinstance(captions, list) else [captions]
-    if not texts or any(text is None for text in texts):
-        return "the caption is missing"
-    if not all(isinstance(text, str) for text in texts):
-        return f"the caption is a {type(texts[0]).__name__}, not a text"
-    return None if all(text.strip() for text in texts) else "the caption is empty"

@@ -84,6 +84,7 @@ class PosterDataset(ImageDataset):
             dataset = undecoded_images(dataset, column, "image_column", config)
         self.dataset = dataset
         self.quick_columns = [config.image_column, *MAP_COLUMNS]
+        self.map_columns, self.number_columns = MAP_COLUMNS, NUMBER_COLUMNS if numbers else ()
 
     def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
         """Return which maps are missing, broken or of another size than their poster."""

@@ -6,6 +6,7 @@ L tokens of a caption, including `<START>` and `<END>`; ids 0 to 3 are the speci
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ MANY_UNKNOWN = 0.05
 # Words keep their hyphens and apostrophes ("medium-light", "don't"); every other symbol is a separate word.
 _WORD = r"[\p{L}\p{M}\p{N}]+(?:['’-][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]"
 _CAPTIONS_PER_CALL = 1000
+# The time to train byte-level pieces grows with the square of the longest word: 115 s for one word of 400,000 letters.
+LONGEST_WORD = 1000
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)")
 
 
 @dataclass
@@ -83,7 +87,8 @@ def train_tokenizer(
 
     steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.train_from_iterator(captions, trainer, length=length)
+    texts = captions if model == "word_level" else map(_without_long_words, captions)
+    tokenizer.train_from_iterator(texts, trainer, length=length)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}",
         pair=f"{START} $A {END} $B {END}",
@@ -100,6 +105,11 @@ def train_tokenizer(
         truncation_side="right",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_long_words(caption: str) -> str:
+    """Return the caption with spaces inside words of more than `LONGEST_WORD` characters, such as base64 text."""
+    return _LONG_WORD.sub(lambda match: f"{match[0]} ", caption)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from training.core.batches import fetch
 from training.core.draws import Draws
 from training.core.layout import BatchLayout, steps_per_epoch
 from training.core.stage import Stage
+from training.engine import prepare
 from training.engine.balance import balanced_strata
 from training.engine.sampler import StepSampler
 from training.engine.validation import evaluating
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def missing_inputs(config: RunConfig) -> str | None:
     """Describe the missing inputs, without which the stage cannot be built; None when all inputs exist."""
-    missing = {path: command for path, command in config.recipes().items() if not Path(path).exists()}
+    missing = prepare.missing_inputs(config.recipes())
     if not missing:
         return None
     lines = [_resolved(config), "missing inputs; the run makes them first, and these commands make them by hand:"]

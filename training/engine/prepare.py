@@ -1,6 +1,6 @@
 """Making the missing inputs of a run: posters, tokenizer, autoencoder, latents.
 
-The `prepare` key of a YAML file maps each path to the script of this project that makes it. Paths that exist are left
+The `prepare` key of a YAML file maps each path to the script of this project that makes it. What is complete is left
 unchanged. These functions are called on the main process only.
 """
 
@@ -21,11 +21,15 @@ from typing import Any
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE
+from training.core.locks import FolderLock
+from training.core.made_folders import incomplete, lock_of
 from training.core.options import Options, option
-from training.engine.signals import REQUEUE_STATUS, Interrupted
+from training.engine.signals import REQUEUE_STATUS, STARTED_BY, Interrupted
 
 logger = logging.getLogger("halftone")
 
+WAIT_SECONDS = 0.5
+RUN_LOCK = ".lock"
 _OWN_FOLDERS = ("data_scripts", "training")
 # Variables of a launcher are not passed on to a script: it would wait for other ranks, which are never started.
 _LAUNCHER_VARIABLES = (
@@ -49,7 +53,8 @@ class PrepareConfig(Options):
     """Inputs that are made before training if they are missing."""
 
     prepare: dict[str, str] = option({}, on_resume="free")
-    """Mapping from a required path to the script of this project, with its flags, that creates it if it is missing
+    """Mapping from a required path to the script of this project, with its flags, that creates it if it is missing or
+    incomplete
     (usually set in YAML), e.g. {data/posters_64: data_scripts/make_posters.py --output_dir data/posters_64}"""
 
     def recipes(self) -> dict[str, str]:
@@ -65,7 +70,9 @@ class PrepareConfig(Options):
 
 
 def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> None:
-    """Run the command of each path that does not exist, in order.
+    """Run the command of each path that is missing or incomplete, in order.
+
+    If another process is making a path, this one waits and then uses the result.
 
     Args:
         recipes: path → command line, consisting of a script in data_scripts/ or training/ and its flags.
@@ -75,22 +82,78 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
         UserError: a command does not run a script of this project, fails, or does not make its path.
         Interrupted: this process or a command was asked to stop.
     """
-    missing = {path: command for path, command in recipes.items() if not Path(path).exists()}
+    missing = missing_inputs(recipes)
     if missing and len(sys.argv) == 1:
         logger.info("no arguments given: running the quickstart. %s", OWN_IMAGES)
     for number, (path, command) in enumerate(missing.items(), 1):
-        logger.info("%s is missing; making it (%d of %d): %s", path, number, len(missing), typed(command))
-        status = run_script(_checked(command), stop_requested)
-        if stop_requested() or status in (130, REQUEUE_STATUS):
+        while problem := incomplete(path, _script(command)):
+            if _wait_for_other_maker(path, command, stop_requested):
+                continue
+            logger.info("%s %s; making it (%d of %d): %s", path, problem, number, len(missing), typed(command))
+            status = run_script(_checked(command), stop_requested)
+            if stop_requested() or status in (130, REQUEUE_STATUS):
+                raise Interrupted
+            problem = incomplete(path, _script(command))
+            if status == USER_ERROR_STATUS and (problem is None or _is_locked(path, command)):
+                continue  # another process began to make it in the meantime
+            if status == USER_ERROR_STATUS:
+                raise UserError(f"{path} could not be made; see the error above")
+            if status != 0 or problem:
+                fact = f"exit status {status}" if status else f"exit status 0, but it {problem}"
+                raise UserError(f"{path} was not made ({fact}); run its command alone: {typed(command)}")
+
+
+def missing_inputs(recipes: Mapping[str, str]) -> dict[str, str]:
+    """Return the recipes whose path is missing or incomplete. Raises UserError for a command that cannot be run."""
+    commands = {path: _checked(command) for path, command in recipes.items()}
+    return {path: command for path, command in recipes.items() if incomplete(path, commands[path][1])}
+
+
+def _wait_for_other_maker(path: str, command: str, stop_requested: Callable[[], int | None]) -> bool:
+    """Wait while another process makes `path`, and return whether there was one. Raises Interrupted."""
+    told = False
+    while _is_locked(path, command):
+        if not told:
+            logger.info("another process is making %s; waiting for it", path)
+        told = True
+        if stop_requested():
             raise Interrupted
-        if status == USER_ERROR_STATUS:
-            raise UserError(f"{path} could not be made; see the error above")
-        if status != 0 or not Path(path).exists():
-            raise UserError(f"{path} was not made (exit status {status}); run its command alone: {typed(command)}")
+        time.sleep(WAIT_SECONDS)
+    return told
+
+
+def _is_locked(path: str, command: str) -> bool:
+    """Return whether another process makes what `command` makes."""
+    file = _lock_file(path, command)
+    if file is None or not file.is_file():
+        return False
+    try:
+        with FolderLock(file, ""):
+            return False
+    except UserError:
+        return True
+
+
+def _lock_file(path: str, command: str) -> Path | None:
+    """Return the file that the script of `command` locks: beside a data folder, or inside the folder of a run."""
+    words = shlex.split(command)
+    given = [word.removeprefix("--output_dir=") for word in words if word.startswith("--output_dir=")]
+    after = words[words.index("--output_dir") + 1 :] if "--output_dir" in words else []
+    folder = Path([*after[:1], *given, path][0])
+    if Path(words[0]).parent.name != "training":
+        return lock_of(folder).file
+    return next((place / RUN_LOCK for place in (folder, folder.parent) if (place / RUN_LOCK).is_file()), None)
+
+
+def _script(command: str) -> str:
+    return shlex.split(command)[0]
 
 
 def _checked(command: str) -> list[str]:
-    script, *arguments = shlex.split(command)
+    try:
+        script, *arguments = shlex.split(command)
+    except ValueError as error:  # nothing, or a quotation mark without its counterpart
+        raise UserError(f"the command `{command}` in `prepare` cannot be read ({error}); fix it") from None
     path = (CODE / script).resolve()
     # A YAML file may come from another person, so it can only run this project's own scripts.
     if path.parent not in [CODE / folder for folder in _OWN_FOLDERS] or path.suffix != ".py" or not path.is_file():
@@ -110,6 +173,7 @@ def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> 
     }
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
         environment.pop("OMP_NUM_THREADS", None)  # set to 1 by the launcher, not chosen by the user
+    environment[STARTED_BY] = str(os.getpid())  # the command ends when this process has been killed
     process = subprocess.Popen(command, env=environment)
     forwarded = False
     while process.poll() is None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError, cause, one_line
-from training.core.options import Options
 from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
@@ -47,15 +46,18 @@ def open_run(folder: RunFolder, config: RunFolderConfig, resume_from_checkpoint:
     folder.create()
 
 
-def compare_configs(folder: RunFolder, config: Options) -> None:
+def compare_configs(folder: RunFolder, config: RunConfig) -> None:
     """Raise UserError for changed settings that a run cannot resume with; list the others in one warning."""
     saved = folder.saved_config()
     if saved is None:
         return
     changes = config.changes_from(saved)
-    if changes["error"]:
+    moved = config.moved_from(saved)
+    known = _recorded_inputs(folder, config.resume_from_checkpoint) if moved else {}
+    refused = changes["error"] + [text for name, texts in moved.items() if name not in known for text in texts]
+    if refused:
         raise UserError(
-            f"the run in {folder.path} was started with other settings: {'; '.join(changes['error'])}. "
+            f"the run in {folder.path} was started with other settings: {'; '.join(refused)}. "
             "Restore them, choose another --output_dir, or start again with --overwrite"
         )
     if changes["warn"]:
@@ -71,6 +73,12 @@ def fetch_checkpoint(folder: RunFolder, config: RunConfig, poll: Callable[[], No
     """
     if not (config.dry_run or config.validate_model) and hub_resume.is_on_hub(config.resume_from_checkpoint):
         hub_resume.fetch(config.resume_from_checkpoint, folder, config, config, poll)
+
+
+def _recorded_inputs(folder: RunFolder, name: str) -> dict[str, str]:
+    """Return the fingerprints of the inputs in the checkpoint `name`; none in checkpoints of earlier versions."""
+    source = None if name == "none" else checkpoint.find_checkpoint(folder.checkpoints, name)
+    return RunState.read(Path(source)).inputs if source else {}
 
 
 def restore(training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator) -> str:
@@ -89,13 +97,16 @@ def restore(training: Training, config: RunConfig, folder: RunFolder, accelerato
             f"--validate_only needs a checkpoint, and {folder.path} has none; name the run with --output_dir, "
             "or a checkpoint with --resume_from_checkpoint"
         )
+    inputs = on_main(accelerator, training.stage.inputs)
     if source is not None:
         try:
             saved = RunState.read(source)
         except DamagedCheckpoint as damage:
             raise _damaged(source, str(damage)) from None
         _check_same_data(saved, training)
+        on_main(accelerator, lambda: _check_same_inputs(saved.inputs, inputs, config, folder))
         _load(training, source)
+    state.inputs = inputs
     exported = on_main(accelerator, lambda: folder.is_exported(state.step))
     state.goal_steps = goal_steps(config, state, training.steps_per_epoch, exported)
     if state.stopped_early and exported and config.extra_epochs:
@@ -150,6 +161,21 @@ def _check_same_data(saved: RunState, training: Training) -> None:
             f"{global_batch_size}; choose --train_batch_size and --gradient_accumulation_steps so that their product, "
             f"times the number of processes, is {saved.global_batch_size}"
         )
+
+
+def _check_same_inputs(saved: dict[str, str], now: dict[str, str], config: RunConfig, folder: RunFolder) -> None:
+    """Raise UserError if an input has another content than in the run; log the inputs that only moved."""
+    moved = config.moved_from(folder.saved_config() or {})
+    for name in sorted(saved.keys() & (now.keys() | moved.keys())):
+        what, changed = name.replace("_", " "), ", ".join(moved.get(name, ()))
+        if saved[name] != now.get(name):
+            raise UserError(
+                f"the {what} of the run in {folder.path} had another content{f' ({changed})' if changed else ''}: "
+                f"fingerprint {saved[name][:12]} then, {now.get(name, 'none')[:12]} now. Restore the {what}, or start "
+                "a new run in another --output_dir with --init_from this run"
+            )
+        if changed:
+            logger.info("the %s moved, and its content is the same (%s)", what, changed)
 
 
 def check_disk(folder: RunFolder, checkpoint_bytes: int, total_limit: int) -> None:

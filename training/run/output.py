@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.cli import printable
 from pipelines.tools.credentials import mask_credentials
 from training.core.informing import Informing
 
@@ -68,7 +69,7 @@ class _TerminalHandler(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(mask_credentials(prefix + record.getMessage()))
+        tqdm.write(printable(mask_credentials(prefix + record.getMessage())))
         sys.stdout.flush()  # so that messages reach a file or a pipe at once
 
 

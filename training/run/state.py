@@ -73,6 +73,8 @@ class RunState:
     """Whether the run was interrupted before the events after the last step (validation, previews, logging)."""
     global_batch_size: int = 0
     num_samples: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the inputs (see `Stage.inputs`); empty in checkpoints of earlier versions."""
     tracker_id: str | None = None
     sessions: int = 0
     means: RunningMeans = field(default_factory=RunningMeans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from training.core.draws import SampleKey
 from training.core.options import Options, option
 from training.core.stage import Batch, Stage, StageContext
 from training.data.checks import require_clean
+from training.data.fingerprints import dataset_fingerprint
+from training.data.latent_cache.dataset import LatentCacheDataset
 from training.data.source import DataConfig, load_split
 from training.engine.run_config import RunConfig
 from training.engine.weights import load_initial_weights
@@ -79,13 +82,25 @@ class ImageStage(Stage):
         held_out = load_split(config, "validation", config.seed)
         self.validation_set = dataset(held_out, augment=False) if len(held_out) else None
         for data in filter(None, (self.training_set, self.validation_set)):
-            require_clean(data, tell=logger.info)
+            require_clean(data, tell=logger.info, poll=self.context.poll)
 
     def train_data(self) -> Any:
         return self.training_set
 
     def validation_data(self) -> Any:
         return self.validation_set
+
+    def inputs(self) -> dict[str, str]:
+        """Return the fingerprint of the data, if the config names their source; a stage adds its other inputs."""
+        if not self.config.source:
+            return {}
+        digest = hashlib.sha256()
+        for data in filter(None, (self.training_set, self.validation_set)):
+            is_cache = isinstance(data, LatentCacheDataset)
+            digest.update(
+                (data.source_fingerprint if is_cache else dataset_fingerprint(data, self.context.poll)).encode()
+            )
+        return {"data": digest.hexdigest()}
 
     def take_initial_weights(self, modules: Mapping[str, nn.Module]) -> None:
         """Copy the weights that `--init_from` names into `modules`, unless the run resumes from a checkpoint."""

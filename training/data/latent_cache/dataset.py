@@ -5,6 +5,8 @@ C latent channels, h w latent cells, R resolution (see format.py).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,13 @@ class LatentCache:
     def mask_column(self) -> str | None:
         """The column that the masks were read from; None if no masks were cached."""
         return self.manifest.get("mask_column")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content of all shards, the same wherever the cache is stored."""
+        splits = self.manifest["splits"]
+        content = [[name, [shard["sha256"] for shard in splits[name]["shards"]]] for name in sorted(splits)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def split(
         self,
@@ -193,6 +202,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         self._rows = cache.manifest["splits"][split]["rows"]
         self._shard_rows = cache.manifest["shard_rows"]
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
+        self.source_fingerprint: str = cache.manifest["splits"][split]["dataset"]
         self._sha256 = [shard["sha256"] for shard in cache.manifest["splits"][split]["shards"]]
         self._open: dict[int, dict[str, Tensor]] = {}
         # One byte per shard, shared with the loader workers: each shard is verified once per session, when it is first

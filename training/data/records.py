@@ -1,0 +1,79 @@
+"""What an earlier start found out about data that have not changed since: their rows, checks and fingerprints.
+
+A record is a small file in the cache folder of `datasets`. Its key contains the names, sizes and modification times of
+all files, so that a change of any file makes a new record. Records only save time: without one, all is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.core.files import write_json
+from training.core.made_folders import read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_record(kind: str, key: Any) -> Any:
+    """Return the recorded value; None if there is none."""
+    return read_json(_file(kind, key))
+
+
+def write_record(kind: str, key: Any, value: Any) -> None:
+    """Record a value that can be written as JSON, unless the cache folder cannot be written."""
+    file = _file(kind, key)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, value)
+
+
+def files_state(path: Path) -> str:
+    """Return a hash of the names, sizes and modification times of a file, or of all files in a folder."""
+    entries: list[tuple[str, int, int]] = []
+    folders = [str(path)] if path.is_dir() else []
+    if not folders:
+        entries.append(_entry(str(path), path.stat()))
+    while folders:
+        with os.scandir(folders.pop()) as found:
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    with contextlib.suppress(OSError):  # a link to nothing, or in a loop
+                        entries.append(_entry(entry.path, entry.stat()))
+    return _hash([os.path.abspath(path), sorted(entries)])
+
+
+def rows_key(dataset: Dataset, source_state: str | None) -> str | None:
+    """Return a key that identifies the stored rows of `dataset`; None if they are not in files.
+
+    Args:
+        source_state: `files_state` of the folder with the images; None if the rows contain them.
+    """
+    files = [file["filename"] for file in dataset.cache_files]
+    if not files:
+        return None
+    digest = hashlib.sha256(_hash([source_state, [_entry(file, os.stat(file)) for file in files]]).encode())
+    if dataset._indices is not None:  # `datasets` stores a selection of rows here
+        digest.update(dataset._indices.column(0).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _entry(path: str, stat: os.stat_result) -> tuple[str, int, int]:
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def _file(kind: str, key: Any) -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "halftone" / f"{kind}-{_hash(key)[:32]}.json"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
