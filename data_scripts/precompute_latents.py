@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pipelines.common.latents import latent_shape, posterior_moments
-from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
 from training.core.files import write_json
@@ -228,6 +228,7 @@ class Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
+    keep_running_without_output()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with StopSignal() as stop:
         try:

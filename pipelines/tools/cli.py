@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+REQUEUE_STATUS = 75
 # Threads of this name may wait for a network when the program ends; nobody waits for them.
 BACKGROUND = "background"
 TOKEN_ADVICE = (
@@ -97,6 +99,32 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _Lenient(io.FileIO):
+    """A descriptor that drops what cannot be written: the terminal was closed, the reader ended, the disk is full."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def keep_running_without_output() -> None:
+    """Let the program continue when nobody reads its output any more; for commands that have something to save."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Notebooks and test runners have replaced the streams by their own.
+        if type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            raw = _Lenient(stream.fileno(), "wb", closefd=False)
+            buffer = io.BufferedWriter(raw)
+            lenient = io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
+            )
+            setattr(sys, name, lenient)
+
+
 def print_error(error: Exception) -> None:
     """Print an error to stderr as one message, without access tokens."""
     print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
@@ -126,14 +154,22 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Flush all output and end the process; without the shutdown of the interpreter where that could take long.
+
+    A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
+    done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
+    """
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
-    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Libraries of trackers wait at
-        # exit for what their threads are waiting for. Skip the shutdown.
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the stream may be closed already
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream may be closed already
+            stream.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)

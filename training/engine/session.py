@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.cli import keep_running_without_output
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
@@ -52,6 +53,7 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
         UserError: a mistake that the user can correct; most are detected before the first step.
     """
     started = time.perf_counter()
+    keep_running_without_output()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
     ranks = (accelerator.process_index, accelerator.num_processes)

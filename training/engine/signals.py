@@ -23,7 +23,8 @@ from types import FrameType, TracebackType
 
 import psutil
 
-REQUEUE_STATUS = 75
+from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS
+
 # Windows has no SIGHUP and no SIGUSR1; other systems have no SIGBREAK.
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")
 _HANDLED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -136,7 +137,7 @@ class StopSignal:
 
     @staticmethod
     def exit_status(number: int) -> int:
-        return 130 if number == signal.SIGINT else REQUEUE_STATUS
+        return INTERRUPTED_STATUS if number == signal.SIGINT else REQUEUE_STATUS
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
