@@ -63,6 +63,7 @@ from training.engine.ranks import RankWatch
 from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
+from training.run.output import lasting_output
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -231,7 +232,7 @@ class Encoder:
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with StopSignal() as stop, making_cache(Path(config.output_dir)):
+    with lasting_output(), StopSignal() as stop, making_cache(Path(config.output_dir)):
         try:
             with RankWatch(rank, processes, stop, patience=config.process_timeout) as watch, stop.at_once():
                 precompute(config)

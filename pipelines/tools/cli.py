@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+REQUEUE_STATUS = 75
 # Threads of this name may wait for a network when the program ends; nobody waits for them.
 BACKGROUND = "background"
 TOKEN_ADVICE = (
@@ -145,16 +147,23 @@ def entry_point(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Flush all output and end the process; without the shutdown of the interpreter where that could take long.
+
+    A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
+    done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
+    """
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
-    if waiting or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Libraries of trackers wait at
-        # exit for what their threads are waiting for. Skip the shutdown.
-        logging.shutdown()
-        _flush_output()
-        os._exit(status)
     _flush_output()
-    sys.exit(status)
+    if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        sys.exit(status)
+    logging.shutdown()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 def _flush_output() -> None:

@@ -23,7 +23,8 @@ from types import FrameType, TracebackType
 
 import psutil
 
-REQUEUE_STATUS = 75
+from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS
+
 STARTED_BY = "HALFTONE_STARTED_BY"
 """Environment variable with the id of the process that started this one, and without which it is not needed."""
 # Windows has no SIGHUP and no SIGUSR1; other systems have no SIGBREAK.
@@ -139,7 +140,7 @@ class StopSignal:
 
     @staticmethod
     def exit_status(number: int) -> int:
-        return 130 if number == signal.SIGINT else REQUEUE_STATUS
+        return INTERRUPTED_STATUS if number == signal.SIGINT else REQUEUE_STATUS
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
