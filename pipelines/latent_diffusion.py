@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .common.checks import OUTPUT_TYPES, check_embeds, check_steps, check_tensor
 from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, reads_text
-from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
+from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
@@ -256,6 +256,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         )  # fmt: skip
         check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         self._size(height, width)
+        changes_prompts = is_stock(callback_on_step_end) and "prompt_embeds" in callback_on_step_end_tensor_inputs
+        if changes_prompts and not self._takes_text:
+            name = type(callback_on_step_end).__name__
+            raise ValueError(f"`callback_on_step_end` is a {name}, which changes prompts, but this model takes no text")
         self._check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         if class_labels is not None and self.unet.config.num_class_embeds is None:
             raise ValueError(f"this model has no classes, so `class_labels` must be None, but is {class_labels!r}")

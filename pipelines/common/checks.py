@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+LARGEST_INTEGER = 65_536  # far above any size or number of images that fits into memory
 
 
 def check_output_type(output_type: str, known: Sequence[str] = OUTPUT_TYPES) -> None:
@@ -29,6 +30,8 @@ def check_positive_integers(**values: Any) -> None:
     for name, value in values.items():
         if not is_integer(value) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer, but is {value!r}")
+        if value > LARGEST_INTEGER:
+            raise ValueError(f"`{name}` must be at most {LARGEST_INTEGER}, but is {value!r}")
 
 
 def check_numbers(**values: Any) -> None:

@@ -148,7 +148,7 @@ class ControlledMixin:
 
         def scale_of(net: int, timestep: Any) -> float:
             begins, ends_at = step_share(self.scheduler.timesteps, timestep)
-            return scales[net] if begins >= starts[net] and ends_at <= ends[net] else 0.0
+            return float(scales[net]) if begins >= starts[net] and ends_at <= ends[net] else 0.0
 
         return steering(self.unet, nets, [control.to(self.unet.device) for control in controls], scale_of)
 

@@ -176,12 +176,12 @@ class UNetSamplingMixin(SamplersByName):
         check_output_type(output_type, self._output_types)
         if callback is not None and not callable(callback):
             raise ValueError(f"`callback_on_step_end` must be a function, but is {callback!r}")
-        names = callback_tensor_inputs
-        unknown = [name for name in names if name not in self._callback_tensor_inputs] if _is_list(names) else names
-        if unknown or not _is_list(names):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but has {unknown}"
-            )
+        known, names = self._callback_tensor_inputs, callback_tensor_inputs
+        if not isinstance(names, (list, tuple)):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list of {known}, but is {names!r}")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, but has {unknown}")
         for one in getattr(callback, "callbacks", [callback]):
             if "IPAdapter" in type(one).__name__:
                 raise ValueError(f"`callback_on_step_end` is a {type(one).__name__}, but there is no IP adapter")
@@ -260,12 +260,13 @@ class UNetSamplingMixin(SamplersByName):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
+def is_stock(callback: Any) -> bool:
+    """Whether `callback` is one of Diffusers, which names the tensors that it needs."""
+    return isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+
+
 def tensor_inputs_of(callback: Any, tensor_inputs: Any) -> Any:
     """Return the tensors that a callback of Diffusers needs, or `tensor_inputs` for any other callback."""
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+    if is_stock(callback):
         return list(callback.tensor_inputs)
     return [] if tensor_inputs is None else tensor_inputs
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))

@@ -1,10 +1,12 @@
-"""Python environments made without a network, from links to the packages installed here."""
+"""Python environments made from the packages installed here, and, for other versions, from the package index."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -27,6 +29,22 @@ def environment_of(folder: Path, *requirements: str) -> str:
             if not link.exists():
                 link.symlink_to(package.locate_file(top_level))
     return str(folder / "bin" / "python")
+
+
+def environment_with(folder: Path, *requirements: str) -> str:
+    """Make an environment with these packages, such as `diffusers==0.35.2`, from the package index; return its Python.
+
+    All other packages are those installed here. pip installs only what the requirements need in another version, so
+    that nothing large is downloaded.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "installed_here.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--upgrade"]
+    done = subprocess.run([*pip, *requirements], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return str(python)
 
 
 def required_packages(*requirements: str) -> set[str]:

@@ -39,33 +39,37 @@ def image(side: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def masks(side: int) -> torch.Tensor:
-    """Return two control masks, 1 2 H W."""
-    return (torch.rand(1, 2, side, side, generator=seeded()) > 0.5).float()
+def controls(pipeline: Any) -> Any:
+    """Return a random control for each ControlNet, 1 C H W: a tensor, or a list of them for several ControlNets."""
+    side = pipeline.unet.config.sample_size * getattr(pipeline, "vae_scale_factor", 1)
+    nets = list(getattr(pipeline.controlnet, "nets", [pipeline.controlnet]))
+    channels = [net.config.conditioning_channels for net in nets]
+    several = [(torch.rand(1, number, side, side, generator=seeded()) > 0.5).float() for number in channels]
+    return several if len(nets) > 1 else several[0]
 
 
 def outputs(pipeline: Any) -> dict[str, np.ndarray]:
     """Return the pipeline's outputs for fixed inputs, by name."""
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "generator": seeded(), "output_type": "np"}
+    # Earlier versions used a single generator in another way than a list.
+    options = {"num_inference_steps": 3, "generator": [seeded()], "output_type": "np"}
     name = type(pipeline).__name__
     if name == "AutoencoderPipeline":
-        return {"images": pipeline(image(64), output_type="np").images, "masks": pipeline.segment(image(64), "np")}
-    if name == "LatentDiffusionPipeline":
-        return {"images": pipeline(PROMPT, **options).images}
-    if name == "FusionControlNetPipeline":
-        return {"images": pipeline(PROMPT, control_image=masks(64), **options).images}
+        masks = {"masks": pipeline.segment(image(64), "np")} if pipeline.vae.config.get("num_mask_classes") else {}
+        return {"images": pipeline(image(64), output_type="np").images, **masks}
+    if name in ("LatentDiffusionPipeline", "FusionControlNetPipeline"):
+        text = {} if pipeline.text_encoder is None else {"prompt": PROMPT}
+        label = {} if pipeline.unet.config.num_class_embeds is None else {"class_labels": 1}
+        control = {"control_image": controls(pipeline)} if name == "FusionControlNetPipeline" else {}
+        return {"images": pipeline(**text, **label, **control, **options).images}
     if name == "PosterDecoderPipeline":
         return {"images": pipeline(BRIEF, **options).images}
     if name == "PosterControlNetPipeline":
-        return {"images": pipeline(BRIEF, control_image=masks(16), **options).images}
+        return {"images": pipeline(BRIEF, control_image=controls(pipeline), **options).images}
     if name == "LayoutAnalysisPipeline":
         reading = pipeline(image(48))
-        return {
-            "features": reading.features[0],
-            "grammar": np.array(list(reading.grammar[0].values())),
-            "overlay": np.asarray(reading.overlays[0]),
-        }
+        grammar = {} if reading.grammar is None else {"grammar": np.array(list(reading.grammar[0].values()))}
+        return {"features": reading.features[0], "overlay": np.asarray(reading.overlays[0]), **grammar}
     if name == "ImageCaptionPipeline":
         captions = pipeline.caption(image(32), num_beams=2)
         return {"images": pipeline.draw("a red circle", output_type="np").images, "captions": np.array(captions)}
