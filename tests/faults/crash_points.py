@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from tests.faults.compare import differences, informs
 from tests.faults.lab import Command, Done, Lab, Worker
 from tests.faults.shim import Change, Fault
-from tests.faults.table import Row
+from tests.faults.table import Row, error_line
 
 # Exit statuses of docs/runs.md, and 0: the command was complete, or the fault hit something that merely informs.
 # A command that makes data ends at once on a signal, as programs do.
@@ -24,6 +23,7 @@ STATUSES = {
     "SIGTERM": {0, 75, -signal.SIGTERM},
     "Ctrl-C twice": {0, 130, -signal.SIGINT},
     "ENOSPC": {0, 2},
+    "ENOSPC from there on": {0, 2},
     "EIO": {0, 2},
 }
 
@@ -63,35 +63,24 @@ def try_once(lab: Lab, worker: Worker, command: Command, fault: Fault, change: C
     happened, hit = worker.plan.faults(), worker.plan.changes()
     worker.plan.clear()
     change = next((c for c in hit if c.number == change.number), change)
-    reached = _logged_steps(folder / command.folder)
+    reached = logged_steps(folder / command.folder)
     again = worker.type(command, folder)
     trial = Trial(command, fault, change, disturbed, again)
     if happened:
-        trial.lost = max(0, reached - _resumed_step(again.output)) if again.output else 0
+        trial.lost = max(0, reached - resumed_step(again.output)) if again.output else 0
         trial.problems += _problems_of_end(fault, disturbed)
     trial.problems += _problems_of_repetition(lab, worker, trial, folder)
     shutil.rmtree(folder)
     return trial
 
 
-def row(fault: Fault, trials: list[Trial]) -> Row:
-    """Summarize trials of one fault."""
-    statuses = Counter(trial.disturbed.status for trial in trials)
-    messages = Counter(message for trial in trials if (message := error_line(trial.disturbed.output)))
-    return Row(
-        fault=f"{fault.name} before a change of the file system: {trials[0].command.name}",
-        tried=len(trials),
-        wrong=[str(trial) for trial in trials if trial.problems],
-        steps_lost=max(trial.lost for trial in trials),
-        status=", ".join(f"{status} ({count})" for status, count in statuses.most_common()),
-        message=messages.most_common(1)[0][0] if messages else "",
-    )
-
-
-def error_line(output: str) -> str:
-    """Return the last line that starts with `error:`, `warning:` or an exception's name."""
-    lines = [line for line in output.splitlines() if re.match(r"(error|warning): |[A-Za-z.]*(Error|Interrupt)\b", line)]
-    return lines[-1] if lines else ""
+def row(trials: list[Trial]) -> Row:
+    """Summarize trials of one command and one fault."""
+    first = trials[0]
+    result = Row(f"{first.fault.name} before a change of the file system by {first.command.name}")
+    for trial in trials:
+        result.record(trial.disturbed, [str(trial)] if trial.problems else [], trial.lost)
+    return result
 
 
 def _applies(fault: Fault, change: Change) -> bool:
@@ -117,7 +106,7 @@ def _problems_of_end(fault: Fault, done: Done) -> Iterator[str]:
 def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path) -> Iterator[str]:
     """Check the same command, typed again: it succeeds, and everything is as if nothing had happened."""
     command, again = trial.command, trial.again
-    if again.status != 0:
+    if again.status != 0 and not _is_complete(again):
         yield f"typed again: exit status {again.status} ({error_line(again.output)})"
         return
     # A fault that a run survives may cost it what merely informs, if it says so.
@@ -127,17 +116,30 @@ def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path
     for line in differences(folder / command.folder, lab.reference / command.folder):
         if not (excused and informs(line)):
             yield line
+    for name in leftovers(folder, command):
+        yield f"{name} is left over"
     if command.uploads and worker.hub_files(command).keys() != lab.reference_hub[command.name].keys():
         yield "the repository on the Hub has other files"
 
 
-def _logged_steps(folder: Path) -> int:
+def leftovers(folder: Path, command: Command) -> list[str]:
+    """Return what lies beside the folder of a command and its inputs."""
+    expected = {command.folder, *(made.folder for made in command.inputs)}
+    return sorted({path.name for path in folder.iterdir()} - expected)
+
+
+def _is_complete(again: Done) -> bool:
+    """Return whether a command was refused because what it makes is there; whether it is equal is compared anyway."""
+    return again.status == 2 and "already" in again.output
+
+
+def logged_steps(folder: Path) -> int:
     """Return the last step in metrics.csv."""
     file = folder / "metrics.csv"
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     return int(lines[-1].split(",")[0]) if len(lines) > 1 and lines[-1].split(",")[0].isdigit() else 0
 
 
-def _resumed_step(output: str) -> int:
+def resumed_step(output: str) -> int:
     found = re.search(r"resumed from \S+ at step (\d+)|is complete\b.*?: (\d+) steps", output)
     return int(found[1] or found[2]) if found else 0

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
+
+import psutil
 
 from tests.faults.shim import Change, Plan
 from tests.faults.warm import Warm
@@ -43,6 +47,11 @@ class Command:
     @property
     def name(self) -> str:
         return f"{self.script.stem} ({self.folder})"
+
+    def plus(self, *words: str, folder: str | None = None) -> Command:
+        """Return this command with more words, and with another output folder if one is given."""
+        own = ("--output_dir", folder) if folder else ()
+        return replace(self, folder=folder or self.folder, words=(*self.words, *words, *own))
 
 
 def _command(folder: str, script: str, *words: str, inputs: Sequence[Command] = (), uploads: bool = False) -> Command:
@@ -98,11 +107,11 @@ class Worker:
         self.plan = Plan(folder / "plan")
         self.hub = HubServer(folder / "hub")
         stack.callback(self.hub.stop)
-        variables = environment(
-            **self.plan.environment(), **self.hub.env(home=folder / "hf_home"),
-            HF_DATASETS_CACHE=str(folder / "datasets"), PYTHONPATH=str(ROOT),
-        )  # fmt: skip
-        self.warm = stack.enter_context(Warm(variables, folder))
+        self.variables = environment(
+            **self.hub.env(home=folder / "hf_home"), HF_DATASETS_CACHE=str(folder / "datasets"), PYTHONPATH=str(ROOT)
+        )
+        self.warm = stack.enter_context(Warm(self.variables | self.plan.environment(), folder))
+        self._typed: subprocess.Popen[bytes] | None = None
         self._number = 0
 
     def fresh(self, command: Command, reference: Path) -> Path:
@@ -115,24 +124,38 @@ class Worker:
         self.hub.repos.clear()
         return folder
 
-    def type(self, command: Command, folder: Path) -> Done:
+    def type(self, command: Command, folder: Path, **environment: str) -> Done:
         """Run a command in `folder` to its end."""
-        self.start(command, folder)
+        self.start(command, folder, **environment)
         return self.end()
 
-    def start(self, command: Command, folder: Path) -> int:
-        """Start a command in `folder` and return its process id."""
-        self._output = self.folder / "output"
-        self._output.unlink(missing_ok=True)
-        return self.warm.start(command.script, *command.words, folder=folder, output=self._output)
+    def start(self, command: Command, folder: Path, cold: bool = False, **environment: str) -> int:
+        """Start a command in `folder` and return its process id.
+
+        Args:
+            cold: start a new interpreter, as typing the command does, instead of a fork of the warm one.
+            environment: further variables.
+        """
+        self.output = self.folder / "output"
+        self.output.unlink(missing_ok=True)
+        if not cold:
+            return self.warm.start(command.script, *command.words, folder=folder, output=self.output, **environment)
+        with self.output.open("wb") as output:
+            self._typed = subprocess.Popen(
+                [sys.executable, str(command.script), *command.words], cwd=folder, env=self.variables | environment, stdout=output,
+                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        return self._typed.pid
 
     def end(self) -> Done:
         """Wait for the command."""
-        try:
-            status: int | None = self.warm.wait()
-        except TimeoutError:
-            status = None
-        text = self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
+        status: int | None = None
+        if self._typed is not None:
+            status, self._typed = self._typed.wait(), None
+        else:
+            with suppress(TimeoutError):
+                status = self.warm.wait()
+        text = self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
         return Done(status, text)
 
     def hub_files(self, command: Command) -> dict[str, bytes]:
@@ -176,29 +199,42 @@ class Lab:
         for made in command.inputs:
             self.changes(made)
         if command.name not in self._changes:
-            worker = self._idle.get()
-            worker.hub.repos.clear()
-            worker.plan.watch(self.reference)
-            done = worker.type(command, self.reference)
-            assert done.status == 0, done.output
-            self._changes[command.name] = worker.plan.changes()
-            self.reference_hub[command.name] = worker.hub_files(command)
-            worker.plan.clear()
-            self._idle.put(worker)
+            with self.worker() as worker:
+                worker.hub.repos.clear()
+                worker.plan.watch(self.reference)
+                done = worker.type(command, self.reference)
+                assert done.status == 0, done.output
+                self._changes[command.name] = worker.plan.changes()
+                self.reference_hub[command.name] = worker.hub_files(command)
+                worker.plan.clear()
         return self._changes[command.name]
+
+    @contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """Lend a worker."""
+        worker = self._idle.get()
+        try:
+            yield worker
+        finally:
+            self._idle.put(worker)
 
     def map(self, function: Callable[[Worker, Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Yield `function(worker, item)` for each item, on all workers."""
 
         def call(item: Item) -> Result:
-            worker = self._idle.get()
-            try:
+            with self.worker() as worker:
                 return function(worker, item)
-            finally:
-                self._idle.put(worker)
 
         with ThreadPoolExecutor(self.workers) as pool:
             yield from pool.map(call, items)
+
+
+def runs(process: int) -> bool:
+    """Return whether a process exists and has not ended."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def available_workers() -> int:

@@ -207,6 +207,16 @@ int fdatasync(int fd) {
     return (int)syscall(SYS_fdatasync, fd);
 }
 
+/* A file system without locks: FAULT_LOCK is the errno of every attempt. */
+int flock(int fd, int operation) {
+    const char *error = getenv("FAULT_LOCK");
+    if (error) {
+        errno = atoi(error);
+        return -1;
+    }
+    return (int)syscall(SYS_flock, fd, operation);
+}
+
 int renameat2(int from, const char *old, int to, const char *new, unsigned flags) {
     STOP_AT(is_watched_at(to, new, full), "rename");
     return (int)syscall(SYS_renameat2, from, old, to, new, flags);
