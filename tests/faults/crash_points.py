@@ -110,8 +110,8 @@ def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path
         yield f"typed again: exit status {again.status} ({error_line(again.output)})"
         return
     # A fault that a run survives may cost it what merely informs, if it says so.
-    excused = trial.disturbed.status == 0 and trial.fault.error and os.strerror(trial.fault.error) in (
-        trial.disturbed.output
+    excused = (
+        trial.disturbed.status == 0 and trial.fault.error and os.strerror(trial.fault.error) in (trial.disturbed.output)
     )
     for line in differences(folder / command.folder, lab.reference / command.folder):
         if not (excused and informs(line)):

@@ -239,5 +239,3 @@ def runs(process: int) -> bool:
 
 def available_workers() -> int:
     return len(os.sched_getaffinity(0))
-
-

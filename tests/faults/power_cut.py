@@ -1,9 +1,9 @@
 """Power cuts: copies of an ext4 file system in use, as a disk has it at that moment, mounted again.
 
 The file system lies in an image file that is mounted with a loop device. What programs have written and not flushed is
-in the memory of the kernel only, and so a copy of the image file does not have it. Mounting the copy replays its journal,
-as after a power cut. The image is mounted with `noauto_da_alloc`: ext4 otherwise flushes files that replace others, which
-other file systems do not.
+in the memory of the kernel only, and so a copy of the image file does not have it. Mounting the copy replays its
+journal, as after a power cut. The image is mounted with `noauto_da_alloc`: ext4 otherwise flushes files that replace
+others, which other file systems do not.
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ def expect(
     tail = done.output.strip().splitlines()[-3:]
     problems = [] if done.status in statuses else [f"exit status {done.status} instead of {statuses}: {tail}"]
     problems += [f"the output does not contain '{text}': {tail}" for text in says if text not in done.output]
-    return problems + [f"the output contains '{text}': {error_line(done.output)}" for text in never if text in done.output]
+    return problems + [
+        f"the output contains '{text}': {error_line(done.output)}" for text in never if text in done.output
+    ]
 
 
 def error_line(output: str) -> str:

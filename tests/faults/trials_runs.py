@@ -36,8 +36,7 @@ def fresh(worker: Worker, command: Command, lab: Lab) -> Iterator[Path]:
 
 
 def type_again(lab: Lab, worker: Worker, command: Command, folder: Path) -> list[str]:
-    """Type a command again, and return what differs from the undisturbed one."""
-    lab.changes(command)
+    """Type a command again, and return what differs from the undisturbed one, which the lab must have run before."""
     done = worker.type(command, folder)
     return expect(done, [0]) or differences(folder / command.folder, lab.reference / command.folder)
 
@@ -70,6 +69,7 @@ def signals_to_the_group(lab: Lab) -> Rows:
 
 @trial("A closed terminal")
 def hang_up_under_nohup(lab: Lab) -> Rows:
+    lab.changes(SLOW)
     row = Row("SIGHUP under nohup")
     with lab.worker() as worker, fresh(worker, SLOW, lab) as folder:
         command = ["nohup", sys.executable, str(SLOW.script), *SLOW.words]
@@ -85,6 +85,8 @@ def hang_up_under_nohup(lab: Lab) -> Rows:
 
 @trial("The reader of stdout")
 def standard_output(lab: Lab) -> Rows:
+    lab.changes(TOY)
+
     def closed() -> int:
         reader, writer = os.pipe()
         os.close(reader)
@@ -111,6 +113,7 @@ def standard_output(lab: Lab) -> Rows:
 
 @trial("The output folder is deleted during the run")
 def output_folder_deleted(lab: Lab) -> Rows:
+    lab.changes(SLOW)
     row = Row("the output folder is deleted during the run")
     for steps in (1, 2, 3):
         with lab.worker() as worker, fresh(worker, SLOW, lab) as folder:
@@ -150,6 +153,8 @@ def nan_in_validation(lab: Lab) -> Rows:
 
 @trial("Locks")
 def locks(lab: Lab) -> Rows:
+    for command in (TOY, SLOW, WORKERS):
+        lab.changes(command)
     row = Row("a file system without locks (ENOLCK, ENOSYS, ENOTSUP)")
     for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
         with lab.worker() as worker, fresh(worker, TOY, lab) as folder:
@@ -229,6 +234,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
 
 @trial("Damaged files in a run folder")
 def damaged_files(lab: Lab) -> Rows:
+    lab.changes(TOY)
     interrupted = TOY.plus("--signal_step", "5")
     row = Row("a damaged file in the folder of an interrupted run")
     with lab.worker() as worker:
@@ -243,15 +249,10 @@ def damaged_files(lab: Lab) -> Rows:
             done = worker.type(TOY, copy)
             row.record(done, [f"{name}, {damage.__name__}: {problem}" for problem in expect(done, [0, 2])])
             if done.status == 0:
-                files = torch.equal(*(_first_tensor(f / TOY.folder) for f in (copy, _reference(lab))))
-                row.wrong += [] if files else [f"{name}: other weights after it"]
+                same = torch.equal(*(_first_tensor(f / TOY.folder) for f in (copy, lab.reference)))
+                row.wrong += [] if same else [f"{name}: other weights after it"]
             shutil.rmtree(copy)
     yield row
-
-
-def _reference(lab: Lab) -> Path:
-    lab.changes(TOY)
-    return lab.reference
 
 
 def _first_tensor(run: Path) -> torch.Tensor:
