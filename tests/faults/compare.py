@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def contents(path: Path) -> Any:
             return {name: value for name, value in files.items() if name != "trainer_state.json"}
     except (ValueError, KeyError, AttributeError):
         return data
+    if path.name == "README.md":  # a model card names the training time
+        return re.sub(rb"\b\d+ (h|min|s)( \d+ (min|s))?(?= |$)", b"TIME", data, flags=re.MULTILINE)
     if path.name == "metrics.csv":
         rows = csv.DictReader(io.StringIO(data.decode(errors="replace"), newline=""))
         return [{name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows]

@@ -142,8 +142,8 @@ class Worker:
             return self.warm.start(command.script, *command.words, folder=folder, output=self.output, **environment)
         with self.output.open("wb") as output:
             self._typed = subprocess.Popen(
-                [sys.executable, str(command.script), *command.words], cwd=folder, env=self.variables | environment, stdout=output,
-                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, str(command.script), *command.words], cwd=folder, env=self.variables | environment,
+                stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         return self._typed.pid
 

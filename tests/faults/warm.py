@@ -24,7 +24,8 @@ from typing import Any
 
 MODULES = (
     "torch", "accelerate", "diffusers", "transformers", "datasets", "tokenizers", "huggingface_hub",
-    "safetensors.torch", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.Image", "PIL.PngImagePlugin", "jinja2", "pandas",
+    "safetensors.torch", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.Image", "PIL.PngImagePlugin",
+    "jinja2", "pandas",
     "pyarrow.parquet", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d",
     "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
     "transformers.models.clip.modeling_clip", "transformers.tokenization_utils_fast", "accelerate.tracking",
