@@ -1,5 +1,5 @@
-/* Counts every change of the file system below a folder, and at the k-th one sends this process a signal or lets the
- * call fail. Loaded with LD_PRELOAD; tests/faults/shim.py compiles it and describes the plan that it shares. */
+/* Counts every change of the file system below a folder, and at the k-th one sends this process a signal, or lets the
+ * call fail or wait. Loaded with LD_PRELOAD; tests/faults/shim.py compiles it and describes the plan that it shares. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -26,8 +26,9 @@ struct plan {
     int64_t first;     /* number of the change, from 1, at which faults begin; 0 means never */
     int64_t times;     /* how many faults */
     int64_t spacing;   /* number of changes from one fault to the next */
-    int64_t signal;    /* signal that this process is sent; 0 means that the call fails instead */
-    int64_t error;     /* errno of the failing call */
+    int64_t signal;    /* signal that this process is sent, or 0 */
+    int64_t error;     /* errno of the failing call, or 0 */
+    int64_t wait;      /* milliseconds that the call takes longer */
     _Atomic int64_t count;
     _Atomic int64_t faults; /* how many faults there were */
 };
@@ -94,6 +95,7 @@ static int change(const char *operation, const char *path) {
         kill(getpid(), (int)plan->signal);
         return 0;
     }
+    if (plan->wait) usleep((useconds_t)plan->wait * 1000);
     return (int)plan->error;
 }
 
@@ -152,10 +154,12 @@ int creat64(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONL
 FOPEN(fopen)
 FOPEN(fopen64)
 
-/* Only the first writes after an opening count: a file that is half written is so after any of the later ones. */
+/* Only the first writes after an opening count: a file that is half written is so after any of the later ones. A slow
+ * disk is slow at all of them. */
 static int counts(int fd, char *full) {
-    if (fd < 0 || fd >= MAX_FD || writes[fd] >= WRITES_PER_FILE || !is_watched(fd, full)) return 0;
-    writes[fd]++;
+    if (fd < 0 || fd >= MAX_FD || !is_watched(fd, full)) return 0;
+    if (writes[fd] >= WRITES_PER_FILE && !plan->wait) return 0;
+    if (writes[fd] < WRITES_PER_FILE) writes[fd]++;
     return 1;
 }
 

@@ -1,8 +1,9 @@
 """Faults at chosen changes of the file system, in real processes: a small library that is loaded with LD_PRELOAD.
 
 `shim.c` intercepts the calls that change the file system (creating, writing, renaming, deleting, linking, flushing).
-It counts those below a folder and, at the k-th one, sends the process a signal or lets the call fail, as a full or a
-broken disk does. All processes that a command starts share the plan and its count, which are a file mapped into memory.
+It counts those below a folder and, at the k-th one, sends the process a signal, or lets the call fail or wait, as a
+full, a broken or a slow disk does. All processes that a command starts share the plan and its count, which are a file
+mapped into memory.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import pytest
 
 SOURCE = Path(__file__).with_name("shim.c")
 # The same layout as `struct plan` in shim.c.
-PLAN = struct.Struct("1024s1024s7q")
+PLAN = struct.Struct("1024s1024s8q")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at a change: the process gets a signal, or the call fails with `error`.
+    """What happens at a change: the process gets a signal, or the call fails with `error` or takes longer.
 
     Args:
         times: number of faults, the first one at the k-th change; `spacing`: number of changes from one to the next.
@@ -37,6 +38,7 @@ class Fault:
     name: str
     signal: int = 0
     error: int = 0
+    milliseconds: int = 0
     times: int = 1
     spacing: int = 1
 
@@ -49,6 +51,7 @@ TWO_CTRL_C = Fault("Ctrl-C twice", signal=signal.SIGINT, times=2, spacing=4)
 FULL_ONCE = Fault("ENOSPC", error=errno.ENOSPC)
 FULL = Fault("ENOSPC from there on", error=errno.ENOSPC, times=1_000_000_000)
 BROKEN_ONCE = Fault("EIO", error=errno.EIO)
+SLOW = Fault("2 s for each write", milliseconds=2000, times=1_000_000_000)
 
 
 class Change(NamedTuple):
@@ -82,17 +85,17 @@ class Plan:
 
     def clear(self) -> None:
         """Watch nothing."""
-        self._write(PLAN.pack(b"", b"", 0, 1, 1, 0, 0, 0, 0))
+        self._write(PLAN.pack(b"", b"", 0, 1, 1, 0, 0, 0, 0, 0))
 
     def watch(self, folder: Path) -> None:
         """Count and list the changes below `folder`."""
         self.log.unlink(missing_ok=True)
-        self._write(PLAN.pack(self._bytes(folder), bytes(self.log), 0, 1, 1, 0, 0, 0, 0))
+        self._write(PLAN.pack(self._bytes(folder), bytes(self.log), 0, 1, 1, 0, 0, 0, 0, 0))
 
     def arm(self, folder: Path, number: int, fault: Fault) -> None:
         """Let `fault` happen at the change of this number below `folder`."""
         self.log.unlink(missing_ok=True)
-        values = (number, fault.times, fault.spacing, fault.signal, fault.error, 0, 0)
+        values = (number, fault.times, fault.spacing, fault.signal, fault.error, fault.milliseconds, 0, 0)
         self._write(PLAN.pack(self._bytes(folder), bytes(self.log), *values))
 
     def changes(self) -> list[Change]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from tests.faults.compare import differences
@@ -26,6 +28,7 @@ from tests.faults.lab import (
     Done,
     Lab,
     Worker,
+    runs,
 )
 from tests.faults.table import Row, Rows, expect, trial
 from tests.faults.trials_runs import _flip, _half, _write, fresh
@@ -105,6 +108,33 @@ def two_makers(lab: Lab) -> Rows:
                 problems += differences(folder / command.folder, lab.reference / command.folder)
                 row.record(max(both, key=lambda done: done.status or 0), problems)
         yield row
+
+
+@trial("Inputs that a run makes (`prepare`)")
+def prepared_inputs(lab: Lab) -> Rows:
+    row = Row("an entry of `prepare` that cannot be read as a command")
+    for command in ('data_scripts/make_posters.py --output_dir "made', "", "rm -rf made", "data_scripts/../x.py"):
+        with lab.worker() as worker, fresh(worker, POSTERS, lab) as folder:
+            (folder / "shared.yaml").write_text(json.dumps({"prepare": {"made": command}, "dataset_name": "made"}))
+            done = worker.type(AUTOENCODER.plus("--config", "shared.yaml", "--dataset_name", "made"), folder)
+            row.record(done, [f"{command!r}: {line}" for line in expect(done, [2], ["prepare"])])
+    yield row
+    row = Row("a trainer that is killed while a command of `prepare` makes its input: both end")
+    with lab.worker() as worker, fresh(worker, POSTERS, lab) as folder:
+        maker = "data_scripts/make_posters.py --output_dir made --num_posters 100000"
+        (folder / "shared.yaml").write_text(json.dumps({"prepare": {"made": maker}, "dataset_name": "made"}))
+        trainer = worker.start(AUTOENCODER.plus("--config", "shared.yaml", "--dataset_name", "made"), folder, cold=True)
+        while runs(trainer) and not psutil.Process(trainer).children(recursive=True):
+            time.sleep(0.05)
+        time.sleep(5)
+        made = psutil.Process(trainer).children(recursive=True)
+        os.kill(trainer, signal.SIGKILL)
+        done = worker.end()
+        _, alive = psutil.wait_procs(made, timeout=10)
+        problems = [f"still alive after 10 s: {' '.join(process.cmdline()[-8:])}" for process in alive]
+        for process in alive:
+            process.kill()
+        yield row.record(done, problems if made else ["nothing was being made"])
 
 
 @trial("A bad row that only one process sees")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from tests.faults.lab import DIFFUSION, REPO, TOY, Command, Lab, Worker
+from tests.faults.shim import SLOW
 from tests.faults.table import Row, Rows, expect, trial
 from tests.faults.trials_runs import fresh
 from tests.support.hub_server import WRITE_TOKEN
@@ -160,7 +161,19 @@ def overwriting_any_folder(lab: Lab) -> Rows:
 
 
 @trial("Trackers")
-def tracker_without_network(lab: Lab) -> Rows:
+def trackers_that_block(lab: Lab) -> Rows:
+    row = Row("TensorBoard on a disk that takes 2 s for each write")
+    lab.changes(TOY)
+    with lab.worker() as worker, fresh(worker, TOY, lab) as folder:
+        command = TOY.plus("--report_to", "tensorboard", folder="tracked")
+        worker.plan.arm(folder / "tracked/tensorboard", 1, SLOW)
+        done = worker.type(command, folder)
+        slowed = worker.plan.faults()
+        worker.plan.clear()
+        last = (folder / "tracked/metrics.csv").read_text().splitlines()[-1]
+        seconds = float(last.split(",")[-2])
+        problems = expect(done, [0]) + ([] if slowed else ["nothing was slow"])
+        yield row.record(done, problems + ([f"six steps took {seconds} s"] if seconds > 2 else []), lost=0)
     row = Row("W&B online, and its server does not answer")
     with lab.worker() as worker, fresh(worker, TOY, lab) as folder:
         silent = subprocess.Popen(
