@@ -28,14 +28,14 @@ def killed_before_a_change(lab: Lab) -> Rows:
 def stopped_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (TERM, TWO_CTRL_C):
-            yield crash_points.row(list(crash_points.disturb(lab, command, fault, every=1 if lab.thorough else 40)))
+            yield crash_points.row(list(crash_points.disturb(lab, command, fault, every=1 if lab.thorough else 60)))
 
 
 @trial("A full or broken disk")
 def full_or_broken_disk(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (FULL_ONCE, BROKEN_ONCE, FULL):
-            yield crash_points.row(list(crash_points.disturb(lab, command, fault, every=1 if lab.thorough else 40)))
+            yield crash_points.row(list(crash_points.disturb(lab, command, fault, every=1 if lab.thorough else 60)))
 
 
 @trial("Killed at random moments")

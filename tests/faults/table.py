@@ -6,9 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
+    from _pytest.mark import ParameterSet
+
     from tests.faults.lab import Done, Lab
 
 
@@ -48,7 +53,7 @@ class Trial:
     """A function that yields rows.
 
     Args:
-        mark: how long its short form takes: "" for seconds, or the mark `slow` or `long` of pytest.
+        mark: the mark of pytest for its short form: `slow` or `long`.
     """
 
     title: str
@@ -67,6 +72,24 @@ def trial(title: str, mark: str = "slow") -> Callable[[Callable[[Lab], Rows]], C
         return function
 
     return register
+
+
+def trials_of(module: ModuleType) -> list[ParameterSet]:
+    """Return the names of the trials of a module as parameters of a test, with their marks."""
+    return [
+        pytest.param(name, marks=getattr(pytest.mark, trial.mark))
+        for name, trial in TRIALS.items()
+        if trial.rows.__module__ == module.__name__
+    ]
+
+
+def short_form(name: str, lab: Lab) -> None:
+    """Run a trial and fail if anything was wrong, or nothing was tried."""
+    rows = list(TRIALS[name].rows(lab))
+    assert rows
+    assert all(row.tried for row in rows)
+    wrong = [line for row in rows for line in row.wrong]
+    assert not wrong, "\n".join(wrong)
 
 
 def expect(
