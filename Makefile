@@ -1,4 +1,4 @@
-# make quickstart [MINUTES=10] | test | lint | bench: each target first installs the project into .venv.
+# make quickstart [MINUTES=10] | test | test-faults | lint | bench: each target first installs the project into .venv.
 # PYTHON sets the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.halftone-installed
 # One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
 PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: setup quickstart quickstart-tiny test test-slow test-long lint bench clean
+.PHONY: setup quickstart quickstart-tiny test test-slow test-long test-faults lint bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ test-slow: $(STAMP)
 
 test-long: $(STAMP)
 	$(PYTEST) -m long
+
+# Hours: produces every fault in its long form and writes docs/reliability.md. FAULTS names some of them.
+test-faults: $(STAMP)
+	PYTHONPATH=. $(RUN)/python -m tests.faults $(FAULTS)
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

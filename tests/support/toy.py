@@ -35,6 +35,8 @@ class ToyConfig(RunConfig):
     bad_rows: list[int] = option([], on_resume="warn")
     broken_row: int = option(-1, on_resume="free")
     """A row whose image cannot be read, which only the process that draws it notices."""
+    bad_validation: bool = option(False, on_resume="free")
+    """Whether the validation loss is NaN."""
     slow_seconds: float = option(0.0, on_resume="free")
     """Extra seconds per micro-batch, validation and so on, so that signals can be sent in time."""
     long_part: str = option("", on_resume="free")
@@ -179,7 +181,8 @@ class ToyStage(Stage):
     def validation_step(self, batch, draws):
         self._wait("validation")
         loss = (self.phases[0].denoised(batch, draws) - batch["image"]).square().flatten(1).mean(1)
-        return {"loss": loss.sum(), "count": torch.tensor(len(loss))}
+        total = loss.sum() * (float("nan") if self.config.bad_validation else 1.0)
+        return {"loss": total, "count": torch.tensor(len(loss))}
 
     def metrics(self, sums):
         return {"val_loss": sums["loss"] / sums["count"]}
