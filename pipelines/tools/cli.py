@@ -7,8 +7,10 @@ import contextlib
 import difflib
 import io
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +18,9 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+REQUEUE_STATUS = 75
+# Threads of this name may wait for a network when the program ends; nobody waits for them.
+BACKGROUND = "background"
 TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
@@ -24,6 +29,14 @@ TOKEN_ADVICE = (
 
 class UserError(Exception):
     """Error that the user can fix. Its message says what is wrong, which value was given, and how to fix it."""
+
+
+class ReportedError(UserError):
+    """An error that another process of the same run has reported; this one prints nothing and ends with `status`."""
+
+    def __init__(self, message: str, status: int = USER_ERROR_STATUS):
+        super().__init__(message)
+        self.status = status
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -86,6 +99,47 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _Lenient(io.FileIO):
+    """A descriptor that drops what cannot be written: the terminal was closed, the reader ended, the disk is full."""
+
+    error: OSError | None = None  # the first one
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def keep_running_without_output() -> None:
+    """Let the program continue when nobody reads its output any more; for commands that have something to save."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Notebooks and test runners have replaced the streams by their own.
+        if type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            raw = _Lenient(stream.fileno(), "wb", closefd=False)
+            buffer = io.BufferedWriter(raw)
+            lenient = io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
+            )
+            setattr(sys, name, lenient)
+
+
+def output_errors() -> dict[str, OSError]:
+    """Return the first error of writing to stdout and to stderr, after `keep_running_without_output`."""
+    raws = {name: getattr(getattr(getattr(sys, name), "buffer", None), "raw", None) for name in ("stdout", "stderr")}
+    return {name: raw.error for name, raw in raws.items() if isinstance(raw, _Lenient) and raw.error is not None}
+
+
+def print_error(error: Exception) -> None:
+    """Print an error to stderr as one message, without access tokens."""
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+
+
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
@@ -97,30 +151,37 @@ def entry_point(main: Callable[[], int | None]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
+    except ReportedError as error:
+        status = error.status
     except UserError as error:
-        # With several processes every rank raises the same error, so only rank 0 prints it.
+        # Before the processes of a run are connected, each of them raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            _print_error(f"error: {mask_credentials(str(error))}")
+            print_error(error)
         status = USER_ERROR_STATUS
     except KeyboardInterrupt:
-        _print_error("stopped")
+        print("stopped", file=sys.stderr, flush=True)
         status = INTERRUPTED_STATUS
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
-        logging.shutdown()
-        _flush_output()
-        os._exit(status)
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Flush all output and end the process; without the shutdown of the interpreter where that could take long.
+
+    A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
+    done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
+    """
     _flush_output()
-    sys.exit(status)
-
-
-def _print_error(message: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-        print(message, file=sys.stderr, flush=True)
+    waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
+    if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        sys.exit(status)
+    logging.shutdown()
+    _flush_output()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 def _flush_output() -> None:
@@ -128,11 +189,7 @@ def _flush_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (
-            OSError,
-            ValueError,
-            AttributeError,
-        ):  # a full disk, no reader, closed; None without a console
+        except (OSError, ValueError, AttributeError):  # a full disk, no reader, closed; None without a console
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())

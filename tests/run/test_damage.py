@@ -160,7 +160,10 @@ def test_a_model_card_that_was_edited_is_kept(tmp_path, whole):
 
 @pytest.mark.parametrize(
     "tail",
-    [b"5,", b"5,0.8", b"\0" * 4096, b"4,1,2,3\r\n", b'5,"0.8', b"\xff\xfe\xfd\r\n", b"5,x,y\r\n", b"5" + b"," * 40, b"9" * 300_000],
+    [
+        b"5,", b"5,0.8", b"\0" * 4096, b"4,1,2,3\r\n", b'5,"0.8', b"\xff\xfe\xfd\r\n", b"5,x,y\r\n", b"5" + b"," * 40,
+        b"9" * 300_000,
+    ],
 )  # fmt: skip
 def test_torn_rows_of_metrics_are_dropped(folder, half, tail):
     with (folder / "metrics.csv").open("ab") as file:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.child import Child, wait_until
+from tests.support.child import Child, in_child, wait_until
 from tests.support.runs import ROOT, TOY, assert_same_state, environment, rows, tensors
-from tests.support.toy_runs import COMMON, assert_equal, run
+from tests.support.toy_runs import assert_equal, run
 
 # Two epochs of six steps, of about a fifth of a second, so that there is time to break something.
 FLAGS = ("--num_train_epochs", "2", "--checkpointing_steps", "3", "--logging_steps", "1")
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 SLOW = ("--slow_seconds", "0.06")
 
 
@@ -69,7 +70,7 @@ def start(folder: Path, *flags: str) -> Child:
 
 
 def until(child: Child, condition: Callable[[], bool]) -> None:
-    wait_until(lambda: condition() or os.waitpid(child.pid, os.WNOHANG) != (0, 0))
+    wait_until(lambda: condition() or child.has_ended())
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(small_disk, whole, tmp_path):
@@ -111,11 +112,16 @@ def run_and_report(folder: Path, *flags: str) -> int:
     raise AssertionError
 
 
+def delete_at_once(folder: Path) -> None:
+    """Delete a folder in which a process is writing, which would prevent the deletion of a folder in it."""
+    shutil.rmtree(folder.rename(folder.with_name("gone")), ignore_errors=True)
+
+
 def test_a_folder_that_is_deleted_is_created_again(tmp_path, whole):
     folder = tmp_path / "run"
     child = start(folder, *SLOW)
     until(child, lambda: saved_step(folder) == 3)
-    shutil.rmtree(folder)
+    delete_at_once(folder)
     assert child.wait() == 0, child.text()
     assert child.text().count("was deleted during the run; it is created again") == 1
     assert_equal(tensors(folder), tensors(whole))
@@ -131,7 +137,7 @@ def test_a_folder_that_becomes_a_file_does_not_end_the_run_before_its_end(tmp_pa
     folder = tmp_path / "run"
     child = Child(lambda: run_and_report(folder, *FLAGS, *SLOW), tmp_path / "output.txt")
     until(child, lambda: saved_step(folder) == 3)
-    shutil.rmtree(folder)
+    delete_at_once(folder)
     folder.write_text("in the way")
     assert child.wait() == 2
     assert "the checkpoint of step 12 could not be written" in child.text()
@@ -139,62 +145,51 @@ def test_a_folder_that_becomes_a_file_does_not_end_the_run_before_its_end(tmp_pa
     assert folder.read_text() == "in the way"
 
 
-def toy(folder: Path, **options) -> subprocess.Popen:
-    words = [sys.executable, str(TOY), "--output_dir", str(folder), *COMMON, *FLAGS, "--slow_seconds", "0.02"]
-    return subprocess.Popen(words, env=environment(), cwd=ROOT, text=True, **options)
-
-
 def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path, whole):
     """As in `… | tee log`, with tee killed."""
-    process = toy(tmp_path / "run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert "starting from scratch" in process.stdout.readline()
-    process.stdout.close()
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert errors.count("stdout can no longer be written (Broken pipe); training continues") == 1
-    assert "Traceback" not in errors
+
+    def without_a_reader() -> int:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        return run_and_report(tmp_path / "run", *FLAGS)
+
+    status, text = in_child(without_a_reader, tmp_path / "output.txt")
+    assert status == 0, text
+    assert text.count("stdout can no longer be written (Broken pipe); training continues") == 1
+    assert "Traceback" not in text
     assert "stdout can no longer be written" in (tmp_path / "run/run.log").read_text()
     assert_same_state(tmp_path / "run", whole)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@needs_dev_full
 def test_output_on_a_full_disk_does_not_end_the_run(tmp_path, whole):
-    with open("/dev/full", "w") as device:
-        process = toy(tmp_path / "run", stdout=device, stderr=device)
-        assert process.wait() == 0
+    def on_a_full_disk() -> int:
+        device = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(device, 1)
+        os.dup2(device, 2)
+        return run_and_report(tmp_path / "run", *FLAGS)
+
+    assert in_child(on_a_full_disk, tmp_path / "output.txt")[0] == 0
     assert "stdout can no longer be written (No space left on device)" in (tmp_path / "run/run.log").read_text()
     assert_same_state(tmp_path / "run", whole)
 
 
+@needs_dev_full
 def test_a_user_error_without_a_reader_keeps_its_status(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with open("/dev/full", "w") as device:
-        assert toy(tmp_path / "file", stdout=device, stderr=device).wait() == 2
+    with open("/dev/full", "w", encoding="utf-8") as device:
+        words = [sys.executable, str(TOY), "--output_dir", str(tmp_path / "file")]
+        assert subprocess.run(words, env=environment(), cwd=ROOT, stdout=device, stderr=device).returncode == 2
 
 
-def test_few_file_descriptors_suffice(tmp_path):
-    """A limit of 64, with data-loading workers; W&B and the Hub are off."""
-    words = [sys.executable, str(TOY), "--output_dir", str(tmp_path / "run"), *COMMON, "--dataloader_num_workers", "2"]
-    code = f"ulimit -n 64; exec {subprocess.list2cmdline(words)}"
-    done = subprocess.run(["sh", "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_few_file_descriptors_suffice(tmp_path, workers):
+    """A limit of 64; W&B and the Hub are off."""
 
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        return run(tmp_path / "run", "--dataloader_num_workers", workers)
 
-def test_informing_says_it_once_until_it_works_again(caplog):
-    import logging
-
-    from training.core.informing import Informing
-
-    logging.getLogger("halftone").propagate = True
-    informing = Informing()
-    with caplog.at_level(logging.INFO, logger="halftone"):
-        for fails in (True, True, False, False, True):
-            with informing("curves"):
-                if fails:
-                    raise OSError(28, "No space left on device")
-    text = [record.getMessage() for record in caplog.records]
-    failed = "curves could not be written (No space left on device); training continues"
-    assert text == [failed, "curves can be written again", failed]
-    with pytest.raises(KeyboardInterrupt), informing("curves"):
-        raise KeyboardInterrupt
-    assert time.monotonic() > 0
+    status, text = in_child(limited, tmp_path / "output.txt")
+    assert status == 0, text

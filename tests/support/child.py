@@ -38,6 +38,7 @@ class Child:
 
     def __init__(self, action: Callable[[], int | None], output: Path):
         self.output = output
+        self._status: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -46,7 +47,15 @@ class Child:
 
     def wait(self) -> int:
         """Return the exit status, or the negative number of the signal that ended the process."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status is not None
 
     def kill(self) -> int:
         os.kill(self.pid, signal.SIGKILL)
@@ -63,6 +72,7 @@ class Child:
             os.dup2(file, 2)
             # What pytest has put there would write to the test's own output.
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))  # noqa: SIM115
+            sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
             status = action() or 0
         except SystemExit as end:
             status = int(end.code or 0)

@@ -13,6 +13,7 @@ from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together
 from training.publishing.exporter import Exporter
 from training.reporting.reporter import Reporter
+from training.reporting.tracking import STOPPING_SECONDS
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -43,9 +44,14 @@ def log_complete(training: Training, folder: RunFolder) -> None:
 
 
 def finish(
-    training: Training, folder: RunFolder, exporter: Exporter, reporter: Reporter, accelerator: Accelerator
+    training: Training,
+    folder: RunFolder,
+    exporter: Exporter,
+    reporter: Reporter,
+    accelerator: Accelerator,
+    stop: StopSignal,
 ) -> bool:
-    """Export the pipeline of a trained run; every process calls it.
+    """Export the pipeline of a trained and saved run; every process calls it.
 
     Returns:
         False when the export was interrupted; the same command, run again, finishes it.
@@ -55,7 +61,7 @@ def finish(
     """
     failure = ""
     try:
-        with interrupted_together(accelerator), evaluating(training.modules, training.ema):
+        with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
             best = linked_checkpoint(folder.checkpoints, "best")
             # Without a finite validation metric, `best` is only the first checkpoint.
             if training.state.stopped_early and training.state.best_value is not None and best is not None:
@@ -70,7 +76,7 @@ def finish(
         raise UserError(failure)
     if accelerator.is_main_process:
         reporter.trackers.summary(training.record())
-        reporter.trackers.finish()
+        reporter.trackers.finish(stop_requested=lambda: stop.requested)
         reporter.end_session(complete=True)
     return True
 
@@ -96,7 +102,7 @@ def leave(
         state = training.state
         logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
         reporter.end_session(complete=False)
-        reporter.trackers.finish()
+        reporter.trackers.finish(STOPPING_SECONDS)
         exporter.close()
     numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
     return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)

@@ -6,14 +6,17 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.cli import keep_running_without_output
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
 from training.engine.launch import on_main, start_accelerator
 from training.engine.loop import Loop
-from training.engine.prepare import interrupted_while_making
+from training.engine.prepare import make_missing
+from training.engine.ranks import RankWatch
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.signals import Interrupted, StopSignal
@@ -26,7 +29,7 @@ from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
 from training.run import checkpoint, recovery
 from training.run.folder import RunFolder
-from training.run.output import lasting_output, start_logging
+from training.run.output import start_logging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,17 +54,24 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
         UserError: a mistake that the user can correct; most are detected before the first step.
     """
     started = time.perf_counter()
+    keep_running_without_output()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
-    with lasting_output(), StopSignal() as stop:
+    ranks = (accelerator.process_index, accelerator.num_processes)
+    with StopSignal() as stop:
         try:
-            status = _session(build_stage, config, accelerator, folder, stop, started)
-            # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
-            accelerator.wait_for_everyone()
-            return status
-        finally:
+            with RankWatch(*ranks, stop, patience=config.process_timeout):
+                status = _session(build_stage, config, accelerator, folder, stop, started)
+                # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
+                accelerator.wait_for_everyone()
             # Otherwise the process group is still open at exit, and a distributed script can abort there.
             accelerator.end_training()
+            return status
+        except Interrupted:
+            if accelerator.is_main_process:
+                logger.info("stopped; run the same command again")
+            return stop.exit_status(stop.requested or signal.SIGTERM)
+        finally:
             folder.release()
 
 
@@ -73,17 +83,21 @@ def _session(
     stop: StopSignal,
     started: float,
 ) -> int:
-    _open(folder, config, accelerator)
-    if config.dry_run and (missing := dry_run.missing_inputs(config)):
-        return _print_on_main(missing, accelerator)
-    if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
-        return stop.exit_status(stop.requested or signal.SIGTERM)
-    context = StageContext(accelerator.device, resuming=folder.has_checkpoint(), trains=config.trains, poll=stop.check)
-    stage = build_stage(config, context)
-    freeze_parameters(stage, config.freeze_parameters)
-    if config.dry_run:
-        return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
-    try:
+    with stop.at_once():
+        _open(folder, config, accelerator)
+        if config.dry_run and (missing := dry_run.missing_inputs(config)):
+            return _print_on_main(missing, accelerator)
+    # The main process passes a request to stop on to the script that it runs, and then stops itself.
+    with nullcontext() if accelerator.is_main_process else stop.at_once():
+        on_main(accelerator, lambda: make_missing(config.recipes(), lambda: stop.requested))
+    # Nothing here needs to be saved, although it may take long (data, compilation, a Hub or a tracker that is silent).
+    with stop.at_once():
+        resuming = folder.has_checkpoint()
+        context = StageContext(accelerator.device, resuming=resuming, trains=config.trains, poll=stop.check)
+        stage = build_stage(config, context)
+        freeze_parameters(stage, config.freeze_parameters)
+        if config.dry_run:
+            return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
         if config.validate_model:
             return _validate_model(stage, config, accelerator, stop)
         training = Training(stage, config, accelerator)
@@ -92,13 +106,12 @@ def _session(
             return _validate(training, config, accelerator, stop)
         if config.max_train_minutes:
             fit_length(training, config, folder, accelerator, stop, started)
-    except Interrupted:
-        return stop.exit_status(stop.requested or signal.SIGTERM)
-    if on_main(accelerator, lambda: ending.is_complete(training, folder)):
-        if accelerator.is_main_process:
-            ending.log_complete(training, folder)
-        return 0
-    return _train(training, config, accelerator, folder, stop, resumed)
+        if on_main(accelerator, lambda: ending.is_complete(training, folder)):
+            if accelerator.is_main_process:
+                ending.log_complete(training, folder)
+            return 0
+        prepared = _prepare(training, config, accelerator, folder, resumed)
+    return _train(training, config, accelerator, folder, stop, prepared)
 
 
 def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> None:
@@ -113,25 +126,43 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
         on_main(accelerator, lambda: restoring.compare_configs(folder, config))
 
 
-def _train(
-    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal, resumed: str
-) -> int:
-    """Train a restored run until it is complete or interrupted; return the exit status."""
+def _prepare(
+    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, resumed: str
+) -> tuple[Exporter, Reporter]:
+    """Make what a restored run reports and exports with; check the disk and the Hub before that."""
     is_main = accelerator.is_main_process
     publisher = Publisher(config, run_dir=folder.path, notify=logger.info) if config.push_to_hub and is_main else None
     on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
     settings = config.to_dict()
     exporter = Exporter(training.stage, settings, folder, publisher)
     reporter = Reporter(training.stage, config, settings, folder, training.state, training.steps_per_epoch, is_main)
-    writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
     if is_main:
         training.state.sessions += 1
         folder.save_config(settings)
         _log_start(training, folder, resumed)
+    return exporter, reporter
+
+
+def _train(
+    training: Training,
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopSignal,
+    prepared: tuple[Exporter, Reporter],
+) -> int:
+    """Train a restored run until it is complete or interrupted; return the exit status."""
+    exporter, reporter = prepared
+    writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
     loop = Loop(training, config, accelerator, reporter, writer, stop)
-    loop.run()
-    if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator):
-        return 0
+    try:
+        loop.run()
+    except Interrupted:  # in the first step of this session: there is nothing to save
+        if accelerator.num_processes > 1:
+            raise
+    else:
+        if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator, stop):
+            return 0
     return ending.leave(training, exporter, reporter, accelerator, stop)
 
 

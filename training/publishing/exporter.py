@@ -19,7 +19,7 @@ from training.run.folder import RunFolder
 
 logger = logging.getLogger("halftone")
 
-UPLOAD_GRACE_SECONDS = 20.0
+UPLOAD_GRACE_SECONDS = 1.0  # a run that was asked to stop ends within two seconds
 
 
 class Exporter:
