@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.child import Child, in_child, wait_until
+from tests.support.child import Child, in_child, send_output_to, wait_until
 from tests.support.runs import ROOT, TOY, assert_same_state, environment, rows, tensors
 from tests.support.toy_runs import assert_equal, run
 
@@ -150,7 +150,7 @@ def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path, whole):
 
     def without_a_reader() -> int:
         reader, writer = os.pipe()
-        os.dup2(writer, 1)
+        send_output_to(writer, "stdout")
         os.close(reader)
         return run_and_report(tmp_path / "run", *FLAGS)
 
@@ -165,9 +165,7 @@ def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path, whole):
 @needs_dev_full
 def test_output_on_a_full_disk_does_not_end_the_run(tmp_path, whole):
     def on_a_full_disk() -> int:
-        device = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(device, 1)
-        os.dup2(device, 2)
+        send_output_to(os.open("/dev/full", os.O_WRONLY))
         return run_and_report(tmp_path / "run", *FLAGS)
 
     assert in_child(on_a_full_disk, tmp_path / "output.txt")[0] == 0

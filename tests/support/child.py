@@ -67,12 +67,7 @@ class Child:
     def _run(self, action: Callable[[], int | None]) -> None:
         status = 1
         try:
-            file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            # What pytest has put there would write to the test's own output.
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))  # noqa: SIM115
-            sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+            send_output_to(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
             status = action() or 0
         except SystemExit as end:
             status = int(end.code or 0)
@@ -84,6 +79,16 @@ class Child:
                 sys.stderr.flush()
             finally:
                 os._exit(status)
+
+
+def send_output_to(descriptor: int, *names: str) -> None:
+    """Replace stdout and stderr (or only `names`) of this process, also the streams that pytest has put there."""
+    for name in names or ("stdout", "stderr"):
+        number = {"stdout": 1, "stderr": 2}[name]
+        os.dup2(descriptor, number)
+        stream = open(number, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - until the end
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def in_child(action: Callable[[], int | None], output: Path) -> tuple[int, str]:
