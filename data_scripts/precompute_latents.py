@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
-from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
 from training.core.files import WRITING, write_json
@@ -63,7 +63,6 @@ from training.engine.ranks import RankWatch
 from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
-from training.run.output import lasting_output
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -231,8 +230,9 @@ class Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
+    keep_running_without_output()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with lasting_output(), StopSignal() as stop, making_cache(Path(config.output_dir)):
+    with StopSignal() as stop, making_cache(Path(config.output_dir)):
         try:
             with RankWatch(rank, processes, stop, patience=config.process_timeout) as watch, stop.at_once():
                 precompute(config)

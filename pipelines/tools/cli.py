@@ -113,6 +113,41 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _Lenient(io.FileIO):
+    """A descriptor that drops what cannot be written: the terminal was closed, the reader ended, the disk is full."""
+
+    error: OSError | None = None  # the first one
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def keep_running_without_output() -> None:
+    """Let the program continue when nobody reads its output any more; for commands that have something to save."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Notebooks and test runners have replaced the streams by their own.
+        if type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            raw = _Lenient(stream.fileno(), "wb", closefd=False)
+            buffer = io.BufferedWriter(raw)
+            lenient = io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
+            )
+            setattr(sys, name, lenient)
+
+
+def output_errors() -> dict[str, OSError]:
+    """Return the first error of writing to stdout and to stderr, after `keep_running_without_output`."""
+    raws = {name: getattr(getattr(getattr(sys, name), "buffer", None), "raw", None) for name in ("stdout", "stderr")}
+    return {name: raw.error for name, raw in raws.items() if isinstance(raw, _Lenient) and raw.error is not None}
+
+
 def print_error(error: Exception) -> None:
     """Print an error to stderr as one message, without access tokens and control characters. It may go unread."""
     _print_message(f"error: {printable(mask_credentials(str(error)))}")
@@ -161,6 +196,7 @@ def _exit(status: int) -> NoReturn:
     if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         sys.exit(status)
     logging.shutdown()
+    _flush_output()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -142,9 +142,14 @@ def test_errors_of_other_kinds_pass_through(tmp_path):
 
 def test_the_folder_may_disappear_while_a_file_is_written(tmp_path):
     (tmp_path / "f").mkdir()
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "f" / "x") as temporary:
-        temporary.write_text("x")
-        shutil.rmtree(tmp_path / "f")
+
+    def write_and_delete() -> None:
+        with replacing(tmp_path / "f" / "x") as temporary:
+            temporary.write_text("x")
+            shutil.rmtree(tmp_path / "f")
+
+    with pytest.raises(FileNotFoundError):
+        write_and_delete()
 
 
 def test_only_temporary_files_are_leftovers(tmp_path):
@@ -181,7 +186,7 @@ def test_json_of_other_contents_is_none(tmp_path, content):
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 def test_contents_are_flushed_before_names(tmp_path):
-    """A file is flushed before it is renamed, and the folder after it: a power cut leaves no empty file of that name."""
+    """A file is flushed before it is renamed, and its folder after it: a power cut leaves no empty file there."""
     code = (
         "from pathlib import Path; from training.core.files import *\n"
         f"write_atomically({str(tmp_path / 'file')!r}, 'x')\n"

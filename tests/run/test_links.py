@@ -14,7 +14,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.loading import find_pipeline
 from tests.support.child import can_refuse, in_child, refuse_symbolic_links
 from tests.support.runs import assert_same_state, rows, tensors
-from tests.support.toy_runs import EVERY_STEP, assert_equal, run
+from tests.support.toy_runs import EVERY_STEP, assert_equal, run, tensors_of
 from training.engine.weights import load_component
 from training.experiments.comparison import run_metrics
 from training.models.vae_loading import load_vae
@@ -105,17 +105,10 @@ def test_a_run_on_a_file_system_without_links(tmp_path, whole):
     best = checkpoint.step_of(linked_checkpoint(checkpoints, "best"))
     assert (checkpoints / "best").read_bytes() == f"step-{best:08d}\n".encode()
     assert {p.name for p in checkpoints.iterdir()} == {"latest", "best", "step-00000006", f"step-{best:08d}"}
-    one = {k: v for k, v in tensors_at(linked_checkpoint(checkpoints, "latest")).items()}
-    assert_equal(one, tensors(whole))
+    assert_equal(tensors_of(linked_checkpoint(checkpoints, "latest")), tensors(whole))
     assert rows(folder) == rows(whole)
     assert run(folder, *flags, "--resume_from_checkpoint", "best", "--max_train_steps", "7") == 0
     assert os.readlink(checkpoints / "latest") == "step-00000007"
-
-
-def tensors_at(folder: Path):
-    from tests.support.toy_runs import tensors_of
-
-    return tensors_of(folder)
 
 
 @pytest.fixture(params=["link", "name", "folder", "lost"])

@@ -38,6 +38,7 @@ class Child:
 
     def __init__(self, action: Callable[[], int | None], output: Path):
         self.output = output
+        self._status: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -46,7 +47,15 @@ class Child:
 
     def wait(self) -> int:
         """Return the exit status, or the negative number of the signal that ended the process."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status is not None
 
     def kill(self) -> int:
         os.kill(self.pid, signal.SIGKILL)
@@ -58,11 +67,7 @@ class Child:
     def _run(self, action: Callable[[], int | None]) -> None:
         status = 1
         try:
-            file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            # What pytest has put there would write to the test's own output.
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))  # noqa: SIM115
+            send_output_to(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
             status = action() or 0
         except SystemExit as end:
             status = int(end.code or 0)
@@ -74,6 +79,16 @@ class Child:
                 sys.stderr.flush()
             finally:
                 os._exit(status)
+
+
+def send_output_to(descriptor: int, *names: str) -> None:
+    """Replace stdout and stderr (or only `names`) of this process, also the streams that pytest has put there."""
+    for name in names or ("stdout", "stderr"):
+        number = {"stdout": 1, "stderr": 2}[name]
+        os.dup2(descriptor, number)
+        stream = open(number, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - until the end
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def in_child(action: Callable[[], int | None], output: Path) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.cli import keep_running_without_output
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
@@ -28,7 +29,7 @@ from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
 from training.run import checkpoint, recovery
 from training.run.folder import RunFolder
-from training.run.output import lasting_output, start_logging
+from training.run.output import start_logging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,10 +54,11 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
         UserError: a mistake that the user can correct; most are detected before the first step.
     """
     started = time.perf_counter()
+    keep_running_without_output()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
     ranks = (accelerator.process_index, accelerator.num_processes)
-    with lasting_output(), StopSignal() as stop:
+    with StopSignal() as stop:
         try:
             with RankWatch(*ranks, stop, patience=config.process_timeout):
                 status = _session(build_stage, config, accelerator, folder, stop, started)

@@ -71,8 +71,12 @@ class RunFolder:
             ) from None
 
     def create_again(self) -> None:
-        """Create the folder again if it was deleted while the run is using it. Raises UserError as `create` does."""
-        if self.checkpoints.is_dir():
+        """Create the folder again if it was deleted while the run is using it.
+
+        Raises:
+            OSError, UserError: it cannot be created.
+        """
+        if self.checkpoints.is_dir() and (self.config_file.is_file() or not self._config_text):
             return
         self.release()
         self.create()

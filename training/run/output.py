@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from pipelines.tools.cli import printable
+from pipelines.tools.cli import output_errors, printable
 from pipelines.tools.credentials import mask_credentials
 from training.core.informing import Informing
 
@@ -63,7 +60,11 @@ class _FileHandler(logging.Handler):
 
 
 class _TerminalHandler(logging.Handler):
-    """Prints messages without breaking the progress bar."""
+    """Prints messages without breaking the progress bar. That stdout can no longer be written is a message as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -71,45 +72,9 @@ class _TerminalHandler(logging.Handler):
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         tqdm.write(printable(mask_credentials(prefix + record.getMessage())))
         sys.stdout.flush()  # so that messages reach a file or a pipe at once
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """Inside the block, printing never raises an error: the reader of a pipe may be gone, or a disk full."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = LastingStream(sys.stdout, "stdout"), LastingStream(sys.stderr, "stderr")  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-
-
-class LastingStream:
-    """A text stream that ignores errors of writing, after a single warning; everything else is that of `stream`."""
-
-    def __init__(self, stream: Any, name: str):
-        self._stream, self._name, self._failed = stream, name, False
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _try(self, action: Any) -> None:
-        try:
-            action()
-        except (ValueError, AttributeError):  # it is closed; it is None in a program without a console
-            return
-        except OSError as error:
-            if self._failed:
-                return
-            self._failed = True
-            message = f"{self._name} can no longer be written ({error.strerror}); training continues"
-            logger.warning("%s", message)
-            if self._name == "stdout":
+        for name, error in output_errors().items():
+            if name not in self._lost:
+                self._lost.add(name)
+                message = f"{name} can no longer be written ({error.strerror}); training continues"
                 print(f"warning: {message}", file=sys.stderr, flush=True)
+                logger.warning("%s", message)
