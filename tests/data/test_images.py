@@ -72,7 +72,8 @@ def test_every_kind_of_source_gives_the_same_items(folder: Path, tmp_path: Path)
     loaded.save_to_disk(tmp_path / "saved")
     loaded["train"].save_to_disk(tmp_path / "saved_split")
     (tmp_path / "parquet").mkdir()
-    loaded["train"].to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    embedded = loaded["train"].with_format("arrow").map(datasets.table.embed_table_storage, batched=True)
+    embedded.with_format(None).to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
     records = [{"image": str(folder / f"{i:02d}.png"), "text": f"picture number {i}", "label": 0} for i in range(ROWS)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     sources = [

@@ -301,11 +301,31 @@ def test_a_cache_that_is_absent_unfinished_or_damaged_is_refused(cache_folder: P
     with pytest.raises(UserError, match=f"{len(whole) - 1} bytes instead of {len(whole)}"):
         LatentCache(copy)
     shard.unlink()
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="lacks the file train/shard-00001.safetensors"):
         LatentCache(copy)
+    for torn in ('{"splits": {"train"', "[]", '{"splits": 3}', "\0\0", '{"splits": {"train": {"shards": [{}]}}}'):
+        (copy / "cache.json").write_text(torn)
+        with pytest.raises(UserError, match=r"has a damaged cache.json; make or complete it"):
+            LatentCache(copy)
     (copy / "cache.json").unlink()
     with pytest.raises(UserError, match="has not been finished"):
         LatentCache(copy)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_bit_in_a_shard_is_found_when_it_is_first_read(cache_folder: Path, tmp_path: Path, workers: int):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache_folder, copy)
+    shard = copy / "train" / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 16
+    shard.write_bytes(content)
+    rows = LatentCache(copy).split("train")
+    keys = [[SampleKey(row, 0)] for row in range(len(rows))]
+    loader = DataLoader(rows, batch_sampler=keys, collate_fn=rows.collate, num_workers=workers)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^.*shard-00001.safetensors is damaged \(its SHA-256 .*to repair it$"):
+        list(loader)
+    assert rows[SampleKey(0, 0)]["index"] == 0  # the other shards can be read
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -320,7 +340,9 @@ def test_a_damaged_shard_is_made_again(data: Path, vae_folder: Path, cache_folde
     broken[-1] ^= 1  # the same size
     shard.write_bytes(broken)
     # Files left by a killed process of this or an earlier version.
-    for name in (".shard-00002.safetensors.tmp4711", "shard-00002.tmp"):
+    (copy / "train" / "shard-00000.json").write_text('["not", "a note"]')
+    (copy / ".writing-4711-cache.json").touch()
+    for name in (".shard-00002.safetensors.tmp4711", "shard-00002.tmp", ".writing-4711-shard-00002.safetensors"):
         (copy / "train" / name).write_bytes(broken[:100])
     untouched = (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns
     assert precompute(*flags(data, vae_folder, copy)) == 0

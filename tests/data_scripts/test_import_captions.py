@@ -161,7 +161,8 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path, scans, overwr
     other = tmp_path / "other"
     other.mkdir()
     (other / "diary.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds something that is not an imagefolder"):
+    (other / "metadata.jsonl").write_text("{}")  # the captions of another program
+    with pytest.raises(UserError, match="is not empty and holds no imported captions made by"):
         main([*words, "--output_dir", str(other)])
     assert (other / "diary.txt").read_text() == "keep"
     assert (scans / "not_named.png").is_file()

@@ -240,7 +240,7 @@ def test_a_broken_image_is_named_and_nothing_is_left(broken, tmp_path, monkeypat
     monkeypatch.setattr(control_dataset, "ROWS_AT_ONCE", 2)
     with pytest.raises(UserError, match="row 5 of the dataset: .*--on_bad_sample skip"):
         make(broken, tmp_path / "made", "--kind", "edges")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "images"]
 
 
 def test_a_broken_image_is_skipped_if_requested(broken, tmp_path, capsys):
@@ -251,15 +251,16 @@ def test_a_broken_image_is_skipped_if_requested(broken, tmp_path, capsys):
 
 def test_earlier_controls_are_set_aside_only_when_asked(image_folder, tmp_path, capsys):
     made = make(image_folder, tmp_path / "made", "--kind", "edges")
-    with pytest.raises(UserError, match="already holds controls .edges of images.; .* add --overwrite"):
+    with pytest.raises(UserError, match="already holds controls; .*--overwrite true"):
         make(image_folder, made, "--kind", "palette")
     make(image_folder, made, "--kind", "palette", "--overwrite")
     assert "The earlier controls are now in" in capsys.readouterr().out
     assert (tmp_path / "made_old_1/data").is_dir()
     assert opened(made)[0]["conditioning_image"].mode == "RGB"
     (made / "data/train-00000.parquet").unlink()
-    with pytest.raises(UserError, match="is not empty and holds no complete controls"):
-        make(image_folder, made, "--kind", "palette", "--overwrite")
+    make(image_folder, made, "--kind", "palette")
+    assert "lacks the file data/train-00000.parquet, so it is made again" in capsys.readouterr().out
+    assert (tmp_path / "made_old_2/README.md").is_file()
 
 
 # --- bad input
@@ -282,7 +283,7 @@ def test_earlier_controls_are_set_aside_only_when_asked(image_folder, tmp_path, 
         (["--kind", "edges", "--image_column", "imag"], "no column 'imag'; did you mean 'image'"),
         (
             ["--kind", "edges", "--image_column", "text", "--on_bad_sample", "error"],
-            "row 0 of the dataset: file 'number",
+            "column 'text' of .* names the file number 0, which is not in the dataset's own folder",
         ),
         (["--kind", "edges", "--dataset_name", "x"], "both dataset_name .* and train_data_dir"),
         (["--kind", "edges", "--train_data_dir", "/nowhere/x"], "'/nowhere/x' does not exist"),
@@ -298,7 +299,7 @@ def test_bad_input(image_folder, tmp_path, flags, message):
 
 
 def test_the_source_itself_is_never_overwritten(image_folder):
-    with pytest.raises(UserError, match="is not empty and holds no complete controls"):
+    with pytest.raises(UserError, match="is not empty and holds no controls made by"):
         make(image_folder, image_folder, "--kind", "edges", "--overwrite")
 
 

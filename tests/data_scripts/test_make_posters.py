@@ -250,8 +250,8 @@ def test_other_contents_are_refused_or_set_aside(tmp_path: Path) -> None:
     assert digests(tmp_path / "posters_old_1") == before
     assert digests(target) != before
     next((target / "data").iterdir()).unlink()
-    with pytest.raises(UserError, match="no complete poster dataset"):
-        main(arguments(target, seed=5, **small))
+    main(arguments(target, seed=5, **small))  # it was not complete, so it is made again
+    assert (tmp_path / "posters_old_2/manifest.json").is_file()
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "holiday.jpg").write_bytes(b"x")
@@ -310,7 +310,7 @@ def test_killed_run_leaves_no_half_dataset(tmp_path: Path) -> None:
     target = tmp_path / "posters"
     command = [sys.executable, str(SCRIPT), *arguments(target, num_posters=20_000, num_workers=2)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    unfinished = tmp_path / ".posters.partial" / "data"
+    unfinished = tmp_path / ".writing-posters" / "data"
     deadline = time.monotonic() + 60
     while not (unfinished.is_dir() and any(unfinished.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -319,7 +319,7 @@ def test_killed_run_leaves_no_half_dataset(tmp_path: Path) -> None:
     assert unfinished.is_dir(), "the run ended before it could be killed"
     assert not target.exists()
     assert main(arguments(target, num_posters=10)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["posters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".posters.lock", "posters"]
 
 
 @pytest.mark.slow

@@ -44,8 +44,16 @@ def test_an_unusable_image_is_named(tmp_path, kind):
 
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
     noise_image().save(tmp_path / "file.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"cannot be read as an image \(Image size \(600 pixels\) exceeds limit"):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size < 100_000
+    for read in (check_image_header, read_image):
+        with pytest.raises(UserError, match=r"large.png cannot be .*too many pixels.*89 million.*HALFTONE_MAX_IMAGE_PIX"):
+            read(tmp_path / "large.png")
+    monkeypatch.setenv("HALFTONE_MAX_IMAGE_PIXELS", "500")
+    with pytest.raises(UserError, match=r"\(it has 30×20 = 0.0006 million pixels, and the limit is 0.0005 million"):
+        check_image_header(tmp_path / "file.png")
+    monkeypatch.setenv("HALFTONE_MAX_IMAGE_PIXELS", "many")
+    with pytest.raises(UserError, match="HALFTONE_MAX_IMAGE_PIXELS is 'many'"):
         check_image_header(tmp_path / "file.png")
 
 
