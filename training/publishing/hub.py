@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError, cause, one_line
-from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.credentials import mask_credentials, remember_credential
 from training.core.options import Options, option
 
 # What a run uploads, and when; the same strategies as in the Transformers Trainer.
@@ -84,6 +84,7 @@ def read_token(path: str) -> str:
         raise UserError(f"--hub_token_file {path} is empty; {fix}")
     if len(content) > MOST_TOKEN_BYTES or not re.fullmatch(r"[!-~]+", token):
         raise UserError(f"--hub_token_file {path} contains something other than one token; {fix}")
+    remember_credential(token)
     return token
 
 
