@@ -44,6 +44,10 @@ class ReportedError(UserError):
         self.status = status
 
 
+class SecretOnCommandLine(UserError):
+    """A command line contains an access token."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause that suggests the most similar known name (`'; did you mean X?'`), or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -75,7 +79,7 @@ def refuse_hub_token(words: Iterable[str]) -> None:
     for word in words:
         flag = word.split("=", 1)[0].rstrip("+")
         if flag.startswith("-") and flag.lstrip("-").replace("-", "_") == "hub_token":
-            raise UserError(
+            raise SecretOnCommandLine(
                 "--hub_token is not accepted, because other programs can read a command line, and launchers, trackers "
                 f"and logs record it; {TOKEN_ADVICE}. Replace the token that was on this command line by a new one"
             )
@@ -176,6 +180,8 @@ def entry_point(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print_error(error)
         status = USER_ERROR_STATUS
+        if isinstance(error, SecretOnCommandLine):
+            _end_launcher()
     except KeyboardInterrupt:
         _print_message("stopped")
         status = INTERRUPTED_STATUS
@@ -183,6 +189,17 @@ def entry_point(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     _exit(status)
+
+
+def _end_launcher() -> None:
+    """End an `accelerate launch` that started this process alone: it would print the command line with its token."""
+    with contextlib.suppress(ImportError, OSError):
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process().parent()
+            if launcher is not None and "accelerate" in " ".join(launcher.cmdline()[:4]):
+                launcher.terminate()
 
 
 def _exit(status: int) -> NoReturn:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.tools.cli import UserError, cause, one_line
+from pipelines.tools.credentials import remember_credential
 
 T = TypeVar("T")
 Poll = Callable[[], None]
@@ -42,6 +43,7 @@ def read_token(path: str) -> str:
         raise UserError(f"--hub_token_file {path} is empty; {fix}")
     if len(content) > MOST_TOKEN_BYTES or not re.fullmatch(r"[!-~]+", token):
         raise UserError(f"--hub_token_file {path} contains something other than one token; {fix}")
+    remember_credential(token)
     return token
 
 
