@@ -78,6 +78,7 @@ def push(folder: RunFolder, config: HubConfig, stop: StopSignal) -> int:
             "its training command again, or choose --hub_strategy every_save or checkpoint"
         )
     try:
+        publisher.check()
         return publisher.push()
     except Interrupted:
         logger.info("the upload was stopped; run the same command again to complete it")

@@ -84,8 +84,11 @@ class HubServer:
         self.users = {WRITE_TOKEN: ("ada", "write"), READ_TOKEN: ("ada", "read"), OTHER_TOKEN: ("bob", "write")}
         self.organizations = {"ada": ["museum"], "bob": []}
         self.requests: list[Request] = []
-        self.gate = threading.Event()  # while it is cleared, requests that write to a repo wait
+        self.gate = threading.Event()  # while it is cleared, requests wait whose method and path match `held`
         self.gate.set()
+        self.held = "/preupload/|/commit/"
+        self.before: Callable[[Request], None] = lambda request: None  # called before a request is answered
+        self.after: Callable[[Request], None] = lambda request: None  # called after it was done, before the answer
         self._failures: list[tuple[re.Pattern[str], int]] = []
         self._lock = threading.Lock()
         self.connections: list[socket.socket] = []
@@ -121,6 +124,16 @@ class HubServer:
         """Return the files in the current main branch of a repo."""
         tree = self.repos[repo_id].commits[-1][2]
         return {path: (self.blobs / blob.sha256).read_bytes() for path, blob in tree.items()}
+
+    def put(self, repo_id: str, path: str, content: bytes | None) -> None:
+        """Change a file in a repo, or delete it, in a commit that no client made."""
+        repo = self.repos[repo_id]
+        tree = dict(repo.commits[-1][2])
+        if content is None:
+            del tree[path]
+        else:
+            tree[path] = self.store(content)
+        repo.commit(f"{path} changed", tree)
 
     def messages(self, repo_id: str) -> list[str]:
         return [message for _, message, _ in self.repos[repo_id].commits]
@@ -188,6 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read_body()
         request = Request(self.command, path, self.user)
         self.hub.requests.append(request)
+        self.hub.before(request)
+        if re.search(self.hub.held, f"{self.command} {path}"):
+            self.hub.gate.wait()
         failure = self.hub.injected_failure(path)
         try:
             if failure is not None:
@@ -199,6 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, body = error.status, {"error": str(error)}
             headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
         request.status = status
+        self.hub.after(request)
         self._send(status, body, headers)
 
     def _route(self, path: str) -> Answer:
@@ -282,7 +299,6 @@ class _Handler(BaseHTTPRequestHandler):
     # --- writing ---
 
     def preupload(self, repo: str, revision: str) -> Answer:
-        self.hub.gate.wait()
         _, tree = self._revision(self._check_write(repo), revision)
         files = []
         for file in json.loads(self.body)["files"]:
@@ -308,7 +324,6 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, b"", {"ETag": f'"{oid}"'}
 
     def commit(self, repo: str, revision: str) -> Answer:
-        self.hub.gate.wait()
         target = self._check_write(repo)
         tree = dict(self._revision(target, revision)[1])
         message = ""

@@ -93,6 +93,7 @@ class Publisher:
             folder.path, self._send, is_secret=self._is_token, notify=notify, retry_delays=retry_delays
         )
         self._shown = PublishReport()
+        self._stopped = False
 
     @property
     def url(self) -> str:
@@ -187,9 +188,13 @@ class Publisher:
         Raises:
             Exception: what `poll` raises, if `stoppable`.
         """
-        if self._queue.is_busy:
+        if self._queue.is_busy and not self._stopped:
             self._notify(f"Finishing the upload to {self.url} ...")
-        self._queue.wait(timeout, self._poll if stoppable else lambda: None)
+        try:
+            self._queue.wait(0.0 if self._stopped else timeout, self._poll if stoppable else lambda: None)
+        except BaseException:
+            self._stopped = True  # the user does not want to wait
+            raise
         outcome = self._queue.outcome
         self.report = PublishReport(
             uploaded=[path for path, done in outcome.items() if done],
