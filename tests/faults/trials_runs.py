@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -197,16 +198,20 @@ def numbers(lab: Lab) -> Rows:
     yield row
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def _write(text: str | bytes) -> Callable[[Path], None]:
-    return lambda path: None if path.write_bytes(text if isinstance(text, bytes) else text.encode()) else None
+    return partial(write_bytes, data=text if isinstance(text, bytes) else text.encode())
 
 
-def _half(path: Path) -> None:
+def half(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
 
 
-def _flip(path: Path) -> None:
+def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -221,13 +226,13 @@ _STEP = "checkpoints/step-00000004"
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     *[("config.yaml", _write(text)) for text in ("", "a: [", "some text", "- 1\n- 2\n", b"\xff\xfe\x00", b"\x00" * 64)],
     *[("metrics.csv", _write(text)) for text in ("", "step,epoch\n1", 'step\n"1', b"\x00" * 99, b"\xff\xfe")],
-    ("metrics.csv", _half),
+    ("metrics.csv", half),
     *[("record.json", _write(text)) for text in ("", "null", "[]", "{", b"\x00")],
     *[(f"{_STEP}/manifest.json", _write(text)) for text in ("", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}')],
     (f"{_STEP}/manifest.json", _write('{"files": {"missing": {"size": 1, "sha256": ""}}}')),
     (f"{_STEP}/manifest.json", _write('{"files": {}}')),
     *[(f"{_STEP}/trainer_state.json", _write(text)) for text in ("", "[]", "{}", "null")],
-    *[(f"{_STEP}/ema.safetensors", damage) for damage in (_half, _flip, _write(b""), _write(b"\xff" * 64))],
+    *[(f"{_STEP}/ema.safetensors", damage) for damage in (half, flip, _write(b""), _write(b"\xff" * 64))],
     *[(f"checkpoints/{name}", _loop) for name in ("latest", "best")],
     *[("sessions.md", _write(b"\xff")), ("run.log", _write(b"\xff")), ("speed.json", _write("["))],
 ]
@@ -248,7 +253,7 @@ def damaged_files(lab: Lab) -> Rows:
             if _STEP in name:  # the damaged one is the newest
                 shutil.rmtree(copy / TOY.folder / "checkpoints/step-00000005", ignore_errors=True)
             done = worker.type(TOY, copy)
-            row.record(done, [f"{name}, {damage.__name__}: {problem}" for problem in expect(done, [0, 2])])
+            row.record(done, [f"{name}, {damage}: {problem}" for problem in expect(done, [0, 2])])
             if done.status == 0:
                 same = torch.equal(*(_first_tensor(f / TOY.folder) for f in (copy, lab.reference)))
                 row.wrong += [] if same else [f"{name}: other weights after it"]
