@@ -179,9 +179,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): Prompts to guide generation, paired with any class labels.
+            prompt, negative_prompt (`str` or `list[str]`, *optional*): What to include (paired with labels), or not.
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids, or names of `id2label`.
-            negative_prompt (`str` or `list[str]`, *optional*): Prompts to guide what not to include.
             height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
             num_inference_steps (`int`, defaults to 25): The number of denoising steps.
             guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.
@@ -191,10 +190,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`), `"pt"` (`B 3 H W`) or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Results of `encode_prompt` (`B L D`),
-                instead of prompts.
-            timesteps, sigmas (`list`, *optional*): Timesteps or noise levels instead of `num_inference_steps`, from
-                high to low, if the scheduler takes them.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Results of `encode_prompt` (`B L D`).
+            timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
@@ -202,33 +199,23 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
         """
-        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt, class_labels, negative_prompt, guidance_scale, num_inference_steps, num_images_per_prompt,
-            output_type, tensor_inputs, height, width, generator, callback_on_step_end, prompt_embeds,
+            output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
             negative_prompt_embeds, timesteps, sigmas,
         )  # fmt: skip
         height, width = self._size(height, width)
-        device, repeats = self._execution_device, int(num_images_per_prompt)
-        count = max(
-            len(as_list(prompt)), len(as_list(class_labels)), 1 if prompt_embeds is None else len(prompt_embeds)
-        )
         conditions = (prompt, class_labels, prompt_embeds)
         self._begin(guidance_scale, any(condition is not None for condition in conditions))
-        guided = self.do_classifier_free_guidance
-        text = self._text_condition(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided, count, device
-        )
-        text = None if text is None else text.repeat_interleave(repeats, dim=0)
-        labels = self._class_condition(class_labels, guided, count, repeats, device)
+        count, repeats = max(1, *map(_length, conditions)), int(num_images_per_prompt)
+        text = self._text_condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, count, repeats)
+        labels = self._class_condition(class_labels, count, repeats)
         generators = generator_per_image(generator, count * repeats)
-        noise = self._initial_latents(latents, count * repeats, height, width, generators, device)
-        steps = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
-        options = SamplingOptions(steps, generators, callback_on_step_end, tensor_inputs)
-        images = self._denoise(noise, text, labels, options)
-        if output_type != "latent":
-            images = decode_latents(self.vae, images)
-        return self._finished(images, output_type, return_dict)
+        noise = self._initial_latents(latents, count * repeats, height, width, generators)
+        schedule = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
+        options = SamplingOptions(schedule, generators, callback_on_step_end, inputs)
+        return self._finished(self._denoise(noise, text, labels, options), output_type, return_dict)
 
     def check_inputs(
         self,
@@ -325,11 +312,10 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         negative_prompt: Any,
         prompt_embeds: Tensor | None,
         negative_embeds: Tensor | None,
-        guided: bool,
         count: int,
-        device: torch.device,
+        repeats: int,
     ) -> Tensor | None:
-        """Return the text condition (B L D), or None for a model without text.
+        """Return the text condition (B L D), each row `repeats` times, or None for a model without text.
 
         With guidance it has twice the batch size, and the unconditional half comes first.
 
@@ -338,34 +324,33 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """
         if not self._takes_text:
             return None
+        guided = self.do_classifier_free_guidance
         prompts = broadcast(as_list(prompt) or [""], count)
         negatives = broadcast(as_list(negative_prompt) or [""], count) if guided else []
         if prompt_embeds is None and negative_embeds is None:
-            return self.encode_prompt(negatives + prompts, device)
+            return self.encode_prompt(negatives + prompts).repeat_interleave(repeats, dim=0)
         if guided and negative_embeds is None and self.text_encoder is None:
             raise ValueError(
                 "this pipeline was loaded without its text encoder, so guidance needs `negative_prompt_embeds`; pass "
                 "them, or `guidance_scale=1`"
             )
-        positive = self._embeds(prompt_embeds, prompts, count, device)
+        positive = self._embeds(prompt_embeds, prompts)
         if not guided:
-            return positive
-        negative = self._embeds(negative_embeds, negatives, count, device)
+            return positive.repeat_interleave(repeats, dim=0)
+        negative = self._embeds(negative_embeds, negatives)
         if negative.shape != positive.shape:
             raise ValueError(
                 "`prompt_embeds` and `negative_prompt_embeds` must have the same shape, but have "
                 f"{tuple(positive.shape)} and {tuple(negative.shape)}"
             )
-        return torch.cat([negative, positive])
+        return torch.cat([negative, positive]).repeat_interleave(repeats, dim=0)
 
-    def _embeds(self, embeds: Tensor | None, prompts: list[str], count: int, device: torch.device) -> Tensor:
+    def _embeds(self, embeds: Tensor | None, prompts: list[str]) -> Tensor:
         if embeds is None:
-            return self.encode_prompt(prompts, device)
-        return broadcast_rows(embeds.to(device, self.unet.dtype), count)
+            return self.encode_prompt(prompts)
+        return broadcast_rows(embeds.to(self._execution_device, self.unet.dtype), len(prompts))
 
-    def _class_condition(
-        self, class_labels: Any, guided: bool, count: int, repeats: int, device: torch.device
-    ) -> Tensor | None:
+    def _class_condition(self, class_labels: Any, count: int, repeats: int) -> Tensor | None:
         """Return the class ids (B), or None for a model without classes.
 
         With guidance they have twice the batch size, and the unconditional half (the null class) comes first.
@@ -374,9 +359,9 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         if null is None:
             return None
         ids = broadcast([null] if class_labels is None else self.class_ids(class_labels), count)
-        if guided:
+        if self.do_classifier_free_guidance:
             ids = [null] * count + ids
-        return torch.tensor(ids, device=device).repeat_interleave(repeats, dim=0)
+        return torch.tensor(ids, device=self._execution_device).repeat_interleave(repeats, dim=0)
 
     def _initial_latents(
         self,
@@ -385,14 +370,18 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         height: int,
         width: int,
         generators: list[torch.Generator] | None,
-        device: torch.device,
     ) -> Tensor:
         """Return the initial noise of each image (B C h w, standard normal, float32)."""
         shape = latent_shape(self.vae, height, width)
         if latents is not None:
             check_tensor("latents", latents, (num_images, *shape))
-            return latents.to(device=device, dtype=torch.float32)
-        return initial_noise((num_images, *shape), generators, device)
+            return latents.to(device=self._execution_device, dtype=torch.float32)
+        return initial_noise((num_images, *shape), generators, self._execution_device)
+
+    def _finished(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        return super()._finished(
+            images if output_type == "latent" else decode_latents(self.vae, images), output_type, return_dict
+        )
 
     def _denoise(
         self, noise: Tensor, prompt_embeds: Tensor | None, class_labels: Tensor | None, options: SamplingOptions

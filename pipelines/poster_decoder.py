@@ -27,6 +27,17 @@ Brief = DesignBrief | Mapping[str, Any]
 class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Pipeline for generating posters from design briefs with pixel-space diffusion.
 
+    Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), where uncond is the prediction
+    for an empty brief. Both predictions are computed in one batch.
+
+    The first poster uses a single `generator` itself, as if it were passed in a list. Every further poster has a random
+    stream of its own, seeded from it, so that the first posters do not depend on their number.
+
+    `callback_on_step_end` is called after each denoising step with `(pipeline, step, timestep, callback_kwargs)`, where
+    `callback_kwargs` has the tensors named in `callback_on_step_end_tensor_inputs` (`"images"`, and `"prompt_embeds"`,
+    the tokens of the briefs). The tensors that it returns in a dictionary replace the current ones. It may set
+    `pipeline._guidance_scale`, and `pipeline._interrupt = True` to end sampling.
+
     Args:
         unet (`UNet2DConditionModel`): Denoises images, given the timestep, the tokens and the global vector of a brief.
         scheduler (`SchedulerMixin`): Scheduler for the prediction type; `set_scheduler("ddim")` selects another.
@@ -81,22 +92,14 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
                 field would set; by default all fields are missing.
             height, width (`int`, *optional*): Size in pixels of the generated posters. Defaults to the training size.
             num_inference_steps (`int`, defaults to 50): The number of denoising steps.
-            guidance_scale (`float`, defaults to 2.0): Scale of classifier-free guidance (Ho and Salimans 2022): uncond
-                + scale * (cond - uncond), where uncond is the prediction for an empty brief. Both predictions are
-                computed in one batch. Guidance is disabled at 1 and below, or if all briefs are empty.
+            guidance_scale (`float`, defaults to 2.0): Scale of classifier-free guidance, which is disabled at 1 and
+                below, or if all briefs are empty.
             num_images_per_prompt (`int`, defaults to 1): The number of posters to generate per brief.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster. The
-                first poster uses a single generator itself; every further one has a stream that is seeded from it, so
-                the first posters do not depend on their number.
+            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` (`B H W 3`) or `"pt"` (`B 3 H W`), both in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called at the end of each denoising step with `(pipeline,
-                step, timestep, callback_kwargs)`. The `images` (`B 3 H W`) that it returns in a dictionary replace the
-                current ones. It may set `pipeline._guidance_scale`, and `pipeline._interrupt = True` to end sampling.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["images"]`): Tensors in `callback_kwargs`:
-                `"images"`, and `"prompt_embeds"` (the tokens of the briefs, with guidance `2B L D`).
-            timesteps, sigmas (`list`, *optional*): Timesteps or noise levels instead of `num_inference_steps`, from
-                high to low, if the scheduler takes them.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
+            timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.

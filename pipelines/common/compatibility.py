@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 OLDEST_VERSIONS = {"diffusers": "0.35.2", "transformers": "4.57.1"}
-"""Tested by tests/pipelines/test_versions.py, together with the newest versions."""
+"""Tests load and draw with these versions and with the newest ones."""
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 CLIP_PREFIX = "text_model."
@@ -26,10 +26,10 @@ def check_versions() -> None:
     """Raise an ImportError if the installed Diffusers or Transformers is older than `OLDEST_VERSIONS`."""
     import diffusers
     import transformers
-    from packaging.version import Version
+    from diffusers.utils.import_utils import compare_versions
 
     installed = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-    if any(Version(installed[name]) < Version(oldest) for name, oldest in OLDEST_VERSIONS.items()):
+    if any(compare_versions(name, "<", oldest) for name, oldest in OLDEST_VERSIONS.items()):
         needed = " and ".join(f"{name} {oldest}" for name, oldest in OLDEST_VERSIONS.items())
         found = " and ".join(f"{name} {version}" for name, version in installed.items())
         raise ImportError(

@@ -184,7 +184,7 @@ class UNetSamplingMixin(SamplersByName):
             raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, but has {unknown}")
         for one in getattr(callback, "callbacks", [callback]):
             if "IPAdapter" in type(one).__name__:
-                raise ValueError(f"`callback_on_step_end` is a {type(one).__name__}, but there is no IP adapter")
+                raise ValueError(f"`callback_on_step_end` is a {type(one).__name__}, but this model has none")
 
     def _given_or_trained_size(self, height: Any, width: Any, factor: int = 1) -> tuple[int, int]:
         """Return height and width in pixels; for None, the size that the U-Net was trained at, times `factor`.

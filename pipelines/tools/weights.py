@@ -17,7 +17,7 @@ def weights_variant(folder: Path) -> str | None:
     """Return the variant (such as "fp16") of the weights in a model's folder, or None if there are weights without one.
 
     Raises:
-        UserError: there are no safetensors weights, or weights of several variants.
+        UserError: safetensors weights are missing, or several variants are there.
     """
     matches = [_WEIGHTS.fullmatch(file.name) for file in sorted(folder.iterdir())]
     variants = {match["variant"] for match in matches if match}

@@ -312,7 +312,7 @@ class Returning(PipelineCallback):
     ("callback", "options", "message"),
     [
         (SDXLCFGCutoffCallback(), {}, r"must be among \['latents', 'prompt_embeds'\], but has \['add_text_embeds'"),
-        (IPAdapterScaleCutoffCallback(), {}, "is a IPAdapterScaleCutoffCallback, but there is no IP adapter"),
+        (IPAdapterScaleCutoffCallback(), {}, "is a IPAdapterScaleCutoffCallback, but this model has none"),
         ("print", {}, "`callback_on_step_end` must be a function, but is 'print'"),
         (Returning(3), {}, "`callback_on_step_end` must return a dictionary, but returned 3"),
         (Returning({"latents": 3}), {}, "`latents` must be a floating-point tensor, but is 3"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.common.class_colors import class_color
+from pipelines.common.compatibility import OLDEST_VERSIONS
 from pipelines.common.poster_domain import hex_color
 from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.credentials import mask_credentials
@@ -115,6 +116,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "prompts": [literal(prompt) for prompt in prompts],
         "example_prompt": json.dumps(prompts[0] if prompts else "...", ensure_ascii=False),
         "repository": record.get("hub_model_id") or UNPUBLISHED,
+        "oldest_versions": " and ".join(f"{name} {version}" for name, version in OLDEST_VERSIONS.items()),
         "trust_remote_code": record.get("trust_remote_code", needs_remote_code(folder)),
         "conditions": " and ".join(conditions),
         "size": _size(record.get("resolution")),
