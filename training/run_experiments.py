@@ -6,8 +6,8 @@
 
 Each experiment runs in a process of its own, as if a user had started it. The arguments after -- are passed to all of
 them. Finished experiments are skipped and interrupted ones are resumed; if one fails, the others still run. Run the
-same command again to complete a series. The exit status is 1 if an experiment failed; if the series was stopped by a
-signal, it is the status of that signal (see docs/runs.md).
+same command again to complete a series. The exit status is 1 if an experiment or its upload failed; if the series was
+stopped by a signal, it is the status of that signal (see docs/runs.md).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.experiments.comparison import Samples, comparison_table, draw_samples, write_comparison
 from training.experiments.registry import config_class, script_path, stage_of
+from training.publishing.hub import UPLOAD_FAILED_STATUS, Publisher
 from training.run.folder import RunFolder
 
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.requested is not None:
             print("the series was stopped; run the same command again to resume it")
             return stop.exit_status(stop.requested)
-    return int(any(outcome.startswith("failed") for outcome in outcomes.values()))
+    return int(any(outcome.startswith("failed") or "not uploaded" in outcome for outcome in outcomes.values()))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -155,9 +156,12 @@ def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str,
 
 
 def is_finished(experiment: Experiment) -> bool:
-    """Return whether the run has done all requested steps, or stopped early, and its pipeline is exported."""
+    """Return whether the run has done all requested steps, or stopped early, and its pipeline is exported (and on the
+    Hub, if requested)."""
     folder, config = experiment.folder, experiment.config
     if config.overwrite or config.extra_epochs or not folder.record_file.is_file():
+        return False
+    if config.push_to_hub and Publisher(config, folder=folder).is_behind():
         return False
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
@@ -205,6 +209,8 @@ def _changed_since(experiment: Experiment) -> str:
 def _outcome(status: int, stopped: bool) -> str:
     if status == 0:
         return "finished"
+    if status == UPLOAD_FAILED_STATUS:
+        return "finished, but not uploaded"
     return "unfinished" if stopped else f"failed with exit status {status}"
 
 

@@ -20,7 +20,7 @@ from tests.support.toy_runs import run
 from training.core.parsing import parse_config
 from training.engine.run_config import RunConfig
 from training.experiments.registry import read_config_file, stage_of
-from training.publishing.hub import HubConfig, read_token
+from training.publishing.hub import HUB_STRATEGIES, HubConfig, read_token
 from training.run.folder import RunFolder
 from training.run.output import start_logging
 
@@ -69,6 +69,25 @@ def test_a_run_uploads_and_its_token_appears_nowhere(hub, tmp_path, way, token):
     assert not any(secret.encode() in content for content in pushed.values() for secret in (token, WANDB_KEY))
     assert token not in done.stdout + done.stderr
     assert WANDB_KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("strategy", HUB_STRATEGIES)
+def test_no_pushed_file_contains_a_token_or_a_path_of_this_machine(hub, tmp_path, monkeypatch, strategy):  # noqa: F811
+    hub.users[PLAIN_TOKEN] = ("ada", "write")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    file, folder = tmp_path / "token.txt", tmp_path / "toy"
+    file.write_text(PLAIN_TOKEN)
+    named = f"{TOKEN} {WANDB_KEY} Bearer abc123def456 in {tmp_path}"
+    flags = ("--hub_token_file", str(file), "--run_name", named, "--license", named, "--tracker_project_name", named)
+    pushing = ("--push_to_hub", "--hub_model_id", "toy", "--hub_strategy", strategy)
+    assert run(folder, *SHORT[:2], "--checkpointing_steps", "1", "--max_train_steps", "2", *pushing, *flags) == 0
+    pushed = hub.files("ada/toy")
+    assert ("last-checkpoint/run/config.yaml" in pushed) == (strategy in ("checkpoint", "all_checkpoints"))
+    assert ("checkpoints/step-00000001/manifest.json" in pushed) == (strategy == "all_checkpoints")
+    pushed["messages"] = "".join(hub.messages("ada/toy")).encode()
+    for secret in (TOKEN, PLAIN_TOKEN, WANDB_KEY, "abc123def456", str(tmp_path), "token.txt"):
+        assert [path for path, content in pushed.items() if secret.encode() in content] == []
 
 
 @pytest.mark.parametrize("words", SPELLINGS[:2])

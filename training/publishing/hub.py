@@ -21,6 +21,7 @@ from training.core.options import Options, option
 from training.publishing import content as hub_content
 from training.publishing.content import HUB_STRATEGIES, Content
 from training.publishing.hub_account import HubAccount, Poll, read_token, unless_stopped
+from training.publishing.public import clean
 from training.publishing.upload_queue import LARGEST_TEXT, TEXT_SUFFIXES, Notify, Upload, UploadQueue
 from training.publishing.upload_record import UploadRecord
 from training.run import checkpoint
@@ -265,7 +266,7 @@ class Publisher:
                 if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > LARGEST_TEXT:
                     api.preupload_lfs_files(self.model_id, additions=[addition])
             outdated = self._outdated(api, upload.path_in_repo, set(files))
-            api.create_commit(self.model_id, [*additions, *outdated], commit_message=upload.message)
+            api.create_commit(self.model_id, [*additions, *outdated], commit_message=clean(upload.message))
         finally:
             if quiet:
                 enable_progress_bars()

@@ -153,14 +153,19 @@ class _Fetcher:
 
     def _install(self, source: Path, step: int, names: list[str]) -> Path:
         def move(target: Path) -> None:
-            for name in names:
+            for name in set(names) - {checkpoint.MANIFEST}:  # `write_checkpoint` makes the same manifest again
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source / name, target / name)
 
         return checkpoint.write_checkpoint(self.folder.checkpoints, step, move)
 
     def _find(self) -> _Remote:
-        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         try:
             if "/" not in self.repository:
@@ -170,6 +175,9 @@ class _Fetcher:
             entries = self.account.api.list_repo_tree(self.repository, LAST_CHECKPOINT, recursive=True, revision=commit)
             found = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
             sizes = {name.removeprefix(f"{LAST_CHECKPOINT}/"): size for name, size in found.items()}
+            for name in (checkpoint.MANIFEST, STATE_FILE):
+                if name not in sizes:
+                    raise self._refusal(f"the checkpoint on the Hub is damaged ({name} is missing)")
             place = self._place(commit)
             remote = _Remote(self.repository, commit, place, sizes, step=0, best_step=0)
             state = json.loads(self._fetch(remote, STATE_FILE).read_text(encoding="utf-8"))
@@ -179,6 +187,8 @@ class _Fetcher:
             raise _NotThere(f"{self.account.endpoint} has no repository {self.repository} that you may read") from None
         except RevisionNotFoundError:
             raise self._refusal(f"{self.repository} has no revision {self.revision}") from None
+        except LocalEntryNotFoundError as error:  # the client's word for a network that fails during a download
+            raise self._failure(error) from None
         except EntryNotFoundError:
             raise _NotThere(f"{self.repository} contains no {LAST_CHECKPOINT}/") from None
         except (ValueError, KeyError, TypeError) as error:
