@@ -59,6 +59,7 @@ from training.data.latent_cache.format import (
 from training.data.source import named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
+from training.engine.loading import usable_workers
 from training.engine.ranks import RankWatch
 from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
@@ -198,10 +199,13 @@ class Encoder:
             work.images,
             batch_sampler=keys,  # type: ignore[arg-type]
             collate_fn=collate_items,
-            num_workers=self.config.dataloader_num_workers,
+            num_workers=usable_workers(self.config.dataloader_num_workers, lambda: size * self._image_bytes()),
             worker_init_fn=leave_signals_to_the_trainer,
         )
         return iter(loader)
+
+    def _image_bytes(self) -> int:
+        return self.config.resolution**2 * (3 * 4 + 8)  # three channels of float32, and a mask of int64
 
     @torch.no_grad()
     def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        _check_working_folder()
         status = main() or 0
     except ReportedError as error:
         status = error.status
@@ -190,6 +191,13 @@ def entry_point(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     _exit(status)
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working folder no longer exists; change to another folder (cd)") from None
 
 
 def _end_launcher() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,7 +396,26 @@ def _looks_local(name: str) -> bool:
     )
 
 
+def _cache_problem() -> str | None:
+    """Return why `datasets` cannot write its cache, which it needs to open a folder of images; None if it can."""
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return (
+            f"the cache folder {cache} cannot be written ({error.strerror}); set the environment variable HF_HOME to a "
+            "folder that can, with space for a copy of the data"
+        )
+    return None
+
+
 def _explain_load_error(name: str, local: bool, flag: str, error: BaseException) -> str:
+    if (problem := _cache_problem()) is not None:
+        return f"dataset '{name}' cannot be read: {problem}"
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     if local:

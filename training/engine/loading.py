@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +20,13 @@ from training.core.stage import Batch, MapDataset
 from training.engine.sampler import StepSampler, Strata
 from training.engine.signals import leave_signals_to_the_trainer
 from training.engine.threads import usable_cores
+
+logger = logging.getLogger("halftone")
+
+SHARED_MEMORY = Path("/dev/shm")
+# Two are prefetched, one is being made, and one is on its way.
+BATCHES_PER_WORKER = 4
+OTHER_SHARED_BYTES = 2**20  # locks, and what each allocation adds
 
 
 class MicroBatches:
@@ -42,12 +53,13 @@ class MicroBatches:
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step in `start <= step < stop`, on the device."""
+        num_workers = usable_workers(self.num_workers, lambda: _bytes_of(self.first()[0]))
         loader = DataLoader(
             self.data,  # type: ignore[arg-type]
             batch_sampler=self._sampler(start, stop),  # type: ignore[arg-type]
             collate_fn=collate_function(self.data),
-            num_workers=self.num_workers,
-            worker_init_fn=functools.partial(start_worker, cores=self._cores) if self.num_workers else None,
+            num_workers=num_workers,
+            worker_init_fn=functools.partial(start_worker, cores=self._cores) if num_workers else None,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
@@ -73,3 +85,30 @@ def start_worker(worker_id: int, cores: Sequence[int]) -> None:
     leave_signals_to_the_trainer(worker_id)
     if cores:
         os.sched_setaffinity(0, cores)
+
+
+def usable_workers(wanted: int, batch_bytes: Callable[[], int]) -> int:
+    """Return the number of loader processes: `wanted`, or 0 if the shared memory is too small for their batches.
+
+    They pass batches on in shared memory. Where it is full, they die or wait for ever; it often has 64 MiB in a
+    container, and is missing in some sandboxes. The batches are the same for any number of processes.
+    """
+    if not wanted or sys.platform != "linux":
+        return wanted
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    needed = OTHER_SHARED_BYTES + wanted * BATCHES_PER_WORKER * batch_bytes()
+    if free >= needed:
+        return wanted
+    logger.warning(
+        "--dataloader_num_workers %d needs about %.0f MiB of shared memory, and %s has %.0f MiB: loading in this "
+        "process instead. Make it larger (Docker: --shm-size=1g) to use the workers",
+        wanted,
+        needed / 2**20,
+        SHARED_MEMORY,
+        free / 2**20,
+    )
+    return 0
+
+
+def _bytes_of(batch: Batch) -> int:
+    return sum(v.numel() * v.element_size() for v in batch.values() if isinstance(v, torch.Tensor))
