@@ -205,7 +205,6 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
             negative_prompt_embeds, timesteps, sigmas,
         )  # fmt: skip
-        height, width = self._size(height, width)
         conditions = (prompt, class_labels, prompt_embeds)
         self._begin(guidance_scale, any(condition is not None for condition in conditions))
         count, repeats = max(1, *map(_length, conditions)), int(num_images_per_prompt)
@@ -367,12 +366,12 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         self,
         latents: Tensor | None,
         num_images: int,
-        height: int,
-        width: int,
+        height: Any,
+        width: Any,
         generators: list[torch.Generator] | None,
     ) -> Tensor:
         """Return the initial noise of each image (B C h w, standard normal, float32)."""
-        shape = latent_shape(self.vae, height, width)
+        shape = latent_shape(self.vae, *self._size(height, width))
         if latents is not None:
             check_tensor("latents", latents, (num_images, *shape))
             return latents.to(device=self._execution_device, dtype=torch.float32)

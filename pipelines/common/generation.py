@@ -93,6 +93,7 @@ class Conditions:
             if value is before or before is None:
                 continue
             rows = len(value) if isinstance(value, Tensor) and value.ndim else 0
+            value = value.to(before) if rows else value
             if rows == 1 and torch.equal(value, before[-1:]):
                 value = before[-self.num_images :]
             elif rows == 1:
@@ -109,13 +110,13 @@ class Conditions:
         """Return the last `count` rows of each tensor.
 
         Raises:
-            ValueError: there are fewer rows, because a callback switched guidance on.
+            ValueError: there are fewer rows, because a callback returned fewer and switched guidance on.
         """
         for name, tensor in self.tensors.items():
             if tensor is not None and len(tensor) < count:
                 raise ValueError(
                     f"guidance needs `{name}` with {count} rows, the unconditional half first, but there are "
-                    f"{len(tensor)}; start with a `guidance_scale` above 1, or return them from `callback_on_step_end`"
+                    f"{len(tensor)}; return them from `callback_on_step_end`"
                 )
         return {name: None if tensor is None else tensor[-count:] for name, tensor in self.tensors.items()}
 
@@ -222,9 +223,15 @@ class UNetSamplingMixin(SamplersByName):
         """
         conditions = Conditions(tensors, len(noise))
         prepared: dict[int, tuple] = {}  # by the number of rows
+        guided_at_start = self.do_classifier_free_guidance
 
         def guided_prediction(x: Tensor, timestep: Any) -> Tensor:
             scale = self._guidance_scale if self.do_classifier_free_guidance else None
+            if scale is not None and not guided_at_start:
+                raise ValueError(
+                    f"`callback_on_step_end` set the guidance scale to {scale}, but sampling began without guidance; "
+                    "call the pipeline with a `guidance_scale` above 1"
+                )
             model_input = x if scale is None else torch.cat([x, x])
             rows = len(model_input)
             if rows not in prepared:

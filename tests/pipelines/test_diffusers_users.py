@@ -320,12 +320,26 @@ class Returning(PipelineCallback):
         (Returning({"prompt_embeds": torch.zeros(3, 8, 16)}), {}, "returned `prompt_embeds` with 3 rows, but .* 1 im"),
         (Returning({"prompt_embeds": None}), {}, "returned `prompt_embeds` with 0 rows"),
         (Returning({"prompt_embeds": torch.zeros(1, 8, 3)}), {}, r"`prompt_embeds` must have shape \(1, 8, 16\)"),
-        (Returning({}, _guidance_scale=3.0), {"guidance_scale": 1}, "guidance needs `prompt_embeds` with 2 rows"),
+        (
+            Returning({}, _guidance_scale=3.0),
+            {"guidance_scale": 1},
+            "set the guidance scale to 3.0, but sampling began",
+        ),
     ],
 )
 def test_callbacks_that_cannot_be_used_are_refused(callback, options, message):
     with pytest.raises(ValueError, match=message):
         draw(made("captioned"), prompt=PROMPT, callback_on_step_end=callback, **options)
+
+
+def test_guidance_that_was_cut_with_its_embeddings_cannot_be_switched_on_again():
+    def cut_and_resume(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        pipe._guidance_scale = 0.0 if step == 0 else 3.0
+        return {"prompt_embeds": tensors["prompt_embeds"][-1:]}
+
+    options = {"callback_on_step_end": cut_and_resume, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pytest.raises(ValueError, match="guidance needs `prompt_embeds` with 2 rows, .* but there are 1"):
+        draw(made("captioned"), prompt=PROMPT, **options)
 
 
 def test_the_cutoff_callback_needs_a_model_with_text():
