@@ -3,8 +3,8 @@
     accelerate launch data_scripts/precompute_latents.py --vae VAE --dataset_name DATA --output_dir data/DATA_latents
 
 The cache holds the mean and the log-variance of the latents of each image. Several processes divide the shards among
-themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py ...) and never wait for each other. After an
-interruption, run the same command again to resume after the last complete shard.
+themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py ...) and end together. After an interruption,
+run the same command again to resume after the last complete shard.
 """
 
 # B batch, R resolution, V variants (as is, mirrored), C h w latents (see training/data/latent_cache/format.py).
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pipelines.common.latents import latent_shape, posterior_moments
-from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
 from training.core.files import write_json
@@ -56,7 +57,8 @@ from training.data.latent_cache.format import (
 from training.data.source import named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
-from training.engine.signals import StopSignal, leave_signals_to_the_trainer
+from training.engine.ranks import RankWatch
+from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -100,6 +102,8 @@ class PrecomputeConfig(DataConfig):
     """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
+    process_timeout: float = option(600.0, at_least=10)
+    """With several processes: number of seconds after which a process that no longer responds ends the others"""
     overwrite: bool = False
     """Replace a cache that was made with other data or settings"""
 
@@ -160,10 +164,10 @@ class Encoder:
         mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
         return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
 
-    def make(self, work: SplitWork, numbers: Sequence[int], stop: StopSignal, bar: tqdm) -> bool:
-        """Encode and write shards `numbers`; return False if a stop was requested before the last one."""
+    def make(self, work: SplitWork, numbers: Sequence[int], bar: tqdm) -> None:
+        """Encode and write shards `numbers`."""
         batches = self._batches(work, numbers)
-        for position, number in enumerate(numbers):
+        for number in numbers:
             columns: dict[str, list] = {}
             while sum(map(len, columns.get("index", []))) < len(self.rows(work, number)):
                 batch = next(batches)
@@ -176,9 +180,6 @@ class Encoder:
             if "mask" in tensors:
                 tensors["mask"] = tensors["mask"].to(torch.uint8)
             write_shard(self.file(work.name, number), tensors, captions if work.images.captions else None, work.request)
-            if stop.requested is not None and position + 1 < len(numbers):
-                return False
-        return True
 
     def rows(self, work: SplitWork, number: int) -> range:
         start = number * self.config.shard_rows
@@ -227,12 +228,22 @@ class Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
+    keep_running_without_output()
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with StopSignal() as stop:
-        return precompute(config, stop)
+        try:
+            with RankWatch(rank, processes, stop, patience=config.process_timeout) as watch, stop.at_once():
+                precompute(config)
+                watch.wait_for_all()
+        except Interrupted:
+            if rank == 0:
+                print("\nStopped; run the same command again to resume after the last complete shard.", flush=True)
+            return stop.exit_status(stop.requested or signal.SIGTERM)
+    return 0
 
 
-def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
-    """Encode the missing shards of the cache; return the exit status."""
+def precompute(config: PrecomputeConfig) -> None:
+    """Encode the missing shards of the cache that are the share of this process."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
     device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     vae = load_vae(config.vae)
@@ -251,17 +262,14 @@ def precompute(config: PrecomputeConfig, stop: StopSignal) -> int:
         encoder.tell(f"Encoding {images:,} images of {size} on {encoder.device}{share}.")
         with tqdm(total=images, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
             for work in works:
-                if not encoder.make(work, todo[work.name], stop, bar):
-                    encoder.tell("\nStopped after a complete shard; run the same command again to resume.")
-                    return stop.exit_status(stop.requested or 0)
+                encoder.make(work, todo[work.name], bar)
     if not _finish(config, facts, works):
-        return 0  # other processes are still encoding; the last one to finish writes the manifest
+        return  # other processes are still encoding; the last one to finish writes the manifest
     if not any(todo.values()) and encoder.world_size == 1:
         print(f"{config.output_dir} is already complete; there is nothing to do.")
     rows = ", ".join(f"{work.name} {len(work.images):,}" for work in works)
     print(f"Latents are in {config.output_dir} ({rows} images, {_times(shape)} each).")
     print(f"Train on them with: --latent_cache {config.output_dir} --vae {config.vae}")
-    return 0
 
 
 def _plan(

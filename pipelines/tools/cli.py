@@ -8,8 +8,10 @@ import difflib
 import gc
 import io
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +19,9 @@ from .credentials import mask_credentials
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+REQUEUE_STATUS = 75
+# Threads of this name may wait for a network when the program ends; nobody waits for them.
+BACKGROUND = "background"
 TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
@@ -25,6 +30,18 @@ TOKEN_ADVICE = (
 
 class UserError(Exception):
     """Error that the user can fix. Its message says what is wrong, which value was given, and how to fix it."""
+
+
+class ReportedError(UserError):
+    """An error that another process of the same run has reported; this one prints nothing and ends with `status`."""
+
+    def __init__(self, message: str, status: int = USER_ERROR_STATUS):
+        super().__init__(message)
+        self.status = status
+
+
+class SecretOnCommandLine(UserError):
+    """A command line contains an access token."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -49,7 +66,7 @@ def refuse_hub_token(words: Iterable[str]) -> None:
     for word in words:
         flag = word.split("=", 1)[0].rstrip("+")
         if flag.startswith("-") and flag.lstrip("-").replace("-", "_") == "hub_token":
-            raise UserError(
+            raise SecretOnCommandLine(
                 "--hub_token is not accepted, because other programs can read a command line, and launchers, trackers "
                 f"and logs record it; {TOKEN_ADVICE}. Replace the token that was on this command line by a new one"
             )
@@ -87,6 +104,37 @@ def _print_every_character() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _Lenient(io.FileIO):
+    """A descriptor that drops what cannot be written: the terminal was closed, the reader ended, the disk is full."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def keep_running_without_output() -> None:
+    """Let the program continue when nobody reads its output any more; for commands that have something to save."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Notebooks and test runners have replaced the streams by their own.
+        if type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            raw = _Lenient(stream.fileno(), "wb", closefd=False)
+            buffer = io.BufferedWriter(raw)
+            lenient = io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
+            )
+            setattr(sys, name, lenient)
+
+
+def print_error(error: Exception) -> None:
+    """Print an error to stderr as one message, without access tokens."""
+    print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+
+
 def entry_point(main: Callable[[], int | None]) -> None:
     """Run `main` as a program and exit with its return value as status (None is 0).
 
@@ -98,24 +146,49 @@ def entry_point(main: Callable[[], int | None]) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = main() or 0
+    except ReportedError as error:
+        status = error.status
     except UserError as error:
-        # With several processes every rank raises the same error, so only rank 0 prints it.
+        # Before the processes of a run are connected, each of them raises the same error, so only rank 0 prints it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+            print_error(error)
         status = USER_ERROR_STATUS
+        if isinstance(error, SecretOnCommandLine):
+            _end_launcher()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         status = INTERRUPTED_STATUS
     except BrokenPipeError:  # `... | head` closed our stdout
         sys.stderr.close()
         status = 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of Gloo are still running when the interpreter shuts down, and sometimes abort the process although
-        # its work is done and saved ("terminate called without an active exception"). Skip the shutdown.
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the stream may be closed already
-                stream.flush()
-        os._exit(status)
-    gc.freeze()  # at its end, Python would search everything that torch and Diffusers made for garbage, for 1.5 seconds
-    sys.exit(status)
+    _exit(status)
+
+
+def _end_launcher() -> None:
+    """End an `accelerate launch` that started this process alone: it would print the command line with its token."""
+    with contextlib.suppress(ImportError, OSError):
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process().parent()
+            if launcher is not None and "accelerate" in " ".join(launcher.cmdline()[:4]):
+                launcher.terminate()
+
+
+def _exit(status: int) -> NoReturn:
+    """Flush all output and end the process; without the shutdown of the interpreter where that could take long.
+
+    A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
+    done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
+    """
+    waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
+    if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        gc.freeze()  # or else Python searches all that torch and Diffusers made for garbage, for more than a second
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream may be closed already
+            stream.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)

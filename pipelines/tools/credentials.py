@@ -24,13 +24,21 @@ _PRECEDED = (
     re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:]+:[^\s/@]+(?=@)", re.IGNORECASE),  # https://user:password@host
 )
 
+_REMEMBERED: set[str] = set()
+
+
+def remember_credential(secret: str) -> None:
+    """Mask this text from now on, whatever it looks like; for a token that was read from a file."""
+    if len(secret) >= _SHORTEST_VALUE:
+        _REMEMBERED.add(secret)
+
 
 def mask_credentials(value: Any) -> Any:
     """Return `value` with `***` in place of each access token in its strings.
 
     Masked are Hub tokens (`hf_` and at least 20 letters and digits) and the keys of other services that have a known
-    form, the values of HF_TOKEN and WANDB_API_KEY, what is assigned to WANDB_API_KEY in a text, what follows `Bearer`,
-    and the user and password in a URL.
+    form, the values of HF_TOKEN and WANDB_API_KEY, what was passed to `remember_credential`, what is assigned to
+    WANDB_API_KEY in a text, what follows `Bearer`, and the user and password in a URL.
 
     Args:
         value: a string, a dict or a list; dicts and lists may be nested. Any other value is returned as it is.
@@ -41,7 +49,7 @@ def mask_credentials(value: Any) -> Any:
         return type(value)([mask_credentials(entry) for entry in value])
     if not isinstance(value, str):
         return value
-    for secret in (os.environ.get(name, "").strip() for name in _VARIABLES):
+    for secret in (*_REMEMBERED, *(os.environ.get(name, "").strip() for name in _VARIABLES)):
         if len(secret) >= _SHORTEST_VALUE:
             value = value.replace(secret, MASK)
     for token in _TOKENS:

@@ -52,6 +52,8 @@ def find_file(name: str | Path, folder: str = PRESETS) -> Path:
         UserError: If there is neither; see `find_shipped`.
     """
     own = Path(name).expanduser()
+    if own.is_dir():
+        raise UserError(f"'{name}' is a folder; name a file in it")
     return own if own.is_file() else find_shipped(str(name), [folder])
 
 

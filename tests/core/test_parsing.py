@@ -38,6 +38,8 @@ class Config(RunConfig):
     """Names"""
     share: str = option("50%")
     """Share"""
+    extra: dict[str, list[float]] = option({})
+    """Numbers"""
 
 
 @dataclass
@@ -52,8 +54,8 @@ def parse(*words: str) -> Config:
     return parse_config(Config, list(words))
 
 
-def yaml_file(tmp_path, text: str) -> str:
-    (tmp_path / "c.yaml").write_text(text)
+def yaml_file(tmp_path, text: str | bytes) -> str:
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(tmp_path / "c.yaml")
 
 
@@ -92,6 +94,14 @@ def test_numbers_in_common_notations(tmp_path):
         (["--max_grad_norm", ".nan"], "--max_grad_norm is nan; it must be a finite number"),
         (["--learning_rate", ".inf"], "--learning_rate is inf; it must be a finite number"),
         (["--lr_power=-.inf"], "--lr_power is -inf; it must be a finite number"),
+        (["--weight_decay", "1e300"], "--weight_decay is 1e+300; it must be at most 1e+38"),
+        (["--seed", "9" * 30], "it must be at most 9223372036854775807"),
+        (["--train_batch_size", "1e3"], "--train_batch_size: expected a whole number, and got 1000.0"),
+        (["--learning_rate", "true"], "--learning_rate: expected a number, and got True"),
+        (["--use_ema", "2"], "--use_ema: expected true or false, and got 2"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm is -1.0; it must be at least 0"),
+        (["--extra", "{shares: [0.5, .nan]}"], "--extra is nan; it must be a finite number"),
+        (["--config", str(ROOT)], "is a folder; name a file in it"),
         (["--optimizer", "adam8"], "did you mean 'adam'"),
         (["--mixed_precision", "fp8"], "mixed_precision"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -110,13 +120,35 @@ def test_mistakes_in_flags(words, message):
         ("learning_rat: 1", "unknown key 'learning_rat' in the YAML file; did you mean 'learning_rate'?"),
         ("model:\n  droput: 1", "unknown key 'model.droput' in the YAML file; did you mean 'model.dropout'?"),
         ("seed: [1]", "--seed"),
-        ("seed: 1: 2", ""),
+        ("seed: 1: 2", "line 1: mapping values are not allowed"),
+        ("seed: 1\nuse_ema: true\nseed: 2", "line 3: 'seed' is given twice"),
+        ("model:\n  dropout: 0\n  dropout: 0.1", "line 3: 'dropout' is given twice"),
+        ("- seed\n- 1", "it does not consist of named settings"),
+        ("seed", "it does not consist of named settings"),
+        ("1: 2", "it does not consist of named settings"),
+        ("", "it is empty"),
+        ("seed:\t1\n\tuse_ema: true", "there is a tab; use spaces"),
+        ("seed: [1", "line 1: expected"),
+        ("seed: 1\n---\nseed: 2", "line 2: "),
+        ("\0seed: 1", "special characters are not allowed"),
+        ("seed: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
+        ("names: &n [*n]", "its values refer to themselves"),
+        ("seed: " + 5000 * "[", "recursion"),
+        ("seed: 2026-02-31", "day"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
     ],
 )
 def test_mistakes_in_files(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         parse("--config", yaml_file(tmp_path, text))
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_values_of_yaml_may_be_repeated_by_name(tmp_path):
+    assert parse("--config", yaml_file(tmp_path, "names: &n [x]\nmodel:\n  dropout: 0.5\n")).names == ["x"]
+    text = "model:\n  block_out_channels: &c [4, 8]\nfreeze_parameters: &f [a]\nnames: *f\n"
+    assert parse("--config", yaml_file(tmp_path, text)).names == ["a"]
 
 
 def test_without_arguments_the_preset_is_used(tmp_path):

@@ -63,7 +63,7 @@ def test_mistakes_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="no file '.*nowhere.yaml'"):
         stage_of(tmp_path / "nowhere.yaml")
     file.write_text("just words")
-    with pytest.raises(UserError, match="contains no settings"):
+    with pytest.raises(UserError, match="does not consist of named settings"):
         stage_of(file)
     with pytest.raises(UserError, match="unknown stage 'autoencodr'; did you mean 'autoencoder'"):
         config_class("autoencodr")

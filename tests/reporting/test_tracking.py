@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.cli import UserError
-from training.reporting.tracking import Trackers, flatten_config, parse_report_to, plain, start_trackers
+from training.reporting.backends import Backend, flatten_config, plain
+from training.reporting.recorder import MOST_WAITING
+from training.reporting.tracking import Trackers, parse_report_to, start_trackers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -321,6 +323,77 @@ def test_a_tracker_that_fails_warns_once_is_given_up_and_never_raises():
     assert trackers.names == []
 
 
+class SlowService(Backend):
+    """An implementation of the interface for a service that takes its time for each call."""
+
+    name, run_id = "service", "abc"
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.calls: list[Any] = []
+
+    def _take(self, call: Any) -> None:
+        time.sleep(self.seconds)
+        self.calls.append(call)
+
+    def log(self, metrics, step):
+        self._take(step)
+
+    def log_images(self, images, captions, step, name):
+        self._take((step, len(images)))
+
+    def summary(self, values):
+        self._take(values)
+
+    def finish(self):
+        self._take("finish")
+
+
+def slow_trackers(seconds: float, lines: list[str]) -> tuple[Trackers, SlowService]:
+    service, trackers = SlowService(seconds), Trackers(notify=lines.append)
+    trackers.add(service)
+    return trackers, service
+
+
+def test_a_slow_tracker_does_not_slow_down_the_steps_and_keeps_the_order():
+    lines: list[str] = []
+    trackers, service = slow_trackers(0.02, lines)
+    started = time.monotonic()
+    for step in range(40):
+        trackers.log({"loss": 0.5}, step)
+    trackers.log_images(red_images(2), [], 40)
+    trackers.summary({"psnr": 30})
+    assert time.monotonic() - started < 0.2
+    trackers.finish()
+    assert service.calls == [*range(40), (40, 2), {"psnr": 30}, "finish"]
+    assert lines == []
+
+
+def test_the_end_of_a_run_waits_for_a_tracker_for_a_limited_time_or_until_a_stop():
+    for limits in ({"seconds": 0.3}, {"stop_requested": lambda: True}):
+        lines: list[str] = []
+        trackers, service = slow_trackers(2.0, lines)
+        for step in range(3):
+            trackers.log({"loss": 0.5}, step)
+        started = time.monotonic()
+        trackers.finish(**limits)
+        assert time.monotonic() - started < 1
+        assert lines == ["warning: service did not answer in time; its last values may be missing"]
+        assert len(service.calls) < 3
+
+
+def test_values_that_a_tracker_is_too_slow_for_are_left_out_with_one_warning():
+    lines: list[str] = []
+    trackers, service = slow_trackers(0.002, lines)
+    for step in range(MOST_WAITING + 200):
+        trackers.log({"loss": 0.5}, step)
+    trackers.finish()
+    assert MOST_WAITING <= len(service.calls) - 1 < MOST_WAITING + 200
+    assert len(lines) == 1
+    assert "is too slow" in lines[0]
+    assert service.calls[-1] == "finish"
+
+
 def test_a_tracker_that_cannot_start_costs_one_warning(tmp_path):
     lines: list[str] = []
     blocked = tmp_path / "file"
@@ -341,7 +414,9 @@ def test_no_trackers_at_all(tmp_path):
 
 
 def test_importing_the_module_is_cheap():
-    modules = "training.reporting.tracking, training.core.previews, training.reporting.curves"
+    modules = (
+        "training.reporting.tracking, training.reporting.recorder, training.core.previews, training.reporting.curves"
+    )
     code = f"import sys, {modules}; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for heavy in ("wandb", "torch", "accelerate", "matplotlib", "tensorboard", "huggingface_hub"):

@@ -5,15 +5,17 @@ It is also a script: python tests/support/toy.py --output_dir … (or under torc
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pipelines.tools.cli import entry_point
+from pipelines.tools.cli import UserError, entry_point
 from training.core.classes import RowClasses
 from training.core.draws import Draws, SampleKey
 from training.core.options import option
@@ -31,8 +33,13 @@ class ToyConfig(RunConfig):
     double: bool = option(False)
     dropout: float = option(0.1)
     bad_rows: list[int] = option([], on_resume="warn")
+    broken_row: int = option(-1, on_resume="free")
+    """A row whose image cannot be read, which only the process that draws it notices."""
     slow_seconds: float = option(0.0, on_resume="free")
     """Extra seconds per micro-batch, validation and so on, so that signals can be sent in time."""
+    long_part: str = option("", on_resume="free")
+    """A part of the run that takes an hour: data, foreign (data that are opened by foreign code), first_step,
+    validation, previews, saving (which takes a second), finish."""
     signal_at: str = option("", on_resume="free")
     """Where this process sends itself a SIGUSR1: validation, previews or finish."""
     signal_step: int = option(0, on_resume="free")
@@ -45,6 +52,21 @@ class ToyConfig(RunConfig):
         return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
 
 
+def last_long(config: ToyConfig, part: str, poll: Callable[[], None] = lambda: None) -> None:
+    """Announce a part of the run, and take long if it is the one that should."""
+    if config.long_part != part:
+        return
+    print(f"long part: {part}", flush=True)
+    if part == "foreign":
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):  # it waits for itself, and no signal ends the call
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    deadline = time.monotonic() + (1 if part == "saving" else 3600)
+    while time.monotonic() < deadline:
+        time.sleep(0.5 if part in ("validation", "previews") else deadline - time.monotonic())
+        poll()
+
+
 class ToyData(torch.utils.data.Dataset):
     """Row i is a fixed 8×8 pattern, which an augmentation shifts by a distance that depends on the key."""
 
@@ -55,6 +77,8 @@ class ToyData(torch.utils.data.Dataset):
         return self.size
 
     def __getitem__(self, key: SampleKey) -> dict:
+        if key.index == self.config.broken_row and self.augment:
+            raise UserError(f"row {key.index}: the image is truncated")
         image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(key.index)).tanh()
         if self.augment:
             image = image.roll(key.key % 8, dims=2)
@@ -84,6 +108,7 @@ class DenoisePhase(Phase):
 
     def forward(self, batch, draws):
         time.sleep(self.config.slow_seconds)
+        last_long(self.config, "first_step")
         if draws.step == self.config.signal_step - 1 and self.config.is_signalled():
             signal.raise_signal(signal.SIGTERM)
         denoised = self.denoised(batch, draws)
@@ -144,6 +169,8 @@ class ToyStage(Stage):
         self.ema_of = {"unet": self.unet}
 
     def train_data(self):
+        last_long(self.config, "data")
+        last_long(self.config, "foreign")
         return ToyData(self.config, self.config.num_samples, augment=True)
 
     def validation_data(self):
@@ -167,10 +194,13 @@ class ToyStage(Stage):
     def pipeline(self):
         import diffusers
 
+        last_long(self.config, "saving")
+
         return diffusers.DDPMPipeline(self.unet, diffusers.DDPMScheduler())
 
     def _wait(self, where: str) -> None:
         """Send this process a signal if `signal_at` names this place, and poll as long work does."""
+        last_long(self.config, where, self.context.poll if where != "finish" else lambda: None)
         if self.config.signal_at == where and self.config.is_signalled():
             signal.raise_signal(signal.SIGUSR1)
         for _ in range(10):

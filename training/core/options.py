@@ -18,6 +18,7 @@ from pipelines.tools.credentials import mask_credentials
 from training.core.checks import check_bounds, check_choice
 
 OnResume = Literal["error", "warn", "free"]
+_LARGEST_FLOAT, _LARGEST_INTEGER = 1e38, 2**63 - 1
 
 
 def option(
@@ -50,13 +51,26 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def _check_size(flag: str, value: Any) -> None:
+    """Raise UserError for a number that no tensor can hold, also in a list or dict."""
+    if isinstance(value, list | tuple | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_size(flag, entry)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{flag} is {value}; it must be a finite number")
+    elif isinstance(value, float) and abs(value) > _LARGEST_FLOAT:
+        raise UserError(f"--{flag} is {value:g}; it must be at most {_LARGEST_FLOAT:g}")
+    elif isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        raise UserError(f"--{flag} is {value}; it must be at most {_LARGEST_INTEGER}")
+
+
 @dataclass
 class Options:
     """Base class of configs and of their parts."""
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError for invalid values. This base method checks the bounds and choices of each field.
-        No number may be infinite or NaN.
+        No number may be infinite, NaN, or too large for float32 or an integer of 64 bits.
 
         A part overrides it to check several fields together, and calls `super().validate(prefix)` first, so that the
         checks of all base classes of a config run.
@@ -73,8 +87,7 @@ class Options:
             for entry in value if isinstance(value, list) else [value]:
                 if rules.get("choices") and entry is not None:
                     check_choice(flag, entry, rules["choices"])
-                if isinstance(entry, float) and not math.isfinite(entry):
-                    raise UserError(f"--{flag} is {entry}; it must be a finite number")
+                _check_size(flag, entry)
                 if "bounds" in rules and entry is not None:
                     check_bounds(flag, entry, **rules["bounds"], usual=rules["usual"])
 

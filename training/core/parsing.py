@@ -18,6 +18,7 @@ from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_tok
 from pipelines.tools.files import read_text
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.options import Options
+from training.core.settings import read_settings
 
 Config = TypeVar("Config", bound=Options)
 
@@ -96,12 +97,8 @@ class _Parser(jsonargparse.ArgumentParser):
     """Reads `--config` files as UTF-8 and without tokens; jsonargparse reads them in the encoding of the locale."""
 
     def parse_path(self, path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
-        text = read_text(path)
-        try:
-            settings = yaml.safe_load(text)
-        except yaml.YAMLError:
-            settings = None  # jsonargparse explains the error
-        if isinstance(settings, dict) and "hub_token" in settings:
+        settings, text = read_settings(path), read_text(path)
+        if "hub_token" in settings:
             text = yaml.safe_dump(without_hub_token(settings, path))
         return self.parse_string(text, path, *arguments, **options)
 
@@ -194,6 +191,11 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
             raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help lists them all)")
 
 
+def _explain_type(expected: re.Match[str]) -> str:
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return f"expected {kinds.get(expected[1], expected[1])}, and got {expected[2]}"
+
+
 def _explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message as one line; for an unknown YAML key, suggest the nearest known one."""
     text = " ".join(message.split())
@@ -204,6 +206,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
     option = re.search(r"Option '([^']+)' is not accepted", text)
     if option:
         return f"unknown key '{option[1]}' in the YAML file{nearest(option[1], known)}"
+    text = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)", _explain_type, text)
     value = re.search(r'Parser key "([^"]+)": (.*)', text)
     if value and "Unable to load config" in value[2]:
         inside = next((name for name in known if name.startswith(f"{value[1]}.")), f"{value[1]}.NAME")

@@ -6,7 +6,6 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
-from training.engine.launch import on_main
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
@@ -14,6 +13,7 @@ from training.engine.validation import evaluating, gather, interrupted_together
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
+from training.reporting.tracking import STOPPING_SECONDS
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -43,33 +43,33 @@ def log_complete(training: Training, folder: RunFolder) -> None:
     )
 
 
-def push_missing(config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal) -> int:
-    """Upload what of a complete run should be on the Hub and is not; return the exit status on every process.
+def push_missing(config: RunConfig, folder: RunFolder) -> int:
+    """Upload what of a complete run should be on the Hub and is not; called on the main process only.
+
+    Returns:
+        The exit status.
 
     Raises:
         UserError: the token or the repository cannot be used, or the Hub cannot be reached.
     """
-
-    def push() -> int:
-        try:
-            return Publisher(config, folder=folder, notify=logger.info, poll=stop.check).push()
-        except Interrupted:
-            logger.info("the upload was stopped; run the same command again to complete it")
-            return stop.exit_status(stop.requested or signal.SIGTERM)
-
-    return on_main(accelerator, push) if config.push_to_hub else 0
+    return Publisher(config, folder=folder, notify=logger.info).push() if config.push_to_hub else 0
 
 
 def finish(
-    training: Training, folder: RunFolder, exporter: Exporter, reporter: Reporter, accelerator: Accelerator
+    training: Training,
+    folder: RunFolder,
+    exporter: Exporter,
+    reporter: Reporter,
+    accelerator: Accelerator,
+    stop: StopSignal,
 ) -> bool:
-    """Export the pipeline of a trained run; every process calls it.
+    """Export the pipeline of a trained and saved run; every process calls it.
 
     Returns:
         False when the export was interrupted; the same command, run again, finishes it.
     """
     try:
-        with interrupted_together(accelerator), evaluating(training.modules, training.ema):
+        with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
             if training.state.stopped_early:
                 training.load_best(folder.checkpoints / "best")
             training.stage.finish()
@@ -80,7 +80,7 @@ def finish(
         return False
     if accelerator.is_main_process:
         reporter.trackers.summary(training.record())
-        reporter.trackers.finish()
+        reporter.trackers.finish(stop_requested=lambda: stop.requested)
         reporter.end_session(complete=True)
     return True
 
@@ -93,7 +93,7 @@ def leave(
         state = training.state
         logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
         reporter.end_session(complete=False)
-        reporter.trackers.finish()
+        reporter.trackers.finish(STOPPING_SECONDS)
         exporter.close()
     numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
     return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Previews and exports keep one process busy while the others wait for it.
+# Previews and exports keep one process busy while the others wait for it. A process that no longer responds is noticed
+# earlier, see ranks.py.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 # Parameters of mallopt(3): the free memory above which the heap is trimmed, and the size from which a block is mapped
@@ -45,6 +46,8 @@ class LaunchConfig(Options):
     unset, the value of the Accelerate config"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
+    process_timeout: float = option(600.0, on_resume="free", at_least=10)
+    """With several processes: number of seconds after which a process that no longer responds ends the run"""
 
 
 def start_accelerator(config: LaunchConfig) -> Accelerator:

@@ -7,6 +7,7 @@ model: everything it uses is built in `training.py` and restored in `restoring.p
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError
@@ -16,7 +17,7 @@ from training.engine.phase_runner import PhaseRunner, StepOutcome
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.schedule import PhaseSchedule
-from training.engine.signals import Interrupted, StopSignal
+from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together, validate
@@ -53,10 +54,15 @@ class Loop:
         self.stop_agreed = False
 
     def run(self) -> None:
-        """Train until the run is over, or until all processes have agreed to stop (`stop_agreed`)."""
+        """Train until the run is over, or until all processes have agreed to stop (`stop_agreed`).
+
+        Raises:
+            Interrupted: the process was asked to stop during a long first step (compilation); nothing needs saving.
+        """
         state, training = self.state, self.training
-        for runner in training.runners:
-            runner.settle_buckets(*training.batches.first())
+        with self.stop.at_once(FIRST_STEP_PATIENCE):
+            for runner in training.runners:
+                runner.settle_buckets(*training.batches.first())
         if training.ema is not None:
             # In reverse: for a parameter of several phases the first of these phases counts.
             begins = zip(reversed(training.runners), reversed(self.schedules), strict=True)
@@ -64,9 +70,12 @@ class Loop:
         if state.pending_events:
             self.events()
         steps = training.batches.steps(state.step, state.goal_steps)
+        leaving: AbstractContextManager[None] = self.stop.at_once(FIRST_STEP_PATIENCE)
         with self.reporter.progress(), main_thread_on_its_core(training.device):
             while not (state.is_over or self.stop_agreed):
-                self.step(next(steps))
+                with leaving:
+                    self.step(next(steps))
+                leaving = nullcontext()
                 self.events()
 
     def step(self, batches: list[Batch]) -> None:

@@ -89,15 +89,6 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
             raise UserError(f"{path} was not made (exit status {status}); run its command alone: {typed(command)}")
 
 
-def interrupted_while_making(recipes: Mapping[str, str], stop_requested: Callable[[], int | None]) -> bool:
-    """Run `make_missing`; return whether it was interrupted."""
-    try:
-        make_missing(recipes, stop_requested)
-    except Interrupted:
-        return True
-    return False
-
-
 def _checked(command: str) -> list[str]:
     script, *arguments = shlex.split(command)
     path = (CODE / script).resolve()

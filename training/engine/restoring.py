@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,7 @@ from training.core.options import Options
 from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
-from training.engine.signals import Interrupted
 from training.engine.training import Training
-from training.publishing import hub_resume
 from training.run import checkpoint
 from training.run.folder import RunFolder, RunFolderConfig
 from training.run.state import RunState
@@ -66,24 +63,6 @@ def compare_configs(folder: RunFolder, config: Options) -> None:
         logger.warning("resuming with changed settings: %s", "; ".join(changes["warn"]))
 
 
-def interrupted_while_fetching(folder: RunFolder, config: RunConfig, poll: Callable[[], None]) -> bool:
-    """Download the checkpoint if `--resume_from_checkpoint` names one on the Hub; called on the main process only.
-
-    Returns:
-        Whether the process was asked to stop meanwhile.
-
-    Raises:
-        UserError: there is no such checkpoint, it is damaged or of another run, or the Hub cannot be reached.
-    """
-    if config.dry_run or config.validate_model or not hub_resume.is_on_hub(config.resume_from_checkpoint):
-        return False
-    try:
-        hub_resume.fetch(config.resume_from_checkpoint, folder, config, config, poll)
-    except Interrupted:
-        return True
-    return False
-
-
 def restore(training: Training, config: RunConfig, folder: RunFolder, accelerator: Accelerator) -> str:
     """Load the checkpoint that the run resumes from, if any, and set the number of steps to train.
 
@@ -116,8 +95,6 @@ def _agreed_checkpoint(name: str, folder: RunFolder, accelerator: Accelerator) -
     """Find the checkpoint for `--resume_from_checkpoint` on the main process, and return it on every process."""
     if name == "none":
         return None
-    if hub_resume.is_on_hub(name):  # it is in the run folder now
-        name = "latest"
     path = on_main(accelerator, lambda: checkpoint.find_checkpoint(folder.checkpoints, name))
     return None if path is None else Path(path)
 

@@ -6,14 +6,17 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.cli import keep_running_without_output
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
 from training.engine.launch import on_main, start_accelerator
 from training.engine.loop import Loop
-from training.engine.prepare import interrupted_while_making
+from training.engine.prepare import make_missing
+from training.engine.ranks import RankWatch
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.signals import Interrupted, StopSignal
@@ -21,6 +24,7 @@ from training.engine.speed import fit_length
 from training.engine.training import Training
 from training.engine.validation import evaluating, print_metrics, validate
 from training.engine.weights import freeze_parameters, load_initial_weights
+from training.publishing import hub_resume
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
@@ -50,17 +54,24 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
         UserError: a mistake that the user can correct; most are detected before the first step.
     """
     started = time.perf_counter()
+    keep_running_without_output()
     accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
+    ranks = (accelerator.process_index, accelerator.num_processes)
     with StopSignal() as stop:
         try:
-            status = _session(build_stage, config, accelerator, folder, stop, started)
-            # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
-            accelerator.wait_for_everyone()
-            return status
-        finally:
+            with RankWatch(*ranks, stop, patience=config.process_timeout):
+                status = _session(build_stage, config, accelerator, folder, stop, started)
+                # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
+                accelerator.wait_for_everyone()
             # Otherwise the process group is still open at exit, and a distributed script can abort there.
             accelerator.end_training()
+            return status
+        except Interrupted:
+            if accelerator.is_main_process:
+                logger.info("stopped; run the same command again")
+            return stop.exit_status(stop.requested or signal.SIGTERM)
+        finally:
             folder.release()
 
 
@@ -72,19 +83,21 @@ def _session(
     stop: StopSignal,
     started: float,
 ) -> int:
-    _open(folder, config, accelerator)
-    if config.dry_run and (missing := dry_run.missing_inputs(config)):
-        return _print_on_main(missing, accelerator)
-    if on_main(accelerator, lambda: interrupted_while_making(config.recipes(), lambda: stop.requested)):
-        return stop.exit_status(stop.requested or signal.SIGTERM)
-    if on_main(accelerator, lambda: restoring.interrupted_while_fetching(folder, config, stop.check)):
-        return stop.exit_status(stop.requested or signal.SIGTERM)
-    context = StageContext(accelerator.device, resuming=folder.has_checkpoint(), trains=config.trains, poll=stop.check)
-    stage = build_stage(config, context)
-    freeze_parameters(stage, config.freeze_parameters)
-    if config.dry_run:
-        return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
-    try:
+    with stop.at_once():
+        _open(folder, config, accelerator)
+        if config.dry_run and (missing := dry_run.missing_inputs(config)):
+            return _print_on_main(missing, accelerator)
+    # The main process passes a request to stop on to the script that it runs, and then stops itself.
+    with nullcontext() if accelerator.is_main_process else stop.at_once():
+        on_main(accelerator, lambda: make_missing(config.recipes(), lambda: stop.requested))
+    # Nothing here needs to be saved, although it may take long (data, compilation, a Hub or a tracker that is silent).
+    with stop.at_once():
+        resuming = folder.has_checkpoint()
+        context = StageContext(accelerator.device, resuming=resuming, trains=config.trains, poll=stop.check)
+        stage = build_stage(config, context)
+        freeze_parameters(stage, config.freeze_parameters)
+        if config.dry_run:
+            return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
         if config.validate_model:
             return _validate_model(stage, config, accelerator, stop)
         training = Training(stage, config, accelerator)
@@ -93,13 +106,12 @@ def _session(
             return _validate(training, config, accelerator, stop)
         if config.max_train_minutes:
             fit_length(training, config, folder, accelerator, stop, started)
-    except Interrupted:
-        return stop.exit_status(stop.requested or signal.SIGTERM)
-    if on_main(accelerator, lambda: ending.is_complete(training, folder)):
-        if accelerator.is_main_process:
-            ending.log_complete(training, folder)
-        return ending.push_missing(config, folder, accelerator, stop)
-    return _train(training, config, accelerator, folder, stop, resumed)
+        if on_main(accelerator, lambda: ending.is_complete(training, folder)):
+            if accelerator.is_main_process:
+                ending.log_complete(training, folder)
+            return on_main(accelerator, lambda: ending.push_missing(config, folder))
+        prepared = _prepare(training, config, accelerator, folder, resumed)
+    return _train(training, config, accelerator, folder, stop, prepared)
 
 
 def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> None:
@@ -108,51 +120,63 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
     if own_folder:
         on_main(accelerator, lambda: restoring.open_run(folder, config, config.resume_from_checkpoint))
     start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
+    if own_folder and hub_resume.is_on_hub(config.resume_from_checkpoint):
+        on_main(accelerator, lambda: hub_resume.fetch(config.resume_from_checkpoint, folder, config, config))
+        config.resume_from_checkpoint = "latest"  # the checkpoint is in the run folder now
     if not config.validate_model:
         on_main(accelerator, lambda: restoring.compare_configs(folder, config))
 
 
-def _train(
-    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal, resumed: str
-) -> int:
-    """Train a restored run until it is complete or interrupted; return the exit status."""
+def _prepare(
+    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, resumed: str
+) -> tuple[Exporter, Reporter]:
+    """Make what a restored run reports and exports with; check the disk and the Hub before that."""
     is_main = accelerator.is_main_process
-    publisher = None
-    if config.push_to_hub and is_main:
-        publisher = Publisher(config, folder=folder, notify=logger.info, poll=stop.check)
-    if on_main(accelerator, lambda: _interrupted_in_checks(training, config, folder, publisher)):
-        return stop.exit_status(stop.requested or signal.SIGTERM)
+    publisher = Publisher(config, folder=folder, notify=logger.info) if config.push_to_hub and is_main else None
+    on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
     settings = config.to_dict()
     exporter = Exporter(training.stage, settings, folder, publisher)
     reporter = Reporter(training.stage, config, settings, folder, training.state, training.steps_per_epoch, is_main)
-    writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
     if is_main:
         training.state.sessions += 1
         folder.save_config(settings)
         _log_start(training, folder, resumed)
+    return exporter, reporter
+
+
+def _train(
+    training: Training,
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopSignal,
+    prepared: tuple[Exporter, Reporter],
+) -> int:
+    """Train a restored run until it is complete or interrupted; return the exit status."""
+    exporter, reporter = prepared
+    writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
     loop = Loop(training, config, accelerator, reporter, writer, stop)
-    loop.run()
-    if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator):
-        return on_main(accelerator, lambda: exporter.status)
+    try:
+        loop.run()
+    except Interrupted:  # in the first step of this session: there is nothing to save
+        if accelerator.num_processes > 1:
+            raise
+    else:
+        if not loop.stop_agreed and ending.finish(training, folder, exporter, reporter, accelerator, stop):
+            return on_main(accelerator, lambda: exporter.status)
     return ending.leave(training, exporter, reporter, accelerator, stop)
 
 
-def _interrupted_in_checks(
-    training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None
-) -> bool:
+def _check_before_start(training: Training, config: RunConfig, folder: RunFolder, publisher: Publisher | None) -> None:
     """Check the disk space and the right to upload, which would otherwise fail after hours of training.
 
-    What earlier sessions did not upload is queued. Returns whether the process was asked to stop meanwhile.
+    What earlier sessions did not upload is queued.
     """
     checkpoint.relink_best(folder.checkpoints, training.state.best_step)
     restoring.check_disk(folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     if publisher is not None:
-        try:
-            publisher.check()
-        except Interrupted:
-            return True
+        publisher.check()
         publisher.catch_up()
-    return False
 
 
 def _log_start(training: Training, folder: RunFolder, resumed: str) -> None:

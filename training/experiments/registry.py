@@ -8,12 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from pipelines.tools.cli import UserError, nearest
-from pipelines.tools.files import read_text
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names, without_hub_token
+from training.core.settings import read_settings
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig
 
@@ -59,15 +57,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if the file does not exist, is not UTF-8, does not contain a mapping, or contains a token.
     """
-    file = find_file(path)
-    try:
-        values = yaml.safe_load(read_text(file))
-    except OSError as error:
-        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); check its path") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"the config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"the config file '{path}' contains no settings; write one 'key: value' per line")
+    values = read_settings(find_file(path))
     return without_hub_token(values, path)
 
 

@@ -19,7 +19,7 @@ from training.run.folder import RunFolder
 
 logger = logging.getLogger("halftone")
 
-UPLOAD_GRACE_SECONDS = 1.0  # a stopped process ends within two seconds
+UPLOAD_GRACE_SECONDS = 1.0  # a run that was asked to stop ends within two seconds
 
 
 class Exporter:
@@ -45,7 +45,7 @@ class Exporter:
     def close(self) -> None:
         """Wait a short time for unfinished uploads; called when a run was asked to stop."""
         if self._publisher is not None:
-            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS, stoppable=False)
+            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     @property
     def status(self) -> int:

@@ -1,0 +1,73 @@
+"""Reading YAML files of settings: each problem with the file itself gives one message with the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.tools.cli import UserError, one_line
+from pipelines.tools.files import read_text
+
+_MOST_VALUES = 100_000
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is empty, not UTF-8 or not YAML, contains something other than settings, or
+            gives a setting twice (YAML would silently use the last one).
+    """
+    try:
+        values = yaml.load(read_text(path), _Loader)
+    except OSError as error:
+        raise UserError(f"the config file {path} cannot be read ({error.strerror}); check its path") from None
+    except yaml.YAMLError as error:
+        raise _unusable(path, _reason(error)) from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a date that does not exist
+        raise _unusable(path, one_line(error, 200)) from None
+    if values is None:
+        raise _unusable(path, "it is empty")
+    if _is_too_large(values):
+        raise _unusable(path, "its values refer to themselves, or are far too many")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise _unusable(path, "it does not consist of named settings")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that occur twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _is_too_large(values: Any) -> bool:
+    """Return whether there are too many values: aliases (`*name`) multiply them, and may refer to themselves."""
+    waiting, count = [values], 0
+    while waiting and count <= _MOST_VALUES:
+        value, count = waiting.pop(), count + 1
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+    return count > _MOST_VALUES
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """Return what is wrong and in which line; a tab is what most often is."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    if "'\\t'" in str(problem):
+        problem = "there is a tab; use spaces"
+    return one_line(f"line {mark.line + 1}: {problem}" if mark else problem, 200)
+
+
+def _unusable(path: str | Path, reason: str) -> UserError:
+    return UserError(f"the config file {path} cannot be used ({reason}); write one `name: value` per line")

@@ -1,0 +1,207 @@
+"""The processes of a run learn that one of them ended or no longer responds, and all of them end for that reason.
+
+An exchange of tensors cannot tell: it waits for the missing process for hours, or fails with the words of its library.
+Therefore each process writes to the key-value store of torch.distributed that it is alive, and why it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pipelines.tools.cli import INTERRUPTED_STATUS, USER_ERROR_STATUS, ReportedError, UserError, cause, print_error
+from training.engine.signals import Interrupted, StopSignal
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_ENDED = "ended"
+_BEAT_SECONDS = 0.5
+_STORE_SECONDS = 10.0
+# How long a process that learns of an error elsewhere may take to end by itself.
+_GRACE_SECONDS = 1.0
+# An exchange fails when another process ends; the reason may be in the store a moment later.
+_REASON_SECONDS = 3.0
+_EXCHANGE_FAILED = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|peer|socket", re.IGNORECASE)
+
+
+class RankWatch:
+    """Watches the other processes of a run; a context manager around all that they do together.
+
+    With a single process it does nothing. If its block ends with an error, all processes end with the same exit status,
+    and one of them prints the error.
+
+    Args:
+        patience: seconds without a sign of life after which a process counts as lost, and the others end.
+    """
+
+    def __init__(self, rank: int, num_processes: int, stop: StopSignal, *, patience: float):
+        self.rank, self.num_processes, self.stop, self.patience = rank, num_processes, stop, patience
+        self._store: Store | None = None
+        self._over = threading.Event()
+        self._has_announced = False
+
+    def __enter__(self) -> RankWatch:
+        if self.num_processes > 1 and "MASTER_ADDR" in os.environ:
+            self._store, watched = connect(self.rank)
+            self.stop.on_last_resort = self._announce_stop
+            threading.Thread(target=self._watch, args=(watched,), name="ranks", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._store is None:
+            return
+        try:
+            if isinstance(error, Interrupted):
+                self._announce_stop(self.stop.exit_status(self.stop.requested or 0))
+            elif isinstance(error, Exception):
+                self._end_with(error)
+        finally:
+            self._over.set()
+            self.stop.on_last_resort = None
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has called this, or until one of them has ended; for processes without exchanges.
+
+        Raises:
+            Interrupted: this process was asked to stop.
+        """
+        if self._store is None:
+            return
+        self._store.set(f"done/{self.rank}", "1")
+        keys = [f"done/{rank}" for rank in range(self.num_processes)]
+        while not self._store.check(keys):
+            self.stop.check()
+            time.sleep(0.1)
+        # The first process may own the store, so it stays until the others have seen the last key.
+        if self._store.add("seen", 1) < self.num_processes and self.rank == 0:
+            deadline = time.monotonic() + _REASON_SECONDS
+            while self._store.add("seen", 0) < self.num_processes and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _end_with(self, error: Exception) -> None:
+        """Tell the others of an error; raise ReportedError if one of them has told this process of another error."""
+        if _is_failed_exchange(error):
+            announced = self._announced(_REASON_SECONDS)
+            if announced is not None:
+                raise ReportedError(announced["message"], announced["status"]) from None
+            error = UserError(
+                "another process of this run ended without a message (it may have been killed because the memory was "
+                "full; the lines above and the system's log can tell). Run the same command again to resume from the "
+                "last checkpoint"
+            )
+        status = USER_ERROR_STATUS if isinstance(error, UserError) else 1
+        first = self._announce(status, str(error) if status == USER_ERROR_STATUS else cause(error))
+        if status == USER_ERROR_STATUS:
+            if first:
+                print_error(error)
+            raise ReportedError(str(error), status) from None
+
+    def _announce_stop(self, status: int) -> None:
+        self._announce(status, "")
+
+    def _announce(self, status: int, message: str) -> bool:
+        """Write to the store that this process ends; return whether it is the first one."""
+        assert self._store is not None
+        self._has_announced = True
+        with contextlib.suppress(Exception):  # the process that owns the store is gone, and so are the others
+            value = json.dumps({"status": status, "message": message, "rank": self.rank})
+            written = json.loads(self._store.compare_set(_ENDED, "", value))
+            return written["rank"] == self.rank
+        return True
+
+    def _announced(self, seconds: float) -> dict[str, Any] | None:
+        """Return what a process has written about its end, waiting for some seconds."""
+        assert self._store is not None
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(Exception):  # the store's owner is gone
+            while time.monotonic() < deadline:
+                if self._store.check([_ENDED]):
+                    return json.loads(self._store.get(_ENDED))
+                time.sleep(0.1)
+        return None
+
+    def _watch(self, store: Store) -> None:
+        """Tell the others that this process is alive, and end when one of them does."""
+        # The first process watches all others, and they watch the first: one of each pair suffices to end them all.
+        others = range(1, self.num_processes) if self.rank == 0 else range(1)
+        last, missed = dict.fromkeys(others, -1), dict.fromkeys(others, 0.0)
+        while not self._over.wait(_BEAT_SECONDS):
+            beats, seconds = last, _BEAT_SECONDS + _STORE_SECONDS
+            with contextlib.suppress(Exception):  # the process that owns the store is frozen or gone
+                store.add(f"beats/{self.rank}", 1)
+                if store.check([_ENDED]):
+                    self._follow(json.loads(store.get(_ENDED)))
+                    return
+                beats, seconds = {rank: store.add(f"beats/{rank}", 0) for rank in others}, _BEAT_SECONDS
+            for rank in others:
+                # Own beats are counted, not the time: a computer that was suspended as a whole has lost no process.
+                missed[rank] = 0.0 if beats[rank] != last[rank] else missed[rank] + seconds
+                if missed[rank] > self.patience:
+                    self._give_up(rank)
+            last = beats
+
+    def _follow(self, announced: dict[str, Any]) -> None:
+        """End as another process did: stop if it was asked to stop, or end with the same status after an error."""
+        if self._has_announced:
+            return
+        if not announced["message"]:
+            self.stop.request_here(signal.SIGINT if announced["status"] == INTERRUPTED_STATUS else signal.SIGTERM)
+        elif not self._over.wait(_GRACE_SECONDS) and not self._has_announced:
+            _end_process(announced["status"])
+
+    def _give_up(self, rank: int) -> None:
+        message = (
+            f"process {rank + 1} of {self.num_processes} has not responded for {self.patience:.0f} seconds: it is "
+            "stopped, or its machine cannot be reached. End it, and run the same command again to resume from the last "
+            "checkpoint; --process_timeout sets the number of seconds"
+        )
+        if self._announce(USER_ERROR_STATUS, message):
+            print_error(UserError(message))
+        _end_process(USER_ERROR_STATUS)
+
+
+def connect(rank: int) -> tuple[Store, Store]:
+    """Return two connections to the store of torch.distributed: a thread that waits on one does not block the other."""
+    import torch.distributed as dist
+
+    served = dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, timeout = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=_STORE_SECONDS)
+
+    def store(is_master: bool) -> Store:
+        return dist.TCPStore(*address, is_master=is_master, timeout=timeout, wait_for_workers=False)
+
+    first = store(rank == 0 and not served)
+    # The launcher may own the store and start the processes again, and a process may train several times.
+    session = first.add(f"halftone/sessions/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}", 1)
+    prefix = f"halftone/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{session}"
+    return dist.PrefixStore(prefix, first), dist.PrefixStore(prefix, store(False))
+
+
+def _is_failed_exchange(error: Exception) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and _EXCHANGE_FAILED.search(str(error)) is not None
+    )
+
+
+def _end_process(status: int) -> None:
+    """End this process although its main thread waits for another one."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)

@@ -1,0 +1,276 @@
+"""The trackers themselves, on top of the tracker classes of Accelerate (`accelerate.tracking`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import netrc
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from pipelines.tools.cli import cause
+from pipelines.tools.credentials import mask_credentials
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Notify = Callable[[str], None]
+
+# The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
+# step than the last one, as a resumed run does when it repeats a few steps.
+STEP_METRIC = "step"
+
+
+class Backend:
+    """One tracker. Its methods may raise; `Trackers` handles the errors."""
+
+    name: str
+    run_id: str | None = None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        raise NotImplementedError
+
+    def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
+        raise NotImplementedError
+
+    def summary(self, values: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        raise NotImplementedError
+
+
+class WandB(Backend):
+    name = "wandb"
+
+    def __init__(
+        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str | None, notify: Notify
+    ):
+        import wandb
+        from accelerate.tracking import WandBTracker
+
+        self._wandb = wandb
+        self._notify = notify
+        mode = _wandb_mode(wandb)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        init: dict[str, Any] = {
+            "name": run_name,
+            "id": re.sub(r"[/\\#?%:]", "-", run_id) if run_id else None,  # characters that W&B refuses in an id
+            "resume": "allow" if mode == "online" else None,  # offline, W&B only warns that it has no effect
+            "dir": str(run_dir),
+            "config": plain(config),
+        }
+        quiet = {"silent": True}  # suppresses W&B's banner of ten lines
+        # By default, W&B waits 90 s for a network that does not answer.
+        patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))} if mode == "online" else {}
+        reason = "no W&B key and no login were found" if mode == "offline" and "WANDB_MODE" not in os.environ else ""
+        try:
+            settings = wandb.Settings(**quiet, **patience)
+            with _masked_arguments():
+                self._tracker = WandBTracker(project, mode=mode, settings=settings, **init)
+                self._tracker.start()
+        except Exception as error:
+            if mode != "online":
+                raise
+            reason = f"W&B could not be reached ({cause(error)})"
+            offline = {**init, "mode": "offline", "resume": None}
+            with _masked_arguments():
+                self._tracker = WandBTracker(project, settings=wandb.Settings(**quiet), **offline)
+                self._tracker.start()
+        self._run = self._tracker.run
+        self.run_id = self._run.id
+        self._run.define_metric(STEP_METRIC, hidden=True)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
+        self._announce(reason)
+
+    def _announce(self, reason: str) -> None:
+        if self._run.settings.mode == "offline":
+            # Each resumed session adds a folder with the same id; `wandb sync` joins them in order of time.
+            folders = Path(self._run.dir).parent.parent / f"offline-run-*-{self.run_id}"
+            note = f"{reason}: recording offline" if reason else "W&B records offline"
+            self._notify(f"{note}; to upload the run later: wandb sync {_short(folders)}")
+        elif self._run.url:
+            self._notify(f"W&B: {self._run.url}")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._tracker.log({**metrics, STEP_METRIC: step})
+
+    def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
+        logged = [self._wandb.Image(image, caption=text) for image, text in _with_captions(images, captions)]
+        self._tracker.log({name: logged, STEP_METRIC: step})
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self._run.summary.update(values)
+
+    def finish(self) -> None:
+        self._tracker.finish()
+
+
+class TensorBoard(Backend):
+    name = "tensorboard"
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], first_step: int):
+        from accelerate.tracking import TensorBoardTracker
+
+        purge = {"purge_step": first_step} if first_step else {}
+        self._tracker = TensorBoardTracker("tensorboard", run_dir, **purge)
+        self._tracker.start()
+        # `store_init_configuration` is not used: it opens a second run at every start, and rejects lists and None.
+        self._config = flatten_config(config)
+        text = "".join(
+            f"    {key}: {value}\n" for key, value in self._config.items()
+        )  # indented: a Markdown code block
+        self._tracker.writer.add_text("config", text, global_step=first_step)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._tracker.log(metrics, step=step)
+
+    def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
+        import numpy as np
+
+        # One image of the whole grid, with the captions drawn into it: TensorBoard shows no captions.
+        grid = np.asarray(_grid(images, captions))
+        self._tracker.writer.add_image(name, grid, global_step=step, dataformats="HWC")
+        self._tracker.writer.flush()
+
+    def summary(self, values: dict[str, Any]) -> None:
+        metrics = {f"summary/{key}": value for key, value in numbers(values).items()}
+        self._tracker.writer.add_hparams(self._config, metrics, run_name=".")
+        texts = {key: value for key, value in values.items() if isinstance(value, str)}
+        for key, value in texts.items():
+            self._tracker.writer.add_text(f"summary/{key}", value)
+
+    def finish(self) -> None:
+        self._tracker.finish()
+
+
+class Trackio(Backend):
+    name = "trackio"
+
+    def __init__(self, project: str, run_name: str, config: Mapping[str, Any], resumed: bool):
+        import trackio
+        from accelerate.tracking import TrackioTracker
+
+        self._trackio = trackio
+        resume = "allow" if resumed else "never"
+        self._tracker = TrackioTracker(
+            project, name=run_name, config=flatten_config(config), resume=resume, embed=False
+        )
+        self._tracker.start()
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._tracker.log(metrics, step=step)
+
+    def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
+        # One image of the whole grid: Trackio accepts one image per name and step.
+        self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=name)}, step=step)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self._tracker.log({f"summary/{key}": value for key, value in values.items()})
+
+    def finish(self) -> None:
+        self._tracker.finish()
+
+
+def plain(value: Any) -> Any:
+    """Convert `value` to JSON types: dataclasses and mappings to dicts, sequences to lists, other objects to text."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if _is_scalar_array(value):
+        return plain(value.item())
+    return str(value)
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Flatten `config` to one level of `outer.inner` keys with scalar values: lists as JSON text, None as "none"."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in cast(dict[str, Any], plain(config)).items():
+        if isinstance(value, dict):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        elif value is None:
+            flat[prefix + key] = "none"
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Mask access tokens in `sys.argv` inside the block, because W&B records the command line."""
+    words = sys.argv
+    sys.argv = mask_credentials(words)
+    try:
+        yield
+    finally:
+        sys.argv = words
+
+
+def _wandb_mode(wandb: Any) -> str:
+    """Return the mode that the user chose (WANDB_MODE, `wandb offline`); by default online with a key, else offline."""
+    settings = wandb.setup().settings
+    chosen = os.environ.get("WANDB_MODE") or settings.mode
+    if chosen and chosen != "online":
+        return str(chosen)
+    has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
+    if has_key or _in_netrc(urlsplit(settings.base_url).netloc):
+        return "online"
+    return "offline"
+
+
+def _in_netrc(host: str) -> bool:
+    """Return whether `wandb login` has stored a key for `host` in the netrc file (NETRC, ~/.netrc or ~/_netrc)."""
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    hosts = {host, "api.wandb.ai"} if host.endswith("wandb.ai") else {host}
+    for place in places:
+        try:
+            accounts = netrc.netrc(os.path.expanduser(place)).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue  # the file is absent or unreadable: no login
+        if hosts & set(accounts):
+            return True
+    return False
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numeric entries of `values`, including 0-d tensors and NumPy scalars, as Python floats."""
+    numbers = {}
+    for key, value in values.items():
+        if isinstance(value, (bool, int, float)) or _is_scalar_array(value):
+            numbers[key] = float(value)
+    return numbers
+
+
+def _is_scalar_array(value: Any) -> bool:
+    """Return whether `value` is a NumPy scalar or a 0-d tensor, without importing either library."""
+    return hasattr(value, "item") and getattr(value, "ndim", None) == 0
+
+
+def _with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> list[tuple[Image.Image, str | None]]:
+    texts = list(captions) + [None] * (len(images) - len(captions))
+    return list(zip(images, texts))
+
+
+def _grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    from pipelines.tools.grids import image_grid
+
+    return image_grid(images, captions)
+
+
+def _short(path: Path) -> str:
+    """Return `path` relative to the working folder if that is shorter, else as it is."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
