@@ -19,7 +19,8 @@ from pipelines.tools.cli import Options, UserError, entry_point
 from training.engine.signals import Interrupted, StopSignal
 from training.publishing.content import HUB_STRATEGIES
 from training.publishing.hub import HubConfig, Publisher
-from training.run.folder import RunFolder, start_logging
+from training.run.folder import RunFolder
+from training.run.output import start_logging
 
 logger = logging.getLogger("halftone")
 

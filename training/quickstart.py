@@ -22,7 +22,7 @@ import yaml
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
-from training.core.files import write_json
+from training.core.files import read_json, write_json
 from training.core.options import Options, option
 from training.core.parsing import parse_config
 from training.engine.speed import SPEED_FILE
@@ -92,7 +92,11 @@ class Plan:
         """
         if not cls.FILE.is_file():
             return cls(minutes, tiny)
-        plan = cls(**json.loads(cls.FILE.read_text(encoding="utf-8")))
+        try:
+            plan = cls(**(read_json(cls.FILE) or {}))
+            plan.minutes, plan.seconds = float(plan.minutes), {k: float(v) for k, v in plan.seconds.items()}
+        except (TypeError, ValueError, AttributeError):
+            raise UserError(f"{cls.FILE} is damaged; delete it, and the quickstart decides again") from None
         if plan.tiny != tiny:
             raise UserError(
                 f"{RUN} belongs to a quickstart {'with' if plan.tiny else 'without'} --tiny, whose results would be "
@@ -126,8 +130,7 @@ class Plan:
 
 def speed_of(run: str) -> dict[str, Any] | None:
     """Return what a training run of the quickstart measured and decided; None if it was not fitted to a time."""
-    file = RUN / run / SPEED_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(RUN / run / SPEED_FILE)
 
 
 def stages(tiny: bool) -> list[tuple[str, str | None]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import json
 import os
 import shlex
 import sys
@@ -24,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.checkpoint_links import STATE_FILE, follow_links
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import find_file, shipped_path
+from training.core.files import read_json
 from training.core.parsing import parse_config
 from training.engine.prepare import run_script
 from training.engine.run_config import RunConfig
@@ -165,9 +166,10 @@ def is_finished(experiment: Experiment) -> bool:
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
         return False  # started again, its script reports the settings that cannot change
-    record = json.loads(folder.record_file.read_text(encoding="utf-8"))
-    state_file = folder.checkpoints / "latest" / "trainer_state.json"
-    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+    record = read_json(folder.record_file)
+    if record is None:
+        return False  # damaged; the script makes it again
+    state = read_json(follow_links(folder.checkpoints / "latest") / STATE_FILE) or {}
     if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
         return False
     steps_per_epoch = record["num_train_images"] // record["global_batch_size"]

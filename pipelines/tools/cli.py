@@ -107,10 +107,13 @@ def _print_every_character() -> None:
 class _Lenient(io.FileIO):
     """A descriptor that drops what cannot be written: the terminal was closed, the reader ended, the disk is full."""
 
+    error: OSError | None = None  # the first one
+
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
-        except OSError:
+        except OSError as error:
+            self.error = self.error or error
             return memoryview(data).nbytes
 
 
@@ -130,9 +133,16 @@ def keep_running_without_output() -> None:
             setattr(sys, name, lenient)
 
 
+def output_errors() -> dict[str, OSError]:
+    """Return the first error of writing to stdout and to stderr, after `keep_running_without_output`."""
+    raws = {name: getattr(getattr(getattr(sys, name), "buffer", None), "raw", None) for name in ("stdout", "stderr")}
+    return {name: raw.error for name, raw in raws.items() if isinstance(raw, _Lenient) and raw.error is not None}
+
+
 def print_error(error: Exception) -> None:
     """Print an error to stderr as one message, without access tokens."""
-    print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        print(f"error: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
 
 
 def entry_point(main: Callable[[], int | None]) -> None:
@@ -181,14 +191,25 @@ def _exit(status: int) -> NoReturn:
     A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
     done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
     """
+    _flush_output()
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
     if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         gc.freeze()  # or else Python searches all that torch and Diffusers made for garbage, for more than a second
         sys.exit(status)
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream may be closed already
-            stream.flush()
+    _flush_output()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)
+
+
+def _flush_output() -> None:
+    """Flush stdout and stderr. What cannot be written is dropped: Python would otherwise exit with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # a full disk, no reader, closed; None without a console
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.standalone import HASH_SUFFIX
+from .checkpoint_links import CHECKPOINTS, follow_links
 from .cli import UserError, nearest
 from .devices import get_device
 
@@ -101,14 +102,15 @@ def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
     Raises:
         UserError: If `path` does not refer to a pipeline.
     """
-    folder = Path(path).expanduser()
+    folder = follow_links(path)
     if not folder.exists():
         if checkpoint is None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not folder.parent.exists():
             return _download(str(path))
         raise UserError(f"found no pipeline, run or checkpoint at '{path}'; give the path of one, or a Hub id")
     if checkpoint is not None:
         return _checkpoint_pipeline(folder, checkpoint)
-    candidates = [folder, folder / "pipeline", *(folder / "checkpoints" / n / "pipeline" for n in ("best", "latest"))]
+    checkpoints = (follow_links(folder / CHECKPOINTS / name) for name in ("best", "latest"))
+    candidates = [folder, folder / "pipeline", *(checkpoint / "pipeline" for checkpoint in checkpoints)]
     for candidate in candidates:
         if (candidate / INDEX).is_file():
             return candidate
@@ -119,7 +121,7 @@ def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
 
 
 def _checkpoint_pipeline(run: Path, checkpoint: str) -> Path:
-    folder = run / "checkpoints" / checkpoint / "pipeline"
+    folder = follow_links(run / CHECKPOINTS / checkpoint) / "pipeline"
     if (folder / INDEX).is_file():
         return folder
     known = sorted(path.parent.parent.name for path in (run / "checkpoints").glob(f"*/pipeline/{INDEX}"))

@@ -21,7 +21,8 @@ from training.core.parsing import parse_config
 from training.engine.run_config import RunConfig
 from training.experiments.registry import read_config_file, stage_of
 from training.publishing.hub import HUB_STRATEGIES, HubConfig, read_token
-from training.run.folder import RunFolder, start_logging
+from training.run.folder import RunFolder
+from training.run.output import start_logging
 
 TOKEN = "hf_" + "Recognizable" * 3
 PLAIN_TOKEN = "recognizable-without-a-prefix"  # has no form by which it could be masked

@@ -9,12 +9,14 @@ import torch
 
 from pipelines.tools.cli import UserError
 from training.run import checkpoint
+from training.run.recovery import clear_leftovers
 
 
 def write(folder, step, text="weights"):
     folder.mkdir(exist_ok=True)
 
     def fill(target):
+        (target / checkpoint.STATE_FILE).write_text(f'{{"step": {step}}}')
         (target / "a.bin").write_text(text)
         (target / "pipeline").mkdir()
         (target / "pipeline" / "b.bin").write_text(text * 2)
@@ -76,6 +78,7 @@ def test_leftovers_of_a_killed_process_are_deleted_and_a_replaced_checkpoint_is_
     whole = write(tmp_path, 5)
     (tmp_path / ".writing-step-00000006").mkdir()
     whole.rename(tmp_path / ".replaced-step-00000005")  # killed between the two renames
+    clear_leftovers(tmp_path)
     assert checkpoint.find_checkpoint(tmp_path, "latest") == whole
     assert not list(tmp_path.glob(".writing*"))
 

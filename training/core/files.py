@@ -7,8 +7,10 @@ that is presented as finished is written by these functions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from typing import IO, Any
 
 WRITING = ".writing-"
 REPLACED = ".replaced-"
+# Names of temporary files, `.writing-PID-name` and, in earlier versions, `.name.tmpPID`.
+_TEMPORARY_FILE = re.compile(rf"{re.escape(WRITING)}\d+-.+|\..+\.tmp\d+")
 
 
 @contextmanager
@@ -25,16 +29,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The file and its folder are flushed to the disk. After an error, the old file is unchanged and the temporary file is
     deleted. The folder must exist.
+
+    Raises:
+        OSError: the file cannot be written; also where a library in Rust reports this by an error of its own.
     """
     path = Path(path)
     temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with _rust_errors_as_os_errors():
+            yield temporary
+        fsync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may have been deleted, or the disk may have failed
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -46,13 +54,17 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     An old folder at `path` is deleted only after that. All files are flushed to the disk before. After an error, the
     old folder is unchanged and the temporary one is deleted. A killed process leaves folders that the next call, or
     `recover_folder`, deletes or restores; only one process at a time may write to `path`.
+
+    Raises:
+        OSError: the folder cannot be written; also where a library in Rust reports this by an error of its own.
     """
     path = Path(path)
     temporary, old = path.with_name(f"{WRITING}{path.name}"), path.with_name(f"{REPLACED}{path.name}")
     recover_folder(path)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _rust_errors_as_os_errors():
+            yield temporary
         flush_tree(temporary)
         if path.exists():
             path.rename(old)
@@ -74,6 +86,14 @@ def recover_folder(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete the temporary files of killed processes in `folder`; no other process may be writing there."""
+    for path in folder.glob(".*"):
+        if _TEMPORARY_FILE.fullmatch(path.name) and not path.is_dir():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callable[[IO[bytes]], None]) -> None:
     """Write a file atomically: a text (as UTF-8), bytes, or what a function writes into the open file."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -88,13 +108,28 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if the file does not exist, is damaged, or contains something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def flush_tree(folder: Path) -> None:
     """Flush all files and folders below `folder`, and the folder itself, to the disk."""
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
-            with Path(parent, name).open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(Path(parent, name))
         fsync_folder(Path(parent))
+
+
+def fsync_file(path: Path) -> None:
+    """Flush the contents of a file to the disk."""
+    # Windows flushes only files that are open for writing; elsewhere a file may be flushed that cannot be written.
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
@@ -109,3 +144,15 @@ def fsync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _rust_errors_as_os_errors() -> Iterator[None]:
+    """Raise an OSError for an error of a library in Rust (safetensors, tokenizers) that contains a system error."""
+    try:
+        yield
+    except Exception as error:  # SafetensorError, and plain Exception from tokenizers
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

@@ -46,21 +46,32 @@ class FolderLock:
             UserError: another process holds the lock.
             OSError: the file cannot be created.
         """
-        opened = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 - held until `release`
-        try:
-            if fcntl is not None:
+        if fcntl is None:
+            return
+        while True:
+            opened = open(self.file, "a", encoding="utf-8")  # noqa: SIM115 - held until `release`
+            try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD_BY_ANOTHER:
-                opened.close()
-                raise UserError(self.refusal) from None
-            logger.warning(
-                "%s cannot be locked (%s); make sure that no other process writes to this folder",
-                self.file.parent,
-                error.strerror,
-            )
+            except OSError as error:
+                if error.errno in _HELD_BY_ANOTHER:
+                    opened.close()
+                    raise UserError(self.refusal) from None
+                logger.warning(
+                    "%s cannot be locked (%s); make sure that no other process writes to this folder",
+                    self.file.parent,
+                    error.strerror,
+                )
+            if self._is_still_there(opened):
+                break
+            opened.close()  # another process has renamed the folder in the meantime; this is the lock of the old one
         self._open = opened
         _HELD.add(self)
+
+    def _is_still_there(self, opened: IO[str]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(opened.fileno()), os.stat(self.file))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Release the lock, if it is held."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 
@@ -192,7 +193,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(follow_links_or_name(name_or_path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "

@@ -6,6 +6,8 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
+from pipelines.tools.checkpoint_links import linked_checkpoint
+from pipelines.tools.cli import UserError
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
@@ -67,22 +69,43 @@ def finish(
 
     Returns:
         False when the export was interrupted; the same command, run again, finishes it.
+
+    Raises:
+        UserError: on every process, if the pipeline could not be written.
     """
+    failure = ""
     try:
         with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
-            if training.state.stopped_early:
-                training.load_best(folder.checkpoints / "best")
+            best = linked_checkpoint(folder.checkpoints, "best")
+            # Without a finite validation metric, `best` is only the first checkpoint.
+            if training.state.stopped_early and training.state.best_value is not None and best is not None:
+                training.load_best(best)
             training.stage.finish()
             # No barrier here: an interrupted process would never reach it. `interrupted_together` is the barrier.
             if accelerator.is_main_process:
-                exporter.write(training.record())
+                failure = _export(training, exporter)
     except Interrupted:
         return False
+    if failure := gather(accelerator, failure)[0]:
+        raise UserError(failure)
     if accelerator.is_main_process:
         reporter.trackers.summary(training.record())
         reporter.trackers.finish(stop_requested=lambda: stop.requested)
         reporter.end_session(complete=True)
     return True
+
+
+def _export(training: Training, exporter: Exporter) -> str:
+    """Export the pipeline; return what prevented it, or an empty text."""
+    try:
+        exporter.write(training.record())
+    except (OSError, UserError) as error:
+        return (
+            f"the pipeline could not be exported ({getattr(error, 'strerror', None) or error}); the checkpoint of step "
+            f"{training.state.step} is saved. Free space on the disk of {exporter.folder.path} and run the same "
+            "command again, which only exports the pipeline"
+        )
+    return ""
 
 
 def leave(

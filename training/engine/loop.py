@@ -7,6 +7,7 @@ model: everything it uses is built in `training.py` and restored in `restoring.p
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -116,15 +117,19 @@ class Loop:
                 self.show_previews()
         except Interrupted:
             self.stop_agreed = True
-            self.writer.write(must_succeed=True)
+            self._save(must_succeed=True)
             return
         improved = self._judge(validated)
         if validated or last or self.cadence.row_due(state.step):
             self.reporter.log_row(validated, self.cadence.ends_epoch(state.step))
         state.pending_events = False
         if improved or last or state.stopped_early or self.cadence.checkpoint_due(state.step):
-            self.writer.write(must_succeed=last)
+            self._save(must_succeed=last)
         self.reporter.restart_clock()
+
+    def _save(self, *, must_succeed: bool) -> None:
+        self.reporter.settle()
+        self.writer.write(must_succeed=must_succeed)
 
     def validate(self) -> dict[str, float]:
         """Compute the validation metrics with the EMA weights. Raises Interrupted on every process."""
@@ -154,6 +159,13 @@ class Loop:
         if self.stage.best_metric not in validated:
             return False
         value = validated[self.stage.best_metric]
+        if not math.isfinite(value):
+            logger.warning(
+                "%s is %s at step %d, so this step is not the best one; if it stays so, lower --learning_rate",
+                self.stage.best_metric,
+                value,
+                self.state.step,
+            )
         improved = self.state.note_validation(value, self.stage.best_is_lower, self.config)
         self.state.stopped_early = self.state.patience_is_spent(self.config)
         return improved
@@ -172,6 +184,6 @@ class Loop:
     def _give_up(self) -> None:
         raise UserError(
             f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step "
-            f"{self.state.step}; the last good checkpoint in {self.writer.folder.checkpoints} is unchanged. Lower "
-            "--learning_rate, use --mixed_precision bf16 or no, or check the dataset rows named above"
+            f"{self.state.step}; {self.writer.step_back()}. Lower --learning_rate, use --mixed_precision bf16 or no, "
+            "or check the dataset rows named above, and run the command again"
         )

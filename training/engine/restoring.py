@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, cause, one_line
 from training.core.options import Options
 from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
 from training.engine.training import Training
 from training.run import checkpoint
+from training.run.checkpoint import DamagedCheckpoint
 from training.run.folder import RunFolder, RunFolderConfig
 from training.run.state import RunState
 
@@ -32,14 +33,10 @@ def open_run(folder: RunFolder, config: RunFolderConfig, resume_from_checkpoint:
     """
     used = folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir())
     if used and config.overwrite:
-        folder.check_unused()
         target = folder.set_aside()
         print(f"the old run was moved to {target}")
-    elif used and folder.saved_config() is None and not folder.checkpoints.is_dir():
-        raise UserError(
-            f"--output_dir {folder.path} is not empty and does not contain a run; choose a new folder, "
-            "or add --overwrite to move its contents to another folder"
-        )
+    elif used and not folder.is_run() and not folder.checkpoints.is_dir():
+        raise UserError(f"--output_dir {folder.path} is not empty and does not contain a run; choose a new folder")
     elif used and resume_from_checkpoint == "none" and folder.saved_config() is not None:
         raise UserError(
             f"{folder.path} contains a run, and --resume_from_checkpoint is none; "
@@ -80,7 +77,11 @@ def restore(training: Training, config: RunConfig, folder: RunFolder, accelerato
             "or a checkpoint with --resume_from_checkpoint"
         )
     if source is not None:
-        _check_same_data(RunState.read(source), training)
+        try:
+            saved = RunState.read(source)
+        except DamagedCheckpoint as damage:
+            raise _damaged(source, str(damage)) from None
+        _check_same_data(saved, training)
         _load(training, source)
     exported = on_main(accelerator, lambda: folder.is_exported(state.step))
     state.goal_steps = goal_steps(config, state, training.steps_per_epoch, exported)
@@ -105,11 +106,19 @@ def _load(training: Training, folder: Path) -> None:
         for part in training.checkpoint_parts:
             part.load(folder)
     except (RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"the checkpoint {folder} is of another model or optimizer ({first}); "
+            f"the checkpoint {folder} is of another model or optimizer ({one_line(error, 300)}); "
             "restore the old settings, or start again with --overwrite"
         ) from None
+    except Exception as error:  # a file whose checksum is right, but which no version of Halftone has written
+        raise _damaged(folder, cause(error)) from None
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the checkpoint {folder} cannot be loaded ({reason}); choose another one with --resume_from_checkpoint, or "
+        "start again with --overwrite (the old run is kept in another folder)"
+    )
 
 
 def _check_same_data(saved: RunState, training: Training) -> None:

@@ -28,8 +28,9 @@ from training.publishing import hub_resume
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
-from training.run import checkpoint
-from training.run.folder import RunFolder, start_logging
+from training.run import checkpoint, recovery
+from training.run.folder import RunFolder
+from training.run.output import start_logging
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +121,8 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
     if own_folder:
         on_main(accelerator, lambda: restoring.open_run(folder, config, config.resume_from_checkpoint))
     start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
+    if own_folder:
+        on_main(accelerator, lambda: recovery.put_in_order(folder))
     if own_folder and hub_resume.is_on_hub(config.resume_from_checkpoint):
         on_main(accelerator, lambda: hub_resume.fetch(config.resume_from_checkpoint, folder, config, config))
         config.resume_from_checkpoint = "latest"  # the checkpoint is in the run folder now

@@ -12,11 +12,11 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.core.files import write_json
+from training.core.files import WRITING, read_json, write_json
 from training.core.stage import Batch
 from training.engine.cadence import Cadence
 from training.engine.launch import on_main
@@ -27,7 +27,6 @@ from training.engine.signals import Interrupted, StopSignal
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, gather, interrupted_together, validate
-from training.run.checkpoint import WRITING, load_json
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def fit_length(
         Interrupted: on every process, when any of them was asked to stop.
     """
     state, file = training.state, folder.path / SPEED_FILE
-    saved = on_main(accelerator, lambda: load_json(file)["seconds"] if file.is_file() else None)
+    saved = on_main(accelerator, lambda: _saved_speed(file, training))
     speed = Speed(**saved) if saved else measure_speed(training, config, folder, accelerator, stop, started)
     full = state.goal_steps
     state.goal_steps = max(state.step, speed.steps_in(60 * config.max_train_minutes, full, training, config))
@@ -114,6 +113,22 @@ def fit_length(
         write_json(file, plan)
         if state.step < state.goal_steps:
             _say_what_to_expect(plan)
+
+
+def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
+    """Return the seconds in speed.json; None if it does not exist, is damaged, or is of another run."""
+    if not file.is_file():
+        return None
+    saved = (read_json(file) or {}).get("seconds")
+    names = {runner.phase.name for runner in training.runners}
+    if isinstance(saved, dict) and saved.keys() == {field.name for field in fields(Speed)}:
+        phases = saved["phases"]
+        numbers = [value for name, value in saved.items() if name != "phases"]
+        of_this_run = isinstance(phases, dict) and phases.keys() == names
+        if of_this_run and all(isinstance(number, (int, float)) for number in (*numbers, *phases.values())):
+            return saved
+    logger.warning("%s is damaged, so the speed is measured again", file)
+    return None
 
 
 def measure_speed(

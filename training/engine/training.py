@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from training.core.layout import BatchLayout, steps_per_epoch
 from training.core.stage import Stage
@@ -88,6 +89,14 @@ class Training:
         for part in self.checkpoint_parts:
             part.save(folder)
 
+    @torch.no_grad()
+    def diverged_modules(self) -> list[str]:
+        """Return the names of the phases with weights that are not finite, and "the EMA" if its weights are not."""
+        groups = {runner.phase.name: [*runner.phase.state_dict().values()] for runner in self.runners}
+        if self.ema is not None:
+            groups["the EMA"] = [*self.ema.state_dict().values()]
+        return [name for name, tensors in groups.items() if not _all_finite(tensors)]
+
     def checkpoint_bytes(self) -> int:
         """Estimate the size of a checkpoint: phases, EMA weights, and a pipeline with its frozen components."""
         size = sum(runner.checkpoint_bytes() for runner in self.runners)
@@ -121,6 +130,12 @@ class Training:
             "metrics": state.last_validation,
             "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},
         }
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Return whether all values are finite; computed on the device, with a single exchange with it."""
+    finite = [torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()]
+    return not finite or bool(torch.stack(finite).all())
 
 
 class ScalerPart:

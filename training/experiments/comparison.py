@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tools.checkpoint_links import STATE_FILE, follow_links
 from pipelines.tools.grids import PAPER, image_grid
-from training.core.files import write_atomically
+from training.core.files import read_json, write_atomically
 from training.core.previews import save_png
 from training.engine.run_config import RunConfig
 from training.experiments.registry import config_class, stage_class
@@ -85,7 +85,7 @@ def run_metrics(stage: str, folder: RunFolder) -> dict[str, Any]:
     `best_<metric>` and `best_step` refer to the metric by which the stage selects its best checkpoint; all other
     metrics are the latest ones. `images_per_second` is measured over all training steps, without validation and saving.
     """
-    state = _read_json(folder.checkpoints / "latest" / "trainer_state.json")
+    state = _read_json(follow_links(folder.checkpoints / "latest") / STATE_FILE)
     record = _read_json(folder.record_file)
     if not state:
         return {}
@@ -272,7 +272,7 @@ def _pipeline_class(folder: RunFolder) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) or {}
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError
 from training.core.checks import check_multiple
 from training.core.options import Options, option
@@ -97,6 +98,7 @@ def load_text_encoder(name_or_path: str) -> Any:
     """
     import transformers
 
+    name_or_path = follow_links_or_name(name_or_path)
     try:
         kind = transformers.AutoConfig.from_pretrained(name_or_path).model_type
         classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}

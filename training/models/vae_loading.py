@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError, cause
 
 # Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
@@ -23,6 +24,7 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
     Raises:
         UserError: it does not exist, is not a VAE, or has damaged weights.
     """
+    name_or_path = follow_links_or_name(name_or_path)
     config, subfolder = _find_config(name_or_path)
     vae_class = _class_of(config, name_or_path)
     try:

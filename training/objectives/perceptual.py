@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,6 +31,7 @@ class PerceptualLoss(nn.Module):
         from transformers import AutoBackbone, AutoConfig
         from transformers.image_processing_base import ImageProcessingMixin
 
+        name_or_path = follow_links_or_name(name_or_path)
         try:
             # AutoBackbone.from_pretrained always asks the Hub first, even if the name is that of a folder.
             config = AutoConfig.from_pretrained(name_or_path)

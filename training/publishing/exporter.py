@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from training.core.files import replacing_folder
 from training.core.previews import save_png
 from training.core.stage import Stage
 from training.publishing.hub import Publisher
@@ -57,24 +57,20 @@ class Exporter:
 
         Args:
             record: the record of the run, from which the card is made.
+
+        Raises:
+            OSError: the pipeline could not be written; an earlier one is unchanged.
         """
-        temporary = self.folder.path / ".writing-pipeline"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.stage.pipeline().save_pretrained(temporary)
-        record = self._full_record(record)
-        previews = self.stage.previews()
-        if previews is not None:
-            save_png(previews.grid(), temporary / "samples.png")
-            record |= {"samples_file": "samples.png", "prompts": previews.captions}
-        write_model_card(temporary, self.stage.card_template, record)
-        if self.folder.pipeline.exists():
-            old = self.folder.path / ".replaced-pipeline"
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.pipeline.rename(old)
-            temporary.rename(self.folder.pipeline)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(self.folder.pipeline)
+        self.folder.create_again()
+        with replacing_folder(self.folder.pipeline) as temporary:
+            self.stage.pipeline().save_pretrained(temporary)
+            record = self._full_record(record)
+            previews = self.stage.previews()
+            if previews is not None:
+                save_png(previews.grid(), temporary / "samples.png")
+                record |= {"samples_file": "samples.png", "prompts": previews.captions}
+            write_model_card(temporary, self.stage.card_template, record)
+            self.folder.delete_record()
         self.folder.save_record(record)
         logger.info("the pipeline is in %s", self.folder.pipeline)
         if self._publisher is not None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipelines.tools.cli import UserError
 from pipelines.tools.commands import this_command
 from pipelines.tools.credentials import mask_credentials
 from training.core.files import write_atomically
+from training.core.informing import Informing
 from training.core.previews import Previews, save_png
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
@@ -35,6 +38,7 @@ METRICS_IN_BAR = 5
 # Drawing the curves takes half a second or more, which would slow down a run with short epochs.
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
+ROWS_WAIT = "its rows are kept in memory and written later"
 
 
 class Reporter:
@@ -59,8 +63,9 @@ class Reporter:
         self.steps_per_epoch, self.is_main = steps_per_epoch, is_main
         # While the events after the current step (validation, previews, ...) are pending, its row is not written yet.
         last_row = state.step - 1 if state.pending_events else state.step
+        self.informing = Informing()
         if is_main:
-            self.metrics_log = MetricsLog(folder.metrics_file, last_row)
+            self.metrics_log = _open_metrics(folder.metrics_file, last_row)
         self.trackers = start_trackers(
             parse_report_to(config.report_to),
             project=config.tracker_project_name,
@@ -138,20 +143,28 @@ class Reporter:
         row["images_per_second"] = round(self._row_images / max(self._row_seconds, 1e-9), 2)
         self._row_seconds, self._row_images = 0.0, 0
         if self.is_main:
-            self.metrics_log.write(row)
+            with self.informing(self.folder.metrics_file.name, ROWS_WAIT):
+                self.metrics_log.write(row)
             self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
             if validated or epoch_end:
                 self._draw_curves()
                 self._log_summary(epoch, row, validated)
+
+    def settle(self) -> None:
+        """Flush the rows of metrics to the disk, before a checkpoint is written and at the end of a session."""
+        if self.is_main:
+            with self.informing(self.folder.metrics_file.name, ROWS_WAIT):
+                self.metrics_log.settle()
 
     def keep_previews(self, previews: Previews) -> None:
         """Save the preview grid, send it to the trackers, and warn if the generated images have collapsed."""
         from training.metrics.collapse import collapse_warnings
 
         step, spe = self.state.step, self.steps_per_epoch
-        save_png(previews.grid(), self.folder.samples / grid_name(step, spe))
-        if (strip := progress_strip(self.folder.samples, spe, step)) is not None:
-            save_png(strip, self.folder.samples / STRIP)
+        with self.informing("the grid of previews"):
+            save_png(previews.grid(), self.folder.samples / grid_name(step, spe))
+            if (strip := progress_strip(self.folder.samples, spe, step)) is not None:
+                save_png(strip, self.folder.samples / STRIP)
         self.trackers.log_images(previews.images, previews.captions, step)
         if previews.references:
             for warning in collapse_warnings(previews.images, previews.references, previews.captions):
@@ -164,8 +177,10 @@ class Reporter:
             complete: whether the run reached its goal, export included.
         """
         facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
-        report = f"# {self.folder.path.name}\n\n{session_report(*facts)}\n"
-        write_atomically(self.folder.path / REPORT, mask_credentials(report))
+        self.settle()
+        with self.informing(REPORT):
+            report = f"# {self.folder.path.name}\n\n{session_report(*facts)}\n"
+            write_atomically(self.folder.path / REPORT, mask_credentials(report))
         logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
@@ -184,7 +199,8 @@ class Reporter:
         ended = self.state.step >= self.state.goal_steps or self.state.stopped_early
         started = time.perf_counter()
         if ended or started >= self._curves_due:
-            draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+            with self.informing(self.folder.curves_file.name):
+                draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
             now = time.perf_counter()
             self._curves_due = now + max(SECONDS_BETWEEN_CURVES, (now - started) / MOST_TIME_FOR_CURVES)
 
@@ -196,3 +212,12 @@ class Reporter:
         parts += [f"{name} {value:.4g}" for name, value in validated.items()]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
         self._last_line = time.perf_counter()
+
+
+def _open_metrics(path: Path, last_row: int) -> MetricsLog:
+    try:
+        return MetricsLog(path, last_row)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); free space on its disk, or make it writable"
+        ) from None

@@ -5,10 +5,11 @@ Older checkpoints are deleted only after that.
 checkpoints/step-00001000/
     manifest.json               names, sizes and SHA-256 of every other file
     trainer_state.json          step, running sums, best value, …
+    config.yaml                 the settings of the run, in case its own config.yaml is lost
     phase_<name>.safetensors    weights          optimizer_<name>.safetensors + .json
     ema.safetensors             EMA weights      scaler.json   the gradient scaler of fp16
     pipeline/                   the public pipeline, with the EMA weights
-checkpoints/latest, best        links
+checkpoints/latest, best        links, or files that contain the name of a checkpoint
 """
 
 from __future__ import annotations
@@ -18,24 +19,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
+from pipelines.tools.checkpoint_links import MANIFEST, STATE_FILE, follow_links, linked_checkpoint, steps_in
 from pipelines.tools.cli import UserError
-from training.core.files import fsync_folder, write_json
+from training.core.files import WRITING, fsync_folder, read_json, replacing_folder, write_atomically, write_json
 from training.core.options import Options, option
 
 logger = logging.getLogger("halftone")
 
-MANIFEST = "manifest.json"
-WRITING = ".writing-"
-REPLACED = ".replaced-"
 DELETING = ".deleting-"
-LINKING = ".tmp"
 
 
 @dataclass
@@ -51,7 +49,7 @@ class CheckpointConfig(Options):
 
 
 class DamagedCheckpoint(Exception):
-    """Raised for a checkpoint whose files do not match its manifest."""
+    """Raised for a checkpoint whose files do not match its manifest, or have other contents than a checkpoint has."""
 
 
 def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path], None]) -> Path:
@@ -63,72 +61,83 @@ def write_checkpoint(checkpoints: Path, step: int, write_files: Callable[[Path],
     Raises:
         OSError: the checkpoint could not be written, e.g. because the disk is full; existing checkpoints are unchanged.
     """
-    from safetensors import SafetensorError
-
-    final = checkpoints / f"step-{step:08d}"
-    temporary = checkpoints / f"{WRITING}{final.name}"
-    clear_leftovers(checkpoints)
-    temporary.mkdir()
-    try:
+    final = checkpoint_of_step(checkpoints, step)
+    with replacing_folder(final) as temporary:
         write_files(temporary)
         _seal(temporary)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(str(error)) from error
-        raise
-    if final.exists():
-        replaced = checkpoints / f"{REPLACED}{final.name}"
-        final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(final)
-    fsync_folder(checkpoints)
-    link(checkpoints, "latest", final)
+    try:
+        link(checkpoints, "latest", final)
+    except OSError:
+        if steps_in(checkpoints)[0] != final:
+            raise
+        (checkpoints / "latest").unlink(missing_ok=True)  # without a link, the newest checkpoint is the latest
     return final
 
 
-def clear_leftovers(checkpoints: Path) -> None:
-    """Clean up after a killed process: delete what it was writing or deleting, and restore what it was replacing."""
-    for replaced in checkpoints.glob(f"{REPLACED}*"):
-        original = checkpoints / replaced.name.removeprefix(REPLACED)
-        if not original.exists():
-            replaced.rename(original)
-    for prefix in (WRITING, REPLACED, DELETING):
-        for leftover in checkpoints.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for unlinked in checkpoints.glob(f".*{LINKING}*"):
-        unlinked.unlink()
-
-
-def link(checkpoints: Path, name: str, target: Path) -> None:
-    """Make `latest` or `best` a link to a checkpoint, atomically."""
-    temporary = checkpoints / f".{name}{LINKING}{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, checkpoints / name)
+def checkpoint_of_step(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def up_to_latest(checkpoints: Path) -> list[Path]:
-    """Return the checkpoint folders up to `latest`, newest first."""
-    return list(_up_to_latest(checkpoints))
+def link(checkpoints: Path, name: str, target: Path) -> None:
+    """Make `latest` or `best` lead to a checkpoint, atomically.
+
+    A folder of this name, which a program that copied the run has made of the link, is renamed.
+    """
+    place = checkpoints / name
+    if place.is_dir() and not place.is_symlink():
+        set_aside(place)
+    temporary = checkpoints / f"{WRITING}{os.getpid()}-{name}"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target.name)
+        os.replace(temporary, place)
+    except (OSError, NotImplementedError, AttributeError):  # no symbolic links here: exFAT, SMB, Windows
+        temporary.unlink(missing_ok=True)
+        write_name(place, target)
+    else:
+        fsync_folder(checkpoints)
+
+
+def write_name(place: Path, target: Path) -> None:
+    """Write what `latest` or `best` is without symbolic links: a file that contains the name of the checkpoint."""
+    write_atomically(place, f"{target.name}\n")
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder in `checkpoints/` that is in the way, and return its new path."""
+    number = 1
+    while os.path.lexists(folder.with_name(f"{folder.name}.old-{number}")):
+        number += 1
+    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
 def newest(checkpoints: Path) -> Path | None:
     """Return the checkpoint `latest`, or else the one with the highest step; None if there is none."""
-    return next(iter(_up_to_latest(checkpoints)), None)
+    return next(iter(up_to_latest(checkpoints)), None)
 
 
 def relink_best(checkpoints: Path, step: int) -> None:
     """Link `best` to the checkpoint of `step` if it exists: a process may be killed between writing and linking it."""
-    folder = checkpoints / f"step-{step:08d}"
-    if folder.is_dir() and (checkpoints / "best").resolve() != folder.resolve():
+    folder = checkpoint_of_step(checkpoints, step)
+    if folder.is_dir() and linked_checkpoint(checkpoints, "best") != folder:
         link(checkpoints, "best", folder)
+
+
+def step_back(checkpoints: Path, step: int) -> Path | None:
+    """If `latest` is of `step` or a later one, link it to the newest earlier checkpoint and return that.
+
+    Returns None if `latest` is earlier already, or there is no earlier checkpoint.
+    """
+    latest = linked_checkpoint(checkpoints, "latest")
+    earlier = [folder for folder in up_to_latest(checkpoints) if step_of(folder) < step]
+    if latest is None or not earlier or latest == earlier[0]:
+        return None
+    link(checkpoints, "latest", earlier[0])
+    return earlier[0]
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -136,30 +145,54 @@ def prune(checkpoints: Path, keep: int) -> None:
 
     Checkpoints of later steps than `latest` are left over from before the run returned to an older checkpoint.
     """
-    best = (checkpoints / "best").resolve()
-    kept = list(_up_to_latest(checkpoints))[:keep]
-    for folder in list(_by_step(checkpoints)):
-        if folder not in kept and folder.resolve() != best:
-            # Renamed first, so that a process killed while deleting does not leave an incomplete checkpoint.
-            deleting = checkpoints / f"{DELETING}{folder.name}"
-            folder.rename(deleting)
-            shutil.rmtree(deleting, ignore_errors=True)
+    best = linked_checkpoint(checkpoints, "best")
+    kept = up_to_latest(checkpoints)[:keep]
+    for folder in steps_in(checkpoints):
+        if folder not in kept and folder != best:
+            delete(folder)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder in `checkpoints/`, which is renamed first: a killed process leaves no incomplete checkpoint."""
+    deleting = folder.with_name(f"{DELETING}{folder.name}")
+    shutil.rmtree(deleting, ignore_errors=True)
+    folder.rename(deleting)
+    shutil.rmtree(deleting, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
     """Raise DamagedCheckpoint with the reason unless every file exists with the size and SHA-256 of the manifest."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"its {MANIFEST} cannot be read ({error})") from None
-    for name, expected in files.items():
+    for name, (size, sha256) in _listed_files(folder).items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
-        if path.stat().st_size != expected["size"]:
-            raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
-            raise DamagedCheckpoint(f"the contents of {name} changed after it was written")
+        try:
+            if path.stat().st_size != size:
+                raise DamagedCheckpoint(f"{name} has {path.stat().st_size} bytes instead of {size}")
+            if _sha256(path) != sha256:
+                raise DamagedCheckpoint(f"the contents of {name} changed after it was written")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+
+
+def _listed_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 by path of each file in the manifest. Paths have forward slashes on every system."""
+    files = (read_json(folder / MANIFEST) or {}).get("files")
+    if not isinstance(files, dict) or not files:
+        raise DamagedCheckpoint(f"its {MANIFEST} is missing, damaged or empty")
+    listed = {}
+    for name, entry in files.items():
+        path = PurePosixPath(name.replace("\\", "/"))  # earlier versions wrote backslashes on Windows
+        if path.is_absolute() or ".." in path.parts or ":" in name:
+            raise DamagedCheckpoint(f"its {MANIFEST} lists {name!r}, which is outside the checkpoint")
+        match entry:
+            case {"size": int(size), "sha256": str(sha256)}:
+                listed[str(path)] = (size, sha256)
+            case _:
+                raise DamagedCheckpoint(f"its {MANIFEST} has no size and SHA-256 of {name!r}")
+    if STATE_FILE not in listed:
+        raise DamagedCheckpoint(f"its {MANIFEST} does not list {STATE_FILE}")
+    return listed
 
 
 def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
@@ -172,14 +205,13 @@ def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
     Raises:
         UserError: `best` or the path is missing or damaged, or all checkpoints are damaged.
     """
-    clear_leftovers(checkpoints)
     if name == "latest":
         return _newest_undamaged(checkpoints)
-    folder = checkpoints / "best" if name == "best" else Path(name)
-    if not folder.is_dir():
-        existing = ", ".join(f.name for f in _by_step(checkpoints)) or "none"
+    folder = linked_checkpoint(checkpoints, "best") if name == "best" else follow_links(name)
+    if folder is None or not folder.is_dir():
+        existing = ", ".join(f.name for f in steps_in(checkpoints)) or "none"
         raise UserError(
-            f"--resume_from_checkpoint {name}: {folder} does not exist; "
+            f"--resume_from_checkpoint {name}: {folder or checkpoints / name} does not exist; "
             f"choose another checkpoint (in this run: {existing})"
         )
     try:
@@ -192,9 +224,17 @@ def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
     return folder.resolve()
 
 
+def is_undamaged(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
 def _newest_undamaged(checkpoints: Path) -> Path | None:
     damaged = []
-    for folder in _up_to_latest(checkpoints):
+    for folder in up_to_latest(checkpoints):
         try:
             verify(folder)
         except DamagedCheckpoint as damage:
@@ -237,33 +277,23 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(owned, path)
 
 
-def _by_step(checkpoints: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders, newest first, by the step in the name."""
-    folders = [f for f in checkpoints.glob("step-*") if f.name.removeprefix("step-").isdigit()]
-    yield from sorted(folders, key=lambda f: int(f.name.removeprefix("step-")), reverse=True)
-
-
-def _up_to_latest(checkpoints: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders up to `latest`, newest first.
+def up_to_latest(checkpoints: Path) -> list[Path]:
+    """Return the checkpoint folders up to `latest`, newest first.
 
     Checkpoints of later steps are left over from before the run returned to an older checkpoint.
     """
-    latest = (checkpoints / "latest").resolve()
-    folders = list(_by_step(checkpoints))
-    names = [folder.name for folder in folders]
-    yield from folders[names.index(latest.name) if latest.name in names else 0 :]
+    latest, folders = linked_checkpoint(checkpoints, "latest"), steps_in(checkpoints)
+    return folders[folders.index(latest) if latest in folders else 0 :]
 
 
 def _seal(folder: Path) -> None:
-    """Flush all files to the disk and write the manifest."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    """Write the manifest."""
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_json(folder / MANIFEST, {"files": files})
-    for sub in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        fsync_folder(sub)
 
 
 def _sha256(path: Path) -> str:

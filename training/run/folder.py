@@ -1,29 +1,30 @@
-"""The folder of one run: paths, lock, saved config and log."""
+"""The folder of one run: paths, lock and saved config."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from pipelines.tools.checkpoint_links import steps_in
 from pipelines.tools.cli import UserError
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
-from training.core.files import write_atomically
+from training.core.files import fsync_folder, read_json, write_atomically
+from training.core.locks import FolderLock
 from training.core.options import Options, option
 
-try:
-    import fcntl
-except ImportError:  # Windows lacks these locks, so the check for a second process is skipped there
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger("halftone")
+
+CONFIG_FILE = "config.yaml"
+# Whether a pipeline is complete is decided by its weights, since a user may edit the model card and other texts.
+_WEIGHTS = ".safetensors"
 
 
 @dataclass
@@ -42,9 +43,9 @@ class RunFolder:
     """runs/<name>: config.yaml metrics.csv training_curves.png run.log samples/ checkpoints/ pipeline/."""
 
     def __init__(self, path: str | Path, name: str = ""):
-        self.path = Path(path)
-        self.name = name or self.path.name
-        self.config_file = self.path / "config.yaml"
+        self.path = Path(os.path.expanduser(path))
+        self.name = name or Path(os.path.abspath(self.path)).name
+        self.config_file = self.path / CONFIG_FILE
         self.metrics_file = self.path / "metrics.csv"
         self.curves_file = self.path / "training_curves.png"
         self.log_file = self.path / "run.log"
@@ -52,57 +53,74 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.pipeline = self.path / "pipeline"
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(
+            self.path / ".lock",
+            f"another process is training in {self.path}; wait for it, or choose another --output_dir",
+        )
+        self._config_text = ""
 
     def create(self) -> None:
         """Create and lock the folder. Raises UserError if it cannot be written, or another process has the lock."""
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until `release`
+            self._lock.acquire()
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
             ) from None
-        self._take(self._lock)
+
+    def create_again(self) -> None:
+        """Create the folder again if it was deleted while the run is using it.
+
+        Raises:
+            OSError, UserError: it cannot be created.
+        """
+        if self.checkpoints.is_dir() and (self.config_file.is_file() or not self._config_text):
+            return
+        self.release()
+        self.create()
+        logger.warning("%s was deleted during the run; it is created again, and the run is saved there", self.path)
+        if self._config_text:
+            write_atomically(self.config_file, self._config_text)
 
     def check_unused(self) -> None:
         """Raise UserError if another process has the folder's lock."""
-        lock = self.path / ".lock"
-        if lock.is_file():
-            with lock.open(encoding="utf-8") as file:
-                self._take(file)
-
-    def _take(self, lock: IO[str]) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another process is training in {self.path}; wait for it, or choose another --output_dir"
-            ) from None
+        if self._lock.file.is_file():
+            with self._lock:
+                pass
 
     def release(self) -> None:
         """Release the folder's lock."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def has_checkpoint(self) -> bool:
         """Return whether this run folder has a checkpoint to resume from."""
-        return any(self.checkpoints.glob("step-*"))
+        return bool(steps_in(self.checkpoints))
 
     def is_exported(self, step: int) -> bool:
-        """Return whether the exported pipeline is that of `step`."""
-        if not (self.pipeline / "model_index.json").is_file() or not self.record_file.is_file():
+        """Return whether the exported pipeline is that of `step`, and complete."""
+        record, index = read_json(self.record_file), read_json(self.pipeline / "model_index.json")
+        if record is None or index is None or record.get("steps") != step:
             return False
-        return json.loads(self.record_file.read_text(encoding="utf-8")).get("steps") == step
+        weights = record.get("pipeline_weights", {})  # absent in the records of earlier versions
+        return weights == self._pipeline_weights() if weights else True
+
+    def _pipeline_weights(self) -> dict[str, int]:
+        """Return the sizes in bytes of the weights in the exported pipeline, by path."""
+        files = sorted(self.pipeline.rglob(f"*{_WEIGHTS}"))
+        return {file.relative_to(self.pipeline).as_posix(): file.stat().st_size for file in files}
 
     def set_aside(self) -> Path | None:
-        """Rename the folder of an old run and return its new path; None if there is nothing in the folder."""
+        """Rename the folder of an old run and return its new path; None if there is nothing in the folder.
+
+        Raises:
+            UserError: the folder contains something other than a run, another process is using it, it is a folder that
+                must not be renamed (the home or current folder, or one that contains it), or it cannot be renamed.
+        """
         if not self.path.exists() or not any(self.path.iterdir()):
             return None
+        self._check_may_be_renamed()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         target = self.path.with_name(f"{self.path.name}.old-{stamp}")
         number = 1
@@ -110,62 +128,94 @@ class RunFolder:
             number += 1
             target = self.path.with_name(f"{self.path.name}.old-{stamp}-{number}")
         try:
-            self.path.rename(target)
+            with self._lock:
+                self.path.rename(target)
         except OSError as error:
             raise UserError(f"{self.path} cannot be renamed to {target} ({error.strerror}); move it by hand") from None
         return target
 
+    def _check_may_be_renamed(self) -> None:
+        own, fix = Path(os.path.realpath(self.path)), "choose another --output_dir"
+        for name, used in (("the current folder", os.getcwd()), ("your home folder", os.path.expanduser("~"))):
+            if Path(os.path.realpath(used)).is_relative_to(own):
+                raise UserError(f"--overwrite would rename {self.path}, which is or contains {name}; {fix}")
+        if os.path.ismount(own):
+            raise UserError(f"--overwrite would rename {self.path}, which is the root of a file system; {fix}")
+        if not self.is_run():
+            raise UserError(
+                f"--output_dir {self.path} is not empty and does not contain a run, so --overwrite does not rename it; "
+                f"{fix}"
+            )
+
+    def is_run(self) -> bool:
+        """Return whether the folder contains a run: its config, a checkpoint, or what `create` makes."""
+        made_by_create = self.samples.is_dir() and self.checkpoints.is_dir() and self._lock.file.is_file()
+        config = _read_config(self.config_file)
+        return made_by_create or self.has_checkpoint() or (config is not None and "output_dir" in config)
+
     def saved_config(self) -> dict[str, Any] | None:
-        """Return the config that the run was started with, without a token from old versions; None if not saved."""
-        if not self.config_file.is_file():
+        """Return the config that the run was started with, without a token from old versions; None if not saved.
+
+        What is missing in config.yaml is taken from the copy in the newest checkpoint.
+
+        Raises:
+            UserError: config.yaml is damaged, and no checkpoint has a copy of it.
+        """
+        config = _read_config(self.config_file)
+        copies = (_read_config(folder / CONFIG_FILE) for folder in steps_in(self.checkpoints))
+        copy = next((copy for copy in copies if copy is not None), None)
+        if config is None and copy is None:
+            if self.config_file.is_file() and self.has_checkpoint():
+                raise UserError(
+                    f"{self.config_file} is damaged, so the settings of the run are not known; restore it from a "
+                    "backup, or delete it to resume without comparing the settings"
+                )
             return None
-        config = yaml.safe_load(read_text(self.config_file))
-        if isinstance(config, dict):
-            config.pop("hub_token", None)
+        if copy is not None and (missing := copy.keys() - (config or {}).keys()):
+            logger.warning(
+                "%s is missing or damaged; %d settings are taken from the newest checkpoint",
+                self.config_file,
+                len(missing),
+            )
+        config = {**(copy or {}), **(config or {})}
+        config.pop("hub_token", None)
         return config
 
     def save_config(self, config: dict[str, Any]) -> None:
-        """Write config.yaml, with access tokens masked."""
-        text = yaml.safe_dump(mask_credentials(config), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config_file, text)
+        """Write config.yaml, with access tokens masked. Raises UserError if it cannot be written."""
+        self._config_text = yaml.safe_dump(mask_credentials(config), sort_keys=False, allow_unicode=True)
+        try:
+            if not self.config_file.is_file() or self.config_file.read_bytes() != self._config_text.encode("utf-8"):
+                write_atomically(self.config_file, self._config_text)
+        except OSError as error:
+            raise UserError(
+                f"{self.config_file} cannot be written ({error.strerror}); free space on its disk, or make it writable"
+            ) from None
+
+    def copy_config(self, checkpoint: Path) -> None:
+        """Write the config of this session into the folder of a checkpoint."""
+        if self._config_text:
+            (checkpoint / CONFIG_FILE).write_text(self._config_text, encoding="utf-8", newline="\n")
+
+    def delete_record(self) -> None:
+        """Delete record.json before the pipeline that it describes is replaced, so that the two never disagree."""
+        if self.record_file.is_file():
+            self.record_file.unlink()
+            fsync_folder(self.path)
 
     def save_record(self, record: dict[str, Any]) -> None:
-        """Write record.json: the metrics and settings of the run, for the model card and for users."""
-        text = json.dumps(record, indent=2, default=str)
+        """Write record.json: the metrics and settings of the run, for the model card and for users.
+
+        It also marks the pipeline as exported.
+        """
+        text = json.dumps(record | {"pipeline_weights": self._pipeline_weights()}, indent=2, default=str)
         write_atomically(self.record_file, mask_credentials(text) + "\n")
 
 
-def start_logging(log_file: Path | None) -> None:
-    """Send log messages to the terminal and to `log_file`, with their time; without a file, only errors are shown.
-
-    Access tokens are masked in both.
-    """
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    terminal = _TerminalHandler()
-    terminal.setLevel(logging.INFO if log_file else logging.ERROR)
-    logger.addHandler(terminal)
-    if log_file:
-        to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(to_file)
-
-
-class _MaskingFormatter(logging.Formatter):
-    """Masks access tokens, also those in the text of a traceback."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return mask_credentials(super().format(record))
-
-
-class _TerminalHandler(logging.Handler):
-    """Prints messages without breaking the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(mask_credentials(prefix + record.getMessage()))
-        sys.stdout.flush()  # so that messages reach a file or a pipe at once
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """Return the settings in a config.yaml; None if it does not exist, is damaged, or contains something else."""
+    try:
+        config = yaml.safe_load(read_text(path))
+    except (OSError, UserError, yaml.YAMLError, RecursionError, ValueError):
+        return None
+    return config if isinstance(config, dict) and config else None

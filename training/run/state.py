@@ -8,11 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.checkpoint_links import STATE_FILE
+from pipelines.tools.cli import one_line
+from training.core.files import read_json
 from training.core.options import Options, option
-from training.run.checkpoint import load_json, save_json
+from training.run.checkpoint import DamagedCheckpoint, save_json
 from training.run.metrics_log import EpochLoss, RunningMeans
 
-STATE_FILE = "trainer_state.json"
+# Types of the values in trainer_state.json, by the annotation of the field.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "float | None": (int, float, type(None)),
+    "str | None": (str, type(None)),
+    "dict[str, float]": (dict,),
+}
+
+_METRICS = ("last_validation", "best_validation")
 
 
 @dataclass
@@ -78,8 +91,16 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """Return the state in the folder of a checkpoint."""
-        return cls.from_json(load_json(folder / STATE_FILE))
+        """Return the state in the folder of a checkpoint. Raises DamagedCheckpoint if it is damaged."""
+        values = read_json(folder / STATE_FILE)
+        if values is None:
+            raise DamagedCheckpoint(f"its {STATE_FILE} is missing or damaged")
+        try:
+            return cls.from_json(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpoint(
+                f"its {STATE_FILE} has other contents than that of a run ({one_line(error, 200)})"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -90,12 +111,27 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
+        """Return the state that `to_json` describes. Raises KeyError, TypeError, ValueError or AttributeError."""
+        for f in dataclasses.fields(cls):
+            types = _TYPES.get(str(f.type), (object,))
+            if f.name in values and (not isinstance(values[f.name], types) or _is_other_number(values[f.name], types)):
+                raise TypeError(f"{f.name} is {values[f.name]!r}")
+        sums = [number for pair in values["means"].values() for number in pair]
+        metrics = [number for name in _METRICS for number in values.get(name, {}).values()]
+        for number in (*sums, *values["epoch_loss"].values(), *metrics):
+            if not isinstance(number, (int, float)):
+                raise TypeError(f"{number!r} is not a number")
         known = {f.name for f in dataclasses.fields(cls)}
         state = cls(**{name: value for name, value in values.items() if name in known})
         state.means = RunningMeans(values["means"])
         state.epoch_loss = EpochLoss(values["epoch_loss"])
         state.epochs = [EpochSummary(**epoch) for epoch in values["epochs"]]
         return state
+
+    @property
+    def is_diverging(self) -> bool:
+        """Whether the last steps were skipped, as their loss or gradient was not finite."""
+        return self.skipped_in_a_row > 0
 
     def step_done(self, images: int) -> None:
         """Count a step; the events after it are now pending."""
@@ -135,3 +171,8 @@ class RunState:
     def is_over(self) -> bool:
         """Whether training is finished, by reaching the goal or by early stopping."""
         return self.step >= self.goal_steps or self.stopped_early
+
+
+def _is_other_number(value: Any, types: tuple[type, ...]) -> bool:
+    """Return whether `value` is a truth value where a number is expected, or a negative count."""
+    return (isinstance(value, bool) and bool not in types) or (types == (int,) and value < 0)
