@@ -71,15 +71,16 @@ def hub_config(options: argparse.Namespace, folder: RunFolder) -> HubConfig:
 
 def push(folder: RunFolder, config: HubConfig, stop: StopSignal) -> int:
     """Upload what is missing and return the exit status. Raises UserError if there is nothing to upload yet."""
-    publisher = Publisher(config, folder=folder, notify=logger.info, poll=stop.check)
+    publisher = Publisher(config, folder=folder, notify=logger.info)
     if not publisher.has_content:
         raise UserError(
             f"the run in {folder.path} is not complete, and --hub_strategy end uploads only the final pipeline; run "
             "its training command again, or choose --hub_strategy every_save or checkpoint"
         )
     try:
-        publisher.check()
-        return publisher.push()
+        with stop.at_once():
+            publisher.check()
+            return publisher.push()
     except Interrupted:
         logger.info("the upload was stopped; run the same command again to complete it")
         assert stop.requested is not None

@@ -220,7 +220,7 @@ def _exit(status: int) -> NoReturn:
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
     _flush_output()
     if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        gc.freeze()  # otherwise Python searches all that torch and Diffusers made for garbage, for 1.5 seconds
+        gc.freeze()  # or else Python searches all that torch and Diffusers made for garbage, for more than a second
         sys.exit(status)
     logging.shutdown()
     _flush_output()

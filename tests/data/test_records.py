@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from training.core.polling import polled
 
 from pipelines.tools.cli import UserError
-from training.core.polling import polled
 from training.data import source as data_source
 from training.data.checks import require_clean
 from training.data.fingerprints import dataset_fingerprint

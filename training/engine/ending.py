@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
 from pipelines.tools.cli import UserError
-from training.engine.launch import on_main
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
@@ -46,21 +45,16 @@ def log_complete(training: Training, folder: RunFolder) -> None:
     )
 
 
-def push_missing(config: RunConfig, folder: RunFolder, accelerator: Accelerator, stop: StopSignal) -> int:
-    """Upload what of a complete run should be on the Hub and is not; return the exit status on every process.
+def push_missing(config: RunConfig, folder: RunFolder) -> int:
+    """Upload what of a complete run should be on the Hub and is not; called on the main process only.
+
+    Returns:
+        The exit status.
 
     Raises:
         UserError: the token or the repository cannot be used, or the Hub cannot be reached.
     """
-
-    def push() -> int:
-        try:
-            return Publisher(config, folder=folder, notify=logger.info, poll=stop.check).push()
-        except Interrupted:
-            logger.info("the upload was stopped; run the same command again to complete it")
-            return stop.exit_status(stop.requested or signal.SIGTERM)
-
-    return on_main(accelerator, push) if config.push_to_hub else 0
+    return Publisher(config, folder=folder, notify=logger.info).push() if config.push_to_hub else 0
 
 
 def finish(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
 from training.engine.training import Training
-from training.publishing import hub_resume
 from training.run import checkpoint
 from training.run.checkpoint import DamagedCheckpoint
 from training.run.folder import RunFolder, RunFolderConfig
@@ -64,17 +62,6 @@ def compare_configs(folder: RunFolder, config: RunConfig) -> None:
         logger.warning("resuming with changed settings: %s", "; ".join(changes["warn"]))
 
 
-def fetch_checkpoint(folder: RunFolder, config: RunConfig, poll: Callable[[], None]) -> None:
-    """Download the checkpoint if `--resume_from_checkpoint` names one on the Hub; called on the main process only.
-
-    Raises:
-        UserError: there is no such checkpoint, it is damaged or of another run, or the Hub cannot be reached.
-        Interrupted: the process was asked to stop.
-    """
-    if not (config.dry_run or config.validate_model) and hub_resume.is_on_hub(config.resume_from_checkpoint):
-        hub_resume.fetch(config.resume_from_checkpoint, folder, config, config, poll)
-
-
 def _recorded_inputs(folder: RunFolder, name: str) -> dict[str, str]:
     """Return the fingerprints of the inputs in the checkpoint `name`; none in checkpoints of earlier versions."""
     source = None if name == "none" else checkpoint.find_checkpoint(folder.checkpoints, name)
@@ -120,8 +107,6 @@ def _agreed_checkpoint(name: str, folder: RunFolder, accelerator: Accelerator) -
     """Find the checkpoint for `--resume_from_checkpoint` on the main process, and return it on every process."""
     if name == "none":
         return None
-    if hub_resume.is_on_hub(name):  # it is in the run folder now
-        name = "latest"
     path = on_main(accelerator, lambda: checkpoint.find_checkpoint(folder.checkpoints, name))
     return None if path is None else Path(path)
 

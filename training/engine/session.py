@@ -24,6 +24,7 @@ from training.engine.speed import fit_length
 from training.engine.training import Training
 from training.engine.validation import evaluating, print_metrics, validate
 from training.engine.weights import freeze_parameters, load_initial_weights
+from training.publishing import hub_resume
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
@@ -92,7 +93,6 @@ def _session(
         on_main(accelerator, lambda: make_missing(config.recipes(), lambda: stop.requested))
     # Nothing here needs to be saved, although it may take long (data, compilation, a Hub or a tracker that is silent).
     with stop.at_once():
-        on_main(accelerator, lambda: restoring.fetch_checkpoint(folder, config, stop.check))
         resuming = folder.has_checkpoint()
         context = StageContext(accelerator.device, resuming=resuming, trains=config.trains, poll=stop.check)
         stage = build_stage(config, context)
@@ -110,8 +110,8 @@ def _session(
         if on_main(accelerator, lambda: ending.is_complete(training, folder)):
             if accelerator.is_main_process:
                 ending.log_complete(training, folder)
-            return ending.push_missing(config, folder, accelerator, stop)
-        prepared = _prepare(training, config, accelerator, folder, stop, resumed)
+            return on_main(accelerator, lambda: ending.push_missing(config, folder))
+        prepared = _prepare(training, config, accelerator, folder, resumed)
     return _train(training, config, accelerator, folder, stop, prepared)
 
 
@@ -123,18 +123,19 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
     start_logging(folder.log_file if accelerator.is_main_process and own_folder else None)
     if own_folder:
         on_main(accelerator, lambda: recovery.put_in_order(folder))
+    if own_folder and hub_resume.is_on_hub(config.resume_from_checkpoint):
+        on_main(accelerator, lambda: hub_resume.fetch(config.resume_from_checkpoint, folder, config, config))
+        config.resume_from_checkpoint = "latest"  # the checkpoint is in the run folder now
     if not config.validate_model:
         on_main(accelerator, lambda: restoring.compare_configs(folder, config))
 
 
 def _prepare(
-    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, stop: StopSignal, resumed: str
+    training: Training, config: RunConfig, accelerator: Accelerator, folder: RunFolder, resumed: str
 ) -> tuple[Exporter, Reporter]:
     """Make what a restored run reports and exports with; check the disk and the Hub before that."""
     is_main = accelerator.is_main_process
-    publisher = None
-    if config.push_to_hub and is_main:
-        publisher = Publisher(config, folder=folder, notify=logger.info, poll=stop.check)
+    publisher = Publisher(config, folder=folder, notify=logger.info) if config.push_to_hub and is_main else None
     on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
     settings = config.to_dict()
     exporter = Exporter(training.stage, settings, folder, publisher)

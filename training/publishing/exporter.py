@@ -45,7 +45,7 @@ class Exporter:
     def close(self) -> None:
         """Wait a short time for unfinished uploads; called when a run was asked to stop."""
         if self._publisher is not None:
-            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS, stoppable=False)
+            self._publisher.finish(timeout=UPLOAD_GRACE_SECONDS)
 
     @property
     def status(self) -> int:

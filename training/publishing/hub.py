@@ -20,7 +20,7 @@ from pipelines.tools.commands import command
 from training.core.options import Options, option
 from training.publishing import content as hub_content
 from training.publishing.content import HUB_STRATEGIES, Content
-from training.publishing.hub_account import HubAccount, Poll, read_token, unless_stopped
+from training.publishing.hub_account import HubAccount, answer, read_token
 from training.publishing.public import clean
 from training.publishing.upload_queue import LARGEST_TEXT, TEXT_SUFFIXES, Notify, Upload, UploadQueue
 from training.publishing.upload_record import UploadRecord
@@ -72,7 +72,6 @@ class Publisher:
         folder: the run folder.
         notify: function that shows a line to the user.
         retry_delays: seconds to wait before each further attempt at a failed upload.
-        poll: called while this waits for the Hub; raises an exception if the process was asked to stop.
     """
 
     def __init__(
@@ -82,17 +81,14 @@ class Publisher:
         folder: RunFolder,
         notify: Notify = tqdm.write,
         retry_delays: Sequence[float] = RETRY_DELAYS,
-        poll: Poll = lambda: None,
     ):
         self.model_id = config.hub_model_id or Path(os.path.abspath(folder.path)).name
         self.folder, self.strategy = folder, config.hub_strategy
         self.account = HubAccount(config.hub_token_file)
         self.report = PublishReport()
-        self._private, self._notify, self._poll = config.hub_private_repo, notify, poll
+        self._private, self._notify = config.hub_private_repo, notify
         self._record = UploadRecord(folder.path)
-        self._queue = UploadQueue(
-            folder.path, self._send, is_secret=self._is_token, notify=notify, retry_delays=retry_delays
-        )
+        self._queue = UploadQueue(folder.path, self._send, notify=notify, retry_delays=retry_delays)
         self._shown = PublishReport()
         self._stopped = False
 
@@ -110,12 +106,9 @@ class Publisher:
 
         Raises:
             UserError: if one of these conditions does not hold; the message says how to fix it.
-            Exception: what `poll` raises.
         """
         try:
-            self.model_id, existed = unless_stopped(
-                lambda: self.account.make_repository(self.model_id, self._private), self._poll
-            )
+            self.model_id, existed = answer(lambda: self.account.make_repository(self.model_id, self._private))
         except TimeoutError as error:
             raise self.account.unreachable(error) from None
         if not existed:
@@ -130,7 +123,6 @@ class Publisher:
 
         Raises:
             UserError: see `check`.
-            Exception: what `poll` raises.
         """
         if not self.is_behind():
             self._notify(f"everything is already uploaded to {self.url}")
@@ -183,18 +175,17 @@ class Publisher:
             self._guarded(lambda: self._add(hub_content.pipeline_of_checkpoint(saved)), saved)
             self._guarded(lambda: self._add(hub_content.checkpoint_contents(self.folder, saved, self.strategy)), saved)
 
-    def finish(self, timeout: float | None = FINISH_SECONDS, *, stoppable: bool = True) -> PublishReport:
+    def finish(self, timeout: float | None = FINISH_SECONDS) -> PublishReport:
         """Wait up to `timeout` seconds for queued uploads; report what is on the Hub and how to upload the rest.
 
-        Raises:
-            Exception: what `poll` raises, if `stoppable`.
+        If a signal interrupts the waiting, later calls do not wait.
         """
         if self._queue.is_busy and not self._stopped:
             self._notify(f"Finishing the upload to {self.url} ...")
         try:
-            self._queue.wait(0.0 if self._stopped else timeout, self._poll if stoppable else lambda: None)
+            self._queue.wait(0.0 if self._stopped else timeout)
         except BaseException:
-            self._stopped = True  # the user does not want to wait
+            self._stopped = True
             raise
         outcome = self._queue.outcome
         self.report = PublishReport(
@@ -240,9 +231,6 @@ class Publisher:
             self._queue.add_leftover(Upload(path, original, f"{name}: checkpoint", fingerprint, snapshot))
         else:
             self._queue.discard(snapshot)
-
-    def _is_token(self, text: str) -> bool:
-        return self.account.token is not None and self.account.token in text
 
     def _send(self, upload: Upload) -> None:
         """Upload a snapshot in one commit, and note it in the record; runs on the background thread."""

@@ -15,7 +15,6 @@ from pipelines.tools.cli import UserError, cause, one_line
 from pipelines.tools.credentials import remember_credential
 
 T = TypeVar("T")
-Poll = Callable[[], None]
 
 MOST_TOKEN_BYTES = 10_000  # a larger file was named by mistake
 CHECK_SECONDS = 60.0  # after this time without an answer, the Hub counts as unreachable
@@ -166,11 +165,10 @@ def check_name(model_id: str) -> None:
         raise UserError(f"--hub_model_id {model_id}: {one_line(error, 300)}") from None
 
 
-def unless_stopped(call: Callable[[], T], poll: Poll, seconds: float = CHECK_SECONDS) -> T:
+def answer(call: Callable[[], T], seconds: float = CHECK_SECONDS) -> T:
     """Return the result of `call`, which waits for the Hub, or raise what it raises.
 
-    The call runs on a thread that does not outlive the process. If `poll`, which is called meanwhile, raises because
-    the process was asked to stop, the call is abandoned.
+    The call runs on a thread that does not outlive the process, and this thread can be interrupted by a signal.
 
     Raises:
         TimeoutError: `call` takes longer than `seconds`.
@@ -189,7 +187,6 @@ def unless_stopped(call: Callable[[], T], poll: Poll, seconds: float = CHECK_SEC
     threading.Thread(target=run, name="hub-request", daemon=True).start()
     deadline = time.monotonic() + seconds
     while not done.wait(POLL_SECONDS):
-        poll()
         if time.monotonic() > deadline:
             raise TimeoutError(f"no answer for {seconds:.0f} seconds")
     if failure:

@@ -23,7 +23,7 @@ from training.core.files import write_atomically
 from training.core.options import Options
 from training.publishing.content import BEST, CONFIG_FILE, LAST_CHECKPOINT, RUN_FILES
 from training.publishing.hub import HubConfig
-from training.publishing.hub_account import HubAccount, Poll, check_name, status_of, unless_stopped
+from training.publishing.hub_account import HubAccount, answer, check_name, status_of
 from training.run import checkpoint
 from training.run.folder import RunFolder
 from training.run.metrics_log import read_metrics
@@ -59,7 +59,7 @@ def is_on_hub(name: str) -> bool:
     return name == HUB or (_REPOSITORY.fullmatch(name) is not None and not Path(name).exists())
 
 
-def fetch(name: str, folder: RunFolder, config: HubConfig, settings: Options, poll: Poll) -> None:
+def fetch(name: str, folder: RunFolder, config: HubConfig, settings: Options) -> None:
     """Download the checkpoint `last-checkpoint/` into a run folder, unless this has a checkpoint of the same step or a
     later one.
 
@@ -69,12 +69,11 @@ def fetch(name: str, folder: RunFolder, config: HubConfig, settings: Options, po
         folder: the run folder, which this process has locked.
         config: the repository of the run, and the token.
         settings: the settings of this session, which must not differ from those of the checkpoint.
-        poll: called while this waits; raises an exception if the process was asked to stop.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged or of another run, or the Hub cannot be reached.
     """
-    fetcher = _Fetcher(name, folder, config, poll)
+    fetcher = _Fetcher(name, folder, config)
     own = _own_step(folder)
     try:
         remote = fetcher.find()
@@ -101,9 +100,9 @@ def fetch(name: str, folder: RunFolder, config: HubConfig, settings: Options, po
 
 
 class _Fetcher:
-    def __init__(self, name: str, folder: RunFolder, config: HubConfig, poll: Poll):
+    def __init__(self, name: str, folder: RunFolder, config: HubConfig):
         self.flag = f"--resume_from_checkpoint {name}"
-        self.folder, self.poll = folder, poll
+        self.folder = folder
         self.account = HubAccount(config.hub_token_file, self.flag)
         match = _REPOSITORY.fullmatch(name)
         self.repository = match["name"] if match else config.hub_model_id or Path(os.path.abspath(folder.path)).name
@@ -112,7 +111,7 @@ class _Fetcher:
     def find(self) -> _Remote:
         """Look the checkpoint up. Raises _NotThere or UserError."""
         try:
-            return unless_stopped(self._find, self.poll)
+            return answer(self._find)
         except TimeoutError as error:
             raise self.account.unreachable(error) from None
 
@@ -231,7 +230,7 @@ class _Fetcher:
         if name not in remote.sizes:
             raise self._refusal(f"the checkpoint on the Hub is damaged ({name} is missing)")
         try:
-            return unless_stopped(lambda: self._fetch(remote, name), self.poll, seconds=float("inf"))
+            return answer(lambda: self._fetch(remote, name), seconds=float("inf"))
         except Exception as error:
             raise self._failure(error) from None
 

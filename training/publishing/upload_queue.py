@@ -43,7 +43,6 @@ class UploadQueue:
     Args:
         run_dir: the run folder; snapshots are kept in a hidden folder in it, on the same disk as the checkpoints.
         send: uploads a snapshot and notes that it is on the Hub, or raises. Called on the background thread.
-        is_secret: returns whether a text contains an access token that is not recognised by its form.
         notify: function that shows a line to the user.
         retry_delays: seconds to wait before each further attempt at a failed upload.
     """
@@ -53,14 +52,13 @@ class UploadQueue:
         run_dir: Path,
         send: Callable[[Upload], None],
         *,
-        is_secret: Callable[[str], bool],
         notify: Notify,
         retry_delays: Sequence[float],
     ):
         self.folder = run_dir / FOLDER
         self.outcome: dict[str, bool] = {}
         """Whether the latest content of each path in the repository is on the Hub."""
-        self._send, self._is_secret, self._notify = send, is_secret, notify
+        self._send, self._notify = send, notify
         self._retry_delays = tuple(retry_delays)
         self._number = 0
         self._pending: OrderedDict[str, Upload] = OrderedDict()
@@ -94,15 +92,10 @@ class UploadQueue:
             return
         self._add(Upload(content.path_in_repo, content.source, content.message, content.fingerprint, snapshot))
 
-    def wait(self, timeout: float | None, poll: Callable[[], None]) -> None:
-        """Wait up to `timeout` seconds until everything is uploaded or has failed, and give up what is unfinished.
-
-        Args:
-            poll: called several times per second; may raise, which ends the waiting and changes nothing.
-        """
+    def wait(self, timeout: float | None) -> None:
+        """Wait up to `timeout` seconds until everything is uploaded or has failed, and give up what is unfinished."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.is_busy and (deadline is None or time.monotonic() < deadline):
-            poll()
             with self._changed:
                 self._changed.wait_for(lambda: not self.is_busy, timeout=min(POLL_SECONDS, timeout or POLL_SECONDS))
         with self._changed:
@@ -172,7 +165,7 @@ class UploadQueue:
         if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > LARGEST_TEXT:
             return False
         text = path.read_text(encoding="utf-8", errors="ignore")
-        return mask_credentials(text) != text or self._is_secret(text)
+        return mask_credentials(text) != text
 
     def _work(self) -> None:
         while True:

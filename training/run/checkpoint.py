@@ -115,14 +115,9 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
-def up_to_latest(checkpoints: Path) -> list[Path]:
-    """Return the checkpoint folders up to `latest`, newest first."""
-    return list(_up_to_latest(checkpoints))
-
-
 def newest(checkpoints: Path) -> Path | None:
     """Return the checkpoint `latest`, or else the one with the highest step; None if there is none."""
-    return next(iter(_up_to_latest(checkpoints)), None)
+    return next(iter(up_to_latest(checkpoints)), None)
 
 
 def relink_best(checkpoints: Path, step: int) -> None:
@@ -138,7 +133,7 @@ def step_back(checkpoints: Path, step: int) -> Path | None:
     Returns None if `latest` is earlier already, or there is no earlier checkpoint.
     """
     latest = linked_checkpoint(checkpoints, "latest")
-    earlier = [folder for folder in _up_to_latest(checkpoints) if step_of(folder) < step]
+    earlier = [folder for folder in up_to_latest(checkpoints) if step_of(folder) < step]
     if latest is None or not earlier or latest == earlier[0]:
         return None
     link(checkpoints, "latest", earlier[0])
@@ -151,7 +146,7 @@ def prune(checkpoints: Path, keep: int) -> None:
     Checkpoints of later steps than `latest` are left over from before the run returned to an older checkpoint.
     """
     best = linked_checkpoint(checkpoints, "best")
-    kept = _up_to_latest(checkpoints)[:keep]
+    kept = up_to_latest(checkpoints)[:keep]
     for folder in steps_in(checkpoints):
         if folder not in kept and folder != best:
             delete(folder)
@@ -239,7 +234,7 @@ def is_undamaged(folder: Path) -> bool:
 
 def _newest_undamaged(checkpoints: Path) -> Path | None:
     damaged = []
-    for folder in _up_to_latest(checkpoints):
+    for folder in up_to_latest(checkpoints):
         try:
             verify(folder)
         except DamagedCheckpoint as damage:
@@ -282,7 +277,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(owned, path)
 
 
-def _up_to_latest(checkpoints: Path) -> list[Path]:
+def up_to_latest(checkpoints: Path) -> list[Path]:
     """Return the checkpoint folders up to `latest`, newest first.
 
     Checkpoints of later steps are left over from before the run returned to an older checkpoint.
