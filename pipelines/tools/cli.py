@@ -174,6 +174,10 @@ def _exit(status: int) -> NoReturn:
     done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
     """
     _flush_output()
+    # Loader processes ignore SIGTERM, which multiprocessing would send to them before it waits for their end.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
     if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         sys.exit(status)

@@ -6,6 +6,7 @@ It is also a script: python tests/support/toy.py --output_dir … (or under torc
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import time
@@ -35,6 +36,8 @@ class ToyConfig(RunConfig):
     bad_rows: list[int] = option([], on_resume="warn")
     broken_row: int = option(-1, on_resume="free")
     """A row whose image cannot be read, which only the process that draws it notices."""
+    broken_validation: bool = option(False, on_resume="free")
+    """Make the validation loss NaN."""
     slow_seconds: float = option(0.0, on_resume="free")
     """Extra seconds per micro-batch, validation and so on, so that signals can be sent in time."""
     long_part: str = option("", on_resume="free")
@@ -182,7 +185,7 @@ class ToyStage(Stage):
         return {"loss": loss.sum(), "count": torch.tensor(len(loss))}
 
     def metrics(self, sums):
-        return {"val_loss": sums["loss"] / sums["count"]}
+        return {"val_loss": math.nan if self.config.broken_validation else sums["loss"] / sums["count"]}
 
     def previews(self):
         self._wait("previews")
