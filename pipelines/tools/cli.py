@@ -217,6 +217,10 @@ def _exit(status: int) -> NoReturn:
     A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
     done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
     """
+    # Loader processes ignore SIGTERM, which multiprocessing would send to them before it waits for their end.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
     waiting = any(thread.name.startswith(BACKGROUND) for thread in threading.enumerate())
     _flush_output()
     if not (waiting or status in (INTERRUPTED_STATUS, REQUEUE_STATUS) or int(os.environ.get("WORLD_SIZE", "1")) > 1):

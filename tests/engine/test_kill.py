@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.engine.test_topology import start
-from tests.support.runs import ROOT, TOY, assert_same_state, command, environment
+from tests.support.child import Child, wait_until
+from tests.support.runs import assert_same_state
+from tests.support.toy import main as toy_main
 from training.run import checkpoint
+from training.run.recovery import clear_leftovers
 
 pytestmark = pytest.mark.slow
 
@@ -29,18 +31,14 @@ def words(folder: Path) -> list[str]:
 
 def kill_after(folder: Path, seconds: float) -> bool:
     """Start the run and kill it `seconds` after its first new checkpoint; return False if it ended before that."""
-    process = subprocess.Popen(
-        command(TOY, *words(folder)), env=environment(), cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     latest = folder / "checkpoints/latest"
     before = latest.resolve().name
-    while latest.resolve().name == before and process.poll() is None:
-        time.sleep(0.002)
+    child = Child(lambda: toy_main(words(folder)), folder.with_name("output.txt"))
+    wait_until(lambda: latest.resolve().name != before or child.has_ended())
     time.sleep(seconds)
-    alive = process.poll() is None
-    process.kill()
-    process.wait()
+    alive = not child.has_ended()
+    if alive:
+        child.kill()
     return alive
 
 
@@ -55,6 +53,7 @@ def test_killed_at_twenty_moments(tmp_path):
         kills += 1
         leftovers = [p.name for p in (killed / "checkpoints").glob(".*")]
         in_writing += bool(leftovers)
+        clear_leftovers(killed / "checkpoints")  # as the next session does
         latest = checkpoint.find_checkpoint(killed / "checkpoints", "latest")
         if latest is not None:
             checkpoint.verify(latest)

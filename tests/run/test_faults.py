@@ -12,11 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from pipelines.tools.cli import UserError
 from tests.support.child import Child, in_child, send_output_to, wait_until
 from tests.support.runs import ROOT, TOY, assert_same_state, environment, rows, tensors
 from tests.support.toy_runs import assert_equal, run
+from training.run.folder import RunFolder
 
 # Two epochs of six steps, of about a fifth of a second, so that there is time to break something.
 FLAGS = ("--num_train_epochs", "2", "--checkpointing_steps", "3", "--logging_steps", "1")
@@ -179,6 +182,25 @@ def test_a_user_error_without_a_reader_keeps_its_status(tmp_path):
     with open("/dev/full", "w", encoding="utf-8") as device:
         words = [sys.executable, str(TOY), "--output_dir", str(tmp_path / "file")]
         assert subprocess.run(words, env=environment(), cwd=ROOT, stdout=device, stderr=device).returncode == 2
+
+
+def test_a_killed_trainer_leaves_its_folder_at_once_although_its_workers_live(tmp_path):
+    folder = tmp_path / "run"
+    child = start(folder, *SLOW, "--dataloader_num_workers", "2")
+    until(child, lambda: saved_step(folder) == 3)
+    workers = psutil.Process(child.pid).children()
+    assert len(workers) >= 2
+    for worker in workers:
+        worker.suspend()  # they would notice within five seconds that the trainer is gone
+    with pytest.raises(UserError, match="another process is training"):
+        RunFolder(folder).create()
+    child.kill()
+    again = RunFolder(folder)
+    again.create()
+    again.release()
+    assert all(worker.is_running() for worker in workers)
+    for worker in workers:
+        worker.kill()
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

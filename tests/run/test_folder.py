@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -151,11 +152,67 @@ def test_overwrite_sets_the_old_run_aside(tmp_path):
     assert rows(tmp_path / "run")[-1]["step"] == "1"
 
 
-def test_a_folder_with_other_contents_is_refused(tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--overwrite", "true")])
+def test_a_folder_with_other_contents_is_refused(tmp_path, flags):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="does not contain a run"):
-        run(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "config.yaml").write_text("theme: dark\n")
+    with pytest.raises(UserError, match="does not contain a run.*choose (a new folder|another --output_dir)"):
+        run(tmp_path, *flags)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "thesis.tex"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "../..", "home", "above home"])
+def test_overwrite_never_renames_the_current_or_the_home_folder(tmp_path, monkeypatch, place):
+    """Not even if it contains a run, as after `--output_dir .`."""
+    home, here = tmp_path / "users/me", tmp_path / "projects/mine/here"
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    output_dir = {"home": "~", "above home": str(home.parent)}.get(place, place)
+    target = RunFolder(output_dir)
+    target.create()
+    target.save_config({"output_dir": output_dir, "seed": 0})
+    target.release()
+    message = "which is or contains (the current|your home) folder; choose another --output_dir"
+    with pytest.raises(UserError, match=message):
+        run(Path(output_dir), "--overwrite", "true")
+    assert here.is_dir()
+    assert home.is_dir()
+    assert not list(tmp_path.rglob("*.old-*"))
+
+
+def test_a_home_folder_in_the_output_dir_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("~/runs/a"), "--max_train_steps", "1") == 0
+    assert (tmp_path / "runs/a/config.yaml").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_run_in_the_current_folder_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert RunFolder(".").name == "mine"
+    assert run(Path(), "--max_train_steps", "1") == 0
+    assert run(Path(), "--max_train_steps", "2") == 0
+    assert (tmp_path / "mine/sessions.md").read_text().startswith("# mine\n")
+
+
+def test_overwrite_of_a_session_that_was_killed_at_its_start(tmp_path):
+    """It has no config yet, but the folders that every run has."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.release()
+    assert run(tmp_path / "run", "--overwrite", "true", "--max_train_steps", "1") == 0
+    assert len(list(tmp_path.glob("run.old-*"))) == 1
+
+
+def test_overwrite_of_a_missing_or_empty_folder(tmp_path):
+    assert run(tmp_path / "new", "--overwrite", "true", "--max_train_steps", "1") == 0
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", "--overwrite", "true", "--max_train_steps", "1") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "new"]
 
 
 @pytest.mark.parametrize(

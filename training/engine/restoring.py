@@ -33,7 +33,8 @@ def open_run(folder: RunFolder, config: RunFolderConfig, resume_from_checkpoint:
     used = folder.path.is_dir() and any(entry.name != ".lock" for entry in folder.path.iterdir())
     if used and config.overwrite:
         target = folder.set_aside()
-        print(f"the old run was moved to {target}")
+        if target is not None:
+            print(f"the old run was moved to {target}")
     elif used and not folder.is_run() and not folder.checkpoints.is_dir():
         raise UserError(f"--output_dir {folder.path} is not empty and does not contain a run; choose a new folder")
     elif used and resume_from_checkpoint == "none" and folder.saved_config() is not None:

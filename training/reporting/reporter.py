@@ -179,7 +179,7 @@ class Reporter:
         facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
         self.settle()
         with self.informing(REPORT):
-            report = f"# {self.folder.path.name}\n\n{session_report(*facts)}\n"
+            report = f"# {self.folder.title}\n\n{session_report(*facts)}\n"
             write_atomically(self.folder.path / REPORT, mask_credentials(report))
         logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
 
@@ -200,7 +200,7 @@ class Reporter:
         started = time.perf_counter()
         if ended or started >= self._curves_due:
             with self.informing(self.folder.curves_file.name):
-                draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.path.name)
+                draw_training_curves(self.folder.metrics_file, self.folder.curves_file, self.folder.title)
             now = time.perf_counter()
             self._curves_due = now + max(SECONDS_BETWEEN_CURVES, (now - started) / MOST_TIME_FOR_CURVES)
 

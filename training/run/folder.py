@@ -44,7 +44,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, name: str = ""):
         self.path = Path(os.path.expanduser(path))
-        self.name = name or Path(os.path.abspath(self.path)).name
+        self.title = os.path.basename(os.path.abspath(self.path))
+        self.name = name or self.title
         self.config_file = self.path / CONFIG_FILE
         self.metrics_file = self.path / "metrics.csv"
         self.curves_file = self.path / "training_curves.png"
@@ -83,12 +84,6 @@ class RunFolder:
         logger.warning("%s was deleted during the run; it is created again, and the run is saved there", self.path)
         if self._config_text:
             write_atomically(self.config_file, self._config_text)
-
-    def check_unused(self) -> None:
-        """Raise UserError if another process has the folder's lock."""
-        if self._lock.file.is_file():
-            with self._lock:
-                pass
 
     def release(self) -> None:
         """Release the folder's lock."""
