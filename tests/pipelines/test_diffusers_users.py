@@ -479,6 +479,14 @@ def test_another_precision(kind: str):
     assert np.abs(images - expected).mean() < 0.05
 
 
+def test_the_positional_arguments_of_stable_diffusion_are_refused():
+    """In Stable Diffusion, height and width follow the prompt; here class labels do."""
+    with pytest.raises(ValueError, match="this model has no classes, so `class_labels` must be None, but is 8"):
+        made("captioned")(PROMPT, 8, 8)
+    with pytest.raises(ValueError, match="`negative_prompt` must be a string or a list of strings, but is 8"):
+        made("captioned_and_labelled")(PROMPT, 1, 8)
+
+
 # --- devices
 
 

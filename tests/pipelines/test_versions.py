@@ -7,11 +7,13 @@ in another version is that of this environment.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Union, get_origin
 
@@ -33,6 +35,12 @@ ENVIRONMENTS = {
 }
 TOO_OLD = ("diffusers==0.34.0", "transformers==4.55.4")
 VERSIONS = "import diffusers, transformers; print(diffusers.__version__, transformers.__version__)"
+
+
+@pytest.fixture(scope="module")
+def python_of(tmp_path_factory) -> Callable[[str], str]:
+    """Return a function that makes an environment of ENVIRONMENTS once, and returns its Python."""
+    return functools.cache(lambda name: environment_with(tmp_path_factory.mktemp(name), *ENVIRONMENTS[name]))
 
 
 def isolated(home: Path) -> dict[str, str]:
@@ -78,8 +86,8 @@ def drawn_here(published, tmp_path_factory) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_all_pipelines_draw_the_same_images(name, published, drawn_here, tmp_path):
-    python = environment_with(tmp_path / "venv", *ENVIRONMENTS[name])
+def test_all_pipelines_draw_the_same_images(name, python_of, published, drawn_here, tmp_path):
+    python = python_of(name)
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, env=isolated(tmp_path))
     if name == "oldest":
         assert versions.stdout.split() == list(OLDEST_VERSIONS.values())
@@ -88,6 +96,17 @@ def test_all_pipelines_draw_the_same_images(name, published, drawn_here, tmp_pat
     different = [key for key, value in drawn_here.items() if not same(drawn[key], value)]
     assert different == [], f"other outputs with {versions.stdout.strip()}"
     assert all(value.std() > 0 for key, value in drawn.items() if key.endswith("/images")), "a blank image"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_pipelines_behave_in_the_same_way_with_the_oldest_versions(python_of, tmp_path):
+    tests = ("tests/pipelines/test_diffusers_users.py", "tests/pipelines/test_wrong_arguments.py")
+    done = subprocess.run(
+        [python_of("oldest"), "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT, env={**isolated(tmp_path), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.slow
