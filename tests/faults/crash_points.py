@@ -116,16 +116,15 @@ def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path
     for line in differences(folder / command.folder, lab.reference / command.folder):
         if not (excused and informs(line)):
             yield line
-    for name in leftovers(folder, command):
+    for name in leftovers(folder, lab.reference):
         yield f"{name} is left over"
     if command.uploads and worker.hub_files(command).keys() != lab.reference_hub[command.name].keys():
         yield "the repository on the Hub has other files"
 
 
-def leftovers(folder: Path, command: Command) -> list[str]:
-    """Return what lies beside the folder of a command and its inputs."""
-    expected = {command.folder, *(made.folder for made in command.inputs)}
-    return sorted({path.name for path in folder.iterdir()} - expected)
+def leftovers(folder: Path, reference: Path) -> list[str]:
+    """Return what lies beside the folders of undisturbed commands."""
+    return sorted({path.name for path in folder.iterdir()} - {path.name for path in reference.iterdir()})
 
 
 def _is_complete(again: Done) -> bool:

@@ -88,7 +88,7 @@ def _kill_until_done(lab: Lab, worker: Worker, command: Command, seed: int, cold
     if done.status != 0 and "already" not in done.output:
         run.problems.append(f"exit status {done.status} ({error_line(done.output)})")
     run.problems += differences(folder / command.folder, lab.reference / command.folder)
-    run.problems += [f"{name} is left over" for name in leftovers(folder, command)]
+    run.problems += [f"{name} is left over" for name in leftovers(folder, lab.reference)]
     if command.uploads and worker.hub_files(command).keys() != lab.reference_hub[command.name].keys():
         run.problems.append("the repository on the Hub has other files")
     shutil.rmtree(folder)

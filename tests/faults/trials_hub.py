@@ -139,8 +139,9 @@ def hostile_cards(lab: Lab) -> Rows:
             done = worker.type(here, folder)
             card = folder / DIFFUSION.folder / "pipeline/README.md"
             text = card.read_text(encoding="utf-8") if card.exists() else ""
+            prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)  # code is shown as it is
             problems = expect(done, [0, 2])
-            problems += [f"the card contains {pattern}" for pattern in _FORBIDDEN if re.search(pattern, text)]
+            problems += [f"the card contains {pattern}" for pattern in _FORBIDDEN if re.search(pattern, prose)]
             if any(path in text for path in (str(folder), str(Path.home()) + "/")):
                 problems.append("the card contains a path of this machine")
             row.record(done, problems)
