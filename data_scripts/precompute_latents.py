@@ -31,7 +31,7 @@ from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
-from training.core.files import WRITING, write_json
+from training.core.files import write_json
 from training.core.made_folders import read_json
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -53,6 +53,7 @@ from training.data.latent_cache.format import (
     MANIFEST,
     complete_shard,
     read_manifest,
+    remove_strays,
     shard_name,
     write_shard,
 )
@@ -425,16 +426,8 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
     before = (read_manifest(folder) or {"splits": {}})["splits"]
     write_json(folder / MANIFEST, {**facts, "splits": {**before, **splits}})
     for work in works:
-        _remove_strays(folder / work.name, {note["file"] for note in splits[work.name]["shards"]})
+        remove_strays(folder / work.name, {note["file"] for note in splits[work.name]["shards"]})
     return True
-
-
-def _remove_strays(folder: Path, files: set[str]) -> None:
-    """Delete shards of an earlier, larger cache, and what killed processes of this and earlier versions left."""
-    shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
-    unfinished = (*folder.glob(f"{WRITING}*"), *folder.parent.glob(f"{WRITING}*"))
-    for file in (*shards, *unfinished, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
-        file.unlink(missing_ok=True)
 
 
 def _latent_shape(vae: nn.Module, config: PrecomputeConfig) -> tuple[int, int, int]:

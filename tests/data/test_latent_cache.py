@@ -29,6 +29,7 @@ from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_tokenizer, tiny_vae
 from training.core.draws import SampleKey
+from training.core.made_folders import lock_of
 from training.data.fingerprints import vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.latent_cache.check import check_cache
@@ -381,6 +382,30 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not (folder / "cache.json").exists()
     assert number == signal.SIGKILL or "run the same command again to resume" in output
     assert precompute(*arguments) == 0
+    assert contents(folder) == contents(cache_folder)
+
+
+def test_two_makers_of_a_cache_at_once(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
+    processes = [launch(flags(data, vae_folder, tmp_path / "latents")) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    statuses = [process.returncode for process in processes]
+    assert sorted(statuses) in ([0, 0], [0, 2]), outputs
+    for output, status in zip(outputs, statuses):
+        assert "Traceback" not in output
+        assert status == 0 or "another process is making" in output
+    assert contents(tmp_path / "latents") == contents(cache_folder)
+
+
+def test_a_cache_that_is_being_made_is_refused_and_a_killed_maker_does_not_hold_it(
+    data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path
+):
+    folder = tmp_path / "latents"
+    with lock_of(folder), pytest.raises(UserError, match="another process is making"):
+        precompute(*flags(data, vae_folder, folder))
+    process = launch(flags(data, vae_folder, folder, "--dataloader_num_workers", "2"))
+    wait_for_shards(folder, 2, process)
+    process.kill()
+    assert precompute(*flags(data, vae_folder, folder)) == 0
     assert contents(folder) == contents(cache_folder)
 
 

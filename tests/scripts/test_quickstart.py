@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_scripts import make_posters
 from pipelines.tools.cli import UserError
 from training import quickstart
+from training.core.made_folders import incomplete
 from training.quickstart import AUTOENCODER, DIFFUSION, GOALS, Plan
 
 
@@ -87,3 +89,17 @@ def test_a_goal_missed_by_the_full_recipe_is_not_blamed_on_the_machine():
 def test_impossible_times_are_rejected(minutes):
     with pytest.raises(UserError, match="minutes"):
         quickstart.main(["--minutes", minutes])
+
+
+def test_only_complete_stages_are_left_out(capsys):
+    """A tokenizer folder without its tokenizer.json is made again; the stage after it cannot be run here."""
+    make_posters.main(["--output_dir", "data/posters_64", "--num_posters", "20", "--num_workers", "1"])
+    Path("data/posters_64_tokenizer").mkdir()
+    Path("data/posters_64_tokenizer/tokenizer_config.json").touch()
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/autoencoder").touch()  # a file in the place of the run
+    with pytest.raises(UserError, match=r"the quickstart stopped at: training/train_autoencoder.py .*exit status 2"):
+        quickstart.main(["--tiny", "--minutes", "2"])
+    assert "already done (data/posters_64)" in capsys.readouterr().out
+    assert incomplete("data/posters_64_tokenizer", "train_tokenizer.py") is None
+    assert Path("data/posters_64_tokenizer_old_1").is_dir()

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.tools.commands import command
-from training.core.files import write_atomically, write_json
+from training.core.files import WRITING, write_atomically, write_json
 from training.core.made_folders import CACHE_MANIFEST, read_json
 from training.data.images import WorkerError
 from training.objectives.segmentation import IGNORE_INDEX
@@ -121,3 +121,11 @@ def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] 
             if hashlib.file_digest(content, "sha256").hexdigest() != note["sha256"]:
                 return None
     return note
+
+
+def remove_strays(folder: Path, files: set[str]) -> None:
+    """Delete shards of an earlier, larger cache, and what killed processes of this and earlier versions left."""
+    shards = [file for file in folder.glob("shard-*") if file.with_suffix(".safetensors").name not in files]
+    unfinished = (*folder.glob(f"{WRITING}*"), *folder.parent.glob(f"{WRITING}*"))
+    for file in (*shards, *unfinished, *folder.glob("shard-*.tmp"), *folder.glob(".shard-*.tmp*")):
+        file.unlink(missing_ok=True)
