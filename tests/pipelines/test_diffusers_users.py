@@ -482,9 +482,10 @@ def test_another_precision(kind: str):
 def test_the_positional_arguments_of_stable_diffusion_are_refused():
     """In Stable Diffusion, height and width follow the prompt; here class labels do."""
     with pytest.raises(ValueError, match="this model has no classes, so `class_labels` must be None, but is 8"):
-        made("captioned")(PROMPT, 8, 8)
-    with pytest.raises(ValueError, match="`negative_prompt` must be a string or a list of strings, but is 8"):
-        made("captioned_and_labelled")(PROMPT, 1, 8)
+        made("captioned")(PROMPT, 8)
+    for kind in ("captioned", "captioned_and_labelled"):
+        with pytest.raises(ValueError, match="`negative_prompt` must be a string or a list of strings, but is 8"):
+            made(kind)(PROMPT, 1, 8)
 
 
 # --- devices
