@@ -245,7 +245,7 @@ def _seal(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     write_json(folder / MANIFEST, {"files": files})
     for sub in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         fsync_folder(sub)
