@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
@@ -63,7 +63,7 @@ class PrepareConfig(Options):
         named = set(_strings({name: value for name, value in settings.items() if name != "prepare"}))
         needed: dict[str, str] = {}
         for path, command in reversed(self.prepare.items()):  # an entry comes after the entries that it uses
-            if any(path == name or path.startswith(f"{name}/") for name in named):
+            if any(is_named(path, name) for name in named):
                 needed[path] = command
                 named |= set(command.split())
         return dict(reversed(needed.items()))
@@ -149,6 +149,11 @@ def _script(command: str) -> str:
     return shlex.split(command)[0]
 
 
+def is_named(path: str, name: str, kind: type[PurePath] = PurePath) -> bool:
+    """Return whether `name` is the path of an input, or of a folder that contains it."""
+    return bool(kind(name).parts) and kind(path).is_relative_to(kind(name))
+
+
 def _checked(command: str) -> list[str]:
     try:
         script, *arguments = shlex.split(command)
@@ -181,7 +186,9 @@ def run_script(command: list[str], stop_requested: Callable[[], int | None]) -> 
         if number is not None and not forwarded:
             # Ctrl-C in a terminal also reaches the command, and a second SIGINT would stop it without saving.
             # `kill -INT` reaches this process only. SIGTERM is right in both cases.
-            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+            # Windows can only end a process.
+            on_windows = sys.platform == "win32"
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT or on_windows else number)
         forwarded = forwarded or number is not None
         time.sleep(0.1)
     return process.returncode
