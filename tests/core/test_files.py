@@ -98,7 +98,7 @@ def test_every_phase_of_replacing_a_folder_is_recovered(tmp_path, killed):
 
 @pytest.mark.parametrize("library", ["Python", "safetensors", "tokenizers"])
 def test_a_full_disk_leaves_the_old_content_and_is_an_os_error(tmp_path, library):
-    """Libraries in Rust report a full disk by errors of their own, which are no OSErrors."""
+    """Libraries in Rust report a full disk by errors of their own, which are not OSErrors."""
     file, folder = tmp_path / "file", tmp_path / "folder"
     write_atomically(file, OLD)
     with replacing_folder(folder) as temporary:

@@ -80,7 +80,7 @@ def test_good_checkpoints_are_kept_while_the_loss_is_not_finite(folder):
 
 
 def test_a_bad_row_does_not_cost_checkpoints(tmp_path):
-    """A few steps whose data are not finite are no divergence."""
+    """A few steps whose data are not finite do not count as divergence."""
     assert run(tmp_path / "run", *GOOD, "--bad_rows", "[3]", *EVERY_STEP, "--num_train_epochs", "2") == 0
     assert os.readlink(tmp_path / "run/checkpoints/latest") == "step-00000012"
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 12

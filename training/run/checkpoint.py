@@ -124,7 +124,7 @@ def relink_best(checkpoints: Path, step: int) -> None:
 def step_back(checkpoints: Path, step: int) -> Path | None:
     """If `latest` is of `step` or a later one, link it to the newest earlier checkpoint and return that.
 
-    Returns None if `latest` is earlier already, or there is no earlier checkpoint.
+    Returns None if `latest` is earlier already, or if no earlier checkpoint exists.
     """
     latest = linked_checkpoint(checkpoints, "latest")
     earlier = [folder for folder in _up_to_latest(checkpoints) if step_of(folder) < step]
