@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from training.core.polling import polled
 
 from pipelines.tools.cli import UserError
 from training.data import source as data_source
@@ -128,27 +126,6 @@ def test_the_state_covers_every_file_and_survives_loops(folder):
 
 
 # --- requests to stop
-
-
-def test_a_request_to_stop_is_heard_while_a_library_works():
-    calls = []
-
-    def poll() -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise Interrupted
-
-    started = time.monotonic()
-    with pytest.raises(Interrupted):
-        polled(lambda: time.sleep(30), poll)
-    assert time.monotonic() - started < 2
-    assert polled(lambda: 3, lambda: None) == 3
-    with pytest.raises(UserError, match="from the thread"):
-        polled(_fail, lambda: None)
-
-
-def _fail() -> None:
-    raise UserError("from the thread")
 
 
 def test_a_request_to_stop_is_heard_during_checks_and_fingerprints(folder):

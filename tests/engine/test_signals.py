@@ -198,3 +198,24 @@ def test_validating_a_model_outside_of_a_run_can_be_interrupted(tmp_path, capsys
     assert run(tmp_path / "none", *flags, "--signal_at", "validation") == REQUEUE_STATUS
     assert "val_loss" not in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_loader_processes_that_ignore_signals_do_not_keep_a_finished_program(tmp_path):
+    """At its end, multiprocessing sends SIGTERM to them, which they ignore, and then waits for them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, signal, time\n"
+        "from pipelines.tools.cli import entry_point\n"
+        "def work(ready):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    ready.set()\n"
+        "    time.sleep(60)\n"
+        "def main():\n"
+        "    ready = multiprocessing.Event()\n"
+        "    multiprocessing.Process(target=work, args=(ready,), daemon=True).start()\n"
+        "    ready.wait()\n"
+        "entry_point(main)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, script], env=environment(PYTHONPATH=str(ROOT)), timeout=30)
+    assert done.returncode == 0

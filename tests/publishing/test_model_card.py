@@ -159,18 +159,18 @@ def test_a_licence_that_the_hub_does_not_know_goes_under_other(folder):
 
 def test_a_local_folder_is_not_a_dataset_on_the_hub(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    (folder / "my" / "pictures").mkdir(parents=True)
+    (folder / "my" / "drawings").mkdir(parents=True)
     assert is_hub_dataset("ada/posters")
-    assert not is_hub_dataset("my/pictures")
+    assert not is_hub_dataset("my/drawings")
     assert not is_hub_dataset("data/posters_64")
-    assert not is_hub_dataset("/abs/pictures")
+    assert not is_hub_dataset("/abs/drawings")
     assert not is_hub_dataset("a/b/c")
     assert not is_hub_dataset(None)
     text = write_model_card(
-        folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/pictures"}
+        folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/drawings"}
     ).read_text()
     assert "datasets" not in front_matter(text)
-    assert "- pictures (local files" in text
+    assert "- drawings (local files" in text
 
 
 def test_samples_that_are_not_there_are_not_shown(folder):

@@ -121,7 +121,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_pipelines_import_few_libraries():
-    needed = {"torch", "diffusers", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "yaml"}
+    needed = {"torch", "diffusers", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "yaml", "psutil"}
     allowed = needed | sys.stdlib_module_names
     for path in (ROOT / "pipelines").rglob("*.py"):
         # Only scripts may import `pipelines` by name: a file that is run as a script cannot use relative imports.

@@ -128,8 +128,11 @@ def flush_tree(folder: Path) -> None:
 def fsync_file(path: Path) -> None:
     """Flush the contents of a file to the disk."""
     # Windows flushes only files that are open for writing; elsewhere a file may be flushed that cannot be written.
-    with path.open("rb+" if os.name == "nt" else "rb") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:
