@@ -113,7 +113,7 @@ def start_trackers(
             notify(f"warning: {name} could not be started and will not record this session: {cause(error)}")
         else:
             trackers.add(backend)
-    trackers.run_id = trackers.run_id or run_name
+    trackers.run_id = trackers.run_id or run_dir.name
     return trackers
 
 
