@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.compare import differences, informs
+from tests.faults.compare import differences, excused
 from tests.faults.lab import Command, Done, Lab, Worker
 from tests.faults.shim import Change, Fault
 from tests.faults.table import Row, error_line
@@ -99,8 +99,12 @@ def _problems_of_end(fault: Fault, done: Done) -> Iterator[str]:
         yield f"exit status {done.status}"
     if "Traceback" in done.output:
         yield f"traceback ({error_line(done.output)})"
-    elif fault.error and done.status == 2 and os.strerror(fault.error) not in done.output:
+    elif fault.error and done.status == 2 and not _names_the_cause(fault, done.output):
         yield f"the message does not name the cause ({error_line(done.output)})"
+
+
+def _names_the_cause(fault: Fault, output: str) -> bool:
+    return os.strerror(fault.error) in output or (fault.error == errno.ENOSPC and " is full" in output)
 
 
 def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path) -> Iterator[str]:
@@ -109,16 +113,14 @@ def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path
     if again.status != 0 and not _is_complete(again):
         yield f"typed again: exit status {again.status} ({error_line(again.output)})"
         return
-    # A fault that a run survives may cost it what merely informs, if it says so.
-    excused = (
-        trial.disturbed.status == 0 and trial.fault.error and os.strerror(trial.fault.error) in (trial.disturbed.output)
-    )
+    disturbed = trial.disturbed
+    reported = disturbed.status == 0 and trial.fault.error and _names_the_cause(trial.fault, disturbed.output)
     for line in differences(folder / command.folder, lab.reference / command.folder):
-        if not (excused and informs(line)):
+        if not (reported and excused(line)):
             yield line
     for name in leftovers(folder, lab.reference):
         yield f"{name} is left over"
-    if command.uploads and worker.hub_files(command).keys() != lab.reference_hub[command.name].keys():
+    if worker.hub_files(command) != lab.reference_hub[command.name]:
         yield "the repository on the Hub has other files"
 
 

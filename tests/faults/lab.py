@@ -159,7 +159,9 @@ class Worker:
         return Done(status, text)
 
     def hub_files(self, command: Command) -> dict[str, bytes]:
-        return self.hub.files(REPO) if command.uploads and REPO in self.hub.repos else {}
+        """Return the names of the files in the repository, with the contents of those that have weights."""
+        files = self.hub.files(REPO) if command.uploads and REPO in self.hub.repos else {}
+        return {name: data if name.endswith(".safetensors") else b"" for name, data in files.items()}
 
 
 @dataclass
