@@ -155,11 +155,9 @@ def test_a_local_folder_is_not_a_dataset_on_the_hub(folder, monkeypatch):
     assert not is_hub_dataset("/abs/pictures")
     assert not is_hub_dataset("a/b/c")
     assert not is_hub_dataset(None)
-    text = write_model_card(
-        folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/pictures"}
-    ).read_text()
+    text = write_model_card(folder, "latent_diffusion.md.jinja", {**RECORD, "dataset": "/home/ada/images"}).read_text()
     assert "datasets" not in front_matter(text)
-    assert "- pictures (local files" in text
+    assert "- images (local files" in text
 
 
 def test_samples_that_are_not_there_are_not_shown(folder):

@@ -71,7 +71,7 @@ def fetch(name: str, folder: RunFolder, config: HubConfig, settings: Options) ->
         settings: the settings of this session, which must not differ from those of the checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged or of another run, or the Hub cannot be reached.
+        UserError: the checkpoint does not exist, is damaged or of another run, or the Hub cannot be reached.
     """
     fetcher = _Fetcher(name, folder, config)
     own = _own_step(folder)
