@@ -50,16 +50,16 @@ HOSTILE = [
     "x" * 1_000_000,
 ]
 PRIVATE = [
-    "/home/grace/secret project/drawings",
-    "/Users/grace/drawings",
-    "~/grace/drawings",
-    "~grace/drawings",
-    "file:///home/grace/drawings",
-    "C:\\Users\\grace\\drawings",
-    "c:/Users/grace/drawings",
-    "\\\\server-of-grace\\share\\drawings",
-    "/mnt/server-of-grace/drawings",
-    "../grace/drawings",
+    "/home/grace/secret project/images",
+    "/Users/grace/images",
+    "~/grace/images",
+    "~grace/images",
+    "file:///home/grace/images",
+    "C:\\Users\\grace\\images",
+    "c:/Users/grace/images",
+    "\\\\server-of-grace\\share\\images",
+    "/mnt/server-of-grace/images",
+    "../grace/images",
 ]
 
 
@@ -126,15 +126,15 @@ def test_text_of_others_is_only_text_in_a_card(tmp_path, template, text):
 def test_local_paths_and_names_of_users_are_not_in_a_card(tmp_path, template, path):
     card = write_model_card(tmp_path, template, record_with(path)).read_text(encoding="utf-8")
     assert "grace" not in card
-    assert "drawings (local files that are not on the Hub)" in card
+    assert "images (local files that are not on the Hub)" in card
 
 
 @pytest.mark.parametrize("path", [path for path in PRIVATE if " " not in path])
 def test_local_paths_within_a_text_are_cut_to_their_last_part(path):
-    assert public_text(f"trained on {path}, then ({path})") == "trained on drawings, then (drawings)"
+    assert public_text(f"trained on {path}, then ({path})") == "trained on images, then (images)"
     assert public_settings({"notes": [f"see {path}"], "where": {"a": path}}) == {
-        "notes": ["see drawings"],
-        "where": {"a": "drawings"},
+        "notes": ["see images"],
+        "where": {"a": "images"},
     }
 
 

@@ -148,7 +148,13 @@ class Publisher:
             self.model_id = next((name for name in names if name.endswith(f"/{self.model_id}")), self.model_id)
         try:
             return any(not self._has(content) for content in self._contents()) or self._queue.has_leftovers
-        except (OSError, ValueError, KeyError):  # `catch_up` reports what is damaged
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            checkpoint.DamagedCheckpoint,
+        ):  # `catch_up` reports what is damaged
             return True
 
     def catch_up(self) -> None:
@@ -212,7 +218,7 @@ class Publisher:
         """Run `action`; what it raises because files are missing or damaged costs a warning."""
         try:
             action()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, checkpoint.DamagedCheckpoint) as error:
             self._queue.failed("", Path(source), error)
 
     def _add_leftover(self, snapshot: Path) -> None:
