@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.checkpoint_links import LINKS, linked_checkpoint
 from training.run.metrics_log import TIMING_COLUMNS
 
 # What a run measures about itself differs from session to session, and its log grows with each of them.
@@ -35,6 +36,9 @@ def entries(folder: Path) -> set[str]:
 
 def same(folder: Path, reference: Path, name: str) -> bool:
     ours, theirs = folder / name, reference / name
+    if ours.name in LINKS:  # where no link can be made, a file names the checkpoint
+        one, other = (linked_checkpoint(path.parent, path.name) for path in (ours, theirs))
+        return one is not None and other is not None and one.name == other.name
     if ours.is_symlink() or theirs.is_symlink():
         return ours.is_symlink() and theirs.is_symlink() and ours.readlink() == theirs.readlink()
     if ours.is_dir() or theirs.is_dir():

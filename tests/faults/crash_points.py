@@ -22,9 +22,9 @@ STATUSES = {
     "SIGKILL": {-signal.SIGKILL},
     "SIGTERM": {0, 75, -signal.SIGTERM},
     "Ctrl-C twice": {0, 130, -signal.SIGINT},
-    "ENOSPC": {0, 2},
-    "ENOSPC from there on": {0, 2},
-    "EIO": {0, 2},
+    "ENOSPC": {0, 2, 3},
+    "ENOSPC from there on": {0, 2, 3},
+    "EIO": {0, 2, 3},
 }
 
 

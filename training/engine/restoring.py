@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError, cause, one_line
+from training.core.informing import Informing
 from training.engine.launch import on_main
 from training.engine.length import goal_steps
 from training.engine.run_config import RunConfig
@@ -162,6 +163,16 @@ def _check_same_inputs(saved: dict[str, str], now: dict[str, str], config: RunCo
             )
         if changed:
             logger.info("the %s moved, and its content is the same (%s)", what, changed)
+
+
+def finish_saving(training: Training, folder: RunFolder, keep: int) -> None:
+    """Link `best` and delete old checkpoints, if the session before was killed before it did so."""
+    informing = Informing()
+    with informing("the link `best`"):
+        checkpoint.relink_best(folder.checkpoints, training.state.best_step)
+    if not training.state.is_diverging:
+        with informing("the folder of the checkpoints", "old checkpoints are deleted later"):
+            checkpoint.prune(folder.checkpoints, keep)
 
 
 def check_disk(folder: RunFolder, checkpoint_bytes: int, total_limit: int) -> None:

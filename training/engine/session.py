@@ -28,7 +28,7 @@ from training.publishing import hub_resume
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
-from training.run import checkpoint, recovery
+from training.run import recovery
 from training.run.folder import RunFolder
 from training.run.output import start_logging
 
@@ -109,6 +109,7 @@ def _session(
             fit_length(training, config, folder, accelerator, stop, started)
         if on_main(accelerator, lambda: ending.is_complete(training, folder)):
             if accelerator.is_main_process:
+                restoring.finish_saving(training, folder, config.checkpoints_total_limit)
                 ending.log_complete(training, folder)
             return on_main(accelerator, lambda: ending.push_missing(config, folder))
         prepared = _prepare(training, config, accelerator, folder, resumed)
@@ -175,7 +176,7 @@ def _check_before_start(training: Training, config: RunConfig, folder: RunFolder
 
     What earlier sessions did not upload is queued.
     """
-    checkpoint.relink_best(folder.checkpoints, training.state.best_step)
+    restoring.finish_saving(training, folder, config.checkpoints_total_limit)
     restoring.check_disk(folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     if publisher is not None:
         publisher.check()

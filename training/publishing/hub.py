@@ -125,6 +125,8 @@ class Publisher:
             UserError: see `check`.
         """
         if not self.is_behind():
+            self._queue.clear_leftovers()
+            self._queue.wait(0.0)
             self._notify(f"everything is already uploaded to {self.url}")
             return 0
         self.check()
