@@ -166,13 +166,18 @@ def _check_same_inputs(saved: dict[str, str], now: dict[str, str], config: RunCo
 
 
 def finish_saving(training: Training, folder: RunFolder, keep: int) -> None:
-    """Link `best` and delete old checkpoints, if the session before was killed before it did so."""
+    """Link `best` and delete old checkpoints, if the session before was killed before it did so.
+
+    Only what that session would have deleted is deleted: a lower --checkpoints_total_limit takes effect when a
+    checkpoint is written.
+    """
+    limit = (folder.saved_config() or {}).get("checkpoints_total_limit")
     informing = Informing()
     with informing("the link `best`"):
         checkpoint.relink_best(folder.checkpoints, training.state.best_step)
-    if not training.state.is_diverging:
+    if isinstance(limit, int) and not training.state.is_diverging:
         with informing("the folder of the checkpoints", "old checkpoints are deleted later"):
-            checkpoint.prune(folder.checkpoints, keep)
+            checkpoint.prune(folder.checkpoints, max(limit, keep))
 
 
 def check_disk(folder: RunFolder, checkpoint_bytes: int, total_limit: int) -> None:
