@@ -16,8 +16,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="halftone-datasets-"))
 
-# Shells start background jobs with SIGINT ignored, which children inherit; the tests send Ctrl-C to their children.
+# Children inherit which signals are ignored: SIGINT in background jobs of a shell, SIGHUP under nohup. Tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 

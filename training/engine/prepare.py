@@ -54,8 +54,7 @@ class PrepareConfig(Options):
 
     prepare: dict[str, str] = option({}, on_resume="free")
     """Mapping from a required path to the script of this project, with its flags, that creates it if it is missing or
-    incomplete
-    (usually set in YAML), e.g. {data/posters_64: data_scripts/make_posters.py --output_dir data/posters_64}"""
+    incomplete (usually in YAML), e.g. {data/posters_64: data_scripts/make_posters.py --output_dir data/posters_64}"""
 
     def recipes(self) -> dict[str, str]:
         """Return the entries of `prepare` whose path is used in the config or in another such entry."""
