@@ -89,7 +89,7 @@ def recover_folder(path: Path) -> None:
 def delete_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed processes in `folder`; no other process may be writing there."""
     for path in folder.glob(".*"):
-        if _TEMPORARY_FILE.fullmatch(path.name) and not path.is_dir():
+        if _TEMPORARY_FILE.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -63,8 +63,8 @@ class RunFolder:
     def create(self) -> None:
         """Create and lock the folder. Raises UserError if it cannot be written, or another process has the lock."""
         try:
-            self.samples.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)  # first: it shows that the folder contains a run
+            self.samples.mkdir(exist_ok=True)
             self._lock.acquire()
         except OSError as error:
             raise UserError(
