@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from training.data.caption_text import caption_problem, cleaned_caption
-
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
 from pipelines.tools.cli import UserError, entry_point, nearest, printable
 from pipelines.tools.commands import command
 from pipelines.tools.files import image_suffixes
 from training.core.options import Options
 from training.core.parsing import parse_config
+from training.data.caption_text import caption_problem, cleaned_caption
 
 FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp")
