@@ -13,10 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.tools.checkpoint_links import linked_checkpoint
 from tests.faults.compare import differences
 from tests.faults.crash_points import leftovers, logged_steps
 from tests.faults.lab import Command, Lab, Worker, runs
 from tests.faults.table import Row, error_line
+from training.run.checkpoint import step_of
 
 STARTED = ("starting from scratch", "resumed from", "Drawing", "Training a", "Encoding")
 
@@ -105,4 +107,6 @@ def _wait_for_start(worker: Worker, process: int, seconds: float) -> None:
 
 
 def _newest_checkpoint(folder: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
+    """Return the step of `latest`: a checkpoint counts from the moment at which this link leads to it."""
+    latest = linked_checkpoint(folder / "checkpoints", "latest")
+    return 0 if latest is None else step_of(latest)
