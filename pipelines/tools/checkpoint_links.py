@@ -1,4 +1,4 @@
-"""`checkpoints/latest` and `checkpoints/best`: where they lead, whatever the file system made of them.
+"""The checkpoints that `checkpoints/latest` and `checkpoints/best` name, on any file system.
 
 They are symbolic links where the file system has them. Elsewhere (exFAT, network shares, Windows, synced folders) each
 is a small file that contains the name of a checkpoint. Programs that copy a run may turn links into such files or into

@@ -101,7 +101,8 @@ def test_all_pipelines_draw_the_same_images(name, python_of, published, drawn_he
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_pipelines_behave_in_the_same_way_with_the_oldest_versions(python_of, tmp_path):
-    tests = ("tests/pipelines/test_diffusers_users.py", "tests/pipelines/test_wrong_arguments.py")
+    names = ("test_diffusers_users", "test_callbacks", "test_wrong_arguments")
+    tests = [f"tests/pipelines/{name}.py" for name in names]
     done = subprocess.run(
         [python_of("oldest"), "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *tests],
         cwd=ROOT, env={**isolated(tmp_path), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

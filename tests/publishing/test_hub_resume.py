@@ -14,7 +14,7 @@ from pipelines.tools.cli import UserError
 from tests.publishing.test_hub import quick_client  # noqa: F401  (a fixture)
 from tests.support.hub_server import HubServer, Request, hub  # noqa: F401  (a fixture)
 from tests.support.runs import ROOT, TOY, assert_same_state, environment
-from tests.support.toy_runs import run, state_of
+from tests.support.toy_runs import run, run_of, state_of
 from training.publishing.hub_resume import is_on_hub
 
 # The best step is not the last one when the run is interrupted, and is exported at the end of a run that stops early.
@@ -26,9 +26,7 @@ INTERRUPTED = 75
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed") / "toy"
-    assert run(folder, *STEPS) == 0
-    return folder
+    return run_of(tmp_path_factory, STEPS, name="toy")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from tests.publishing.test_hub import make_publisher, quick_client, save_checkpoint  # noqa: F401  (a fixture)
 from tests.support.hub_server import HubServer, Request, hub  # noqa: F401  (a fixture)
 from tests.support.runs import ROOT, TOY, environment
-from tests.support.toy_runs import run
+from tests.support.toy_runs import run, run_of
 from training.publishing.hub_account import HubAccount, answer
 
 SCRIPT = ROOT / "training" / "push_to_hub.py"
@@ -28,9 +28,7 @@ PUSH = ("--push_to_hub", "--hub_model_id", "toy")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A complete run that was not uploaded."""
-    folder = tmp_path_factory.mktemp("finished") / "toy"
-    assert run(folder, *SHORT) == 0
-    return folder
+    return run_of(tmp_path_factory, SHORT, name="toy")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Text files are UTF-8 whatever the locale is, and no character that is printed ends a command."""
+"""Text files are UTF-8 in every locale, and a command can print every character."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pipelines.tools.cli import UserError
 from tests.support.runs import assert_same_state, rows, tensors
-from tests.support.toy_runs import EVERY_STEP, assert_equal, run
+from tests.support.toy_runs import EVERY_STEP, assert_equal, run, run_of
 from training.run import checkpoint
 from training.run.checkpoint import DamagedCheckpoint
 from training.run.folder import RunFolder
@@ -28,17 +28,12 @@ OTHER_JSON = [b"", b"[1, 2]", b"\0" * 4096]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(folder, *FIRST_PART) == 0
-    assert run(folder, *FLAGS) == 0
-    return folder
+    return run_of(tmp_path_factory, FIRST_PART, FLAGS)
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("half") / "run"
-    assert run(folder, *FIRST_PART) == 0
-    return folder
+    return run_of(tmp_path_factory, FIRST_PART)
 
 
 @pytest.fixture

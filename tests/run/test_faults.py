@@ -18,7 +18,7 @@ import pytest
 from pipelines.tools.cli import UserError
 from tests.support.child import Child, in_child, send_output_to, wait_until
 from tests.support.runs import ROOT, TOY, assert_same_state, environment, rows, tensors
-from tests.support.toy_runs import assert_equal, run
+from tests.support.toy_runs import assert_equal, run, run_of
 from training.run.folder import RunFolder
 
 # Two epochs of six steps, of about a fifth of a second, so that there is time to break something.
@@ -29,9 +29,7 @@ SLOW = ("--slow_seconds", "0.06")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(folder, *FLAGS) == 0
-    return folder
+    return run_of(tmp_path_factory, FLAGS)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.loading import find_pipeline
 from tests.support.child import can_refuse, in_child, refuse_symbolic_links
 from tests.support.runs import assert_same_state, rows, tensors
-from tests.support.toy_runs import EVERY_STEP, assert_equal, run, tensors_of
+from tests.support.toy_runs import EVERY_STEP, assert_equal, run, run_of, tensors_of
 from training.engine.weights import load_component
 from training.experiments.comparison import run_metrics
 from training.models.vae_loading import load_vae
@@ -29,18 +29,13 @@ FIRST_PART = (*FLAGS, "--max_train_steps", "4")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An undisturbed run of two sessions."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(folder, *FIRST_PART) == 0
-    assert run(folder, *FLAGS) == 0
-    return folder
+    return run_of(tmp_path_factory, FIRST_PART, FLAGS)
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
     """The first session of it; tests copy it."""
-    folder = tmp_path_factory.mktemp("half") / "run"
-    assert run(folder, *FIRST_PART) == 0
-    return folder
+    return run_of(tmp_path_factory, FIRST_PART)
 
 
 def write_names(checkpoints: Path, ending: str = "\n") -> None:

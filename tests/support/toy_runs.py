@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import forget_accelerate
@@ -26,6 +28,14 @@ EVERY_STEP = ("--checkpointing_steps", "1", "--checkpoints_total_limit", "50")
 def run(folder: Path, *flags: str) -> int:
     forget_accelerate()
     return toy_main(["--output_dir", str(folder), *COMMON, *flags])
+
+
+def run_of(tmp_path_factory: pytest.TempPathFactory, *sessions: Sequence[str], name: str = "run") -> Path:
+    """Return the folder of a new run that was made in one or several sessions, each with its flags."""
+    folder = tmp_path_factory.mktemp("runs") / name
+    for flags in sessions:
+        assert run(folder, *flags) == 0
+    return folder
 
 
 def at_step(folder: Path, step: int, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:

@@ -26,7 +26,8 @@ import psutil
 from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS
 
 STARTED_BY = "HALFTONE_STARTED_BY"
-"""Environment variable with the id of the process that started this one, and without which it is not needed."""
+"""Environment variable: the process id of the training run that started this process to make an input. This process
+ends when that run has ended."""
 # Windows has no SIGHUP and no SIGUSR1; other systems have no SIGBREAK.
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGBREAK")
 _HANDLED = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]

@@ -198,7 +198,7 @@ class UploadQueue:
             try:
                 self._send(upload)
                 return None
-            except Exception as error:  # whatever the network or the server does must not end a run
+            except Exception as error:  # an error of the network or the server must not end a run
                 if delay is None or is_final(error):
                     return error
                 last = error
