@@ -31,8 +31,7 @@ from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
 from training.core.draws import SampleKey
-from training.core.files import write_json
-from training.core.made_folders import read_json
+from training.core.files import read_json_object, write_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import require_clean
@@ -390,8 +389,8 @@ def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequenc
 def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
     for work in works:
         for note in sorted((folder / work.name).glob("shard-*.json")):
-            content = read_json(note)
-            if isinstance(content, dict) and content.get("request") != work.request:  # a damaged note is made again
+            content = read_json_object(note)
+            if content is not None and content.get("request") != work.request:  # a damaged note is made again
                 return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
     return []
 

@@ -22,7 +22,7 @@ import yaml
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
-from training.core.files import read_json, write_json
+from training.core.files import read_json_object, write_json
 from training.core.made_folders import incomplete
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -95,7 +95,7 @@ class Plan:
         if not cls.FILE.is_file():
             return cls(minutes, tiny)
         try:
-            plan = cls(**(read_json(cls.FILE) or {}))
+            plan = cls(**(read_json_object(cls.FILE) or {}))
             plan.minutes, plan.seconds = float(plan.minutes), {k: float(v) for k, v in plan.seconds.items()}
         except (TypeError, ValueError, AttributeError):
             raise UserError(f"{cls.FILE} is damaged; delete it, and the quickstart decides again") from None
@@ -132,7 +132,7 @@ class Plan:
 
 def speed_of(run: str) -> dict[str, Any] | None:
     """Return what a training run of the quickstart measured and decided; None if it was not fitted to a time."""
-    return read_json(RUN / run / SPEED_FILE)
+    return read_json_object(RUN / run / SPEED_FILE)
 
 
 def stages(tiny: bool) -> list[tuple[str, str | None]]:

@@ -27,7 +27,7 @@ from pipelines.tools.checkpoint_links import STATE_FILE, follow_links
 from pipelines.tools.cli import Options, UserError, entry_point
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import find_file, shipped_path
-from training.core.files import read_json
+from training.core.files import read_json_object
 from training.core.parsing import parse_config
 from training.engine.prepare import run_script
 from training.engine.run_config import RunConfig
@@ -166,10 +166,10 @@ def is_finished(experiment: Experiment) -> bool:
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
         return False  # started again, its script reports the settings that cannot change
-    record = read_json(folder.record_file)
+    record = read_json_object(folder.record_file)
     if record is None:
         return False  # damaged; the script makes it again
-    state = read_json(follow_links(folder.checkpoints / "latest") / STATE_FILE) or {}
+    state = read_json_object(follow_links(folder.checkpoints / "latest") / STATE_FILE) or {}
     if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
         return False
     steps_per_epoch = record["num_train_images"] // record["global_batch_size"]

@@ -108,12 +108,17 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if the file does not exist, is damaged, or contains something else."""
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON file; None if the file does not exist or is damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: neither UTF-8 nor JSON
         return None
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if the file does not exist, is damaged, or contains something else."""
+    content = read_json(path)
     return content if isinstance(content, dict) else None
 
 

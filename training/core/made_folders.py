@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.core.files import read_json, read_json_object
 from training.core.locks import FolderLock
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,7 @@ def tokenizer_problem(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             return f"has no {name}"
-        if not isinstance(read_json(folder / name), dict):
+        if read_json_object(folder / name) is None:
             return f"has a damaged {name}"
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -88,10 +89,10 @@ def cache_problem(folder: Path) -> str | None:
 def run_problem(folder: Path) -> str | None:
     """Return what is wrong with the exported pipeline of a run; `folder` is the run or the pipeline itself."""
     pipeline = folder if (folder / PIPELINE_INDEX).is_file() else folder / "pipeline"
-    index = read_json(pipeline / PIPELINE_INDEX)
+    index = read_json_object(pipeline / PIPELINE_INDEX)
     if not (pipeline / PIPELINE_INDEX).is_file():
         return "has no exported pipeline"
-    if not isinstance(index, dict):
+    if index is None:
         return f"has a damaged {PIPELINE_INDEX}"
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and not name.startswith("_") and value[0]:
@@ -116,21 +117,13 @@ _KINDS: dict[str, Callable[[Path], str | None]] = {
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a dataset ("made_by", "settings", "files"); None if there is none or it is damaged."""
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
+    manifest = read_json_object(folder / MANIFEST)
+    if manifest is None:
         return None
     files, settings = manifest.get("files"), manifest.get("settings")
     if not isinstance(settings, dict) or not isinstance(files, dict):
         return None
     return manifest if all(isinstance(size, int) for size in files.values()) else None
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file; None if it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # ValueError: neither UTF-8 nor JSON
-        return None
 
 
 def lock_of(folder: str | os.PathLike[str], refusal: str = "") -> FolderLock:

@@ -13,8 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.core.files import write_json
-from training.core.made_folders import read_json
+from training.core.files import read_json, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from pipelines.tools.cli import USER_ERROR_STATUS, UserError
+from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS, USER_ERROR_STATUS, UserError
 from pipelines.tools.commands import command as typed
 from pipelines.tools.resources import CODE
 from training.core.locks import FolderLock
 from training.core.made_folders import incomplete, lock_of
 from training.core.options import Options, option
-from training.engine.signals import REQUEUE_STATUS, STARTED_BY, Interrupted
+from training.engine.signals import STARTED_BY, Interrupted
 
 logger = logging.getLogger("halftone")
 
@@ -90,7 +90,7 @@ def make_missing(recipes: Mapping[str, str], stop_requested: Callable[[], int | 
                 continue
             logger.info("%s %s; making it (%d of %d): %s", path, problem, number, len(missing), typed(command))
             status = run_script(_checked(command), stop_requested)
-            if stop_requested() or status in (130, REQUEUE_STATUS):
+            if stop_requested() or status in (INTERRUPTED_STATUS, REQUEUE_STATUS):
                 raise Interrupted
             problem = incomplete(path, _script(command))
             if status == USER_ERROR_STATUS and (problem is None or _is_locked(path, command)):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.core.files import WRITING, read_json, write_json
+from training.core.files import WRITING, read_json_object, write_json
 from training.core.stage import Batch
 from training.engine.cadence import Cadence
 from training.engine.launch import on_main
@@ -119,7 +119,7 @@ def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
     """Return the seconds in speed.json; None if it does not exist, is damaged, or is of another run."""
     if not file.is_file():
         return None
-    saved = (read_json(file) or {}).get("seconds")
+    saved = (read_json_object(file) or {}).get("seconds")
     names = {runner.phase.name for runner in training.runners}
     if isinstance(saved, dict) and saved.keys() == {field.name for field in fields(Speed)}:
         phases = saved["phases"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.tools.checkpoint_links import STATE_FILE, follow_links
 from pipelines.tools.files import open_image_file
 from pipelines.tools.grids import PAPER, image_grid
-from training.core.files import read_json, write_atomically
+from training.core.files import read_json_object, write_atomically
 from training.core.previews import save_png
 from training.engine.run_config import RunConfig
 from training.experiments.registry import config_class, stage_class
@@ -271,7 +271,7 @@ def _pipeline_class(folder: RunFolder) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) or {}
+    return read_json_object(path) or {}
 
 
 def _cell(value: Any) -> str:

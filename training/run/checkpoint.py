@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipelines.tools.checkpoint_links import MANIFEST, STATE_FILE, follow_links, linked_checkpoint, steps_in
 from pipelines.tools.cli import UserError
-from training.core.files import WRITING, fsync_folder, read_json, replacing_folder, write_atomically, write_json
+from training.core.files import WRITING, fsync_folder, read_json_object, replacing_folder, write_atomically, write_json
 from training.core.options import Options, option
 
 logger = logging.getLogger("halftone")
@@ -177,7 +177,7 @@ def verify(folder: Path) -> None:
 
 def _listed_files(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 by path of each file in the manifest. Paths have forward slashes on every system."""
-    files = (read_json(folder / MANIFEST) or {}).get("files")
+    files = (read_json_object(folder / MANIFEST) or {}).get("files")
     if not isinstance(files, dict) or not files:
         raise DamagedCheckpoint(f"its {MANIFEST} is missing, damaged or empty")
     listed = {}

@@ -16,7 +16,7 @@ from pipelines.tools.checkpoint_links import steps_in
 from pipelines.tools.cli import UserError
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
-from training.core.files import fsync_folder, read_json, write_atomically
+from training.core.files import fsync_folder, read_json_object, write_atomically
 from training.core.locks import FolderLock
 from training.core.options import Options, option
 
@@ -95,7 +95,7 @@ class RunFolder:
 
     def is_exported(self, step: int) -> bool:
         """Return whether the exported pipeline is that of `step`, and complete."""
-        record, index = read_json(self.record_file), read_json(self.pipeline / "model_index.json")
+        record, index = read_json_object(self.record_file), read_json_object(self.pipeline / "model_index.json")
         if record is None or index is None or record.get("steps") != step:
             return False
         weights = record.get("pipeline_weights", {})  # absent in the records of earlier versions

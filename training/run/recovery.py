@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from pipelines.tools.checkpoint_links import LINKS, MANIFEST, STATE_FILE
-from training.core.files import REPLACED, WRITING, delete_leftovers, read_json, recover_folder
+from training.core.files import REPLACED, WRITING, delete_leftovers, read_json_object, recover_folder
 from training.run import checkpoint
 from training.run.checkpoint import DELETING
 from training.run.folder import RunFolder
@@ -46,7 +46,7 @@ def _link_copy(checkpoints: Path, name: str) -> None:
     copy = checkpoints / name
     if copy.is_symlink() or not copy.is_dir():
         return
-    step = (read_json(copy / STATE_FILE) or {}).get("step")
+    step = (read_json_object(copy / STATE_FILE) or {}).get("step")
     if not isinstance(step, int) or not checkpoint.is_undamaged(copy):
         logger.warning("%s is not a complete checkpoint; it was renamed to %s", copy, checkpoint.set_aside(copy).name)
         return

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import one_line
-from training.core.files import read_json
+from training.core.files import read_json_object
 from training.core.options import Options, option
 from training.run.checkpoint import DamagedCheckpoint, save_json
 from training.run.metrics_log import EpochLoss, RunningMeans
@@ -94,7 +94,7 @@ class RunState:
     @classmethod
     def read(cls, folder: Path) -> RunState:
         """Return the state in the folder of a checkpoint. Raises DamagedCheckpoint if it is damaged."""
-        values = read_json(folder / STATE_FILE)
+        values = read_json_object(folder / STATE_FILE)
         if values is None:
             raise DamagedCheckpoint(f"its {STATE_FILE} is missing or damaged")
         try:

@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.tools.commands import command
-from training.core.files import WRITING, write_atomically, write_json
-from training.core.made_folders import CACHE_MANIFEST, read_json
+from training.core.files import WRITING, read_json_object, write_atomically, write_json
+from training.core.made_folders import CACHE_MANIFEST
 from training.data.images import WorkerError
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -45,8 +45,8 @@ class DamagedShard(WorkerError):
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished cache; None if the cache is not finished, or the manifest is damaged."""
-    manifest = read_json(folder / MANIFEST)
-    return manifest if isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS else None
+    manifest = read_json_object(folder / MANIFEST)
+    return manifest if manifest is not None and manifest.keys() >= MANIFEST_KEYS else None
 
 
 def shard_name(number: int) -> str:
@@ -111,8 +111,8 @@ def complete_shard(file: Path, request: str, *, verify: bool) -> dict[str, Any] 
     Args:
         verify: read the whole shard and compare its SHA-256, not only its size.
     """
-    note = read_json(file.with_suffix(".json"))
-    if not isinstance(note, dict) or not file.is_file() or not note.keys() >= NOTE_KEYS:
+    note = read_json_object(file.with_suffix(".json"))
+    if note is None or not file.is_file() or not note.keys() >= NOTE_KEYS:
         return None
     if note.pop("request") != request or file.stat().st_size != note["bytes"]:
         return None
