@@ -13,10 +13,10 @@ import yaml
 
 from pipelines.tools.credentials import mask_credentials
 from training.publishing.model_card import CARD_NAME, UNPUBLISHED
-from training.publishing.public import public_text, settings_elsewhere
+from training.publishing.public import settings_elsewhere
 from training.run import checkpoint
 from training.run.folder import RunFolder
-from training.run.state import STATE_FILE, RunState
+from training.run.state import RunState
 
 # What a run uploads, and when; the same strategies as in the Transformers Trainer.
 HUB_STRATEGIES = {
@@ -129,24 +129,12 @@ def folder_content(folder: Path, message: str, path_in_repo: str) -> Content:
 
 
 def _checkpoint(saved: Path, path_in_repo: str) -> Content:
-    """Return a checkpoint, but without a copy of config.yaml in it, which has local paths; the manifest is adapted.
-
-    A name in trainer_state.json that contains a local path is also replaced.
-    """
+    """Return a checkpoint without its copy of config.yaml, which has local paths; the manifest is adapted."""
     content = Content(path_in_repo, saved, f"{saved.name}: checkpoint", manifest_digest(saved), fixed=_files(saved))
-    manifest = json.loads((saved / checkpoint.MANIFEST).read_text(encoding="utf-8"))
-    changed = manifest["files"].pop(CONFIG_FILE, None) is not None
-    content.fixed.pop(CONFIG_FILE, None)
-    state = json.loads((saved / STATE_FILE).read_text(encoding="utf-8"))
-    if isinstance(name := state.get("tracker_id"), str) and public_text(name) != name:
-        text = json.dumps(state | {"tracker_id": public_text(name)}, indent=1)
-        data = text.encode("utf-8")
-        manifest["files"][STATE_FILE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        content.written[STATE_FILE], changed = text, True
-    if changed:
+    if content.fixed.pop(CONFIG_FILE, None) is not None:
+        manifest = json.loads(content.fixed.pop(checkpoint.MANIFEST).read_text(encoding="utf-8"))
+        manifest["files"].pop(CONFIG_FILE, None)
         content.written[checkpoint.MANIFEST] = json.dumps(manifest, indent=1) + "\n"
-    for replaced in content.written:
-        content.fixed.pop(replaced, None)
     return content
 
 

@@ -6,11 +6,10 @@ be remembered about uploads that failed, or whose process was killed.
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 
-from training.core.files import write_json
+from training.core.files import read_json_object, write_json
 
 FILE = "hub.json"
 
@@ -31,10 +30,10 @@ class UploadRecord:
 
         Without a record, everything is compared with the Hub again, which costs time but no second upload.
         """
+        content = (read_json_object(self.file) or {}).get("repositories")
         try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))["repositories"]
-            return {str(repository): dict(paths) for repository, paths in content.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {repository: dict(paths) for repository, paths in content.items()} if content else {}
+        except (ValueError, TypeError, AttributeError):
             return {}
 
     def has(self, repository: str, path: str, fingerprint: str) -> bool:
