@@ -19,7 +19,7 @@ from tests.support.child import Child, in_child, wait_until
 from tests.support.runs import ROOT, environment
 from training.core.files import (
     delete_leftovers,
-    read_json,
+    read_json_object,
     recover_folder,
     replacing,
     replacing_folder,
@@ -178,10 +178,10 @@ def test_a_leftover_of_a_killed_writer_is_recognized(tmp_path):
 def test_json_of_other_contents_is_none(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert read_json(path) is None
-    assert read_json(tmp_path / "none.json") is None
+    assert read_json_object(path) is None
+    assert read_json_object(tmp_path / "none.json") is None
     write_json(path, {"a": 1})
-    assert read_json(path) == {"a": 1}
+    assert read_json_object(path) == {"a": 1}
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")

@@ -113,7 +113,8 @@ def test_a_stop_while_an_input_is_made(tmp_path, number):
     (tmp_path / "c.yaml").write_text(
         f"prepare:\n  {target}: data_scripts/make_posters.py --output_dir {target} --num_posters 50000\n"
     )
-    words = ("--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "run"), "--report_to", "none")
+    words = ("--config", tmp_path / "c.yaml", "--output_dir", tmp_path / "run", "--data", target, "--report_to", "none")
+    words = tuple(map(str, words))
     process = subprocess.Popen(command(TOY, *words), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: psutil.Process(process.pid).children(), process)
     time.sleep(0.5)

@@ -88,6 +88,8 @@ class _Parsed(Exception):
 def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[1:3] == ["-m", "venv"]:
+        assert words[3] == ".venv"
     elif words[:3] == ["python", "-m", "pytest"]:
         assert (ROOT / words[3]).is_file()
     elif words[:2] == ["halftone", "path"]:

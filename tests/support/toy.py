@@ -31,6 +31,8 @@ class ToyConfig(RunConfig):
     num_samples: int = option(48, on_resume="warn")
     critic: bool = option(False)
     double: bool = option(False)
+    data: str = option("", on_resume="free")
+    """A folder that the run needs, see `prepare`; nothing in it is read."""
     dropout: float = option(0.1)
     bad_rows: list[int] = option([], on_resume="warn")
     broken_row: int = option(-1, on_resume="free")
