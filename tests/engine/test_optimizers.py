@@ -43,6 +43,18 @@ def test_an_optimizer_resumes_exactly(tmp_path, name):
         assert any(t.dtype == torch.uint8 for t in tensors.values())
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_changed_settings_hold_after_loading(name):
+    """They may be changed when a run is resumed, and the saved ones must not take their place."""
+    _, optimizer = trained(RunConfig(optimizer=name), 1)
+    changed = RunConfig(optimizer=name, weight_decay=0.5, adam_beta1=0.8, adam_epsilon=1e-6)
+    layer, fresh = trained(changed, 0)
+    before = {key: value for key, value in fresh.param_groups[0].items() if key != "params"}
+    optimizers.unflatten_optimizer(fresh, *optimizers.flatten_optimizer(optimizer))
+    assert {key: value for key, value in fresh.param_groups[0].items() if key != "params"} == before
+    assert fresh.param_groups[0]["params"] == [*layer.parameters()]
+
+
 def test_a_state_of_another_model_is_refused():
     _, optimizer = trained(RunConfig(), 1)
     tensors, rest = optimizers.flatten_optimizer(optimizer)

@@ -113,7 +113,11 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Load the results of `flatten_optimizer`. Raises ValueError when they are of another model or optimizer."""
+    """Load the state in the results of `flatten_optimizer`; the settings of `optimizer` stay as they are.
+
+    Raises:
+        ValueError: they are of another model or optimizer.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["scalars"].items()]:
         index, *path, name = key.split("/")
@@ -121,8 +125,7 @@ def unflatten_optimizer(optimizer, tensors: Mapping[str, Tensor], rest: Mapping[
         for part in path:
             place = place.setdefault(part, {})
         place[name] = value
-    groups = [dict(group) for group in rest["param_groups"]]
-    for group in groups:
-        if isinstance(group.get("betas"), list):
-            group["betas"] = tuple(group["betas"])
+    # Betas, weight decay and so on are those of this session, which may have changed them.
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**ours, "params": saved["params"]} for ours, saved in zip(own, rest["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
