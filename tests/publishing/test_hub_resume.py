@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.support.hub_server import HubServer, Request, hub  # noqa: F401  (a f
 from tests.support.runs import ROOT, TOY, assert_same_state, environment
 from tests.support.toy_runs import run, run_of, state_of
 from training.publishing.hub_resume import is_on_hub
+from training.push_to_hub import main as push
 
 # The best step is not the last one when the run is interrupted, and is exported at the end of a run that stops early.
 STEPS = ("--num_samples", "24", "--max_train_steps", "9", "--validation_steps", "2", "--checkpointing_steps", "3",
@@ -29,14 +31,19 @@ def undisturbed(tmp_path_factory) -> Path:
     return run_of(tmp_path_factory, STEPS, name="toy")
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """A run that was interrupted at step 4."""
+    folder = tmp_path_factory.mktemp("interrupted") / "toy"
+    assert run(folder, *STEPS, *PUSH[1:], "--signal_step", "4") == INTERRUPTED
+    return folder
+
+
 @pytest.fixture
-def uploaded(hub: HubServer, tmp_path) -> Path:  # noqa: F811
+def uploaded(hub: HubServer, interrupted, tmp_path) -> Path:  # noqa: F811
     """A run that was interrupted at step 4, and is on the Hub."""
-    folder = tmp_path / "first" / "toy"
-    assert run(folder, *STEPS, *PUSH, "--signal_step", "4") == INTERRUPTED
-    push = [sys.executable, str(ROOT / "training" / "push_to_hub.py"), str(folder)]
-    done = subprocess.run(push, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(shutil.copytree(interrupted, tmp_path / "first" / "toy", symlinks=True))
+    assert push([str(folder)]) == 0
     return folder
 
 
@@ -127,8 +134,7 @@ def test_a_repository_without_a_checkpoint_is_refused(hub, tmp_path):  # noqa: F
 def test_the_first_session_of_a_job_that_always_resumes_from_the_hub(hub, tmp_path, capsys):  # noqa: F811
     assert resume(tmp_path / "a" / "toy", *PUSH, "--signal_step", "4") == INTERRUPTED
     assert "has no repository ada/toy that you may read; it will be uploaded there" in capsys.readouterr().out
-    push = [sys.executable, str(ROOT / "training" / "push_to_hub.py"), str(tmp_path / "a" / "toy")]
-    assert subprocess.run(push, env=environment(), cwd=ROOT).returncode == 0
+    assert push([str(tmp_path / "a" / "toy")]) == 0
     assert resume(tmp_path / "b" / "toy", *PUSH) == 0
     assert "resumed from step-00000004" in capsys.readouterr().out
 
