@@ -29,7 +29,7 @@ from training.core.files import write_atomically
 from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
-from training.data.latent_cache.dataset import LatentCache
+from training.data.latent_cache.dataset import LatentCache, LatentCacheDataset
 from training.data.tokenization import load_tokenizer
 from training.engine.session import train
 from training.models.attention import attention_kernel
@@ -111,26 +111,6 @@ class BareLoop:
         loss.item()
 
 
-class Watched:
-    """Wraps the stage's dataset and calls `before_batch` for each batch that the loop requests, that is once a step."""
-
-    def __init__(self, data: Any, before_batch: Callable[[], None]):
-        self._data, self._before_batch = data, before_batch
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        return self._data[key]
-
-    def __getitems__(self, keys: list[SampleKey]) -> list[dict[str, Any]]:
-        self._before_batch()
-        return self._data.__getitems__(keys)
-
-    def collate(self, items: Sequence[dict[str, Any]]) -> Any:
-        return self._data.collate(items)
-
-
 def measure_bare(config: Config, steps: int) -> dict[str, float]:
     """Measure images per second and peak memory (MB) of a process that runs the bare loop."""
     bare = BareLoop(config)
@@ -201,8 +181,17 @@ def peak_mb() -> float:
 
 
 def _watched_stage(before_batch: Callable[[], None], config: Config, context: StageContext) -> LatentDiffusionStage:
+    """Return the stage; `before_batch` is called for each batch that the loop requests, that is once a step."""
     stage = LatentDiffusionStage(config, context)
-    stage.training_set = Watched(stage.training_set, before_batch)
+    data = stage.training_set
+    assert isinstance(data, LatentCacheDataset)
+    read = data.__getitems__
+
+    def read_watched(keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+        before_batch()
+        return read(keys)
+
+    data.__getitems__ = read_watched  # type: ignore[method-assign]
     return stage
 
 

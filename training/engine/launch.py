@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -85,6 +86,23 @@ def start_accelerator(config: LaunchConfig) -> Accelerator:
         # The tokenizer's threads gain nothing for the captions of one batch, and compete with torch's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return accelerator
+
+
+def close_process_group_at_exit() -> None:
+    """Close the group of all processes when this process exits; if it is still open then, the process can abort.
+
+    It is not closed earlier: a second group under the same launcher would find the addresses of the first one in the
+    launcher's store, and could wait for them for ever.
+    """
+    atexit.unregister(_close_process_group)
+    atexit.register(_close_process_group)
+
+
+def _close_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from pipelines.tools.cli import keep_running_without_output
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
-from training.engine.launch import on_main, start_accelerator
+from training.engine.launch import close_process_group_at_exit, on_main, start_accelerator
 from training.engine.loop import Loop
 from training.engine.prepare import make_missing
 from training.engine.ranks import RankWatch
@@ -65,8 +65,7 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
                 status = _session(build_stage, config, accelerator, folder, stop, started)
                 # If one process exits first, gloo's threads sometimes abort another one, although its work is done.
                 accelerator.wait_for_everyone()
-            # Otherwise the process group is still open at exit, and a distributed script can abort there.
-            accelerator.end_training()
+            close_process_group_at_exit()
             return status
         except Interrupted:
             if accelerator.is_main_process:
