@@ -166,15 +166,15 @@ def is_finished(experiment: Experiment) -> bool:
     saved = folder.saved_config()
     if saved is None or config.changes_from(saved)["error"]:
         return False  # started again, its script reports the settings that cannot change
-    record = read_json_object(folder.record_file)
-    if record is None:
-        return False  # damaged; the script makes it again
     state = read_json_object(follow_links(folder.checkpoints / "latest") / STATE_FILE) or {}
-    if not (folder.pipeline / "model_index.json").is_file() or state.get("step", record["steps"]) != record["steps"]:
+    match read_json_object(folder.record_file):
+        case {"steps": int(steps), "num_train_images": int(images), "global_batch_size": int(batch)} if batch > 0:
+            target_steps = config.max_train_steps or config.num_train_epochs * (images // batch)
+        case _:
+            return False  # damaged; the script makes it again
+    if not (folder.pipeline / "model_index.json").is_file() or state.get("step", steps) != steps:
         return False
-    steps_per_epoch = record["num_train_images"] // record["global_batch_size"]
-    target_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
-    return record["steps"] >= target_steps or state.get("stopped_early", False)
+    return steps >= target_steps or state.get("stopped_early", False)
 
 
 def common_folder(experiments: Sequence[Experiment]) -> Path:

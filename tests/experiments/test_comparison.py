@@ -190,6 +190,9 @@ def test_what_is_finished(tmp_path):
     for flags in (["--max_train_steps", "40"], ["--max_train_steps", "0", "--num_train_epochs", "4"]):
         assert is_finished(plan(experiment_files(tmp_path), flags)[0])
     assert not is_finished(plan(experiment_files(tmp_path), ["--max_train_steps", "0", "--num_train_epochs", "5"])[0])
+    for damaged in ("", "{}", '{"steps": "40"}', '{"steps": 40, "num_train_images": 80, "global_batch_size": 0}'):
+        first.folder.record_file.write_text(damaged)
+        assert not is_finished(first)
 
 
 def test_a_comparison_lies_beside_its_runs(tmp_path, monkeypatch):
