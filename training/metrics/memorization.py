@@ -12,14 +12,19 @@ m generated images, n training images, D values per image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from pipelines.tools.grids import comparison_grid
+from training.metrics.generators import SamplingConfig, generator_of
+from training.metrics.images import to_pil
 
 NEIGHBOURS = 50
 FALSE_POSITIVE_RATE = 0.01
@@ -31,6 +36,16 @@ SHIFTS = (-1, 0, 1)
 # Root mean square difference of pixel values in [0, 1] below which a copy is called exact: JPEG of high quality, or a
 # round trip through a good autoencoder, changes an image by about as much.
 EXACT = 0.02
+# With fewer held-out images, the false-positive rate could not be as low as 1 %.
+FEWEST_HELD_OUT = 99
+MOST_CALIBRATION = 1000
+AMONG_THEMSELVES = "training images, each compared with the others"
+# Copies are reported as a fact if they exceed the false-positive rate by more than one percentage point.
+TOLERANCE = 0.01
+FEWEST_FOR_VERDICT = 1000
+SHEET_PAIRS = 12
+
+Images: TypeAlias = Tensor | Sequence[Image.Image] | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -99,11 +114,15 @@ def _merge(best: Neighbours | None, distances: Tensor, rows: Tensor, neighbours:
 
 
 def thumbnails(images: Sequence[Image.Image]) -> Tensor:
-    """Return images as small RGB vectors with values in [0, 1], whose Euclidean distance is the root mean square
-    difference of their pixels: m 3072."""
+    """Return images as small RGB vectors: m 3072, uint8, so that a million of them take 3 GB."""
     size = (THUMBNAIL, THUMBNAIL)
-    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), np.float32) for image in images]
-    return torch.from_numpy(np.stack(arrays)).flatten(1) / 255 / math.sqrt(THUMBNAIL * THUMBNAIL * 3)
+    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).flatten(1)
+
+
+def _scaled(small: Tensor) -> Tensor:
+    """Return thumbnails as vectors whose Euclidean distance is the root mean square difference of pixels in [0, 1]."""
+    return small.float() / 255 / math.sqrt(small.shape[1])
 
 
 def views(images: Sequence[Image.Image]) -> list[list[Image.Image]]:
@@ -131,7 +150,8 @@ def pixel_neighbours(images: Sequence[Image.Image], training: Tensor, neighbours
     """
     found: Neighbours | None = None
     for view in views(images):
-        there = nearest_neighbours(thumbnails(view), training, neighbours)
+        blocks = (_scaled(block) for block in training.split(BLOCK))
+        there = nearest_neighbours(_scaled(thumbnails(view)), blocks, neighbours)
         found = there if found is None else found.nearer(there)
     assert found is not None
     return found
@@ -163,12 +183,21 @@ def wilson_interval(count: int, total: int, z: float = 1.96) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class CopyReport:
-    """The verdict on a set of generated images in one space."""
+    """The verdict on a set of generated images in one space.
+
+    Attributes:
+        space: what was compared: pixels, latents or features.
+        calibrated_on: the images that the threshold was set with.
+        false_positive_rate: fraction of images that are no copies and are called copies all the same.
+        copies, exact_copies: numbers of copies; exact ones are included in `copies`.
+        copy_rate, lowest_rate, highest_rate: fraction of copies with its 95 % confidence interval.
+    """
 
     space: str
     num_images: int
     num_training: int
     num_held_out: int
+    calibrated_on: str
     threshold: float
     false_positive_rate: float
     copies: int
@@ -185,19 +214,208 @@ class CopyReport:
         return self.lowest_rate > self.false_positive_rate + tolerance
 
 
-def report(
-    space: str, generated: Neighbours, held_out: Neighbours, num_training: int, exact_below: float = 0.0
-) -> CopyReport:
-    """Judge generated images by the ratios of held-out real ones.
+@dataclass(frozen=True)
+class Similarity:
+    """Generated images and their nearest training images in one space."""
+
+    report: CopyReport
+    neighbours: Neighbours
+
+    @property
+    def is_copy(self) -> Tensor:
+        """m, bool"""
+        return self.neighbours.ratios < self.report.threshold
+
+    def closest(self, count: int) -> list[int]:
+        """Return the generated images with the lowest ratios, the closest first."""
+        return self.neighbours.ratios.argsort()[:count].tolist()
+
+
+def judge(
+    space: str, generated: Neighbours, real: Neighbours, num_training: int, *, calibrated_on: str, exact_below: float
+) -> Similarity:
+    """Judge generated images by the ratios of real ones that are no copies.
 
     Args:
+        real: neighbours of real images, with which the threshold is set.
         exact_below: distance below which a copy counts as exact.
     """
-    threshold, rate = calibrated_threshold(held_out.ratios)
+    threshold, rate = calibrated_threshold(real.ratios)
     copied = generated.ratios < threshold
     copies, total = int(copied.sum()), len(copied)
     lowest, highest = wilson_interval(copies, total)
     exact = int((copied & (generated.distances[:, 0] < exact_below)).sum())
-    return CopyReport(
-        space, total, num_training, len(held_out.rows), threshold, rate, copies, exact, copies / total, lowest, highest
+    report = CopyReport(
+        space,
+        total,
+        num_training,
+        len(real.rows),
+        calibrated_on,
+        threshold,
+        rate,
+        copies,
+        exact,
+        copies / total,
+        lowest,
+        highest,
     )
+    return Similarity(report, generated)
+
+
+def compare_pixels(
+    samples: Sequence[Image.Image], training: Tensor, held_out: Sequence[Image.Image] | None = None
+) -> Similarity:
+    """Compare images with all training images in pixels, with mirrored and moved views.
+
+    Args:
+        training: `thumbnails` of the training images, n 3072.
+        held_out: real images that were not trained on, with which the threshold is set. With fewer than
+            `FEWEST_HELD_OUT`, training images are compared with each other instead.
+    """
+    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
+        real, name = pixel_neighbours(held_out, training), "held-out images"
+    else:
+        real, name = _without_themselves(_scaled(training)), AMONG_THEMSELVES
+    found = pixel_neighbours(samples, training)
+    return judge("pixels", found, real, len(training), calibrated_on=name, exact_below=EXACT)
+
+
+def compare_vectors(space: str, samples: Tensor, training: Tensor, held_out: Tensor | None = None) -> Similarity:
+    """Compare images with all training images by their latents or features; as `compare_pixels`, with m D and n D."""
+    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
+        real, name = nearest_neighbours(held_out, training), "held-out images"
+    else:
+        real, name = _without_themselves(training), AMONG_THEMSELVES
+    found = nearest_neighbours(samples, training)
+    exact_below = 1e-3 * float(real.distances.mean())
+    return judge(space, found, real, len(training), calibrated_on=name, exact_below=exact_below)
+
+
+def _without_themselves(training: Tensor) -> Neighbours:
+    """Return the neighbours of up to `MOST_CALIBRATION` training images among the other ones."""
+    rows = torch.linspace(0, len(training) - 1, min(len(training), MOST_CALIBRATION)).round().long()
+    found = nearest_neighbours(training[rows], training, NEIGHBOURS + 1)
+    is_itself = found.rows == rows[:, None]
+    # An exact duplicate may be nearer than the image itself; then the last neighbour is left out.
+    is_itself[~is_itself.any(1), -1] = True
+    keep = ~is_itself
+    shape = (len(rows), found.rows.shape[1] - 1)
+    return Neighbours(found.distances[keep].reshape(shape), found.rows[keep].reshape(shape))
+
+
+def compute_sample_similarity(samples: Images, training_data: Images, held_out: Images | None = None) -> Similarity:
+    """Search the nearest training image of each generated image, and judge whether it is a copy.
+
+    Args:
+        samples: generated images: a list of Pillow images, a tensor (m 3 H W in [-1, 1]), or an iterable over batches
+            of either; batches may be dicts with `pixel_values`.
+        training_data: the images that the model was trained on, in the same forms.
+        held_out: images of the same kind that it was not trained on; they set the threshold.
+
+    Raises:
+        ValueError: there are no samples, or fewer than 2 training images.
+    """
+    generated = [image for batch in _batches(samples) for image in batch]
+    training = [thumbnails(batch) for batch in _batches(training_data)]
+    if not generated or sum(map(len, training)) < 2:
+        raise ValueError(
+            f"{len(generated)} generated and {sum(map(len, training))} training images; at least 1 and 2 are needed"
+        )
+    calibration = None if held_out is None else [image for batch in _batches(held_out) for image in batch]
+    return compare_pixels(generated, torch.cat(training), calibration)
+
+
+def check_memorization(
+    model: Any,
+    dataloader: Iterable[Mapping[str, Any]],
+    num_generate: int = 1000,
+    num_training: int = 10_000,
+    *,
+    held_out: Images | None = None,
+    batch_size: int = 16,
+    sampling: SamplingConfig | None = None,
+) -> Similarity:
+    """Generate images with a pipeline, and judge how many of them are copies of training images.
+
+    Conditional models get the captions, labels or control images of the training data.
+
+    Args:
+        model: a pipeline of Halftone, or another one of Diffusers.
+        dataloader: batches of training data: `pixel_values` (B 3 H W in [-1, 1]), and `caption`, `label` or
+            `conditioning_pixel_values` for a model that needs them.
+        num_generate: number of images to generate. With 1,000, a copy rate of 0.3 % is told from none.
+        num_training: maximum number of training images to compare with.
+        held_out: real images that the model was not trained on; they set the threshold.
+
+    Raises:
+        UserError: the model needs something that the batches do not have.
+    """
+    generator = generator_of(model, sampling or SamplingConfig())
+    training: list[Tensor] = []
+    items: list[dict[str, Any]] = []
+    for batch in dataloader:
+        missing = [name for name in generator.needs if name not in batch]
+        if missing:
+            raise UserError(f"a {generator.kind} needs {', '.join(missing)}, which the batches do not have")
+        some = _images(batch)
+        training.append(thumbnails(some))
+        if len(items) < num_generate:
+            items += [{name: batch[name][i] for name in generator.needs} for i in range(len(some))]
+        if sum(map(len, training)) >= num_training:
+            break
+    if not items:
+        raise UserError("the dataloader has no batches")
+    images: list[Image.Image] = []
+    for start in range(0, num_generate, batch_size):
+        numbers = range(start, min(start + batch_size, num_generate))
+        images += generator([items[number % len(items)] for number in numbers], numbers)
+    calibration = None if held_out is None else [image for batch in _batches(held_out) for image in batch]
+    return compare_pixels(images, torch.cat(training)[:num_training], calibration)
+
+
+def verdict(reports: Iterable[CopyReport | Mapping[str, Any]], tolerance: float = TOLERANCE) -> str:
+    """Return the verdict on a model in words, from its reports in all spaces."""
+    known = [report if isinstance(report, CopyReport) else CopyReport(**report) for report in reports]
+    if not known:
+        return "not checked"
+    worst = max(known, key=lambda report: report.lowest_rate - report.false_positive_rate)
+    share = f"{worst.copies} of {worst.num_images} generated images ({worst.copy_rate:.1%})"
+    expected = f"{worst.false_positive_rate:.1%} are expected among images that are no copies"
+    if worst.exceeds(tolerance):
+        return f"the model copies its training images: {share} are copies in {worst.space}; {expected}"
+    if worst.num_images < FEWEST_FOR_VERDICT:
+        return f"no sign of copies so far: {share} in {worst.space}; {expected}; a verdict needs 1,000 images"
+    return f"no sign of copied training images: {share} in {worst.space}; {expected}"
+
+
+def contact_sheet(
+    similarity: Similarity,
+    generated: Sequence[Image.Image],
+    training_image: Callable[[int], Image.Image],
+    count: int = SHEET_PAIRS,
+) -> Image.Image:
+    """Draw the closest pairs: each generated image beside its nearest training image, the closest pair first."""
+    rows, titles = [], []
+    for number in similarity.closest(count):
+        row = int(similarity.neighbours.rows[number, 0])
+        rows.append([generated[number], training_image(row)])
+        ratio = float(similarity.neighbours.ratios[number])
+        copied = "copy" if bool(similarity.is_copy[number]) else "no copy"
+        titles.append(f"ratio {ratio:.2f}: {copied} (training image {row})")
+    return comparison_grid(rows, ["generated", "nearest training image"], row_titles=titles)
+
+
+def _batches(images: Images) -> Iterator[list[Image.Image]]:
+    if isinstance(images, Tensor):
+        yield _images(images)
+    elif isinstance(images, Sequence) and images and isinstance(images[0], Image.Image):
+        yield list(images)
+    else:
+        for batch in images:
+            yield _images(batch)
+
+
+def _images(batch: Any) -> list[Image.Image]:
+    if isinstance(batch, Mapping):
+        batch = batch["pixel_values"]
+    return [to_pil(image) for image in batch] if isinstance(batch, Tensor) else list(batch)
