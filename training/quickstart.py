@@ -261,8 +261,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
               + (f" (real posters: {real:.3f})" if real else ""))  # fmt: skip
     floor, kid = summary["evaluation"]["floor"]["kid"], summary["kid"]
     print(
-        f"  {kid:6.3f}  KID of {summary['evaluation']['num_images']} posters, ± {summary['kid_standard_error']:.3f} (real "
-        f"posters: {floor['mean']:.3f} ± {floor['std']:.3f}); lower is better\n"
+        f"  {kid:6.3f}  KID of {summary['evaluation']['num_images']} posters, ± {summary['kid_standard_error']:.3f} "
+        f"(real posters: {floor['mean']:.3f} ± {floor['std']:.3f}); lower is better\n"
         f"Copies: {summary['evaluation']['verdict']}"
     )
     if not recipe["complete"]:

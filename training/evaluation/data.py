@@ -142,6 +142,9 @@ class EvaluationData:
         """Return the rows for these generated images; with more images than rows, the rows are used again."""
         rows = [number % len(self.conditions) for number in numbers]
         items = self.conditions.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
+        for item in items:
+            if "label" in item:
+                item["label_name"] = self.conditions.id2label.get(item["label"])
         if self._briefs is not None:
             for item, row in zip(items, rows):
                 item["brief"] = brief_of(self._briefs[row])

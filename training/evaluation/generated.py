@@ -138,7 +138,8 @@ def find_copies(
         known["pixels"].append(thumbnails(batch))
         for name, encode in spaces.items():
             known[name].append(encode(batch))
-    found = [compare_pixels(images, torch.cat(known["pixels"]), held_out)]
+    real = thumbnails(held_out) if held_out else None
+    found = [compare_pixels(thumbnails(images), torch.cat(known["pixels"]), real)]
     for name, encode in spaces.items():
         found.append(
             compare_vectors(name, encode(images), torch.cat(known[name]), encode(held_out) if held_out else None)

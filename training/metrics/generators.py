@@ -18,7 +18,7 @@ from training.core.options import Options, option
 
 Item = Mapping[str, Any]
 """A row of a dataset: pixel_values (3 R R in [-1, 1]), and what the generator needs of caption, label,
-conditioning_pixel_values and brief."""
+label_name, conditioning_pixel_values and brief."""
 
 
 @dataclass
@@ -62,7 +62,10 @@ class ImageGenerator:
         """Generate one RGB image for each item; image number i uses seed + i."""
         seeds = [self.config.seed + number for number in numbers]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = self.pipeline(**self.arguments(items), **self._options(), generator=generators).images
+        try:
+            images = self.pipeline(**self.arguments(items), **self._options(), generator=generators).images
+        except ValueError as error:  # of check_inputs: a class that the model does not know, for example
+            raise UserError(f"the {self.kind} does not take these data: {error}") from None
         return [image.convert("RGB") for image in images]
 
     @property
@@ -127,7 +130,11 @@ class ConditionalGenerator(ImageGenerator):
         if self.takes_captions:
             arguments["prompt"] = [item["caption"] for item in items]
         if self.takes_labels:
-            arguments["class_labels"] = [int(item["label"]) for item in items]
+            # Names where the model has some: other data may number the same classes in another way.
+            known = (self.pipeline.config.get("id2label") or {}).values()
+            arguments["class_labels"] = [
+                item["label_name"] if item.get("label_name") in known else int(item["label"]) for item in items
+            ]
         if not arguments and self._count is not None:
             arguments[self._count] = len(items)
         return arguments

@@ -67,6 +67,13 @@ class Neighbours:
             torch.where(better, other.distances, self.distances), torch.where(better, other.rows, self.rows)
         )
 
+    def without(self, own_rows: Tensor) -> Neighbours:
+        """Remove from the neighbours of each query one row, its own, or else the last one: m k -> m (k - 1)"""
+        is_own = self.rows == own_rows[:, None]
+        is_own[~is_own.any(1), -1] = True
+        shape = (len(self.rows), self.rows.shape[1] - 1)
+        return Neighbours(self.distances[~is_own].reshape(shape), self.rows[~is_own].reshape(shape))
+
 
 def nearest_neighbours(
     queries: Tensor, training: Tensor | Iterable[Tensor], neighbours: int = NEIGHBOURS
@@ -125,52 +132,57 @@ def _scaled(small: Tensor) -> Tensor:
     return small.float() / 255 / math.sqrt(small.shape[1])
 
 
-def views(images: Sequence[Image.Image]) -> list[list[Image.Image]]:
-    """Return the images mirrored or not and moved by up to 3 % of their size: 18 lists of m images, the first with the
-    images as they are. Edges are repeated."""
+def views(small: Tensor) -> list[Tensor]:
+    """Return thumbnails (m 3072) mirrored or not and moved by up to one cell (3 % of the size) in each direction.
+
+    The result has 18 tensors, the first with the thumbnails as they are. Edges are repeated.
+    """
+    grid = small.reshape(-1, THUMBNAIL, THUMBNAIL, 3)
     moves = sorted(((x, y) for x in SHIFTS for y in SHIFTS), key=lambda move: move != (0, 0))
-    both = [list(images), [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]]
-    return [[_moved(image, *move) for image in side] for move in moves for side in both]
+    places = torch.arange(THUMBNAIL)
+    rows = {shift: (places + shift).clamp(0, THUMBNAIL - 1) for shift in SHIFTS}
+    both = (grid, grid.flip(2))
+    return [side[:, rows[y]][:, :, rows[x]].flatten(1) for x, y in moves for side in both]
 
 
-def _moved(image: Image.Image, right: int, down: int) -> Image.Image:
-    if not right and not down:
-        return image
-    x, y = round(image.width * right / THUMBNAIL), round(image.height * down / THUMBNAIL)
-    pad_x, pad_y = abs(x), abs(y)
-    array = np.pad(np.asarray(image.convert("RGB")), ((pad_y, pad_y), (pad_x, pad_x), (0, 0)), mode="edge")
-    return Image.fromarray(array[pad_y - y : pad_y - y + image.height, pad_x - x : pad_x - x + image.width])
-
-
-def pixel_neighbours(images: Sequence[Image.Image], training: Tensor, neighbours: int = NEIGHBOURS) -> Neighbours:
-    """Search the nearest training images in pixels, with mirrored and moved views of the images.
+def pixel_neighbours(
+    small: Tensor, training: Tensor, neighbours: int = NEIGHBOURS, *, own_rows: Tensor | None = None
+) -> Neighbours:
+    """Search the nearest training images in pixels, with mirrored and moved views.
 
     Args:
-        training: `thumbnails` of the training images, n 3072.
+        small, training: `thumbnails` of the images and of the training images, m 3072 and n 3072.
+        own_rows: the row of each image if the images are training images; it is not compared with itself.
     """
     found: Neighbours | None = None
-    for view in views(images):
+    for view in views(small):
         blocks = (_scaled(block) for block in training.split(BLOCK))
-        there = nearest_neighbours(_scaled(thumbnails(view)), blocks, neighbours)
+        there = nearest_neighbours(_scaled(view), blocks, neighbours + (own_rows is not None))
+        there = there if own_rows is None else there.without(own_rows)
         found = there if found is None else found.nearer(there)
     assert found is not None
     return found
 
 
-def calibrated_threshold(ratios: Tensor, rate: float = FALSE_POSITIVE_RATE) -> tuple[float, float]:
+def calibrated_threshold(
+    ratios: Tensor, rate: float = FALSE_POSITIVE_RATE, *, mutual: bool = False
+) -> tuple[float, float]:
     """Return the threshold for ratios below which an image counts as a copy, and its false-positive rate.
 
     Args:
-        ratios: ratios of held-out real images, h
-        rate: the intended rate; with few held-out images the lowest possible is 1 / (h + 1).
+        ratios: ratios of real images that are no copies, h
+        rate: the intended rate; with few images the lowest possible is 1 / (h + 1).
+        mutual: whether the images were compared with each other, so that the smallest ratios come in pairs: two images
+            that are each other's nearest have one distance between them, and count once.
 
     Returns:
         The k-th smallest ratio, with k = max(1, floor(rate · (h + 1))), and the rate k / (h + 1), which is exact in the
-        mean over held-out sets if generated images that are no copies are distributed like held-out ones.
+        mean over sets of real images if generated images that are no copies are distributed like them.
     """
-    held_out = len(ratios)
-    k = max(1, math.floor(rate * (held_out + 1)))
-    return float(ratios.kthvalue(k).values), k / (held_out + 1)
+    size, of_one = (len(ratios) // 2, 2) if mutual else (len(ratios), 1)
+    k = max(1, math.floor(rate * (size + 1)))
+    place = min(k * of_one - (of_one - 1), len(ratios))
+    return float(ratios.kthvalue(place).values), k / (size + 1)
 
 
 def wilson_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -240,7 +252,7 @@ def judge(
         real: neighbours of real images, with which the threshold is set.
         exact_below: distance below which a copy counts as exact.
     """
-    threshold, rate = calibrated_threshold(real.ratios)
+    threshold, rate = calibrated_threshold(real.ratios, mutual=calibrated_on == AMONG_THEMSELVES)
     copied = generated.ratios < threshold
     copies, total = int(copied.sum()), len(copied)
     lowest, highest = wilson_interval(copies, total)
@@ -262,20 +274,19 @@ def judge(
     return Similarity(report, generated)
 
 
-def compare_pixels(
-    samples: Sequence[Image.Image], training: Tensor, held_out: Sequence[Image.Image] | None = None
-) -> Similarity:
+def compare_pixels(samples: Tensor, training: Tensor, held_out: Tensor | None = None) -> Similarity:
     """Compare images with all training images in pixels, with mirrored and moved views.
 
     Args:
-        training: `thumbnails` of the training images, n 3072.
-        held_out: real images that were not trained on, with which the threshold is set. With fewer than
+        samples, training: `thumbnails` of generated and of training images, m 3072 and n 3072.
+        held_out: thumbnails of real images that were not trained on, with which the threshold is set. With fewer than
             `FEWEST_HELD_OUT`, training images are compared with each other instead.
     """
     if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
         real, name = pixel_neighbours(held_out, training), "held-out images"
     else:
-        real, name = _without_themselves(_scaled(training)), AMONG_THEMSELVES
+        rows = _calibration_rows(training)
+        real, name = pixel_neighbours(training[rows], training, own_rows=rows), AMONG_THEMSELVES
     found = pixel_neighbours(samples, training)
     return judge("pixels", found, real, len(training), calibrated_on=name, exact_below=EXACT)
 
@@ -285,22 +296,16 @@ def compare_vectors(space: str, samples: Tensor, training: Tensor, held_out: Ten
     if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
         real, name = nearest_neighbours(held_out, training), "held-out images"
     else:
-        real, name = _without_themselves(training), AMONG_THEMSELVES
+        rows = _calibration_rows(training)
+        real = nearest_neighbours(training[rows], training, NEIGHBOURS + 1).without(rows)
+        name = AMONG_THEMSELVES
     found = nearest_neighbours(samples, training)
     exact_below = 1e-3 * float(real.distances.mean())
     return judge(space, found, real, len(training), calibrated_on=name, exact_below=exact_below)
 
 
-def _without_themselves(training: Tensor) -> Neighbours:
-    """Return the neighbours of up to `MOST_CALIBRATION` training images among the other ones."""
-    rows = torch.linspace(0, len(training) - 1, min(len(training), MOST_CALIBRATION)).round().long()
-    found = nearest_neighbours(training[rows], training, NEIGHBOURS + 1)
-    is_itself = found.rows == rows[:, None]
-    # An exact duplicate may be nearer than the image itself; then the last neighbour is left out.
-    is_itself[~is_itself.any(1), -1] = True
-    keep = ~is_itself
-    shape = (len(rows), found.rows.shape[1] - 1)
-    return Neighbours(found.distances[keep].reshape(shape), found.rows[keep].reshape(shape))
+def _calibration_rows(training: Tensor) -> Tensor:
+    return torch.linspace(0, len(training) - 1, min(len(training), MOST_CALIBRATION)).round().long()
 
 
 def compute_sample_similarity(samples: Images, training_data: Images, held_out: Images | None = None) -> Similarity:
@@ -315,14 +320,10 @@ def compute_sample_similarity(samples: Images, training_data: Images, held_out: 
     Raises:
         ValueError: there are no samples, or fewer than 2 training images.
     """
-    generated = [image for batch in _batches(samples) for image in batch]
-    training = [thumbnails(batch) for batch in _batches(training_data)]
-    if not generated or sum(map(len, training)) < 2:
-        raise ValueError(
-            f"{len(generated)} generated and {sum(map(len, training))} training images; at least 1 and 2 are needed"
-        )
-    calibration = None if held_out is None else [image for batch in _batches(held_out) for image in batch]
-    return compare_pixels(generated, torch.cat(training), calibration)
+    generated, training = _thumbnails_of(samples), _thumbnails_of(training_data)
+    if not len(generated) or len(training) < 2:
+        raise ValueError(f"{len(generated)} generated and {len(training)} training images; at least 1 and 2 are needed")
+    return compare_pixels(generated, training, None if held_out is None else _thumbnails_of(held_out))
 
 
 def check_memorization(
@@ -369,8 +370,8 @@ def check_memorization(
     for start in range(0, num_generate, batch_size):
         numbers = range(start, min(start + batch_size, num_generate))
         images += generator([items[number % len(items)] for number in numbers], numbers)
-    calibration = None if held_out is None else [image for batch in _batches(held_out) for image in batch]
-    return compare_pixels(images, torch.cat(training)[:num_training], calibration)
+    calibration = None if held_out is None else _thumbnails_of(held_out)
+    return compare_pixels(thumbnails(images), torch.cat(training)[:num_training], calibration)
 
 
 def verdict(reports: Iterable[CopyReport | Mapping[str, Any]], tolerance: float = TOLERANCE) -> str:
@@ -379,13 +380,16 @@ def verdict(reports: Iterable[CopyReport | Mapping[str, Any]], tolerance: float 
     if not known:
         return "not checked"
     worst = max(known, key=lambda report: report.lowest_rate - report.false_positive_rate)
-    share = f"{worst.copies} of {worst.num_images} generated images ({worst.copy_rate:.1%})"
-    expected = f"{worst.false_positive_rate:.1%} are expected among images that are no copies"
+    counted = (
+        f"{worst.copies} of {worst.num_images:,} generated images ({worst.copy_rate:.1%}) are copies in {worst.space}, "
+        f"where {worst.false_positive_rate:.1%} are expected of a model that does not copy"
+    )
+    enough = worst.num_images >= FEWEST_FOR_VERDICT
     if worst.exceeds(tolerance):
-        return f"the model copies its training images: {share} are copies in {worst.space}; {expected}"
-    if worst.num_images < FEWEST_FOR_VERDICT:
-        return f"no sign of copies so far: {share} in {worst.space}; {expected}; a verdict needs 1,000 images"
-    return f"no sign of copied training images: {share} in {worst.space}; {expected}"
+        says = "the model copies its training images" if enough else "there are signs of copied training images"
+    else:
+        says = "no copied training images were found" if enough else "no sign of copied training images so far"
+    return f"{says}: {counted}" + ("" if enough else f"; a verdict needs {FEWEST_FOR_VERDICT:,} images")
 
 
 def contact_sheet(
@@ -403,6 +407,11 @@ def contact_sheet(
         copied = "copy" if bool(similarity.is_copy[number]) else "no copy"
         titles.append(f"ratio {ratio:.2f}: {copied} (training image {row})")
     return comparison_grid(rows, ["generated", "nearest training image"], row_titles=titles)
+
+
+def _thumbnails_of(images: Images) -> Tensor:
+    parts = [thumbnails(batch) for batch in _batches(images) if batch]
+    return torch.cat(parts) if parts else torch.zeros(0, 3 * THUMBNAIL * THUMBNAIL, dtype=torch.uint8)
 
 
 def _batches(images: Images) -> Iterator[list[Image.Image]]:
