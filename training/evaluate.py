@@ -73,6 +73,8 @@ class EvaluationConfig(
     --model; a table compares them"""
     images: str | None = option(None)
     """Folder of images to evaluate instead of a model"""
+    device: str | None = option(None)
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     trust_remote_code: bool = option(False)
     """Run the custom code of a pipeline whose class is not part of Halftone"""
     grid: str | None = option(None)
@@ -80,7 +82,7 @@ class EvaluationConfig(
     grid_rows: int = option(8, at_least=1)
     """Number of rows of the grid"""
     copies_sheet: str | None = option(None)
-    """File for a picture of the generated images that are closest to training images (PNG); if unset, copies.png beside
+    """File with the generated images that are closest to training images (PNG); if unset, copies.png beside
     the results if anything looks like a copy"""
     output: str | None = option(None)
     """File for the results (JSON); if unset, evaluation.json in the folder of the run"""
@@ -135,7 +137,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
     if not exchange.is_main:
         return results
     if generator is not None:
-        results["metrics"] |= measure_adherence(generator, generated, data, config)
+        results["metrics"] |= measure_adherence(generator, generated, data, config, config.device)
         if captions.is_captioner(generator.pipeline):
             results["metrics"] |= captions.measure_captions(generator.pipeline, settings, config)
     if config.copy_spaces and data.training is not None and not (generator and generator.takes_images):

@@ -23,7 +23,7 @@ from training.metrics.memorization import (
 
 
 def pictures(count: int, seed: int, size: int = 64) -> list[Image.Image]:
-    """Smooth random pictures."""
+    """Smooth random images."""
     random = np.random.default_rng(seed)
     small = [Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)) for _ in range(count)]
     return [image.resize((size, size), Image.Resampling.BICUBIC) for image in small]
@@ -43,7 +43,7 @@ def test_the_search_in_blocks_equals_a_full_sort():
 def test_fewer_training_images_than_neighbours():
     found = nearest_neighbours(torch.zeros(2, 3), torch.ones(4, 3), 50)
     assert found.rows.shape == (2, 4)
-    with pytest.raises(ValueError, match="no training images"):
+    with pytest.raises(ValueError, match="training images is 0"):
         nearest_neighbours(torch.zeros(2, 3), [], 50)
 
 

@@ -43,12 +43,10 @@ class AdherenceConfig(Options):
     scorer: str | None = option(None)
     """Model that compares generated images with their captions: a run of train_image_caption.py, or the Hub id or
     folder of a dual encoder of Transformers, such as openai/clip-vit-base-patch32"""
-    device: str | None = option(None)
-    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
 
 
 def measure_adherence(
-    generator: ImageGenerator, generated: Generated, data: EvaluationData, config: AdherenceConfig
+    generator: ImageGenerator, generated: Generated, data: EvaluationData, config: AdherenceConfig, device: str | None
 ) -> dict[str, float]:
     """Compute every measurement that the model and its data allow.
 
@@ -62,12 +60,12 @@ def measure_adherence(
         found |= measure_posters(generated.images, *_briefs_and_images(generated, data))
     if generator.takes_captions and config.scorer:
         captions = [item["caption"] for item in generated.items]
-        found |= caption_score(generated.images, captions, config)
+        found |= caption_score(generated.images, captions, config.scorer, device)
     if generator.takes_briefs and config.reader:
-        found |= brief_metrics(generated, data, config)
+        found |= brief_metrics(generated, data, config.reader, device)
     if generator.takes_controls and config.reader:
         assert isinstance(generator, ControlledGenerator)
-        found |= control_adherence(generator, generated, config)
+        found |= control_adherence(generator, generated, config.reader)
     return found
 
 
@@ -83,37 +81,36 @@ def reconstruction_metrics(generated: Generated) -> dict[str, float]:
     return {name: sum(some) / len(some) for name, some in values.items()}
 
 
-def caption_score(images: Sequence[Image.Image], captions: Sequence[str], config: AdherenceConfig) -> dict[str, float]:
+def caption_score(
+    images: Sequence[Image.Image], captions: Sequence[str], scorer: str, device: str | None
+) -> dict[str, float]:
     """Compute the mean cosine of images and their captions, and of images and captions of other images (shuffled)."""
-    assert config.scorer is not None
-    similarity = _scorer(config.scorer, config.device)(images, captions)
+    similarity = _scorer(scorer, device)(images, captions)
     metrics = alignment_metrics(similarity, same_pairs(captions))
     return {f"caption_{name}": value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def brief_metrics(generated: Generated, data: EvaluationData, config: AdherenceConfig) -> dict[str, float]:
+def brief_metrics(generated: Generated, data: EvaluationData, reader_path: str, device: str | None) -> dict[str, float]:
     """Compute `cycle_metrics` of generated posters, and those of the real posters of the same briefs (`real_…`).
 
     The values for real posters show the errors of the reader alone.
     """
-    reader = load_on_device(str(config.reader), config.device)
+    reader = load_on_device(reader_path, device)
     if getattr(reader, "encoder", None) is None or getattr(reader, "abstractor", None) is None:
-        raise UserError(f"--reader {config.reader} cannot read posters; give a train_abstractor.py run with --encoder")
+        raise UserError(f"--reader {reader_path} cannot read posters; give a train_abstractor.py run with --encoder")
     rows, real = _briefs_and_images(generated, data)
     metrics = _cycle(generated.images, reader, rows)
     return metrics | {f"real_{name}": value for name, value in _cycle(real, reader, rows).items()}
 
 
-def control_adherence(
-    generator: ControlledGenerator, generated: Generated, config: AdherenceConfig
-) -> dict[str, float]:
+def control_adherence(generator: ControlledGenerator, generated: Generated, reader_path: str) -> dict[str, float]:
     """Compute how well images agree with their controls (IoU), in comparison with images of other controls.
 
     `base_iou` is that of images without control, `real_iou` that of the real images of the controls, and
     `gain_in_standard_errors` the difference of `control_iou` and `shuffled_iou`.
     """
     net = generator.pipeline.controlnet.config
-    reader = ControlReader(str(config.reader), net.control_kind, net.control_names, net.conditioning_channels)
+    reader = ControlReader(reader_path, net.control_kind, net.control_names, net.conditioning_channels)
     reader.module.to(generator.pipeline.device)
     controls = torch.stack([item["conditioning_pixel_values"] for item in generated.items])
     real = torch.stack([item["pixel_values"] for item in generated.items])

@@ -1,7 +1,8 @@
 """Features of images: the networks that turn images into the vectors which distances and copies are computed from.
 
-The default is EfficientNet-Lite0, trained on ImageNet, whose weights are installed with Halftone, so that every run has
-figures without a network. Numbers of different extractors or resolutions cannot be compared, so all results name both.
+The default is EfficientNet-Lite0, trained on ImageNet, whose weights are installed with Halftone, so that every model
+can be measured without a network connection. Numbers of different extractors or resolutions cannot be compared, so all
+results name both.
 
 n images, D features.
 """

@@ -90,7 +90,7 @@ def nearest_neighbours(
         the mean of the first block.
 
     Raises:
-        ValueError: there are no training images.
+        ValueError: the number of training images is 0.
     """
     blocks = training.split(BLOCK) if isinstance(training, Tensor) else training
     best: Neighbours | None = None
@@ -105,7 +105,7 @@ def nearest_neighbours(
             best = _merge(best, distances, rows, neighbours)
             start += len(block)
     if best is None:
-        raise ValueError("there are no training images to compare with")
+        raise ValueError("the number of training images is 0")
     return Neighbours(best.distances.cpu(), best.rows.cpu())
 
 
@@ -170,14 +170,14 @@ def calibrated_threshold(
     """Return the threshold for ratios below which an image counts as a copy, and its false-positive rate.
 
     Args:
-        ratios: ratios of real images that are no copies, h
+        ratios: ratios of real images that are known not to be copies, h
         rate: the intended rate; with few images the lowest possible is 1 / (h + 1).
         mutual: whether the images were compared with each other, so that the smallest ratios come in pairs: two images
             that are each other's nearest have one distance between them, and count once.
 
     Returns:
         The k-th smallest ratio, with k = max(1, floor(rate · (h + 1))), and the rate k / (h + 1), which is exact in the
-        mean over sets of real images if generated images that are no copies are distributed like them.
+        mean over sets of real images if generated images that are not copies are distributed like them.
     """
     size, of_one = (len(ratios) // 2, 2) if mutual else (len(ratios), 1)
     k = max(1, math.floor(rate * (size + 1)))
@@ -200,7 +200,7 @@ class CopyReport:
     Attributes:
         space: what was compared: pixels, latents or features.
         calibrated_on: the images that the threshold was set with.
-        false_positive_rate: fraction of images that are no copies and are called copies all the same.
+        false_positive_rate: fraction of other images that are called copies all the same.
         copies, exact_copies: numbers of copies; exact ones are included in `copies`.
         copy_rate, lowest_rate, highest_rate: fraction of copies with its 95 % confidence interval.
     """
@@ -246,7 +246,7 @@ class Similarity:
 def judge(
     space: str, generated: Neighbours, real: Neighbours, num_training: int, *, calibrated_on: str, exact_below: float
 ) -> Similarity:
-    """Judge generated images by the ratios of real ones that are no copies.
+    """Judge generated images by the ratios of real ones.
 
     Args:
         real: neighbours of real images, with which the threshold is set.
@@ -318,7 +318,7 @@ def compute_sample_similarity(samples: Images, training_data: Images, held_out: 
         held_out: images of the same kind that it was not trained on; they set the threshold.
 
     Raises:
-        ValueError: there are no samples, or fewer than 2 training images.
+        ValueError: fewer than 1 sample, or than 2 training images.
     """
     generated, training = _thumbnails_of(samples), _thumbnails_of(training_data)
     if not len(generated) or len(training) < 2:
@@ -344,7 +344,7 @@ def check_memorization(
         model: a pipeline of Halftone, or another one of Diffusers.
         dataloader: batches of training data: `pixel_values` (B 3 H W in [-1, 1]), and `caption`, `label` or
             `conditioning_pixel_values` for a model that needs them.
-        num_generate: number of images to generate. With 1,000, a copy rate of 0.3 % is told from none.
+        num_generate: number of images to generate. With 1,000, a copy rate of 0.3 % differs from 0.
         num_training: maximum number of training images to compare with.
         held_out: real images that the model was not trained on; they set the threshold.
 
