@@ -1,4 +1,4 @@
-"""Work that several processes share: each does a part, and all of them get the whole result."""
+"""Work that several processes share: each does a part, and all of them get the whole result or the same error."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def _alone(value: Any) -> list[Any]:
 @dataclass(frozen=True)
 class Exchange:
     """The place of this process among all processes; the defaults are those of a single process.
+
+    An error in the part of one process is raised on every process, after all of them have come to the end of their
+    parts. Otherwise those that wait for a result would wait for ever.
 
     Args:
         rank: number of this process, from 0.
@@ -39,10 +42,36 @@ class Exchange:
                 numbers.
         """
         own = range(self.rank, count, self.num_processes)
-        results: list[T] = []
-        for start in range(0, len(own), batch_size):
-            results += function(own[start : start + batch_size])
+
+        def part() -> list[T]:
+            return [
+                result
+                for start in range(0, len(own), batch_size)
+                for result in function(own[start : start + batch_size])
+            ]
+
         whole: list[Any] = [None] * count
-        for rank, part in enumerate(self.gather(results)):
-            whole[rank :: self.num_processes] = part
+        for rank, results in enumerate(self._together(part)):
+            whole[rank :: self.num_processes] = results
         return whole
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on the main process; return its result on every process."""
+        return self._together(lambda: function() if self.is_main else None)[0]
+
+    def _together(self, function: Callable[[], Any]) -> list[Any]:
+        error: Exception | None = None
+        result = None
+        try:
+            result = function()
+        except Exception as raised:
+            if self.num_processes == 1:
+                raise
+            error = raised
+        outcomes = self.gather((result, error))
+        if error is not None:
+            raise error
+        for _, other in outcomes:
+            if other is not None:
+                raise other
+        return [result for result, _ in outcomes]

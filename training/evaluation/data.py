@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +97,9 @@ class RealImages:
         content = [dataset_fingerprint(self.data), transform_fingerprint(self.data.config), str(self.rows)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
-    def features(self, extractor: FeatureExtractor, exchange: Exchange) -> Tensor:
+    def features(
+        self, extractor: FeatureExtractor, exchange: Exchange, poll: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Return the features of all images: n D, float32. They are stored in the cache folder of `datasets`."""
         file = cache_file("features", [self.fingerprint, extractor.fingerprint], ".safetensors")
         known = None
@@ -107,7 +109,12 @@ class RealImages:
         known = exchange.gather(known)[0]
         if known is not None and len(known) == len(self):
             return known
-        features = torch.stack(exchange.map(lambda places: list(extractor(self.images(places))), len(self), BATCH))
+
+        def some(places: Sequence[int]) -> list[Tensor]:
+            poll()
+            return list(extractor(self.images(places)))
+
+        features = torch.stack(exchange.map(some, len(self), BATCH))
         if exchange.is_main:
             with contextlib.suppress(OSError):  # the next evaluation computes them again
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +59,21 @@ class ImageGenerator:
             pipeline.set_progress_bar_config(disable=True)
         self._parameters = inspect.signature(pipeline.__call__).parameters
 
-    def __call__(self, items: Sequence[Item], numbers: Sequence[int]) -> list[Image.Image]:
-        """Generate one RGB image for each item; image number i uses seed + i."""
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
+        """Generate one RGB image for each item; image number i uses seed + i.
+
+        Args:
+            poll: called after each sampling step; it may raise to stop.
+        """
+        options = self._options()
+        if poll is not None and self._takes("callback_on_step_end"):
+            options["callback_on_step_end"] = functools.partial(_polled, poll)
         seeds = [self.config.seed + number for number in numbers]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
-            images = self.pipeline(**self.arguments(items), **self._options(), generator=generators).images
+            images = self.pipeline(**self.arguments(items), **options, generator=generators).images
         except ValueError as error:  # of check_inputs: a class that the model does not know, for example
             raise UserError(f"the {self.kind} does not take these data: {error}") from None
         return [image.convert("RGB") for image in images]
@@ -169,7 +179,9 @@ class DrawingModel(ImageGenerator):
     takes_captions = True
     samples = False
 
-    def __call__(self, items: Sequence[Item], numbers: Sequence[int]) -> list[Image.Image]:
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
         images = self.pipeline.draw([item["caption"] for item in items]).images
         return [image.convert("RGB") for image in images]
 
@@ -184,12 +196,19 @@ class Reconstructor(ImageGenerator):
     takes_images = True
     samples = False
 
-    def __call__(self, items: Sequence[Item], numbers: Sequence[int]) -> list[Image.Image]:
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
         pixels = torch.stack([item["pixel_values"] for item in items])
         return [image.convert("RGB") for image in self.pipeline((pixels + 1) / 2).images]
 
     def facts(self) -> dict[str, Any]:
         return {"from": "images"}
+
+
+def _polled(poll: Callable[[], None], *step: Any) -> dict[str, Any]:
+    poll()
+    return {}
 
 
 def generator_of(pipeline: Any, config: SamplingConfig) -> ImageGenerator:
