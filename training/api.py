@@ -1,4 +1,4 @@
-"""The building blocks of the training scripts as seven functions, for notebooks; see docs/api.md."""
+"""The building blocks of the training scripts as functions, for notebooks; see docs/api.md."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from training.engine.prepare import make_missing
 from training.engine.run_config import RunConfig
 from training.engine.weights import freeze_parameters
 from training.experiments.registry import config_class, stage_class, stage_of
+from training.metrics.memorization import check_memorization, compute_sample_similarity
 
 __all__ = [
     "build_dataset",
     "build_loss",
     "build_model",
     "build_optimizer",
+    "check_memorization",
+    "compute_sample_similarity",
     "get_device",
     "load_config",
     "set_deterministic",

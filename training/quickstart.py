@@ -32,20 +32,20 @@ from training.engine.speed import SPEED_FILE
 START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
 RUN, LATENTS = Path("runs/quickstart"), "data/posters_64_latents"
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
-AUTOENCODER, DIFFUSION = "train_autoencoder", "train_latent_diffusion"
+AUTOENCODER, DIFFUSION, EVALUATION = "train_autoencoder", "train_latent_diffusion", "evaluate"
 TITLES = {
     "make_posters": "drawing 2,000 posters with captions",
     "train_tokenizer": "building a tokenizer from the captions",
     AUTOENCODER: "training an autoencoder, which turns posters into latents and back",
     "precompute_latents": "encoding the posters once",
     DIFFUSION: "training latent diffusion, which turns captions into posters",
-    "evaluate_posters": "generating 64 posters for captions that were not trained on, and measuring them",
+    EVALUATION: "generating posters for captions that were not trained on, and comparing them with real ones",
 }
 TINY = {
     "make_posters": "--num_posters 300",
     AUTOENCODER: "--max_train_steps 30 --report_to none",
     DIFFUSION: "--max_train_steps 30 --train_batch_size 16 --report_to none",
-    "evaluate_posters": "--num_briefs 8 --num_inference_steps 5 --grid_rows 3",
+    EVALUATION: "--num_images 24 --num_inference_steps 5 --grid_rows 3 --extractor_resolution 64",
 }
 # The part of the remaining time that the autoencoder trains, as in the full recipe.
 AUTOENCODER_SHARE = 1 / 3
@@ -142,8 +142,9 @@ def stages(tiny: bool) -> list[tuple[str, str | None]]:
     plan += [
         (f"training/train_latent_diffusion.py --config {CONFIG}", None),
         (
-            f"training/evaluation/evaluate_posters.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 "
-            f"--guidance_scale 1.75 --grid {RUN}/grid.png --output {RUN}/figures.json",
+            f"training/evaluate.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 --split test "
+            "--guidance_scale 1.75 --num_images 256 --max_real_images 512 --extractor_resolution 128 "
+            f"--copy_spaces [pixels] --grid {RUN}/grid.png",
             None,
         ),
     ]
@@ -200,8 +201,9 @@ def summarize(plan: Plan) -> dict[str, Any]:
         for name in ("autoencoder", "latent_diffusion")
     ]
     autoencoder, diffusion = records
+    evaluation = json.loads((RUN / "latent_diffusion/evaluation.json").read_text(encoding="utf-8"))
     metrics = {
-        **json.loads((RUN / "figures.json").read_text(encoding="utf-8")),
+        **evaluation["metrics"],
         "autoencoder_psnr": autoencoder["metrics"]["val_psnr"],
         "autoencoder_ssim": autoencoder["metrics"]["val_ssim"],
         "diffusion_val_loss": diffusion["metrics"]["val_loss"],
@@ -209,6 +211,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
     recipe = full_recipe(plan)
     return {
         **metrics,
+        "evaluation": {name: value for name, value in evaluation.items() if name != "metrics"},
         "autoencoder_steps": autoencoder["steps"],
         "diffusion_steps": diffusion["steps"],
         "cpu_cores": os.cpu_count(),
@@ -256,6 +259,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
         reached = "reached" if summary["goals"][name]["reached"] else "not reached"
         print(f"  {summary[name]:6.3f}  {words}; goal {goal:g}, {reached}"
               + (f" (real posters: {real:.3f})" if real else ""))  # fmt: skip
+    floor, kid = summary["evaluation"]["floor"]["kid"], summary["kid"]
+    print(
+        f"  {kid:6.3f}  KID of {summary['evaluation']['num_images']} posters, ± {summary['kid_standard_error']:.3f} "
+        f"(real posters: {floor['mean']:.3f} ± {floor['std']:.3f}); lower is better\n"
+        f"Copies: {summary['evaluation']['verdict']}"
+    )
     if not recipe["complete"]:
         print(
             f"\nIn {summary['minutes']:g} minutes this machine trained {summary['autoencoder_steps']} steps of the "

@@ -43,7 +43,8 @@ from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.steered import ControlBase, load_base
 from training.objectives.diffusion import ObjectiveConfig
-from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig
+from training.stages.generating import GeneratingStage, RunEvaluationConfig
+from training.stages.image_stage import ImageStageConfig, PreviewConfig
 
 logger = logging.getLogger("halftone")
 
@@ -52,7 +53,7 @@ MODES = ("add", "gated", "concat", "film", "cross_attention")
 
 
 @dataclass
-class Config(ObjectiveConfig, PreviewConfig, ImageStageConfig):
+class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_controlnet.py."""
 
     output_dir: str = option("runs/controlnet", on_resume="free")
@@ -136,7 +137,7 @@ class ControlNetPhase(Phase):
         return noisy.loss(prediction).mean(), {}
 
 
-class ControlNetStage(ImageStage):
+class ControlNetStage(GeneratingStage):
     name = "ControlNet"
     card_template = "controlnet.md.jinja"
 

@@ -30,13 +30,14 @@ from training.models.attention import attention_kernel
 from training.models.posters import BriefEncoderConfig
 from training.models.unet import PixelUNetConfig, build_pixel_unet
 from training.objectives.diffusion import Diffusion, DiffusionConfig
-from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig, loss_sums
+from training.stages.generating import GeneratingStage, RunEvaluationConfig
+from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 
 PRESET = "configs/experiments/posters/decoder_64.yaml"
 
 
 @dataclass
-class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
+class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_decoder.py."""
 
     output_dir: str = option("runs/posters/decoder", on_resume="free")
@@ -77,7 +78,7 @@ class PosterDecoderPhase(Phase):
         return self.losses(batch, draws, brief).mean(), {}
 
 
-class PosterDecoderStage(ImageStage):
+class PosterDecoderStage(GeneratingStage):
     name = "poster decoder"
     card_template = "poster_decoder.md.jinja"
 

@@ -44,7 +44,8 @@ from training.models.image_caption import ImageCaptionModelConfig, build_model, 
 from training.models.image_caption_phase import ImageCaptionObjectiveConfig, ImageCaptionPhase
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, build_latent_prior
 from training.objectives.captions import same_captions, same_images, scaled_errors
-from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig
+from training.stages.generating import GeneratingStage, RunEvaluationConfig
+from training.stages.image_stage import ImageStageConfig, PreviewConfig
 
 logger = logging.getLogger("halftone")
 
@@ -53,7 +54,7 @@ VARIANCE_IMAGES = 256
 
 
 @dataclass
-class Config(ImageCaptionObjectiveConfig, PreviewConfig, CaptionDataConfig, ImageStageConfig):
+class Config(ImageCaptionObjectiveConfig, PreviewConfig, RunEvaluationConfig, CaptionDataConfig, ImageStageConfig):
     """Flags of train_image_caption.py."""
 
     output_dir: str = option("runs/image_caption", on_resume="free")
@@ -83,7 +84,7 @@ class Config(ImageCaptionObjectiveConfig, PreviewConfig, CaptionDataConfig, Imag
             )
 
 
-class ImageCaptionStage(ImageStage):
+class ImageCaptionStage(GeneratingStage):
     name = "image caption"
     card_template = "image_caption.md.jinja"
 

@@ -40,13 +40,14 @@ from training.models.unet import UNetConfig, build_unet
 from training.models.vae_loading import load_vae
 from training.objectives.diffusion import Diffusion, DiffusionConfig
 from training.objectives.functional import mse_per_sample
-from training.stages.image_stage import ImageStage, ImageStageConfig, PreviewConfig, loss_sums
+from training.stages.generating import GeneratingStage, RunEvaluationConfig
+from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 
 PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 
 
 @dataclass
-class Config(DiffusionConfig, PreviewConfig, ImageStageConfig):
+class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free")
@@ -162,7 +163,7 @@ class LatentDiffusionPhase(Phase):
         return denoising + self.config.caption_prior.weight * prior, metrics
 
 
-class LatentDiffusionStage(ImageStage):
+class LatentDiffusionStage(GeneratingStage):
     name = "latent diffusion"
     card_template = "latent_diffusion.md.jinja"
 

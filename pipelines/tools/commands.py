@@ -11,16 +11,15 @@ from pathlib import Path
 from .resources import IS_CHECKOUT
 
 PROGRAM = "halftone"
-SCRIPT_FOLDERS = ("training", "training/evaluation", "pipelines", "data_scripts")
+SCRIPT_FOLDERS = ("training", "pipelines", "data_scripts")
 # The beginning of a script's path -> what replaces it after `halftone`.
 _SUBCOMMANDS = {
     "training/train_": "train ",
-    "training/evaluation/evaluate_": "evaluate ",
     "training/": "",
     "pipelines/": "",
     "data_scripts/": "data ",
 }
-_LAUNCHED = ("training/train_", "data_scripts/precompute_latents")
+_LAUNCHED = ("training/train_", "training/evaluate", "data_scripts/precompute_latents")
 
 
 def subcommand(script: str) -> str:

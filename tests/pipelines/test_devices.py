@@ -86,10 +86,7 @@ def words(command: str, folder: Path) -> list[str]:
         "make_controls": ["--kind", "layout", "--encoder", model, "--train_data_dir", str(folder / "images")]
         + ["--output_dir", str(folder / "controls")],
         "precompute_latents": ["--vae", model, "--dataset_name", "any", "--output_dir", str(folder / "cache")],
-        "evaluate_posters": ["--model", model],
-        "evaluate_decoder": ["--model", model, "--reader", model],
-        "evaluate_controlnet": ["--models", f"[{model}]", "--reader", model, "--dataset_name", "any"],
-        "evaluate_captions": ["--model", model],
+        "evaluate": ["--model", model],
         "captions": ["--side", "memory", "--preset", "emoji_64", "--output", str(folder / "figures.json")],
     }[command]
 

@@ -77,7 +77,7 @@ def test_extras_as_they_can_be_installed():
 
 
 def test_subcommands_of_scripts():
-    assert subcommand("training/evaluation/evaluate_posters.py") == "evaluate posters"
+    assert subcommand("training/evaluate.py") == "evaluate"
     assert subcommand("training/run_experiments.py") == "run_experiments"
 
 

@@ -21,7 +21,7 @@ MOST_TURNS = 25  # the rest are prompts, test data and pictures on posters
 OF_POSTERS = re.compile(
     r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/metrics/(posters|cycle)|"
     r"pipelines/(common/(poster_domain|design_brief|layout_pictures)|analyze|layout_analysis)|"
-    r"model_cards/(layout_encoder|grammar_abstractor|poster_decoder)|training/evaluation/evaluate_(posters|decoder)|"
+    r"model_cards/(layout_encoder|grammar_abstractor|poster_decoder)|"
     r"docs/(design/)?(data|decoder|encoder|abstractor|controlnet)|tests/(data_scripts|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
 )
 TURNS = {

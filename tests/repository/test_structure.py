@@ -30,9 +30,7 @@ def test_layers_are_kept():
 
 
 def test_folders_of_scripts_are_found():
-    assert {"training", "training/evaluation", "training/benchmarks", "data_scripts", "pipelines"} <= set(
-        FOLDERS_OF_SCRIPTS
-    )
+    assert {"training", "training/benchmarks", "data_scripts", "pipelines"} <= set(FOLDERS_OF_SCRIPTS)
 
 
 @pytest.mark.parametrize("folder", FOLDERS_OF_SCRIPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, launch, rows
 from tests.support.tiny_captions import MODEL_FLAGS, RESOLUTION, caption, draw_folder, picture, tiny_caption_tokenizer
-from training import train_image_caption
+from training import evaluate, train_image_caption
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.data.tokenization import CaptionTokens
-from training.evaluation import evaluate_captions
+from training.evaluation.captions import data_of
+from training.evaluation.data import run_settings
 from training.metrics.captions import caption_scores
 from training.run.checkpoint import load_tensors
 from training.run.folder import RunFolder
@@ -406,12 +408,17 @@ def test_the_evaluation_script(tmp_path, launched, image_folder):
     (data / "validation/metadata.jsonl").write_text("\n".join(lines))
 
     words = ["--model", str(launched), "--dataset_name", str(data), "--pictures", str(tmp_path / "png")]
-    evaluate_captions.main([*words, "--output", str(tmp_path / "figures.json")])
-    metrics = json.loads((tmp_path / "figures.json").read_text())
+    evaluate.main(
+        [*words, "--cpu_threads", "1", "--extractor_resolution", "32", "--output", str(tmp_path / "figures.json")]
+    )
+    results = json.loads((tmp_path / "figures.json").read_text())
+    metrics = results["metrics"]
+    assert results["kind"] == "image–caption model"
+    assert math.isfinite(metrics["kid"])
     assert (metrics["pairs"], metrics["left_out"]) == (5, 1)
     pipeline = load_pipeline(launched)
-    config = evaluate_captions.CaptionEvaluationConfig(model=str(launched), dataset_name=str(data))
-    held_out = evaluate_captions.data_of(config, pipeline)[1]
+    config = evaluate.EvaluationConfig(model=str(launched), dataset_name=str(data))
+    held_out = data_of(config, run_settings(str(launched)), pipeline)[1]
     batch = fetch(held_out, [SampleKey(row, 0) for row in (0, 1, 2, 4, 5)])
     images = pipeline.encode_images((batch["pixel_values"] + 1) / 2)
     assert [len(own) for own in batch["caption"]] == [1, 2, 3, 2, 3]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training.core.draws import Draws, SampleKey
+from training.core.exchange import Exchange
 from training.core.previews import Previews
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ class StageContext:
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Measurements of generated images.
+
+    Attributes:
+        metrics: their names start with `eval_`, so that they cannot be confused with validation metrics.
+        may_be_best: whether this checkpoint may become the best one.
+        warnings: sentences for the user.
+    """
+
+    metrics: Mapping[str, float]
+    may_be_best: bool = True
+    warnings: Sequence[str] = ()
+
+
 class Stage(ABC):
     """Base class of stages; each training script defines one. `train_encoder.py` is a short example.
 
@@ -124,6 +140,17 @@ class Stage(ABC):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Compute the validation metrics from the sums of `validation_step`; their names start with `val_`."""
         return dict(sums)
+
+    def evaluate(self, exchange: Exchange, *, distances: bool, copies: bool) -> Evaluation | None:
+        """Generate images and measure them; None for a stage that cannot.
+
+        Every process calls it, generates its share of the images, and returns the same result.
+
+        Args:
+            distances: whether to measure how close the images are to real ones.
+            copies: whether to search for copies of training images.
+        """
+        return None
 
     def previews(self) -> Previews | None:
         """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing."""

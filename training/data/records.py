@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 def read_record(kind: str, key: Any) -> Any:
     """Return the recorded value; None if there is none."""
-    return read_json(_file(kind, key))
+    return read_json(cache_file(kind, key))
 
 
 def write_record(kind: str, key: Any, value: Any) -> None:
     """Record a value that can be written as JSON, unless the cache folder cannot be written."""
-    file = _file(kind, key)
+    file = cache_file(kind, key)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, value)
@@ -68,10 +68,11 @@ def _entry(path: str, stat: os.stat_result) -> tuple[str, int, int]:
     return path, stat.st_size, stat.st_mtime_ns
 
 
-def _file(kind: str, key: Any) -> Path:
+def cache_file(kind: str, key: Any, suffix: str = ".json") -> Path:
+    """Return the file of a record; other modules may keep larger content there."""
     import datasets
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "halftone" / f"{kind}-{_hash(key)[:32]}.json"
+    return Path(datasets.config.HF_DATASETS_CACHE) / "halftone" / f"{kind}-{_hash(key)[:32]}{suffix}"
 
 
 def _hash(value: Any) -> str:

@@ -17,6 +17,14 @@ class CadenceConfig(Options):
     """Validate every N epochs; 0 disables it. A run always ends with a validation"""
     validation_steps: int = option(0, on_resume="warn", at_least=0)
     """Validate every N optimizer steps, in addition to --validation_epochs; 0 disables it"""
+    evaluation_epochs: int = option(0, on_resume="warn", at_least=0)
+    """Measure generated images every N epochs: their distance from real ones, and copies of training images; 0 disables
+    it. If it is on, a run also ends with a measurement"""
+    evaluation_steps: int = option(0, on_resume="warn", at_least=0)
+    """Measure generated images every N optimizer steps, in addition to --evaluation_epochs; 0 disables it"""
+    memorization_epochs: int = option(0, on_resume="warn", at_least=0)
+    """Search for copies of training images among generated ones every N epochs, in addition to the measurements of
+    --evaluation_epochs; 0 disables it"""
     preview_epochs: int = option(1, on_resume="free", at_least=0)
     """Save previews every N epochs; 0 disables it. Previews are always saved at the end of a run"""
     preview_steps: int = option(0, on_resume="free", at_least=0)
@@ -36,6 +44,17 @@ class Cadence:
 
     def validation_due(self, step: int) -> bool:
         return due(step, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether generated images are measured during the run."""
+        return self.config.evaluation_steps > 0 or self.config.evaluation_epochs > 0
+
+    def evaluation_due(self, step: int) -> bool:
+        return due(step, self.config.evaluation_steps, self.config.evaluation_epochs, self.steps_per_epoch)
+
+    def copies_due(self, step: int) -> bool:
+        return due(step, 0, self.config.memorization_epochs, self.steps_per_epoch)
 
     def preview_due(self, step: int) -> bool:
         return due(step, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError
-from training.core.stage import Batch
+from training.core.exchange import Exchange
+from training.core.stage import Batch, Evaluation
+from training.engine.best import best_metric
 from training.engine.cadence import Cadence
 from training.engine.phase_runner import PhaseRunner, StepOutcome
 from training.engine.run_config import RunConfig
@@ -48,6 +51,8 @@ class Loop:
         self.state, self.stage = training.state, training.stage
         self.reporter, self.writer, self.stop = reporter, writer, stop
         self.cadence = Cadence(config, training.steps_per_epoch)
+        self.best_metric = best_metric(self.stage, config, self.cadence)
+        self.state.judge_by(self.best_metric.name, self.stage.best_metric)
         self.schedules = [
             PhaseSchedule(runner.phase, config, runner.learning_rate, self.state.goal_steps)
             for runner in training.runners
@@ -113,15 +118,17 @@ class Loop:
             if self.stop_agreed:
                 raise Interrupted
             validated = self.validate() if last or self.cadence.validation_due(state.step) else {}
+            evaluation = self.evaluate(last)
             if last or self.cadence.preview_due(state.step):
                 self.show_previews()
         except Interrupted:
             self.stop_agreed = True
             self._save(must_succeed=True)
             return
-        improved = self._judge(validated)
-        if validated or last or self.cadence.row_due(state.step):
-            self.reporter.log_row(validated, self.cadence.ends_epoch(state.step))
+        measured = {**validated, **(evaluation.metrics if evaluation else {})}
+        improved = self._judge(measured, evaluation is None or evaluation.may_be_best)
+        if measured or last or self.cadence.row_due(state.step):
+            self.reporter.log_row(measured, self.cadence.ends_epoch(state.step))
         state.pending_events = False
         if improved or last or state.stopped_early or self.cadence.checkpoint_due(state.step):
             self._save(must_succeed=last)
@@ -145,6 +152,26 @@ class Loop:
             self.state.last_validation = metrics
         return metrics
 
+    def evaluate(self, last: bool) -> Evaluation | None:
+        """Measure generated images if that is due, with the EMA weights. Raises Interrupted on every process."""
+        distances = self.cadence.evaluates and (last or self.cadence.evaluation_due(self.state.step))
+        copies = distances or self.cadence.copies_due(self.state.step)
+        if not copies:
+            return None
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        exchange = Exchange(*place, lambda value: gather(self.accelerator, value))
+        started = time.monotonic()
+        with evaluating(self.training.modules, self.training.ema):
+            evaluation = self.stage.evaluate(exchange, distances=distances, copies=copies)
+        if evaluation is not None:
+            self.state.last_evaluation = {**self.state.last_evaluation, **evaluation.metrics}
+            if exchange.is_main:
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+                logger.info("step %d: %s (%.0f s)", self.state.step, shown, time.monotonic() - started)
+                for warning in evaluation.warnings:
+                    logger.warning("step %d: %s", self.state.step, warning)
+        return evaluation
+
     def show_previews(self) -> None:
         """Generate and save the previews on the main process. Raises Interrupted on every process."""
         with interrupted_together(self.accelerator):
@@ -154,19 +181,22 @@ class Loop:
                 if previews is not None:
                     self.reporter.keep_previews(previews)
 
-    def _judge(self, validated: dict[str, float]) -> bool:
-        """Return whether the validation metric is the best so far; stop the run early if patience is exhausted."""
-        if self.stage.best_metric not in validated:
+    def _judge(self, measured: dict[str, float], may_be_best: bool) -> bool:
+        """Return whether the deciding metric is the best so far; stop the run early if patience is exhausted."""
+        name = self.best_metric.name
+        if name not in measured:
             return False
-        value = validated[self.stage.best_metric]
+        value = measured[name]
         if not math.isfinite(value):
             logger.warning(
                 "%s is %s at step %d, so this step is not the best one; if it stays so, lower --learning_rate",
-                self.stage.best_metric,
+                name,
                 value,
                 self.state.step,
             )
-        improved = self.state.note_validation(value, self.stage.best_is_lower, self.config)
+        improved = self.state.note_validation(
+            value, self.best_metric.lower_is_better, self.config, may_be_best=may_be_best
+        )
         self.state.stopped_early = self.state.patience_is_spent(self.config)
         return improved
 

@@ -106,6 +106,7 @@ class Training:
     def load_best(self, checkpoint: Path) -> None:
         """Load the weights with the best validation metric, to export a run that stopped early."""
         self.state.last_validation = self.state.best_validation or self.state.last_validation
+        self.state.last_evaluation = self.state.best_evaluation or self.state.last_evaluation
         if self.ema is not None:
             self.ema.load_live(checkpoint)
             return
@@ -127,8 +128,12 @@ class Training:
             "trained_parameters": self.trained_parameters,
             "peak_memory_mib": peak_memory_mib(self.device),
             "hardware": f"{self.num_processes} × {self.device.type}",
-            "metrics": state.last_validation,
-            "best": {"metric": self.stage.best_metric, "value": state.best_value, "step": state.best_step},
+            "metrics": {**state.last_validation, **state.last_evaluation},
+            "best": {
+                "metric": state.best_metric or self.stage.best_metric,
+                "value": state.best_value,
+                "step": state.best_step,
+            },
         }
 
 

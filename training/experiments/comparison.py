@@ -91,11 +91,11 @@ def run_metrics(stage: str, folder: RunFolder) -> dict[str, Any]:
     if not state:
         return {}
     metrics = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-    last = {key: float(row[key]) for row in metrics for key in row if key.startswith("val_") and row[key]}
+    last = {key: float(row[key]) for row in metrics for key in row if key.startswith(("val_", "eval_")) and row[key]}
     recorded: dict[str, Any] = {"parameters": record.get("trained_parameters"), "steps": state["step"], **last}
     if state.get("best_value") is not None:
         recorded |= {
-            f"best_{stage_class(stage).best_metric}": state["best_value"],
+            f"best_{state.get('best_metric') or stage_class(stage).best_metric}": state["best_value"],
             "best_step": state["best_step"],
         }
     if state["elapsed_seconds"] > 0:

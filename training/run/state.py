@@ -25,7 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict[str, float]": (dict,),
 }
 
-_METRICS = ("last_validation", "best_validation")
+_METRICS = ("last_validation", "best_validation", "last_evaluation", "best_evaluation")
 
 
 @dataclass
@@ -35,6 +35,10 @@ class EarlyStoppingConfig(Options):
     early_stopping_patience: int = option(0, on_resume="warn", at_least=0)
     """Stop after N validations in a row without improvement of the validation metric (see
     --early_stopping_min_delta); 0 disables it"""
+    best_metric: str = option("auto", on_resume="warn")
+    """Metric that the best checkpoint and early stopping depend on: kid or fd of generated images (needs
+    --evaluation_epochs or --evaluation_steps), a validation metric such as val_loss, or auto: kid if generated images
+    are measured, otherwise the validation metric of the stage"""
     early_stopping_min_delta: float = option(0.0, on_resume="warn", at_least=0)
     """Minimum change of the validation metric that counts as an improvement. The metric is val_loss (lower is
     better), but val_psnr in train_autoencoder.py and val_r2 in train_abstractor.py (higher is better)"""
@@ -65,6 +69,8 @@ class RunState:
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    best_metric: str = ""
+    """Metric of `best_value`; empty in checkpoints of earlier versions, for the validation metric of the stage."""
     best_value: float | None = None
     best_step: int = 0
     validations_without_improvement: int = 0
@@ -81,7 +87,9 @@ class RunState:
     epoch_loss: EpochLoss = field(default_factory=EpochLoss)
     epochs: list[EpochSummary] = field(default_factory=list)
     last_validation: dict[str, float] = field(default_factory=dict)
+    last_evaluation: dict[str, float] = field(default_factory=dict)
     best_validation: dict[str, float] = field(default_factory=dict)
+    best_evaluation: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the state into the folder of a checkpoint."""
@@ -152,13 +160,26 @@ class RunState:
         if "loss" in values:  # the first phase may start late
             self.epoch_loss.add(values["loss"])
 
-    def note_validation(self, value: float, lower_is_better: bool, stopping: EarlyStoppingConfig) -> bool:
-        """Record a validation metric; return whether it is the best so far. NaN never is."""
-        if math.isfinite(value):
+    def judge_by(self, metric: str, usual: str) -> None:
+        """Set the metric that decides about the best step; a best value of another metric is forgotten.
+
+        Args:
+            usual: the metric of checkpoints that do not name one.
+        """
+        if (self.best_metric or usual) != metric:
+            self.best_value, self.best_step, self.validations_without_improvement = None, 0, 0
+        self.best_metric = metric
+
+    def note_validation(
+        self, value: float, lower_is_better: bool, stopping: EarlyStoppingConfig, *, may_be_best: bool = True
+    ) -> bool:
+        """Record the deciding metric; return whether it is the best so far. NaN never is."""
+        if math.isfinite(value) and may_be_best:
             sign = 1 if lower_is_better else -1
             if self.best_value is None or sign * value < sign * self.best_value - stopping.early_stopping_min_delta:
                 self.best_value, self.best_step = value, self.step
                 self.best_validation = dict(self.last_validation)
+                self.best_evaluation = dict(self.last_evaluation)
                 self.validations_without_improvement = 0
                 return True
         self.validations_without_improvement += 1

@@ -1,12 +1,7 @@
-"""Evaluate a model of images and captions: captioning, generation and retrieval on training or held-out pairs.
+"""Measurements of a model of images and captions: captioning, drawing and retrieval, on training or held-out pairs.
 
-    python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split validation
-    python training/evaluation/evaluate_captions.py --model runs/image_caption/emoji_64 --split train \\
-        --output train.json --pictures docs/images
-
-Data and seed are those of the run unless others are given. Held-out pairs whose image is also in the training split,
-with another caption, are left out and counted. If an image has several captions, BLEU and chrF use all of them, and all
-other metrics the first.
+Held-out pairs whose image is also in the training split, with another caption, are left out and counted. If an image
+has several captions, BLEU and chrF use all of them, and all other metrics the first.
 """
 
 from __future__ import annotations
@@ -16,25 +11,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
-from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.files import read_text
+from pipelines.tools.cli import UserError
 from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
-from training.core.files import write_json
 from training.core.options import Options, option
-from training.core.parsing import parse_config
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of, load_captioned
 from training.data.tokenization import CaptionTokens
-from training.engine.launch import threads_per_process
 from training.metrics.captions import (
     alignment_metrics,
     best_constant_caption,
@@ -52,51 +42,52 @@ SAMPLED_PAIRS = 64
 
 
 @dataclass
-class CaptionEvaluationConfig(Options):
-    """Flags of evaluate_captions.py."""
+class CaptionOptions(Options):
+    """How captions are generated (only for models of images and captions)."""
 
-    model: str = ""
-    """Image–caption model (required): run folder of train_image_caption.py, checkpoint or pipeline folder"""
-    split: str = option("validation", choices=("train", "validation"))
-    """Pairs to evaluate on: validation (held-out pairs) or train"""
-    dataset_name: str | None = None
-    """Data to evaluate on (folder, file or Hub id); if unset, the data of the run"""
-    max_samples: int = option(0, at_least=0)
-    """Maximum number of pairs, counted from the first; 0 uses all"""
+    max_pairs: int = option(0, at_least=0)
+    """Maximum number of pairs of images and captions, counted from the first; 0 uses all"""
     num_beams: int = option(1, at_least=1)
     """Number of beams for generating captions; 1 decodes greedily"""
     num_candidates: int = option(1, at_least=1)
     """Number of captions sampled per image, of which the one most similar to all others is used; 1 disables sampling"""
-    num_pairs: int = 8
+    num_pairs: int = option(8, at_least=1)
     """Number of new image–caption pairs in invented_pairs.png (only for models with a latent prior)"""
-    seed: int = 0
-    """Random seed for shuffling pairs, sampling captions and generating new pairs"""
-    device: str | None = None
-    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
-    pictures: str | None = None
-    """Folder for PNG files of reconstructions, generated images and new image–caption pairs; if unset, none are
-    written"""
-    output: str | None = None
-    """File for the metrics (JSON); if unset, they are only printed"""
-
-    def validate(self, prefix: str = "") -> None:
-        super().validate(prefix)
-        if not self.model:
-            raise UserError("--model is missing; give a run of train_image_caption.py, a checkpoint or a pipeline")
+    pictures: str | None = option(None)
+    """Folder for PNG files of reconstructions, drawings and new image–caption pairs; if unset, none are written"""
 
 
-def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
+class CaptionConfig(Protocol):
+    """The settings that the measurement uses."""
+
+    model: str
+    dataset_name: str | None
+    split: str
+    seed: int
+    max_pairs: int
+    num_beams: int
+    num_candidates: int
+    num_pairs: int
+    pictures: str | None
+
+
+def is_captioner(pipeline: Any) -> bool:
+    """Return whether a pipeline generates captions of images."""
+    return hasattr(pipeline, "caption") and hasattr(pipeline, "draw")
+
+
+def measure_captions(pipeline: Any, settings: Mapping[str, Any], config: CaptionConfig) -> dict[str, Any]:
     """Compute metrics of captions, perplexity, retrieval, alignment and reconstruction on one split.
 
-    Raises:
-        UserError: the model or the data do not exist.
-    """
-    from pipelines.caption import load_captioner
+    Args:
+        settings: settings of the model's run, empty without one.
 
-    torch.set_num_threads(threads_per_process())
-    pipeline = load_captioner(config.model, config.device)
-    pipeline.set_progress_bar_config(disable=True)
-    train, held_out = data_of(config, pipeline)
+    Raises:
+        UserError: the data do not exist, or no pairs are held out.
+    """
+    train, held_out = data_of(config, settings, pipeline)
+    if config.split not in ("train", "validation"):
+        raise UserError(f"--split {config.split}: the pairs of a run are those of train or of validation")
     data = train if config.split == "train" else held_out
     if data is None:
         raise UserError(f"the data of {config.model} has no held-out pairs; use --split train")
@@ -109,7 +100,7 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
             raise UserError(
                 f"all {len(data):,} held-out images of {config.model} are also training images; use --split train"
             )
-    rows = rows[: config.max_samples or None]
+    rows = rows[: config.max_pairs or None]
     results = _over_batches(pipeline, data, rows, config)
     references, predictions = results.pop("references"), results.pop("predictions")
     first = [own[0] for own in references]
@@ -130,17 +121,13 @@ def evaluate(config: CaptionEvaluationConfig) -> dict[str, Any]:
     }
     if config.pictures:
         _save_images(pipeline, data, rows, predictions, config)
-    if config.output:
-        write_json(config.output, metrics)
     return metrics
 
 
-def data_of(config: CaptionEvaluationConfig, pipeline: Any) -> tuple[CaptionedImages, CaptionedImages | None]:
+def data_of(
+    config: CaptionConfig, settings: Mapping[str, Any], pipeline: Any
+) -> tuple[CaptionedImages, CaptionedImages | None]:
     """Return the pairs that the run was trained on and those that it held out. Raises UserError."""
-    run = next((f for f in _folders(Path(config.model).expanduser()) if (f / "config.yaml").is_file()), None)
-    settings: dict[str, Any] = yaml.safe_load(read_text(run / "config.yaml")) if run else {}
-    if not (config.dataset_name or settings):
-        raise UserError(f"{config.model} is not in a run with a config.yaml that names its data; give --dataset_name")
     known = CaptionDataConfig.__dataclass_fields__
     chosen = {name: value for name, value in settings.items() if name in known}
     if config.dataset_name:
@@ -162,11 +149,6 @@ def _batches(data: CaptionedImages, rows: Sequence[int]) -> Iterator[Mapping[str
         yield fetch(data, [SampleKey(row, 0) for row in rows[start : start + BATCH]])
 
 
-def _folders(path: Path) -> list[Path]:
-    """Return the folders that may be that of the run: `path` and its parents."""
-    return [path, *path.parents[:4]]
-
-
 def _references(batch: Mapping[str, Any]) -> list[list[str]]:
     """Return all captions of each image."""
     return [own if isinstance(own, list) else [own] for own in batch["caption"]]
@@ -178,9 +160,7 @@ def _plain(text: str) -> str:
 
 
 @torch.no_grad()
-def _over_batches(
-    pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionEvaluationConfig
-) -> dict[str, Any]:
+def _over_batches(pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionConfig) -> dict[str, Any]:
     """Return captions, similarities of latents and mean metrics over the pairs of `rows`."""
     model, device = pipeline.model, pipeline._execution_device
     tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length, "longest")
@@ -248,7 +228,7 @@ def _save_images(
     data: CaptionedImages,
     rows: Sequence[int],
     predictions: Sequence[str],
-    config: CaptionEvaluationConfig,
+    config: CaptionConfig,
 ) -> None:
     """Save reconstructions, generated images and new pairs as PNGs."""
     folder = Path(config.pictures or "")
@@ -286,13 +266,3 @@ def _one_above_the_other(
         images += [*above[row], *below[row]]
         captions += [*words[row], *words_below[row]]
     return image_grid(images, captions, columns=columns)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_config(CaptionEvaluationConfig, argv, description=__doc__)
-    for name, value in evaluate(config).items():
-        print(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
-
-
-if __name__ == "__main__":
-    entry_point(main)

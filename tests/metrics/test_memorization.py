@@ -1,0 +1,167 @@
+"""Copies of training images are found, and new images are not taken for copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.tools.cli import UserError
+from training.metrics.memorization import (
+    calibrated_threshold,
+    check_memorization,
+    compare_pixels,
+    compute_sample_similarity,
+    contact_sheet,
+    nearest_neighbours,
+    thumbnails,
+    verdict,
+    views,
+    wilson_interval,
+)
+
+
+def pictures(count: int, seed: int, size: int = 64) -> list[Image.Image]:
+    """Smooth random images."""
+    random = np.random.default_rng(seed)
+    small = [Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)) for _ in range(count)]
+    return [image.resize((size, size), Image.Resampling.BICUBIC) for image in small]
+
+
+def test_the_search_in_blocks_equals_a_full_sort():
+    torch.manual_seed(0)
+    queries, training = torch.randn(7, 5) + 40, torch.randn(10_000, 5) + 40
+    found = nearest_neighbours(queries, training, 9)
+    full = torch.cdist(queries.double(), training.double())
+    assert torch.equal(found.rows, full.argsort(1)[:, :9])
+    torch.testing.assert_close(found.distances.double(), full.sort(1).values[:, :9], rtol=1e-5, atol=1e-5)
+    streamed = nearest_neighbours(queries, iter(training.split(999)), 9)
+    assert torch.equal(streamed.rows, found.rows)
+
+
+def test_fewer_training_images_than_neighbours():
+    found = nearest_neighbours(torch.zeros(2, 3), torch.ones(4, 3), 50)
+    assert found.rows.shape == (2, 4)
+    with pytest.raises(ValueError, match="training images is 0"):
+        nearest_neighbours(torch.zeros(2, 3), [], 50)
+
+
+def changed(training: list[Image.Image]) -> list[Image.Image]:
+    """60 copies: as they are, mirrored and moved."""
+    return [
+        *training[:20],
+        *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in training[20:40]),
+        *(image.transform(image.size, Image.Transform.AFFINE, (1, 0, 2, 0, 1, -2)) for image in training[40:60]),
+    ]
+
+
+@pytest.mark.parametrize("with_held_out", [True, False])
+def test_copies_are_found_mirrored_and_moved_and_new_images_are_none(with_held_out):
+    training, new, held_out = pictures(300, 0), pictures(200, 1), pictures(200, 2)
+    reference = thumbnails(training)
+    calibration = thumbnails(held_out) if with_held_out else None
+    copied = compare_pixels(thumbnails(changed(training)), reference, calibration)
+    assert copied.neighbours.rows[:, 0].tolist() == list(range(60))
+    assert copied.report.copies == 60
+    assert copied.report.exact_copies >= 40
+    assert copied.report.exceeds(0.01)
+    assert copied.is_copy.all()
+    assert verdict([copied.report]).startswith("there are signs of copied training images: 60 of 60")
+    fresh = compare_pixels(thumbnails(new), reference, calibration)
+    assert fresh.report.copy_rate <= 0.04
+    assert fresh.report.exact_copies == 0
+    assert not fresh.report.exceeds(0.01)
+    assert "no sign of copied training images so far" in verdict([fresh.report.to_json()])
+    assert ("held-out" in fresh.report.calibrated_on) == with_held_out
+
+
+def test_duplicates_among_the_training_images_are_not_neighbours_of_themselves():
+    training = pictures(40, 0)
+    training += training[:10]
+    report = compare_pixels(thumbnails(pictures(20, 1)), thumbnails(training)).report
+    assert report.threshold < 1e-3  # the ratio of a duplicate
+    assert report.num_held_out == 50
+
+
+def test_samples_may_be_images_tensors_or_batches():
+    training, samples = pictures(60, 0), pictures(3, 0)[:2] + pictures(1, 5)
+    tensor = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in training])
+    batches = [{"pixel_values": part} for part in tensor.split(7)]
+    expected = compute_sample_similarity(samples, training)
+    assert expected.is_copy.tolist() == [True, True, False]
+    for data in (tensor, batches, [training[:30], training[30:]]):
+        found = compute_sample_similarity(samples, data)
+        assert torch.equal(found.neighbours.rows, expected.neighbours.rows)
+        assert found.report == expected.report
+    with pytest.raises(ValueError, match="0 generated and 60 training images"):
+        compute_sample_similarity([], training)
+
+
+def test_the_closest_pairs_are_drawn_side_by_side():
+    training = pictures(60, 0)
+    samples = [*pictures(5, 9), training[17]]
+    similarity = compute_sample_similarity(samples, training)
+    assert similarity.closest(1) == [5]
+    sheet = contact_sheet(similarity, samples, training.__getitem__, 2)
+    assert sheet.width > 300
+
+
+class Repeater:
+    """A pipeline that returns its training images, as an overfitted model does."""
+
+    def __init__(self, images: list[Image.Image]):
+        self.images = images
+
+    def __call__(self, prompt, generator):
+        shown = [self.images[int(text)] for text in prompt]
+        return type("Output", (), {"images": shown})
+
+
+def test_a_model_that_repeats_its_training_images_is_caught():
+    training = pictures(40, 0)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in training])
+    captions = [str(i) for i in range(40)]
+    batches = [{"pixel_values": pixels[i : i + 8], "caption": captions[i : i + 8]} for i in range(0, 40, 8)]
+    copied = check_memorization(Repeater(training), batches, num_generate=30)
+    assert copied.report.copies == copied.report.exact_copies == 30
+    fresh = check_memorization(Repeater(pictures(40, 1)), batches, num_generate=30)
+    assert not fresh.report.exceeds(0.01)
+    with pytest.raises(UserError, match="needs caption"):
+        check_memorization(Repeater(training), [{"pixel_values": pixels}])
+
+
+def test_views_are_those_of_mirrored_and_moved_images():
+    small = thumbnails(pictures(2, 3))
+    everything = views(small)
+    assert len(everything) == 18
+    assert torch.equal(everything[0], small)
+    grid = small.reshape(2, 32, 32, 3)
+    assert torch.equal(everything[1], grid.flip(2).flatten(1))
+    moved = torch.cat([grid[:, :, 1:], grid[:, :, -1:]], 2).flatten(1)
+    assert sum(torch.equal(view, moved) for view in everything) == 1
+
+
+def test_the_false_positive_rate_is_the_stated_one():
+    torch.manual_seed(0)
+    rates = []
+    for _ in range(200):
+        threshold, stated = calibrated_threshold(torch.rand(199), 0.01)
+        rates.append(float((torch.rand(2000) < threshold).double().mean()))
+    assert stated == 2 / 200
+    assert np.mean(rates) == pytest.approx(stated, rel=0.2)
+    assert calibrated_threshold(torch.rand(9), 0.01)[1] == 0.1
+
+
+def test_the_false_positive_rate_without_held_out_images_is_the_stated_one():
+    reports = [
+        compare_pixels(thumbnails(pictures(60, 200 + seed, 8)), thumbnails(pictures(60, 100 + seed, 8))).report
+        for seed in range(20)
+    ]
+    assert reports[0].false_positive_rate == 1 / 31
+    assert np.mean([report.copy_rate for report in reports]) == pytest.approx(1 / 31, abs=0.02)
+
+
+def test_wilson_interval_of_known_values():
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)

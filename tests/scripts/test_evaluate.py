@@ -1,0 +1,164 @@
+"""training/evaluate.py with a model of each kind, as users start it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from pipelines.tools.cli import UserError
+from tests.conftest import forget_accelerate
+from tests.support.runs import ROOT, launch
+from tests.support.tiny_published import PUBLISHED
+from training import evaluate
+from training.metrics.generators import generator_of
+
+SCRIPT = ROOT / "training/evaluate.py"
+FLAGS = ("--cpu_threads", "1", "--extractor_resolution", "32", "--num_images", "12", "--batch_size", "5")
+WORDS = ["a red poster", "a blue poster of circles"]
+
+
+def evaluated(*words: str) -> dict:
+    """Run the command in this process; return what it wrote."""
+    forget_accelerate()
+    evaluate.main([*FLAGS, *words])
+    return json.loads(Path(words[words.index("--output") + 1]).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """60 training images and 12 for validation, with captions and labels."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 60), ("validation", 12)):
+        (folder / split).mkdir()
+        lines = []
+        for i in range(count):
+            small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            small.resize((8, 8)).save(folder / split / f"{i:02}.png")
+            lines.append(json.dumps({"file_name": f"{i:02}.png", "text": WORDS[i % 2], "label": f"kind {i % 2}"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def saved(name: str, folder: Path) -> Path:
+    PUBLISHED[name]().save_pretrained(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["captioned", "labelled", "captioned_and_labelled", "unconditional"])
+def test_a_diffusion_model(tmp_path, images, name):
+    model = saved(name, tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(images), "--num_inference_steps", "2")
+    results = evaluated(*words, "--output", str(tmp_path / "e.json"), "--grid", str(tmp_path / "grid.png"))
+    assert results["kind"] == "diffusion model"
+    assert (results["num_images"], results["real_images"]) == (12, {"train": 60, "validation": 12})
+    assert results["sampling"] == {
+        "steps": 2, "scheduler": results["sampling"]["scheduler"], "guidance_scale": 2.5, "seed": 0,
+    }  # fmt: skip
+    assert results["extractor"]["name"] == "efficientnet-lite0"
+    assert results["floor"]["images"] == 12
+    assert results["floor"]["kid"]["std"] > 0
+    assert results["metrics"]["kid"] > results["floor"]["kid"]["mean"] + 2 * results["floor"]["kid"]["std"]
+    assert results["refused"]["fd"] == "72 images are too few for the covariance of 1280 features"
+    assert [report["space"] for report in results["copies"]] == ["pixels", "latents"]
+    assert "no sign of copied training images so far" in results["verdict"]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert min(grid.size) > 300
+
+
+def test_an_autoencoder_reconstructs_and_is_not_searched_for_copies(tmp_path, images):
+    model = saved("autoencoder", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(images), "--resolution", "16")
+    results = evaluated(*words, "--output", str(tmp_path / "e.json"))
+    assert results["kind"] == "autoencoder"
+    assert results["num_images"] == 12
+    assert 0 < results["metrics"]["psnr"] < 40
+    assert "copies" not in results
+
+
+def test_a_pipeline_of_diffusers(tmp_path, images):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    words = ("--model", str(tmp_path / "ddpm"), "--dataset_name", str(images), "--num_inference_steps", "2")
+    results = evaluated(*words, "--output", str(tmp_path / "e.json"))
+    assert results["resolution"] == 8
+    assert math.isfinite(results["metrics"]["kid"])
+
+
+def test_copies_in_a_folder_are_found_and_real_images_are_near(tmp_path, images):
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for i in range(12):
+        with Image.open(images / f"train/{i:02}.png") as image:
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / f"{i}.png")
+    words = ("--images", str(folder), "--dataset_name", str(images), "--resolution", "8", "--output")
+    results = evaluated(*words, str(tmp_path / "e.json"), "--copies_sheet", str(tmp_path / "sheet.png"))
+    (report,) = results["copies"]
+    assert report["copies"] == report["exact_copies"] == 12
+    assert "there are signs of copied training images: 12 of 12" in results["verdict"]
+    assert (tmp_path / "sheet.png").is_file()
+    own = evaluated("--images", str(images / "validation"), *words[2:], str(tmp_path / "own.json"))
+    assert own["copies"][0]["copies"] <= 2
+    assert abs(own["metrics"]["kid"]) < results["floor"]["kid"]["std"] * 3
+    assert own["metrics"]["precision"] == 1  # they are among the real images
+
+
+@pytest.mark.slow
+def test_any_batch_size_and_number_of_processes_give_the_same_numbers(tmp_path, images):
+    model = saved("captioned", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(images), "--num_inference_steps", "2", *FLAGS[:6])
+    metrics = []
+    for number, (batch, processes) in enumerate(((1, 1), (5, 2), (12, 1))):
+        output = tmp_path / f"{number}.json"
+        done = launch(SCRIPT, *words, "--batch_size", str(batch), "--output", str(output), processes=processes)
+        assert done.returncode == 0, done.stderr
+        metrics.append(json.loads(output.read_text(encoding="utf-8"))["metrics"])
+    assert "real against real" in done.stdout
+    for other in metrics[1:]:
+        assert other == pytest.approx(metrics[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give one of --model"),
+        (("--model", "x", "--images", "y"), "give one of --model"),
+        (("--images", "y"), "--images needs --dataset_name"),
+        (("--model", "x"), "found no pipeline, run or checkpoint at 'x'"),
+        (("--models", "[x]", "--output", "y"), "use --table"),
+        (("--model", "x", "--extractor", "efficientnet-lite9"), "its weights are not installed"),
+    ],
+)
+def test_bad_input(words, message):
+    forget_accelerate()
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--cpu_threads", "1", *words])
+
+
+def test_a_model_without_data_and_one_that_makes_no_images(tmp_path, images):
+    forget_accelerate()
+    with pytest.raises(UserError, match="--dataset_name is missing"):
+        evaluate.main([*FLAGS, "--model", str(saved("captioned", tmp_path))])
+    with pytest.raises(UserError, match="needs images, so it cannot generate images"):
+        evaluate.main([*FLAGS, "--model", str(saved("layout_encoder", tmp_path)), "--dataset_name", str(images)])
+
+
+def test_every_published_kind_that_makes_images_has_a_generator():
+    kinds = {}
+    for name, make in PUBLISHED.items():
+        if not name.startswith("layout"):
+            kinds[name] = generator_of(make(), evaluate.EvaluationConfig(model="m")).kind
+    assert kinds["controlnet"] == kinds["poster_controlnet"] == "ControlNet"
+    assert kinds["poster_decoder"] == "poster decoder"
+    assert kinds["image_caption"] == "image–caption model"

@@ -1,0 +1,141 @@
+"""Generated images are measured during a run: in metrics.csv, for the best checkpoint, and the same after a resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.tools.cli import UserError
+from tests.conftest import forget_accelerate
+from tests.support.runs import ROOT, assert_same_state, command, environment, launch
+from training import train_latent_diffusion
+from training.core.exchange import Exchange
+from training.engine.best import BestMetric, best_metric
+from training.engine.cadence import Cadence
+from training.train_autoencoder import AutoencoderStage
+from training.train_autoencoder import Config as AutoencoderConfig
+
+SCRIPT = ROOT / "training/train_latent_diffusion.py"
+EVALUATION = (
+    *("--evaluation_epochs", "1", "--evaluation_images", "8", "--evaluation_inference_steps", "2"),
+    *("--evaluation_extractor_resolution", "32", "--num_train_epochs", "2", "--preview_epochs", "0"),
+)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("eval_kid")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, diffusion_flags) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    forget_accelerate()
+    assert train_latent_diffusion.main([*diffusion_flags, *EVALUATION, "--output_dir", str(folder)]) == 0
+    forget_accelerate()
+    return folder
+
+
+def test_metrics_are_logged_and_the_best_checkpoint_is_chosen_by_kid(whole):
+    logged = rows(whole)
+    assert len(logged) == 2
+    assert all(float(row["eval_kid_standard_error"]) > 0 and row["eval_copy_rate"] for row in logged)
+    best = min(logged, key=lambda row: float(row["eval_kid"]))
+    record = json.loads((whole / "record.json").read_text(encoding="utf-8"))
+    assert record["best"] == {
+        "metric": "eval_kid", "value": pytest.approx(float(best["eval_kid"]), rel=1e-6), "step": int(best["step"]),
+    }  # fmt: skip
+    assert record["metrics"]["eval_copy_rate"] == float(logged[-1]["eval_copy_rate"])
+    assert "eval_kid" in (whole / "run.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_resumes_to_the_same_run(tmp_path, whole, diffusion_flags, processes):
+    run = tmp_path / "run"
+    flags = [*diffusion_flags, *EVALUATION, "--output_dir", str(run)]
+    if processes == 2:  # 4 images on each of 2 processes instead of 2 micro-batches on one
+        flags += ["--gradient_accumulation_steps", "1"]
+    process = subprocess.Popen(command(SCRIPT, *flags, processes=processes), env=environment(), cwd=ROOT)
+    while not (run / "metrics.csv").is_file() or not rows(run):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert len(rows(run)) == 1
+    done = launch(SCRIPT, *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(run)) == 2
+    if processes == 1:
+        assert_same_state(run, whole)
+    for ours, theirs in zip(rows(run), rows(whole), strict=True):  # sums in another order change the weights slightly
+        assert float(ours["eval_kid"]) == pytest.approx(float(theirs["eval_kid"]), rel=0.05)
+        assert ours["eval_copy_rate"] == theirs["eval_copy_rate"]
+
+
+def test_a_run_that_copies_has_no_best_checkpoint(tmp_path, diffusion_flags):
+    """The images of this model are the training images themselves: its sampler returns them."""
+    forget_accelerate()
+    folder = tmp_path / "run"
+
+    class Copying(train_latent_diffusion.LatentDiffusionStage):
+        def _evaluated_images(self, exchange):
+            return [self._real[0].images([i])[0] for i in range(self.config.evaluation_images)]
+
+    config = train_latent_diffusion.parse_config(
+        train_latent_diffusion.Config, [*diffusion_flags, *EVALUATION, "--output_dir", str(folder)]
+    )
+    assert train_latent_diffusion.train(Copying, config) == 0
+    forget_accelerate()
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    assert record["best"]["value"] is None
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert "8 of 8 generated images are copies of training images" in log
+    assert "check_dataset.py" in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--best_metric", "auto"), BestMetric("val_psnr", False)),
+        (("--best_metric", "val_loss"), BestMetric("val_loss", True)),
+        (("--best_metric", "val_ssim"), BestMetric("val_ssim", False)),
+    ],
+)
+def test_which_metric_decides(flags, expected):
+    config = train_latent_diffusion.parse_config(AutoencoderConfig, [*flags, "--dataset_name", "x"])
+    stage = object.__new__(AutoencoderStage)
+    assert best_metric(stage, config, Cadence(config, 4)) == expected
+
+
+def test_metrics_of_generated_images_need_measurements():
+    config = train_latent_diffusion.parse_config(AutoencoderConfig, ["--best_metric", "kid", "--dataset_name", "x"])
+    with pytest.raises(UserError, match="this stage generates no images; use auto"):
+        best_metric(object.__new__(AutoencoderStage), config, Cadence(config, 4))
+    stage = object.__new__(train_latent_diffusion.LatentDiffusionStage)
+    with pytest.raises(UserError, match="add --evaluation_epochs 1"):
+        best_metric(stage, config, Cadence(config, 4))
+
+
+def test_an_error_in_one_process_is_raised_in_all_of_them():
+    """Two processes in turn: what each sends is given to the other."""
+    sent = []
+
+    def fail(numbers):
+        raise UserError("row 3 cannot be read")
+
+    first = Exchange(0, 2, lambda value: sent.append(value) or [value, (None, None)])
+    with pytest.raises(UserError, match="row 3"):
+        first.map(fail, 4, 2)
+    second = Exchange(1, 2, lambda value: [sent[0], value])
+    with pytest.raises(UserError, match="row 3"):
+        second.map(lambda numbers: list(numbers), 4, 2)
+    halves = [[0, 2, 4], [1, 3]]
+    third = Exchange(0, 2, lambda value: [value, (halves[1], None)])
+    assert third.map(lambda numbers: list(numbers), 5, 2) == [0, 1, 2, 3, 4]

@@ -1,0 +1,267 @@
+"""The real images that a model is measured against: those of its run, or of any other dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from pipelines.tools.files import read_text
+from training.core.draws import SampleKey
+from training.core.exchange import Exchange
+from training.core.files import write_atomically
+from training.core.options import Options, option
+from training.data.briefs import brief_of
+from training.data.companions import control_of
+from training.data.fingerprints import dataset_fingerprint, evenly_spaced
+from training.data.images import (
+    DataConfig,
+    ImageDataset,
+    decoded_rows,
+    load_label_map,
+    load_split,
+    transform_fingerprint,
+)
+from training.data.records import cache_file
+from training.metrics.features import FeatureExtractor
+from training.metrics.generators import ImageGenerator
+from training.metrics.images import to_pil
+
+BATCH = 64
+
+
+@dataclass
+class EvaluationDataConfig(Options):
+    """The real images. What is unset is read from the config.yaml of the model's run."""
+
+    dataset_name: str | None = option(None)
+    """Data to compare with: a Hub id, or a local folder or file; if unset, the data of the run"""
+    dataset_config_name: str | None = option(None)
+    """Configuration of the dataset, if it has several"""
+    split: str = option("validation")
+    """Split whose captions, labels, briefs or control images are given to the model; validation is what the run held
+    out"""
+    image_column: str | None = option(None)
+    """Column with the images"""
+    caption_column: str | None = option(None)
+    """Column with the captions"""
+    label_column: str | None = option(None)
+    """Column with the class labels"""
+    conditioning_image_column: list[str] | str | None = option(None)
+    """Column with control images, or a list of such columns"""
+    resolution: int | None = option(None, at_least=8)
+    """Width and height of the real images in pixels; if unset, that of the model"""
+    max_real_images: int = option(2000, at_least=8)
+    """Maximum number of real images of each split, evenly spaced, whose distance from generated ones is measured"""
+    max_training_images: int = option(100_000, at_least=2)
+    """Maximum number of training images, evenly spaced, among which copies are searched for"""
+
+
+class RealImages:
+    """The images of some rows, as they are trained on: cropped to a square and resized.
+
+    Args:
+        name: what results call these images.
+        data: opened rows.
+        at_most: number of images to use, evenly spaced over the rows.
+    """
+
+    def __init__(self, name: str, data: ImageDataset, at_most: int):
+        self.name, self.data = name, data
+        self.rows = evenly_spaced(len(data), at_most)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self, places: Sequence[int]) -> list[Image.Image]:
+        """Return the images at these places of `rows`."""
+        items = self.data.__getitems__([SampleKey(self.rows[place], 0) for place in places])
+        return [to_pil(item["pixel_values"]) for item in items]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images, the rows that are used, and how the images are cropped and resized."""
+        content = [dataset_fingerprint(self.data), transform_fingerprint(self.data.config), str(self.rows)]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+    def features(
+        self, extractor: FeatureExtractor, exchange: Exchange, poll: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Return the features of all images: n D, float32. They are stored in the cache folder of `datasets`."""
+        file = cache_file("features", [self.fingerprint, extractor.fingerprint], ".safetensors")
+        known = None
+        if exchange.is_main:
+            with contextlib.suppress(OSError, SafetensorError, KeyError):
+                known = load_file(file)["features"]
+        known = exchange.gather(known)[0]
+        if known is not None and len(known) == len(self):
+            return known
+
+        def some(places: Sequence[int]) -> list[Tensor]:
+            poll()
+            return list(extractor(self.images(places)))
+
+        features = torch.stack(exchange.map(some, len(self), BATCH))
+        if exchange.is_main:
+            with contextlib.suppress(OSError):  # the next evaluation computes them again
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, save({"features": features.contiguous()}))
+        return features
+
+
+class EvaluationData:
+    """The rows whose conditions a model gets, and all real images of the same data.
+
+    Args:
+        conditions: rows with what the generator needs of them.
+        stored: the same rows as they are stored.
+        splits: real images by split, of which generated ones are compared with up to `max_real_images`.
+        training: all images that the model was trained on, up to `max_training_images`.
+        briefs: whether the generator needs design briefs.
+    """
+
+    def __init__(
+        self,
+        conditions: ImageDataset,
+        stored: Any,
+        splits: Mapping[str, RealImages],
+        training: RealImages | None,
+        *,
+        briefs: bool,
+    ):
+        self.conditions, self.splits, self.training = conditions, splits, training
+        self._stored, self._briefs = stored, stored.remove_columns(_image_columns(stored)) if briefs else None
+
+    def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows for these generated images; with more images than rows, the rows are used again."""
+        rows = [number % len(self.conditions) for number in numbers]
+        items = self.conditions.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
+        for item in items:
+            if "label" in item:
+                item["label_name"] = self.conditions.id2label.get(item["label"])
+        if self._briefs is not None:
+            for item, row in zip(items, rows):
+                item["brief"] = brief_of(self._briefs[row])
+        return items
+
+    @property
+    def source(self) -> str:
+        """The Hub id, folder or file of the data."""
+        return self.conditions.config.source
+
+    @property
+    def has_briefs(self) -> bool:
+        """Whether the rows are posters with the columns of a design brief."""
+        return {"palette", "background", "title_position", "pictures"} <= set(self._stored.column_names)
+
+    def stored_rows(self, count: int) -> list[dict[str, Any]]:
+        """Return the stored row of each of `count` generated images, with its image decoded.
+
+        Raises:
+            UserError: an image is missing or damaged.
+        """
+        rows = decoded_rows(self._stored, self.conditions.config, count)
+        return [rows[number % len(rows)] for number in range(count)]
+
+
+def run_settings(model: str) -> dict[str, Any]:
+    """Return the settings of the run that a path belongs to; empty if it is not in a run."""
+    path = Path(model).expanduser()
+    for folder in (path, *path.parents[:4]) if path.exists() else ():
+        if (folder / "config.yaml").is_file():
+            settings = yaml.safe_load(read_text(folder / "config.yaml"))
+            return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def open_evaluation_data(
+    config: EvaluationDataConfig, settings: Mapping[str, Any], generator: ImageGenerator, resolution: int | None
+) -> EvaluationData:
+    """Open the data for a model.
+
+    Args:
+        settings: settings of the model's run, empty without one.
+        resolution: the size that the model generates; None if it is not known.
+
+    Raises:
+        UserError: the data do not exist, or lack what the model needs.
+    """
+    data = _data_config(config, settings, resolution)
+    seed = int(settings.get("seed") or 0)
+    control = (
+        control_of(data.conditioning_image_column, *_control_kind(generator)) if generator.takes_controls else None
+    )
+    opened = load_split(data, config.split, seed)
+    if not len(opened):
+        raise UserError(f"no images of {data.source} are held out; give another --split, for example train")
+    conditions = ImageDataset(
+        opened,
+        data,
+        captions=generator.takes_captions,
+        labels=generator.takes_labels,
+        label_map=load_label_map(data) if generator.takes_labels else None,
+        control=control,
+        augment=False,
+    )
+    splits = {}
+    for name in dict.fromkeys(("train", config.split)):
+        rows = opened if name == config.split else _split_if_any(data, name, seed)
+        if rows is not None and len(rows):
+            splits[name] = RealImages(name, _plain(rows, data), config.max_real_images)
+    training = RealImages("train", splits["train"].data, config.max_training_images) if "train" in splits else None
+    return EvaluationData(conditions, opened, splits, training, briefs=generator.takes_briefs)
+
+
+def _plain(rows: Any, data: DataConfig) -> ImageDataset:
+    return ImageDataset(rows, data, captions=False, augment=False)
+
+
+def _split_if_any(data: DataConfig, name: str, seed: int) -> Any:
+    try:
+        return load_split(data, name, seed)
+    except UserError:
+        return None
+
+
+def _data_config(config: EvaluationDataConfig, settings: Mapping[str, Any], resolution: int | None) -> DataConfig:
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    chosen = {name: value for name, value in settings.items() if name in known}
+    if config.dataset_name:
+        chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
+    given = {name: getattr(config, name, None) for name in known if name != "dataset_name"}
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    if config.resolution is None and resolution is not None:
+        chosen["resolution"] = resolution
+    # Real images are cropped at their centre and not mirrored, so that the same images are the same in any run.
+    chosen |= {"random_flip": False, "center_crop": True, "max_train_samples": chosen.get("max_train_samples")}
+    if not (chosen.get("dataset_name") or chosen.get("train_data_dir")):
+        raise UserError("--dataset_name is missing: the model is not in a run with a config.yaml that names its data")
+    data = DataConfig(**chosen)
+    data.validate()
+    return data
+
+
+def _control_kind(generator: ImageGenerator) -> tuple[int, Any]:
+    """Return the number of classes of a control (0 if it has none), and how its images are read."""
+    net = generator.pipeline.controlnet.config
+    classes = net.conditioning_channels if net.control_kind == "classes" else 0
+    return classes, {"image": "rgb", "masks": "l"}.get(net.control_kind)
+
+
+def _image_columns(rows: Any) -> list[str]:
+    import datasets
+
+    return [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]

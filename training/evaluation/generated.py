@@ -1,0 +1,163 @@
+"""Measurements of generated images against real ones: distances with their floor, colours, and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from training.core.exchange import Exchange
+from training.core.options import Options, option
+from training.evaluation.data import BATCH, EvaluationData, RealImages
+from training.metrics.colors import color_difference, color_statistics
+from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor
+from training.metrics.generators import ImageGenerator
+from training.metrics.memorization import Similarity, compare_pixels, compare_vectors, thumbnails
+from training.metrics.quality import measure_distances, measure_floor
+
+COLOR_IMAGES = 512
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class QualityConfig(Options):
+    """What is measured of generated images."""
+
+    num_images: int = option(1000, at_least=4)
+    """Number of images to generate"""
+    batch_size: int = option(16, at_least=1)
+    """Number of images generated at a time; it changes the memory and the speed, not the metrics"""
+    extractor: str = option(DEFAULT_EXTRACTOR)
+    """Network whose features are compared: efficientnet-lite0, whose weights are installed with Halftone, or the Hub id
+    or folder of a vision model of Transformers, such as facebook/dinov2-small, or a TorchScript file (.pt) of Inception
+    that takes images from 0 to 255"""
+    extractor_resolution: int | None = option(None, at_least=32)
+    """Width and height to which images are resized for the extractor; if unset, that of the extractor"""
+    copy_spaces: list[str] = option(["pixels", "latents"], choices=("pixels", "latents", "features"))
+    """Where copies of training images are searched for among the generated ones: in pixels, in the latents of the
+    model's autoencoder, in the features of the extractor; '[]' searches nowhere"""
+
+
+@dataclass
+class Generated:
+    """Images of a model, or of a folder.
+
+    Attributes:
+        images: RGB images.
+        items: the row of the dataset that each image was generated for; empty for a folder.
+    """
+
+    images: list[Image.Image]
+    items: list[dict[str, Any]]
+
+
+def generate(generator: ImageGenerator, data: EvaluationData, config: QualityConfig, exchange: Exchange) -> Generated:
+    """Generate `num_images` images, or one for each row if the images do not depend on a seed."""
+    count = config.num_images if generator.samples else min(config.num_images, len(data.conditions))
+    items: dict[int, dict[str, Any]] = {}
+
+    def some(numbers: Sequence[int]) -> list[Image.Image]:
+        rows = data.items(numbers)
+        return generator(rows, numbers)
+
+    images = exchange.map(some, count, config.batch_size)
+    if exchange.is_main:
+        for start in range(0, count, BATCH):
+            numbers = range(start, min(start + BATCH, count))
+            items |= dict(zip(numbers, data.items(numbers)))
+    return Generated(images, [items[number] for number in sorted(items)])
+
+
+def images_in(folder: str, at_most: int) -> list[Image.Image]:
+    """Return the images in a folder, in the order of their names.
+
+    Raises:
+        UserError: it has fewer than 4 images, or one of them cannot be read.
+    """
+    path = Path(folder).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS) if path.is_dir() else []
+    if len(files) < 4:
+        raise UserError(f"--images {folder}: {len(files)} images were found there; give a folder with at least 4")
+    images = []
+    for file in files[:at_most]:
+        try:
+            images.append(Image.open(file).convert("RGB"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as an image ({error}); delete or replace it") from None
+    return images
+
+
+def measure(
+    images: Sequence[Image.Image], splits: Mapping[str, RealImages], extractor: FeatureExtractor, exchange: Exchange
+) -> dict[str, Any]:
+    """Compare images with real ones; every process calls it, and all get the result.
+
+    Args:
+        splits: real images, of which all are compared with.
+    """
+    features = torch.stack(
+        exchange.map(lambda numbers: list(extractor([images[i] for i in numbers])), len(images), BATCH)
+    )
+    real = torch.cat([split.features(extractor, exchange) for split in splits.values()])
+    distances = measure_distances(real, features)
+    shown = [image for split in splits.values() for image in _some(split, COLOR_IMAGES // len(splits))]
+    floor = measure_floor(real, len(images))
+    return {
+        "metrics": {
+            **distances.values,
+            **color_statistics(images),
+            "color_difference": color_difference(images, shown),
+        },
+        "refused": distances.refused,
+        "floor": floor,
+        "real": {"images": len(real), "diversity": _diversity(real), **color_statistics(shown)},
+    }
+
+
+def find_copies(
+    images: Sequence[Image.Image],
+    training: RealImages,
+    held_out: Sequence[Image.Image],
+    spaces: Mapping[str, Callable[[Sequence[Image.Image]], Tensor]],
+) -> list[Similarity]:
+    """Compare images with all training images; on the main process only.
+
+    Args:
+        held_out: real images that were not trained on, which set the threshold.
+        spaces: names of spaces beside `pixels`, and functions from images to vectors.
+    """
+    known: dict[str, list[Tensor]] = {name: [] for name in ("pixels", *spaces)}
+    for start in range(0, len(training), BATCH):
+        batch = training.images(range(start, min(start + BATCH, len(training))))
+        known["pixels"].append(thumbnails(batch))
+        for name, encode in spaces.items():
+            known[name].append(encode(batch))
+    real = thumbnails(held_out) if held_out else None
+    found = [compare_pixels(thumbnails(images), torch.cat(known["pixels"]), real)]
+    for name, encode in spaces.items():
+        found.append(
+            compare_vectors(name, encode(images), torch.cat(known[name]), encode(held_out) if held_out else None)
+        )
+    return found
+
+
+def held_out_images(splits: Mapping[str, RealImages]) -> list[Image.Image]:
+    """Return the real images of all splits but `train`."""
+    return [image for name, split in splits.items() if name != "train" for image in _some(split, len(split))]
+
+
+def _some(split: RealImages, at_most: int) -> list[Image.Image]:
+    places = list(range(len(split)))[:: max(1, len(split) // max(at_most, 1))][:at_most]
+    return [image for start in range(0, len(places), BATCH) for image in split.images(places[start : start + BATCH])]
+
+
+def _diversity(features: Tensor) -> float:
+    from training.metrics.distances import diversity
+
+    return diversity(features)

@@ -1,0 +1,252 @@
+"""How a loaded pipeline generates one image for each row of a dataset: from captions, labels, controls or briefs.
+
+`generator_of` finds out what a pipeline is. B images.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pipelines.tools.cli import UserError
+from training.core.options import Options, option
+
+Item = Mapping[str, Any]
+"""A row of a dataset: pixel_values (3 R R in [-1, 1]), and what the generator needs of caption, label,
+label_name, conditioning_pixel_values and brief."""
+
+
+@dataclass
+class SamplingConfig(Options):
+    """How images are sampled."""
+
+    num_inference_steps: int | None = option(None, at_least=1)
+    """Number of sampling steps; if unset, the default of the pipeline"""
+    guidance_scale: float | None = option(None, at_least=0)
+    """Scale of classifier-free guidance; if unset, the default of the pipeline"""
+    scheduler: str | None = option(None)
+    """Scheduler for sampling (only for pipelines of Halftone); if unset, that of the pipeline"""
+    seed: int = option(0, at_least=0)
+    """Random seed; image i is generated with seed + i"""
+
+
+class ImageGenerator:
+    """Generates images with a pipeline. Subclasses say what they need of a row, and how the pipeline takes it.
+
+    Attributes:
+        kind: what the model is, in words.
+        takes_captions, takes_labels, takes_briefs, takes_controls, takes_images: what of a row it needs.
+        samples: whether images depend on a seed, rather than only on the row.
+    """
+
+    kind = "image generator"
+    takes_captions = takes_labels = takes_briefs = takes_controls = takes_images = False
+    samples = True
+
+    def __init__(self, pipeline: Any, config: SamplingConfig):
+        self.pipeline, self.config = pipeline, config
+        if config.scheduler:
+            if not hasattr(pipeline, "set_scheduler"):
+                raise UserError(f"--scheduler: a {type(pipeline).__name__} keeps the scheduler that it was saved with")
+            pipeline.set_scheduler(config.scheduler)
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(disable=True)
+        self._parameters = inspect.signature(pipeline.__call__).parameters
+
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
+        """Generate one RGB image for each item; image number i uses seed + i.
+
+        Args:
+            poll: called after each sampling step; it may raise to stop.
+        """
+        options = self._options()
+        if poll is not None and self._takes("callback_on_step_end"):
+            options["callback_on_step_end"] = functools.partial(_polled, poll)
+        seeds = [self.config.seed + number for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            images = self.pipeline(**self.arguments(items), **options, generator=generators).images
+        except ValueError as error:  # of check_inputs: a class that the model does not know, for example
+            raise UserError(f"the {self.kind} does not take these data: {error}") from None
+        return [image.convert("RGB") for image in images]
+
+    @property
+    def needs(self) -> list[str]:
+        """The keys of an item that it needs."""
+        taken = {
+            "caption": self.takes_captions,
+            "label": self.takes_labels,
+            "brief": self.takes_briefs,
+            "conditioning_pixel_values": self.takes_controls,
+            "pixel_values": self.takes_images,
+        }
+        return [name for name, needed in taken.items() if needed]
+
+    def arguments(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Return the arguments that make the pipeline generate one image for each item."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Return how images are sampled, for the record of an evaluation."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        return {
+            "steps": self._setting("num_inference_steps"),
+            "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+            "guidance_scale": self._setting("guidance_scale"),
+            "seed": self.config.seed,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        options = {name: getattr(self.config, name) for name in ("num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in options.items() if value is not None and self._takes(name)}
+
+    def _takes(self, name: str) -> bool:
+        return name in self._parameters or any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+
+    def _setting(self, name: str) -> Any:
+        chosen = getattr(self.config, name)
+        if chosen is not None:
+            return chosen
+        default = self._parameters[name].default if name in self._parameters else None
+        return default if isinstance(default, (int, float)) else None
+
+
+class ConditionalGenerator(ImageGenerator):
+    """A pipeline that takes prompts, class labels, both or neither: one of Halftone, or any other of Diffusers."""
+
+    kind = "diffusion model"
+
+    def __init__(self, pipeline: Any, config: SamplingConfig):
+        super().__init__(pipeline, config)
+        is_ours = hasattr(pipeline, "unet") and hasattr(pipeline, "_own_scheduler")
+        if is_ours:
+            self.takes_captions = pipeline.text_encoder is not None
+            self.takes_labels = pipeline.unet.config.num_class_embeds is not None
+        else:
+            self.takes_captions = "prompt" in self._parameters
+            self.takes_labels = "class_labels" in self._parameters
+        self._count = next((n for n in ("num_images_per_prompt", "batch_size") if n in self._parameters), None)
+
+    def arguments(self, items: Sequence[Item]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self.takes_captions:
+            arguments["prompt"] = [item["caption"] for item in items]
+        if self.takes_labels:
+            # Names where the model has some: other data may number the same classes in another way.
+            known = (self.pipeline.config.get("id2label") or {}).values()
+            arguments["class_labels"] = [
+                item["label_name"] if item.get("label_name") in known else int(item["label"]) for item in items
+            ]
+        if not arguments and self._count is not None:
+            arguments[self._count] = len(items)
+        return arguments
+
+
+class ControlledGenerator(ImageGenerator):
+    """A latent diffusion model with a ControlNet, which gets the control image of each row and no prompt."""
+
+    kind = "ControlNet"
+    takes_controls = True
+    scale = 1.0
+
+    def arguments(self, items: Sequence[Item]) -> dict[str, Any]:
+        controls = torch.stack([item["conditioning_pixel_values"] for item in items])
+        return {"control_image": controls, "controlnet_conditioning_scale": self.scale}
+
+
+class BriefGenerator(ImageGenerator):
+    """A poster decoder, which gets the design brief of each row."""
+
+    kind = "poster decoder"
+    takes_briefs = True
+
+    def arguments(self, items: Sequence[Item]) -> dict[str, Any]:
+        return {"briefs": [item["brief"] for item in items]}
+
+
+class DrawingModel(ImageGenerator):
+    """A model of images and captions, which draws the caption of each row."""
+
+    kind = "image–caption model"
+    takes_captions = True
+    samples = False
+
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
+        images = self.pipeline.draw([item["caption"] for item in items]).images
+        return [image.convert("RGB") for image in images]
+
+    def facts(self) -> dict[str, Any]:
+        return {"from": "captions"}
+
+
+class Reconstructor(ImageGenerator):
+    """An autoencoder, which reconstructs the image of each row."""
+
+    kind = "autoencoder"
+    takes_images = True
+    samples = False
+
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
+        pixels = torch.stack([item["pixel_values"] for item in items])
+        return [image.convert("RGB") for image in self.pipeline((pixels + 1) / 2).images]
+
+    def facts(self) -> dict[str, Any]:
+        return {"from": "images"}
+
+
+def _polled(poll: Callable[[], None], *step: Any) -> dict[str, Any]:
+    poll()
+    return {}
+
+
+def generator_of(pipeline: Any, config: SamplingConfig) -> ImageGenerator:
+    """Find out what a pipeline is, and return its generator.
+
+    Raises:
+        UserError: it generates no images, or needs something that a row of a dataset does not have.
+    """
+    name = type(pipeline).__name__
+    if hasattr(pipeline, "draw") and hasattr(pipeline, "caption"):
+        return DrawingModel(pipeline, config)
+    if hasattr(pipeline, "controlnet"):
+        return ControlledGenerator(pipeline, config)
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "briefs" in parameters:
+        return BriefGenerator(pipeline, config)
+    if name == "AutoencoderPipeline":
+        return Reconstructor(pipeline, config)
+    unknown = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in ("prompt", "class_labels", "generator")
+    ]
+    if unknown or "generator" not in parameters:
+        what = f"needs {', '.join(unknown)}" if unknown else "takes no generator"
+        raise UserError(f"a {name} {what}, so it cannot generate images for the rows of a dataset")
+    return ConditionalGenerator(pipeline, config)
+
+
+def native_resolution(pipeline: Any) -> int | None:
+    """Return the width and height in pixels that a pipeline generates by default; None if it is not known."""
+    for name, scaled in (("model", False), ("unet", True), ("transformer", True), ("vae", False)):
+        module = getattr(pipeline, name, None)
+        size = getattr(getattr(module, "config", None), "sample_size", None)
+        if isinstance(size, (list, tuple)):
+            size = size[0]
+        if isinstance(size, int) and size > 0:
+            return size * (getattr(pipeline, "vae_scale_factor", 1) if scaled else 1)
+    return None

@@ -1,0 +1,168 @@
+"""Base class of the stages that generate images: measures them during training, by --evaluation_epochs and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.tools.cli import UserError
+from training.core.draws import SampleKey
+from training.core.exchange import Exchange
+from training.core.options import Options, option
+from training.core.stage import Evaluation, StageContext
+from training.data.images import ImageDataset
+from training.data.source import load_split
+from training.evaluation.data import BATCH, RealImages
+from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
+from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
+from training.metrics.memorization import TOLERANCE, CopyReport, compare_pixels, thumbnails
+from training.metrics.quality import measure_distances, measure_floor
+from training.stages.image_stage import ImageStage, ImageStageConfig
+
+# Of what `measure_distances` returns; the others vary too much with few images.
+SHOWN = ("kid", "kid_standard_error", "fd", "precision", "recall", "coverage")
+
+
+@dataclass
+class RunEvaluationConfig(Options):
+    """How generated images are measured during a run. training/evaluate.py measures more."""
+
+    evaluation_images: int = option(256, on_resume="warn", at_least=8)
+    """Number of images generated for each measurement of --evaluation_epochs, --evaluation_steps and
+    --memorization_epochs"""
+    evaluation_inference_steps: int = option(15, on_resume="warn", at_least=1)
+    """Number of sampling steps for these images"""
+    evaluation_guidance_scale: float | None = option(None, on_resume="warn", at_least=0)
+    """Guidance scale for these images; if unset, --preview_guidance_scale"""
+    evaluation_real_images: int = option(1000, on_resume="warn", at_least=8)
+    """Maximum number of real images of each split that they are compared with; their features are computed once"""
+    evaluation_extractor: str = option(DEFAULT_EXTRACTOR, on_resume="warn")
+    """Network whose features are compared: efficientnet-lite0, or the Hub id or folder of a vision model of
+    Transformers"""
+    evaluation_extractor_resolution: int | None = option(128, on_resume="warn", at_least=32)
+    """Width and height to which images are resized for the extractor; null for that of the extractor"""
+    max_copy_rate: float | None = option(TOLERANCE, on_resume="warn", at_least=0, at_most=1)
+    """A checkpoint cannot become the best one if the rate of copied training images among generated ones is above the
+    rate of false positives by more than this, with 95 % confidence; null accepts any rate"""
+
+
+class GeneratingStage(ImageStage):
+    """A stage whose pipeline generates images for rows of the data."""
+
+    def __init__(self, config: ImageStageConfig, context: StageContext):
+        super().__init__(config, context)
+        measures = config.evaluation_epochs or config.evaluation_steps or config.memorization_epochs
+        if measures and context.trains and not config.source:
+            raise UserError(
+                "--evaluation_epochs and the like compare generated images with real ones, and a latent cache has "
+                "none; give --train_data_dir or --dataset_name as well"
+            )
+
+    def evaluate(self, exchange: Exchange, *, distances: bool, copies: bool) -> Evaluation:
+        images = self._evaluated_images(exchange)
+        metrics: dict[str, float] = {}
+        warnings: list[str] = []
+        if distances:
+            metrics |= self._distances(images, exchange)
+        may_be_best = True
+        if copies:
+            report = exchange.on_main(lambda: self._copies(images))
+            metrics["eval_copy_rate"] = report.copy_rate
+            metrics["eval_copy_rate_expected"] = report.false_positive_rate
+            limit = self.config.max_copy_rate
+            may_be_best = limit is None or not report.exceeds(limit)
+            if report.exceeds(TOLERANCE):
+                warnings.append(_copy_warning(report))
+        return Evaluation(metrics, may_be_best, warnings)
+
+    def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the held-out rows that images with these numbers are generated for."""
+        data = self.shown_data
+        rows = [number % len(data) for number in numbers]
+        items = data.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
+        names = getattr(self, "id2label", {})
+        for item, row in zip(items, rows):
+            if "label" in item:
+                item["label_name"] = names.get(int(item["label"]))
+            if hasattr(data, "brief"):
+                item["brief"] = data.brief(row)
+        return items
+
+    def _evaluated_images(self, exchange: Exchange) -> list[Image.Image]:
+        config = self.config
+        guidance = config.evaluation_guidance_scale
+        sampling = SamplingConfig(
+            num_inference_steps=config.evaluation_inference_steps,
+            guidance_scale=config.preview_guidance_scale if guidance is None else guidance,
+            seed=config.seed,
+        )
+        generator: ImageGenerator = generator_of(self.pipeline(), sampling)
+
+        def some(numbers: Sequence[int]) -> list[Image.Image]:
+            self.context.poll()
+            return generator(self.items(numbers), numbers, self.context.poll)
+
+        return exchange.map(some, config.evaluation_images, config.train_batch_size)
+
+    def _distances(self, images: Sequence[Image.Image], exchange: Exchange) -> dict[str, float]:
+        def some(numbers: Sequence[int]) -> list[Tensor]:
+            self.context.poll()
+            return list(self._extractor([images[number] for number in numbers]))
+
+        features = torch.stack(exchange.map(some, len(images), BATCH))
+        real = torch.cat([split.features(self._extractor, exchange, self.context.poll) for split in self._real])
+        found = measure_distances(real, features).values
+        floor = exchange.on_main(lambda: measure_floor(real, len(images)))
+        metrics = {f"eval_{name}": found[name] for name in SHOWN if name in found}
+        return metrics | ({"eval_kid_floor": floor["kid"]["mean"]} if "kid" in floor else {})
+
+    def _copies(self, images: Sequence[Image.Image]) -> CopyReport:
+        training, held_out = self._thumbnails
+        return compare_pixels(thumbnails(images), training, held_out).report
+
+    @cached_property
+    def _extractor(self) -> FeatureExtractor:
+        config = self.config
+        return open_extractor(config.evaluation_extractor, config.evaluation_extractor_resolution, self.context.device)
+
+    @cached_property
+    def _real(self) -> list[RealImages]:
+        """The training images and the held-out ones, cropped as for validation."""
+        splits = {name: load_split(self.config, name, self.config.seed) for name in ("train", "validation")}
+        return [
+            RealImages(name, ImageDataset(rows, self.config, captions=False, augment=False), self._most_real)
+            for name, rows in splits.items()
+            if len(rows)
+        ]
+
+    @property
+    def _most_real(self) -> int:
+        return self.config.evaluation_real_images
+
+    @cached_property
+    def _thumbnails(self) -> tuple[Tensor, Tensor | None]:
+        """Thumbnails of all training images, and of up to `evaluation_real_images` held-out ones."""
+        found = []
+        for split in self._real:
+            whole = RealImages(split.name, split.data, len(split.data) if split.name == "train" else self._most_real)
+            parts = []
+            for start in range(0, len(whole), BATCH):
+                self.context.poll()
+                parts.append(thumbnails(whole.images(range(start, min(start + BATCH, len(whole))))))
+            found.append(torch.cat(parts))
+        return found[0], found[1] if len(found) > 1 else None
+
+
+def _copy_warning(report: CopyReport) -> str:
+    return (
+        f"{report.copies} of {report.num_images} generated images are copies of training images "
+        f"({report.copy_rate:.1%}; {report.false_positive_rate:.1%} are expected of a model that does not copy). "
+        "Train for fewer steps (--best_metric kid keeps an earlier checkpoint), train on more images, or remove "
+        "duplicates, which data_scripts/check_dataset.py finds"
+    )
