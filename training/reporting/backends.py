@@ -57,7 +57,7 @@ class WandB(Backend):
 
         self._wandb = wandb
         self._notify = notify
-        mode = _wandb_mode(wandb)
+        mode = wandb_mode(wandb)
         run_dir.mkdir(parents=True, exist_ok=True)
         init: dict[str, Any] = {
             "name": run_name,
@@ -219,7 +219,7 @@ def _masked_arguments() -> Iterator[None]:
         sys.argv = words
 
 
-def _wandb_mode(wandb: Any) -> str:
+def wandb_mode(wandb: Any) -> str:
     """Return the mode that the user chose (WANDB_MODE, `wandb offline`); by default online with a key, else offline."""
     settings = wandb.setup().settings
     chosen = os.environ.get("WANDB_MODE") or settings.mode

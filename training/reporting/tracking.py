@@ -54,7 +54,7 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
     if not names or names == ["none"]:
         return []
     if names == ["all"]:
-        return [name for name in KNOWN_TRACKERS if _is_installed(name)]
+        return [name for name in KNOWN_TRACKERS if is_installed(name)]
     for name in names:
         if name in ("none", "all"):
             raise UserError(
@@ -66,7 +66,7 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
             raise UserError(
                 f"--report_to {name}: unknown tracker{nearest(name, KNOWN_TRACKERS)}; choose from {known}, all, none"
             )
-        if not _is_installed(name):
+        if not is_installed(name):
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
 
@@ -178,7 +178,8 @@ class Trackers:
             recorder.record(action)
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Return whether the package of a tracker is installed."""
     spec = importlib.util.find_spec(name)
     # The spec of a mere folder called `wandb`, which is not the package, has no origin.
     return spec is not None and spec.origin is not None
