@@ -8,36 +8,47 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipelines.tools.cli import cause
-from pipelines.tools.files import read_text
 from training.diagnostics.finding import Finding, shown
 
 # A Hub that does not answer in this time counts as unreachable.
 HUB_SECONDS = 5.0
 
 
-def trackers() -> Iterator[Finding]:
-    from training.reporting.tracking import KNOWN_TRACKERS, is_installed
+def tracker_wandb() -> Iterator[Finding]:
+    from training.reporting.tracking import is_installed
 
-    for name in KNOWN_TRACKERS:
-        if not is_installed(name):
-            yield Finding(name, "optional", "not installed", f"for --report_to {name}: pip install {name}")
-        elif name == "wandb":
-            yield _wandb()
-        else:
-            yield Finding(name, "ok", f"{version(name)}; needs no login")
-
-
-def _wandb() -> Finding:
+    if not is_installed("wandb"):
+        yield _tracker("wandb")
+        return
     import wandb
 
     from training.reporting.backends import wandb_mode
 
     mode = wandb_mode(wandb)
     if mode == "online":
-        return Finding("wandb", "ok", "a key or a login was found")
-    if os.environ.get("WANDB_MODE"):
-        return Finding("wandb", "ok", f"WANDB_MODE is {mode}")
-    return Finding("wandb", "optional", "no key and no login, so runs are recorded offline", "to upload: wandb login")
+        yield Finding("tracker wandb", "ok", "a key or a login was found")
+    elif os.environ.get("WANDB_MODE"):
+        yield Finding("tracker wandb", "ok", f"WANDB_MODE is {mode}")
+    else:
+        value = "no key and no login, so runs are recorded offline"
+        yield Finding("tracker wandb", "optional", value, "to upload: wandb login")
+
+
+def tracker_tensorboard() -> Iterator[Finding]:
+    yield _tracker("tensorboard")
+
+
+def tracker_trackio() -> Iterator[Finding]:
+    yield _tracker("trackio")
+
+
+def _tracker(name: str) -> Finding:
+    """Return whether a tracker that needs no login is installed."""
+    from training.reporting.tracking import is_installed
+
+    if is_installed(name):
+        return Finding(f"tracker {name}", "ok", f"{version(name)}; needs no login")
+    return Finding(f"tracker {name}", "optional", "not installed", f"for --report_to {name}: pip install {name}")
 
 
 def hub_token() -> Iterator[Finding]:
@@ -85,6 +96,8 @@ def accelerate_config() -> Iterator[Finding]:
     import yaml
     from accelerate.commands.config.config_args import default_config_file
 
+    from pipelines.tools.files import read_text
+
     path = Path(default_config_file)
     if not path.is_file():
         yield Finding("Accelerate config", "ok", "none; the defaults are used")
@@ -99,4 +112,11 @@ def accelerate_config() -> Iterator[Finding]:
         yield Finding("Accelerate config", "ok", value)
 
 
-CHECKS = (accelerate_config, trackers, hub_token, hub)
+CHECKS = {
+    "Accelerate config": accelerate_config,
+    "tracker wandb": tracker_wandb,
+    "tracker tensorboard": tracker_tensorboard,
+    "tracker trackio": tracker_trackio,
+    "Hub token": hub_token,
+    "Hub": hub,
+}

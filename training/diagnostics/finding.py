@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,17 +32,18 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def run_checks(checks: Iterable[Check]) -> Iterator[Finding]:
-    """Yield what the checks find. Any error of a check becomes a finding. Tokens and control characters are masked."""
-    for check in checks:
+def run_checks(checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Yield what the checks find. Any error of a check becomes a finding with the name of the check.
+
+    Tokens and control characters are masked in all findings.
+    """
+    for name, check in checks.items():
         try:
             yield from map(_clean, check())
+        except ModuleNotFoundError as error:
+            yield Finding(name, "warning", f"not checked, because {error.name} is not installed")
         except Exception as error:  # the machine may be broken in any way, and the other checks still help
-            name = check.__name__.replace("_", " ")
-            if isinstance(error, ModuleNotFoundError):
-                yield Finding(name, "warning", f"not checked, because {error.name} is not installed")
-            else:
-                yield _clean(Finding(name, "warning", f"could not be checked ({cause(error)})"))
+            yield _clean(Finding(name, "warning", f"could not be checked ({cause(error)})"))
 
 
 def shown(path: str | Path) -> str:

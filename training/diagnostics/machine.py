@@ -225,18 +225,18 @@ def _gib(number: float) -> str:
     return f"{number / GIB:.1f} GiB" if number >= GIB / 10 else f"{number / 2**20:.0f} MiB"
 
 
-CHECKS = (
-    system,
-    device,
-    precision,
-    cores,
-    memory,
-    shared_memory,
-    working_folder,
-    temporary_folder,
-    cache_of_datasets,
-    cache_of_the_hub,
-    scheduler,
-    compiler,
-    emoji_font,
-)
+CHECKS = {
+    "system": system,
+    "device": device,
+    "precision": precision,
+    "cores": cores,
+    "memory": memory,
+    "shared memory": shared_memory,
+    "working folder": working_folder,
+    "temporary folder": temporary_folder,
+    "cache of datasets": cache_of_datasets,
+    "cache of the Hub": cache_of_the_hub,
+    "scheduler": scheduler,
+    "C++ compiler": compiler,
+    "emoji font": emoji_font,
+}

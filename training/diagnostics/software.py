@@ -112,18 +112,28 @@ def packages() -> Iterator[Finding]:
 
 def package(requirement: Requirement) -> Finding:
     """Compare the installed version of a package with the versions that the project requires."""
-    name, required = requirement.name, requirement.specifier
-    install = f"pip install '{requirement}'"
+    name, required = requirement.name, versions(requirement)
+    install = f"pip install '{as_argument(requirement)}'"
     try:
         found = version(name)
     except PackageNotFoundError:
         return Finding(name, "missing", f"not installed ({required} is required)", install)
-    if required.contains(found, prereleases=True):
+    if requirement.specifier.contains(found, prereleases=True):
         return Finding(name, "ok", found)
-    minimums = [part for part in required if part.operator in (">=", ">", "~=", "==")]
+    minimums = [part for part in requirement.specifier if part.operator in (">=", ">", "~=", "==")]
     if all(part.contains(found, prereleases=True) for part in minimums):
         return Finding(name, "warning", f"{found} is newer than what was tested ({required})", install)
     return Finding(name, "missing", f"{found} is too old ({required} is required)", install)
+
+
+def versions(requirement: Requirement) -> str:
+    """Return the range of a requirement with its minimum first, such as `>=2.8,<2.14`."""
+    return ",".join(sorted(map(str, requirement.specifier), key=lambda part: part.startswith("<")))
+
+
+def as_argument(requirement: Requirement) -> str:
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{versions(requirement)}"
 
 
 def broken_imports(modules: Sequence[str]) -> dict[str, str]:
@@ -151,14 +161,15 @@ def extras() -> Iterator[Finding]:
         needed = {r.name: r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})}
         found = [package(requirement) for requirement in needed.values()]
         named = [finding for finding in found if finding.state != "ok"] or found
-        value = ", ".join(f"{finding.name} {finding.value}" for finding in named)
+        value = ", ".join(f"{finding.name} {finding.value}" for finding in named[:MOST_NAMED])
+        value += f", and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
         states = {finding.state for finding in found}
         name, purpose = f"extra {extra}", f"for {EXTRAS[extra]}: " if extra in EXTRAS else ""
         if states <= {"ok"}:
-            yield Finding(name, "ok", value if len(found) <= MOST_NAMED else f"{len(found)} packages")
+            yield Finding(name, "ok", value)
             continue
-        install = install_command(extra, " ".join(f"'{needed[finding.name]}'" for finding in named))
+        install = install_command(extra, " ".join(f"'{as_argument(needed[finding.name])}'" for finding in named))
         yield Finding(name, "optional" if "missing" in states else "warning", value, f"{purpose}{install}")
 
 
-CHECKS = (python, halftone, packages, extras)
+CHECKS = {"Python": python, "Halftone": halftone, "packages": packages, "extras": extras}
