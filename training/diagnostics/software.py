@@ -138,7 +138,8 @@ def as_argument(requirement: Requirement) -> str:
 
 def broken_imports(modules: Sequence[str]) -> dict[str, str]:
     """Import modules in another process, because a broken one can end it, and return the reason for each that fails."""
-    broken, waiting = {}, list(modules)
+    broken: dict[str, str] = {}
+    waiting = list(modules)
     while waiting:
         try:
             words = [sys.executable, "-P", "-c", _IMPORT, *waiting]

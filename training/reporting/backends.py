@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import netrc
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -50,7 +52,7 @@ class WandB(Backend):
     name = "wandb"
 
     def __init__(
-        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str | None, notify: Notify
+        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str, notify: Notify
     ):
         import wandb
         from accelerate.tracking import WandBTracker
@@ -61,7 +63,7 @@ class WandB(Backend):
         run_dir.mkdir(parents=True, exist_ok=True)
         init: dict[str, Any] = {
             "name": run_name,
-            "id": re.sub(r"[/\\#?%:]", "-", run_id) if run_id else None,  # characters that W&B refuses in an id
+            "id": re.sub(r"[/\\#?%:]", "-", run_id),  # characters that W&B refuses in an id
             "resume": "allow" if mode == "online" else None,  # offline, W&B only warns that it has no effect
             "dir": str(run_dir),
             "config": plain(config),
@@ -79,6 +81,7 @@ class WandB(Backend):
             if mode != "online":
                 raise
             reason = f"W&B could not be reached ({cause(error)})"
+            wandb.teardown()  # its service still reserves the id of the run
             offline = {**init, "mode": "offline", "resume": None}
             with _masked_arguments():
                 self._tracker = WandBTracker(project, settings=wandb.Settings(**quiet), **offline)
@@ -140,7 +143,7 @@ class TensorBoard(Backend):
         self._tracker.writer.flush()
 
     def summary(self, values: dict[str, Any]) -> None:
-        metrics = {f"summary/{key}": value for key, value in numbers(values).items()}
+        metrics = {f"summary/{key}": value for key, value in numbers(flatten_config(values)).items()}
         self._tracker.writer.add_hparams(self._config, metrics, run_name=".")
         texts = {key: value for key, value in values.items() if isinstance(value, str)}
         for key, value in texts.items():
@@ -153,29 +156,48 @@ class TensorBoard(Backend):
 class Trackio(Backend):
     name = "trackio"
 
-    def __init__(self, project: str, run_name: str, config: Mapping[str, Any], resumed: bool):
+    def __init__(
+        self, project: str, run_name: str, config: Mapping[str, Any], run_id: str, resumed: bool, notify: Notify
+    ):
         import trackio
         from accelerate.tracking import TrackioTracker
 
         self._trackio = trackio
+        existing: list[str] = []
+        with suppress(ValueError):  # there is no project of this name yet
+            existing = [run.name for run in trackio.Api().runs(project)]
+        name = _trackio_name(existing, run_name, run_id, resumed)
         resume = "allow" if resumed else "never"
-        self._tracker = TrackioTracker(
-            project, name=run_name, config=flatten_config(config), resume=resume, embed=False
-        )
-        self._tracker.start()
+        with redirect_stdout(io.StringIO()):  # suppresses its banner of six lines
+            self._tracker = TrackioTracker(
+                project, name=name, config=flatten_config(config), resume=resume, embed=False
+            )
+            self._tracker.start()
+        notify(f"Trackio records this run as '{name}'; to see it: trackio show --project {shlex.quote(project)}")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._tracker.log(metrics, step=step)
 
     def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
-        # One image of the whole grid: Trackio accepts one image per name and step.
-        self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=name)}, step=step)
+        # One image of the whole grid, with the captions drawn into it: Trackio shows one image per name and step.
+        self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=f"step {step}")}, step=step)
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._tracker.log({f"summary/{key}": value for key, value in values.items()})
+        self._tracker.log({f"summary/{key}": value for key, value in numbers(flatten_config(values)).items()})
 
     def finish(self) -> None:
         self._tracker.finish()
+
+
+def _trackio_name(existing: Collection[str], run_name: str, run_id: str, resumed: bool) -> str:
+    """Return the name of a run in Trackio, which identifies runs by their names.
+
+    It is `run_name`, unless a run in another folder of the same name had it first.
+    """
+    with_id = f"{run_name}-{run_id}"
+    if resumed:
+        return with_id if with_id in existing else run_name
+    return with_id if run_name in existing else run_name
 
 
 def plain(value: Any) -> Any:
