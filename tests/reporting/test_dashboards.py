@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_tensorboard_has_the_same_groups(resumed_run):
 
 TRACKIO = """
 import json, trackio
-runs = {run.name: run for run in trackio.Api().runs("halftone")}
-print(json.dumps({name: [run.metrics(), run.history()] for name, run in runs.items()}, default=str))
+from trackio.sqlite_storage import SQLiteStorage
+runs = {run.name: SQLiteStorage.get_logs("halftone", run.name, run_id=run.id) for run in trackio.Api().runs("halftone")}
+print(json.dumps(runs, default=str))
 """
 
 
@@ -102,13 +104,28 @@ def test_trackio_has_the_same_groups_and_each_run_continues_its_own(tmp_path):
         assert "trackio show --project halftone" in done.stdout + done.stderr
     read = subprocess.run([python, "-c", TRACKIO], env=variables, capture_output=True, text=True, check=True)
     runs = json.loads(read.stdout.splitlines()[-1])
-    first, second = runs.pop("run"), runs.popitem()
-    assert not runs
-    assert second[0].startswith("run-")
-    assert steps_of(first) == [1, 2, 3, 4, 5, 6]
-    assert steps_of(second[1]) == [1, 2]
-    assert groups(first[0]) == GROUPS
+    first = runs.pop("run")
+    ((other, second),) = runs.items()
+    assert other.startswith("run-")
+    assert [row["step"] for row in first if "loss/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in second if "loss/loss" in row] == [1, 2]
+    assert groups(name for row in first for name in row) == GROUPS
+    assert first[-1]["summary/best.value"] == min(row["best/val_loss"] for row in first if "best/val_loss" in row)
 
 
-def steps_of(run: list) -> list[int]:
-    return [row["step"] for row in run[1] if "loss/loss" in row]
+@pytest.mark.slow
+def test_trackio_starts_although_the_hub_does_not_answer(tmp_path):
+    """Trackio asks the Hub for the owner of a token when it starts."""
+    python = environment_with(tmp_path / "venv", "trackio>=0.43,<1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        variables = environment(
+            TRACKIO_DIR=str(tmp_path / "trackio"),
+            HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            HF_TOKEN="hf_" + "a" * 34,
+            HF_HUB_OFFLINE="0",
+        )
+        flags = ("--report_to", "trackio", "--cpu_threads", "1", "--max_train_steps", "1")
+        command = [python, str(TOY), "--output_dir", str(tmp_path / "run"), *flags]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "trackio show --project halftone" in done.stdout + done.stderr

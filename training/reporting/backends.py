@@ -27,6 +27,7 @@ Notify = Callable[[str], None]
 # The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
 # step than the last one, as a resumed run does when it repeats a few steps.
 STEP_METRIC = "step"
+HUB_SECONDS = 10.0
 
 
 class Backend:
@@ -164,11 +165,11 @@ class Trackio(Backend):
 
         self._trackio = trackio
         existing: list[str] = []
-        with suppress(ValueError):  # there is no project of this name yet
+        with suppress(ValueError):  # the project does not exist yet
             existing = [run.name for run in trackio.Api().runs(project)]
         name = _trackio_name(existing, run_name, run_id, resumed)
         resume = "allow" if resumed else "never"
-        with redirect_stdout(io.StringIO()):  # suppresses its banner of six lines
+        with _impatient_hub(), redirect_stdout(io.StringIO()):  # suppresses its banner of six lines
             self._tracker = TrackioTracker(
                 project, name=name, config=flatten_config(config), resume=resume, embed=False
             )
@@ -187,6 +188,19 @@ class Trackio(Backend):
 
     def finish(self) -> None:
         self._tracker.finish()
+
+
+@contextmanager
+def _impatient_hub() -> Iterator[None]:
+    """Let requests to the Hub fail early inside the block. Trackio asks it who owns the token, and waits for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, HUB_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _trackio_name(existing: Collection[str], run_name: str, run_id: str, resumed: bool) -> str:
