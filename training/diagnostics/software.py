@@ -74,8 +74,9 @@ def read_requirements() -> Requirements:
 def _belongs_to(requirement: Requirement, extra: str) -> bool:
     """Return whether a requirement applies with this extra, and not without it; "" is the project without extras."""
     marker = requirement.marker
-    without = marker is None or marker.evaluate({"extra": ""})
-    return without if marker is None or not extra else not without and marker.evaluate({"extra": extra})
+    if marker is None or not extra:
+        return not extra if marker is None else marker.evaluate({"extra": ""})
+    return marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def python() -> Iterator[Finding]:
