@@ -25,7 +25,7 @@ from training.diagnostics import accounts, machine, software
 from training.diagnostics.finding import STATES, Finding, run_checks
 
 GROUPS = {"Machine": machine.CHECKS, "Software": software.CHECKS, "Accounts and launchers": accounts.CHECKS}
-STATE_WIDTH, NAME_WIDTH = max(map(len, STATES)), 18
+STATE_WIDTH, NAME_WIDTH = max(map(len, STATES)), 19
 NARROWEST = 80
 
 

@@ -90,7 +90,7 @@ def test_nothing_is_missing_here(healthy):
 def test_the_table_has_one_line_for_each_row(healthy):
     for name, row in healthy.rows.items():
         texts = [text for text in (row["value"], row["advice"]) if text]
-        expected = f"  {row['state']:<8}  {name:<18}  {'  → '.join(texts)}"
+        expected = f"  {row['state']:<8}  {name:<19}  {'  → '.join(texts)}"
         assert healthy.lines.count(expected) == 1, expected
 
 
