@@ -1,4 +1,4 @@
-# make quickstart [MINUTES=10] | test | test-faults | lint | bench: each target first installs the project into .venv.
+# make quickstart [MINUTES=10] | doctor | test | test-faults | lint | bench: each target first installs the project into .venv.
 # PYTHON sets the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.halftone-installed
 # One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
 PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: setup quickstart quickstart-tiny test test-slow test-long test-faults lint bench clean
+.PHONY: setup doctor quickstart quickstart-tiny test test-slow test-long test-faults lint bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $(STAMP)
+
+doctor: $(STAMP)
+	@$(RUN)/python training/doctor.py
 
 quickstart: $(STAMP)
 	@$(RUN)/python training/quickstart.py $(if $(MINUTES),--minutes $(MINUTES))

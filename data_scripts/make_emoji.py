@@ -23,20 +23,11 @@ from pipelines.tools.cli import UserError, entry_point
 from training.core.draws import mix
 from training.core.options import Options, option
 from training.core.parsing import parse_config
+from training.data import emoji_font
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.local/share/fonts",
-    "~/.fonts",
-    "/System/Library/Fonts",
-    "/Library/Fonts",
-    "C:/Windows/Fonts",
-)
-FONT_FILES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf", "Twemoji*.ttf", "TwitterColorEmoji*.ttf")
 # A bitmap font opens only at the size that it has (Noto: 109, Apple: 160). An outline font opens at any
 # size, so the first one is used.
 FONT_SIZES = (109, 160, 136, 128, 96, 64)
@@ -164,16 +155,11 @@ def find_font(given: str | None) -> Path:
         if not path.is_file():
             raise UserError(f"the font '{given}' does not exist; check --font")
         return path
-    for folder in FONT_FOLDERS:
-        for pattern in FONT_FILES:
-            fonts = sorted(Path(folder).expanduser().rglob(pattern))
-            if fonts:
-                return fonts[0]
-    raise UserError(
-        "this machine has no colour emoji font; install one (Debian and Ubuntu: apt-get install "
-        "fonts-noto-color-emoji, Fedora: dnf install google-noto-color-emoji-fonts), or name a file: "
-        "--font NotoColorEmoji.ttf"
-    )
+    font = emoji_font.system_emoji_font()
+    if font is None:
+        advice = f"{emoji_font.HOW_TO_INSTALL}, or name a file: --font NotoColorEmoji.ttf"
+        raise UserError(f"this machine has no colour emoji font; {advice}")
+    return font
 
 
 def open_font(path: Path) -> ImageFont.FreeTypeFont:

@@ -42,7 +42,7 @@ from training.metrics.control import (
 from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.steered import ControlBase, load_base
-from training.objectives.diffusion import ObjectiveConfig
+from training.objectives.diffusion import ObjectiveConfig, noise_level_metrics, noise_level_sums
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig
 
@@ -179,7 +179,8 @@ class ControlNetStage(GeneratingStage):
         noisy, predictions = self.phase.predictions(
             batch, draws, keep_all, [control, None, others(control)], sampling="uniform"
         )
-        sums = control_sums(predictions, [noisy.loss(prediction) for prediction in predictions])
+        losses = [noisy.loss(prediction) for prediction in predictions]
+        sums = control_sums(predictions, losses) | noise_level_sums(losses[0], draws)
         return sums if self.reader is None else sums | self._iou_sums(self.reader, batch)
 
     def _iou_sums(self, reader: ControlReader, batch: Batch) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ class ControlNetStage(GeneratingStage):
         return iou_sums(predicted, batch["conditioning_pixel_values"][rows])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        metrics = control_metrics(sums)
+        metrics = control_metrics(sums) | noise_level_metrics(sums)
         if metrics["val_control_gain_in_standard_errors"] < IGNORED_BELOW:
             logger.warning(
                 "the model ignores its control so far: with the control of another image, its loss is higher by only "

@@ -29,7 +29,7 @@ from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.posters import BriefEncoderConfig
 from training.models.unet import PixelUNetConfig, build_pixel_unet
-from training.objectives.diffusion import Diffusion, DiffusionConfig
+from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_level_sums
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 
@@ -100,7 +100,8 @@ class PosterDecoderStage(GeneratingStage):
         self.phases = [self.phase]
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        return loss_sums(self.phase.losses(batch, draws, batch["brief"], sampling="uniform"))
+        losses = self.phase.losses(batch, draws, batch["brief"], sampling="uniform")
+        return loss_sums(losses) | noise_level_sums(losses, draws)
 
     def previews(self) -> Previews:
         rows = self.shown_rows(self.config.num_previews)

@@ -38,7 +38,7 @@ from training.models.conditioning import caption_and_class, pipeline_conditions
 from training.models.text_encoder import TextEncoderConfig, build_text
 from training.models.unet import UNetConfig, build_unet
 from training.models.vae_loading import load_vae
-from training.objectives.diffusion import Diffusion, DiffusionConfig
+from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_level_sums
 from training.objectives.functional import mse_per_sample
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
@@ -230,7 +230,7 @@ class LatentDiffusionStage(GeneratingStage):
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         losses, _ = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")
-        return loss_sums(losses)
+        return loss_sums(losses) | noise_level_sums(losses, draws)
 
     def previews(self) -> Previews:
         config, rows = self.config, self.shown_rows(self.config.num_previews)

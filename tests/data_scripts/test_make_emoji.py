@@ -14,6 +14,7 @@ from data_scripts import make_emoji
 from data_scripts.make_emoji import Emoji, label_of, name_of, split_by_base, without_mirrored_order
 from pipelines.tools.cli import UserError
 from training.core.draws import SampleKey
+from training.data import emoji_font
 from training.data.images import DataConfig, ImageDataset, load_split
 
 
@@ -109,7 +110,7 @@ def test_the_dataset_trains(font: Path, tmp_path: Path):
 
 
 def test_without_a_font_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(make_emoji, "FONT_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(emoji_font, "FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UserError, match="fonts-noto-color-emoji.*--font"):
         make_emoji.main(["--output_dir", str(tmp_path / "emoji")])
 

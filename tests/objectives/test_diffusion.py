@@ -10,7 +10,14 @@ import torch
 
 from pipelines.tools.cli import UserError
 from training.core.draws import Draws
-from training.objectives.diffusion import BETA_SCHEDULES, Diffusion, DiffusionConfig
+from training.objectives.diffusion import (
+    BETA_SCHEDULES,
+    NOISE_BANDS,
+    Diffusion,
+    DiffusionConfig,
+    noise_level_metrics,
+    noise_level_sums,
+)
 from training.objectives.functional import PREDICTION_TYPES
 
 STEPS = 1000
@@ -155,3 +162,32 @@ def test_validation_times_are_uniform_whatever_the_training_distribution():
 def test_invalid_values(field, value):
     with pytest.raises(UserError, match=f"--{field}"):
         DiffusionConfig(**{field: value}).validate()
+
+
+def test_losses_by_noise_level_are_means_over_bands_of_the_times():
+    draws = Draws(0, "validation", range(200))
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sums = {name: float(value) for name, value in noise_level_sums(losses, draws).items()}
+    metrics = noise_level_metrics(sums)
+    times = draws.uniform("time")
+    assert list(metrics) == [f"val_loss_noise_{band}" for band in NOISE_BANDS]
+    for number, value in enumerate(metrics.values()):
+        inside = (times >= number / 4) & (times < (number + 1) / 4)
+        assert inside.sum() > 20
+        assert value == pytest.approx(float(losses[inside].mean()), rel=1e-12)
+    assert sum(value for name, value in sums.items() if name.startswith("count")) == 200
+
+
+def test_the_bands_are_those_of_the_noise_that_was_added():
+    """The noisiest band has the largest sigma: a zero image has the variance sigma² there."""
+    draws = Draws(0, "validation", range(400))
+    noisy = Diffusion(DiffusionConfig()).corrupt(torch.zeros(400, 4, 8, 8), draws, sampling="uniform")
+    metrics = noise_level_metrics(noise_level_sums(noisy.x_t.square().flatten(1).mean(1), draws))
+    values = [float(value) for value in metrics.values()]
+    assert values == pytest.approx([t**2 + 1 / 192 for t in (1 / 8, 3 / 8, 5 / 8, 7 / 8)], rel=0.2)
+
+
+def test_a_band_without_samples_and_a_stage_without_noise_have_no_metric():
+    draws = Draws(0, "validation", [0])
+    assert len(noise_level_metrics(noise_level_sums(torch.ones(1), draws))) == 1
+    assert noise_level_metrics({"loss": 1.0, "count": 2.0}) == {}

@@ -57,6 +57,17 @@ def test_a_stage_with_two_phases_has_two_loss_panels(tmp_path):
     assert second.width == 2 * first.width
 
 
+def test_the_losses_by_noise_level_share_a_panel(tmp_path):
+    header = [*HEADER[:3], "loss", *(f"val_loss_noise_{band}" for band in ("0_25", "25_50", "50_75", "75_100"))]
+    path = write_metrics(tmp_path / "1.csv", 30, header[:4])
+    alone = Image.open(draw_training_curves(path, tmp_path / "1.png"))
+    rows = [f"{step},1,{step},0.5,{1 / step},{2 / step},{3 / step},{4 / step}" for step in range(1, 30)]
+    (tmp_path / "2.csv").write_text("\n".join([",".join(header), *rows]) + "\n", encoding="utf-8")
+    both = Image.open(draw_training_curves(tmp_path / "2.csv", tmp_path / "2.png"))
+    assert both.width == 2 * alone.width
+    assert both.height == alone.height
+
+
 @pytest.mark.parametrize(
     "content",
     [

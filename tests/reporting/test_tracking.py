@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import struct
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.cli import UserError
+from tests.support.wandb_files import wandb_history, wandb_records
 from training.reporting.backends import Backend, flatten_config, plain
 from training.reporting.recorder import MOST_WAITING
 from training.reporting.tracking import Trackers, parse_report_to, start_trackers
@@ -130,55 +130,6 @@ def test_numpy_and_torch_scalars_become_numbers():
 # --- W&B, offline --------------------------------------------------------------------------------------------------
 
 
-def wandb_records(run_dir: Path) -> list[Any]:
-    """Read all records of all offline runs under `run_dir`, in order, once each of them has its last record.
-
-    W&B writes the files in a process of its own, which may still be doing so after `finish` has returned.
-    """
-    deadline = time.monotonic() + 20
-    while True:
-        runs = [read_wandb_file(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
-        if all(records and records[-1].WhichOneof("record_type") == "exit" for records in runs):
-            return [record for records in runs for record in records]
-        assert time.monotonic() < deadline, "W&B did not finish its files"
-        time.sleep(0.05)
-
-
-def read_wandb_file(path: Path) -> list[Any]:
-    """Read the complete records of one file: a LevelDB log of protobufs."""
-    from wandb.proto import wandb_internal_pb2
-
-    records = []
-    data, position, pending = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        if position + 7 + length > len(data):
-            break  # still being written
-        pending += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole record, or its last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(pending)
-            records.append(record)
-            pending = b""
-    return records
-
-
-def wandb_history(run_dir: Path) -> list[dict[str, Any]]:
-    import json
-
-    rows = []
-    for record in wandb_records(run_dir):
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append(items)
-    return rows
-
-
 @pytest.mark.usefixtures("no_wandb_login")
 def test_wandb_without_a_login_records_offline_in_the_run_folder_and_continues_when_resumed(tmp_path):
     run_dir, lines = tmp_path / "run", []
@@ -200,10 +151,10 @@ def test_wandb_without_a_login_records_offline_in_the_run_folder_and_continues_w
     assert second.run_id == first.run_id
     assert len(list(run_dir.glob(f"wandb/offline-run-*-{first.run_id}"))) == 2
     rows = wandb_history(run_dir)
-    assert [row["loss"] for row in rows if "loss" in row] == [1.0, 0.5, 1 / 3, 0.25, 0.2, 9.0]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 3]
+    assert [row["loss/loss"] for row in rows if "loss/loss" in row] == [1.0, 0.5, 1 / 3, 0.25, 0.2, 9.0]
+    assert [row["step"] for row in rows if "loss/loss" in row] == [1, 2, 3, 4, 5, 3]
     assert all("text" not in row for row in rows)
-    assert len(list(run_dir.glob("wandb/*/files/media/images/*.png"))) >= 1
+    assert len(list(run_dir.glob("wandb/*/files/media/images/samples/*.png"))) >= 1
     metrics = [r.metric for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "metric"]
     assert any(m.step_metric == "step" for m in metrics)
 
@@ -220,7 +171,7 @@ def test_wandb_with_a_key_but_no_network_goes_offline(tmp_path, monkeypatch):
     trackers.log({"loss": 0.25}, 1)
     trackers.finish()
     assert "could not be reached" in lines[0]
-    assert wandb_history(tmp_path / "run")[0]["loss"] == 0.25
+    assert wandb_history(tmp_path / "run")[0]["loss/loss"] == 0.25
 
 
 @pytest.mark.usefixtures("no_wandb_login")
@@ -282,9 +233,9 @@ def test_tensorboard_files_hold_metrics_images_config_and_summary(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    losses = {event.step: event.value for event in events.Scalars("loss")}
+    losses = {event.step: event.value for event in events.Scalars("loss/loss")}
     assert losses == pytest.approx({1: 1.0, 2: 0.5, 3: 2 / 3, 4: 0.5, 5: 0.4, 6: 1 / 3})
-    assert len(events.Scalars("loss")) == 6  # what the interrupted run wrote from step 3 on is gone
+    assert len(events.Scalars("loss/loss")) == 6  # what the interrupted run wrote from step 3 on is gone
     assert [event.value for event in events.Scalars("summary/psnr")] == [30.5]
     assert "config/text_summary" in events.Tags()["tensors"]
 

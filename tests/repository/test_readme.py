@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs of other projects that the documents may use.
-FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "kill", "git", "export"}
+FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "trackio", "kill", "git", "export"}
 # The flags that the walkthrough adds to a command for images without captions.
 CONDITIONS = re.compile(r"^- `(--condition_on .*?)`", re.MULTILINE)
 TINY = {

@@ -168,6 +168,17 @@ def test_presets_are_found_by_name_from_any_folder(run):
     assert output.count("train_latent_diffusion.py --config") == 6
 
 
+def test_doctor_reads_the_requirements_of_the_installed_copy(run, workplace):
+    output = run("halftone", "doctor", "--output", "doctor.json").stdout
+    checks = json.loads((workplace / "doctor.json").read_text(encoding="utf-8"))["checks"]
+    found = {check["name"]: check for check in checks}
+    assert "Nothing is missing that every run needs." in output
+    assert {requirement.split("[")[0].split(">")[0] for requirement in dependencies()} <= found.keys()
+    assert found["extra cuda"]["state"] == "optional"
+    assert found["extra cuda"]["value"].startswith("bitsandbytes not installed")
+    assert found["extra cuda"]["advice"].endswith("pip install 'bitsandbytes>=0.48,<1'")
+
+
 def test_error_messages_name_commands_that_work_here(run):
     error = run("halftone", "train", "latent_diffusion", "--vae", "x", "--dataset_name", "x", status=2).stderr
     assert "halftone data train_tokenizer" in error

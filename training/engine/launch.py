@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -151,18 +150,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Return the peak memory in MiB: allocated by torch on a GPU, otherwise resident; None if it is unknown."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-    return None
 
 
 def _check_world_size(started: int) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from training.core.layout import BatchLayout, steps_per_epoch
+from training.core.memory import peak_memory_mib
 from training.core.stage import Stage
 from training.engine.balance import balanced_strata
 from training.engine.ema import EMA
-from training.engine.launch import peak_memory_mib
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig

@@ -5,6 +5,7 @@ x_0: B C h w, clean latents or pixels; timesteps: B, as they are passed to the U
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from training.objectives import functional
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+NOISE_BANDS = ("0_25", "25_50", "50_75", "75_100")  # in percent of the timesteps; the last has the most noise
+_TIME = "time"
 
 
 @dataclass
@@ -129,8 +132,8 @@ class Diffusion:
             offset = draws.normal("noise_offset", (x_0.shape[1], *[1] * (x_0.ndim - 2))).to(x_0.dtype)
             noise = functional.offset_noise(noise, offset, config.noise_offset)
         times = functional.unit_times(
-            draws.uniform("time"),
-            draws.normal("time", ()),
+            draws.uniform(_TIME),
+            draws.normal(_TIME, ()),
             sampling or config.timestep_sampling,
             config.logit_mean,
             config.logit_std,
@@ -155,3 +158,26 @@ class Diffusion:
         timesteps = (times * total).long().clamp(max=total - 1)
         signal = self._alphas_cumprod.to(times.device)[timesteps]
         return signal.sqrt(), (1 - signal).sqrt(), timesteps
+
+
+def noise_level_sums(losses: Tensor, draws: Draws) -> dict[str, Tensor]:
+    """Return the sums and counts of losses in four bands of the noise level, for `noise_level_metrics`.
+
+    Args:
+        losses: B, of samples that `Diffusion.corrupt` has given noise with these `draws` and `sampling="uniform"`.
+    """
+    band = (draws.uniform(_TIME) * len(NOISE_BANDS)).long().clamp(max=len(NOISE_BANDS) - 1)
+    sums = {}
+    for number, name in enumerate(NOISE_BANDS):
+        sums[f"loss_noise_{name}"] = losses[band == number].sum()
+        sums[f"count_noise_{name}"] = (band == number).sum()
+    return sums
+
+
+def noise_level_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean loss in each band of the noise level; a band without samples is left out."""
+    means = {}
+    for name in NOISE_BANDS:
+        if count := sums.get(f"count_noise_{name}"):
+            means[f"val_loss_noise_{name}"] = sums[f"loss_noise_{name}"] / count
+    return means

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import netrc
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -25,6 +27,7 @@ Notify = Callable[[str], None]
 # The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
 # step than the last one, as a resumed run does when it repeats a few steps.
 STEP_METRIC = "step"
+HUB_SECONDS = 10.0
 
 
 class Backend:
@@ -50,18 +53,18 @@ class WandB(Backend):
     name = "wandb"
 
     def __init__(
-        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str | None, notify: Notify
+        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str, notify: Notify
     ):
         import wandb
         from accelerate.tracking import WandBTracker
 
         self._wandb = wandb
         self._notify = notify
-        mode = _wandb_mode(wandb)
+        mode = wandb_mode(wandb)
         run_dir.mkdir(parents=True, exist_ok=True)
         init: dict[str, Any] = {
             "name": run_name,
-            "id": re.sub(r"[/\\#?%:]", "-", run_id) if run_id else None,  # characters that W&B refuses in an id
+            "id": re.sub(r"[/\\#?%:]", "-", run_id),  # characters that W&B refuses in an id
             "resume": "allow" if mode == "online" else None,  # offline, W&B only warns that it has no effect
             "dir": str(run_dir),
             "config": plain(config),
@@ -79,6 +82,7 @@ class WandB(Backend):
             if mode != "online":
                 raise
             reason = f"W&B could not be reached ({cause(error)})"
+            wandb.teardown()  # its service still reserves the id of the run
             offline = {**init, "mode": "offline", "resume": None}
             with _masked_arguments():
                 self._tracker = WandBTracker(project, settings=wandb.Settings(**quiet), **offline)
@@ -140,7 +144,7 @@ class TensorBoard(Backend):
         self._tracker.writer.flush()
 
     def summary(self, values: dict[str, Any]) -> None:
-        metrics = {f"summary/{key}": value for key, value in numbers(values).items()}
+        metrics = {f"summary/{key}": value for key, value in numbers(flatten_config(values)).items()}
         self._tracker.writer.add_hparams(self._config, metrics, run_name=".")
         texts = {key: value for key, value in values.items() if isinstance(value, str)}
         for key, value in texts.items():
@@ -153,29 +157,61 @@ class TensorBoard(Backend):
 class Trackio(Backend):
     name = "trackio"
 
-    def __init__(self, project: str, run_name: str, config: Mapping[str, Any], resumed: bool):
+    def __init__(
+        self, project: str, run_name: str, config: Mapping[str, Any], run_id: str, resumed: bool, notify: Notify
+    ):
         import trackio
         from accelerate.tracking import TrackioTracker
 
         self._trackio = trackio
+        existing: list[str] = []
+        with suppress(ValueError):  # the project does not exist yet
+            existing = [run.name for run in trackio.Api().runs(project)]
+        name = _trackio_name(existing, run_name, run_id, resumed)
         resume = "allow" if resumed else "never"
-        self._tracker = TrackioTracker(
-            project, name=run_name, config=flatten_config(config), resume=resume, embed=False
-        )
-        self._tracker.start()
+        with _impatient_hub(), redirect_stdout(io.StringIO()):  # suppresses its banner of six lines
+            self._tracker = TrackioTracker(
+                project, name=name, config=flatten_config(config), resume=resume, embed=False
+            )
+            self._tracker.start()
+        notify(f"Trackio records this run as '{name}'; to see it: trackio show --project {shlex.quote(project)}")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._tracker.log(metrics, step=step)
 
     def log_images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str) -> None:
-        # One image of the whole grid: Trackio accepts one image per name and step.
-        self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=name)}, step=step)
+        # One image of the whole grid, with the captions drawn into it: Trackio shows one image per name and step.
+        self._tracker.log({name: self._trackio.Image(_grid(images, captions), caption=f"step {step}")}, step=step)
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._tracker.log({f"summary/{key}": value for key, value in values.items()})
+        self._tracker.log({f"summary/{key}": value for key, value in numbers(flatten_config(values)).items()})
 
     def finish(self) -> None:
         self._tracker.finish()
+
+
+@contextmanager
+def _impatient_hub() -> Iterator[None]:
+    """Let requests to the Hub fail early inside the block. Trackio asks it who owns the token, and waits for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, HUB_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _trackio_name(existing: Collection[str], run_name: str, run_id: str, resumed: bool) -> str:
+    """Return the name of a run in Trackio, which identifies runs by their names.
+
+    It is `run_name`, unless a run in another folder of the same name had it first.
+    """
+    with_id = f"{run_name}-{run_id}"
+    if resumed:
+        return with_id if with_id in existing else run_name
+    return with_id if run_name in existing else run_name
 
 
 def plain(value: Any) -> Any:
@@ -219,7 +255,7 @@ def _masked_arguments() -> Iterator[None]:
         sys.argv = words
 
 
-def _wandb_mode(wandb: Any) -> str:
+def wandb_mode(wandb: Any) -> str:
     """Return the mode that the user chose (WANDB_MODE, `wandb offline`); by default online with a key, else offline."""
     settings = wandb.setup().settings
     chosen = os.environ.get("WANDB_MODE") or settings.mode

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from training.core.previews import save_png
+from training.reporting.groups import NOISE_LEVELS, group_of
 
 Series = tuple[list[float], list[float]]  # steps, values: finite, sorted by step, one value per step
 
@@ -36,7 +37,8 @@ def draw_training_curves(
     """Draw the metrics.csv of a run as a PNG file, which is written atomically.
 
     The panels show the losses (every row in a light colour, smoothed values in a dark one, validation as points with
-    the best one marked), each other validation metric, the learning rate, and the gradient norm.
+    the best one marked), the validation loss by noise level, each other validation metric, the learning rate, and the
+    gradient norm.
 
     Returns:
         The path of the PNG file; None if metrics.csv has nothing to draw (absent, empty, damaged or without numbers).
@@ -89,7 +91,9 @@ def _panels(columns: dict[str, Series]) -> list[Panel]:
     for name in losses:
         panels.append(_loss_panel(name, columns[name], columns.get(f"val_{name}")))
     drawn = {f"val_{name}" for name in losses}
-    others = [name for name in columns if name.startswith("val_") and name not in drawn]
+    if bands := {name: series for name, series in columns.items() if group_of(name) == NOISE_LEVELS}:
+        panels.append(_noise_panel(bands))
+    others = [name for name in columns if name.startswith("val_") and name not in drawn | bands.keys()]
     for name, color in zip(others[:MAX_OTHER_PANELS], OTHER_COLORS * 2):
         panels.append(_line_panel(name, columns[name], color, mark_best=True))
     if "learning_rate" in columns:
@@ -106,6 +110,19 @@ def _loss_panel(name: str, train: Series, validation: Series | None) -> Panel:
             axes.plot(*validation, "o-", color=VALIDATION_COLOR, markersize=4, linewidth=1.2, label="validation")
             _mark_best(axes, validation, higher=False)
         _name(axes, _words(name))
+        axes.legend(frameon=False, fontsize=8)
+
+    return draw
+
+
+def _noise_panel(bands: dict[str, Series]) -> Panel:
+    def draw(axes: Any) -> None:
+        for (name, series), color in zip(bands.items(), OTHER_COLORS):
+            low, high = name.split("_")[-2:]
+            axes.plot(*series, "o-", color=color, markersize=3, linewidth=1.4, label=f"{low} to {high} % noise")
+        if _spans_magnitudes([value for _, values in bands.values() for value in values]):
+            axes.set_yscale("log")
+        _name(axes, "loss by noise level (validation)")
         axes.legend(frameon=False, fontsize=8)
 
     return draw

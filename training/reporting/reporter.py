@@ -18,9 +18,11 @@ from pipelines.tools.commands import this_command
 from pipelines.tools.credentials import mask_credentials
 from training.core.files import write_atomically
 from training.core.informing import Informing
+from training.core.memory import memory_mib, peak_memory_mib
 from training.core.previews import Previews, save_png
 from training.reporting.advice import advice
 from training.reporting.curves import draw_training_curves
+from training.reporting.groups import NOISE_LEVELS, group_of
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
 from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers
 from training.run.folder import RunFolder
@@ -122,7 +124,10 @@ class Reporter:
 
     def _bar_metrics(self) -> list[tuple[str, float]]:
         """Return the first metrics of the last validation, as many as fit on the progress bar."""
-        return list(self.state.last_validation.items())[:METRICS_IN_BAR]
+        metrics = [
+            (name, value) for name, value in self.state.last_validation.items() if group_of(name) != NOISE_LEVELS
+        ]
+        return metrics[:METRICS_IN_BAR]
 
     def log_row(self, validated: dict[str, float], epoch_end: bool) -> None:
         """Write a row of metrics for the step just done: means since the last row, and the validation metrics."""
@@ -145,10 +150,22 @@ class Reporter:
         if self.is_main:
             with self.informing(self.folder.metrics_file.name, ROWS_WAIT):
                 self.metrics_log.write(row)
-            self.trackers.log({k: v for k, v in row.items() if k != "step"}, state.step)
+            self.trackers.log(self._for_trackers(row, validated), state.step)
             if validated or epoch_end:
                 self._draw_curves()
                 self._log_summary(epoch, row, validated)
+
+    def _for_trackers(self, row: dict[str, Any], validated: dict[str, float]) -> dict[str, Any]:
+        """Return a row for the trackers, with the memory in use, and after a validation the best one so far.
+
+        A tracker shows the last value of each metric as the summary of the run, also if the run never ends.
+        """
+        state, device = self.state, self.stage.context.device
+        values = {name: value for name, value in row.items() if name != "step"}
+        values |= {"memory_mib": memory_mib(device), "peak_memory_mib": peak_memory_mib(device)}
+        if validated and state.best_value is not None:
+            values |= {f"best/{self.stage.best_metric}": state.best_value, "best/step": state.best_step}
+        return values
 
     def settle(self) -> None:
         """Flush the rows of metrics to the disk, before a checkpoint is written and at the end of a session."""
@@ -209,7 +226,7 @@ class Reporter:
         if "epoch_loss_mean" in row:
             low, high = row["epoch_loss_min"], row["epoch_loss_max"]
             parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
-        parts += [f"{name} {value:.4g}" for name, value in validated.items()]
+        parts += [f"{name} {value:.4g}" for name, value in validated.items() if group_of(name) != NOISE_LEVELS]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
         self._last_line = time.perf_counter()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipelines.tools.cli import UserError, cause, nearest
 from pipelines.tools.credentials import mask_credentials
 from training.core.options import Options, option
 from training.reporting.backends import Backend, Notify, TensorBoard, Trackio, WandB, numbers, plain
+from training.reporting.groups import grouped
 from training.reporting.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
     if not names or names == ["none"]:
         return []
     if names == ["all"]:
-        return [name for name in KNOWN_TRACKERS if _is_installed(name)]
+        return [name for name in KNOWN_TRACKERS if is_installed(name)]
     for name in names:
         if name in ("none", "all"):
             raise UserError(
@@ -66,7 +68,7 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
             raise UserError(
                 f"--report_to {name}: unknown tracker{nearest(name, KNOWN_TRACKERS)}; choose from {known}, all, none"
             )
-        if not _is_installed(name):
+        if not is_installed(name):
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
 
@@ -101,10 +103,11 @@ def start_trackers(
     run_name, config = mask_credentials(run_name), mask_credentials(plain(config))
     if not PartialState().is_main_process:
         return trackers
+    run_id = previous_id or uuid.uuid4().hex[:8]
     starts: dict[str, Callable[[], Backend]] = {
-        "wandb": lambda: WandB(project, run_name, run_dir, config, previous_id, notify),
+        "wandb": lambda: WandB(project, run_name, run_dir, config, run_id, notify),
         "tensorboard": lambda: TensorBoard(run_dir, config, first_step),
-        "trackio": lambda: Trackio(project, run_name, config, resumed=previous_id is not None),
+        "trackio": lambda: Trackio(project, run_name, config, run_id, previous_id is not None, notify),
     }
     for name in names:
         try:
@@ -113,7 +116,7 @@ def start_trackers(
             notify(f"warning: {name} could not be started and will not record this session: {cause(error)}")
         else:
             trackers.add(backend)
-    trackers.run_id = trackers.run_id or run_dir.name
+    trackers.run_id = trackers.run_id or run_id
     return trackers
 
 
@@ -139,13 +142,16 @@ class Trackers:
         self.run_id = backend.run_id or self.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log scalar `metrics` at optimizer step `step`; values that are not numbers (None, text) are left out."""
-        scalars = numbers(metrics)
+        """Log scalar `metrics` at optimizer step `step`, with their group in front of their names.
+
+        Values that are not numbers (None, text) are left out.
+        """
+        scalars = grouped(numbers(metrics))
         if scalars:
             self._each(lambda backend: backend.log(scalars, step))
 
     def log_images(
-        self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str = "samples"
+        self, images: Sequence[Image.Image], captions: Sequence[str], step: int, name: str = "samples/previews"
     ) -> None:
         """Log `images` (PIL, any mode) with one caption each at optimizer step `step`."""
         if images:
@@ -178,7 +184,8 @@ class Trackers:
             recorder.record(action)
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Return whether the package of a tracker is installed."""
     spec = importlib.util.find_spec(name)
     # The spec of a mere folder called `wandb`, which is not the package, has no origin.
     return spec is not None and spec.origin is not None

@@ -21,6 +21,7 @@ from training.data.latent_cache.dataset import LatentCacheDataset
 from training.data.source import DataConfig, load_split
 from training.engine.run_config import RunConfig
 from training.engine.weights import load_initial_weights
+from training.objectives.diffusion import noise_level_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,8 +109,8 @@ class ImageStage(Stage):
             load_initial_weights(self.config.init_from, modules)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the mean loss; stages with more metrics override this method."""
-        return {"val_loss": sums["loss"] / sums["count"]}
+        """Return the mean loss, also by noise level if it was measured; stages with more metrics override this."""
+        return {"val_loss": sums["loss"] / sums["count"], **noise_level_metrics(sums)}
 
     def shown_rows(self, most: int) -> range:
         """Return the rows that previews show: the first `most` rows of `shown_data`."""
