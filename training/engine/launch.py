@@ -153,6 +153,11 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """Return the peak memory in MiB: allocated by torch on a GPU, otherwise resident; None if it is unknown."""
     if device.type == "cuda":
