@@ -17,7 +17,7 @@ import numpy as np
 from data_scripts.duplicates.prints import INNER, MIRRORED, MIRRORED_INNER, THUMBNAIL, WHOLE, Prints
 
 BLOCK = 512  # images that are compared at once with as many others; larger blocks leave the cache of the processor
-PAIRS = 4096  # pairs whose thumbnails are compared at once
+PAIRS = 256  # pairs whose thumbnails are compared at once; more of them leave the cache as well
 FITTINGS = 3  # each moves the thumbnail by about a pixel at most
 LARGEST_CUT = 0.16  # share of a side by which a copy may be smaller
 PATCH = 4  # pixels of the side of a patch

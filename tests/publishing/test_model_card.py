@@ -209,6 +209,7 @@ def test_an_evaluation_is_stated_with_all_that_it_depends_on(folder):
         "| metric | this model | real images (mean ± SD) |",
         "| KID (lower is better) | 0.01235 (standard error 0.00123) | -0.0001 ± 0.0004 |",
         "| diversity (mean pairwise distance) | 0.5 | 0.625 |",
+        "two random parts of the real images, of 120 images each.",
         "not computed: 256 images are too few for the covariance of 1280 features",
         "no sign of copied training images so far.",
         "| pixels | 256 | 1 | 0 | 0.391 % (0.07 % to 2.17 %) | 1 % | 1,800 | 200 |",

@@ -56,6 +56,7 @@ def evaluation_facts(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "how": list(_how(evaluation)),
         "has_floor": bool(_mapping(evaluation, "floor")),
+        "floor_images": shown(_mapping(evaluation, "floor").get("images") or ""),
         "rows": [
             (metric_cell(name), _with_error(evaluation, name, value), _real(evaluation, name))
             for name, value in evaluation["metrics"].items()
