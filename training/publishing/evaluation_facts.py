@@ -137,6 +137,8 @@ def evaluation_results(record: Mapping[str, Any], evaluation: Mapping[str, Any] 
         for metric, value in source["metrics"].items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 continue
+            if metric.endswith(STANDARD_ERROR):  # belongs to the metric before it
+                continue
             kind = re.sub(r"\W+", "_", clean(metric)).strip("_") or "metric"
             facts = _metric_facts(source, metric)
             words = clean(metric_name(metric))
@@ -153,6 +155,7 @@ def _metric_facts(source: Mapping[str, Any], metric: str) -> dict[str, Any] | No
     spread = floor if isinstance(floor, Mapping) else {}
     numbers = {
         "num_images": source.get("num_images"),
+        "standard_error": source["metrics"].get(f"{metric}{STANDARD_ERROR}"),
         "floor_mean": spread.get("mean"),
         "floor_std": spread.get("std"),
     }

@@ -251,7 +251,7 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     energy = record.get("energy")
     if isinstance(energy, Mapping) and energy.get("kwh") is not None:
         assumption = f" ({clean(energy['assumption'])})" if energy.get("assumption") else ""
-        lines.append(("energy, a rough estimate", f"{number(float(energy['kwh']))} kWh{assumption}"))
+        lines.append(("energy, a rough estimate", f"{float(energy['kwh']):.2g} kWh{assumption}"))
     return lines
 
 
