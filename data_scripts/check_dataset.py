@@ -2,8 +2,8 @@
 
     python data_scripts/check_dataset.py --dataset_name DATA
 
-All problems are listed by row in one pass, and the exit status is 2 if there are any. Duplicate images are reported,
-but do not count as problems.
+All problems are listed by row in one pass, and the exit status is 2 if there are any. Duplicates and near-duplicates
+(copies in another size or compression, mirrored, or slightly cropped) are reported, but do not count as problems.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from data_scripts.duplicates.groups import describe, groups_of, write_groups
+from data_scripts.duplicates.prints import Place, Print, Prints, verified_print
+from data_scripts.duplicates.search import comparisons, near_duplicates
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point, printable
+from training.core.options import option
 from training.core.parsing import parse_config
-from training.data.checks import Problem, chunks, verify_reason
+from training.data.checks import Problem, chunks, decoding, verify_reason
 from training.data.fingerprints import encoded_bytes
 from training.data.images import (
     DataConfig,
@@ -30,10 +34,11 @@ from training.data.images import (
     load_all_splits,
     load_label_map,
 )
-from training.data.source import named_split, require_column, undecoded_images
+from training.data.source import load_split, named_split, require_column, row_id, undecoded_images
+from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 _CLASSES_SHOWN = 12
 _DUPLICATES_SHOWN = 5
@@ -47,6 +52,13 @@ class CheckConfig(DataConfig):
     """Splits to check, e.g. '[train,test]'; an empty list checks all of them"""
     max_listed: int = 1000
     """Maximum number of problems to list; 0 lists all"""
+    near_duplicate_distance: int = option(12, at_least=0, at_most=32)
+    """Largest number of different bits, of 64, between the hashes of images that are compared as possible
+    near-duplicates; 0 does not search for near-duplicates"""
+    near_duplicates_dir: str | None = None
+    """Folder to write all groups of near-duplicates to, as a list and as an image that shows them"""
+    seed: int = 0
+    """--seed of the training runs: it chooses the held-out rows if the data has no validation split"""
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError for values that are invalid for every dataset."""
@@ -79,10 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     splits = load_all_splits(config)
     columns = splits[next(iter(splits))].column_names
     label_map = _label_map(config, columns)
-    reports = []
+    reports, prints = [], Prints()
+    held_out = _held_out_rows(config, splits)
     for name in config.splits or list(splits):
-        reports.append(check_split(name, named_split(config, splits, name), config, label_map))
+        dataset = named_split(config, splits, name)
+        reports.append(
+            check_split(name, dataset, config, label_map, prints, held_out if name == config.train_split else set())
+        )
     print(printable(summary(reports, config, label_map)))
+    if config.near_duplicate_distance:
+        print(printable(_near_duplicates(config, splits, prints)))
     problems = [(report.name, problem) for report in reports for problem in report.problems]
     if not problems:
         print("No problems: every row can be trained on.")
@@ -96,8 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return USER_ERROR_STATUS
 
 
-def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: LabelMap | None) -> SplitReport:
-    """Check every row of a split once and return the report."""
+def check_split(
+    name: str,
+    dataset: Dataset,
+    config: CheckConfig,
+    label_map: LabelMap | None,
+    prints: Prints,
+    held_out: Container[int] = (),
+) -> SplitReport:
+    """Check every row of a split once and return the report; the prints of intact images are added to `prints`.
+
+    Args:
+        held_out: rows of the split that training holds out for validation.
+    """
     captions = config.caption_column in dataset.column_names or config.caption_column != DataConfig().caption_column
     images = ImageDataset(
         dataset, config, captions=captions, labels=label_map is not None, label_map=label_map, augment=False
@@ -110,13 +139,19 @@ def check_split(name: str, dataset: Dataset, config: CheckConfig, label_map: Lab
     report = SplitReport(name, len(dataset))
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(dataset), unit="row", desc=name) as bar:
         for rows, values in chunks(table, range(len(dataset))):
-            results = {name: list(pool.map(verify_reason, values[name])) for name in (config.image_column, *companions)}
+            results = {column: list(pool.map(verify_reason, values[column])) for column in companions}
+            printing = _printed if config.near_duplicate_distance else _not_printed
+            printed = list(pool.map(printing, values[config.image_column]))
+            results[config.image_column] = [(size, reason) for size, reason, _ in printed]
             digests = list(pool.map(_digest, values[config.image_column]))
             for i, row in enumerate(rows):
                 record = {column: column_values[i] for column, column_values in values.items()}
                 _check_images(report, images, row, {column: checked[i] for column, checked in results.items()})
                 _check_texts(report, images, row, record)
                 _count_duplicate(report, row, digests[i])
+                if (one := printed[i][2]) is not None:
+                    part = f"the held-out rows of {name}" if row in held_out else name
+                    prints.add(Place(name, row, part), digests[i], one)
             bar.update(len(rows))
     return report
 
@@ -171,6 +206,54 @@ def _count_duplicate(report: SplitReport, row: int, digest: bytes) -> None:
     first = report.first_row.setdefault(digest, row)
     if first != row:
         report.duplicates.append((row, first))
+
+
+def _printed(source: Any) -> tuple[tuple[int, int] | None, str | None, Print | None]:
+    """Return ((width, height), None, print) of an intact image, or (None, reason, None) for a broken one."""
+    try:
+        with decoding(source):
+            size, one = verified_print(source)
+    except BrokenImage as error:
+        return None, str(error), None
+    return size, None, one
+
+
+def _not_printed(source: Any) -> tuple[tuple[int, int] | None, str | None, Print | None]:
+    return *verify_reason(source), None
+
+
+def _held_out_rows(config: CheckConfig, splits: DatasetDict) -> set[int]:
+    """Return the rows of the training split that training holds out because the data has no validation split."""
+    if config.validation_split in splits or config.train_split not in splits:
+        return set()
+    if config.validation_split != DataConfig().validation_split:  # it was named, but does not exist
+        return set()
+    held_out = load_split(config, "validation", config.seed)
+    return {row_id(held_out, i) for i in range(len(held_out))}
+
+
+def _near_duplicates(config: CheckConfig, splits: DatasetDict, prints: Prints) -> str:
+    """Return the report on near-duplicates, and write the files that show them if `--near_duplicates_dir` asks."""
+    with tqdm(total=len(comparisons(len(prints.places))), unit="block", desc="near-duplicates", delay=2) as bar:
+        groups = groups_of(prints, near_duplicates(prints, config.near_duplicate_distance, bar.update))
+
+    def source(place: Place) -> Any:
+        table = splits[place.split].select_columns([config.image_column])
+        return undecoded_images(table, config.image_column, "image_column", config)[place.row][config.image_column]
+
+    def file_of(place: Place) -> str | None:
+        path = source(place).get("path")
+        return os.path.basename(path) if path else None
+
+    def where(place: Place) -> str:
+        file, held_out = file_of(place), ", held out" if place.part != place.split else ""
+        return f"{place.split} row {place.row}{held_out}" + (f" ({file})" if file else "")
+
+    lines = describe(prints, groups, where)
+    if config.near_duplicates_dir and groups:
+        written = write_groups(config.near_duplicates_dir, groups, lambda place: load_rgb(source(place)), file_of)
+        lines.append(f"All groups: {written[0]}; the first ones to look at: {written[1]}")
+    return "\n".join(lines)
 
 
 def summary(reports: Sequence[SplitReport], config: CheckConfig, label_map: LabelMap | None) -> str:

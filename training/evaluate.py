@@ -21,11 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from pipelines.tools.grids import comparison_grid
+from pipelines.tools.loading import find_pipeline
 from training.core.exchange import Exchange
-from training.core.files import write_atomically, write_json
+from training.core.files import read_json_object, write_atomically, write_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
@@ -54,8 +56,9 @@ from training.metrics.features import FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of, native_resolution
 from training.metrics.images import to_pil
 from training.metrics.memorization import Similarity, contact_sheet, verdict
+from training.publishing.card_update import update_card
+from training.publishing.evaluation_facts import EVALUATION_FILE
 
-FILE = "evaluation.json"
 GRID_SAMPLES = 3
 VARIANT_SEEDS = 1_000_000
 
@@ -102,14 +105,18 @@ class EvaluationConfig(
             raise UserError("--images needs --dataset_name, with the real images to compare with")
 
     @property
+    def run(self) -> Path | None:
+        """The folder of the run that the model belongs to; None for a model outside of a complete run."""
+        path = Path(self.model).expanduser()
+        folders = [path, *path.parents[:4]] if self.model and path.exists() else []
+        return next((folder for folder in folders if (folder / "record.json").is_file()), None)
+
+    @property
     def output_file(self) -> Path | None:
         """The file for the results; None for a model outside of a run."""
         if self.output:
             return Path(self.output)
-        path = Path(self.model).expanduser()
-        folders = [path, *path.parents[:4]] if self.model and path.exists() else []
-        run = next((folder for folder in folders if (folder / "record.json").is_file()), None)
-        return run / FILE if run else None
+        return self.run / EVALUATION_FILE if self.run else None
 
 
 def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict[str, Any]:
@@ -133,6 +140,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
         else Generated(images_in(str(config.images), config.num_images), [])
     )
     results = _facts(config, generator, data, extractor, len(generated.images))
+    results |= _step(config.model) if config.model else {}
     results |= measure(generated.images, data.splits, extractor, exchange)
     if not exchange.is_main:
         return results
@@ -191,6 +199,17 @@ def _facts(
         },
         "sampling": generator.facts() if generator else None,
     }
+
+
+def _step(model: str) -> dict[str, int]:
+    """Return the number of steps that a model was trained for, if its folder says so."""
+    folder = find_pipeline(model).parent
+    for file in (STATE_FILE, "record.json"):
+        content = read_json_object(folder / file) or {}
+        step = content.get("step", content.get("steps"))
+        if isinstance(step, int):
+            return {"step": step}
+    return {}
 
 
 def _latent_space(generator: ImageGenerator | None) -> dict[str, Callable[[Sequence[Image.Image]], Tensor]]:
@@ -254,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if one.output_file is not None:
                 write_json(one.output_file, results)
                 print(f"\n{one.output_file}")
+                if one.run is not None and not one.output:
+                    update_card(one.run)
             compared[model] = results["metrics"]
     if config.models and exchange.is_main:
         print(f"\n{comparison_table(compared)}", end="")

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.tools.cli import Options, UserError, entry_point
 from training.engine.signals import Interrupted, StopSignal
+from training.publishing.card_update import update_card
 from training.publishing.content import HUB_STRATEGIES
 from training.publishing.hub import HubConfig, Publisher
 from training.run.folder import RunFolder
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging(folder.log_file)
     try:
         with StopSignal() as stop:
-            return push(folder, hub_config(options, folder), stop)
+            config = hub_config(options, folder)
+            update_card(folder.path)
+            return push(folder, config, stop)
     finally:
         start_logging(None)
         folder.release()

@@ -2,7 +2,8 @@
 
     accelerate launch training/train_image_caption.py                     # the quickstart's generated posters
     accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/emoji_64.yaml
-    accelerate launch training/train_image_caption.py --train_data_dir my_images --output_dir runs/mine
+    accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/small.yaml \\
+        --train_data_dir my_images
 
 The tokenizer is trained on the captions, unless --tokenizer names one. Run the same command again to resume the run.
 """

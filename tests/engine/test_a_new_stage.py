@@ -116,7 +116,7 @@ def test_it_trains_resumes_validates_previews_and_exports(tmp_path, capsys):
     assert_same_state(tmp_path / "whole", tmp_path / "parted")
     assert (tmp_path / "whole/samples/epoch_0004.png").is_file()
     exported = MaskedAutoencoder.from_pretrained(tmp_path / "whole/pipeline/unet")
-    assert "masked autoencoder" in (tmp_path / "whole/pipeline/README.md").read_text()
+    assert "masked-autoencoder" in (tmp_path / "whole/pipeline/README.md").read_text()
     assert not torch.equal(exported.positions, MaskedAutoencoder().positions)
     capsys.readouterr()
     assert run("whole", validate_only=True) == 0

@@ -13,7 +13,7 @@ from pipelines.tools.checkpoint_links import LINKS, linked_checkpoint
 from training.run.metrics_log import TIMING_COLUMNS
 
 # What a run measures about itself differs from session to session, and its log grows with each of them.
-MEASURED = {"elapsed_seconds", "sessions", "tracker_id", "peak_memory_mib", "images_per_second"}
+MEASURED = {"elapsed_seconds", "sessions", "tracker_id", "peak_memory_mib", "images_per_second", "energy", "card"}
 LOGS = ("run.log", "sessions.md")
 # What merely informs.
 INFORMING = ("samples/", "training_curves.png", "run.log", "sessions.md", "speed.json")
@@ -59,7 +59,8 @@ def contents(path: Path) -> Any:
             return {name: value for name, value in files.items() if name != "trainer_state.json"}
     except (ValueError, KeyError, AttributeError):
         return data
-    if path.name == "README.md":  # a model card names the training time
+    if path.name == "README.md":  # a model card names the training time, and the energy that follows from it
+        data = re.sub(rb": [\d.e+-]+ kWh", b": ENERGY", data)
         return re.sub(rb"\b\d+ (h|min|s)( \d+ (min|s))?(?= |$)", b"TIME", data, flags=re.MULTILINE)
     if path.name == "metrics.csv":
         rows = csv.DictReader(io.StringIO(data.decode(errors="replace"), newline=""))

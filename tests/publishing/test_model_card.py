@@ -12,6 +12,7 @@ from pipelines.common.compatibility import OLDEST_VERSIONS
 from pipelines.tools.cli import UserError
 from tests.support.toy import ToyConfig, ToyStage
 from training.engine.session import train
+from training.publishing.energy import estimated_energy
 from training.publishing.model_card import (
     HUB_LICENSES,
     TEMPLATES,
@@ -22,6 +23,7 @@ from training.publishing.model_card import (
 )
 
 TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if path.name != "base.md.jinja")
+WITHOUT_COPIES = ("autoencoder", "layout_encoder", "grammar_abstractor")
 SECRET = "hf_" + "s" * 34
 RECORD = {
     "stage": "latent_diffusion",
@@ -72,7 +74,9 @@ def front_matter(text: str) -> dict:
 
 def test_a_card_states_the_facts_of_the_record(folder):
     text = write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
-    assert front_matter(text) == {
+    metadata = front_matter(text)
+    assert metadata.pop("model-index")[0]["name"] == "Posters & co"
+    assert metadata == {
         "library_name": "diffusers",
         "license": "cc-by-4.0",
         "pipeline_tag": "text-to-image",
@@ -135,7 +139,7 @@ def test_the_python_in_a_card_is_python(folder, template):
     text = write_model_card(folder, template, RECORD).read_text()
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, template, "exec")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 4
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
 
 
 def test_a_licence_that_the_hub_does_not_know_goes_under_other(folder):
@@ -168,10 +172,97 @@ def test_samples_that_are_not_there_are_not_shown(folder):
     assert "samples.png" not in write_model_card(folder, "latent_diffusion.md.jinja", RECORD).read_text()
 
 
-def test_memorization_is_stated_when_it_was_measured(folder):
-    record = {**RECORD, "memorization": {"copies": 3, "of_samples": 1000}}
-    text = write_model_card(folder, "latent_diffusion.md.jinja", record).read_text()
-    assert "copies 3, of samples 1,000" in text
+EVALUATION = {
+    "model": "/home/ada/runs/posters",
+    "kind": "diffusion model",
+    "dataset": "/home/ada/secret_project/posters",
+    "split": "validation",
+    "num_images": 256,
+    "real_images": {"validation": 240},
+    "resolution": 64,
+    "extractor": {"name": "efficientnet-lite0", "fingerprint": "0123456789abcdef0123", "resolution": 224},
+    "sampling": {"steps": 25, "scheduler": "FlowMatchEulerDiscreteScheduler", "guidance_scale": None, "seed": 0},
+    "metrics": {"kid": 0.0123456, "kid_standard_error": 0.00123, "fd": None, "diversity": 0.5},
+    "floor": {"images": 120, "kid": {"mean": -0.0001, "std": 0.0004}},
+    "real": {"diversity": 0.625},
+    "refused": {"fd": "256 images are too few for the covariance of 1280 features"},
+    "copies": [
+        {
+            "space": "pixels", "num_images": 256, "num_training": 1800, "num_held_out": 200, "threshold": 0.4,
+            "false_positive_rate": 0.01, "copies": 1, "exact_copies": 0, "copy_rate": 1 / 256, "lowest_rate": 0.0007,
+            "highest_rate": 0.0217,
+        }
+    ],
+    "verdict": "no sign of copied training images so far: 1 of 256",
+    "step": 1500,
+}  # fmt: skip
+GENERATORS = [name for name in TEMPLATE_NAMES if name.split(".")[0] not in WITHOUT_COPIES]
+
+
+def test_an_evaluation_is_stated_with_all_that_it_depends_on(folder):
+    text = write_model_card(folder, "latent_diffusion.md.jinja", {**RECORD, "evaluation": EVALUATION}).read_text()
+    for words in (
+        "- images of the model (n): 256",
+        "- real images: posters, 240 of validation",
+        "efficientnet-lite0 at 224 pixels, fingerprint 0123456789abcdef",
+        "steps 25, scheduler FlowMatchEulerDiscreteScheduler, seed 0",
+        "| metric | this model | real images (mean ± SD) |",
+        "| KID (lower is better) | 0.01235 (standard error 0.00123) | -0.0001 ± 0.0004 |",
+        "| diversity (mean pairwise distance) | 0.5 | 0.625 |",
+        "two random parts of the real images, of 120 images each.",
+        "not computed: 256 images are too few for the covariance of 1280 features",
+        "Verdict: no sign of copied training images so far.",
+        "| pixels | 256 | 1 | 0 | 0.391 % (0.07 % to 2.17 %) | 1 % | 1,800 | 200 |",
+    ):
+        assert words in text
+    assert "ot measured" not in text.split("## Limitations")[0]
+    assert "/home/ada" not in text
+
+
+@pytest.mark.parametrize("template", GENERATORS)
+@pytest.mark.parametrize("kept", ["kid", "num_images", "copies", "nothing"])
+def test_an_evaluation_that_lacks_keys_is_stated_without_them(folder, template, kept):
+    some = {name: value for name, value in EVALUATION.items() if name == kept} | {"metrics": {"kid": 0.5}}
+    text = write_model_card(folder, template, {**RECORD, "evaluation": some}).read_text()
+    assert "| 0.5 | – |" in text
+    assert "None" not in text
+    assert ("Not measured. Run `training/evaluate.py" in text) == (kept != "copies")
+
+
+@pytest.mark.parametrize("template", TEMPLATE_NAMES)
+def test_what_was_not_measured_is_named_with_the_command_that_measures_it(folder, template):
+    """Models that generate nothing have no distances and no copies."""
+    text = write_model_card(folder, template, RECORD).read_text()
+    measures_images = template.split(".")[0] not in ("layout_encoder", "grammar_abstractor")
+    assert ("not measured. Run `training/evaluate.py" in text) == measures_images
+    assert ("### Copies of training images\n\nNot measured" in text) == (template in GENERATORS)
+    assert "Time, device and energy were not measured" in write_model_card(folder, template, {}).read_text()
+
+
+def test_the_last_validation_is_stated_with_its_number_of_images_and_the_energy_as_an_estimate(folder):
+    record = {**RECORD, "num_validation_images": 100, "energy": estimated_energy("cpu", 1, 2, 3600)}
+    text = write_model_card(folder, "autoencoder.md.jinja", record).read_text()
+    assert "on 100 validation images:" in text
+    assert "- energy, a rough estimate: 0.02 kWh (10 W for each of 2 CPU cores: an assumption)" in text
+
+
+def test_the_hub_reads_the_results_and_writes_them_again(folder):
+    from huggingface_hub import ModelCard
+
+    record = {**RECORD, "num_validation_images": 100, "evaluation": EVALUATION}
+    data = ModelCard.load(write_model_card(folder, "latent_diffusion.md.jinja", record)).data
+    known = {result.metric_type: result for result in data.eval_results}
+    assert list(known) == ["kid", "diversity", "val_loss", "fid"]
+    assert known["kid"].metric_value == 0.0123456
+    assert known["kid"].task_type == "text-to-image"
+    assert known["kid"].dataset_name == known["kid"].dataset_type == "posters"
+    assert known["kid"].metric_args == {
+        "num_images": 256, "extractor": "efficientnet-lite0", "floor_mean": -0.0001, "floor_std": 0.0004,
+        "standard_error": 0.00123,
+    }  # fmt: skip
+    assert known["val_loss"].dataset_type == "ada/posters"
+    assert known["val_loss"].metric_args == {"num_images": 100}
+    assert yaml.safe_load(data.to_yaml()) == data.to_dict()
 
 
 def test_remote_code_is_needed_where_a_class_is_not_stock(folder):

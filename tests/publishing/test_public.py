@@ -94,10 +94,21 @@ def record_with(text: str) -> dict:
         "prepare": {text: text},
         "model": {text: text},
     }
-    named = {"model_name": text, "dataset": text, "license": text, "prompts": [text, "a fox"], "memorization": text}
+    named = {"model_name": text, "dataset": text, "license": text, "prompts": [text, "a fox"]}
+    evaluation = {
+        **dict.fromkeys(("model", "dataset", "split", "verdict", "resolution", "num_images"), text),
+        "extractor": dict.fromkeys(("name", "fingerprint", "resolution"), text),
+        "sampling": {text: text},
+        "metrics": {"kid": 0.5, text: text},
+        "floor": {"kid": {"mean": text, "std": text}},
+        "real": {text: text},
+        "real_images": {text: text},
+        "refused": {text: text},
+        "copies": [{"space": text, "copies": text, "copy_rate": text}],
+    }
     many = {"classes": [text, "b"], "mask_classes": [text], "metrics": {"val_loss": 0.5, text: text}}
     best = {"metric": text, "value": 0.5, "step": 3}
-    return {**RECORD, **named, **many, "best": best, "config": settings, "hub_model_id": None}
+    return {**RECORD, **named, **many, "evaluation": evaluation, "best": best, "config": settings, "hub_model_id": None}
 
 
 @pytest.mark.parametrize("template", TEMPLATE_NAMES)

@@ -90,6 +90,54 @@ def test_no_pushed_file_contains_a_token_or_a_path_of_this_machine(hub, tmp_path
         assert [path for path, content in pushed.items() if secret.encode() in content] == []
 
 
+USER = "quibblewick"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder in the home folder of a user with an unusual name."""
+    path = tmp_path / "home" / USER / "project"
+    path.mkdir(parents=True)
+    return path
+
+
+def run_at_home(project: Path, hub, output_dir: str, *flags: str) -> subprocess.CompletedProcess:  # noqa: F811
+    """Train and upload the toy as that user does in that folder, with two trackers."""
+    home = str(project.parent)
+    accounts = {"HOME": home, "USERPROFILE": home, "USER": USER, "LOGNAME": USER, "USERNAME": USER}
+    words = [sys.executable, str(TOY), "--output_dir", output_dir, *SHORT, "--report_to", "[wandb,tensorboard]"]
+    words += ["--push_to_hub", "--hub_model_id", "toy", *flags]
+    variables = {**hub.env(token=TOKEN), **accounts, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": WANDB_KEY}
+    return subprocess.run(words, capture_output=True, text=True, env=environment(**variables), cwd=project)
+
+
+def test_a_finished_run_and_its_repository_contain_neither_token_nor_home_nor_user(hub, project):  # noqa: F811
+    hub.users[TOKEN] = ("ada", "write")
+    done = run_at_home(project, hub, "runs/toy", "--hub_strategy", "all_checkpoints")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = project / "runs" / "toy"
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert list(folder.rglob("events.out.tfevents.*"))
+    private = (TOKEN, WANDB_KEY, USER, str(project.parent))
+    assert files_with(folder, *private) == []
+    pushed = hub.files("ada/toy")
+    assert {"README.md", "model_index.json", "last-checkpoint/run/config.yaml"} <= pushed.keys()
+    assert [name for name, content in pushed.items() if any(word.encode() in content for word in private)] == []
+    assert not any(word in text for word in private for text in (done.stdout, done.stderr, *hub.messages("ada/toy")))
+
+
+def test_paths_in_the_home_folder_are_not_uploaded(hub, project):  # noqa: F811
+    """The run folder itself has to keep the paths that were typed: a resumed run needs them."""
+    hub.users[TOKEN] = ("ada", "write")
+    license = f"see {project}/LICENSE of {project.parent}"
+    done = run_at_home(
+        project, hub, str(project / "runs" / "toy"), "--hub_strategy", "all_checkpoints", "--license", license
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pushed = hub.files("ada/toy") | {"messages": "".join(hub.messages("ada/toy")).encode()}
+    assert [name for name, content in pushed.items() if USER.encode() in content or TOKEN.encode() in content] == []
+
+
 @pytest.mark.parametrize("words", SPELLINGS[:2])
 def test_a_token_on_the_command_line_is_refused(tmp_path, words):
     done = run_toy(tmp_path / "toy", *words)

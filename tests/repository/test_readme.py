@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -19,9 +20,18 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.resources import PRESETS, find_shipped
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "configs").rglob("*.md")),
+]
+TYPED, NOT_TYPED = {"bash", "powershell"}, {"json", "yaml", "python", ""}  # languages of blocks
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LANGUAGE = re.compile(r"^```(\w*)$", re.MULTILINE)
+LOOP = re.compile(r"^for f in (\S+); do (.*?); done$", re.MULTILINE)
 # Programs of other projects that the documents may use.
+PROGRAMS = ("python", "accelerate", "torchrun", "halftone", "make")
 FOREIGN = {"source", "hf", "wandb", "pip", "apt", "cd", "tensorboard", "trackio", "kill", "git", "export"}
 # The flags that the walkthrough adds to a command for images without captions.
 CONDITIONS = re.compile(r"^- `(--condition_on .*?)`", re.MULTILINE)
@@ -43,7 +53,11 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Split a shell block into commands, and each command into words; comments are left out."""
+    """Split a shell block into commands, and each command into words; comments are left out.
+
+    `for f in PATTERN; do COMMAND $f; done` becomes the command with the first file.
+    """
+    text = LOOP.sub(lambda loop: loop[2].replace("$f", str(sorted(ROOT.glob(loop[1]))[0].relative_to(ROOT))), text)
     lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     return [_without_variables(words) for words in lines if words]
 
@@ -72,12 +86,59 @@ def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
+def inline_commands(document: Path) -> list[list[str]]:
+    """Return the commands in the sentences of a document; not those that only name a program or have a gap (…, X)."""
+    if document.name == "LOG.md":  # commands of earlier versions
+        return []
+    spans = re.findall(r"`([^`]+)`", FENCE.sub("", document.read_text(encoding="utf-8")))
+    found = [shlex.split(span) for span in spans if span.startswith(tuple(f"{name} " for name in PROGRAMS))]
+    complete = [words for words in found if not re.search(r"…|\b[A-Z]+$|_x\b", " ".join(words))]
+    return [words for words in complete if words[0] == "make" or script_and_flags_of(words)]
+
+
+def on_windows(block: str) -> list[list[str]]:
+    """Return the commands of a PowerShell block that start a script of this project."""
+    return [line.split() for line in block.splitlines() if line.startswith("python ")]
+
+
+def script_and_flags_of(words: list[str]) -> bool:
+    """Return whether a command starts a script of this project, rather than `accelerate launch` alone."""
+    return words[0] == "halftone" and len(words) > 2 or words[0] != "halftone" and script_and_flags(words) is not None
+
+
+def docstring_commands(script: Path) -> list[list[str]]:
+    """Return the commands in the description of a script, which `--help` shows."""
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    typed = [line.strip() for line in lines if line.startswith("    ") and line.split()[0] in PROGRAMS]
+    return [words for line in typed for words in commands(line)]
+
+
 EVERY = [
-    pytest.param(words, id=f"{document.name}: {' '.join(words)[:70]}")
-    for document in DOCUMENTS
-    for block in blocks(document, "bash")
-    for words in commands(block)
+    pytest.param(words, id=f"{source.name}: {' '.join(words)[:70]}")
+    for source, found in [
+        *((document, [w for block in blocks(document, "bash") for w in commands(block)]) for document in DOCUMENTS),
+        *((document, inline_commands(document)) for document in DOCUMENTS),
+        *(
+            (document, [w for block in blocks(document, "powershell") for w in on_windows(block)])
+            for document in DOCUMENTS
+        ),
+        *((script, docstring_commands(script)) for script in find_scripts().values()),
+    ]
+    for words in found
 ]
+
+
+def test_no_commands_are_in_blocks_of_another_kind() -> None:
+    languages = {language for document in DOCUMENTS for language in LANGUAGE.findall(document.read_text("utf-8"))}
+    assert languages <= TYPED | NOT_TYPED
+    assert "" not in {language for document in DOCUMENTS for language, _ in FENCE.findall(document.read_text("utf-8"))}
+
+
+def test_commands_of_every_kind_were_collected() -> None:
+    first = [words.values[0][0] for words in EVERY]
+    assert {"python", "accelerate", "halftone", "make", "torchrun", "srun"} <= set(first)
+    assert len(EVERY) > 150
 
 
 class _Parsed(Exception):
@@ -87,11 +148,17 @@ class _Parsed(Exception):
 @pytest.mark.parametrize("words", EVERY)
 def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        target, *variables = words[1:]
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+        for variable in variables:
+            assert re.search(rf"\b{variable.split('=')[0]}\b", makefile)
     elif words[1:3] == ["-m", "venv"]:
         assert words[3] == ".venv"
     elif words[:3] == ["python", "-m", "pytest"]:
         assert (ROOT / words[3]).is_file()
+    elif words[:3] == ["python", "-m", "tests.faults"]:
+        assert words[3:] == ["--list"]
     elif words[:2] == ["halftone", "path"]:
         assert find_shipped(words[2], [PRESETS]).is_file()
     elif (started := script_and_flags(words)) is None:

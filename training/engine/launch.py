@@ -152,6 +152,11 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the model of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _check_world_size(started: int) -> None:
     """Raise UserError unless the launcher started as many processes as requested.
 

@@ -13,6 +13,7 @@ from training.core.memory import peak_memory_mib
 from training.core.stage import Stage
 from training.engine.balance import balanced_strata
 from training.engine.ema import EMA
+from training.engine.launch import device_name
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
@@ -115,19 +116,22 @@ class Training:
 
     def record(self) -> dict[str, Any]:
         """Return the results and settings of the run for record.json, the model card and the trackers' summary."""
-        state = self.state
+        state, validation_data = self.state, self.stage.validation_data()
         return {
             "stage": self.stage.name,
             "steps": state.step,
             "epochs": round(state.step / self.steps_per_epoch, 2),
             "images_seen": state.images_seen,
             "num_train_images": self.num_images,
+            "num_validation_images": len(validation_data) if validation_data is not None else None,
             "global_batch_size": self.layout.global_batch_size,
             "elapsed_seconds": round(state.elapsed_seconds, 1),
             "skipped_steps": state.skipped_steps,
             "trained_parameters": self.trained_parameters,
             "peak_memory_mib": peak_memory_mib(self.device),
-            "hardware": f"{self.num_processes} × {self.device.type}",
+            "hardware": f"{self.num_processes} × {device_name(self.device)}",
+            "device_type": self.device.type,
+            "num_processes": self.num_processes,
             "metrics": {**state.last_validation, **state.last_evaluation},
             "best": {
                 "metric": state.best_metric or self.stage.best_metric,

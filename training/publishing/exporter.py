@@ -13,6 +13,9 @@ from typing import Any
 from training.core.files import replacing_folder
 from training.core.previews import save_png
 from training.core.stage import Stage
+from training.publishing.card_update import digest_of
+from training.publishing.energy import estimated_energy
+from training.publishing.evaluation_facts import read_evaluation
 from training.publishing.hub import Publisher
 from training.publishing.model_card import check_card, write_model_card
 from training.run.folder import RunFolder
@@ -69,7 +72,9 @@ class Exporter:
             if previews is not None:
                 save_png(previews.grid(), temporary / "samples.png")
                 record |= {"samples_file": "samples.png", "prompts": previews.captions}
-            write_model_card(temporary, self.stage.card_template, record)
+            evaluation = read_evaluation(self.folder.path, record.get("steps"))
+            card = write_model_card(temporary, self.stage.card_template, {**record, "evaluation": evaluation})
+            record |= {"card": {"template": self.stage.card_template, "sha256": digest_of(card)}}
             self.folder.delete_record()
         self.folder.save_record(record)
         logger.info("the pipeline is in %s", self.folder.pipeline)
@@ -90,5 +95,8 @@ class Exporter:
             "hub_model_id": self._publisher.model_id if self._publisher is not None else None,
             "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
             "cpu_cores": os.cpu_count(),
+            "energy": estimated_energy(
+                record["device_type"], record["num_processes"], os.cpu_count() or 1, record["elapsed_seconds"]
+            ),
             **self.stage.card_facts(),
         }

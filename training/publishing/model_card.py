@@ -8,7 +8,6 @@ captions and class labels, is written by `literal`, so that it cannot contain li
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,14 @@ from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import own_version, shipped_path
 from training.core.files import write_atomically
+from training.publishing.evaluation_facts import (
+    evaluation_facts,
+    evaluation_results,
+    metric_cell,
+    metric_name,
+    number,
+    shown,
+)
 from training.publishing.public import cell, clean, fenced, folder_name, literal, public_settings, public_value, visible
 
 TEMPLATES = shipped_path("model_cards")
@@ -39,15 +46,13 @@ HUB_LICENSES = frozenset(
 UNPUBLISHED = "path/to/this/folder"  # what a card says in place of the repository if the model is not on the Hub
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STOCK_LIBRARIES = ("diffusers", "transformers")
-METRIC_NAMES = {
-    "val_loss": "validation loss",
-    "val_psnr": "PSNR on validation images (dB)",
-    "val_ssim": "SSIM on validation images",
-    "val_pixel_accuracy": "pixel accuracy of segmentation on validation images",
-    "val_mean_iou": "mean IoU of segmentation on validation images",
-    "val_top1_accuracy": "top-1 accuracy of classification on validation images",
-    "fid": "FID",
-    "kid": "KID",
+# The task of the Hub for each stage; a diffusion model is listed by what it is conditioned on.
+TASKS = {
+    "autoencoder": "image-to-image",
+    "controlnet": "image-to-image",
+    "layout-encoder": "image-segmentation",
+    "grammar-abstractor": "image-feature-extraction",
+    "image-caption": "any-to-any",
 }
 
 
@@ -60,8 +65,9 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
         template: a file name in model_cards/.
         record: any of stage, model_name, license, dataset, num_train_images, resolution, steps, epochs,
             global_batch_size, images_seen, hardware, cpu_cores, elapsed_seconds, config, metrics {name: value},
-            best {metric, value, step}, memorization (text or metrics), prompts, samples_file, versions {name: version},
-            trust_remote_code, hub_model_id; facts that are absent or None are left out.
+            best {metric, value, step}, num_validation_images, energy {kwh, assumption}, evaluation (evaluation.json),
+            prompts, samples_file, versions {name: version}, trust_remote_code, hub_model_id; facts that are absent or
+            None are left out.
 
     Raises:
         UserError: if the template does not exist.
@@ -115,6 +121,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "samples_file": samples if samples and (folder / samples).is_file() else "",
         "prompts": [literal(prompt) for prompt in prompts],
         "example_prompt": json.dumps(prompts[0] if prompts else "...", ensure_ascii=False),
+        "example_size": _sides(record.get("resolution")) or (64, 64),
         "repository": record.get("hub_model_id") or UNPUBLISHED,
         "oldest_versions": " and ".join(f"{name} {version}" for name, version in OLDEST_VERSIONS.items()),
         "trust_remote_code": record.get("trust_remote_code", needs_remote_code(folder)),
@@ -128,9 +135,10 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "training": _training(record),
         "config": config,
         "config_block": fenced(_yaml(config), "yaml") if config else "",
-        "metrics": [(cell(_metric_name(k)), cell(_number(v))) for k, v in (record.get("metrics") or {}).items()],
+        "metrics": [(metric_cell(k), shown(v)) for k, v in (record.get("metrics") or {}).items()],
+        "num_validation_images": record.get("num_validation_images"),
         "best": _best(record.get("best") or {}),
-        "memorization": _memorization(record.get("memorization")),
+        "evaluation": evaluation_facts(record.get("evaluation")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
         "classes": [literal(name) for name in record.get("classes") or []],
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
@@ -173,11 +181,13 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
     """Return the YAML header of the card, made by `huggingface_hub.ModelCardData`."""
     from huggingface_hub import ModelCardData
 
-    stage = str(record.get("stage") or "").replace("_", "-")
+    stage = re.sub(r"[\s_]+", "-", str(record.get("stage") or "").lower())
+    task = _task(stage, conditions)
+    results = evaluation_results(record, record.get("evaluation"), task or "other")
     facts: dict[str, Any] = {
         "library_name": "diffusers",
         "tags": [tag for tag in ("diffusers", "halftone", stage) if tag],
-        "pipeline_tag": _pipeline_tag(stage, conditions),
+        "pipeline_tag": task,
         "datasets": [record["dataset"]] if is_hub_dataset(record.get("dataset"), record.get("config")) else None,
     }
     license_name = clean(public_value(record.get("license") or ""))
@@ -186,12 +196,18 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
     elif license_name:  # the Hub rejects a card whose licence it does not know
         short = re.sub(r"[^a-z0-9.+-]+", "-", license_name.lower()).strip("-")
         facts |= {"license": "other", "license_name": short or "other"}
+    if results:
+        facts |= {"eval_results": results, "model_name": _model_name(record)}
     return ModelCardData(**{key: value for key, value in facts.items() if value}).to_yaml()
 
 
-def _pipeline_tag(stage: str, conditions: list[str]) -> str | None:
+def _model_name(record: Mapping[str, Any]) -> str:
+    return clean(record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1]) or "a Halftone model"
+
+
+def _task(stage: str, conditions: list[str]) -> str | None:
     if "diffusion" not in stage:
-        return None
+        return TASKS.get(stage)
     return "text-to-image" if "captions" in conditions else "unconditional-image-generation"
 
 
@@ -232,41 +248,30 @@ def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("hardware", f"{record['hardware']}{cores}"))
     if record.get("elapsed_seconds"):
         lines.append(("time", _duration(record["elapsed_seconds"])))
+    energy = record.get("energy")
+    if isinstance(energy, Mapping) and energy.get("kwh") is not None:
+        assumption = f" ({clean(energy['assumption'])})" if energy.get("assumption") else ""
+        lines.append(("energy, a rough estimate", f"{float(energy['kwh']):.2g} kWh{assumption}"))
     return lines
-
-
-def _memorization(result: Any) -> str:
-    if isinstance(result, Mapping):
-        return ", ".join(f"{_metric_name(name)} {_number(value)}" for name, value in result.items())
-    return literal(result) if result else ""
 
 
 def _best(best: Mapping[str, Any]) -> str:
     if best.get("metric") is None or best.get("value") is None or not best.get("step"):
         return ""
-    return f"Best {literal(_metric_name(best['metric']))}: {_number(best['value'])}, at step {best['step']:,}."
-
-
-def _metric_name(name: str) -> str:
-    words = METRIC_NAMES.get(name)
-    if words:
-        return words
-    return name.removeprefix("val_").replace("_", " ") + (" (validation)" if name.startswith("val_") else "")
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return clean(public_value(value))
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"Best {literal(metric_name(best['metric']))}: {number(best['value'])}, at step {best['step']:,}."
 
 
 def _size(resolution: Any) -> str:
+    sides = _sides(resolution)
+    return f"{sides[0]} × {sides[1]} pixels" if sides else ""
+
+
+def _sides(resolution: Any) -> tuple[Any, Any] | None:
+    """Return (width, height) in pixels; None if the resolution is unknown."""
     if not resolution:
-        return ""
+        return None
     width, height = resolution if isinstance(resolution, (list, tuple)) else (resolution, resolution)
-    return f"{width} × {height} pixels"
+    return width, height
 
 
 def _duration(seconds: float) -> str:

@@ -164,7 +164,8 @@ class Reporter:
         values = {name: value for name, value in row.items() if name != "step"}
         values |= {"memory_mib": memory_mib(device), "peak_memory_mib": peak_memory_mib(device)}
         if validated and state.best_value is not None:
-            values |= {f"best/{self.stage.best_metric}": state.best_value, "best/step": state.best_step}
+            name = state.best_metric or self.stage.best_metric
+            values |= {f"best/{name}": state.best_value, "best/step": state.best_step}
         return values
 
     def settle(self) -> None:

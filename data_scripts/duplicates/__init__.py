@@ -1,0 +1,1 @@
+"""Near-duplicates in a dataset: copies of an image in another size or compression, mirrored, or slightly cropped."""
