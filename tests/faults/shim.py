@@ -8,6 +8,7 @@ mapped into memory.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import shutil
@@ -68,7 +69,9 @@ def library() -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler (gcc)")
-    built = Path(tempfile.mkdtemp(prefix="halftone-faults-")) / "shim.so"
+    folder = tempfile.mkdtemp(prefix="halftone-faults-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    built = Path(folder) / "shim.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", built, SOURCE, "-ldl"], check=True)
     return built
 

@@ -110,3 +110,27 @@ def test_diversity_is_the_mean_pairwise_distance():
     points = torch.tensor([[0.0], [3.0], [9.0]])
     assert diversity(points) == pytest.approx((3 + 9 + 6) / 3)
     assert np.isnan(diversity(points[:1]))
+
+
+class _Values(torch.nn.Module):
+    """Takes images for features."""
+
+    num_features = 16
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_both_distances_are_those_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    a, b = features(200) - 100, features(200, shift=0.5, seed=1) - 100
+    frechet = FrechetInceptionDistance(feature=_Values()).set_dtype(torch.float64)
+    # One subset of all images: the same estimate, as their polynomial kernel has the same coefficients.
+    kernel = KernelInceptionDistance(feature=_Values(), subsets=1, subset_size=200).set_dtype(torch.float64)
+    for metric in (frechet, kernel):
+        metric.update(a, real=True)
+        metric.update(b, real=False)
+    assert frechet_distance(Moments().add(a), Moments().add(b)) == pytest.approx(float(frechet.compute()), rel=1e-4)
+    assert kernel_distance(a, b).value == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
