@@ -103,7 +103,11 @@ def packages() -> Iterator[Finding]:
     """Check that each required package is installed in a version that was tested, and that it can be imported."""
     needed = (r for r in read_requirements().packages if r.marker is None or r.marker.evaluate({"extra": ""}))
     findings = {requirement.name: package(requirement) for requirement in needed}
-    modules = {MODULES.get(name, name.replace("-", "_")): name for name, finding in findings.items() if finding.state != "missing"}
+    modules = {
+        MODULES.get(name, name.replace("-", "_")): name
+        for name, finding in findings.items()
+        if finding.state != "missing"
+    }
     for module, reason in broken_imports(list(modules)).items():
         name = modules[module]
         advice = f"reinstall it: pip install --force-reinstall {name}"
