@@ -22,10 +22,10 @@ from pathlib import Path
 if __name__ == "__main__":  # it says what is missing, so it starts although Halftone is not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from pipelines.tools.cli import Options, UserError, entry_point  # noqa: E402
-from training.core.files import write_json  # noqa: E402
-from training.diagnostics import accounts, machine, software  # noqa: E402
-from training.diagnostics.finding import STATES, Finding, run_checks  # noqa: E402
+from pipelines.tools.cli import Options, UserError, entry_point
+from training.core.files import write_json
+from training.diagnostics import accounts, machine, software
+from training.diagnostics.finding import STATES, Finding, run_checks
 
 GROUPS = {"Machine": machine.CHECKS, "Software": software.CHECKS, "Accounts and launchers": accounts.CHECKS}
 STATE_WIDTH, NAME_WIDTH = max(map(len, STATES)), 19
