@@ -31,7 +31,7 @@ def output_of(monkeypatch, capsys, *words: str) -> str:
 def test_help_lists_every_script_in_a_sentence(monkeypatch, capsys):
     text = output_of(monkeypatch, capsys, "--help")
     assert output_of(monkeypatch, capsys) == text
-    names = {"train latent_diffusion", "sample", "caption", "analyze", "data make_posters", "evaluate posters"}
+    names = {"train latent_diffusion", "sample", "caption", "analyze", "data make_posters", "evaluate"}
     assert names <= SCRIPTS.keys()
     for name, script in SCRIPTS.items():
         assert f"\n  {name} " in text, name

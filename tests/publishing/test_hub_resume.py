@@ -19,6 +19,8 @@ from tests.support.toy_runs import run, run_of, state_of
 from training.publishing.hub_resume import is_on_hub
 from training.push_to_hub import main as push
 
+pytestmark = pytest.mark.slow
+
 # The best step is not the last one when the run is interrupted, and is exported at the end of a run that stops early.
 STEPS = ("--num_samples", "24", "--max_train_steps", "9", "--validation_steps", "2", "--checkpointing_steps", "3",
          "--early_stopping_patience", "3", "--early_stopping_min_delta", "0.04")  # fmt: skip

@@ -19,6 +19,8 @@ from tests.support.runs import ROOT, TOY, environment
 from tests.support.toy_runs import run, run_of
 from training.publishing.hub_account import HubAccount, answer
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "training" / "push_to_hub.py"
 SHORT = ("--num_samples", "8", "--max_train_steps", "2")
 STOP_SECONDS = 2

@@ -111,6 +111,7 @@ def run_at_home(project: Path, hub, output_dir: str, *flags: str) -> subprocess.
     return subprocess.run(words, capture_output=True, text=True, env=environment(**variables), cwd=project)
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_its_repository_contain_neither_token_nor_home_nor_user(hub, project):  # noqa: F811
     hub.users[TOKEN] = ("ada", "write")
     done = run_at_home(project, hub, "runs/toy", "--hub_strategy", "all_checkpoints")
@@ -126,6 +127,7 @@ def test_a_finished_run_and_its_repository_contain_neither_token_nor_home_nor_us
     assert not any(word in text for word in private for text in (done.stdout, done.stderr, *hub.messages("ada/toy")))
 
 
+@pytest.mark.slow
 def test_paths_in_the_home_folder_are_not_uploaded(hub, project):  # noqa: F811
     """The run folder itself has to keep the paths that were typed: a resumed run needs them."""
     hub.users[TOKEN] = ("ada", "write")

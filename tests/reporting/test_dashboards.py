@@ -14,6 +14,8 @@ from tests.support.environments import environment_with
 from tests.support.runs import TOY, environment, launch, rows
 from tests.support.wandb_files import wandb_history, wandb_ids, wandb_records, wandb_summary
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {"loss", "validation", "optimizer", "throughput", "memory", "best"}
 
 

@@ -124,6 +124,7 @@ def test_the_next_command_continues_the_run_and_never_overwrites_it(command, com
     assert next_command(command, complete) == expected
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_sessions(tmp_path):
     """The toy stage does so like any other: a session of two epochs, and then one more epoch."""
     forget_accelerate()

@@ -10,6 +10,8 @@ from PIL import Image
 from tests.support.runs import ROOT, launch, rows
 from tests.support.wandb_files import wandb_history
 
+pytestmark = pytest.mark.slow
+
 BANDS = [f"val_loss_noise_{band}" for band in ("0_25", "25_50", "50_75", "75_100")]
 
 

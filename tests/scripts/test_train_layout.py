@@ -74,7 +74,7 @@ def test_the_encoder_learns_and_shows_it(encoder):
         assert grid.width > 4 * 128  # poster, truth, prediction, error
     card = (encoder / "pipeline/README.md").read_text()
     assert "layout encoder" in card
-    assert "overlays[0].show()" in card
+    assert "pipeline(poster).overlays[0]" in card
 
 
 def test_the_encoder_resumes_bit_for_bit(data, encoder, tmp_path):

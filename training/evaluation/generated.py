@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.files import image_suffixes, read_image
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.evaluation.data import BATCH, EvaluationData, RealImages
@@ -22,7 +23,6 @@ from training.metrics.memorization import Similarity, compare_pixels, compare_ve
 from training.metrics.quality import measure_distances, measure_floor
 
 COLOR_IMAGES = 512
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass
@@ -81,15 +81,12 @@ def images_in(folder: str, at_most: int) -> list[Image.Image]:
         UserError: it has fewer than 4 images, or one of them cannot be read.
     """
     path = Path(folder).expanduser()
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS) if path.is_dir() else []
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes()) if path.is_dir() else []
     if len(files) < 4:
         raise UserError(f"--images {folder}: {len(files)} images were found there; give a folder with at least 4")
     images = []
     for file in files[:at_most]:
-        try:
-            images.append(Image.open(file).convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as an image ({error}); delete or replace it") from None
+        images.append(read_image(file).convert("RGB"))
     return images
 
 
