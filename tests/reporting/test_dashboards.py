@@ -97,7 +97,7 @@ print(json.dumps(runs, default=str))
 def test_trackio_has_the_same_groups_and_each_run_continues_its_own(tmp_path):
     """Two run folders of the same name; the first is resumed after the second has begun."""
     python = environment_with(tmp_path / "venv", "trackio>=0.43,<1")
-    variables = environment(TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
+    variables = environment(TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     for folder, steps in (("a/run", "4"), ("b/run", "2"), ("a/run", "6")):
         flags = ("--report_to", "trackio", "--cpu_threads", "1", "--logging_steps", "1", "--validation_steps", "2")
         command = [python, str(TOY), "--output_dir", str(tmp_path / folder), "--max_train_steps", steps, *flags]
@@ -125,6 +125,7 @@ def test_trackio_starts_although_the_hub_does_not_answer(tmp_path):
             HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}",
             HF_TOKEN="hf_" + "a" * 34,
             HF_HUB_OFFLINE="0",
+            PYTHONPATH=str(ROOT),
         )
         flags = ("--report_to", "trackio", "--cpu_threads", "1", "--max_train_steps", "1")
         command = [python, str(TOY), "--output_dir", str(tmp_path / "run"), *flags]

@@ -6,6 +6,7 @@ N rows.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import threading
@@ -194,7 +195,16 @@ def decoding(source: Any) -> contextlib.AbstractContextManager[Any]:
         BrokenImage: the image cannot be opened.
     """
     width, height = open_image(source).size
-    return _LARGE_IMAGE if width * height > LARGE_IMAGE_PIXELS else contextlib.nullcontext()
+    return _one_large_image() if width * height > LARGE_IMAGE_PIXELS else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _one_large_image() -> Iterator[None]:
+    with _LARGE_IMAGE:
+        yield
+        # glibc keeps freed memory for the thread that had it, so that each thread would keep that of an image.
+        with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def verify_reason(source: Any) -> tuple[tuple[int, int] | None, str | None]:
