@@ -71,7 +71,9 @@ def verified_print(source: Any) -> tuple[tuple[int, int], Print]:
         image.draft(None, (2 * HASH_SIDE, 2 * HASH_SIDE))  # JPEG is decoded faster at a smaller size
     except Exception as error:  # as in load_rgb
         raise BrokenImage(f"the image is damaged ({error})") from error
-    return size, print_of(load_rgb(image))
+    rgb = load_rgb(image)
+    del image
+    return size, print_of(rgb)
 
 
 def print_of(image: Image.Image) -> Print:

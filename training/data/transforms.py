@@ -27,6 +27,7 @@ RESAMPLING = {
 }
 # Increase it whenever this file produces other pixels than before: older latent caches are then refused.
 TRANSFORM_VERSION = 1
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BrokenImage(Exception):
@@ -127,7 +128,9 @@ def load_rgb(source: Any) -> Image.Image:
     image = open_image(source)
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        if image.getexif().get(ORIENTATION, 1) != 1:  # `exif_transpose` copies an upright image
+            image = ImageOps.exif_transpose(image)
+        return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many types for damaged files, from struct.error to IndexError
         raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
 
@@ -153,7 +156,7 @@ def verify_image(source: Any) -> tuple[int, int]:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height) of an opened image after its EXIF orientation is applied."""
     width, height = image.size
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
