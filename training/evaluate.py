@@ -12,55 +12,52 @@ written to evaluation.json in the folder of the run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
-from pipelines.tools.grids import comparison_grid
 from pipelines.tools.loading import find_pipeline
 from training.core.exchange import Exchange
 from training.core.files import read_json_object, write_atomically, write_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
-from training.engine.launch import LaunchConfig, start_accelerator
-from training.engine.validation import gather
+from training.engine.launch import LaunchConfig, close_process_group_at_exit, exchange_of, start_accelerator
+from training.engine.ranks import RankWatch
+from training.engine.signals import Interrupted, StopSignal
 from training.evaluation import captions
-from training.evaluation.adherence import AdherenceConfig, measure_adherence, pixels_of
+from training.evaluation.adherence import AdherenceConfig, measure_adherence
 from training.evaluation.captions import CaptionOptions
 from training.evaluation.data import (
     EvaluationData,
     EvaluationDataConfig,
-    RealImages,
+    folder_of_run,
     open_evaluation_data,
     run_settings,
 )
 from training.evaluation.generated import (
-    Generated,
+    Encoder,
     QualityConfig,
     find_copies,
     generate,
     held_out_images,
     images_in,
+    latent_space,
     measure,
 )
+from training.evaluation.sheets import sample_grid
 from training.metrics.features import FeatureExtractor, open_extractor
-from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of, native_resolution
-from training.metrics.images import to_pil
-from training.metrics.memorization import Similarity, contact_sheet, verdict
+from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
+from training.metrics.memorization import contact_sheet, verdict
 from training.publishing.card_update import update_card
 from training.publishing.evaluation_facts import EVALUATION_FILE
-
-GRID_SAMPLES = 3
-VARIANT_SEEDS = 1_000_000
 
 
 @dataclass
@@ -105,18 +102,12 @@ class EvaluationConfig(
             raise UserError("--images needs --dataset_name, with the real images to compare with")
 
     @property
-    def run(self) -> Path | None:
-        """The folder of the run that the model belongs to; None for a model outside of a complete run."""
-        path = Path(self.model).expanduser()
-        folders = [path, *path.parents[:4]] if self.model and path.exists() else []
-        return next((folder for folder in folders if (folder / "record.json").is_file()), None)
-
-    @property
     def output_file(self) -> Path | None:
         """The file for the results; None for a model outside of a run."""
         if self.output:
             return Path(self.output)
-        return self.run / EVALUATION_FILE if self.run else None
+        run = folder_of_run(self.model)
+        return run / EVALUATION_FILE if run else None
 
 
 def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict[str, Any]:
@@ -129,44 +120,26 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
         UserError: the model or the data do not exist, or the model generates nothing that can be measured.
     """
     exchange = exchange or Exchange()
-    settings = run_settings(config.model) if config.model else {}
+    settings = run_settings(config.model)
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)
-    resolution = native_resolution(generator.pipeline) if generator else None
-    data = open_evaluation_data(config, settings, generator or _Nothing(), resolution)
-    generated = (
-        generate(generator, data, config, exchange)
-        if generator
-        else Generated(images_in(str(config.images), config.num_images), [])
-    )
-    results = _facts(config, generator, data, extractor, len(generated.images))
-    results |= _step(config.model) if config.model else {}
-    results |= measure(generated.images, data.splits, extractor, exchange)
-    if not exchange.is_main:
-        return results
-    if generator is not None:
-        results["metrics"] |= measure_adherence(generator, generated, data, config, config.device)
-        if captions.is_captioner(generator.pipeline):
-            results["metrics"] |= captions.measure_captions(generator.pipeline, settings, config)
-    if config.copy_spaces and data.training is not None and not (generator and generator.takes_images):
-        available = {"features": lambda images: extractor(images)} | _latent_space(generator)
-        spaces = {name: available[name] for name in config.copy_spaces if name in available}
-        similar = find_copies(generated.images, data.training, held_out_images(data.splits), spaces)
-        results["copies"] = [one.report.to_json() for one in similar]
-        results["verdict"] = verdict(one.report for one in similar)
-        _draw_closest(similar[0], generated, data.training, config)
-    if config.grid:
-        save_png(_grid(generator, generated, data, config), config.grid)
-    return results
+    data = open_evaluation_data(config, settings, generator)
+    if generator is None:
+        images = images_in(str(config.images), config.num_images)
+    else:
+        images = generate(generator, data, config, exchange)
+    results = _facts(config, generator, data, extractor, len(images))
+    results |= measure(images, data.splits, extractor, exchange)
 
+    def rest() -> dict[str, Any]:
+        adherence = {} if generator is None else measure_adherence(generator, images, data, config, config.device)
+        if generator is not None and captions.is_captioner(generator.pipeline):
+            adherence |= captions.measure_captions(generator.pipeline, settings, config)
+        if config.grid:
+            save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
+        return {"metrics": results["metrics"] | adherence, **_copies(config, generator, images, data, extractor)}
 
-class _Nothing(ImageGenerator):
-    """Stands for the unknown origin of a folder of images."""
-
-    kind = "folder of images"
-
-    def __init__(self) -> None:
-        pass
+    return results | exchange.on_main(rest)
 
 
 def _generator(config: EvaluationConfig) -> ImageGenerator:
@@ -174,6 +147,29 @@ def _generator(config: EvaluationConfig) -> ImageGenerator:
 
     pipeline = load_on_device(config.model, config.device, trust_remote_code=config.trust_remote_code)
     return generator_of(pipeline, config)
+
+
+def _copies(
+    config: EvaluationConfig,
+    generator: ImageGenerator | None,
+    images: Sequence[Image.Image],
+    data: EvaluationData,
+    extractor: FeatureExtractor,
+) -> dict[str, Any]:
+    """Search for copies of training images, and draw the closest pairs; not for an autoencoder, which has to copy."""
+    if not config.copy_spaces or data.training is None or (generator is not None and generator.takes_images):
+        return {}
+    encoders: dict[str, Encoder] = {"features": extractor, **latent_space(generator)}
+    spaces = {name: encoders[name] for name in config.copy_spaces if name in encoders}
+    similar = find_copies(images, data.training, held_out_images(data.splits), spaces)
+    path = config.copies_sheet
+    if path is None and similar[0].report.copies and config.output_file is not None:
+        path = str(config.output_file.with_name("copies.png"))
+    if path:
+        training = data.training
+        save_png(contact_sheet(similar[0], images, lambda row: training.images([row])[0]), path)
+    reports = [one.report for one in similar]
+    return {"copies": [report.to_json() for report in reports], "verdict": verdict(reports)}
 
 
 def _facts(
@@ -198,6 +194,7 @@ def _facts(
             "resolution": extractor.resolution,
         },
         "sampling": generator.facts() if generator else None,
+        **(_step(config.model) if config.model else {}),
     }
 
 
@@ -212,74 +209,46 @@ def _step(model: str) -> dict[str, int]:
     return {}
 
 
-def _latent_space(generator: ImageGenerator | None) -> dict[str, Callable[[Sequence[Image.Image]], Tensor]]:
-    """Return a function from images to the latents of the model's VAE, if it has one."""
-    vae = getattr(getattr(generator, "pipeline", None), "vae", None)
-    if vae is None:
-        return {}
-
-    @torch.inference_mode()
-    def encode(images: Sequence[Image.Image]) -> Tensor:
-        parts = []
-        for start in range(0, len(images), 16):
-            latents = vae.encode(pixels_of(images[start : start + 16]).to(vae.device, vae.dtype))
-            mode = latents.latent_dist.mode() if hasattr(latents, "latent_dist") else latents.latents
-            parts.append(mode.flatten(1).float().cpu())
-        return torch.cat(parts)
-
-    return {"latents": encode}
-
-
-def _draw_closest(similarity: Similarity, generated: Generated, training: RealImages, config: EvaluationConfig) -> None:
-    path = config.copies_sheet
-    if path is None and similarity.report.copies and config.output_file is not None:
-        path = str(config.output_file.with_name("copies.png"))
-    if path:
-        save_png(contact_sheet(similarity, generated.images, lambda row: training.images([row])[0]), path)
-
-
-def _grid(
-    generator: ImageGenerator | None, generated: Generated, data: EvaluationData, config: EvaluationConfig
-) -> Image.Image:
-    """Draw real images beside generated ones: a row of the data in each row, with further samples if it has some."""
-    if generator is None:
-        split = next(iter(data.splits.values()))
-        real = split.images(range(min(config.grid_rows, len(split))))
-        return comparison_grid([list(pair) for pair in zip(real, generated.images)], ["real image", "generated"])
-    rows = min(len(generated.items), len(data.conditions))
-    shown = range(rows)[:: max(1, rows // config.grid_rows)][: config.grid_rows]
-    items = [generated.items[number] for number in shown]
-    columns = [[to_pil(item["pixel_values"]) for item in items], [generated.images[number] for number in shown]]
-    if generator.samples:
-        for variant in range(1, GRID_SAMPLES):
-            numbers = [number + variant * VARIANT_SEEDS for number in shown]
-            columns.append(generator(items, numbers))
-    titles = ["real image", *["generated"] * (len(columns) - 1)]
-    words = [str(item.get("caption", "")) for item in items]
-    return comparison_grid([list(row) for row in zip(*columns)], titles, row_titles=words if any(words) else None)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvaluationConfig, argv, description=__doc__)
     get_device(config.device)
     accelerator = start_accelerator(config)
-    exchange = Exchange(accelerator.process_index, accelerator.num_processes, lambda value: gather(accelerator, value))
+    exchange = exchange_of(accelerator)
+    with StopSignal() as stop:
+        try:
+            ranks = (exchange.rank, exchange.num_processes)
+            with RankWatch(*ranks, stop, patience=config.process_timeout), stop.at_once():
+                _evaluate_all(config, exchange)
+                accelerator.wait_for_everyone()
+        except Interrupted:
+            return stop.exit_status(stop.requested or signal.SIGTERM)
+    close_process_group_at_exit()
+    return 0
+
+
+def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
     compared: dict[str, dict[str, Any]] = {}
     for model in config.models or [config.model]:
         one = dataclasses.replace(config, model=model, models=[])
         results = evaluate(one, exchange)
+        compared[model] = results["metrics"]
         if exchange.is_main:
             print("\n".join(summary(results)))
-            if one.output_file is not None:
-                write_json(one.output_file, results)
-                print(f"\n{one.output_file}")
-                if one.run is not None and not one.output:
-                    update_card(one.run)
-            compared[model] = results["metrics"]
+            _save(one, results)
     if config.models and exchange.is_main:
         print(f"\n{comparison_table(compared)}", end="")
         if config.table:
             write_atomically(config.table, comparison_table(compared))
+
+
+def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:
+    if config.output_file is None:
+        return
+    write_json(config.output_file, results)
+    print(f"\n{config.output_file}")
+    run = folder_of_run(config.model)
+    if run is not None and not config.output:
+        update_card(run)
 
 
 def comparison_table(compared: dict[str, dict[str, Any]]) -> str:

@@ -49,9 +49,9 @@ TINY = {
 }
 # The part of the remaining time that the autoencoder trains, as in the full recipe.
 AUTOENCODER_SHARE = 1 / 3
-# What comes after the diffusion model's training: starting two processes, and sampling, which takes as long as about
-# this many training steps of the autoencoder.
-STARTING_SECONDS, EVALUATION_STEPS = 15.0, 150
+# What comes after the diffusion model's training: starting two processes, and the evaluation, which takes as long as
+# about this many training steps of the autoencoder.
+STARTING_SECONDS, EVALUATION_STEPS = 15.0, 400
 # What the full recipe reaches; see docs/LOG.md.
 GOALS = {
     "background_color_share": (0.98, "posters with the background colour of their prompt"),
@@ -143,8 +143,8 @@ def stages(tiny: bool) -> list[tuple[str, str | None]]:
         (f"training/train_latent_diffusion.py --config {CONFIG}", None),
         (
             f"training/evaluate.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 --split test "
-            "--guidance_scale 1.75 --num_images 256 --max_real_images 512 --extractor_resolution 128 "
-            f"--copy_spaces [pixels] --grid {RUN}/grid.png",
+            "--guidance_scale 1.75 --num_inference_steps 20 --num_images 256 --max_real_images 512 "
+            f"--extractor_resolution 128 --copy_spaces [pixels] --grid {RUN}/grid.png",
             None,
         ),
     ]

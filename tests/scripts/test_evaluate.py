@@ -114,6 +114,44 @@ def test_copies_in_a_folder_are_found_and_real_images_are_near(tmp_path, images)
     assert own["metrics"]["precision"] == 1  # they are among the real images
 
 
+@pytest.mark.parametrize("name", ["controlnet", "poster_controlnet"])
+def test_a_controlnet_is_compared_with_other_controls(tmp_path, posters, name):
+    model, reader = saved(name, tmp_path), saved("layout_encoder", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(posters), "--num_inference_steps", "2", "--split", "test")
+    words += ("--conditioning_image_column", "[text_mask,image_mask]", "--reader", str(reader))
+    metrics = evaluated(*words, "--output", str(tmp_path / "e.json"))["metrics"]
+    assert {f"{kind}_iou" for kind in ("control", "shuffled", "base", "real")} <= metrics.keys()
+    assert math.isfinite(metrics["gain_in_standard_errors"])
+
+
+def test_a_poster_decoder_is_compared_with_its_briefs(tmp_path, posters):
+    model, reader = saved("poster_decoder", tmp_path), saved("layout_analysis", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(posters), "--num_inference_steps", "2", "--split", "test")
+    results = evaluated(*words, "--reader", str(reader), "--output", str(tmp_path / "e.json"))
+    assert results["kind"] == "poster decoder"
+    assert {"grammar_correlation", "palette_distance", "real_palette_distance"} <= results["metrics"].keys()
+    assert results["metrics"]["real_palette_distance"] < results["metrics"]["palette_distance"]
+
+
+def test_captions_are_scored_and_posters_too_small_to_read_are_left_out(tmp_path, posters):
+    model, scorer = saved("captioned", tmp_path), saved("image_caption", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(posters), "--num_inference_steps", "2", "--split", "test")
+    metrics = evaluated(*words, "--scorer", str(scorer), "--output", str(tmp_path / "e.json"))["metrics"]
+    assert -1 <= metrics["caption_alignment"] <= 1
+    assert "picture_count_share" not in metrics
+
+
+def test_a_table_compares_several_models(tmp_path, images, capsys):
+    models = [saved(name, tmp_path) for name in ("captioned", "unconditional")]
+    forget_accelerate()
+    words = ["--models", f"[{models[0]},{models[1]}]", "--dataset_name", str(images), "--num_inference_steps", "2"]
+    evaluate.main([*FLAGS, *words, "--table", str(tmp_path / "table.md")])
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"|  | {models[0]} | {models[1]} |"
+    assert any(line.startswith("| kid | ") for line in lines)
+    assert lines[0] in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_any_batch_size_and_number_of_processes_give_the_same_numbers(tmp_path, images):
     model = saved("captioned", tmp_path)

@@ -16,7 +16,7 @@ from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, command, environment, launch
 from training import train_latent_diffusion
 from training.core.exchange import Exchange
-from training.engine.best import BestMetric, best_metric
+from training.engine.best import BestMetric, best_metric, check_evaluations
 from training.engine.cadence import Cadence
 from training.train_autoencoder import AutoencoderStage
 from training.train_autoencoder import Config as AutoencoderConfig
@@ -121,6 +121,29 @@ def test_metrics_of_generated_images_need_measurements():
     stage = object.__new__(train_latent_diffusion.LatentDiffusionStage)
     with pytest.raises(UserError, match="add --evaluation_epochs 1"):
         best_metric(stage, config, Cadence(config, 4))
+
+
+def test_a_stage_without_generated_images_refuses_to_measure_some():
+    config = train_latent_diffusion.parse_config(AutoencoderConfig, ["--evaluation_epochs", "1", "--dataset_name", "x"])
+    with pytest.raises(
+        UserError, match=r"--evaluation_epochs: this stage \(autoencoder\) generates no images to measure"
+    ):
+        check_evaluations(object.__new__(AutoencoderStage), config)
+
+
+@pytest.mark.parametrize(("metric", "known"), [("val_los", "val_loss"), ("fd", "eval_kid")])
+def test_a_metric_that_does_not_exist_ends_the_run_when_it_should_have_been_measured(
+    tmp_path, diffusion_flags, metric, known
+):
+    forget_accelerate()
+    words = [*diffusion_flags, *EVALUATION, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=rf"--best_metric {metric}: the measurements of this run are .*{known}"):
+        train_latent_diffusion.main([*words, "--best_metric", metric])
+    forget_accelerate()
+    assert train_latent_diffusion.main([*words, "--best_metric", "auto"]) == 0  # goes on where it was saved
+    forget_accelerate()
+    assert len(rows(tmp_path / "run")) == 2
+    assert "resumed from" in (tmp_path / "run/run.log").read_text(encoding="utf-8")
 
 
 def test_an_error_in_one_process_is_raised_in_all_of_them():

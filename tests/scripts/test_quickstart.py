@@ -47,7 +47,7 @@ def test_the_autoencoder_has_a_third_and_the_diffusion_model_the_rest():
     assert plan.minutes_for(AUTOENCODER) == round((600 - 15 - 15) / 3 / 60, 2)
     write_run("autoencoder", {}, 700, 2600, seconds_per_step=0.2)
     plan.seconds |= {AUTOENCODER: 195.0, "precompute_latents": 15.0}
-    assert plan.minutes_for(DIFFUSION) == round((600 - 225 - 15 - 150 * 0.2) / 60, 2)
+    assert plan.minutes_for(DIFFUSION) == round((600 - 225 - 15 - quickstart.EVALUATION_STEPS * 0.2) / 60, 2)
 
 
 def test_decisions_are_kept(capsys):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipelines.tools.cli import UserError
+
 T = TypeVar("T")
 
 
@@ -17,18 +19,20 @@ def _alone(value: Any) -> list[Any]:
 class Exchange:
     """The place of this process among all processes; the defaults are those of a single process.
 
-    An error in the part of one process is raised on every process, after all of them have come to the end of their
-    parts. Otherwise those that wait for a result would wait for ever.
+    One of the `shared_errors` in the part of one process is raised on every process, after all of them have come to the
+    end of their parts. Any other error ends the process where it happens, and the launcher then ends the others.
 
     Args:
         rank: number of this process, from 0.
         num_processes: number of all processes.
         gather: returns the values of all processes in order of rank, on every process.
+        shared_errors: types of errors that all processes raise together.
     """
 
     rank: int = 0
     num_processes: int = 1
     gather: Callable[[Any], list[Any]] = _alone
+    shared_errors: tuple[type[BaseException], ...] = (UserError,)
 
     @property
     def is_main(self) -> bool:
@@ -60,13 +64,11 @@ class Exchange:
         return self._together(lambda: function() if self.is_main else None)[0]
 
     def _together(self, function: Callable[[], Any]) -> list[Any]:
-        error: Exception | None = None
+        error: BaseException | None = None
         result = None
         try:
             result = function()
-        except Exception as raised:
-            if self.num_processes == 1:
-                raise
+        except self.shared_errors as raised:
             error = raised
         outcomes = self.gather((result, error))
         if error is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipelines.tools.cli import UserError
 from training.core.stage import Stage
-from training.engine.cadence import Cadence
+from training.engine.cadence import Cadence, CadenceConfig
 from training.run.state import EarlyStoppingConfig
 
 _HIGHER_IS_BETTER = ("psnr", "ssim", "r2", "iou", "precision", "recall", "density", "coverage")
@@ -20,6 +20,22 @@ class BestMetric:
     lower_is_better: bool
 
 
+def check_evaluations(stage: Stage, config: CadenceConfig) -> None:
+    """Check that generated images are measured only where there are some.
+
+    Raises:
+        UserError: measurements are requested, and the stage generates no images.
+    """
+    for name in ("evaluation_epochs", "evaluation_steps", "memorization_epochs"):
+        if getattr(config, name) and not generates_images(stage):
+            raise UserError(f"--{name}: this stage ({stage.name}) generates no images to measure; set it to 0")
+
+
+def generates_images(stage: Stage) -> bool:
+    """Return whether the stage generates images that can be measured."""
+    return type(stage).evaluate is not Stage.evaluate
+
+
 def best_metric(stage: Stage, config: EarlyStoppingConfig, cadence: Cadence) -> BestMetric:
     """Return the metric that `--best_metric` names.
 
@@ -27,7 +43,7 @@ def best_metric(stage: Stage, config: EarlyStoppingConfig, cadence: Cadence) -> 
         UserError: it is one of generated images, which this run does not measure.
     """
     chosen = config.best_metric
-    generates = type(stage).evaluate is not Stage.evaluate
+    generates = generates_images(stage)
     if chosen == "auto":
         if not (cadence.evaluates and generates):
             return BestMetric(stage.best_metric, stage.best_is_lower)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
 from pipelines.tools.cli import UserError
+from training.engine.launch import gather
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
-from training.engine.validation import evaluating, gather, interrupted_together
+from training.engine.validation import evaluating, interrupted_together
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter

@@ -18,8 +18,9 @@ import yaml
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import bf16_is_faster, has_accelerator_device
 from pipelines.tools.files import read_text
+from training.core.exchange import Exchange
 from training.core.options import Options, option
-from training.engine.signals import launcher_command
+from training.engine.signals import Interrupted, launcher_command
 from training.engine.threads import place_worker_threads, usable_cores
 
 if TYPE_CHECKING:
@@ -105,23 +106,30 @@ def _close_process_group() -> None:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; return its result, or raise its UserError, on every process.
+    """Run `action` on the main process; return its result, or raise its UserError or Interrupted, on every process.
 
     Any other exception ends the main process, and the launcher then ends the others.
     """
-    from accelerate.utils import broadcast_object_list
+    return exchange_of(accelerator).on_main(action)
 
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+
+def exchange_of(accelerator: Accelerator) -> Exchange:
+    """Return the exchange between the processes of a run, which also stop together."""
+    return Exchange(
+        accelerator.process_index,
+        accelerator.num_processes,
+        lambda value: gather(accelerator, value),
+        (UserError, Interrupted),
+    )
+
+
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the values of all processes in order of rank, on every process; meant for small objects."""
+    if accelerator.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
 
 
 def threads_per_process() -> int:

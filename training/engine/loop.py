@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError
-from training.core.exchange import Exchange
 from training.core.stage import Batch, Evaluation
-from training.engine.best import best_metric
+from training.engine.best import best_metric, check_evaluations
 from training.engine.cadence import Cadence
+from training.engine.launch import exchange_of, gather
 from training.engine.phase_runner import PhaseRunner, StepOutcome
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
@@ -24,7 +24,7 @@ from training.engine.schedule import PhaseSchedule
 from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
-from training.engine.validation import evaluating, gather, interrupted_together, validate
+from training.engine.validation import evaluating, interrupted_together, validate
 from training.reporting.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Loop:
         self.state, self.stage = training.state, training.stage
         self.reporter, self.writer, self.stop = reporter, writer, stop
         self.cadence = Cadence(config, training.steps_per_epoch)
+        check_evaluations(self.stage, config)
         self.best_metric = best_metric(self.stage, config, self.cadence)
         self.state.judge_by(self.best_metric.name, self.stage.best_metric)
         self.schedules = [
@@ -118,7 +119,7 @@ class Loop:
             if self.stop_agreed:
                 raise Interrupted
             validated = self.validate() if last or self.cadence.validation_due(state.step) else {}
-            evaluation = self.evaluate(last)
+            evaluation = self.evaluate()
             if last or self.cadence.preview_due(state.step):
                 self.show_previews()
         except Interrupted:
@@ -126,6 +127,7 @@ class Loop:
             self._save(must_succeed=True)
             return
         measured = {**validated, **(evaluation.metrics if evaluation else {})}
+        self._require_best_metric(measured)
         improved = self._judge(measured, evaluation is None or evaluation.may_be_best)
         if measured or last or self.cadence.row_due(state.step):
             self.reporter.log_row(measured, self.cadence.ends_epoch(state.step))
@@ -152,14 +154,17 @@ class Loop:
             self.state.last_validation = metrics
         return metrics
 
-    def evaluate(self, last: bool) -> Evaluation | None:
+    def _distances_due(self) -> bool:
+        last = self.state.step >= self.state.goal_steps
+        return self.cadence.evaluates and (last or self.cadence.evaluation_due(self.state.step))
+
+    def evaluate(self) -> Evaluation | None:
         """Measure generated images if that is due, with the EMA weights. Raises Interrupted on every process."""
-        distances = self.cadence.evaluates and (last or self.cadence.evaluation_due(self.state.step))
+        distances = self._distances_due()
         copies = distances or self.cadence.copies_due(self.state.step)
         if not copies:
             return None
-        place = (self.accelerator.process_index, self.accelerator.num_processes)
-        exchange = Exchange(*place, lambda value: gather(self.accelerator, value))
+        exchange = exchange_of(self.accelerator)
         started = time.monotonic()
         with evaluating(self.training.modules, self.training.ema):
             evaluation = self.stage.evaluate(exchange, distances=distances, copies=copies)
@@ -180,6 +185,17 @@ class Loop:
                     previews = self.stage.previews()
                 if previews is not None:
                     self.reporter.keep_previews(previews)
+
+    def _require_best_metric(self, measured: dict[str, float]) -> None:
+        """Save the run and raise UserError if `--best_metric` names a metric that was not measured with its kind."""
+        name = self.best_metric.name
+        known = [one for one in measured if one.startswith(name[: name.index("_")])]
+        if known and name not in measured and (name.startswith("val_") or self._distances_due()):
+            self._save(must_succeed=True)
+            raise UserError(
+                f"--best_metric {self.config.best_metric}: the measurements of this run are {', '.join(known)}; choose "
+                "one of them, or auto, and run the command again. Nothing is lost"
+            )
 
     def _judge(self, measured: dict[str, float], may_be_best: bool) -> bool:
         """Return whether the deciding metric is the best so far; stop the run early if patience is exhausted."""

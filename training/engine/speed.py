@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from training.core.files import WRITING, read_json_object, write_json
 from training.core.stage import Batch
 from training.engine.cadence import Cadence
-from training.engine.launch import on_main
+from training.engine.launch import gather, on_main
 from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
 from training.engine.schedule import PhaseSchedule
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
-from training.engine.validation import evaluating, gather, interrupted_together, validate
+from training.engine.validation import evaluating, interrupted_together, validate
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from training.core.batches import fetch, to_device
 from training.core.draws import Draws, SampleKey, mix
 from training.core.stage import Stage
 from training.engine.ema import EMA
+from training.engine.launch import gather
 from training.engine.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -102,12 +103,3 @@ def print_metrics(metrics: Mapping[str, float], accelerator: Accelerator) -> Non
     if accelerator.is_main_process:
         for name, value in metrics.items():
             print(f"{name} {value:.6g}")
-
-
-def gather(accelerator: Accelerator, value: Any) -> list[Any]:
-    """Return the values of all processes in order of rank, on every process; meant for small objects."""
-    if accelerator.num_processes == 1:
-        return [value]
-    from accelerate.utils import gather_object
-
-    return gather_object([value])

@@ -6,7 +6,7 @@ N images, C control channels, R resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_on_device
 from training.core.options import Options, option
 from training.evaluation.data import EvaluationData
-from training.evaluation.generated import Generated
 from training.metrics.captions import alignment_metrics, same_pairs
 from training.metrics.control import ControlReader, control_iou, in_standard_errors, others
 from training.metrics.cycle import cycle_metrics, palette_distance
 from training.metrics.generators import ControlledGenerator, ImageGenerator
-from training.metrics.images import psnr, ssim
-from training.metrics.posters import measure_posters
+from training.metrics.images import pixels_of, psnr, ssim
+from training.metrics.posters import is_legible, measure_posters
 
 BATCH = 16
 Rows = Sequence[Mapping[str, Any]]
@@ -46,36 +45,41 @@ class AdherenceConfig(Options):
 
 
 def measure_adherence(
-    generator: ImageGenerator, generated: Generated, data: EvaluationData, config: AdherenceConfig, device: str | None
+    generator: ImageGenerator,
+    images: Sequence[Image.Image],
+    data: EvaluationData,
+    config: AdherenceConfig,
+    device: str | None,
 ) -> dict[str, float]:
     """Compute every measurement that the model and its data allow.
+
+    Args:
+        images: the generated images, in the order of the rows of `data`.
 
     Raises:
         UserError: a model of the config does not exist or does not read these images.
     """
     found: dict[str, float] = {}
     if generator.takes_images:
-        found |= reconstruction_metrics(generated)
-    if generator.takes_captions and data.has_briefs:
-        found |= measure_posters(generated.images, *_briefs_and_images(generated, data))
+        found |= reconstruction_metrics(images, data)
+    if generator.takes_captions and data.has_briefs and is_legible(images[0].size):
+        found |= measure_posters(images, *_briefs_and_images(len(images), data))
     if generator.takes_captions and config.scorer:
-        captions = [item["caption"] for item in generated.items]
-        found |= caption_score(generated.images, captions, config.scorer, device)
+        captions = [item["caption"] for batch in _batches(len(images)) for item in data.items(batch)]
+        found |= caption_score(images, captions, config.scorer, device)
     if generator.takes_briefs and config.reader:
-        found |= brief_metrics(generated, data, config.reader, device)
-    if generator.takes_controls and config.reader:
-        assert isinstance(generator, ControlledGenerator)
-        found |= control_adherence(generator, generated, config.reader)
+        found |= brief_metrics(images, data, config.reader, device)
+    if isinstance(generator, ControlledGenerator) and config.reader:
+        found |= control_adherence(generator, images, data, config.reader)
     return found
 
 
-def reconstruction_metrics(generated: Generated) -> dict[str, float]:
+def reconstruction_metrics(images: Sequence[Image.Image], data: EvaluationData) -> dict[str, float]:
     """Compute the mean PSNR (dB) and SSIM of reconstructions and their originals."""
     values: dict[str, list[float]] = {"psnr": [], "ssim": []}
-    for start in range(0, len(generated.images), BATCH):
-        batch = slice(start, start + BATCH)
-        originals = torch.stack([item["pixel_values"] for item in generated.items[batch]])
-        restored = pixels_of(generated.images[batch])
+    for batch in _batches(len(images)):
+        originals = torch.stack([item["pixel_values"] for item in data.items(batch)])
+        restored = pixels_of([images[number] for number in batch])
         values["psnr"] += psnr(restored, originals).tolist()
         values["ssim"] += ssim(restored, originals).tolist()
     return {name: sum(some) / len(some) for name, some in values.items()}
@@ -90,7 +94,9 @@ def caption_score(
     return {f"caption_{name}": value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def brief_metrics(generated: Generated, data: EvaluationData, reader_path: str, device: str | None) -> dict[str, float]:
+def brief_metrics(
+    images: Sequence[Image.Image], data: EvaluationData, reader_path: str, device: str | None
+) -> dict[str, float]:
     """Compute `cycle_metrics` of generated posters, and those of the real posters of the same briefs (`real_…`).
 
     The values for real posters show the errors of the reader alone.
@@ -98,12 +104,14 @@ def brief_metrics(generated: Generated, data: EvaluationData, reader_path: str, 
     reader = load_on_device(reader_path, device)
     if getattr(reader, "encoder", None) is None or getattr(reader, "abstractor", None) is None:
         raise UserError(f"--reader {reader_path} cannot read posters; give a train_abstractor.py run with --encoder")
-    rows, real = _briefs_and_images(generated, data)
-    metrics = _cycle(generated.images, reader, rows)
+    rows, real = _briefs_and_images(len(images), data)
+    metrics = _cycle(images, reader, rows)
     return metrics | {f"real_{name}": value for name, value in _cycle(real, reader, rows).items()}
 
 
-def control_adherence(generator: ControlledGenerator, generated: Generated, reader_path: str) -> dict[str, float]:
+def control_adherence(
+    generator: ControlledGenerator, images: Sequence[Image.Image], data: EvaluationData, reader_path: str
+) -> dict[str, float]:
     """Compute how well images agree with their controls (IoU), in comparison with images of other controls.
 
     `base_iou` is that of images without control, `real_iou` that of the real images of the controls, and
@@ -112,19 +120,23 @@ def control_adherence(generator: ControlledGenerator, generated: Generated, read
     net = generator.pipeline.controlnet.config
     reader = ControlReader(reader_path, net.control_kind, net.control_names, net.conditioning_channels)
     reader.module.to(generator.pipeline.device)
-    controls = torch.stack([item["conditioning_pixel_values"] for item in generated.items])
-    real = torch.stack([item["pixel_values"] for item in generated.items])
-    mismatched = [{**item, "conditioning_pixel_values": own} for item, own in zip(generated.items, others(controls))]
-    images = {
-        "control": pixels_of(generated.images),
+    items = [item for batch in _batches(len(images)) for item in data.items(batch)]
+    controls = torch.stack([item["conditioning_pixel_values"] for item in items])
+    mismatched = [{**item, "conditioning_pixel_values": own} for item, own in zip(items, others(controls))]
+    shown = {
+        "control": pixels_of(images),
         "shuffled": pixels_of(_generate(generator, mismatched)),
-        "base": pixels_of(_generate(generator, generated.items, scale=0.0)),
-        "real": real,
+        "base": pixels_of(_generate(generator, items, scale=0.0)),
+        "real": torch.stack([item["pixel_values"] for item in items]),
     }
-    ious = {name: _in_batches(reader, pixels, controls) for name, pixels in images.items()}
+    ious = {name: _in_batches(reader, pixels, controls) for name, pixels in shown.items()}
     gain = ious["control"] - ious["shuffled"]
     in_errors = in_standard_errors(float(gain.sum()), float(gain.square().sum()), len(gain))
     return {f"{name}_iou": float(iou.mean()) for name, iou in ious.items()} | {"gain_in_standard_errors": in_errors}
+
+
+def _batches(count: int) -> Iterator[range]:
+    return (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
 
 
 def _in_batches(reader: ControlReader, pixels: Tensor, controls: Tensor) -> Tensor:
@@ -136,16 +148,15 @@ def _in_batches(reader: ControlReader, pixels: Tensor, controls: Tensor) -> Tens
 def _generate(generator: ControlledGenerator, items: Rows, scale: float = 1.0) -> list[Image.Image]:
     generator.scale = scale
     images = []
-    for start in range(0, len(items), BATCH):
-        numbers = range(start, min(start + BATCH, len(items)))
-        images += generator([items[number] for number in numbers], numbers)
+    for batch in _batches(len(items)):
+        images += generator([items[number] for number in batch], batch)
     generator.scale = 1.0
     return images
 
 
-def _briefs_and_images(generated: Generated, data: EvaluationData) -> tuple[Rows, list[Image.Image]]:
+def _briefs_and_images(count: int, data: EvaluationData) -> tuple[Rows, list[Image.Image]]:
     """Return the stored row of each generated poster, and its real poster."""
-    rows = data.stored_rows(len(generated.images))
+    rows = data.stored_rows(count)
     return rows, [row["image"] for row in rows]
 
 
@@ -163,12 +174,6 @@ def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows) -> dict[st
         np.array([counts["pictures"] for counts in read.counts]),
         np.array(distances),
     )
-
-
-def pixels_of(images: Sequence[Image.Image]) -> Tensor:
-    """Convert images of equal size to a tensor: N 3 R R in [-1, 1]"""
-    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def _scorer(name: str, device: str | None) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:

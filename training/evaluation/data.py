@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +24,22 @@ from training.core.draws import SampleKey
 from training.core.exchange import Exchange
 from training.core.files import write_atomically
 from training.core.options import Options, option
-from training.data.briefs import brief_of
+from training.data.briefs import BriefedPosters
+from training.data.captions import CaptionDataConfig, CaptionedImages
 from training.data.companions import control_of
 from training.data.fingerprints import dataset_fingerprint, evenly_spaced
 from training.data.images import (
     DataConfig,
     ImageDataset,
     decoded_rows,
+    load_all_splits,
     load_label_map,
     load_split,
     transform_fingerprint,
 )
 from training.data.records import cache_file
 from training.metrics.features import FeatureExtractor
-from training.metrics.generators import ImageGenerator
+from training.metrics.generators import ImageGenerator, native_resolution
 from training.metrics.images import to_pil
 
 BATCH = 64
@@ -86,6 +88,12 @@ class RealImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def batches(self, poll: Callable[[], None] = lambda: None) -> Iterator[list[Image.Image]]:
+        """Yield all images, some at a time; `poll` is called before each batch and may raise to stop."""
+        for start in range(0, len(self), BATCH):
+            poll()
+            yield self.images(range(start, min(start + BATCH, len(self))))
+
     def images(self, places: Sequence[int]) -> list[Image.Image]:
         """Return the images at these places of `rows`."""
         items = self.data.__getitems__([SampleKey(self.rows[place], 0) for place in places])
@@ -129,33 +137,17 @@ class EvaluationData:
         conditions: rows with what the generator needs of them.
         stored: the same rows as they are stored.
         splits: real images by split, of which generated ones are compared with up to `max_real_images`.
-        training: all images that the model was trained on, up to `max_training_images`.
-        briefs: whether the generator needs design briefs.
+        training: all images that the model was trained on, up to `max_training_images`; None if there are none.
     """
 
     def __init__(
-        self,
-        conditions: ImageDataset,
-        stored: Any,
-        splits: Mapping[str, RealImages],
-        training: RealImages | None,
-        *,
-        briefs: bool,
+        self, conditions: ImageDataset, stored: Any, splits: Mapping[str, RealImages], training: RealImages | None
     ):
-        self.conditions, self.splits, self.training = conditions, splits, training
-        self._stored, self._briefs = stored, stored.remove_columns(_image_columns(stored)) if briefs else None
+        self.conditions, self.splits, self.training, self._stored = conditions, splits, training, stored
 
     def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows for these generated images; with more images than rows, the rows are used again."""
-        rows = [number % len(self.conditions) for number in numbers]
-        items = self.conditions.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
-        for item in items:
-            if "label" in item:
-                item["label_name"] = self.conditions.id2label.get(item["label"])
-        if self._briefs is not None:
-            for item, row in zip(items, rows):
-                item["brief"] = brief_of(self._briefs[row])
-        return items
+        return conditions_of(self.conditions, numbers)
 
     @property
     def source(self) -> str:
@@ -177,38 +169,78 @@ class EvaluationData:
         return [rows[number % len(rows)] for number in range(count)]
 
 
+def conditions_of(data: Any, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the rows that images with these numbers are generated for; with more images, rows are used again.
+
+    Args:
+        data: the dataset of a stage. Its items get `label_name` and `brief` if it has labels or design briefs.
+    """
+    rows = [number % len(data) for number in numbers]
+    items = data.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
+    for item, row in zip(items, rows):
+        if "label" in item:
+            item["label_name"] = data.id2label.get(int(item["label"]))
+        if hasattr(data, "brief"):
+            item["brief"] = data.brief(row)
+    return items
+
+
+def plain_images(rows: Any, config: DataConfig) -> ImageDataset:
+    """Open rows for their images alone, cropped or stretched as in training, but always in the same way."""
+    kind = CaptionedImages if isinstance(config, CaptionDataConfig) else ImageDataset
+    return kind(rows, config, captions=False, augment=False)
+
+
+def folder_of_run(model: str) -> Path | None:
+    """Return the folder of the run that a path belongs to; None for a model outside of a run."""
+    path = Path(model).expanduser()
+    folders = [path, *path.parents[:4]] if model and path.exists() else []
+    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
 def run_settings(model: str) -> dict[str, Any]:
     """Return the settings of the run that a path belongs to; empty if it is not in a run."""
-    path = Path(model).expanduser()
-    for folder in (path, *path.parents[:4]) if path.exists() else ():
-        if (folder / "config.yaml").is_file():
-            settings = yaml.safe_load(read_text(folder / "config.yaml"))
-            return settings if isinstance(settings, dict) else {}
-    return {}
+    folder = folder_of_run(model)
+    settings = yaml.safe_load(read_text(folder / "config.yaml")) if folder else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def open_evaluation_data(
-    config: EvaluationDataConfig, settings: Mapping[str, Any], generator: ImageGenerator, resolution: int | None
+    config: EvaluationDataConfig, settings: Mapping[str, Any], generator: ImageGenerator | None
 ) -> EvaluationData:
-    """Open the data for a model.
+    """Open the data for a model, or for images of unknown origin.
 
     Args:
         settings: settings of the model's run, empty without one.
-        resolution: the size that the model generates; None if it is not known.
 
     Raises:
         UserError: the data do not exist, or lack what the model needs.
     """
-    data = _data_config(config, settings, resolution)
+    data = _data_config(config, settings, generator)
     seed = int(settings.get("seed") or 0)
-    control = (
-        control_of(data.conditioning_image_column, *_control_kind(generator)) if generator.takes_controls else None
-    )
     opened = load_split(data, config.split, seed)
     if not len(opened):
         raise UserError(f"no images of {data.source} are held out; give another --split, for example train")
-    conditions = ImageDataset(
-        opened,
+    splits = {config.split: RealImages(config.split, plain_images(opened, data), config.max_real_images)}
+    training = None
+    if config.split == "train" or data.train_split in load_all_splits(data):
+        trained = plain_images(load_split(data, "train", seed), data)
+        splits = {"train": RealImages("train", trained, config.max_real_images), **splits}
+        training = RealImages("train", trained, config.max_training_images)
+    return EvaluationData(_conditions(opened, data, generator), opened, splits, training)
+
+
+def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -> ImageDataset:
+    if generator is None:
+        return plain_images(rows, data)
+    if generator.takes_briefs:
+        return BriefedPosters(rows, data, augment=False)
+    control = None
+    if generator.takes_controls:
+        control = control_of(data.conditioning_image_column, *_control_kind(generator))
+    kind = CaptionedImages if isinstance(data, CaptionDataConfig) else ImageDataset
+    return kind(
+        rows,
         data,
         captions=generator.takes_captions,
         labels=generator.takes_labels,
@@ -216,40 +248,29 @@ def open_evaluation_data(
         control=control,
         augment=False,
     )
-    splits = {}
-    for name in dict.fromkeys(("train", config.split)):
-        rows = opened if name == config.split else _split_if_any(data, name, seed)
-        if rows is not None and len(rows):
-            splits[name] = RealImages(name, _plain(rows, data), config.max_real_images)
-    training = RealImages("train", splits["train"].data, config.max_training_images) if "train" in splits else None
-    return EvaluationData(conditions, opened, splits, training, briefs=generator.takes_briefs)
 
 
-def _plain(rows: Any, data: DataConfig) -> ImageDataset:
-    return ImageDataset(rows, data, captions=False, augment=False)
-
-
-def _split_if_any(data: DataConfig, name: str, seed: int) -> Any:
-    try:
-        return load_split(data, name, seed)
-    except UserError:
-        return None
-
-
-def _data_config(config: EvaluationDataConfig, settings: Mapping[str, Any], resolution: int | None) -> DataConfig:
-    known = {field.name for field in dataclasses.fields(DataConfig)}
+def _data_config(
+    config: EvaluationDataConfig, settings: Mapping[str, Any], generator: ImageGenerator | None
+) -> DataConfig:
+    stretches = generator is not None and "image_fit" in generator.pipeline.config
+    kind = CaptionDataConfig if stretches else DataConfig
+    known = {field.name for field in dataclasses.fields(kind)}
     chosen = {name: value for name, value in settings.items() if name in known}
     if config.dataset_name:
         chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
     given = {name: getattr(config, name, None) for name in known if name != "dataset_name"}
     chosen |= {name: value for name, value in given.items() if value is not None}
+    resolution = native_resolution(generator.pipeline) if generator is not None else None
     if config.resolution is None and resolution is not None:
         chosen["resolution"] = resolution
+    if generator is not None and stretches:
+        chosen["image_fit"] = generator.pipeline.config.image_fit
     # Real images are cropped at their centre and not mirrored, so that the same images are the same in any run.
-    chosen |= {"random_flip": False, "center_crop": True, "max_train_samples": chosen.get("max_train_samples")}
+    chosen |= {"random_flip": False, "center_crop": True}
     if not (chosen.get("dataset_name") or chosen.get("train_data_dir")):
         raise UserError("--dataset_name is missing: the model is not in a run with a config.yaml that names its data")
-    data = DataConfig(**chosen)
+    data = kind(**chosen)
     data.validate()
     return data
 
@@ -259,9 +280,3 @@ def _control_kind(generator: ImageGenerator) -> tuple[int, Any]:
     net = generator.pipeline.controlnet.config
     classes = net.conditioning_channels if net.control_kind == "classes" else 0
     return classes, {"image": "rgb", "masks": "l"}.get(net.control_kind)
-
-
-def _image_columns(rows: Any) -> list[str]:
-    import datasets
-
-    return [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.evaluation.data import BATCH, EvaluationData, RealImages
 from training.metrics.colors import color_difference, color_statistics
+from training.metrics.distances import diversity
 from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor
 from training.metrics.generators import ImageGenerator
+from training.metrics.images import pixels_of
 from training.metrics.memorization import Similarity, compare_pixels, compare_vectors, thumbnails
 from training.metrics.quality import measure_distances, measure_floor
 
 COLOR_IMAGES = 512
+VAE_BATCH = 16
+Encoder = Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass
@@ -44,34 +48,12 @@ class QualityConfig(Options):
     model's autoencoder, in the features of the extractor; '[]' searches nowhere"""
 
 
-@dataclass
-class Generated:
-    """Images of a model, or of a folder.
-
-    Attributes:
-        images: RGB images.
-        items: the row of the dataset that each image was generated for; empty for a folder.
-    """
-
-    images: list[Image.Image]
-    items: list[dict[str, Any]]
-
-
-def generate(generator: ImageGenerator, data: EvaluationData, config: QualityConfig, exchange: Exchange) -> Generated:
+def generate(
+    generator: ImageGenerator, data: EvaluationData, config: QualityConfig, exchange: Exchange
+) -> list[Image.Image]:
     """Generate `num_images` images, or one for each row if the images do not depend on a seed."""
     count = config.num_images if generator.samples else min(config.num_images, len(data.conditions))
-    items: dict[int, dict[str, Any]] = {}
-
-    def some(numbers: Sequence[int]) -> list[Image.Image]:
-        rows = data.items(numbers)
-        return generator(rows, numbers)
-
-    images = exchange.map(some, count, config.batch_size)
-    if exchange.is_main:
-        for start in range(0, count, BATCH):
-            numbers = range(start, min(start + BATCH, count))
-            items |= dict(zip(numbers, data.items(numbers)))
-    return Generated(images, [items[number] for number in sorted(items)])
+    return exchange.map(lambda numbers: generator(data.items(numbers), numbers), count, config.batch_size)
 
 
 def images_in(folder: str, at_most: int) -> list[Image.Image]:
@@ -84,36 +66,29 @@ def images_in(folder: str, at_most: int) -> list[Image.Image]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes()) if path.is_dir() else []
     if len(files) < 4:
         raise UserError(f"--images {folder}: {len(files)} images were found there; give a folder with at least 4")
-    images = []
-    for file in files[:at_most]:
-        images.append(read_image(file).convert("RGB"))
-    return images
+    return [read_image(file).convert("RGB") for file in files[:at_most]]
 
 
 def measure(
     images: Sequence[Image.Image], splits: Mapping[str, RealImages], extractor: FeatureExtractor, exchange: Exchange
 ) -> dict[str, Any]:
-    """Compare images with real ones; every process calls it, and all get the result.
-
-    Args:
-        splits: real images, of which all are compared with.
-    """
-    features = torch.stack(
-        exchange.map(lambda numbers: list(extractor([images[i] for i in numbers])), len(images), BATCH)
-    )
+    """Compare images with all images of `splits`; every process calls it, and all get the result."""
+    own = exchange.map(lambda numbers: list(extractor([images[i] for i in numbers])), len(images), BATCH)
     real = torch.cat([split.features(extractor, exchange) for split in splits.values()])
+    return exchange.on_main(lambda: _compared(images, torch.stack(own), splits, real))
+
+
+def _compared(
+    images: Sequence[Image.Image], features: Tensor, splits: Mapping[str, RealImages], real: Tensor
+) -> dict[str, Any]:
     distances = measure_distances(real, features)
     shown = [image for split in splits.values() for image in _some(split, COLOR_IMAGES // len(splits))]
-    floor = measure_floor(real, len(images))
+    colors = {**color_statistics(images), "color_difference": color_difference(images, shown)}
     return {
-        "metrics": {
-            **distances.values,
-            **color_statistics(images),
-            "color_difference": color_difference(images, shown),
-        },
+        "metrics": {**distances.values, **colors},
         "refused": distances.refused,
-        "floor": floor,
-        "real": {"images": len(real), "diversity": _diversity(real), **color_statistics(shown)},
+        "floor": measure_floor(real, len(images)),
+        "real": {"images": len(real), "diversity": diversity(real), **color_statistics(shown)},
     }
 
 
@@ -121,7 +96,7 @@ def find_copies(
     images: Sequence[Image.Image],
     training: RealImages,
     held_out: Sequence[Image.Image],
-    spaces: Mapping[str, Callable[[Sequence[Image.Image]], Tensor]],
+    spaces: Mapping[str, Encoder],
 ) -> list[Similarity]:
     """Compare images with all training images; on the main process only.
 
@@ -130,8 +105,7 @@ def find_copies(
         spaces: names of spaces beside `pixels`, and functions from images to vectors.
     """
     known: dict[str, list[Tensor]] = {name: [] for name in ("pixels", *spaces)}
-    for start in range(0, len(training), BATCH):
-        batch = training.images(range(start, min(start + BATCH, len(training))))
+    for batch in training.batches():
         known["pixels"].append(thumbnails(batch))
         for name, encode in spaces.items():
             known[name].append(encode(batch))
@@ -144,17 +118,29 @@ def find_copies(
     return found
 
 
+def latent_space(generator: ImageGenerator | None) -> dict[str, Encoder]:
+    """Return `latents` with a function from images to the latents of the model's VAE; empty without a VAE."""
+    vae = getattr(getattr(generator, "pipeline", None), "vae", None)
+    if vae is None:
+        return {}
+
+    @torch.inference_mode()
+    def encode(images: Sequence[Image.Image]) -> Tensor:
+        parts = []
+        for start in range(0, len(images), VAE_BATCH):
+            latents = vae.encode(pixels_of(images[start : start + VAE_BATCH]).to(vae.device, vae.dtype))
+            mode = latents.latent_dist.mode() if hasattr(latents, "latent_dist") else latents.latents
+            parts.append(mode.flatten(1).float().cpu())
+        return torch.cat(parts)
+
+    return {"latents": encode}
+
+
 def held_out_images(splits: Mapping[str, RealImages]) -> list[Image.Image]:
     """Return the real images of all splits but `train`."""
-    return [image for name, split in splits.items() if name != "train" for image in _some(split, len(split))]
+    return [image for name, split in splits.items() if name != "train" for batch in split.batches() for image in batch]
 
 
-def _some(split: RealImages, at_most: int) -> list[Image.Image]:
-    places = list(range(len(split)))[:: max(1, len(split) // max(at_most, 1))][:at_most]
-    return [image for start in range(0, len(places), BATCH) for image in split.images(places[start : start + BATCH])]
-
-
-def _diversity(features: Tensor) -> float:
-    from training.metrics.distances import diversity
-
-    return diversity(features)
+def _some(split: RealImages, at_most: int) -> Iterator[Image.Image]:
+    for batch in RealImages(split.name, split.data, at_most).batches():
+        yield from batch

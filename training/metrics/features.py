@@ -25,8 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipelines.tools.cli import UserError, one_line
 
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
-# Images are processed in chunks of this size, whatever the batch size or the number of processes: the kernels that a
-# library chooses depend on the size of a batch, and results would differ in the last digits.
+# Images are always processed in chunks of this size. The kernels that a library chooses depend on the size of a batch,
+# so that other sizes would change the last digits of the features.
 CHUNK = 16
 INCEPTION_SIZE = 299
 

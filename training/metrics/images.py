@@ -5,6 +5,9 @@ images: B 3 H W in [-1, 1].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -52,3 +55,9 @@ def to_pil(image: Tensor) -> Image.Image:
     """Convert one image, 3 H W in [-1, 1], to a Pillow image; values outside this range are clamped."""
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def pixels_of(images: Sequence[Image.Image]) -> Tensor:
+    """Convert images of equal size to a tensor: N 3 R R in [-1, 1]"""
+    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1

@@ -54,16 +54,16 @@ def reading_copy(image: Any) -> np.ndarray:
         ValueError: the poster is not a square RGB image whose side is a multiple of 64.
     """
     pixels = np.asarray(image)
-    if (
-        pixels.ndim != 3
-        or pixels.shape[2] != 3
-        or pixels.shape[0] != pixels.shape[1]
-        or pixels.shape[0] % READING_PIXELS
-    ):
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not is_legible(pixels.shape[:2]):
         raise ValueError(f"a poster is H × W × 3 with H = W = a multiple of {READING_PIXELS}; got shape {pixels.shape}")
     block = pixels.shape[0] // READING_PIXELS
     cells = pixels.astype(np.float32).reshape(READING_PIXELS, block, READING_PIXELS, block, 3)
     return cells.mean(axis=(1, 3))
+
+
+def is_legible(size: tuple[int, int]) -> bool:
+    """Return whether posters of this (width, height) can be read: squares whose side is a multiple of 64."""
+    return size[0] == size[1] and size[0] % READING_PIXELS == 0
 
 
 def find_pictures(image: Any) -> list[tuple[int, int, int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,13 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.draws import SampleKey
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.stage import Evaluation, StageContext
-from training.data.images import ImageDataset
 from training.data.source import load_split
-from training.evaluation.data import BATCH, RealImages
+from training.evaluation.data import BATCH, RealImages, conditions_of, plain_images
 from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
 from training.metrics.memorization import TOLERANCE, CopyReport, compare_pixels, thumbnails
@@ -55,6 +53,9 @@ class RunEvaluationConfig(Options):
 class GeneratingStage(ImageStage):
     """A stage whose pipeline generates images for rows of the data."""
 
+    _real_features: Tensor | None = None
+    _floor: Mapping[str, Any] = {}
+
     def __init__(self, config: ImageStageConfig, context: StageContext):
         super().__init__(config, context)
         measures = config.evaluation_epochs or config.evaluation_steps or config.memorization_epochs
@@ -81,19 +82,6 @@ class GeneratingStage(ImageStage):
                 warnings.append(_copy_warning(report))
         return Evaluation(metrics, may_be_best, warnings)
 
-    def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the held-out rows that images with these numbers are generated for."""
-        data = self.shown_data
-        rows = [number % len(data) for number in numbers]
-        items = data.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
-        names = getattr(self, "id2label", {})
-        for item, row in zip(items, rows):
-            if "label" in item:
-                item["label_name"] = names.get(int(item["label"]))
-            if hasattr(data, "brief"):
-                item["brief"] = data.brief(row)
-        return items
-
     def _evaluated_images(self, exchange: Exchange) -> list[Image.Image]:
         config = self.config
         guidance = config.evaluation_guidance_scale
@@ -106,7 +94,7 @@ class GeneratingStage(ImageStage):
 
         def some(numbers: Sequence[int]) -> list[Image.Image]:
             self.context.poll()
-            return generator(self.items(numbers), numbers, self.context.poll)
+            return generator(conditions_of(self.shown_data, numbers), numbers, self.context.poll)
 
         return exchange.map(some, config.evaluation_images, config.train_batch_size)
 
@@ -116,11 +104,13 @@ class GeneratingStage(ImageStage):
             return list(self._extractor([images[number] for number in numbers]))
 
         features = torch.stack(exchange.map(some, len(images), BATCH))
-        real = torch.cat([split.features(self._extractor, exchange, self.context.poll) for split in self._real])
-        found = measure_distances(real, features).values
-        floor = exchange.on_main(lambda: measure_floor(real, len(images)))
+        if self._real_features is None:
+            parts = [split.features(self._extractor, exchange, self.context.poll) for split in self._real]
+            self._real_features = torch.cat(parts)
+            self._floor = exchange.on_main(lambda: measure_floor(self._real_features, len(images)))
+        found = exchange.on_main(lambda: measure_distances(self._real_features, features).values)
         metrics = {f"eval_{name}": found[name] for name in SHOWN if name in found}
-        return metrics | ({"eval_kid_floor": floor["kid"]["mean"]} if "kid" in floor else {})
+        return metrics | ({"eval_kid_floor": self._floor["kid"]["mean"]} if "kid" in self._floor else {})
 
     def _copies(self, images: Sequence[Image.Image]) -> CopyReport:
         training, held_out = self._thumbnails
@@ -133,30 +123,22 @@ class GeneratingStage(ImageStage):
 
     @cached_property
     def _real(self) -> list[RealImages]:
-        """The training images and the held-out ones, cropped as for validation."""
-        splits = {name: load_split(self.config, name, self.config.seed) for name in ("train", "validation")}
+        """Training images and held-out ones, up to `evaluation_real_images` of each."""
+        config = self.config
+        splits = {name: load_split(config, name, config.seed) for name in ("train", "validation")}
         return [
-            RealImages(name, ImageDataset(rows, self.config, captions=False, augment=False), self._most_real)
+            RealImages(name, plain_images(rows, config), config.evaluation_real_images)
             for name, rows in splits.items()
             if len(rows)
         ]
 
-    @property
-    def _most_real(self) -> int:
-        return self.config.evaluation_real_images
-
     @cached_property
     def _thumbnails(self) -> tuple[Tensor, Tensor | None]:
-        """Thumbnails of all training images, and of up to `evaluation_real_images` held-out ones."""
-        found = []
-        for split in self._real:
-            whole = RealImages(split.name, split.data, len(split.data) if split.name == "train" else self._most_real)
-            parts = []
-            for start in range(0, len(whole), BATCH):
-                self.context.poll()
-                parts.append(thumbnails(whole.images(range(start, min(start + BATCH, len(whole))))))
-            found.append(torch.cat(parts))
-        return found[0], found[1] if len(found) > 1 else None
+        """Thumbnails of all training images, and of the held-out images in `_real`."""
+        some, *held_out = self._real
+        everything = [RealImages("train", some.data, len(some.data)), *held_out]
+        found = [torch.cat([thumbnails(batch) for batch in split.batches(self.context.poll)]) for split in everything]
+        return found[0], found[1] if held_out else None
 
 
 def _copy_warning(report: CopyReport) -> str:
