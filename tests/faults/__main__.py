@@ -1,9 +1,10 @@
 """Produce every fault in its long form, and write docs/reliability.md.
 
-    python -m tests.faults [--jobs N] [--list] [NAME ...]
+    python -m tests.faults [--jobs N] [--every N] [--list] [NAME ...]
 
-Without names, everything is tried, which takes hours. With names, only the sections of these trials are replaced. The
-exit status is 1 if anything was lost, or a message or an exit status was not as documented.
+Without names, everything is tried, which takes hours. With names, only the sections of these trials are replaced. A
+section is written after each of its rows. The exit status is 1 if anything was lost, or a message or an exit status was
+not as documented.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> int:
     parser = Options(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="trials; without names, all of them")
     parser.add_argument("--jobs", type=int, default=available_workers(), help="number of commands at a time")
+    parser.add_argument("--every", type=int, default=1, help="hit one change of the file system in N instead of all")
     parser.add_argument("--list", action="store_true", help="list the names of the trials")
     options = parser.parse(sys.argv[1:])
     if options.list:
@@ -83,25 +85,24 @@ def main() -> int:
     wrong = 0
     for name in options.names or TRIALS:
         with tempfile.TemporaryDirectory(prefix="halftone-faults-") as work:
-            wrong += _run(name, Path(work), options.jobs)
+            wrong += _run(name, Path(work), options.jobs, options.every)
     return 1 if wrong else 0
 
 
-def _run(name: str, work: Path, jobs: int) -> int:
-    """Run a trial, write its section, and return the number of things that were wrong."""
+def _run(name: str, work: Path, jobs: int, every: int) -> int:
+    """Run a trial, write its section after each row, and return the number of things that were wrong."""
     rows, began = [], time.monotonic()
     try:
-        with Lab(work, thorough=True, workers=jobs) as lab:
+        with Lab(work, thorough=True, every=every, workers=jobs) as lab:
             for row in TRIALS[name].rows(lab):
                 rows.append(row)
                 print(f"{row.fault}: {row.tried} times, {len(row.wrong)} wrong", flush=True)
                 print("".join(f"    {line}\n" for line in row.wrong), end="", flush=True)
+                text = section(TRIALS[name], rows, (time.monotonic() - began) / 60)
+                write_page(PAGE, read_sections(PAGE) | {TRIALS[name].title: text})
     except pytest.skip.Exception as skipped:
         print(f"{name} was skipped: {skipped}")
         return 0
-    sections = read_sections(PAGE)
-    sections[TRIALS[name].title] = section(TRIALS[name], rows, (time.monotonic() - began) / 60)
-    write_page(PAGE, sections)
     return sum(len(row.wrong) for row in rows)
 
 

@@ -74,11 +74,11 @@ def try_once(lab: Lab, worker: Worker, command: Command, fault: Fault, change: C
     return trial
 
 
-def row(trials: list[Trial]) -> Row:
-    """Summarize trials of one command and one fault."""
-    first = trials[0]
-    result = Row(f"{first.fault.name} before a change of the file system by {first.command.name}")
-    for trial in trials:
+def disturbed(lab: Lab, command: Command, fault: Fault, every: int) -> Row:
+    """Try a fault at every `every`-th change that `command` makes, and summarize the trials."""
+    which = "every change" if every == 1 else f"one change in {every}"
+    result = Row(f"{fault.name} before {which} of the file system by {command.name}")
+    for trial in disturb(lab, command, fault, every):
         result.record(trial.disturbed, [str(trial)] if trial.problems else [], trial.lost)
     return result
 

@@ -171,13 +171,19 @@ class Lab:
     Args:
         folder: an empty working folder.
         thorough: try everything instead of a sample.
+        every: with `thorough`, faults hit every `every`-th change of the file system.
         workers: number of commands that are tried at a time.
     """
 
     folder: Path
     thorough: bool = False
+    every: int = 1
     workers: int = 1
     reference_hub: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def stride(self, sample: int) -> int:
+        """Return the distance between the changes that faults hit; `sample` is that of the short form."""
+        return self.every if self.thorough else sample
 
     def __enter__(self) -> Lab:
         self._stack = ExitStack()

@@ -103,7 +103,10 @@ def expect(
 
 
 def error_line(output: str) -> str:
-    """Return the last line of a message: one that starts with `error:`, `warning:` or the name of an exception."""
-    pattern = r"(error|warning): |[A-Za-z.]*(Error|Interrupt|Exception)\b"
+    """Return the last line of a message: one that starts with `error:`, `warning:` or the name of an exception.
+
+    The exception with which a launcher reports that a process failed says nothing, and is left out.
+    """
+    pattern = r"(error|warning): |(?!torch\.distributed\.elastic)[A-Za-z.]*(Error|Interrupt|Exception)\b"
     lines = [line for line in output.splitlines() if re.match(pattern, line)]
     return lines[-1].strip() if lines else ""
