@@ -23,7 +23,7 @@ class Model:
     block_out_channels: list[int] = field(default_factory=lambda: [8, 16])
     """Channels"""
     dropout: float = 0.0
-    """Share"""
+    """Share, with 95 % confidence"""
 
 
 @dataclass
@@ -193,6 +193,7 @@ def test_help_ends_each_description_with_the_default(capsys):
         "Names (default: [a,b])",
         "Channels (default: [8,16])",
         "Share (default: 50%)",
+        "Share, with 95 % confidence (default: 0",
         "Folder (default: runs/x)",
     ):
         assert text in output

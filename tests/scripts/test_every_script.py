@@ -144,6 +144,15 @@ def test_every_script_is_among_these() -> None:
         assert (ROOT / test).is_file()
 
 
+@pytest.mark.parametrize("script", [path.relative_to(ROOT).as_posix() for path in find_scripts().values()])
+def test_it_has_help(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.startswith("usage: ") and "--help" in done.stdout
+
+
 @pytest.mark.parametrize(("script", "flags", "made"), COMMANDS, ids=lambda value: value if ".py" in value else "")
 def test_it_runs(script: str, flags: Sequence[str], made: str, workplace: Path, hub: HubServer) -> None:  # noqa: F811
     if script == "data_scripts/make_emoji.py":

@@ -166,9 +166,10 @@ def _help_of(action: argparse.Action, *, is_group: bool) -> str | None:
             "out those with their default value"
         )
     default = _written(action.default)
-    if action.help is None or action.default == argparse.SUPPRESS or default in ("", "[]", "{}"):
+    if action.help is None or action.default == argparse.SUPPRESS:
         return action.help
-    return f"{action.help} (default: {default.replace('%', '%%')})"
+    text = action.help if default in ("", "[]", "{}") else f"{action.help} (default: {default})"
+    return text.replace("%", "%%")  # argparse formats help texts with the operator %
 
 
 def _written(value: Any) -> str:
