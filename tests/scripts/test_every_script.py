@@ -150,7 +150,8 @@ def test_it_has_help(script: str) -> None:
         [sys.executable, str(ROOT / script), "--help"], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-1000:]
-    assert done.stdout.startswith("usage: ") and "--help" in done.stdout
+    assert done.stdout.startswith("usage: ")
+    assert "--help" in done.stdout
 
 
 @pytest.mark.parametrize(("script", "flags", "made"), COMMANDS, ids=lambda value: value if ".py" in value else "")
