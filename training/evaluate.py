@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point
@@ -35,6 +33,7 @@ from training.engine.signals import Interrupted, StopSignal
 from training.evaluation import captions
 from training.evaluation.adherence import AdherenceConfig, measure_adherence
 from training.evaluation.captions import CaptionOptions
+from training.evaluation.copies import CopyOptions, copy_encoders, generate_sets, measure_copies
 from training.evaluation.data import (
     EvaluationData,
     EvaluationDataConfig,
@@ -42,27 +41,17 @@ from training.evaluation.data import (
     open_evaluation_data,
     run_settings,
 )
-from training.evaluation.generated import (
-    Encoder,
-    QualityConfig,
-    find_copies,
-    generate,
-    held_out_images,
-    images_in,
-    latent_space,
-    measure,
-)
+from training.evaluation.generated import QualityConfig, generate, images_in, measure
 from training.evaluation.sheets import sample_grid
 from training.metrics.features import FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
-from training.metrics.memorization import contact_sheet, verdict
 from training.publishing.card_update import update_card
 from training.publishing.evaluation_facts import EVALUATION_FILE
 
 
 @dataclass
 class EvaluationConfig(
-    CaptionOptions, AdherenceConfig, SamplingConfig, QualityConfig, EvaluationDataConfig, LaunchConfig
+    CaptionOptions, AdherenceConfig, SamplingConfig, CopyOptions, QualityConfig, EvaluationDataConfig, LaunchConfig
 ):
     """Flags of evaluate.py."""
 
@@ -81,9 +70,6 @@ class EvaluationConfig(
     """File for a grid of real images beside generated ones (PNG); if unset, no grid is written"""
     grid_rows: int = option(8, at_least=1)
     """Number of rows of the grid"""
-    copies_sheet: str | None = option(None)
-    """File with the generated images that are closest to training images (PNG); if unset, copies.png beside
-    the results if anything looks like a copy"""
     output: str | None = option(None)
     """File for the results (JSON); if unset, evaluation.json in the folder of the run"""
     table: str | None = option(None)
@@ -130,6 +116,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
         images = generate(generator, data, config, exchange)
     results = _facts(config, generator, data, extractor, len(images))
     results |= measure(images, data.splits, extractor, exchange)
+    sets = generate_sets(generator, images, data, config, config.batch_size, exchange)
 
     def rest() -> dict[str, Any]:
         adherence = {} if generator is None else measure_adherence(generator, images, data, config, config.device)
@@ -137,7 +124,13 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
             adherence |= captions.measure_captions(generator.pipeline, settings, config)
         if config.grid:
             save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
-        return {"metrics": results["metrics"] | adherence, **_copies(config, generator, images, data, extractor)}
+        copies = {}
+        if sets is not None:
+            spaces = copy_encoders(config.copy_spaces, generator, extractor)
+            file = config.output_file
+            sheet = str(file.with_name("copies.png")) if file is not None else None
+            copies = measure_copies(sets, data, spaces, config.copies_sheet, sheet)
+        return {"metrics": results["metrics"] | adherence, **copies}
 
     return results | exchange.on_main(rest)
 
@@ -147,29 +140,6 @@ def _generator(config: EvaluationConfig) -> ImageGenerator:
 
     pipeline = load_on_device(config.model, config.device, trust_remote_code=config.trust_remote_code)
     return generator_of(pipeline, config)
-
-
-def _copies(
-    config: EvaluationConfig,
-    generator: ImageGenerator | None,
-    images: Sequence[Image.Image],
-    data: EvaluationData,
-    extractor: FeatureExtractor,
-) -> dict[str, Any]:
-    """Search for copies of training images, and draw the closest pairs; not for an autoencoder, which has to copy."""
-    if not config.copy_spaces or data.training is None or (generator is not None and generator.takes_images):
-        return {}
-    encoders: dict[str, Encoder] = {"features": extractor, **latent_space(generator)}
-    spaces = {name: encoders[name] for name in config.copy_spaces if name in encoders}
-    similar = find_copies(images, data.training, held_out_images(data.splits), spaces)
-    path = config.copies_sheet
-    if path is None and similar[0].report.copies and config.output_file is not None:
-        path = str(config.output_file.with_name("copies.png"))
-    if path:
-        training = data.training
-        save_png(contact_sheet(similar[0], images, lambda row: training.images([row])[0]), path)
-    reports = [one.report for one in similar]
-    return {"copies": [report.to_json() for report in reports], "verdict": verdict(reports)}
 
 
 def _facts(
@@ -286,9 +256,15 @@ def summary(results: dict[str, Any]) -> list[str]:
             other = f"{results['real'][name]:.5g}"
         lines.append(f"{name:28}{value:14.5g}   {other}".rstrip())
     lines += [f"{name:28}not computed: {why}" for name, why in results["refused"].items()]
-    if "verdict" in results:
-        lines += ["", results["verdict"]]
-    return lines
+    return lines + _copy_lines(results)
+
+
+def _copy_lines(results: Mapping[str, Any]) -> list[str]:
+    lines = [results[name] for name in ("verdict", "replay_verdict") if name in results]
+    if invented := results.get("invented"):
+        known = f"{invented['known_captions']:.1%} of their captions are captions of training images"
+        lines.append(f"invented pairs: {invented['verdict']}; {known}")
+    return ["", *lines] if lines else []
 
 
 if __name__ == "__main__":

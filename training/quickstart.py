@@ -144,7 +144,7 @@ def stages(tiny: bool) -> list[tuple[str, str | None]]:
         (
             f"training/evaluate.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 --split test "
             "--guidance_scale 1.75 --num_inference_steps 20 --num_images 256 --max_real_images 512 "
-            f"--extractor_resolution 128 --copy_spaces [pixels] --grid {RUN}/grid.png",
+            f"--extractor_resolution 128 --copy_spaces [pixels] --replay_images 50 --grid {RUN}/grid.png",
             None,
         ),
     ]

@@ -9,17 +9,18 @@ from PIL import Image
 
 from pipelines.tools.cli import UserError
 from training.metrics.memorization import (
+    CopySearch,
     calibrated_threshold,
     check_memorization,
     compare_pixels,
     compute_sample_similarity,
     contact_sheet,
-    nearest_neighbours,
-    thumbnails,
+    replay_report,
+    replay_verdict,
     verdict,
-    views,
     wilson_interval,
 )
+from training.metrics.neighbours import NeighbourSearch, thumbnails, views
 
 
 def pictures(count: int, seed: int, size: int = 64) -> list[Image.Image]:
@@ -29,22 +30,27 @@ def pictures(count: int, seed: int, size: int = 64) -> list[Image.Image]:
     return [image.resize((size, size), Image.Resampling.BICUBIC) for image in small]
 
 
+def nearest(queries: torch.Tensor, *blocks: torch.Tensor, neighbours: int = 9):
+    search = NeighbourSearch([queries], neighbours=neighbours)
+    for block in blocks:
+        search.add(block)
+    return search.result()
+
+
 def test_the_search_in_blocks_equals_a_full_sort():
     torch.manual_seed(0)
     queries, training = torch.randn(7, 5) + 40, torch.randn(10_000, 5) + 40
-    found = nearest_neighbours(queries, training, 9)
+    found = nearest(queries, training)
     full = torch.cdist(queries.double(), training.double())
     assert torch.equal(found.rows, full.argsort(1)[:, :9])
     torch.testing.assert_close(found.distances.double(), full.sort(1).values[:, :9], rtol=1e-5, atol=1e-5)
-    streamed = nearest_neighbours(queries, iter(training.split(999)), 9)
-    assert torch.equal(streamed.rows, found.rows)
+    assert torch.equal(nearest(queries, *training.split(999)).rows, found.rows)
 
 
 def test_fewer_training_images_than_neighbours():
-    found = nearest_neighbours(torch.zeros(2, 3), torch.ones(4, 3), 50)
-    assert found.rows.shape == (2, 4)
+    assert nearest(torch.zeros(2, 3), torch.ones(4, 3), neighbours=50).rows.shape == (2, 4)
     with pytest.raises(ValueError, match="training images is 0"):
-        nearest_neighbours(torch.zeros(2, 3), [], 50)
+        nearest(torch.zeros(2, 3))
 
 
 def changed(training: list[Image.Image]) -> list[Image.Image]:
@@ -96,6 +102,30 @@ def test_samples_may_be_images_tensors_or_batches():
         assert found.report == expected.report
     with pytest.raises(ValueError, match="0 generated and 60 training images"):
         compute_sample_similarity([], training)
+
+
+def test_sets_are_judged_by_one_threshold_while_training_images_arrive():
+    training, held_out = thumbnails(pictures(300, 0)), thumbnails(pictures(120, 2))
+    sets = {"new": thumbnails(pictures(40, 1)), "copied": training[200:220]}
+    search = CopySearch("pixels", sets, held_out)
+    for batch in training.split(64):
+        search.add(batch)
+    found = search.results()
+    for name, samples in sets.items():
+        alone = compare_pixels(samples, training, held_out)
+        assert found[name].report == alone.report
+        assert torch.equal(found[name].neighbours.rows, alone.neighbours.rows)
+
+
+def test_a_caption_returns_its_image_if_that_is_the_copied_one():
+    training = thumbnails(pictures(100, 0))
+    search = CopySearch("pixels", {"replayed": training[:10]}, thumbnails(pictures(120, 2)))
+    search.add(training)
+    similar = search.results()["replayed"]
+    report = replay_report(similar, torch.tensor([True] * 6 + [False] * 4))  # four return the image of another caption
+    assert (report.returned, report.nearest, report.rate) == (6, 6, 0.6)
+    assert report.lowest_rate < 0.6 < report.highest_rate
+    assert "of 10 training images, the model returned 6 of these images (60.0%) in pixels" in replay_verdict([report])
 
 
 def test_the_closest_pairs_are_drawn_side_by_side():

@@ -194,6 +194,13 @@ EVALUATION = {
         }
     ],
     "verdict": "no sign of copied training images so far: 1 of 256",
+    "replay": [
+        {
+            "space": "latents", "num_images": 100, "returned": 40, "nearest": 73, "rate": 0.4, "lowest_rate": 0.309,
+            "highest_rate": 0.498, "false_positive_rate": 0.02,
+        }
+    ],
+    "invented": {"copies": [{"space": "pixels", "num_images": 64, "copies": 3}], "known_captions": 0.125},
     "step": 1500,
 }  # fmt: skip
 GENERATORS = [name for name in TEMPLATE_NAMES if name.split(".")[0] not in WITHOUT_COPIES]
@@ -213,6 +220,9 @@ def test_an_evaluation_is_stated_with_all_that_it_depends_on(folder):
         "not computed: 256 images are too few for the covariance of 1280 features",
         "Verdict: no sign of copied training images so far.",
         "| pixels | 256 | 1 | 0 | 0.391 % (0.07 % to 2.17 %) | 1 % | 1,800 | 200 |",
+        "| latents | 100 | 40 | 73 | 40 % (30.9 % to 49.8 %) | 2 % |",
+        "12.5 % of their captions are captions of",
+        "| pixels | 64 | 3 |",
     ):
         assert words in text
     assert "ot measured" not in text.split("## Limitations")[0]

@@ -69,6 +69,9 @@ def test_a_diffusion_model(tmp_path, images, name):
     assert results["refused"]["fd"] == "72 images are too few for the covariance of 1280 features"
     assert [report["space"] for report in results["copies"]] == ["pixels", "latents"]
     assert "no sign of copied training images so far" in results["verdict"]
+    # A class or nothing at all does not describe a single training image, a caption does.
+    described = [(report["space"], report["num_images"]) for report in results.get("replay", [])]
+    assert described == ([("pixels", 60), ("latents", 60)] if name.startswith("captioned") else [])
     with Image.open(tmp_path / "grid.png") as grid:
         assert min(grid.size) > 300
 
@@ -139,6 +142,17 @@ def test_captions_are_scored_and_posters_too_small_to_read_are_left_out(tmp_path
     metrics = evaluated(*words, "--scorer", str(scorer), "--output", str(tmp_path / "e.json"))["metrics"]
     assert -1 <= metrics["caption_alignment"] <= 1
     assert "picture_count_share" not in metrics
+
+
+def test_pairs_that_an_image_caption_model_invents_are_compared_with_its_training_pairs(tmp_path, images):
+    model = saved("image_caption", tmp_path)
+    words = ("--model", str(model), "--dataset_name", str(images), "--replay_images", "7", "--split", "train")
+    results = evaluated(*words, "--output", str(tmp_path / "e.json"))
+    assert results["kind"] == "image–caption model"
+    assert [report["num_images"] for report in results["replay"]] == [7]
+    (report,) = results["invented"]["copies"]
+    assert report["num_images"] == 12
+    assert 0 <= results["invented"]["known_captions"] <= 1
 
 
 def test_a_table_compares_several_models(tmp_path, images, capsys):

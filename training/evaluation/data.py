@@ -25,7 +25,7 @@ from training.core.exchange import Exchange
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.data.briefs import BriefedPosters
-from training.data.captions import CaptionDataConfig, CaptionedImages
+from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of
 from training.data.companions import control_of
 from training.data.fingerprints import dataset_fingerprint, evenly_spaced
 from training.data.images import (
@@ -88,6 +88,10 @@ class RealImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def spread(self, at_most: int) -> list[int]:
+        """Return up to `at_most` places of `rows`, evenly spaced."""
+        return list(evenly_spaced(len(self), at_most))
+
     def batches(self, poll: Callable[[], None] = lambda: None) -> Iterator[list[Image.Image]]:
         """Yield all images, some at a time; `poll` is called before each batch and may raise to stop."""
         for start in range(0, len(self), BATCH):
@@ -138,16 +142,34 @@ class EvaluationData:
         stored: the same rows as they are stored.
         splits: real images by split, of which generated ones are compared with up to `max_real_images`.
         training: all images that the model was trained on, up to `max_training_images`; None if there are none.
+        trained: the rows of these images with what the generator needs of them.
     """
 
     def __init__(
-        self, conditions: ImageDataset, stored: Any, splits: Mapping[str, RealImages], training: RealImages | None
+        self,
+        conditions: ImageDataset,
+        stored: Any,
+        splits: Mapping[str, RealImages],
+        training: RealImages | None = None,
+        trained: ImageDataset | None = None,
     ):
-        self.conditions, self.splits, self.training, self._stored = conditions, splits, training, stored
+        self.conditions, self.splits, self.training = conditions, splits, training
+        self._stored, self._trained = stored, trained
 
     def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows for these generated images; with more images than rows, the rows are used again."""
         return conditions_of(self.conditions, numbers)
+
+    def training_items(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows of the training images at these places of `training.rows`."""
+        assert self.training is not None
+        assert self._trained is not None
+        return conditions_of(self._trained, [self.training.rows[place] for place in places])
+
+    def training_captions(self) -> set[str]:
+        """Return all captions of the training split."""
+        assert self._trained is not None
+        return set(captions_of(self._trained.dataset, self._trained.config.caption_column))
 
     @property
     def source(self) -> str:
@@ -222,12 +244,13 @@ def open_evaluation_data(
     if not len(opened):
         raise UserError(f"no images of {data.source} are held out; give another --split, for example train")
     splits = {config.split: RealImages(config.split, plain_images(opened, data), config.max_real_images)}
-    training = None
+    training = conditions = None
     if config.split == "train" or data.train_split in load_all_splits(data):
-        trained = plain_images(load_split(data, "train", seed), data)
+        rows = load_split(data, "train", seed)
+        trained, conditions = plain_images(rows, data), _conditions(rows, data, generator)
         splits = {"train": RealImages("train", trained, config.max_real_images), **splits}
         training = RealImages("train", trained, config.max_training_images)
-    return EvaluationData(_conditions(opened, data, generator), opened, splits, training)
+    return EvaluationData(_conditions(opened, data, generator), opened, splits, training, conditions)
 
 
 def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -> ImageDataset:

@@ -1,8 +1,8 @@
-"""Measurements of generated images against real ones: distances with their floor, colours, and copies."""
+"""Measurements of generated images against real ones: distances with their floor, and colours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,9 @@ from training.metrics.colors import color_difference, color_statistics
 from training.metrics.distances import diversity
 from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor
 from training.metrics.generators import ImageGenerator
-from training.metrics.images import pixels_of
-from training.metrics.memorization import Similarity, compare_pixels, compare_vectors, thumbnails
 from training.metrics.quality import measure_distances, measure_floor
 
 COLOR_IMAGES = 512
-VAE_BATCH = 16
-Encoder = Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass
@@ -43,9 +39,6 @@ class QualityConfig(Options):
     that takes images from 0 to 255"""
     extractor_resolution: int | None = option(None, at_least=32)
     """Width and height to which images are resized for the extractor; if unset, that of the extractor"""
-    copy_spaces: list[str] = option(["pixels", "latents"], choices=("pixels", "latents", "features"))
-    """Where copies of training images are searched for among the generated ones: in pixels, in the latents of the
-    model's autoencoder, in the features of the extractor; '[]' searches nowhere"""
 
 
 def generate(
@@ -90,55 +83,6 @@ def _compared(
         "floor": measure_floor(real, len(images)),
         "real": {"images": len(real), "diversity": diversity(real), **color_statistics(shown)},
     }
-
-
-def find_copies(
-    images: Sequence[Image.Image],
-    training: RealImages,
-    held_out: Sequence[Image.Image],
-    spaces: Mapping[str, Encoder],
-) -> list[Similarity]:
-    """Compare images with all training images; on the main process only.
-
-    Args:
-        held_out: real images that were not trained on, which set the threshold.
-        spaces: names of spaces beside `pixels`, and functions from images to vectors.
-    """
-    known: dict[str, list[Tensor]] = {name: [] for name in ("pixels", *spaces)}
-    for batch in training.batches():
-        known["pixels"].append(thumbnails(batch))
-        for name, encode in spaces.items():
-            known[name].append(encode(batch))
-    real = thumbnails(held_out) if held_out else None
-    found = [compare_pixels(thumbnails(images), torch.cat(known["pixels"]), real)]
-    for name, encode in spaces.items():
-        found.append(
-            compare_vectors(name, encode(images), torch.cat(known[name]), encode(held_out) if held_out else None)
-        )
-    return found
-
-
-def latent_space(generator: ImageGenerator | None) -> dict[str, Encoder]:
-    """Return `latents` with a function from images to the latents of the model's VAE; empty without a VAE."""
-    vae = getattr(getattr(generator, "pipeline", None), "vae", None)
-    if vae is None:
-        return {}
-
-    @torch.inference_mode()
-    def encode(images: Sequence[Image.Image]) -> Tensor:
-        parts = []
-        for start in range(0, len(images), VAE_BATCH):
-            latents = vae.encode(pixels_of(images[start : start + VAE_BATCH]).to(vae.device, vae.dtype))
-            mode = latents.latent_dist.mode() if hasattr(latents, "latent_dist") else latents.latents
-            parts.append(mode.flatten(1).float().cpu())
-        return torch.cat(parts)
-
-    return {"latents": encode}
-
-
-def held_out_images(splits: Mapping[str, RealImages]) -> list[Image.Image]:
-    """Return the real images of all splits but `train`."""
-    return [image for name, split in splits.items() if name != "train" for batch in split.batches() for image in batch]
 
 
 def _some(split: RealImages, at_most: int) -> Iterator[Image.Image]:

@@ -43,6 +43,7 @@ class ImageGenerator:
         kind: what the model is, in words.
         takes_captions, takes_labels, takes_briefs, takes_controls, takes_images: what of a row it needs.
         samples: whether images depend on a seed, rather than only on the row.
+        is_specific: whether what it is given describes a single image, as a caption does, and not a class.
     """
 
     kind = "image generator"
@@ -77,6 +78,10 @@ class ImageGenerator:
         except ValueError as error:  # of check_inputs: a class that the model does not know, for example
             raise UserError(f"the {self.kind} does not take these data: {error}") from None
         return [image.convert("RGB") for image in images]
+
+    @property
+    def is_specific(self) -> bool:
+        return self.takes_captions or self.takes_briefs or self.takes_controls
 
     @property
     def needs(self) -> list[str]:
@@ -184,6 +189,17 @@ class DrawingModel(ImageGenerator):
     ) -> list[Image.Image]:
         images = self.pipeline.draw([item["caption"] for item in items]).images
         return [image.convert("RGB") for image in images]
+
+    @property
+    def invents(self) -> bool:
+        """Whether the model has a prior, from which it invents pairs."""
+        return self.pipeline.prior is not None
+
+    def invent(self, numbers: Sequence[int]) -> list[tuple[Image.Image, str]]:
+        """Return new pairs of image and caption; pair i uses seed + i."""
+        generators = [torch.Generator().manual_seed(self.config.seed + number) for number in numbers]
+        pairs = self.pipeline.sample(len(numbers), generator=generators)
+        return list(zip(pairs.images, pairs.captions, strict=True))
 
     def facts(self) -> dict[str, Any]:
         return {"from": "captions"}

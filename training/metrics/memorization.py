@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,17 +24,14 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.grids import comparison_grid
 from training.metrics.generators import SamplingConfig, generator_of
 from training.metrics.images import to_pil
+from training.metrics.neighbours import BLOCK, THUMBNAIL, Neighbours, NeighbourSearch, pixel_search, thumbnails
 
-NEIGHBOURS = 50
 FALSE_POSITIVE_RATE = 0.01
-# Training images per block of the search: with 10,000 queries, a block of distances takes 160 MB.
-BLOCK = 4096
-THUMBNAIL = 32
-# A generated image may be mirrored or moved by a cell of its thumbnail (3 % of its width) in each direction.
-SHIFTS = (-1, 0, 1)
 # Root mean square difference of pixel values in [0, 1] below which a copy is called exact: JPEG of high quality, or a
 # round trip through a good autoencoder, changes an image by about as much.
 EXACT = 0.02
+# The same for latents and features, as a fraction of the mean distance of real images from their neighbours.
+EXACT_VECTORS = 1e-3
 # With fewer held-out images, the false-positive rate could not be as low as 1 %.
 FEWEST_HELD_OUT = 99
 MOST_CALIBRATION = 1000
@@ -46,122 +42,6 @@ FEWEST_FOR_VERDICT = 1000
 SHEET_PAIRS = 12
 
 Images: TypeAlias = Tensor | Sequence[Image.Image] | Iterable[Any]
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The k nearest training images of each query, nearest first: distances m k (Euclidean) and rows m k (int64)."""
-
-    distances: Tensor
-    rows: Tensor
-
-    @property
-    def ratios(self) -> Tensor:
-        """Distance to the nearest image divided by the mean of all k, from 0 (a copy) to 1: m"""
-        return self.distances[:, 0] / self.distances.mean(1).clamp_min(1e-12)
-
-    def nearer(self, other: Neighbours) -> Neighbours:
-        """Return for each query the neighbours of whichever of the two has the nearer image."""
-        better = (other.distances[:, 0] < self.distances[:, 0])[:, None]
-        return Neighbours(
-            torch.where(better, other.distances, self.distances), torch.where(better, other.rows, self.rows)
-        )
-
-    def without(self, own_rows: Tensor) -> Neighbours:
-        """Remove from the neighbours of each query one row, its own, or else the last one: m k -> m (k - 1)"""
-        is_own = self.rows == own_rows[:, None]
-        is_own[~is_own.any(1), -1] = True
-        shape = (len(self.rows), self.rows.shape[1] - 1)
-        return Neighbours(self.distances[~is_own].reshape(shape), self.rows[~is_own].reshape(shape))
-
-
-def nearest_neighbours(
-    queries: Tensor, training: Tensor | Iterable[Tensor], neighbours: int = NEIGHBOURS
-) -> Neighbours:
-    """Search the nearest training images of each query, block by block, on the device of the queries.
-
-    Args:
-        queries: m D
-        training: n D, or an iterable over blocks of rows (each ? D) if all together do not fit in memory.
-        neighbours: k; lowered to the number of training images.
-
-    Returns:
-        Distances in float32: products of values far from 0 cost precision, so queries and training images are moved by
-        the mean of the first block.
-
-    Raises:
-        ValueError: the number of training images is 0.
-    """
-    blocks = training.split(BLOCK) if isinstance(training, Tensor) else training
-    best: Neighbours | None = None
-    shift: Tensor | None = None
-    start = 0
-    for whole in blocks:
-        for block in whole.split(BLOCK):
-            block = block.to(queries.device, torch.float32)
-            shift = block.mean(0) if shift is None else shift
-            distances = torch.cdist(queries.float() - shift, block - shift)
-            rows = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-            best = _merge(best, distances, rows, neighbours)
-            start += len(block)
-    if best is None:
-        raise ValueError("the number of training images is 0")
-    return Neighbours(best.distances.cpu(), best.rows.cpu())
-
-
-def _merge(best: Neighbours | None, distances: Tensor, rows: Tensor, neighbours: int) -> Neighbours:
-    k = min(neighbours, distances.shape[1])
-    near, columns = distances.topk(k, largest=False)
-    found = rows.gather(1, columns)
-    if best is None:
-        return Neighbours(near, found)
-    near, found = torch.cat([best.distances, near], 1), torch.cat([best.rows, found], 1)
-    order = near.topk(min(neighbours, near.shape[1]), largest=False)
-    return Neighbours(order.values, found.gather(1, order.indices))
-
-
-def thumbnails(images: Sequence[Image.Image]) -> Tensor:
-    """Return images as small RGB vectors: m 3072, uint8, so that a million of them take 3 GB."""
-    size = (THUMBNAIL, THUMBNAIL)
-    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).flatten(1)
-
-
-def _scaled(small: Tensor) -> Tensor:
-    """Return thumbnails as vectors whose Euclidean distance is the root mean square difference of pixels in [0, 1]."""
-    return small.float() / 255 / math.sqrt(small.shape[1])
-
-
-def views(small: Tensor) -> list[Tensor]:
-    """Return thumbnails (m 3072) mirrored or not and moved by up to one cell (3 % of the size) in each direction.
-
-    The result has 18 tensors, the first with the thumbnails as they are. Edges are repeated.
-    """
-    grid = small.reshape(-1, THUMBNAIL, THUMBNAIL, 3)
-    moves = sorted(((x, y) for x in SHIFTS for y in SHIFTS), key=lambda move: move != (0, 0))
-    places = torch.arange(THUMBNAIL)
-    rows = {shift: (places + shift).clamp(0, THUMBNAIL - 1) for shift in SHIFTS}
-    both = (grid, grid.flip(2))
-    return [side[:, rows[y]][:, :, rows[x]].flatten(1) for x, y in moves for side in both]
-
-
-def pixel_neighbours(
-    small: Tensor, training: Tensor, neighbours: int = NEIGHBOURS, *, own_rows: Tensor | None = None
-) -> Neighbours:
-    """Search the nearest training images in pixels, with mirrored and moved views.
-
-    Args:
-        small, training: `thumbnails` of the images and of the training images, m 3072 and n 3072.
-        own_rows: the row of each image if the images are training images; it is not compared with itself.
-    """
-    found: Neighbours | None = None
-    for view in views(small):
-        blocks = (_scaled(block) for block in training.split(BLOCK))
-        there = nearest_neighbours(_scaled(view), blocks, neighbours + (own_rows is not None))
-        there = there if own_rows is None else there.without(own_rows)
-        found = there if found is None else found.nearer(there)
-    assert found is not None
-    return found
 
 
 def calibrated_threshold(
@@ -243,35 +123,68 @@ class Similarity:
         return self.neighbours.ratios.argsort()[:count].tolist()
 
 
-def judge(
-    space: str, generated: Neighbours, real: Neighbours, num_training: int, *, calibrated_on: str, exact_below: float
-) -> Similarity:
-    """Judge generated images by the ratios of real ones.
+class CopySearch:
+    """Compares sets of generated images with all training images in one space, while the training images arrive.
 
     Args:
-        real: neighbours of real images, with which the threshold is set.
-        exact_below: distance below which a copy counts as exact.
+        space: pixels, latents or features; pixels are compared with mirrored and moved views.
+        sets: generated images by the name of their set, each m D; `thumbnails` for pixels.
+        real: real images, with which the threshold is set: h D
+        own_rows: the rows of `real` among the training images; None if they are held-out images.
     """
-    threshold, rate = calibrated_threshold(real.ratios, mutual=calibrated_on == AMONG_THEMSELVES)
-    copied = generated.ratios < threshold
-    copies, total = int(copied.sum()), len(copied)
-    lowest, highest = wilson_interval(copies, total)
-    exact = int((copied & (generated.distances[:, 0] < exact_below)).sum())
-    report = CopyReport(
-        space,
-        total,
-        num_training,
-        len(real.rows),
-        calibrated_on,
-        threshold,
-        rate,
-        copies,
-        exact,
-        copies / total,
-        lowest,
-        highest,
-    )
-    return Similarity(report, generated)
+
+    def __init__(self, space: str, sets: Mapping[str, Tensor], real: Tensor, own_rows: Tensor | None = None):
+        self.space = space
+        self._calibrated_on = "held-out images" if own_rows is None else AMONG_THEMSELVES
+        self._real = self._search(real, own_rows)
+        self._sets = {name: self._search(vectors) for name, vectors in sets.items()}
+        self._waiting: list[Tensor] = []
+        self._count = 0
+
+    def _search(self, vectors: Tensor, own_rows: Tensor | None = None) -> NeighbourSearch:
+        return pixel_search(vectors, own_rows) if self.space == "pixels" else NeighbourSearch([vectors], own_rows)
+
+    def add(self, training: Tensor) -> None:
+        """Add the next training images: ? D"""
+        self._waiting.append(training)
+        self._count += len(training)
+        if sum(map(len, self._waiting)) >= BLOCK:
+            self._compare()
+
+    def _compare(self) -> None:
+        if self._waiting:
+            block, self._waiting = torch.cat(self._waiting), []
+            for search in (self._real, *self._sets.values()):
+                search.add(block)
+
+    def results(self) -> dict[str, Similarity]:
+        """Return the verdict on each set."""
+        self._compare()
+        real = self._real.result()
+        exact = EXACT if self.space == "pixels" else EXACT_VECTORS * float(real.distances.mean())
+        threshold, rate = calibrated_threshold(real.ratios, mutual=self._calibrated_on == AMONG_THEMSELVES)
+        found: dict[str, Similarity] = {}
+        for name, search in self._sets.items():
+            neighbours = search.result()
+            copied = neighbours.ratios < threshold
+            copies, total = int(copied.sum()), len(copied)
+            lowest, highest = wilson_interval(copies, total)
+            report = CopyReport(
+                self.space,
+                total,
+                self._count,
+                len(real.rows),
+                self._calibrated_on,
+                threshold,
+                rate,
+                copies,
+                int((copied & (neighbours.distances[:, 0] < exact)).sum()),
+                copies / total,
+                lowest,
+                highest,
+            )
+            found[name] = Similarity(report, neighbours)
+        return found
 
 
 def compare_pixels(samples: Tensor, training: Tensor, held_out: Tensor | None = None) -> Similarity:
@@ -282,30 +195,18 @@ def compare_pixels(samples: Tensor, training: Tensor, held_out: Tensor | None = 
         held_out: thumbnails of real images that were not trained on, with which the threshold is set. With fewer than
             `FEWEST_HELD_OUT`, training images are compared with each other instead.
     """
-    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
-        real, name = pixel_neighbours(held_out, training), "held-out images"
-    else:
-        rows = _calibration_rows(training)
-        real, name = pixel_neighbours(training[rows], training, own_rows=rows), AMONG_THEMSELVES
-    found = pixel_neighbours(samples, training)
-    return judge("pixels", found, real, len(training), calibrated_on=name, exact_below=EXACT)
+    rows = None
+    if held_out is None or len(held_out) < FEWEST_HELD_OUT:
+        rows = calibration_rows(len(training))
+        held_out = training[rows]
+    search = CopySearch("pixels", {"": samples}, held_out, rows)
+    search.add(training)
+    return search.results()[""]
 
 
-def compare_vectors(space: str, samples: Tensor, training: Tensor, held_out: Tensor | None = None) -> Similarity:
-    """Compare images with all training images by their latents or features; as `compare_pixels`, with m D and n D."""
-    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
-        real, name = nearest_neighbours(held_out, training), "held-out images"
-    else:
-        rows = _calibration_rows(training)
-        real = nearest_neighbours(training[rows], training, NEIGHBOURS + 1).without(rows)
-        name = AMONG_THEMSELVES
-    found = nearest_neighbours(samples, training)
-    exact_below = 1e-3 * float(real.distances.mean())
-    return judge(space, found, real, len(training), calibrated_on=name, exact_below=exact_below)
-
-
-def _calibration_rows(training: Tensor) -> Tensor:
-    return torch.linspace(0, len(training) - 1, min(len(training), MOST_CALIBRATION)).round().long()
+def calibration_rows(num_training: int) -> Tensor:
+    """Return the rows of the training images that are compared with the others where nothing is held out."""
+    return torch.linspace(0, num_training - 1, min(num_training, MOST_CALIBRATION)).round().long()
 
 
 def compute_sample_similarity(samples: Images, training_data: Images, held_out: Images | None = None) -> Similarity:
@@ -390,6 +291,60 @@ def verdict(reports: Iterable[CopyReport | Mapping[str, Any]], tolerance: float 
     else:
         says = "no copied training images were found" if enough else "no sign of copied training images so far"
     return f"{says}: {counted}" + ("" if enough else f"; a verdict needs {FEWEST_FOR_VERDICT:,} images")
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """What a model returns for the captions (briefs, control images) of its training images, in one space.
+
+    Attributes:
+        returned: number of captions for which it returned a copy of their own training image.
+        nearest: number of captions whose own training image is the nearest one to what it returned.
+        rate, lowest_rate, highest_rate: fraction of `returned` with its 95 % confidence interval.
+        false_positive_rate: at most this fraction is counted by chance.
+    """
+
+    space: str
+    num_images: int
+    returned: int
+    nearest: int
+    rate: float
+    lowest_rate: float
+    highest_rate: float
+    false_positive_rate: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def replay_report(similarity: Similarity, is_own: Tensor) -> ReplayReport:
+    """Count the captions of training images for which a model returned a copy of their own image.
+
+    Args:
+        similarity: images that were generated from the captions of training images.
+        is_own: whether the nearest training image of each is that of its caption: m, bool
+    """
+    report, total = similarity.report, len(is_own)
+    returned = int((similarity.is_copy & is_own).sum())
+    return ReplayReport(
+        report.space,
+        total,
+        returned,
+        int(is_own.sum()),
+        returned / total,
+        *wilson_interval(returned, total),
+        report.false_positive_rate,
+    )
+
+
+def replay_verdict(reports: Sequence[ReplayReport]) -> str:
+    """Return in words what a model returns for the captions of its training images, from its reports in all spaces."""
+    worst = max(reports, key=lambda report: report.lowest_rate - report.false_positive_rate)
+    return (
+        f"given the captions, briefs or controls of {worst.num_images:,} training images, the model returned "
+        f"{worst.returned} of these images ({worst.rate:.1%}) in {worst.space}; at most "
+        f"{worst.false_positive_rate:.1%} by chance"
+    )
 
 
 def contact_sheet(

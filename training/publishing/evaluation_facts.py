@@ -64,7 +64,10 @@ def evaluation_facts(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
         ],
         "refused": [(metric_cell(name), cell(why)) for name, why in _mapping(evaluation, "refused").items()],
         "verdict": literal(str(evaluation.get("verdict") or "").split(":")[0]),
-        "copies": [_copies(report) for report in evaluation.get("copies") or [] if isinstance(report, Mapping)],
+        "copies": [_copies(report) for report in _reports(evaluation, "copies")],
+        "replay": [_replay(report) for report in _reports(evaluation, "replay")],
+        "invented": [_copies(report) for report in _reports(_mapping(evaluation, "invented"), "copies")],
+        "known_captions": percent(_mapping(evaluation, "invented").get("known_captions")),
     }
 
 
@@ -106,13 +109,28 @@ def _with_error(evaluation: Mapping[str, Any], name: str, value: Any) -> str:
     return shown(value) + (f" (standard error {shown(error)})" if error is not None else "")
 
 
+def _reports(source: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    return [report for report in source.get(name) or [] if isinstance(report, Mapping)]
+
+
 def _copies(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the cells of a row about copies in one space."""
-    interval = [percent(report.get(name)) for name in ("lowest_rate", "highest_rate")]
-    rate = percent(report.get("copy_rate")) + (f" ({interval[0]} to {interval[1]})" if all(interval) else "")
     counts = [shown(report.get(name, "")) for name in ("num_images", "copies", "exact_copies")]
     compared = [shown(report.get(name, "")) for name in ("num_training", "num_held_out")]
+    rate = _rate(report, "copy_rate")
     return (shown(report.get("space", "")), *counts, rate, percent(report.get("false_positive_rate")), *compared)
+
+
+def _replay(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a row about what the model returns for the captions of training images, in one space."""
+    counts = [shown(report.get(name, "")) for name in ("num_images", "returned", "nearest")]
+    return (shown(report.get("space", "")), *counts, _rate(report, "rate"), percent(report.get("false_positive_rate")))
+
+
+def _rate(report: Mapping[str, Any], name: str) -> str:
+    """Return a rate with its interval."""
+    interval = [percent(report.get(end)) for end in ("lowest_rate", "highest_rate")]
+    return percent(report.get(name)) + (f" ({interval[0]} to {interval[1]})" if all(interval) else "")
 
 
 def evaluation_results(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None, task: str) -> list[EvalResult]:
