@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.tools.cli import UserError
+from tests.support.runs import ROOT
 from training.metrics.memorization import (
     CopySearch,
     calibrated_threshold,
@@ -195,3 +199,29 @@ def test_the_false_positive_rate_without_held_out_images_is_the_stated_one():
 def test_wilson_interval_of_known_values():
     assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+
+
+LATENTS = """
+import resource, sys, torch
+from training.metrics.memorization import CopySearch
+
+queries, images = map(int, sys.argv[1:])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.manual_seed(0)
+sets = {"generated": torch.randn(queries, 16 * 16 * 4)}
+search = CopySearch("latents", sets, torch.randn(1000, 16 * 16 * 4))
+for _ in range(images // 1000):
+    search.add(torch.randn(1000, 16 * 16 * 4))
+report = search.results()["generated"].report
+assert (report.num_images, report.num_training) == (queries, images)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+@pytest.mark.parametrize("images", [20_000, pytest.param(1_000_000, marks=pytest.mark.long)])
+@pytest.mark.slow
+def test_ten_thousand_latents_are_compared_with_a_million_within_two_gigabytes(images):
+    words = [sys.executable, "-c", LATENTS, "10000", str(images)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    print(done.stdout)
+    assert float(done.stdout) < 2
