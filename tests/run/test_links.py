@@ -83,6 +83,16 @@ def test_a_run_that_was_copied_without_its_links_resumes_bit_for_bit(tmp_path, h
     assert names == {path.name for path in (whole / "checkpoints").iterdir()}
 
 
+def test_a_complete_run_without_its_links_gets_them_again(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    for name in ("latest", "best"):
+        (folder / "checkpoints" / name).unlink()
+    assert run(folder, *FLAGS) == 0
+    for name in ("latest", "best"):
+        assert os.readlink(folder / "checkpoints" / name) == os.readlink(whole / "checkpoints" / name)
+
+
 @can_refuse
 def test_a_run_on_a_file_system_without_links(tmp_path, whole):
     """Trained, pruned, resumed, exported, and resumed from `best`; then moved to a file system that has links."""

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -91,7 +92,8 @@ def link(checkpoints: Path, name: str, target: Path) -> None:
     if place.is_dir() and not place.is_symlink():
         set_aside(place)
     temporary = checkpoints / f"{WRITING}{os.getpid()}-{name}"
-    temporary.unlink(missing_ok=True)
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
     try:
         temporary.symlink_to(target.name)
         os.replace(temporary, place)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from pipelines.tools.checkpoint_links import LINKS, MANIFEST, STATE_FILE
+from pipelines.tools.checkpoint_links import LINKS, MANIFEST, STATE_FILE, linked_checkpoint
 from training.core.files import REPLACED, WRITING, delete_leftovers, read_json_object, recover_folder
 from training.run import checkpoint
 from training.run.checkpoint import DELETING
@@ -27,6 +28,7 @@ def put_in_order(folder: RunFolder) -> None:
     clear_leftovers(folder.checkpoints)
     for name in LINKS:
         _link_copy(folder.checkpoints, name)
+        _link_again(folder.checkpoints, name)
 
 
 def clear_leftovers(checkpoints: Path) -> None:
@@ -36,6 +38,14 @@ def clear_leftovers(checkpoints: Path) -> None:
             recover_folder(checkpoints / leftover.name.removeprefix(prefix))
     for leftover in checkpoints.glob(f"{DELETING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _link_again(checkpoints: Path, name: str) -> None:
+    """Make the link `latest` or `best` where it is missing, because the disk failed or a copy left links out."""
+    meant = linked_checkpoint(checkpoints, name)
+    if meant is not None and not os.path.lexists(checkpoints / name):
+        with suppress(OSError):  # the checkpoint is found without a link, too
+            checkpoint.link(checkpoints, name, meant)
 
 
 def _link_copy(checkpoints: Path, name: str) -> None:
