@@ -107,7 +107,8 @@ def measure_copies(
     training = data.training
     assert training is not None
     named = {"generated": sets.generated, "replayed": sets.replayed, "invented": sets.invented}
-    found = find_copies({k: v for k, v in named.items() if v}, training, held_out_images(data.splits), spaces)
+    held_out = [image for batch in data.held_out.batches() for image in batch] if data.held_out else []
+    found = find_copies({k: v for k, v in named.items() if v}, training, held_out, spaces)
     first = found["generated"][0]
     if sheet := sheet or (default_sheet if first.report.copies else None):
         save_png(contact_sheet(first, sets.generated, lambda row: training.images([row])[0]), sheet)
@@ -192,8 +193,3 @@ def latent_space(generator: ImageGenerator | None) -> dict[str, Encoder]:
         return torch.cat(parts)
 
     return {"latents": encode}
-
-
-def held_out_images(splits: Mapping[str, RealImages]) -> list[Image.Image]:
-    """Return the real images of all splits but `train`."""
-    return [image for name, split in splits.items() if name != "train" for batch in split.batches() for image in batch]

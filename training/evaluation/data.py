@@ -143,6 +143,7 @@ class EvaluationData:
         splits: real images by split, of which generated ones are compared with up to `max_real_images`.
         training: all images that the model was trained on, up to `max_training_images`; None if there are none.
         trained: the rows of these images with what the generator needs of them.
+        held_out: real images that were not trained on; None if there are none.
     """
 
     def __init__(
@@ -152,8 +153,9 @@ class EvaluationData:
         splits: Mapping[str, RealImages],
         training: RealImages | None = None,
         trained: ImageDataset | None = None,
+        held_out: RealImages | None = None,
     ):
-        self.conditions, self.splits, self.training = conditions, splits, training
+        self.conditions, self.splits, self.training, self.held_out = conditions, splits, training, held_out
         self._stored, self._trained = stored, trained
 
     def items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -250,7 +252,17 @@ def open_evaluation_data(
         trained, conditions = plain_images(rows, data), _conditions(rows, data, generator)
         splits = {"train": RealImages("train", trained, config.max_real_images), **splits}
         training = RealImages("train", trained, config.max_training_images)
-    return EvaluationData(_conditions(opened, data, generator), opened, splits, training, conditions)
+    held_out = splits[config.split] if config.split != "train" else _held_out(data, seed, config.max_real_images)
+    return EvaluationData(_conditions(opened, data, generator), opened, splits, training, conditions, held_out)
+
+
+def _held_out(data: DataConfig, seed: int, at_most: int) -> RealImages | None:
+    """Return the validation images, or None if the data have none."""
+    try:
+        rows = load_split(data, "validation", seed)
+    except UserError:  # a run on other data held images out under another name
+        return None
+    return RealImages("validation", plain_images(rows, data), at_most) if len(rows) else None
 
 
 def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -> ImageDataset:
