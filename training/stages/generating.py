@@ -94,9 +94,18 @@ class GeneratingStage(ImageStage):
 
         def some(numbers: Sequence[int]) -> list[Image.Image]:
             self.context.poll()
-            return generator(conditions_of(self.shown_data, numbers), numbers, self.context.poll)
+            return generator(self._conditions(numbers), numbers, self.context.poll)
 
         return exchange.map(some, config.evaluation_images, config.train_batch_size)
+
+    def _conditions(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows for these images: held-out and training rows in turn, since the captions of training images
+        are those for which a model is likeliest to copy."""
+        found: dict[int, dict[str, Any]] = {}
+        for remainder, data in enumerate((self.shown_data, self.training_set)):
+            if own := [number for number in numbers if number % 2 == remainder]:
+                found |= dict(zip(own, conditions_of(data, [number // 2 for number in own]), strict=True))
+        return [found[number] for number in numbers]
 
     def _distances(self, images: Sequence[Image.Image], exchange: Exchange) -> dict[str, float]:
         def some(numbers: Sequence[int]) -> list[Tensor]:
