@@ -119,8 +119,11 @@ class Similarity:
         return self.neighbours.ratios < self.report.threshold
 
     def closest(self, count: int) -> list[int]:
-        """Return the generated images with the lowest ratios, the closest first."""
-        return self.neighbours.ratios.argsort()[:count].tolist()
+        """Return the generated images with the lowest ratios, the closest first, and one for each training image."""
+        nearest: dict[int, int] = {}
+        for number in self.neighbours.ratios.argsort().tolist():
+            nearest.setdefault(int(self.neighbours.rows[number, 0]), number)
+        return list(nearest.values())[:count]
 
 
 class CopySearch:
@@ -353,7 +356,7 @@ def contact_sheet(
     training_image: Callable[[int], Image.Image],
     count: int = SHEET_PAIRS,
 ) -> Image.Image:
-    """Draw the closest pairs: each generated image beside its nearest training image, the closest pair first."""
+    """Draw the closest pairs: a generated image beside its nearest training image, each training image once."""
     rows, titles = [], []
     for number in similarity.closest(count):
         row = int(similarity.neighbours.rows[number, 0])
