@@ -48,11 +48,11 @@ SMALLEST_DEVIATION = 1e-3
 class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_abstractor.py."""
 
-    output_dir: str = option("runs/abstractor", on_resume="free")
+    output_dir: str = option("runs/abstractor", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: AbstractorConfig = option(AbstractorConfig)
     """The network"""
-    encoder: str | None = option(None, content="encoder")
+    encoder: str | None = option(None, content="encoder", essential=True)
     """Layout encoder (run folder, checkpoint, pipeline folder or Hub id) whose predicted features are also used for
     training; if unset, only the true features of the dataset are used"""
     predicted_share: float = option(0.5, on_resume="warn", at_least=0, at_most=1)

@@ -60,23 +60,23 @@ RECONSTRUCTION = ("l1", "l2", "perceptual")
 class Config(HeadsConfig, ImageStageConfig):
     """Flags of train_autoencoder.py."""
 
-    output_dir: str = option("runs/autoencoder", on_resume="free")
+    output_dir: str = option("runs/autoencoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: AutoencoderModelConfig = option(AutoencoderModelConfig)
     """The autoencoder"""
-    l1_weight: float = option(1.0, on_resume="warn", at_least=0)
+    l1_weight: float = option(1.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the mean absolute error"""
-    l2_weight: float = option(0.0, on_resume="warn", at_least=0)
+    l2_weight: float = option(0.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the mean squared error"""
-    kl_weight: float = option(1e-6, on_resume="warn", at_least=0)
+    kl_weight: float = option(1e-6, on_resume="warn", at_least=0, essential=True)
     """Weight of the KL divergence of the posterior from a standard normal; unused by classes without a posterior"""
     latent_noise: float = option(0.0, on_resume="warn", at_least=0)
     """Noise added to the latents before decoding, relative to their standard deviation; makes the decoder robust"""
-    perceptual_weight: float = option(0.0, on_resume="warn", at_least=0)
+    perceptual_weight: float = option(0.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the perceptual loss, which needs --perceptual_backbone; 0 disables it"""
     perceptual_backbone: str | None = option(None, on_resume="warn")
     """Transformers vision backbone of the perceptual loss: a Hub id such as microsoft/resnet-18, or a folder"""
-    adversarial_weight: float = option(0.0, on_resume="warn", at_least=0)
+    adversarial_weight: float = option(0.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the adversarial loss of a patch discriminator; 0 trains without a discriminator"""
     discriminator_start: int = option(1000, on_resume="warn", at_least=0)
     """First step at which the discriminator trains and the adversarial loss is added"""

@@ -56,12 +56,12 @@ MODES = ("add", "gated", "concat", "film", "cross_attention")
 class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_controlnet.py."""
 
-    output_dir: str = option("runs/controlnet", on_resume="free")
+    output_dir: str = option("runs/controlnet", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
-    base_model: str = option("", content="base_model")
+    base_model: str = option("", content="base_model", essential=True)
     """Base model, which stays frozen (required): run folder, checkpoint, pipeline folder or Hub id of a model
     trained with train_latent_diffusion.py or train_decoder.py"""
-    fusion_mode: str = option("add", choices=MODES)
+    fusion_mode: str = option("add", choices=MODES, essential=True)
     """How control features enter the U-Net: add (as in ControlNet), gated (added with a learned gate), concat, film
     (scale and shift) or cross_attention"""
     conditioning_classes: int = option(0, at_least=0)
@@ -69,7 +69,7 @@ class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, ImageStageConf
     values"""
     control_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Probability of training a sample with an empty (black) control, independently of --cfg_dropout"""
-    reader: str | None = option(None, on_resume="free")
+    reader: str | None = option(None, on_resume="free", essential=True)
     """Layout encoder, or autoencoder with a segmentation head (run folder, checkpoint, pipeline folder or Hub id),
     that predicts the controls of generated images; their mean IoU with the true controls is logged as
     val_control_iou. If unset, this metric is not computed"""

@@ -40,7 +40,7 @@ PRESET = "configs/experiments/posters/decoder_64.yaml"
 class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_decoder.py."""
 
-    output_dir: str = option("runs/posters/decoder", on_resume="free")
+    output_dir: str = option("runs/posters/decoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""

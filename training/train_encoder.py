@@ -45,7 +45,7 @@ MASKS = ("text_mask", "image_mask")
 class Config(ImageStageConfig, PosterDataConfig):
     """Flags of train_encoder.py."""
 
-    output_dir: str = option("runs/encoder", on_resume="free")
+    output_dir: str = option("runs/encoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     model: LayoutEncoderConfig = option(LayoutEncoderConfig)
     """The layout encoder"""

@@ -58,7 +58,7 @@ VARIANCE_IMAGES = 256
 class Config(ImageCaptionObjectiveConfig, PreviewConfig, RunEvaluationConfig, CaptionDataConfig, ImageStageConfig):
     """Flags of train_image_caption.py."""
 
-    output_dir: str = option("runs/image_caption", on_resume="free")
+    output_dir: str = option("runs/image_caption", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     lr_scheduler: str = option("cosine", on_resume="warn", choices=LR_SCHEDULERS)
     """Learning-rate schedule: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
@@ -67,7 +67,7 @@ class Config(ImageCaptionObjectiveConfig, PreviewConfig, RunEvaluationConfig, Ca
     """Encoders and decoders of images and captions"""
     prior: LatentPriorConfig = option(LatentPriorConfig)
     """The latent prior, which generates new pairs of image and caption"""
-    preview_prompts: list[str] | None = option(None, on_resume="free")
+    preview_prompts: list[str] | None = option(None, on_resume="free", essential=True)
     """Captions for which the previews show generated images, e.g. '[a red heart,a smiling face]'; if unset, those of
     the first validation images"""
     num_previews: int = option(6, on_resume="free", at_least=1)

@@ -50,17 +50,17 @@ PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
 
-    output_dir: str = option("runs/latent_diffusion", on_resume="free")
+    output_dir: str = option("runs/latent_diffusion", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
-    vae: str = option("", content="vae")
+    vae: str = option("", content="vae", essential=True)
     """VAE that encodes the images to latents (required): Hub id, VAE or pipeline folder, or autoencoder run folder"""
     latent_cache: str | None = option(None, content="latent_cache")
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
     images. If unset, images are encoded at every step"""
-    condition_on: list[str] = option(["caption"], choices=("caption", "label"))
+    condition_on: list[str] = option(["caption"], choices=("caption", "label"), essential=True)
     """Conditions of the model: '[caption]', '[label]', '[caption,label]' or '[]' (unconditional)"""
-    tokenizer: str | None = option(None, content="tokenizer")
+    tokenizer: str | None = option(None, content="tokenizer", essential=True)
     """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; required for captions unless
     --pretrained_text_encoder is set, which then also supplies the tokenizer"""
     pretrained_text_encoder: str | None = option(None, content="text_encoder")
@@ -72,7 +72,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConf
     caption_prior: CaptionPriorConfig = option(CaptionPriorConfig)
     """Caption prior: a small MLP that predicts the latents from the caption; its prediction is concatenated to the
     U-Net's input"""
-    preview_prompts: list[str] | None = option(None, on_resume="free")
+    preview_prompts: list[str] | None = option(None, on_resume="free", essential=True)
     """Prompts of the previews, e.g. '[a red circle,a blue square]'; if unset, captions of the validation data"""
     preview_guidance_scale: float = option(2.5, on_resume="free")
     """Guidance scale of the previews"""

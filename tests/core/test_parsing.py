@@ -10,7 +10,15 @@ import yaml
 
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
-from training import train_autoencoder
+from training import (
+    train_abstractor,
+    train_autoencoder,
+    train_controlnet,
+    train_decoder,
+    train_encoder,
+    train_image_caption,
+    train_latent_diffusion,
+)
 from training.core.options import Options, option
 from training.core.parsing import known_names, parse_config
 from training.engine.run_config import RunConfig
@@ -169,9 +177,9 @@ def test_a_preset_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         parse("--config")
 
 
-def help_of(capsys, config_class: type = Config, **arguments: str) -> str:
+def help_of(capsys, config_class: type = Config, word: str = "--help_all", **arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        parse_config(config_class, ["--help"], **arguments)
+        parse_config(config_class, [word], **arguments)
     assert exit_info.value.code == 0
     return capsys.readouterr().out
 
@@ -209,11 +217,29 @@ def test_help_explains_files_lists_and_booleans(capsys):
     output = " ".join(help_of(capsys, description="A command.", preset="configs/experiments/stage/tiny.yaml").split())
     assert "A command. Lists are written in quotes, as in '[a,b]'" in output
     assert "A boolean flag without a value means true. --print_config shows all settings." in output
-    assert "the name of a preset, e.g. stage/tiny; command-line flags override it" in output
+    assert "or the name of a preset; flags override it" in output
     assert "Without any arguments, stage/tiny is used" in output
     assert "YAML file with the --model.* options below, without this prefix" in output
     assert "preset" not in " ".join(help_of(capsys, Plain).split())
     assert "Lists" not in help_of(capsys, Plain)
+
+
+STAGES = [train_abstractor, train_autoencoder, train_controlnet, train_decoder, train_encoder, train_image_caption,
+          train_latent_diffusion]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_the_help_of_a_training_script_is_short_and_names_the_rest(capsys, monkeypatch, stage):
+    monkeypatch.setenv("COLUMNS", "120")
+    short = help_of(capsys, stage.Config, "--help", description=stage.__doc__, preset=stage.PRESET)
+    everything = help_of(capsys, stage.Config, "--help_all", description=stage.__doc__, preset=stage.PRESET)
+    assert len(short.splitlines()) <= 60
+    for name in ("--dataset_name", "--train_data_dir", "--output_dir", "--max_train_steps", "(default: 0.0001)"):
+        assert name in short
+    titles = re.findall(r"^([A-Z][a-z ]+):$", everything, re.MULTILINE)
+    assert titles == ["Essentials", "Data", "Length", "Saving and measuring", "Trackers", "Hub", "Advanced"]
+    count = len(re.findall(r"^  -", everything, re.MULTILINE))
+    assert f"--help_all lists all {count} options: Data, Length, Saving and measuring, Trackers" in short
 
 
 def test_a_file_of_a_group_has_its_options_without_the_prefix(tmp_path):
@@ -224,7 +250,7 @@ def test_a_file_of_a_group_has_its_options_without_the_prefix(tmp_path):
 
 @pytest.mark.parametrize("config_class", [Config, train_autoencoder.Config])
 def test_no_description_ends_with_a_full_stop(capsys, config_class):
-    words = " ".join(help_of(capsys, config_class).split("options:\n", 1)[1].split())
+    words = " ".join(re.split(r"\n[\w*.-]+:\n", help_of(capsys, config_class), maxsplit=1)[1].split())
     assert re.findall(r"[^ ]*[^.]\.(?: \(default: [^ ]*\))?(?= --| [A-Z][^ ]* --|$)", words) == []
 
 

@@ -12,7 +12,9 @@ from training.core.options import Options, option
 class BatchConfig(Options):
     """Options for the number of images per step."""
 
-    train_batch_size: int = option(16, on_resume="warn", at_least=1)
+    help_group = "Length"
+
+    train_batch_size: int = option(16, on_resume="warn", at_least=1, essential=True)
     """Batch size per process (of one micro-batch)"""
     gradient_accumulation_steps: int = option(1, on_resume="warn", at_least=1)
     """Number of micro-batches to accumulate before each optimizer step"""

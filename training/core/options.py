@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.credentials import mask_credentials
@@ -32,6 +32,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     usual: str = "",
+    essential: bool = False,
 ) -> Any:
     """Define a config field.
 
@@ -44,9 +45,17 @@ def option(
         choices: the allowed values, or the allowed entries of a list.
         at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
         usual: a usual value, shown in the message about a value that is out of bounds.
+        essential: whether `--help` lists the option; `--help_all` lists all of them.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"on_resume": on_resume, "content": content, "choices": choices, "bounds": bounds, "usual": usual}
+    metadata = {
+        "on_resume": on_resume,
+        "content": content,
+        "choices": choices,
+        "bounds": bounds,
+        "usual": usual,
+        "essential": essential,
+    }
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -69,7 +78,13 @@ def _check_size(flag: str, value: Any) -> None:
 
 @dataclass
 class Options:
-    """Base class of configs and of their parts."""
+    """Base class of configs and of their parts.
+
+    Attributes:
+        help_group: the group under which `--help_all` lists the options of a part; see `core/help.py`.
+    """
+
+    help_group: ClassVar[str] = "Advanced"
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError for invalid values. This base method checks the bounds and choices of each field.

@@ -17,6 +17,7 @@ import yaml
 from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_token
 from pipelines.tools.files import read_text
 from pipelines.tools.resources import PRESETS, find_file
+from training.core.help import HELP_ALL, help_text
 from training.core.options import Options
 from training.core.settings import read_settings
 
@@ -32,7 +33,7 @@ def parse_config(
         config_class: a dataclass of options. The docstring under a field is its help text; the fields of a group are
             `--model.field`.
         argv: the arguments after the program's name; None uses the arguments of this process.
-        description: shown by `--help`.
+        description: shown by `--help` and `--help_all`.
         preset: path of the preset to use if `argv` is empty.
 
     Raises:
@@ -45,8 +46,8 @@ def parse_config(
     if preset and not words:
         words = ["--config", preset]
     parser = _parser(config_class, description, preset)
-    if any(word in ("-h", "--help") for word in words):
-        parser.print_help()
+    if any(word in ("-h", "--help", HELP_ALL) for word in words):
+        print(help_text(parser, config_class, everything=HELP_ALL in words), end="")
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
     try:
@@ -148,11 +149,11 @@ def _notation(parser: jsonargparse.ArgumentParser) -> str:
 
 def _config_help(preset: str) -> str:
     if not preset:
-        return "YAML file with any of the options below; command-line flags override it"
+        return "YAML file with any of these options; flags override it"
     name = preset.removeprefix(f"{PRESETS}/").removesuffix(".yaml")
     return (
-        f"YAML file with any of the options below, or the name of a preset, e.g. {name}; command-line flags override "
-        f"it. Without any arguments, {name} is used"
+        f"YAML file with any of these options, or the name of a preset; flags override it. Without any arguments, "
+        f"{name} is used"
     )
 
 
@@ -191,7 +192,7 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
         name = word[2:].split("=", 1)[0]
         inside_dict = any(name.startswith(k + ".") for k in known if "." in k or k in ("extra",))
         if name not in known and not inside_dict:
-            raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help lists them all)")
+            raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help_all lists them all)")
 
 
 def _explain_type(expected: re.Match[str]) -> str:

@@ -51,6 +51,8 @@ ASPECT_IMAGES = 64
 class CaptionDataConfig(DataConfig):
     """Source of images with captions, and how both are read."""
 
+    help_group = "Data"
+
     validation_fraction: float = option(0.1, at_least=0, below=1)
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     image_fit: Literal["crop", "stretch"] = option("crop")

@@ -44,6 +44,8 @@ NUMBER_COLUMNS = (*GRAMMAR, *COUNTS)
 class PosterDataConfig(DataConfig):
     """Source of the posters, and how they are augmented in training."""
 
+    help_group = "Data"
+
     photometric_augmentation: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of random brightness, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 disables
     them, 1 resembles a bad photograph of a poster"""

@@ -47,15 +47,17 @@ _SPLIT_FOLDERS = {
 class DataConfig(Options):
     """Source of the images, its columns, and how images are cropped."""
 
-    dataset_name: str | None = option(None, content="data")
+    help_group = "Data"
+
+    dataset_name: str | None = option(None, content="data", essential=True)
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
-    train_data_dir: str | None = option(None, content="data")
+    train_data_dir: str | None = option(None, content="data", essential=True)
     """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces --dataset_name"""
     image_column: str = option("image")
     """Column with the images"""
-    caption_column: str = option("text")
+    caption_column: str = option("text", essential=True)
     """Column with the captions: a text, or a list of texts from which one is drawn at random each time"""
     label_column: str = option("label")
     """Column with the class labels: class names, or numbers from 0"""
@@ -74,7 +76,7 @@ class DataConfig(Options):
     """Split to validate on; if it does not exist, --validation_fraction of the training split is held out"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
-    resolution: int = option(64, at_least=8)
+    resolution: int = option(64, at_least=8, essential=True)
     """Size of the square training images in pixels; images are cropped to a square and resized to it"""
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each

@@ -26,6 +26,8 @@ CLASSES_SHOWN = 12
 class BalanceConfig(Options):
     """Options for drawing rare classes more often."""
 
+    help_group = "Data"
+
     balance_by: str | None = option(None)
     """Column with the class of each row; rows of rare classes are drawn more often (see --balance_power). If unset,
     all rows are drawn equally often"""

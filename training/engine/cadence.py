@@ -11,13 +11,15 @@ from training.core.options import Options, option
 class CadenceConfig(Options):
     """How often a run logs, validates, shows previews and saves."""
 
+    help_group = "Saving and measuring"
+
     logging_steps: int = option(10, on_resume="warn", at_least=1)
     """Write a row to metrics.csv every N optimizer steps, and at the end of each epoch"""
     validation_epochs: int = option(1, on_resume="warn", at_least=0)
     """Validate every N epochs; 0 disables it. A run always ends with a validation"""
     validation_steps: int = option(0, on_resume="warn", at_least=0)
     """Validate every N optimizer steps, in addition to --validation_epochs; 0 disables it"""
-    evaluation_epochs: int = option(0, on_resume="warn", at_least=0)
+    evaluation_epochs: int = option(0, on_resume="warn", at_least=0, essential=True)
     """Measure generated images every N epochs: their distance from real ones, and copies of training images; 0 disables
     it. If it is on, a run also ends with a measurement"""
     evaluation_steps: int = option(0, on_resume="warn", at_least=0)

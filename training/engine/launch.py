@@ -42,7 +42,7 @@ KEPT_BYTES, LARGEST_KEPT_BLOCK = 2_000_000_000, 1_000_000_000
 class LaunchConfig(Options):
     """Precision and threads of each process; everything else comes from the Accelerate config."""
 
-    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn", essential=True)
     """One of no, fp16, bf16 or auto (bf16 on GPUs that support it and CPUs with AMX, otherwise no); if
     unset, the value of the Accelerate config"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)

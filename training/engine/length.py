@@ -13,13 +13,15 @@ from training.run.state import RunState
 class LengthConfig(Options):
     """Three ways to set the length of a run."""
 
-    num_train_epochs: int = option(10, on_resume="free", at_least=0)
+    help_group = "Length"
+
+    num_train_epochs: int = option(10, on_resume="free", at_least=0, essential=True)
     """Total number of epochs, counted from the first start of the run"""
     extra_epochs: int = option(0, on_resume="free", at_least=0)
     """Train N more epochs after a complete run; overrides --num_train_epochs and --max_train_steps; 0 disables it"""
-    max_train_steps: int = option(0, on_resume="free", at_least=0)
+    max_train_steps: int = option(0, on_resume="free", at_least=0, essential=True)
     """Total number of optimizer steps; overrides --num_train_epochs; 0 disables it"""
-    max_train_minutes: float = option(0.0, on_resume="free", at_least=0)
+    max_train_minutes: float = option(0.0, on_resume="free", at_least=0, essential=True)
     """Time limit in minutes for the whole run; the speed of this machine is measured first, and the number of steps
     (and with it the learning-rate schedule) is shortened to fit. 0 disables it"""
 

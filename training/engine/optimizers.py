@@ -20,7 +20,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adam", "sgd")
 class OptimizerConfig(Options):
     """Options for the optimizers; every phase has its own."""
 
-    learning_rate: float = option(1e-4, on_resume="warn", above=0, usual="1e-4")
+    learning_rate: float = option(1e-4, on_resume="warn", above=0, usual="1e-4", essential=True)
     """Peak learning rate"""
     optimizer: str = option("adamw", choices=OPTIMIZERS)
     """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adam or sgd"""

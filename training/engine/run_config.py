@@ -27,9 +27,9 @@ from training.run.state import EarlyStoppingConfig
 class SessionConfig(Options):
     """The random seed, and what the command does instead of training."""
 
-    seed: int = option(0)
+    seed: int = option(0, essential=True)
     """Random seed; the same seed gives the same run"""
-    dry_run: bool = option(False, on_resume="free")
+    dry_run: bool = option(False, on_resume="free", essential=True)
     """Print the resolved config, parameter counts, steps per epoch and a memory estimate, and exit"""
     validate_only: bool = option(False, on_resume="free")
     """Validate the checkpoint selected by --resume_from_checkpoint, or the model given by --validate_model, print

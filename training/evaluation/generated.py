@@ -29,7 +29,7 @@ COLOR_IMAGES = 512
 class QualityConfig(Options):
     """What is measured of generated images."""
 
-    num_images: int = option(1000, at_least=4)
+    num_images: int = option(1000, at_least=4, essential=True)
     """Number of images to generate"""
     batch_size: int = option(16, at_least=1)
     """Number of images generated at a time; it changes the memory and the speed, not the metrics"""

@@ -26,9 +26,9 @@ label_name, conditioning_pixel_values and brief."""
 class SamplingConfig(Options):
     """How images are sampled."""
 
-    num_inference_steps: int | None = option(None, at_least=1)
+    num_inference_steps: int | None = option(None, at_least=1, essential=True)
     """Number of sampling steps; if unset, the default of the pipeline"""
-    guidance_scale: float | None = option(None, at_least=0)
+    guidance_scale: float | None = option(None, at_least=0, essential=True)
     """Scale of classifier-free guidance; if unset, the default of the pipeline"""
     scheduler: str | None = option(None)
     """Scheduler for sampling (only for pipelines of Halftone); if unset, that of the pipeline"""

@@ -36,7 +36,9 @@ UPLOAD_FAILED_STATUS = 3  # exit status of a command that did everything except 
 class HubConfig(Options):
     """Whether and how a run is uploaded to the Hugging Face Hub."""
 
-    push_to_hub: bool = option(False, on_resume="free")
+    help_group = "Hub"
+
+    push_to_hub: bool = option(False, on_resume="free", essential=True)
     """Upload the model to the Hub; --hub_strategy selects what is uploaded and when"""
     hub_model_id: str | None = option(None, on_resume="free")
     """Name of the Hub repository, as user/name; if unset, your user name and the name of the run folder"""

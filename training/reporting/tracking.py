@@ -35,7 +35,9 @@ FINISH_SECONDS, STOPPING_SECONDS = 30.0, 1.5
 class TrackerConfig(Options):
     """The trackers that record metrics and preview images, beside the run folder."""
 
-    report_to: str | list[str] = option("wandb", on_resume="free")
+    help_group = "Trackers"
+
+    report_to: str | list[str] = option("wandb", on_resume="free", essential=True)
     """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed) or none"""
     tracker_project_name: str = option("halftone", on_resume="free")
     """Name of the project in the trackers"""

@@ -41,6 +41,8 @@ DELETING = ".deleting-"
 class CheckpointConfig(Options):
     """Options for resuming from checkpoints and keeping them."""
 
+    help_group = "Saving and measuring"
+
     resume_from_checkpoint: str = option("latest", on_resume="free")
     """Checkpoint to resume from: latest, best or the path of a checkpoint; hub or the name of a Hub repository
     (user/name, or user/name@revision) to download the checkpoint that --hub_strategy checkpoint uploaded; none fails

@@ -31,11 +31,13 @@ _WEIGHTS = ".safetensors"
 class RunFolderConfig(Options):
     """Options for the folder and name of a run."""
 
-    output_dir: str = option("", on_resume="free")
+    help_group = "Saving and measuring"
+
+    output_dir: str = option("", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     run_name: str = option("", on_resume="free")
     """Name of the run for experiment trackers and the model card; if unset, the name of the run folder"""
-    overwrite: bool = option(False, on_resume="free")
+    overwrite: bool = option(False, on_resume="free", essential=True)
     """Start again although the folder contains a run; the old run is renamed, not deleted"""
 
 

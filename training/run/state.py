@@ -32,6 +32,8 @@ _METRICS = ("last_validation", "best_validation", "last_evaluation", "best_evalu
 class EarlyStoppingConfig(Options):
     """Options for stopping when the validation metric no longer improves."""
 
+    help_group = "Saving and measuring"
+
     early_stopping_patience: int = option(0, on_resume="warn", at_least=0)
     """Stop after N validations in a row without improvement of the validation metric (see
     --early_stopping_min_delta); 0 disables it"""

@@ -31,6 +31,8 @@ SHOWN = ("kid", "kid_standard_error", "fd", "precision", "recall", "coverage")
 class RunEvaluationConfig(Options):
     """How generated images are measured during a run. training/evaluate.py measures more."""
 
+    help_group = "Saving and measuring"
+
     evaluation_images: int = option(256, on_resume="warn", at_least=8)
     """Number of images generated for each measurement of --evaluation_epochs, --evaluation_steps and
     --memorization_epochs"""

@@ -42,6 +42,8 @@ class ImageStageConfig(RunConfig, DataConfig):
 class PreviewConfig(Options):
     """Number of previews of a stage, and how they are sampled."""
 
+    help_group = "Saving and measuring"
+
     num_previews: int = option(8, on_resume="free", at_least=1)
     """Number of samples in a preview"""
     preview_guidance_scale: float = option(2.0, on_resume="free")
