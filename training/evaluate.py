@@ -6,7 +6,7 @@
     accelerate launch training/evaluate.py --images my_generated_images --dataset_name my_images
 
 It finds out what the model is. Data and split are those of the run unless others are given. The results are printed and
-written to evaluation.json in the folder of the run.
+written to evaluation.json in the folder of the run, into its model card and into the trackers that recorded it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ from training.metrics.generators import ImageGenerator, SamplingConfig, generato
 from training.metrics.memorization import contact_sheet, verdict
 from training.publishing.card_update import update_card
 from training.publishing.evaluation_facts import EVALUATION_FILE
+from training.reporting.evaluations import report_evaluation
+from training.reporting.tracking import parse_report_to
 
 
 @dataclass
@@ -86,6 +88,9 @@ class EvaluationConfig(
     the results if anything looks like a copy"""
     output: str | None = option(None)
     """File for the results (JSON); if unset, evaluation.json in the folder of the run"""
+    report_to: str | list[str] | None = option(None)
+    """Trackers with the run of the model, whose summary there gets the metrics: wandb, trackio, tensorboard, several of
+    them (comma-separated), all or none; if unset, those that recorded the run"""
     table: str | None = option(None)
     """File for the table of --models (Markdown); if unset, it is only printed"""
 
@@ -98,6 +103,7 @@ class EvaluationConfig(
             )
         if self.models and (self.output or self.grid or self.copies_sheet):
             raise UserError("--output, --grid and --copies_sheet are for a single --model; use --table with --models")
+        parse_report_to(self.report_to)
         if self.images and not self.dataset_name:
             raise UserError("--images needs --dataset_name, with the real images to compare with")
 
@@ -249,6 +255,7 @@ def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:
     run = folder_of_run(config.model)
     if run is not None and not config.output:
         update_card(run)
+        report_evaluation(run, results, config.report_to)
 
 
 def comparison_table(compared: dict[str, dict[str, Any]]) -> str:

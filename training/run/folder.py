@@ -54,7 +54,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.pipeline = self.path / "pipeline"
-        self._lock = FolderLock(
+        self.lock = FolderLock(
             self.path / ".lock",
             f"another process is training in {self.path}; wait for it, or choose another --output_dir",
         )
@@ -65,7 +65,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)  # first: it shows that the folder contains a run
             self.samples.mkdir(exist_ok=True)
-            self._lock.acquire()
+            self.lock.acquire()
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
@@ -87,7 +87,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Release the folder's lock."""
-        self._lock.release()
+        self.lock.release()
 
     def has_checkpoint(self) -> bool:
         """Return whether this run folder has a checkpoint to resume from."""
@@ -123,7 +123,7 @@ class RunFolder:
             number += 1
             target = self.path.with_name(f"{self.path.name}.old-{stamp}-{number}")
         try:
-            with self._lock:
+            with self.lock:
                 self.path.rename(target)
         except OSError as error:
             raise UserError(f"{self.path} cannot be renamed to {target} ({error.strerror}); move it by hand") from None
@@ -144,7 +144,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Return whether the folder contains a run: its config, a checkpoint, or what `create` makes."""
-        made_by_create = self.samples.is_dir() and self.checkpoints.is_dir() and self._lock.file.is_file()
+        made_by_create = self.samples.is_dir() and self.checkpoints.is_dir() and self.lock.file.is_file()
         config = _read_config(self.config_file)
         return made_by_create or self.has_checkpoint() or (config is not None and "output_dir" in config)
 
