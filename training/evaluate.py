@@ -24,6 +24,7 @@ from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from pipelines.tools.loading import find_pipeline
+from pipelines.tools.private import without_private
 from training.core.exchange import Exchange
 from training.core.files import read_json_object, write_atomically, write_json
 from training.core.options import option
@@ -250,7 +251,7 @@ def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
 def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:
     if config.output_file is None:
         return
-    write_json(config.output_file, results)
+    write_json(config.output_file, without_private(results))
     print(f"\n{config.output_file}")
     run = folder_of_run(config.model)
     if run is not None and not config.output:

@@ -14,8 +14,8 @@ import yaml
 
 from pipelines.tools.checkpoint_links import steps_in
 from pipelines.tools.cli import UserError
-from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
+from pipelines.tools.private import expand_home, without_private
 from training.core.files import fsync_folder, read_json_object, write_atomically
 from training.core.locks import FolderLock
 from training.core.options import Options, option
@@ -174,11 +174,11 @@ class RunFolder:
             )
         config = {**(copy or {}), **(config or {})}
         config.pop("hub_token", None)
-        return config
+        return expand_home(config)
 
     def save_config(self, config: dict[str, Any]) -> None:
-        """Write config.yaml, with access tokens masked. Raises UserError if it cannot be written."""
-        self._config_text = yaml.safe_dump(mask_credentials(config), sort_keys=False, allow_unicode=True)
+        """Write config.yaml, without what is private. Raises UserError if it cannot be written."""
+        self._config_text = yaml.safe_dump(without_private(config), sort_keys=False, allow_unicode=True)
         try:
             if not self.config_file.is_file() or self.config_file.read_bytes() != self._config_text.encode("utf-8"):
                 write_atomically(self.config_file, self._config_text)
@@ -203,8 +203,8 @@ class RunFolder:
 
         It also marks the pipeline as exported.
         """
-        text = json.dumps(record | {"pipeline_weights": self._pipeline_weights()}, indent=2, default=str)
-        write_atomically(self.record_file, mask_credentials(text) + "\n")
+        record = json.loads(json.dumps(record | {"pipeline_weights": self._pipeline_weights()}, default=str))
+        write_atomically(self.record_file, json.dumps(without_private(record), indent=2) + "\n")
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
