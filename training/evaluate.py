@@ -245,7 +245,7 @@ def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
     if config.models and exchange.is_main:
         print(f"\n{comparison_table(compared)}", end="")
         if config.table:
-            write_atomically(config.table, comparison_table(compared))
+            write_atomically(config.table, without_private(comparison_table(compared)))
 
 
 def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:

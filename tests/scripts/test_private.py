@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.scripts.conftest import COMMON
 from tests.support.runs import ROOT, command, environment
+from tests.support.tiny_models import tiny_text_encoder, tiny_tokenizer
 from tests.support.wandb_files import wandb_summary
 
 pytestmark = pytest.mark.slow
@@ -56,6 +59,12 @@ class Home:
         return found
 
 
+def flags_without_paths(flags: Sequence[str]) -> list[str]:
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    left_out = ("--dataset_name", "--tokenizer", "--vae", "--report_to")
+    return [word for pair in pairs for word in pair if pair[0] not in left_out]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, posters, tokenizer, autoencoder) -> Home:
     home = Home(tmp_path_factory.mktemp("homes"))
@@ -67,10 +76,7 @@ def home(tmp_path_factory, posters, tokenizer, autoencoder) -> Home:
 @pytest.fixture(scope="module")
 def run(home, diffusion_flags) -> Path:
     """A run of two sessions with an evaluation. Its paths are typed in full, and for the second session with ~."""
-    given = list(diffusion_flags)
-    for flag in ("--dataset_name", "--tokenizer", "--vae", "--report_to"):
-        place = given.index(flag)
-        del given[place : place + 2]
+    given = flags_without_paths(diffusion_flags)
     folder = home.path / "runs" / "latent"
     for steps, start in (("2", str(home.path)), ("4", "~"), ("4", str(home.path))):
         paths = {"output_dir": "runs/latent", "dataset_name": "posters", "tokenizer": "tokenizer", "vae": "autoencoder"}
@@ -91,6 +97,23 @@ def test_no_file_of_a_run_names_the_user(home, run):
 def test_the_test_would_notice_private_words(home, run, tmp_path):
     (tmp_path / "state.bin").write_bytes(b"\0" + json.dumps(f"{home.path}/x {TOKEN}").encode())
     assert home.private_files(tmp_path) == {"state.bin": ["token", "home", "user"]}
+
+
+def test_no_file_of_a_run_from_cached_latents_and_its_controlnet_names_the_user(home, run, diffusion_flags):
+    given, start = flags_without_paths(diffusion_flags), home.path
+    tiny_text_encoder().save_pretrained(start / "clip")
+    tiny_tokenizer().save_pretrained(start / "clip")
+    data = ("--dataset_name", f"{start}/posters", "--resolution", "64", "--vae", f"{start}/autoencoder")
+    home.run(ROOT / "data_scripts/precompute_latents.py", *data, "--output_dir", f"{start}/latents")
+    latents = ("--latent_cache", f"{start}/latents", "--vae", f"{start}/autoencoder", "--dataset_name", data[1])
+    encoder = ("--pretrained_text_encoder", f"{start}/clip", "--tokenizer", f"{start}/clip", "--report_to", "none")
+    home.run(DIFFUSION, *given, *latents, *encoder, "--max_train_steps", "2", "--output_dir", f"{start}/runs/cached")
+    base = ("--base_model", str(run), "--dataset_name", data[1], "--report_to", "none", "--max_train_steps", "2")
+    small = ("--train_batch_size", "4", "--num_previews", "1", "--preview_inference_steps", "2")
+    masks = ("--conditioning_image_column", "[text_mask,image_mask]", *small, *COMMON[2:])
+    home.run(ROOT / "training/train_controlnet.py", *base, *masks, "--output_dir", f"{start}/runs/controlnet")
+    assert home.private_files(start / "runs") == {}
+    assert home.private_files(start / "latents") == {}
 
 
 def test_settings_name_the_home_folder_by_a_tilde(run):
