@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.private import expand_home, without_private
 from training.core.files import flush_tree, recover_folder, replacing_folder, write_json
 from training.core.locks import FolderLock
 from training.core.made_folders import MANIFEST, dataset_problem, lock_of, read_manifest
@@ -147,13 +148,13 @@ def write_manifest(folder: Path, script: str, settings: dict[str, Any], files: I
     The manifest must be written last, because its presence marks the dataset as complete.
     """
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(files)}
-    write_json(folder / MANIFEST, {"made_by": script, "settings": settings, "files": sizes})
+    write_json(folder / MANIFEST, {"made_by": script, "settings": without_private(settings), "files": sizes})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings that the dataset in `folder` was made with, or None if no complete one exists."""
     manifest = read_manifest(folder)
-    return manifest["settings"] if manifest and dataset_problem(folder) is None else None
+    return expand_home(manifest["settings"]) if manifest and dataset_problem(folder) is None else None
 
 
 @contextmanager

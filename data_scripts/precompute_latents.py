@@ -30,6 +30,7 @@ from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
 from pipelines.tools.devices import get_device
+from pipelines.tools.private import without_private
 from training.core.draws import SampleKey
 from training.core.files import read_json_object, write_json
 from training.core.options import option
@@ -423,7 +424,7 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
         rows = len(work.images)
         splits[work.name] = {"rows": rows, "dataset": work.fingerprint, "request": work.request, "shards": notes}
     before = (read_manifest(folder) or {"splits": {}})["splits"]
-    write_json(folder / MANIFEST, {**facts, "splits": {**before, **splits}})
+    write_json(folder / MANIFEST, without_private({**facts, "splits": {**before, **splits}}))
     for work in works:
         remove_strays(folder / work.name, {note["file"] for note in splits[work.name]["shards"]})
     return True

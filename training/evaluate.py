@@ -6,7 +6,7 @@
     accelerate launch training/evaluate.py --images my_generated_images --dataset_name my_images
 
 It finds out what the model is. Data and split are those of the run unless others are given. The results are printed and
-written to evaluation.json in the folder of the run.
+written to evaluation.json in the folder of the run, into its model card and into the trackers that recorded it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from pipelines.tools.loading import find_pipeline
+from pipelines.tools.private import without_private
 from training.core.exchange import Exchange
 from training.core.files import read_json_object, write_atomically, write_json
 from training.core.options import option
@@ -47,6 +48,8 @@ from training.metrics.features import FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
 from training.publishing.card_update import update_card
 from training.publishing.evaluation_facts import EVALUATION_FILE
+from training.reporting.evaluations import report_evaluation
+from training.reporting.tracking import parse_report_to
 
 
 @dataclass
@@ -72,6 +75,9 @@ class EvaluationConfig(
     """Number of rows of the grid"""
     output: str | None = option(None)
     """File for the results (JSON); if unset, evaluation.json in the folder of the run"""
+    report_to: str | list[str] | None = option(None)
+    """Trackers with the run of the model, whose summary there gets the metrics: wandb, trackio, tensorboard, several of
+    them (comma-separated), all or none; if unset, those that recorded the run"""
     table: str | None = option(None)
     """File for the table of --models (Markdown); if unset, it is only printed"""
 
@@ -84,6 +90,7 @@ class EvaluationConfig(
             )
         if self.models and (self.output or self.grid or self.copies_sheet):
             raise UserError("--output, --grid and --copies_sheet are for a single --model; use --table with --models")
+        parse_report_to(self.report_to)
         if self.images and not self.dataset_name:
             raise UserError("--images needs --dataset_name, with the real images to compare with")
 
@@ -208,17 +215,18 @@ def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
     if config.models and exchange.is_main:
         print(f"\n{comparison_table(compared)}", end="")
         if config.table:
-            write_atomically(config.table, comparison_table(compared))
+            write_atomically(config.table, without_private(comparison_table(compared)))
 
 
 def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:
     if config.output_file is None:
         return
-    write_json(config.output_file, results)
+    write_json(config.output_file, without_private(results))
     print(f"\n{config.output_file}")
     run = folder_of_run(config.model)
     if run is not None and not config.output:
         update_card(run)
+        report_evaluation(run, results, config.report_to)
 
 
 def comparison_table(compared: dict[str, dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ import yaml
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command as typed
+from pipelines.tools.private import without_private
 from pipelines.tools.resources import CODE, IS_CHECKOUT, shipped_path
 from training.core.files import read_json_object, write_json
 from training.core.made_folders import incomplete
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan.seconds[script] = max(plan.seconds.get(script, 0.0), round(seconds, 1))
         plan.save()
     summary = summarize(plan)
-    write_json(RUN / "summary.json", summary)
+    write_json(RUN / "summary.json", without_private(summary))
     _print_summary(summary)
 
 

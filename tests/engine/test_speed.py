@@ -41,6 +41,17 @@ def test_the_estimate_adds_what_each_part_of_a_run_takes():
     assert speed.seconds(65, training, config) == 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4 * 5 + 4
 
 
+def test_the_estimate_adds_measurements_of_generated_images():
+    training, config = toy_training(
+        num_samples=40, validation_epochs=0, preview_epochs=0, checkpointing_epochs=0, evaluation_epochs=2,
+        memorization_epochs=1,
+    )  # fmt: skip
+    speed = Speed(10.0, {"denoiser": 1.0}, 2.0, 3.0, 4.0, evaluation=100.0, copies=1000.0)
+    # 45 steps of 10 an epoch. Measurements after 20, 40 and 45; after 10 and 30, copies alone are searched for. The
+    # toy generates no images, so its validation decides, once at the end, as do its previews and its checkpoint.
+    assert speed.seconds(45, training, config) == 10 + 45 + 2 + 3 + 4 + 4 + 100 * 3 + 1000 * 2
+
+
 @pytest.mark.parametrize("seconds", [0.0, 61.0, 100.0, 1e6])
 def test_the_longest_run_that_fits_is_chosen(seconds):
     training, config = toy_training(num_samples=40, validation_epochs=1)
@@ -80,6 +91,18 @@ def test_a_resumed_run_decides_from_what_was_measured_first(tmp_path):
     resumed = json.loads((tmp_path / SPEED_FILE).read_text())
     assert resumed["seconds"] == plan["seconds"]
     assert state_of(tmp_path)["step"] == resumed["steps"] == MIN_STEPS
+
+
+def test_a_file_of_an_earlier_version_without_measurements_of_images_is_kept(tmp_path):
+    run(tmp_path, *SHORT, "--max_train_steps", "4", "--max_train_minutes", "30")
+    plan = json.loads((tmp_path / SPEED_FILE).read_text())
+    plan["seconds"] = {name: plan["seconds"][name] for name in ("startup", "phases", "validation", "previews")}
+    plan["seconds"] |= {"startup": 0.25, "checkpoint": 0.5}
+    (tmp_path / SPEED_FILE).write_text(json.dumps(plan))
+    run(tmp_path, *SHORT, "--max_train_steps", "5", "--max_train_minutes", "30")
+    resumed = json.loads((tmp_path / SPEED_FILE).read_text())
+    assert resumed["seconds"] == {**plan["seconds"], "evaluation": 0.0, "copies": 0.0}
+    assert "damaged" not in (tmp_path / "run.log").read_text()
 
 
 def test_a_stop_while_measuring_leaves_nothing_behind(tmp_path):

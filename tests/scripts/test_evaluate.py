@@ -16,6 +16,7 @@ from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, launch
 from tests.support.tiny_published import PUBLISHED
+from tests.support.wandb_files import wandb_ids, wandb_summary
 from training import evaluate
 from training.metrics.generators import generator_of
 
@@ -167,6 +168,26 @@ def test_a_table_compares_several_models(tmp_path, images, capsys):
 
 
 @pytest.mark.slow
+def test_the_trackers_of_the_run_get_the_metrics(tmp_path, diffusion_flags):
+    run = tmp_path / "run"
+    flags = (*diffusion_flags, "--max_train_steps", "4", "--output_dir", str(run), "--report_to", "wandb,tensorboard")
+    assert launch(ROOT / "training/train_latent_diffusion.py", *flags).returncode == 0
+    words = ("--model", str(run), "--num_inference_steps", "2", *FLAGS)
+    done = launch(SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    summary = wandb_summary(run)
+    assert len(set(wandb_ids(run))) == 1
+    for name in ("kid", "kid_standard_error", "precision", "lightness"):
+        assert summary[f"quality/{name}"] == results["metrics"][name]
+    assert summary["quality/kid_floor"] == results["floor"]["kid"]["mean"]
+    assert summary["quality/copy_rate_pixels"] == results["copies"][0]["copy_rate"]
+    assert summary["best"]["metric"] == "val_loss"  # the summary of the run itself is still there
+    assert launch(SCRIPT, *words, "--report_to", "none").returncode == 0
+    assert len(wandb_ids(run)) == 2
+
+
+@pytest.mark.slow
 def test_any_batch_size_and_number_of_processes_give_the_same_numbers(tmp_path, images):
     model = saved("captioned", tmp_path)
     words = ("--model", str(model), "--dataset_name", str(images), "--num_inference_steps", "2", *FLAGS[:6])
@@ -189,6 +210,7 @@ def test_any_batch_size_and_number_of_processes_give_the_same_numbers(tmp_path, 
         (("--images", "y"), "--images needs --dataset_name"),
         (("--model", "x"), "found no pipeline, run or checkpoint at 'x'"),
         (("--models", "[x]", "--output", "y"), "use --table"),
+        (("--model", "x", "--report_to", "wandbb"), "unknown tracker.*did you mean 'wandb'"),
         (("--model", "x", "--extractor", "efficientnet-lite9"), "its weights are not installed"),
     ],
 )

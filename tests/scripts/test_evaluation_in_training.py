@@ -16,6 +16,7 @@ from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT, assert_same_state, command, environment, launch
 from training import train_latent_diffusion
 from training.core.exchange import Exchange
+from training.core.stage import StageContext
 from training.engine.best import BestMetric, best_metric, check_evaluations
 from training.engine.cadence import Cadence
 from training.train_autoencoder import AutoencoderStage
@@ -79,14 +80,60 @@ def test_a_stopped_run_resumes_to_the_same_run(tmp_path, whole, diffusion_flags,
         assert ours["eval_copy_rate"] == theirs["eval_copy_rate"]
 
 
+def test_a_run_whose_measurements_were_timed_first_is_the_same_run(tmp_path, whole, diffusion_flags):
+    forget_accelerate()
+    words = [*diffusion_flags, *EVALUATION, "--output_dir", str(tmp_path / "run"), "--max_train_minutes", "30"]
+    assert train_latent_diffusion.main(words) == 0
+    assert_same_state(tmp_path / "run", whole)
+    seconds = json.loads((tmp_path / "run/speed.json").read_text(encoding="utf-8"))["seconds"]
+    assert seconds["evaluation"] > 0
+    assert seconds["copies"] == 0
+
+
+class Slow(train_latent_diffusion.LatentDiffusionStage):
+    """Generates every image in 20 ms, in addition to the time of its sampler, and counts the images."""
+
+    def _evaluated_images(self, exchange, count):
+        self.counts = [*getattr(self, "counts", []), count]
+        time.sleep(0.02 * count)
+        return super()._evaluated_images(exchange, count)
+
+
+def test_the_time_of_a_measurement_is_estimated_from_a_tenth_of_its_images(diffusion_flags):
+    words = [*diffusion_flags, *EVALUATION[:2], "--evaluation_images", "100", *EVALUATION[4:], "--output_dir", "unused"]
+    stage = Slow(train_latent_diffusion.parse_config(train_latent_diffusion.Config, words), StageContext())
+    estimated = stage.evaluation_seconds(Exchange(), distances=True, copies=True)
+    assert stage.counts == [4, 12]  # batches of 4 images
+    started = time.perf_counter()
+    stage.evaluate(Exchange(), distances=True, copies=True)
+    measured = time.perf_counter() - started
+    assert 2 < 0.5 * measured < estimated < 2 * measured + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_length_of_a_run_counts_its_measurements(tmp_path, diffusion_flags, processes):
+    cadence = ("--evaluation_steps", "2", "--validation_epochs", "0", "--checkpointing_epochs", "0")
+    words = [*diffusion_flags, *EVALUATION, *cadence, "--num_train_epochs", "3000", "--max_train_minutes", "0.5"]
+    started = time.monotonic()
+    done = launch(SCRIPT, *words, "--output_dir", str(tmp_path / "run"), processes=processes)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "run/speed.json").read_text(encoding="utf-8"))
+    assert plan["steps"] < plan["all_steps"] / 10
+    measurements = plan["seconds"]["evaluation"] * plan["steps"] / 2
+    assert 0.1 * plan["estimated_seconds"] < measurements < plan["estimated_seconds"]
+    assert seconds < 1.5 * plan["estimated_seconds"] + 15  # starting the processes is not part of the estimate
+
+
 def test_a_run_that_copies_has_no_best_checkpoint(tmp_path, diffusion_flags):
     """The images of this model are the training images themselves: its sampler returns them."""
     forget_accelerate()
     folder = tmp_path / "run"
 
     class Copying(train_latent_diffusion.LatentDiffusionStage):
-        def _evaluated_images(self, exchange):
-            return [self._real[0].images([i])[0] for i in range(self.config.evaluation_images)]
+        def _evaluated_images(self, exchange, count):
+            return [self._real[0].images([i])[0] for i in range(count)]
 
     config = train_latent_diffusion.parse_config(
         train_latent_diffusion.Config, [*diffusion_flags, *EVALUATION, "--output_dir", str(folder)]

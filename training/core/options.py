@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipelines.tools.cli import UserError
-from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.private import without_private
 from training.core.checks import check_bounds, check_choice
 
 OnResume = Literal["error", "warn", "free"]
@@ -135,7 +135,7 @@ class Options:
         return moved
 
     def _differences(self, saved: dict[str, Any]) -> Iterator[tuple[dataclasses.Field, str]]:
-        own, saved = mask_credentials(self.to_dict()), mask_credentials(saved)
+        own, saved = without_private(self.to_dict()), without_private(saved)
         for option_field in dataclasses.fields(self):
             name = option_field.name
             if name in saved and name in own and saved[name] != own[name]:

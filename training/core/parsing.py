@@ -16,6 +16,7 @@ import yaml
 
 from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_token
 from pipelines.tools.files import read_text
+from pipelines.tools.private import expand_home
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.help import HELP_ALL, help_text
 from training.core.options import Options
@@ -60,8 +61,19 @@ def parse_config(
     except RecursionError:
         raise UserError("the settings are nested too deeply; is there a YAML alias that contains itself?") from None
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    _expand_home(config)
     config.validate()
     return config
+
+
+def _expand_home(config: Options) -> None:
+    """Replace `~/` at the beginning of each value by the home folder, in groups of options as well."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Options):
+            _expand_home(value)
+        else:
+            setattr(config, field.name, expand_home(value))
 
 
 def known_names(config_class: type, prefix: str = "") -> list[str]:

@@ -152,6 +152,13 @@ class Stage(ABC):
         """
         return None
 
+    def evaluation_seconds(self, exchange: Exchange, *, distances: bool, copies: bool) -> float:
+        """Estimate the seconds of `evaluate` from a part of its images; every process calls it.
+
+        Work that only the first evaluation has to do is done here, and is not part of the estimate.
+        """
+        return 0.0
+
     def previews(self) -> Previews | None:
         """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing."""
         return None

@@ -68,6 +68,15 @@ class Cadence:
         """Steps up to `steps` after which a validation is due."""
         return all_due(steps, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
 
+    def evaluation_steps(self, steps: int) -> set[int]:
+        """Steps of a run of `steps` steps after which generated images are measured."""
+        every = all_due(steps, self.config.evaluation_steps, self.config.evaluation_epochs, self.steps_per_epoch)
+        return every | {steps} if self.evaluates else every
+
+    def copies_steps(self, steps: int) -> set[int]:
+        """Steps up to `steps` after which only copies are searched for."""
+        return all_due(steps, 0, self.config.memorization_epochs, self.steps_per_epoch) - self.evaluation_steps(steps)
+
     def preview_steps(self, steps: int) -> set[int]:
         """Steps up to `steps` after which previews are due."""
         return all_due(steps, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)

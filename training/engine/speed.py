@@ -12,14 +12,15 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.core.files import WRITING, read_json_object, write_json
 from training.core.stage import Batch
+from training.engine.best import best_metric
 from training.engine.cadence import Cadence
-from training.engine.launch import gather, on_main
+from training.engine.launch import exchange_of, gather, on_main
 from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
 from training.engine.schedule import PhaseSchedule
@@ -57,6 +58,10 @@ class Speed:
     """One set of previews."""
     checkpoint: float
     """One checkpoint, its pipeline included."""
+    evaluation: float = 0.0
+    """One measurement of generated images (`--evaluation_epochs`). Absent in the files of earlier versions."""
+    copies: float = 0.0
+    """One search for copies alone (`--memorization_epochs`). Absent in the files of earlier versions."""
 
     def seconds(self, steps: int, training: Training, config: RunConfig) -> float:
         """Return the estimated seconds of a run of `steps` steps, from its start to the final pipeline."""
@@ -67,8 +72,12 @@ class Speed:
             total += self.phases[runner.phase.name] * max(0, steps - first)
         validations = cadence.validation_steps(steps) | {steps}
         total += self.validation * len(validations) + self.previews * len(cadence.preview_steps(steps) | {steps})
-        # A validation that is the best so far writes a checkpoint as well; early in a run most of them are.
-        return total + self.checkpoint * len(cadence.checkpoint_steps(steps) | validations)
+        evaluations = cadence.evaluation_steps(steps)
+        total += self.evaluation * len(evaluations) + self.copies * len(cadence.copies_steps(steps))
+        # A measurement that is the best so far writes a checkpoint as well; early in a run most of them are.
+        by_images = best_metric(training.stage, config, cadence).name.startswith("eval_")
+        deciding = evaluations if by_images else validations
+        return total + self.checkpoint * len(cadence.checkpoint_steps(steps) | {steps} | deciding)
 
     def steps_in(self, seconds: float, most: int, training: Training, config: RunConfig) -> int:
         """Return the largest number of steps, from MIN_STEPS to `most`, with which a run takes at most `seconds`."""
@@ -121,7 +130,9 @@ def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
         return None
     saved = (read_json_object(file) or {}).get("seconds")
     names = {runner.phase.name for runner in training.runners}
-    if isinstance(saved, dict) and saved.keys() == {field.name for field in fields(Speed)}:
+    known = {field.name for field in fields(Speed)}
+    needed = {field.name for field in fields(Speed) if field.default is MISSING}
+    if isinstance(saved, dict) and needed <= saved.keys() <= known:
         phases = saved["phases"]
         numbers = [value for name, value in saved.items() if name != "phases"]
         of_this_run = isinstance(phases, dict) and phases.keys() == names
@@ -144,6 +155,8 @@ def measure_speed(
             phases = _time_steps(training, accelerator, stop)
             with evaluating(training.modules, training.ema):
                 validation = _time_validation(training, config, accelerator, stop)
+                evaluation, copies = _time_evaluations(training, config, accelerator)
+                # Last: only the main process may be interrupted here, and the others would wait for it elsewhere.
                 previews = _seconds(training.stage.previews) if accelerator.is_main_process else 0.0
     finally:
         for part in training.checkpoint_parts:
@@ -151,7 +164,7 @@ def measure_speed(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(kept, ignore_errors=True)
-    speed = Speed(time.perf_counter() - started, phases, validation, previews, checkpoint)
+    speed = Speed(time.perf_counter() - started, phases, validation, previews, checkpoint, evaluation, copies)
     return Speed(**gather(accelerator, asdict(speed))[0])  # the main process decides for all
 
 
@@ -213,6 +226,16 @@ def _time_validation(training: Training, config: RunConfig, accelerator: Acceler
 
     first_batches(1)
     return _seconds(lambda: first_batches(few)) * batches / few
+
+
+def _time_evaluations(training: Training, config: RunConfig, accelerator: Accelerator) -> tuple[float, float]:
+    """Return the estimated seconds of measuring generated images, and of a search for copies alone."""
+    exchange, stage = exchange_of(accelerator), training.stage
+    evaluates = Cadence(config, training.steps_per_epoch).evaluates
+    return (
+        stage.evaluation_seconds(exchange, distances=True, copies=True) if evaluates else 0.0,
+        stage.evaluation_seconds(exchange, distances=False, copies=True) if config.memorization_epochs else 0.0,
+    )
 
 
 def _seconds(action: Callable[[], Any]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
+from pipelines.tools.private import expand_home
 from training.core.draws import SampleKey
 from training.core.exchange import Exchange
 from training.core.files import write_atomically
@@ -226,7 +227,7 @@ def run_settings(model: str) -> dict[str, Any]:
     """Return the settings of the run that a path belongs to; empty if it is not in a run."""
     folder = folder_of_run(model)
     settings = yaml.safe_load(read_text(folder / "config.yaml")) if folder else None
-    return settings if isinstance(settings, dict) else {}
+    return expand_home(settings) if isinstance(settings, dict) else {}
 
 
 def open_evaluation_data(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import netrc
 import os
 import re
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from pipelines.tools.cli import cause
-from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.private import without_private
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +70,8 @@ class WandB(Backend):
             "dir": str(run_dir),
             "config": plain(config),
         }
-        quiet = {"silent": True}  # suppresses W&B's banner of ten lines
+        quiet = {"silent": True, **_private_settings()}  # silent: without its banner of ten lines
+        logging.getLogger("wandb").addFilter(_without_private_in_log)
         # By default, W&B waits 90 s for a network that does not answer.
         patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))} if mode == "online" else {}
         reason = "no W&B key and no login were found" if mode == "offline" and "WANDB_MODE" not in os.environ else ""
@@ -244,11 +246,26 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, boo
     return flat
 
 
+def _private_settings() -> dict[str, Any]:
+    """Return the settings with which W&B does not record paths of this machine and what the terminal shows.
+
+    Its metadata name the run folder, the script and the Python program, whose paths are not among our own texts; the
+    terminal also shows messages of other libraries. run.log has our messages, and the summary the hardware.
+    """
+    return {"x_disable_meta": True, **({} if "WANDB_CONSOLE" in os.environ else {"console": "off"})}
+
+
+def _without_private_in_log(record: logging.LogRecord) -> bool:
+    """Change a message in the log of W&B, which is in the run folder; a filter for `logging`."""
+    record.msg, record.args = without_private(record.getMessage()), None
+    return True
+
+
 @contextmanager
 def _masked_arguments() -> Iterator[None]:
     """Mask access tokens in `sys.argv` inside the block, because W&B records the command line."""
     words = sys.argv
-    sys.argv = mask_credentials(words)
+    sys.argv = without_private(words)
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+QUALITY = "quality"
 NOISE_LEVELS = "loss_by_noise_level"
 # The first pattern that matches the whole name decides. Whatever else a stage computes in a step is a part of its loss.
 _GROUPS = (
-    (re.compile(r"eval_.*"), "quality"),
+    (re.compile(r"eval_.*"), QUALITY),
     (re.compile(r"val_loss_noise_.*"), NOISE_LEVELS),
     (re.compile(r"val_.*"), "validation"),
     (re.compile(r"learning_rate|(.*_)?(grad_norm|grad_scale)|weight_.*"), "optimizer"),

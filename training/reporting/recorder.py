@@ -64,7 +64,7 @@ class Recorder:
             action(self._backend)
         except Exception as error:  # a failing tracker must not end the run
             self._failures += 1
-            self._warn(f"{self.name} failed, training continues without it: {cause(error)}")
+            self._warn(f"{self.name} failed and records nothing from now on: {cause(error)}")
             self.in_use = self._failures < FAILURES_BEFORE_GIVING_UP
         else:
             self._failures = 0

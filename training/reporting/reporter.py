@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import this_command
-from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.private import without_private
 from training.core.files import write_atomically
 from training.core.informing import Informing
 from training.core.memory import memory_mib, peak_memory_mib
@@ -198,7 +198,7 @@ class Reporter:
         self.settle()
         with self.informing(REPORT):
             report = f"# {self.folder.title}\n\n{session_report(*facts)}\n"
-            write_atomically(self.folder.path / REPORT, mask_credentials(report))
+            write_atomically(self.folder.path / REPORT, without_private(report))
         logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pipelines.tools.cli import UserError, cause, nearest
-from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.private import without_private
 from training.core.options import Options, option
 from training.reporting.backends import Backend, Notify, TensorBoard, Trackio, WandB, numbers, plain
 from training.reporting.groups import grouped
@@ -102,7 +102,7 @@ def start_trackers(
     from accelerate.state import PartialState
 
     trackers = Trackers(run_id=previous_id, notify=notify)
-    run_name, config = mask_credentials(run_name), mask_credentials(plain(config))
+    run_name, config = without_private(run_name), without_private(plain(config))
     if not PartialState().is_main_process:
         return trackers
     run_id = previous_id or uuid.uuid4().hex[:8]

@@ -14,8 +14,8 @@ import yaml
 
 from pipelines.tools.checkpoint_links import steps_in
 from pipelines.tools.cli import UserError
-from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import read_text
+from pipelines.tools.private import expand_home, without_private
 from training.core.files import fsync_folder, read_json_object, write_atomically
 from training.core.locks import FolderLock
 from training.core.options import Options, option
@@ -56,7 +56,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.pipeline = self.path / "pipeline"
-        self._lock = FolderLock(
+        self.lock = FolderLock(
             self.path / ".lock",
             f"another process is training in {self.path}; wait for it, or choose another --output_dir",
         )
@@ -67,7 +67,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)  # first: it shows that the folder contains a run
             self.samples.mkdir(exist_ok=True)
-            self._lock.acquire()
+            self.lock.acquire()
         except OSError as error:
             raise UserError(
                 f"the output folder {self.path} cannot be written ({error.strerror}); choose another with --output_dir"
@@ -89,7 +89,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Release the folder's lock."""
-        self._lock.release()
+        self.lock.release()
 
     def has_checkpoint(self) -> bool:
         """Return whether this run folder has a checkpoint to resume from."""
@@ -125,7 +125,7 @@ class RunFolder:
             number += 1
             target = self.path.with_name(f"{self.path.name}.old-{stamp}-{number}")
         try:
-            with self._lock:
+            with self.lock:
                 self.path.rename(target)
         except OSError as error:
             raise UserError(f"{self.path} cannot be renamed to {target} ({error.strerror}); move it by hand") from None
@@ -146,7 +146,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Return whether the folder contains a run: its config, a checkpoint, or what `create` makes."""
-        made_by_create = self.samples.is_dir() and self.checkpoints.is_dir() and self._lock.file.is_file()
+        made_by_create = self.samples.is_dir() and self.checkpoints.is_dir() and self.lock.file.is_file()
         config = _read_config(self.config_file)
         return made_by_create or self.has_checkpoint() or (config is not None and "output_dir" in config)
 
@@ -176,11 +176,11 @@ class RunFolder:
             )
         config = {**(copy or {}), **(config or {})}
         config.pop("hub_token", None)
-        return config
+        return expand_home(config)
 
     def save_config(self, config: dict[str, Any]) -> None:
-        """Write config.yaml, with access tokens masked. Raises UserError if it cannot be written."""
-        self._config_text = yaml.safe_dump(mask_credentials(config), sort_keys=False, allow_unicode=True)
+        """Write config.yaml, without what is private. Raises UserError if it cannot be written."""
+        self._config_text = yaml.safe_dump(without_private(config), sort_keys=False, allow_unicode=True)
         try:
             if not self.config_file.is_file() or self.config_file.read_bytes() != self._config_text.encode("utf-8"):
                 write_atomically(self.config_file, self._config_text)
@@ -205,8 +205,8 @@ class RunFolder:
 
         It also marks the pipeline as exported.
         """
-        text = json.dumps(record | {"pipeline_weights": self._pipeline_weights()}, indent=2, default=str)
-        write_atomically(self.record_file, mask_credentials(text) + "\n")
+        record = json.loads(json.dumps(record | {"pipeline_weights": self._pipeline_weights()}, default=str))
+        write_atomically(self.record_file, json.dumps(without_private(record), indent=2) + "\n")
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipelines.tools.cli import output_errors, printable
 from pipelines.tools.credentials import mask_credentials
+from pipelines.tools.private import without_private
 from training.core.informing import Informing
 
 logger = logging.getLogger("halftone")
@@ -35,7 +36,7 @@ class _MaskingFormatter(logging.Formatter):
     """Masks access tokens, also those in the text of a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return mask_credentials(super().format(record))
+        return without_private(super().format(record))
 
 
 class _FileHandler(logging.Handler):

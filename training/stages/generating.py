@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,8 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 
 # Of what `measure_distances` returns; the others vary too much with few images.
 SHOWN = ("kid", "kid_standard_error", "fd", "precision", "recall", "coverage")
+# Share of the images that are generated to estimate the time of an evaluation.
+TIMED_SHARE = 0.1
 
 
 @dataclass
@@ -68,7 +72,31 @@ class GeneratingStage(ImageStage):
             )
 
     def evaluate(self, exchange: Exchange, *, distances: bool, copies: bool) -> Evaluation:
-        images = self._evaluated_images(exchange)
+        images = self._evaluated_images(exchange, self.config.evaluation_images)
+        return self._measured(images, exchange, distances=distances, copies=copies)
+
+    def evaluation_seconds(self, exchange: Exchange, *, distances: bool, copies: bool) -> float:
+        """Estimate the seconds of `evaluate`: a tenth of the images is generated, rounded up to whole batches.
+
+        They are then repeated and measured as all images are, since that time is not proportional to their number.
+        """
+        whole, batch = self.config.evaluation_images, self.config.train_batch_size * exchange.num_processes
+        count = min(whole, batch * math.ceil(TIMED_SHARE * whole / batch))
+        self._evaluated_images(exchange, min(count, batch))  # the first batch chooses kernels and allocates memory
+        if distances:
+            self._measure_real_images(exchange)
+        if copies:
+            exchange.on_main(lambda: len(self._thumbnails))
+        started = time.perf_counter()
+        images = self._evaluated_images(exchange, count)
+        generation = time.perf_counter() - started
+        repeated = (images * math.ceil(whole / count))[:whole]
+        self._measured(repeated, exchange, distances=distances, copies=copies)
+        return time.perf_counter() - started + generation * (whole / count - 1)
+
+    def _measured(
+        self, images: Sequence[Image.Image], exchange: Exchange, *, distances: bool, copies: bool
+    ) -> Evaluation:
         metrics: dict[str, float] = {}
         warnings: list[str] = []
         if distances:
@@ -84,7 +112,7 @@ class GeneratingStage(ImageStage):
                 warnings.append(_copy_warning(report))
         return Evaluation(metrics, may_be_best, warnings)
 
-    def _evaluated_images(self, exchange: Exchange) -> list[Image.Image]:
+    def _evaluated_images(self, exchange: Exchange, count: int) -> list[Image.Image]:
         config = self.config
         guidance = config.evaluation_guidance_scale
         sampling = SamplingConfig(
@@ -98,7 +126,7 @@ class GeneratingStage(ImageStage):
             self.context.poll()
             return generator(self._conditions(numbers), numbers, self.context.poll)
 
-        return exchange.map(some, config.evaluation_images, config.train_batch_size)
+        return exchange.map(some, count, config.train_batch_size)
 
     def _conditions(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows for these images: held-out and training rows in turn, since the captions of training images
@@ -115,13 +143,19 @@ class GeneratingStage(ImageStage):
             return list(self._extractor([images[number] for number in numbers]))
 
         features = torch.stack(exchange.map(some, len(images), BATCH))
-        if self._real_features is None:
-            parts = [split.features(self._extractor, exchange, self.context.poll) for split in self._real]
-            self._real_features = torch.cat(parts)
-            self._floor = exchange.on_main(lambda: measure_floor(self._real_features, len(images)))
-        found = exchange.on_main(lambda: measure_distances(self._real_features, features).values)
+        real = self._measure_real_images(exchange)
+        found = exchange.on_main(lambda: measure_distances(real, features).values)
         metrics = {f"eval_{name}": found[name] for name in SHOWN if name in found}
         return metrics | ({"eval_kid_floor": self._floor["kid"]["mean"]} if "kid" in self._floor else {})
+
+    def _measure_real_images(self, exchange: Exchange) -> Tensor:
+        """Return the features of the real images; the first call computes them and their floor."""
+        if self._real_features is None:
+            parts = [split.features(self._extractor, exchange, self.context.poll) for split in self._real]
+            real = torch.cat(parts)
+            self._floor = exchange.on_main(lambda: measure_floor(real, self.config.evaluation_images))
+            self._real_features = real
+        return self._real_features
 
     def _copies(self, images: Sequence[Image.Image]) -> CopyReport:
         training, held_out = self._thumbnails

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.private import expand_home
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.core.made_folders import cache_problem
@@ -75,7 +76,7 @@ class LatentCache:
     @property
     def vae_name(self) -> str:
         """The value of `--vae` when the cache was made."""
-        return self.manifest["vae"]["name"]
+        return expand_home(self.manifest["vae"]["name"])
 
     @property
     def has_flips(self) -> bool:
