@@ -86,12 +86,17 @@ def test_copies_are_found_mirrored_and_moved_and_new_images_are_none(with_held_o
     assert ("held-out" in fresh.report.calibrated_on) == with_held_out
 
 
-def test_duplicates_among_the_training_images_are_not_neighbours_of_themselves():
-    training = pictures(40, 0)
+def test_duplicates_in_the_data_do_not_hide_copies():
+    """The ratio of a duplicate is 0: as a threshold, it would call no image a copy."""
+    training = pictures(200, 0)
     training += training[:10]
-    report = compare_pixels(thumbnails(pictures(20, 1)), thumbnails(training)).report
-    assert report.threshold < 1e-3  # the ratio of a duplicate
-    assert report.num_held_out == 50
+    samples, others = thumbnails(training[100:120]), pictures(120, 2)
+    report = compare_pixels(samples, thumbnails(training)).report
+    assert (report.num_held_out, report.duplicates, report.copies) == (190, 20, 20)
+    report = compare_pixels(samples, thumbnails(training), thumbnails(others + training[30:50])).report
+    assert (report.num_held_out, report.duplicates, report.copies) == (120, 20, 20)
+    report = compare_pixels(samples, thumbnails(training), thumbnails(training[:150])).report
+    assert (report.num_held_out, report.duplicates, report.false_positive_rate) == (0, 150, 1)
 
 
 def test_samples_may_be_images_tensors_or_batches():

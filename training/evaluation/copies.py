@@ -165,7 +165,8 @@ def find_copies(
     for batch in training.batches():
         for space, search in searches.items():
             search.add(encoders[space](batch))
-    found = [search.results() for search in searches.values()]
+    duplicates = searches["pixels"].duplicates()
+    found = [search.results(duplicates) for search in searches.values()]
     return {name: [results[name] for results in found] for name in sets}
 
 

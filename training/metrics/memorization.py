@@ -4,7 +4,8 @@ A generated image is compared with all training images, in pixels, in latents or
 Near in absolute terms is not enough: images of a plain collection are all near each other. The test is therefore that
 of Carlini et al. 2023 (arXiv:2301.13188, section 5.1): the distance to the nearest training image, divided by the mean
 distance to the nearest 50. Held-out real images give the distribution of this ratio if nothing is copied, and from it
-the threshold, so that the rate of false positives is known.
+the threshold, so that the rate of false positives is known. Real images that stand a second time among the training
+images say nothing about this, and are left out.
 
 m generated images, n training images, D values per image.
 """
@@ -50,7 +51,8 @@ def calibrated_threshold(
     """Return the threshold for ratios below which an image counts as a copy, and its false-positive rate.
 
     Args:
-        ratios: ratios of real images that are known not to be copies, h
+        ratios: ratios of real images that are known not to be copies, h; if there are none, every image counts as a
+            copy, with a false-positive rate of 1.
         rate: the intended rate; with few images the lowest possible is 1 / (h + 1).
         mutual: whether the images were compared with each other, so that the smallest ratios come in pairs: two images
             that are each other's nearest have one distance between them, and count once.
@@ -59,6 +61,8 @@ def calibrated_threshold(
         The k-th smallest ratio, with k = max(1, floor(rate · (h + 1))), and the rate k / (h + 1), which is exact in the
         mean over sets of real images if generated images that are not copies are distributed like them.
     """
+    if not len(ratios):
+        return 2.0, 1.0  # no ratio is above 1
     size, of_one = (len(ratios) // 2, 2) if mutual else (len(ratios), 1)
     k = max(1, math.floor(rate * (size + 1)))
     place = min(k * of_one - (of_one - 1), len(ratios))
@@ -79,10 +83,11 @@ class CopyReport:
 
     Attributes:
         space: what was compared: pixels, latents or features.
-        calibrated_on: the images that the threshold was set with.
+        calibrated_on: the `num_held_out` real images that the threshold was set with.
         false_positive_rate: fraction of other images that are called copies all the same.
         copies, exact_copies: numbers of copies; exact ones are included in `copies`.
         copy_rate, lowest_rate, highest_rate: fraction of copies with its 95 % confidence interval.
+        duplicates: number of further real images, which stand a second time among the training images.
     """
 
     space: str
@@ -97,6 +102,7 @@ class CopyReport:
     copy_rate: float
     lowest_rate: float
     highest_rate: float
+    duplicates: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,12 +166,23 @@ class CopySearch:
             for search in (self._real, *self._sets.values()):
                 search.add(block)
 
-    def results(self) -> dict[str, Similarity]:
-        """Return the verdict on each set."""
+    def duplicates(self) -> Tensor:
+        """Return which real images stand a second time among the training images, as seen in pixels: h, bool"""
+        self._compare()
+        return self._real.result().distances[:, 0] < EXACT
+
+    def results(self, duplicates: Tensor | None = None) -> dict[str, Similarity]:
+        """Return the verdict on each set.
+
+        Args:
+            duplicates: result of the search in pixels, if this is a search in another space.
+        """
         self._compare()
         real = self._real.result()
         exact = EXACT if self.space == "pixels" else EXACT_VECTORS * float(real.distances.mean())
-        threshold, rate = calibrated_threshold(real.ratios, mutual=self._calibrated_on == AMONG_THEMSELVES)
+        duplicates = self.duplicates() if self.space == "pixels" else duplicates
+        ratios = real.ratios if duplicates is None else real.ratios[~duplicates]
+        threshold, rate = calibrated_threshold(ratios, mutual=self._calibrated_on == AMONG_THEMSELVES)
         found: dict[str, Similarity] = {}
         for name, search in self._sets.items():
             neighbours = search.result()
@@ -176,7 +193,7 @@ class CopySearch:
                 self.space,
                 total,
                 self._count,
-                len(real.rows),
+                len(ratios),
                 self._calibrated_on,
                 threshold,
                 rate,
@@ -185,6 +202,7 @@ class CopySearch:
                 copies / total,
                 lowest,
                 highest,
+                len(real.rows) - len(ratios),
             )
             found[name] = Similarity(report, neighbours)
         return found
