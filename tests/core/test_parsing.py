@@ -177,6 +177,50 @@ def test_a_preset_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         parse("--config")
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--names", "[a,b]"], ["a", "b"]),
+        (["--names", "a,b"], ["a", "b"]),
+        (["--names=a"], ["a"]),
+        (["--names", "none"], []),
+        (["--names=None"], []),
+    ],
+)
+def test_a_list_needs_no_brackets(words, names):
+    assert parse(*words).names == names
+    assert parse("--model.block_out_channels", "4,12").model.block_out_channels == [4, 12]
+
+
+def test_a_flag_replaces_the_other_source_of_the_file(tmp_path):
+    file = yaml_file(tmp_path, "dataset_name: posters\nvae: v\n")
+    config = parse_config(train_autoencoder.Config, ["--config", yaml_file(tmp_path, "dataset_name: posters\n"),
+                                                    "--train_data_dir", "mine"])  # fmt: skip
+    assert (config.dataset_name, config.train_data_dir) == (None, "mine")
+    with pytest.raises(UserError, match="both dataset_name"):
+        parse_config(train_latent_diffusion.Config, ["--config", file, "--dataset_name", "a", "--train_data_dir", "b"])
+    with pytest.raises(UserError, match="both dataset_name"):  # in the file, it is not known which one is meant
+        parse_config(
+            train_autoencoder.Config, ["--config", yaml_file(tmp_path, "dataset_name: a\ntrain_data_dir: b\n")]
+        )
+
+
+def test_a_value_without_a_flag_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "rows.parquet").touch()
+    for word, meant in (
+        ("mine", "did you mean --train_data_dir mine"),
+        ("rows.parquet", "did you mean --dataset_name rows.parquet"),
+        ("run.yaml", "did you mean --config run.yaml"),
+        ("nothing", "values are given as --NAME VALUE"),
+    ):
+        with pytest.raises(UserError, match=f"'{word}' has no flag before it; {meant}"):
+            parse_config(train_autoencoder.Config, [word])
+    with pytest.raises(UserError, match="'mine' has no flag before it; values are given"):
+        parse("mine")
+
+
 def help_of(capsys, config_class: type = Config, word: str = "--help_all", **arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_info:
         parse_config(config_class, [word], **arguments)
@@ -215,7 +259,7 @@ def test_help_ends_each_description_with_the_default(capsys):
 
 def test_help_explains_files_lists_and_booleans(capsys):
     output = " ".join(help_of(capsys, description="A command.", preset="configs/experiments/stage/tiny.yaml").split())
-    assert "A command. Lists are written in quotes, as in '[a,b]'" in output
+    assert "A command. Lists are written as a,b (an empty one: none)" in output
     assert "A boolean flag without a value means true. --print_config shows all settings." in output
     assert "or the name of a preset; flags override it" in output
     assert "Without any arguments, stage/tiny is used" in output

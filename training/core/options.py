@@ -33,6 +33,7 @@ def option(
     below: float | None = None,
     usual: str = "",
     essential: bool = False,
+    replaces: Sequence[str] = (),
 ) -> Any:
     """Define a config field.
 
@@ -46,6 +47,8 @@ def option(
         at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
         usual: a usual value, shown in the message about a value that is out of bounds.
         essential: whether `--help` lists the option; `--help_all` lists all of them.
+        replaces: options that say the same in another way; if this one is given as a flag, and not they, their value in
+            a YAML file is dropped.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -55,6 +58,7 @@ def option(
         "bounds": bounds,
         "usual": usual,
         "essential": essential,
+        "replaces": replaces,
     }
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)

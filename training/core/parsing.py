@@ -8,8 +8,9 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -51,6 +52,7 @@ def parse_config(
         print(help_text(parser, config_class, everything=HELP_ALL in words), end="")
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
+    words = list(_with_brackets(words, parser))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
@@ -60,6 +62,8 @@ def parse_config(
         raise UserError(_explain(str(error), known_names(config_class))) from None
     except RecursionError:
         raise UserError("the settings are nested too deeply; is there a YAML alias that contains itself?") from None
+    for name in _replaced(words, config_class):
+        setattr(values, name, None)
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     _expand_home(config)
     config.validate()
@@ -155,7 +159,7 @@ def _notation(parser: jsonargparse.ArgumentParser) -> str:
     if any(action.const is True for action in parser._actions):
         sentences.insert(0, "A boolean flag without a value means true.")
     if any(option.endswith("+") for action in parser._actions for option in action.option_strings):
-        sentences.insert(0, "Lists are written in quotes, as in '[a,b]'; --NAME+ VALUE appends VALUE to the list.")
+        sentences.insert(0, "Lists are written as a,b (an empty one: none); --NAME+ VALUE appends VALUE to the list.")
     return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
 
 
@@ -207,6 +211,45 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
             raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help_all lists them all)")
 
 
+def _with_brackets(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> Iterator[str]:
+    """Yield the words with lists in brackets: `--names a,b` means `--names '[a,b]'`, and `--names none` is empty."""
+    lists = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if get_origin(getattr(action, "_typehint", None)) is list and not option.endswith("+")
+    }
+    flag = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if flag in lists and not word.startswith(("-", "[")):
+            yield _in_brackets(word)
+        elif equals and name in lists and not value.startswith("["):
+            yield f"{name}={_in_brackets(value)}"
+        else:
+            yield word
+        flag = word
+
+
+def _in_brackets(text: str) -> str:
+    return "[]" if text.lower() == "none" else f"[{text}]"
+
+
+def _replaced(words: Sequence[str], config_class: type[Options]) -> set[str]:
+    """Return the options whose value is dropped because a flag says the same in another way."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    fields = [field for field in dataclasses.fields(config_class) if field.name in given]
+    return {name for field in fields for name in field.metadata.get("replaces", ())} - given
+
+
+def _explain_bare(word: str, known: Sequence[str]) -> str:
+    """Return the message for an argument without a flag."""
+    path = Path(word).expanduser()
+    flag = "config" if path.suffix in (".yaml", ".yml") else "train_data_dir" if path.is_dir() else "dataset_name"
+    meant = f"; did you mean --{flag} {word}?" if flag == "config" or (flag in known and path.exists()) else ""
+    return f"'{word}' has no flag before it{meant or '; values are given as --NAME VALUE (--help lists the names)'}"
+
+
 def _explain_type(expected: re.Match[str]) -> str:
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     return f"expected {kinds.get(expected[1], expected[1])}, and got {expected[2]}"
@@ -215,6 +258,9 @@ def _explain_type(expected: re.Match[str]) -> str:
 def _explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message as one line; for an unknown YAML key, suggest the nearest known one."""
     text = " ".join(message.split())
+    bare = re.search(r"unrecognized arguments: (\S+)", text)
+    if bare:
+        return _explain_bare(bare[1], known)
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", text)
     if group:
         name = f"{group[1]}.{group[2]}"

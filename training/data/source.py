@@ -49,11 +49,11 @@ class DataConfig(Options):
 
     help_group = "Data"
 
-    dataset_name: str | None = option(None, content="data", essential=True)
+    dataset_name: str | None = option(None, content="data", essential=True, replaces=["train_data_dir"])
     """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
-    train_data_dir: str | None = option(None, content="data", essential=True)
+    train_data_dir: str | None = option(None, content="data", essential=True, replaces=["dataset_name"])
     """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces --dataset_name"""
     image_column: str = option("image")
     """Column with the images"""
