@@ -80,17 +80,17 @@ def generate_sets(
         return None  # an autoencoder has to copy
     if generator is None:
         return CopySets(images)
-    generator_, first = generator, len(images)
-    places = data.training.spread(config.replay_images) if generator.is_specific else []
+    model, first = generator, len(images)
+    places = data.training.spread(config.replay_images) if model.is_specific else []
 
     def replay(numbers: Sequence[int]) -> list[Image.Image]:
         items = data.training_items([places[number] for number in numbers])
-        return generator_(items, [first + number for number in numbers])
+        return model(items, [first + number for number in numbers])
 
     replayed = exchange.map(replay, len(places), batch_size)
     invented: list[tuple[Image.Image, str]] = []
-    if isinstance(generator, DrawingModel) and generator.invents:
-        invented = exchange.map(generator.invent, min(first, MOST_INVENTED), batch_size)
+    if isinstance(model, DrawingModel) and model.invents:
+        invented = exchange.map(model.invent, min(first, MOST_INVENTED), batch_size)
     return CopySets(images, replayed, places, [image for image, _ in invented], [caption for _, caption in invented])
 
 
