@@ -41,8 +41,11 @@ _SEPARATORS = {";": "semicolon", ",": "comma", "\t": "tab", "|": "vertical bar"}
 _ENCODINGS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
-def read_table(path: Path) -> pyarrow.Table:
-    """Read a table, whose format is that of its extension.
+def read_table(path: Path, texts: Sequence[str | None] = ()) -> pyarrow.Table:
+    """Read a table, whose format is that of its extension; without a known one, it is CSV.
+
+    Args:
+        texts: columns of a CSV file to read as texts; those with usual headers always are.
 
     Raises:
         UserError: the file is empty or cannot be read.
@@ -54,8 +57,8 @@ def read_table(path: Path) -> pyarrow.Table:
     content = path.read_bytes()
     if not content.strip():
         raise UserError(f"{path} is empty; write one line for each image, or delete it")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _read_csv(path, _decoded(path, content))
+    if path.suffix.lower() not in (".jsonl", ".parquet"):
+        return _read_csv(path, _decoded(path, content), texts)
     try:
         if path.suffix.lower() == ".parquet":
             return pyarrow.parquet.read_table(path)
@@ -118,14 +121,15 @@ def _decoded(path: Path, content: bytes, errors: str = "strict") -> str:
         raise UserError(f"{path} is not UTF-8 (byte {error.start:,}: {error.reason}); save it as UTF-8") from None
 
 
-def _read_csv(path: Path, text: str) -> pyarrow.Table:
+def _read_csv(path: Path, text: str, columns: Sequence[str | None]) -> pyarrow.Table:
     import pandas
     import pyarrow
 
     separator = separator_of(path, text)
     header = _checked_header(path, text, separator)
     # As text, so that the caption "none" and the file "007" are not read as a missing value and a number.
-    texts = {column: str for column in header if plain_name(column) in (*CAPTION_COLUMNS, *FILE_COLUMNS)}
+    usual = {*CAPTION_COLUMNS, *FILE_COLUMNS}
+    texts = {column: str for column in header if column in columns or plain_name(column) in usual}
     try:
         frame = pandas.read_csv(io.StringIO(text), sep=separator, converters=texts, index_col=False)
     except (ValueError, pandas.errors.ParserError) as error:

@@ -18,6 +18,7 @@ from training.data.folder_layout import FolderFiles, Layout
 _SHOWN = 3
 _CLASSES_SHOWN = 12
 _HEIC = (".heic", ".heif", ".hif")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 _TEXTS_OPENED = 20
 _BEGINNING = 65_536
 _CAPTION_WORDS = ('"caption', '"prompt"', '"text"', '"annotations"', '"description"')
@@ -29,7 +30,7 @@ class LeftOut:
 
     count: int
     what: str
-    """What the files are, after their number: "images in no row of metadata.csv" """
+    """What the files are, such as "images in no row of metadata.csv" """
     examples: list[str] = field(default_factory=list)
     fix: str = ""
     minor: bool = False
@@ -41,7 +42,7 @@ class LeftOut:
 
     @property
     def brief(self) -> str:
-        return f"{self.count:,} {self.what}"
+        return f"{self.what}: {self.count:,}"
 
     def __str__(self) -> str:
         more = ", …" if self.count > len(self.examples) else ""
@@ -123,7 +124,8 @@ def account_of(root: Path, files: FolderFiles, rows: FolderRows, layout: Layout)
     unread = [name for name in (*files.texts, *files.tables, *files.json) if name not in set(rows.used)]
     like_captions = _like_captions(root, unread, files.images)
     account.left_out += _unread_captions(root, like_captions, rows)
-    if others := sorted({*files.other, *unread}.difference(like_captions)):
+    sheets = {name for name in files.other if os.path.splitext(name)[1].lower() in _SPREADSHEETS}
+    if others := sorted({*files.other, *unread}.difference(like_captions, sheets)):
         account.left_out.append(LeftOut.of(others, "other files", minor=True))
     if files.hidden:
         account.left_out.append(LeftOut(files.hidden, "hidden files", minor=True))
@@ -151,6 +153,8 @@ def unread_images(root: Path, files: FolderFiles) -> Iterator[LeftOut]:
         yield LeftOut.of(files.misnamed, "images without the extension of an image", fix)
     if archives := [name for name in files.archives if not name.lower().endswith(".zip")]:
         yield LeftOut.of(archives, "archives", "unpack them if they contain images")
+    if sheets := [name for name in files.other if os.path.splitext(name)[1].lower() in _SPREADSHEETS]:
+        yield LeftOut.of(sheets, "spreadsheets", "if they hold captions, save them as CSV")
     if files.links:
         fix = "links to folders are not followed; move the folders, or give them as --train_data_dir"
         yield LeftOut.of(files.links, "linked folders", fix)

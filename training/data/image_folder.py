@@ -138,7 +138,7 @@ def _tables(root: Path, rows: FolderRows, layout: Layout) -> dict[str, pyarrow.T
         columns[name] = _image_array(root, values.to_pylist()) if name in rows.image_columns else values
     labels = layout.classes and "label" not in columns
     if labels:
-        ids = {name: i for i, name in enumerate(layout.classes)}
+        ids: dict[str | None, int] = {name: i for i, name in enumerate(layout.classes)}
         columns["label"] = pyarrow.array([ids.get(layout.class_of(image)) for image in rows.images], pyarrow.int64())
     table = pyarrow.table(columns)
     features = datasets.Features.from_arrow_schema(table.schema.remove_metadata())
