@@ -183,11 +183,13 @@ def _has_captions(path: Path) -> bool:
 def _unread_captions(root: Path, like_captions: Sequence[str], rows: FolderRows) -> Iterator[LeftOut]:
     if not like_captions:
         return
+    importable = [name for name in like_captions if _has_captions(root / name)]
     if rows.captions:
         fix = f"the captions come from: {rows.captions}"
-    elif (suffix := PurePosixPath(like_captions[0]).suffix.lower()) in (".txt", ".caption"):
-        fix = f"give at least half of the images a {suffix} file of the same name, or write metadata.csv"
-    else:
-        script = command(f"data_scripts/import_captions.py {root / like_captions[0]} --image_dir {root}")
+    elif importable:
+        script = command(f"data_scripts/import_captions.py {root / importable[0]} --image_dir {root}")
         fix = f"to train on them, run: {script}"
+    else:
+        suffix = PurePosixPath(like_captions[0]).suffix
+        fix = f"give at least half of the images a {suffix} file of the same name, or write metadata.csv"
     yield LeftOut.of(like_captions, "files that look like captions", fix)

@@ -156,7 +156,8 @@ def _rows_of_tables(root: Path, tables: Sequence[str], names: ImageNames, *, met
         kept = table.drop_columns([c for c in {column, "image"} if c in table.column_names])
         for other in [c for c in kept.column_names if c.endswith(_FILE_NAME)]:
             places = [_place(value, folder, names, anywhere=False) for value in kept[other].to_pylist()]
-            kept = kept.drop_columns([other]).append_column(other[: -len(_FILE_NAME)], pyarrow.array(places))
+            index = kept.column_names.index(other)
+            kept = kept.set_column(index, other[: -len(_FILE_NAME)], pyarrow.array(places, pyarrow.string()))
             image_columns.append(other[: -len(_FILE_NAME)])
         parts.append(kept if kept.num_columns else kept.append_column("row", pyarrow.array(range(table.num_rows))))
     rows = FolderRows(images, _joined(root, tables, parts), list(dict.fromkeys(image_columns)), used=list(tables))

@@ -40,6 +40,7 @@ _FILE_LOADERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "manifest.json")
 _ROWS_PER_READ = 10_000
 
 
@@ -372,16 +373,18 @@ def _require_every_file(path: Path, config_name: str | None) -> None:
     read = {os.path.realpath(file) for files in found.values() for file in files}
     suffixes = {os.path.splitext(file)[1].lower() for file in read}
     hidden = re.compile(r"(^|/)(\.|__)")
-    every = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    every = [
+        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if name not in _NOT_DATA
+    ]
     every = [file for file in every if not hidden.search(os.path.relpath(file, path).replace(os.sep, "/"))]
     tables = [file for file in every if os.path.splitext(file)[1].lower() in suffixes.intersection(_FILE_LOADERS)]
     missing = sorted(os.path.relpath(file, path) for file in tables if os.path.realpath(file) not in read)
     if missing:
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise UserError(
             f"{len(missing):,} of {len(tables):,} {'/'.join(sorted(suffixes))} files in {path} are in no split "
-            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), because names of other files are those of "
-            f"splits ({', '.join(found)}); give every file or folder the name of a split, move these files out of the "
-            "folder, or name one file with --dataset_name"
+            f"({shown}), because names of other files or folders are those of splits ({', '.join(map(str, found))}); "
+            "rename those, or give every file the name of a split, or move these files out of the folder"
         )
 
 
