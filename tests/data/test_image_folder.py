@@ -238,6 +238,14 @@ def test_a_name_that_macos_has_decomposed(tmp_path):
     assert captions_of(folder) == {"Ka\u0308fer.png": "a beetle"}
 
 
+def test_tables_that_name_only_images(tmp_path):
+    folder = draw(tmp_path / "pics", "a/0.png", "a/1.png", "b/2.png")
+    for name in ("a", "b"):
+        write_table(folder / name / "metadata.csv", {"file_name": ["0.png", "2.png"]})
+    assert load_split(config_of(folder), "train", 0).column_names == ["image", "label"]
+    assert splits_of(folder)["train"] == ["a/0.png", "a/2.png", "b/0.png", "b/2.png"]
+
+
 def test_several_rows_of_an_image_become_several_captions(tmp_path):
     folder = draw(tmp_path / "pics", *IMAGES)
     write_table(folder / "captions.csv", {"image": ["0.png", "1.png", "0.png"], "caption": ["a", "b", "c"]})

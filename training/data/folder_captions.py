@@ -34,6 +34,7 @@ CaptionSource = Literal["auto", "file_name", "folder_name"]
 # A table or the text files of a folder are its captions if at least this share of them belongs to images.
 _ENOUGH = 0.5
 _FILE_NAME = "_file_name"
+_ALONE = "\0"  # a column of a table that names only images, which Arrow could not join without one
 
 
 @dataclass
@@ -159,8 +160,10 @@ def _rows_of_tables(root: Path, tables: Sequence[str], names: ImageNames, *, met
             index = kept.column_names.index(other)
             kept = kept.set_column(index, other[: -len(_FILE_NAME)], pyarrow.array(places, pyarrow.string()))
             image_columns.append(other[: -len(_FILE_NAME)])
-        parts.append(kept if kept.num_columns else kept.append_column("row", pyarrow.array(range(table.num_rows))))
-    rows = FolderRows(images, _joined(root, tables, parts), list(dict.fromkeys(image_columns)), used=list(tables))
+        parts.append(kept if kept.num_columns else pyarrow.table({_ALONE: pyarrow.nulls(table.num_rows)}))
+    joined = _joined(root, tables, parts)
+    joined = joined.drop_columns([_ALONE]) if _ALONE in joined.column_names else joined
+    rows = FolderRows(images, joined, list(dict.fromkeys(image_columns)), used=list(tables))
     if not metadata and len(set(images)) < len(images):
         rows = _grouped(rows)
     return _with_text(rows, tables)
