@@ -428,9 +428,11 @@ def test_captions_that_have_to_be_imported_name_the_command(tmp_path, name):
 def test_a_folder_without_images_that_can_be_read(tmp_path):
     folder = tmp_path / "pics"
     folder.mkdir()
-    assert "contains no images that can be read: give another folder with --train_data_dir" in refused(folder)
+    assert "contains no images that can be read; give another folder with --train_data_dir" in refused(folder)
     (folder / "a.psd").write_text("")
-    assert "it has images in formats that are not read: 1: convert them to PNG or JPEG" in refused(folder)
+    assert "(images in formats that are not read: 1); convert them to PNG or JPEG" in refused(folder)
+    write_table(folder / "rows.parquet", {"text": ["a"]})
+    assert "give it as --dataset_name instead of --train_data_dir" in refused(folder)
 
 
 @pytest.mark.skipif(".heic" in image_suffixes(), reason="pillow-heif is installed")

@@ -201,7 +201,7 @@ def test_the_kind_of_tokenizer_suits_the_captions():
     assert (kind, "50.00% of the words in other captions would be unknown" in choice) == ("bpe", True)
     assert suitable(many, ["a zebra"], model="word_level")[0] == "word_level"
     assert suitable(many[:9], many, vocab_size=100)[0] == "word_level", "100 entries are too few for pieces"
-    with pytest.raises(UserError, match="there are no captions"):
+    with pytest.raises(UserError, match="all captions are empty"):
         suitable([], [])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.tools.commands import command, install_command
 from training.data.caption_tables import FILE_COLUMNS, caption_columns, header_of, usual_column
 from training.data.folder_captions import FolderRows
-from training.data.folder_layout import FolderFiles, Layout
+from training.data.folder_layout import CAPTION_SUFFIXES, FolderFiles, Layout
 
 _SHOWN = 3
 _CLASSES_SHOWN = 12
@@ -121,9 +121,11 @@ def account_of(root: Path, files: FolderFiles, rows: FolderRows, layout: Layout)
     account.remarks += layout.remarks
     account.left_out += _images_in_no_row(files, rows)
     account.left_out += unread_images(root, files)
-    unread = [name for name in (*files.texts, *files.tables, *files.json) if name not in set(rows.used)]
-    like_captions = _like_captions(root, unread, files.images)
-    account.left_out += _unread_captions(root, like_captions, rows)
+    used = set(rows.used)
+    unread = [name for name in (*files.texts, *files.tables, *files.json) if name not in used]
+    beside, importable = _like_captions(root, unread, files.images)
+    like_captions = sorted([*beside, *importable])
+    account.left_out += _unread_captions(root, like_captions, importable, rows)
     sheets = {name for name in files.other if os.path.splitext(name)[1].lower() in _SPREADSHEETS}
     if others := sorted({*files.other, *unread}.difference(like_captions, sheets)):
         account.left_out.append(LeftOut.of(others, "other files", minor=True))
@@ -146,7 +148,7 @@ def unread_images(root: Path, files: FolderFiles) -> Iterator[LeftOut]:
     if heic:
         install = install_command("heic", "pillow-heif")
         yield LeftOut.of(heic, "HEIC images", f"they need the package pillow-heif: {install}")
-    if others := [name for name in files.unreadable if name not in set(heic)]:
+    if others := sorted(set(files.unreadable).difference(heic)):
         yield LeftOut.of(others, "images in formats that are not read", "convert them to PNG or JPEG")
     if files.misnamed:
         fix = "give them the extension of their format, such as .png or .jpg"
@@ -160,14 +162,15 @@ def unread_images(root: Path, files: FolderFiles) -> Iterator[LeftOut]:
         yield LeftOut.of(files.links, "linked folders", fix)
 
 
-def _like_captions(root: Path, unread: Sequence[str], images: Sequence[str]) -> list[str]:
-    """Return the files, of those that are not read, that look like captions of the images."""
+def _like_captions(root: Path, unread: Sequence[str], images: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files, of those that are not read, that are beside an image with the same name, and the others that
+    begin like a table, or like JSON, with captions."""
     stems = {os.path.splitext(image)[0] for image in images}
     beside = [name for name in unread if os.path.splitext(name)[0] in stems]
-    others = [name for name in unread if name not in set(beside)]
-    texts = [name for name in others if PurePosixPath(name).suffix.lower() in (".txt", ".caption")]
-    opened = [name for name in others if name not in set(texts[_TEXTS_OPENED:])]
-    return sorted([*beside, *(name for name in opened if _has_captions(root / name))])
+    others = sorted(set(unread).difference(beside))
+    texts = [name for name in others if PurePosixPath(name).suffix.lower() in CAPTION_SUFFIXES]
+    opened = sorted(set(others).difference(texts[_TEXTS_OPENED:]))
+    return beside, [name for name in opened if _has_captions(root / name)]
 
 
 def _has_captions(path: Path) -> bool:
@@ -180,16 +183,16 @@ def _has_captions(path: Path) -> bool:
     return bool(caption_columns(columns) and usual_column(columns, FILE_COLUMNS))
 
 
-def _unread_captions(root: Path, like_captions: Sequence[str], rows: FolderRows) -> Iterator[LeftOut]:
+def _unread_captions(
+    root: Path, like_captions: Sequence[str], importable: Sequence[str], rows: FolderRows
+) -> Iterator[LeftOut]:
     if not like_captions:
         return
-    importable = [name for name in like_captions if _has_captions(root / name)]
     if rows.captions:
         fix = f"the captions come from: {rows.captions}"
     elif importable:
         script = command(f"data_scripts/import_captions.py {root / importable[0]} --image_dir {root}")
         fix = f"to train on them, run: {script}"
     else:
-        suffix = PurePosixPath(like_captions[0]).suffix
-        fix = f"give at least half of the images a {suffix} file of the same name, or write metadata.csv"
+        fix = "give at least half of the images a .txt file of the same name, or write metadata.csv"
     yield LeftOut.of(like_captions, "files that look like captions", fix)

@@ -216,7 +216,7 @@ def _file_column(table: pyarrow.Table, names: ImageNames, folder: str, *, anywhe
 
 
 def _place(value: Any, folder: str, names: ImageNames, *, anywhere: bool) -> str | None:
-    """Return the path of the image that a row names, in the folder of the images, even if there is no such file."""
+    """Return the path, relative to the folder of the images, that a row names, even if this file does not exist."""
     if value is None or not str(value).strip():
         return None
     found = names.find(value, folder, anywhere=anywhere)

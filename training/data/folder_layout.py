@@ -126,7 +126,7 @@ class Layout:
     """Splits and classes of images, by their folders."""
 
     split_level: int | None
-    """Number of the folder in each path that names the split, from 0; None if there are no splits"""
+    """Number of the folder in each path that names the split, from 0; None without splits"""
     classes: tuple[str, ...] = ()
     """Names of the classes in order; empty without classes"""
     remarks: tuple[str, ...] = ()

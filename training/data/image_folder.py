@@ -48,7 +48,7 @@ def open_image_folder(path: Path, source: CaptionSource, state: str) -> tuple[Da
     root = Path(os.path.abspath(path))
     files = files_of(root)
     if any(name.lower().endswith(".zip") for name in files.archives):
-        return _open_with_archives(root, files)
+        return _open_with_archives(root, files, source)
     _require_images(root, files)
     rows = rows_of(root, files, source)
     layout = _layout(root, files, rows)
@@ -89,10 +89,12 @@ def _write(key: Sequence[Any], split: str, table: pyarrow.Table) -> Path:
     return file
 
 
-def _open_with_archives(root: Path, files: FolderFiles) -> tuple[DatasetDict, FolderAccount]:
+def _open_with_archives(root: Path, files: FolderFiles, source: CaptionSource) -> tuple[DatasetDict, FolderAccount]:
     """Open a folder with zip archives, whose images `datasets` reads, as one training split."""
     import datasets
 
+    if source != "auto":
+        raise UserError(f"--caption_source is {source}, but {root} contains zip archives; unpack them")
     loaded = datasets.load_dataset("imagefolder", data_dir=str(root), data_files={"train": ["**"]})
     account = FolderAccount(str(root), files.number, {name: len(split) for name, split in loaded.items()})
     archives = [name for name in files.archives if name.lower().endswith(".zip")]
@@ -104,14 +106,14 @@ def _open_with_archives(root: Path, files: FolderFiles) -> tuple[DatasetDict, Fo
 
 
 def _require_images(root: Path, files: FolderFiles) -> None:
-    if not files.images:
-        entries = [entry.brief for entry in unread_images(root, files)]
-        there = f"; it has {' and '.join(entries)}" if entries else ""
-        fixes = [entry.fix for entry in unread_images(root, files) if entry.fix]
-        raise UserError(
-            f"the folder {root} contains no images that can be read{there}: "
-            f"{fixes[0] if fixes else 'give another folder with --train_data_dir or --dataset_name'}"
-        )
+    if files.images:
+        return
+    unread = list(unread_images(root, files))
+    there = f" ({'; '.join(entry.brief for entry in unread)})" if unread else ""
+    fix = next((entry.fix for entry in unread), "give another folder with --train_data_dir or --dataset_name")
+    if any(name.endswith(".parquet") for name in files.tables):
+        fix = "if the images are in its Parquet files, give it as --dataset_name instead of --train_data_dir"
+    raise UserError(f"the folder {root} contains no images that can be read{there}; {fix}")
 
 
 def _layout(root: Path, files: FolderFiles, rows: FolderRows) -> Layout:

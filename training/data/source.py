@@ -350,8 +350,9 @@ def _is_image_folder(path: Path) -> bool:
     images = sum(suffixes[suffix] for suffix in image_suffixes())
     if set(METADATA_NAMES).intersection(names):
         return True
-    tables = sum(suffixes[suffix] for suffix in (".parquet", ".arrow", ".json", ".jsonl", ".csv"))
-    return images > tables and not _readme_defines_splits(path)
+    if suffixes[".parquet"] or suffixes[".arrow"] or _readme_defines_splits(path):
+        return False
+    return images > sum(suffixes[suffix] for suffix in (".json", ".jsonl", ".csv"))
 
 
 def _readme_defines_splits(path: Path) -> bool:
@@ -377,12 +378,13 @@ def _require_every_file(path: Path, config_name: str | None) -> None:
         os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if name not in _NOT_DATA
     ]
     every = [file for file in every if not hidden.search(os.path.relpath(file, path).replace(os.sep, "/"))]
-    tables = [file for file in every if os.path.splitext(file)[1].lower() in suffixes.intersection(_FILE_LOADERS)]
+    data = suffixes.intersection({*_FILE_LOADERS, *image_suffixes()})
+    tables = [file for file in every if os.path.splitext(file)[1].lower() in data]
     missing = sorted(os.path.relpath(file, path) for file in tables if os.path.realpath(file) not in read)
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing):,} of {len(tables):,} {'/'.join(sorted(suffixes))} files in {path} are in no split "
+            f"{len(missing):,} of {len(tables):,} {'/'.join(sorted(data))} files in {path} are in no split "
             f"({shown}), because names of other files or folders are those of splits ({', '.join(map(str, found))}); "
             "rename those, or give every file the name of a split, or move these files out of the folder"
         )

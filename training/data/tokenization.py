@@ -144,10 +144,10 @@ def train_suitable_tokenizer(
         settings: see `train_tokenizer`.
 
     Raises:
-        UserError: there are no captions.
+        UserError: `captions` yields nothing.
     """
     if next(iter(captions()), None) is None:
-        raise UserError("there are no captions to train a tokenizer on; choose another column with --caption_column")
+        raise UserError("all captions are empty, so that no tokenizer can be trained; choose another --caption_column")
     if model != "auto":
         return train_tokenizer(captions(), model=model, vocab_size=vocab_size, **settings), f"The tokenizer is {model}."
     if vocab_size < smallest_vocabulary("bpe"):
