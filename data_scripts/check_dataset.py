@@ -2,8 +2,9 @@
 
     python data_scripts/check_dataset.py --dataset_name DATA
 
-All problems are listed by row in one pass, and the exit status is 2 if there are any. Duplicates and near-duplicates
-(copies in another size or compression, mirrored, or slightly cropped) are reported, but do not count as problems.
+The output begins with an account of every file of a folder of images: what is read, and what is left out. All problems
+are then listed by row in one pass, and the exit status is 2 if there are any. Duplicates and near-duplicates (copies in
+another size or compression, mirrored, or slightly cropped) are reported, but do not count as problems.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from training.data.images import (
     load_all_splits,
     load_label_map,
 )
-from training.data.source import load_split, named_split, require_column, row_id, undecoded_images
+from training.data.source import folder_account, load_split, named_split, require_column, row_id, undecoded_images
 from training.data.transforms import BrokenImage, load_rgb
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class SplitReport:
 def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(CheckConfig, argv, description=__doc__)
     splits = load_all_splits(config)
+    account = folder_account(config)
+    for line in account.lines() if account else ():
+        print(printable(line))
     columns = splits[next(iter(splits))].column_names
     label_map = _label_map(config, columns)
     reports, prints = [], Prints()
@@ -103,7 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(printable(_near_duplicates(config, splits, prints)))
     problems = [(report.name, problem) for report in reports for problem in report.problems]
     if not problems:
-        print("No problems: every row can be trained on.")
+        left_out = account.images_left_out if account else 0
+        print(
+            f"Every row can be trained on. Files left out (listed above): {left_out:,}."
+            if left_out
+            else "No problems: every row can be trained on."
+        )
         return 0
     print(f"\n{len(problems):,} problems:")
     for name, problem in problems[: config.max_listed or None]:

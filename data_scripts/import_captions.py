@@ -1,11 +1,12 @@
-"""Combine a folder of images and a JSON file of captions into an imagefolder, which all scripts can read.
+"""Combine a folder of images and a file of captions into an imagefolder, which all scripts can read.
 
-    python data_scripts/import_captions.py metadata.json --image_dir scans --output_dir data/scans
+    python data_scripts/import_captions.py captions.csv --image_dir scans --output_dir data/scans
 
-The JSON file can be a list of records ({"file_name": …, "caption": …}), contain one record per line, map file names to
-captions or records, or be in COCO's format ("images" and "annotations"). Several captions of one image are kept as a
-list, and training draws one of them each time. Images are hard-linked if the file system supports it; otherwise they
-are copied.
+The file can be a CSV file with any common separator, a TSV, Parquet or JSON file. A table needs one column with the
+names of the images and one with the captions, with usual headers such as file_name, image, caption or text. A JSON file
+can be a list of records ({"file_name": …, "caption": …}), contain one record per line, map file names to captions or
+records, or be in COCO's format ("images" and "annotations"). Several captions of one image are kept as a list, and
+training draws one of them each time. Images are hard-linked if the file system supports it; otherwise they are copied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
@@ -26,12 +27,14 @@ from pipelines.tools.commands import command
 from pipelines.tools.files import image_suffixes
 from training.core.options import Options
 from training.core.parsing import parse_config
+from training.data.caption_tables import FILE_COLUMNS, caption_columns, header_of, plain_name, read_table
 from training.data.caption_text import caption_problem, cleaned_caption
 
-FILE_FIELDS = ("file_name", "filename", "file", "image", "image_path", "path", "img", "name", "id")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 SHOWN = 10
 SCRIPT = "import_captions.py"
+CAPTION = "caption"
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
 
 @dataclass
@@ -39,15 +42,16 @@ class ImportConfig(Options):
     """Flags of this script. The metadata file may also be given as the first argument."""
 
     metadata: str = ""
-    """JSON or JSON Lines file with the captions (required)"""
+    """CSV, TSV, Parquet, JSON or JSON Lines file with the captions (required)"""
     image_dir: str = ""
     """Folder with the images that the metadata file refers to (required)"""
     output_dir: str | None = None
     """Folder to write; if unset, the path of --image_dir followed by _captioned"""
-    caption_field: str = "caption"
-    """Field of a record that holds its caption or its list of captions"""
+    caption_field: str | None = None
+    """Field or column with the caption, or list of captions, of an image; if unset, caption, or the one with another
+    usual name, such as text or prompt"""
     file_field: str | None = None
-    """Field of a record that holds the name of the image file; if unset, the first common name, such as file_name"""
+    """Field or column with the name of the image file; if unset, the first usual name, such as file_name"""
     on_missing: Literal["error", "skip"] = "error"
     """What to do if an image or a caption is missing: stop and list all such records, or skip them"""
     overwrite: bool = False
@@ -57,7 +61,7 @@ class ImportConfig(Options):
         """Raise UserError if a required flag is missing."""
         super().validate(prefix)
         if not self.metadata:
-            usage = command("data_scripts/import_captions.py metadata.json …")
+            usage = command("data_scripts/import_captions.py captions.csv …")
             raise UserError(f"no metadata file is given; run: {usage}")
         if not self.image_dir:
             raise UserError("--image_dir is missing; it is the folder with the images")
@@ -118,25 +122,31 @@ def read_captions(config: ImportConfig) -> tuple[dict[str, list[str]], list[str]
     """
     captions: dict[str, list[str]] = {}
     problems: list[str] = []
-    fields: set[str] = set()
-    for number, record in enumerate(_records(config), 1):
-        fields |= record.keys()
+    records = _records(config)
+    fields = list(dict.fromkeys(field for record in records for field in record))
+    caption_field = config.caption_field or _usual_caption_field(config, fields)
+    for number, record in enumerate(records, 1):
         name = _file_name(record, config.file_field, Path(config.image_dir).expanduser())
         if name is None:
             problems.append(f"record {number}: no file name (it has {', '.join(record) or 'no fields'})")
             continue
-        own = _texts(record.get(config.caption_field))
+        own = _texts(record.get(caption_field))
         problem = caption_problem(own) if own else "no caption"
         if problem is None:
             captions.setdefault(name, []).extend(text for text in own if text not in captions.get(name, []))
         else:
             problems.append(f"record {number} ({name}): {problem}")
     if not captions:
-        if config.caption_field in fields:
-            raise UserError(f"{config.metadata} has no captions: every '{config.caption_field}' is empty")
+        if caption_field in fields and problems and all("no file name" in problem for problem in problems):
+            raise UserError(
+                f"{config.metadata} names no images: no record has a field such as file_name or image (they have "
+                f"{', '.join(sorted(fields))}); name the image file's field with --file_field"
+            )
+        if caption_field in fields:
+            raise UserError(f"{config.metadata} has no captions: every '{caption_field}' is empty")
         raise UserError(
-            f"{config.metadata} has no captions: no record has a field '{config.caption_field}'"
-            f"{nearest(config.caption_field, fields)} (they have {', '.join(sorted(fields)) or 'no fields'}); "
+            f"{config.metadata} has no captions: no record has a field '{caption_field}'"
+            f"{nearest(caption_field, fields)} (they have {', '.join(sorted(fields)) or 'no fields'}); "
             "name the caption's field with --caption_field, and the image file's field with --file_field"
         )
     return captions, problems
@@ -160,12 +170,30 @@ def write_imagefolder(
     (target / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
-    """Yield every record of the file, whatever its format."""
+def _usual_caption_field(config: ImportConfig, fields: Sequence[str]) -> str:
+    """Return the field that holds the captions, by its name. Raises UserError if several could."""
+    usual = caption_columns(fields)
+    if CAPTION in usual or not usual:
+        return CAPTION
+    if len(usual) > 1:
+        raise UserError(
+            f"{config.metadata} has several fields that may hold the captions ({', '.join(usual)}); choose one with "
+            f"--caption_field, for example --caption_field {usual[0]}"
+        )
+    return usual[0]
+
+
+def _records(config: ImportConfig) -> list[dict[str, Any]]:
+    """Return every record of the file, whatever its format."""
     path = Path(config.metadata).expanduser()
+    suffix = path.suffix.lower()
+    if suffix in SPREADSHEETS:
+        raise UserError(f"{path} is a spreadsheet ({suffix}); save it as CSV (UTF-8) and import the CSV file")
+    if suffix in (".csv", ".tsv", ".parquet") or (suffix == ".txt" and caption_columns(header_of(path))):
+        return read_table(path, texts=[config.caption_field, config.file_field]).to_pylist()
     content = _read(path)
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = _coco(content, config.caption_field)
+        content = _coco(content)
     elif isinstance(content, dict) and _is_record(content, config):
         content = [content]
     elif isinstance(content, dict):
@@ -175,16 +203,16 @@ def _records(config: ImportConfig) -> Iterator[dict[str, Any]]:
         if len(lists) == 1 and len(content) <= 3:
             content = lists[0]
         else:
-            content = [_keyed(name, value, config.caption_field) for name, value in content.items()]
+            content = [_keyed(name, value, config.caption_field or CAPTION) for name, value in content.items()]
     if not isinstance(content, list):
         raise UserError(f"{path} holds a {type(content).__name__}; it should be a list of records with captions")
-    for record in content:
-        yield record if isinstance(record, dict) else {}
+    return [record if isinstance(record, dict) else {} for record in content]
 
 
 def _is_record(content: Mapping[str, Any], config: ImportConfig) -> bool:
     """Return whether the object is the record of one image, rather than a mapping from file names to captions."""
-    return config.caption_field in content and _file_value(content, config.file_field) is not None
+    captioned = config.caption_field in content if config.caption_field else bool(caption_columns(content))
+    return captioned and _file_value(content, config.file_field) is not None
 
 
 def _read(path: Path) -> Any:
@@ -206,13 +234,10 @@ def _read(path: Path) -> Any:
             ) from None
 
 
-def _coco(content: Mapping[str, Any], caption_field: str) -> list[dict[str, Any]]:
+def _coco(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = {image.get("id"): image.get("file_name") for image in content.get("images") or []}
-    return [
-        {"file_name": names.get(note.get("image_id")), caption_field: note.get(caption_field)}
-        for note in content["annotations"]
-        if isinstance(note, dict)
-    ]
+    notes = (note for note in content["annotations"] if isinstance(note, dict))
+    return [{**note, "id": None, "file_name": names.get(note.get("image_id"))} for note in notes]
 
 
 def _keyed(name: str, value: Any, caption_field: str) -> dict[str, Any]:
@@ -240,7 +265,8 @@ def _file_name(record: Mapping[str, Any], file_field: str | None, folder: Path) 
 
 def _file_value(record: Mapping[str, Any], file_field: str | None) -> str | None:
     """Return the record's name of its image file, or None."""
-    values = (record.get(field) for field in ([file_field] if file_field else FILE_FIELDS))
+    named = record if file_field else {plain_name(field): value for field, value in record.items()}
+    values = (named.get(field) for field in ([file_field] if file_field else FILE_COLUMNS))
     return next((str(value) for value in values if isinstance(value, (str, int)) and str(value).strip()), None)
 
 

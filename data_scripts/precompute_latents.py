@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
-from pipelines.tools.cli import UserError, entry_point, keep_running_without_output
+from pipelines.tools.cli import UserError, entry_point, keep_running_without_output, printable
 from pipelines.tools.devices import get_device
 from pipelines.tools.private import without_private
 from training.core.draws import SampleKey
@@ -57,7 +57,7 @@ from training.data.latent_cache.format import (
     shard_name,
     write_shard,
 )
-from training.data.source import named_split, undecoded_images
+from training.data.source import folder_account, named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
 from training.engine.loading import usable_workers
@@ -260,6 +260,8 @@ def precompute(config: PrecomputeConfig) -> None:
     encoder = Encoder(config, vae, device)
     todo = {work.name: encoder.missing(work) for work in works}
     if any(todo.values()):
+        if (account := folder_account(config)) is not None:
+            encoder.tell(printable(account.line()))
         for work in works:
             require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
         images = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from data_scripts.dataset_folder import making, new_folder
 from pipelines.tools.cli import UserError, entry_point, printable
@@ -22,13 +21,17 @@ from training.data.captions import captions_of
 from training.data.source import DataConfig, load_split, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
-    SPECIAL_TOKENS,
+    TokenizerModel,
     TokenizerReport,
+    empty_vocabulary,
+    is_word_level,
     report_on,
     round_trip,
     save_tokenizer,
     smallest_vocabulary,
-    train_tokenizer,
+    train_suitable_tokenizer,
+    unknown_words_advice,
+    usual_frequency,
 )
 
 EXAMPLES = 3
@@ -42,12 +45,13 @@ class TokenizerConfig(DataConfig):
 
     output_dir: str = ""
     """Folder to write the tokenizer and its Transformers configuration to (required)"""
-    model: Literal["word_level", "bpe"] = "word_level"
-    """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, so no word is unknown"""
+    model: TokenizerModel = "auto"
+    """word_level: whole words, rare ones become <UNK>; bpe: byte-level pieces, so no word is unknown; auto: bpe if
+    there are fewer than 5,000 captions, or if more than 5% of the words in held-out captions would be unknown"""
     vocab_size: int = 8000
     """Maximum size of the vocabulary, including the four special tokens"""
-    min_frequency: int = option(1, at_least=1)
-    """Minimum number of occurrences of a word (bpe: of a pair of pieces) to enter the vocabulary"""
+    min_frequency: int | None = option(None, at_least=1)
+    """Minimum number of occurrences of a word (bpe: of a pair of pieces) in the vocabulary; if unset, 1 (bpe: 2)"""
     lowercase: bool = True
     """Convert captions to lower case first"""
     model_max_length: int = option(77, at_least=3)
@@ -107,9 +111,11 @@ def _make(config: TokenizerConfig, folder: Path) -> None:
     train = load_split(config, "train", config.seed)
     require_column(train, config.caption_column, "caption_column")
     validation = load_split(config, "validation", config.seed)
-    print(f"Training a {config.model} tokenizer on the captions of {len(train):,} rows.")
-    tokenizer = train_tokenizer(
-        captions_of(train, config.caption_column, config.on_bad_sample),
+    print(f"Training a tokenizer on the captions of {len(train):,} rows.")
+    seen, name = (validation, "validation") if len(validation) else (train, "training")
+    tokenizer, choice = train_suitable_tokenizer(
+        lambda: captions_of(train, config.caption_column, config.on_bad_sample),
+        lambda: captions_of(seen, config.caption_column),
         model=config.model,
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
@@ -117,16 +123,22 @@ def _make(config: TokenizerConfig, folder: Path) -> None:
         model_max_length=config.model_max_length,
         length=len(train),
     )
-    if len(tokenizer) <= len(SPECIAL_TOKENS):
+    kind: TokenizerModel = "word_level" if is_word_level(tokenizer) else "bpe"
+    frequency = config.min_frequency or usual_frequency(kind)
+    if len(tokenizer) == empty_vocabulary(kind) and frequency > usual_frequency(kind):
         raise UserError(
-            f"no word in column '{config.caption_column}' occurs {config.min_frequency} times; lower --min_frequency, "
-            "or choose another --caption_column"
+            f"no {'word' if kind == 'word_level' else 'pair of letters'} in column '{config.caption_column}' occurs "
+            f"{frequency} times; lower --min_frequency, or choose another --caption_column"
         )
-    seen, name = (validation, "validation") if len(validation) else (train, "training")
+    print(choice)
     for caption in itertools.islice(captions_of(seen, config.caption_column), EXAMPLES):
         print(printable(round_trip(tokenizer, caption)))
     report = report_on(tokenizer, captions_of(seen, config.caption_column))
-    print(describe(report, name, tokenizer.model_max_length))
+    units = "words" if kind == "word_level" else "pieces of words"
+    print(describe(report, f"{name} captions", units, tokenizer.model_max_length))
+    if report.unknown_share > MANY_UNKNOWN:
+        limits = {"vocab_size": config.vocab_size, "min_frequency": frequency}
+        print(f"To lower this share, {unknown_words_advice(tokenizer, '--model', **limits)}.")
     with new_folder(folder) as (partial, aside):
         save_tokenizer(tokenizer, partial)
     for path in aside:
@@ -135,18 +147,14 @@ def _make(config: TokenizerConfig, folder: Path) -> None:
     print(f"Train with it: --tokenizer {config.output_dir}")
 
 
-def describe(report: TokenizerReport, name: str, limit: int) -> str:
+def describe(report: TokenizerReport, captions: str, units: str, limit: int) -> str:
     """Return the report in sentences."""
     sentences = [
-        f"Of {report.words:,} words in {report.captions:,} {name} captions, {report.unknown_share:.2%} are unknown; "
+        f"Of {report.words:,} {units} in {report.captions:,} {captions}, {report.unknown_share:.2%} are unknown; "
         f"{report.round_trips:,} captions are unchanged after encoding and decoding, apart from normalization.",
         f"The longest caption has {report.longest} tokens"
         + (f"; {report.cut:,} are truncated to {limit} (--model_max_length)." if report.cut else "."),
     ]
-    if report.unknown_share > MANY_UNKNOWN:
-        sentences.append(
-            "That is a lot: try a larger --vocab_size, a lower --min_frequency, or --model bpe (no unknown words)."
-        )
     return "\n".join(sentences)
 
 

@@ -92,11 +92,14 @@ class ImageCaptionStage(GeneratingStage):
     def __init__(self, config: Config, context: StageContext):
         super().__init__(config, context)
         weights, max_length = self._weights(), config.model.max_length
-        self.tokenizer = tokenizer_for(config, load_split(config, "train", config.seed), max_length, weights)
+        rows, held_out = (load_split(config, split, config.seed) for split in ("train", "validation"))
+        self.tokenizer = tokenizer_for(config, rows, max_length, weights, held_out)
         tokens = CaptionTokens(self.tokenizer, max_length, padding="longest")
         self.open_data(functools.partial(CaptionedImages, config=config, caption_tokens=tokens))
         shown, which = self.shown_data, "validation" if self.validation_set else "training"
-        tell_round_trips(self.tokenizer, shown.captioned, self.training_set.captioned, config.caption_column, which)
+        may_change = weights is None and not config.tokenizer
+        captioned = shown.captioned, self.training_set.captioned
+        tell_round_trips(self.tokenizer, config, *captioned, which, may_change=may_change)
         self.aspect_ratio = self.training_set.aspect_ratio()
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, config.resolution, self.tokenizer)

@@ -78,9 +78,15 @@ def image_suffixes() -> set[str]:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Return the `IMAGE_FORMATS` that the installed Pillow was built with."""
+    """Return the `IMAGE_FORMATS` that the installed Pillow was built with, and HEIF if pillow-heif is installed."""
     Image.init()
-    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+    known = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        known.append("HEIF")
+    return tuple(known)
 
 
 def read_image(path: Path, name: str | None = None) -> Image.Image:

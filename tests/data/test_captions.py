@@ -40,6 +40,7 @@ def test_one_pair_in_ten_is_held_out_by_seed(config):
 
 def test_a_tokenizer_is_trained_on_the_training_captions(config):
     train, _ = load_captioned(config, 0)
+    config.tokenizer_model = "word_level"
     one, again = (tokenizer_for(config, train.captioned, 12) for _ in range(2))
     assert one.get_vocab() == again.get_vocab()
     assert one.convert_tokens_to_ids(["<PAD>", "<START>", "<END>", "<UNK>"]) == [0, 1, 2, 3]

@@ -154,13 +154,13 @@ def test_captions_are_consumed_one_by_one():
 
 def test_the_script_shows_what_it_made(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = tmp_path / "tokenizer"
-    arguments = ["--dataset_name", str(data), "--output_dir", str(folder)]
+    arguments = ["--dataset_name", str(data), "--output_dir", str(folder), "--model", "word_level"]
     assert script.main(arguments) == 0
     output = capsys.readouterr().out
     assert "'a red zebra'" in output
     assert "'a red <UNK>'   (1 unknown)" in output
     assert "Of 6 words in 2 validation captions, 16.67% are unknown; 1 captions are unchanged after encoding" in output
-    assert "--model bpe" in output
+    assert "To lower this share, use --model bpe, which has no unknown words.\n" in output
     assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in folder.iterdir()}
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     with pytest.raises(UserError, match="--overwrite true"):
@@ -181,8 +181,48 @@ def test_the_folder_loads_without_this_project(data: Path, tmp_path: Path):
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    ids = train_tokenizer(CAPTIONS * 3)(ENGRAVING).input_ids
+    ids = train_tokenizer(CAPTIONS * 3, model="bpe")(ENGRAVING).input_ids
     assert run.stdout.splitlines() == [f"{ids} 0 1 2 3 77"] * 2
+
+
+def suitable(captions: list[str], held_out: list[str], **settings: object) -> tuple[str, str]:
+    tokenizer, choice = tokenization.train_suitable_tokenizer(lambda: captions, lambda: held_out, **settings)  # type: ignore[arg-type]
+    return "word_level" if tokenization.is_word_level(tokenizer) else "bpe", choice
+
+
+def test_the_kind_of_tokenizer_suits_the_captions():
+    many = [f"a red circle and {i % 50} squares" for i in range(tokenization.FEW_CAPTIONS)]
+    assert suitable(many[:-1], many) == (
+        "bpe",
+        "The tokenizer is bpe, because there are only 4,999 captions (fewer than 5,000).",
+    )
+    assert suitable(many, many[:100])[0] == "word_level"
+    kind, choice = suitable(many, ["a zebra"])
+    assert (kind, "50.00% of the words in other captions would be unknown" in choice) == ("bpe", True)
+    assert suitable(many, ["a zebra"], model="word_level")[0] == "word_level"
+    assert suitable(many[:9], many, vocab_size=100)[0] == "word_level", "100 entries are too few for pieces"
+    with pytest.raises(UserError, match="all captions are empty"):
+        suitable([], [])
+
+
+def test_a_rare_word_is_not_one_piece():
+    """Its pieces would never be trained, although they are all that prompts with other words consist of."""
+    tokenizer = train_tokenizer(["a circle", "a circle", "a xylophone"], model="bpe")
+    assert len(tokenizer("circle", add_special_tokens=False).input_ids) == 2  # pieces begin with a space
+    assert len(tokenizer(" circle", add_special_tokens=False).input_ids) == 1
+    assert len(tokenizer(" xylophone", add_special_tokens=False).input_ids) > 5
+
+
+def test_advice_names_only_what_can_help():
+    captions = ["red red red blue blue green"]
+    advice = tokenization.unknown_words_advice
+    bpe = "use --model bpe, which has no unknown words"
+    assert advice(train_tokenizer(captions), "--model", vocab_size=8000) == bpe
+    full = train_tokenizer(captions, vocab_size=6)
+    assert advice(full, "--model", vocab_size=6) == f"{bpe}, or raise --vocab_size, because all 6 entries are used"
+    frequent = train_tokenizer(captions, min_frequency=2)
+    limits = {"vocab_size": 8000, "min_frequency": 2}
+    assert advice(frequent, "--model", **limits) == f"{bpe}, or lower --min_frequency, which is 2"
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,31 @@ def test_the_process_exits_2_without_a_traceback(tmp_path: Path):
     assert "Traceback" not in run.stdout + run.stderr
 
 
+def test_files_that_are_left_out_are_listed_and_are_not_called_no_problem(tmp_path: Path):
+    """As in a terminal: 18 images in classes of mixed formats, one with the name of a split, and three other files."""
+    for name in ("bus", "car", "train"):
+        for i, suffix in enumerate(("png", "jpg", "webp", "bmp", "tif", "gif")):
+            (tmp_path / "pics" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (9 * i, len(name), 0)).save(tmp_path / f"pics/{name}/{i}.{suffix}")
+    command = [sys.executable, str(ROOT / "data_scripts/check_dataset.py"), "--train_data_dir", str(tmp_path / "pics")]
+    for name in ("bus/a.psd", "bus/b", "notes.docx"):
+        (tmp_path / "pics" / name).write_bytes((tmp_path / "pics/bus/0.png").read_bytes() if name == "bus/b" else b"")
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    for sentence in (
+        "pics contains 21 files. Images by split: train 18.",
+        "Classes by folder: bus 6, car 6, train 6.",
+        "The folder train has the name of a split, but is read like any other folder",
+        "Left out: images in formats that are not read: 1 (bus/a.psd); convert them to PNG or JPEG.",
+        "Left out: images without the extension of an image: 1 (bus/b);",
+        "Left out: other files: 1 (notes.docx).",
+        "18 images are below 64 px",
+        "Every row can be trained on. Files left out (listed above): 2.",
+    ):
+        assert sentence in run.stdout
+    assert "No problems" not in run.stdout
+
+
 def test_mistakes_are_user_errors(tmp_path: Path):
     folder = make(tmp_path / "data")
     with pytest.raises(UserError, match="no column 'masks'"):

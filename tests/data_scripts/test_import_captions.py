@@ -1,4 +1,4 @@
-"""Tests of import_captions.py: JSON files of every common format become an imagefolder; all problems are reported."""
+"""Tests of import_captions.py: files of every common format become an imagefolder; all problems are reported."""
 
 from __future__ import annotations
 
@@ -63,6 +63,47 @@ def test_every_form_becomes_the_same_imagefolder(tmp_path, scans, form):
     assert (scans / "not_named.png").is_file()
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("header", ["file_name,caption", "Filename,Prompt", "image,text"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_of_spreadsheets_become_the_same_imagefolder(tmp_path, scans, separator, header, encoding):
+    lines = [header.replace(",", separator), *(f'{name}{separator}"grün; 1, {caption(0)}"' for name in NAMES)]
+    path = tmp_path / ("captions.tsv" if separator == "\t" else "captions.csv")
+    path.write_bytes("\r\n".join(lines).encode(encoding))
+    assert main([str(path), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")]) == 0
+    assert rows(tmp_path / "out") == dict.fromkeys(NAMES, f"grün; 1, {caption(0)}")
+
+
+def test_other_tables_and_columns(tmp_path, scans):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"img": NAMES, "text": ["a"] * 4}), tmp_path / "captions.parquet")
+    main([str(tmp_path / "captions.parquet"), "--image_dir", str(scans), "--output_dir", str(tmp_path / "one")])
+    path = write(tmp_path, "scan,remark\n0.png,12\n", "captions.csv")
+    flags = ["--image_dir", str(scans), "--output_dir", str(tmp_path / "other")]
+    main([str(path), *flags, "--file_field", "scan", "--caption_field", "remark"])
+    assert (rows(tmp_path / "one"), rows(tmp_path / "other")) == (dict.fromkeys(NAMES, "a"), {"0.png": "12"})
+    path = write(tmp_path, "image,caption\n0.png,one\n0.png,two\n", "captions.txt")  # as Flickr8k is distributed
+    main([str(path), *flags, "--overwrite", "true"])
+    assert rows(tmp_path / "other") == {"0.png": ["one", "two"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "file,text,prompt\n0.png,a,b\n", r"several fields .*\(text, prompt\).*--caption_field text"),
+        ("a.csv", "scan,text\n0.png,a\n", r"names no images: .*\(they have scan, text\); name .* --file_field"),
+        ("a.csv", "file,text\n0.png,a dog, running\n", "3 fields in line 2, but its header has 2"),
+        ("a.csv", "file,text\n", "has no captions"),
+        ("a.xlsx", "PK", "is a spreadsheet .*save it as CSV"),
+    ],
+)
+def test_tables_that_cannot_be_imported(tmp_path, scans, name, content, message):
+    with pytest.raises(UserError, match=message):
+        main([str(write(tmp_path, content, name)), "--image_dir", str(scans)])
+
+
 def test_it_loads_as_training_data(tmp_path, scans):
     main([str(write(tmp_path, PLAIN)), "--image_dir", str(scans)])
     data = load_split(DataConfig(train_data_dir=str(tmp_path / "scans_captioned"), validation_fraction=0), "train", 0)
@@ -78,11 +119,11 @@ def test_several_captions_of_an_image_are_kept(tmp_path, scans):
 
 
 def test_another_caption_field(tmp_path, scans):
-    content = [{"file_name": "0.png", "description": " a  thing "}]
+    content = [{"file_name": "0.png", "remark": " a  thing "}]
     words = [str(write(tmp_path, content)), "--image_dir", str(scans), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=r"no record has a field 'caption'.*description.*--caption_field"):
+    with pytest.raises(UserError, match=r"no record has a field 'caption'.*remark.*--caption_field"):
         main(words)
-    main([*words, "--caption_field", "description"])
+    main([*words, "--caption_field", "remark"])
     assert rows(tmp_path / "out") == {"0.png": "a thing"}
 
 

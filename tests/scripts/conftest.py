@@ -36,7 +36,7 @@ def posters(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(posters) -> Path:
     folder = posters.with_name("tokenizer")
-    train_tokenizer.main(["--dataset_name", str(posters), "--output_dir", str(folder)])
+    train_tokenizer.main(["--dataset_name", str(posters), "--output_dir", str(folder), "--model", "word_level"])
     return folder
 
 

@@ -27,13 +27,14 @@ from training.data.images import DataConfig, ImageDataset, load_split, row_id
 from training.data.source import column_values, require_column
 from training.data.tokenization import (
     MANY_UNKNOWN,
-    SPECIAL_TOKENS,
     CaptionTokens,
+    TokenizerModel,
     load_tokenizer,
     report_on,
     round_trip,
     smallest_vocabulary,
-    train_tokenizer,
+    train_suitable_tokenizer,
+    unknown_words_advice,
 )
 from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor, upright_size
 
@@ -60,8 +61,9 @@ class CaptionDataConfig(DataConfig):
     ratio"""
     tokenizer: str | None = option(None, content="tokenizer")
     """Tokenizer folder or Hub id; if unset, a tokenizer is trained on the training captions"""
-    tokenizer_model: Literal["word_level", "bpe"] = option("word_level")
-    """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces"""
+    tokenizer_model: TokenizerModel = option("auto", on_resume="free")
+    """Type of tokenizer to train: word_level has whole words, and <UNK> for rare ones; bpe has byte-level pieces; auto
+    chooses bpe for fewer than 5,000 captions or many unknown words. A resumed run keeps its tokenizer"""
     vocab_size: int = option(8000)
     """Maximum vocabulary size of the tokenizer to train"""
 
@@ -149,7 +151,13 @@ def captions_of(dataset: Dataset, column: str, on_bad_sample: Literal["error", "
                 yield cleaned
 
 
-def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, pipeline: Path | None = None) -> Any:
+def tokenizer_for(
+    config: CaptionDataConfig,
+    dataset: Dataset,
+    max_length: int,
+    pipeline: Path | None = None,
+    held_out: Dataset | None = None,
+) -> Any:
     """Return the tokenizer named in the config, or train one on the captions of `dataset`.
 
     Training is deterministic: the same captions give the same tokenizer.
@@ -158,6 +166,7 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
         max_length: maximum number of tokens L of a caption.
         pipeline: folder of the weights that training starts from, if any. Their tokenizer is used, because with another
             one the token ids would mean other words.
+        held_out: rows with other captions, which show how many words would be unknown.
 
     Raises:
         UserError: the captions are empty, the tokenizer lacks a token for the start, the end or padding, or the config
@@ -180,30 +189,32 @@ def tokenizer_for(config: CaptionDataConfig, dataset: Dataset, max_length: int, 
                     f"unset to train one, or make one with {command('data_scripts/train_tokenizer.py')}"
                 )
     else:
-        tokenizer = train_tokenizer(
-            captions_of(dataset, config.caption_column, config.on_bad_sample),
+        others, column = held_out if held_out is not None and len(held_out) else dataset, config.caption_column
+        tokenizer, choice = train_suitable_tokenizer(
+            lambda: captions_of(dataset, column, config.on_bad_sample),
+            lambda: captions_of(others, column),
             model=config.tokenizer_model,
             vocab_size=config.vocab_size,
             model_max_length=max_length,
             length=len(dataset),
         )
-        if len(tokenizer) <= len(SPECIAL_TOKENS):
-            raise UserError(
-                f"column '{config.caption_column}' has no captions to train a tokenizer on; "
-                "choose another with --caption_column"
-            )
+        logger.info("%s", choice)
     tokenizer.model_max_length = max_length
     return tokenizer
 
 
-def tell_round_trips(tokenizer: Any, held_out: Dataset, train: Dataset, column: str, name: str) -> None:
+def tell_round_trips(
+    tokenizer: Any, config: CaptionDataConfig, held_out: Dataset, train: Dataset, name: str, *, may_change: bool
+) -> None:
     """Log how captions are encoded and decoded again, and warn if captions to train on are too long.
 
     Args:
+        may_change: whether the tokenizer was trained for this run, so that other settings would make another one.
         held_out: captions to encode and decode, preferably ones that the tokenizer was not trained on.
         train: captions to train on.
         name: what the messages call `held_out`.
     """
+    column = config.caption_column
     for caption in itertools.islice(captions_of(held_out, column), SHOWN_CAPTIONS):
         logger.info("%s", round_trip(tokenizer, caption))
     report = report_on(tokenizer, itertools.islice(captions_of(held_out, column), CHECKED_CAPTIONS))
@@ -218,7 +229,10 @@ def tell_round_trips(tokenizer: Any, held_out: Dataset, train: Dataset, column: 
         report.longest,
     )
     if report.unknown_share > MANY_UNKNOWN:
-        logger.warning("many words are unknown: raise --vocab_size, or use --tokenizer_model bpe")
+        advice = (
+            unknown_words_advice(tokenizer, "--tokenizer_model", vocab_size=config.vocab_size) if may_change else ""
+        )
+        logger.warning("many words are unknown%s", f": {advice}" if advice else ", because others made the tokenizer")
     report = report_on(tokenizer, itertools.islice(captions_of(train, column), CHECKED_CAPTIONS))
     if report.cut:
         logger.warning(

@@ -5,22 +5,28 @@ Nothing here scans or maps the rows, so that a million rows open as fast as a hu
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import functools
+import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
+from training.data.folder_account import FolderAccount
+from training.data.folder_captions import CaptionSource
+from training.data.folder_layout import METADATA_NAMES
+from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
-from training.data.records import files_state, read_record, rows_key, write_record
+from training.data.records import files_state, rows_key
 from training.data.transforms import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
@@ -34,13 +40,8 @@ _FILE_LOADERS = {
     ".txt": "text",
     ".arrow": "arrow",
 }
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "manifest.json")
 _ROWS_PER_READ = 10_000
-# Names of split folders that `datasets` recognizes.
-_SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 
 @dataclass
@@ -50,15 +51,19 @@ class DataConfig(Options):
     help_group = "Data"
 
     dataset_name: str | None = option(None, content="data", essential=True, replaces=["train_data_dir"])
-    """Training data: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
+    """Training data: a Hub id, or a local folder or file (images, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
     train_data_dir: str | None = option(None, content="data", essential=True, replaces=["dataset_name"])
-    """Folder of images, with captions in metadata.jsonl and/or one subfolder per class; replaces --dataset_name"""
+    """Folder of images, with captions in a table or in text files beside the images, and/or one subfolder per class;
+    replaces --dataset_name"""
     image_column: str = option("image")
     """Column with the images"""
     caption_column: str = option("text", essential=True)
     """Column with the captions: a text, or a list of texts from which one is drawn at random each time"""
+    caption_source: CaptionSource = option("auto")
+    """Captions of a folder of images: auto reads a table (such as metadata.csv) or text files beside the images;
+    file_name and folder_name take the names of the files or of their folders as captions"""
     label_column: str = option("label")
     """Column with the class labels: class names, or numbers from 0"""
     mask_column: str = option("mask")
@@ -147,23 +152,39 @@ def load_all_splits(config: DataConfig) -> DatasetDict:
     """
     if not config.source:
         raise UserError("no training data is given; set --dataset_name (Hub id, folder or file) or --train_data_dir")
-    return _opened(config)[0]
+    return _opened(config).splits
 
 
 def stored_rows_key(dataset: Dataset, config: DataConfig) -> str | None:
     """Return a key for records about these rows of the configured source, or None (see `training.data.records`)."""
-    return rows_key(dataset, _opened(config)[1])
+    return rows_key(dataset, _opened(config).state)
 
 
-def _opened(config: DataConfig) -> tuple[DatasetDict, str | None]:
-    return _open_source(config.source, bool(config.train_data_dir), config.dataset_config_name, config.train_split)
+def folder_account(config: DataConfig) -> FolderAccount | None:
+    """Return what each file of the source became, if it is a folder of images; None for other sources."""
+    return _opened(config).account
+
+
+class OpenedSource(NamedTuple):
+    """A source that is open."""
+
+    splits: DatasetDict
+    state: str | None
+    """State of its files (see `files_state`); None for a Hub dataset"""
+    account: FolderAccount | None
+
+
+def _opened(config: DataConfig) -> OpenedSource:
+    imagefolder = bool(config.train_data_dir)
+    return _open_source(
+        config.source, imagefolder, config.dataset_config_name, config.train_split, config.caption_source
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def _open_source(
-    name: str, imagefolder: bool, config_name: str | None, only_split: str
-) -> tuple[DatasetDict, str | None]:
-    """Return the splits (see `load_all_splits`) and the state of the source's files; None for a Hub dataset."""
+    name: str, imagefolder: bool, config_name: str | None, only_split: str, captions: CaptionSource
+) -> OpenedSource:
     import datasets
 
     path = Path(name).expanduser()
@@ -171,12 +192,18 @@ def _open_source(
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
     if not local and (imagefolder or _looks_local(name)):
         raise UserError(f"dataset '{name}' does not exist; check the path given by {flag}")
+    account = None
     try:
         state = files_state(path) if local else None
-        if state:
-            loaded = _load_local(path, imagefolder, config_name, only_split, state)
+        if state and path.is_dir() and not _is_saved(path) and (imagefolder or _is_image_folder(path)):
+            loaded, account = open_image_folder(path, captions, state)
+        elif captions != "auto":
+            raise UserError(
+                f"--caption_source is {captions}, but {name} is not a folder of images; name the column of its "
+                "captions with --caption_column, or remove --caption_source"
+            )
         else:
-            loaded = datasets.load_dataset(name, config_name)
+            loaded = _load_local(path, config_name, only_split) if local else datasets.load_dataset(name, config_name)
     except (
         OSError,
         ValueError,
@@ -185,7 +212,8 @@ def _open_source(
         datasets.exceptions.DatasetBuildError,
     ) as error:
         raise UserError(_explain_load_error(name, local, flag, error)) from error
-    return (loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({only_split: loaded})), state
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({only_split: loaded})
+    return OpenedSource(splits, state, account)
 
 
 def require_column(dataset: Dataset, name: str, flag: str) -> None:
@@ -278,9 +306,8 @@ def _hold_out(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset,
     return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
 
 
-def _load_local(
-    path: Path, imagefolder: bool, config_name: str | None, only_split: str, state: str
-) -> Dataset | DatasetDict:
+def _load_local(path: Path, config_name: str | None, only_split: str) -> Dataset | DatasetDict:
+    """Open a file, a folder of tables, or a folder written by `save_to_disk`."""
     import datasets
 
     if path.is_file():
@@ -292,37 +319,15 @@ def _load_local(
                 f"folder, or a file with one of the extensions {known}"
             )
         return datasets.load_dataset(loader, data_files={only_split: str(path)})
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path):
         return datasets.load_from_disk(path)
-    if imagefolder or _has_metadata(path):
-        return _load_imagefolder(path, config_name, state)
+    _require_every_file(path, config_name)
     return datasets.load_dataset(str(path), config_name, cache_dir=_cache_of_these_files(path, config_name))
 
 
-def _load_imagefolder(path: Path, config_name: str | None, state: str) -> DatasetDict:
-    """Open a folder of images; if its files have not changed since the last time, open the table that was made then.
-
-    `datasets` looks at every file again: 4 s for 40,000 images, where the table opens in 0.4 s.
-    """
-    import datasets
-
-    key = [state, config_name, datasets.__version__]
-    tables = read_record("imagefolder", key)
-    if isinstance(tables, dict) and all(Path(file).is_file() for files in tables.values() for file in files):
-        with contextlib.suppress(OSError, ValueError):  # a damaged table is made again
-            return datasets.DatasetDict(
-                {
-                    split: datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-                    for split, files in tables.items()
-                }
-            )
-    _require_readable_metadata(path)
-    files = _imagefolder_splits(path)
-    loaded = datasets.load_dataset("imagefolder", config_name, data_dir=str(path), data_files=files)
-    tables = {split: [file["filename"] for file in rows.cache_files] for split, rows in loaded.items()}
-    if all(tables.values()):
-        write_record("imagefolder", key, tables)
-    return loaded
+def _is_saved(path: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
@@ -340,53 +345,51 @@ def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"files-{Hasher.hash(files)}")
 
 
-def _has_metadata(path: Path) -> bool:
-    """Return whether a folder, or the folder of a split in it, has the metadata file of an imagefolder."""
-    return bool(_metadata_files(path))
+def _is_image_folder(path: Path) -> bool:
+    """Return whether a folder is one of images, and not of tables that hold images."""
+    names = [name for _, _, files in os.walk(path) for name in files if not name.startswith(".")]
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names)
+    images = sum(suffixes[suffix] for suffix in image_suffixes())
+    if set(METADATA_NAMES).intersection(names):
+        return True
+    if suffixes[".parquet"] or suffixes[".arrow"] or _readme_defines_splits(path):
+        return False
+    return images > sum(suffixes[suffix] for suffix in (".json", ".jsonl", ".csv"))
 
 
-def _metadata_files(path: Path) -> list[Path]:
-    folders = [path, *(path / word for words in _SPLIT_FOLDERS.values() for word in words)]
-    files = [folder / name for folder in folders for name in ("metadata.jsonl", "metadata.csv")]
-    return [file for file in files if file.is_file()]
+def _readme_defines_splits(path: Path) -> bool:
+    """Return whether the README.md of a dataset says which files belong to which split."""
+    readme = path / "README.md"
+    if not readme.is_file():
+        return False
+    front, dashes, _ = readme.read_text(encoding="utf-8", errors="replace").partition("\n---")
+    return bool(dashes) and front.startswith("---") and "\nconfigs:" in front
 
 
-def _require_readable_metadata(path: Path) -> None:
-    """Raise UserError for metadata that is empty, or whose rows `datasets` would join at an unclosed quotation mark."""
-    for file in _metadata_files(path):
-        if not file.stat().st_size:
-            raise UserError(f"{file} is empty; write one line for each image, or delete it")
-        if file.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with file.open(encoding="utf-8", newline="") as lines:
-                rows = csv.reader(lines, strict=True)
-                try:
-                    for _ in rows:
-                        pass
-                except csv.Error as error:
-                    raise UserError(
-                        f"{file} cannot be read as CSV ({error}, in the row that ends in line {rows.line_num}): is a "
-                        "quotation mark not closed? Fix that row, or use metadata.jsonl"
-                    ) from None
+def _require_every_file(path: Path, config_name: str | None) -> None:
+    """Raise UserError if `datasets` would read some of the tables in a folder and leave out others."""
+    import datasets
 
-
-def _imagefolder_splits(path: Path) -> dict[str, list[str]] | None:
-    """Return glob patterns for the splits of an imagefolder, or None to let `datasets` find the splits.
-
-    `datasets` goes through all files once for each of 66 patterns, at every start: 98 s for 100,000 files. With the
-    patterns from here it takes 13 s.
-    """
-    folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
-    splits = {
-        split: [f"{word}/**" for word in words if word in folders]
-        for split, words in _SPLIT_FOLDERS.items()
-        if folders.intersection(words)
-    }
-    if splits:
-        return splits
-    words = {word for words in _SPLIT_FOLDERS.values() for word in words}
-    deeper = any((path / folder / word).is_dir() for folder in folders for word in words)
-    return None if deeper or not any(path.iterdir()) else {"train": ["**"]}
+    if config_name or _readme_defines_splits(path):
+        return
+    found = datasets.load_dataset_builder(str(path)).config.data_files or {}
+    read = {os.path.realpath(file) for files in found.values() for file in files}
+    suffixes = {os.path.splitext(file)[1].lower() for file in read}
+    hidden = re.compile(r"(^|/)(\.|__)")
+    every = [
+        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if name not in _NOT_DATA
+    ]
+    every = [file for file in every if not hidden.search(os.path.relpath(file, path).replace(os.sep, "/"))]
+    data = suffixes.intersection({*_FILE_LOADERS, *image_suffixes()})
+    tables = [file for file in every if os.path.splitext(file)[1].lower() in data]
+    missing = sorted(os.path.relpath(file, path) for file in tables if os.path.realpath(file) not in read)
+    if missing:
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise UserError(
+            f"{len(missing):,} of {len(tables):,} {'/'.join(sorted(data))} files in {path} are in no split "
+            f"({shown}), because names of other files or folders are those of splits ({', '.join(map(str, found))}); "
+            "rename those, or give every file the name of a split, or move these files out of the folder"
+        )
 
 
 def _looks_local(name: str) -> bool:

@@ -5,9 +5,10 @@ L tokens of a caption, including `<START>` and `<END>`; ids 0 to 3 are the speci
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,8 @@ BYTES = 256
 MANY_UNKNOWN = 0.05
 # Words keep their hyphens and apostrophes ("medium-light", "don't"); every other symbol is a separate word.
 _WORD = r"[\p{L}\p{M}\p{N}]+(?:['’-][\p{L}\p{M}\p{N}]+)*|[^\s\p{L}\p{M}\p{N}]"
+# With fewer captions, many words of prompts occur in none of them; pieces of these words do.
+FEW_CAPTIONS = 5000
 _CAPTIONS_PER_CALL = 1000
 # The time to train byte-level pieces grows with the square of the longest word: 115 s for one word of 400,000 letters.
 LONGEST_WORD = 1000
@@ -54,9 +57,17 @@ class TokenizerReport:
         return self.unknown_words / max(1, self.words)
 
 
-def smallest_vocabulary(model: Literal["word_level", "bpe"]) -> int:
+TokenizerModel = Literal["auto", "word_level", "bpe"]
+
+
+def smallest_vocabulary(model: TokenizerModel) -> int:
     """Return the minimum vocabulary size: the special tokens, and one word or the alphabet of bytes."""
     return len(SPECIAL_TOKENS) + (BYTES if model == "bpe" else 1)
+
+
+def empty_vocabulary(model: TokenizerModel) -> int:
+    """Return the number of entries of a tokenizer that has learned nothing."""
+    return len(SPECIAL_TOKENS) + (BYTES if model == "bpe" else 0)
 
 
 def train_tokenizer(
@@ -64,7 +75,7 @@ def train_tokenizer(
     *,
     model: Literal["word_level", "bpe"] = "word_level",
     vocab_size: int = 8000,
-    min_frequency: int = 1,
+    min_frequency: int | None = None,
     lowercase: bool = True,
     model_max_length: int = 77,
     length: int | None = None,
@@ -75,13 +86,12 @@ def train_tokenizer(
         model: "word_level" has whole words, and `<UNK>` for rare ones; "bpe" has byte-level pieces, and no unknown
             words.
         vocab_size: maximum number of entries, including special tokens.
-        min_frequency: minimum number of occurrences of a word (or of a pair to merge).
+        min_frequency: minimum number of occurrences of a word (or of a pair to merge); None is `usual_frequency`.
         model_max_length: number of tokens L to which captions are truncated.
         length: number of captions, for the progress bar.
     """
-    tokenizer, trainer = (
-        _word_level(vocab_size, min_frequency) if model == "word_level" else _bpe(vocab_size, min_frequency)
-    )
+    make = _word_level if model == "word_level" else _bpe
+    tokenizer, trainer = make(vocab_size, min_frequency or usual_frequency(model))
     from tokenizers import normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -105,6 +115,75 @@ def train_tokenizer(
         truncation_side="right",
         clean_up_tokenization_spaces=False,
     )
+
+
+def usual_frequency(model: TokenizerModel) -> int:
+    """Return the default of the minimum number of occurrences of a word, or of a pair of pieces.
+
+    A pair that occurs once makes a rare word one token. Its pieces are then never trained, although prompts with other
+    words consist of them.
+    """
+    return 2 if model == "bpe" else 1
+
+
+def train_suitable_tokenizer(
+    captions: Callable[[], Iterable[str]],
+    held_out: Callable[[], Iterable[str]],
+    *,
+    model: TokenizerModel = "auto",
+    vocab_size: int = 8000,
+    **settings: Any,
+) -> tuple[PreTrainedTokenizerFast, str]:
+    """Train a tokenizer of the kind that suits the captions, and return it with a sentence about the choice.
+
+    With "auto", it has byte-level pieces if there are fewer than `FEW_CAPTIONS` captions, or if more than
+    `MANY_UNKNOWN` of the words in held-out captions would be unknown; otherwise it has whole words.
+
+    Args:
+        captions, held_out: return the captions to train on, and others, from the beginning at each call.
+        settings: see `train_tokenizer`.
+
+    Raises:
+        UserError: `captions` yields nothing.
+    """
+    if next(iter(captions()), None) is None:
+        raise UserError("all captions are empty, so that no tokenizer can be trained; choose another --caption_column")
+    if model != "auto":
+        return train_tokenizer(captions(), model=model, vocab_size=vocab_size, **settings), f"The tokenizer is {model}."
+    if vocab_size < smallest_vocabulary("bpe"):
+        reason = f"it is word_level, because pieces need at least {smallest_vocabulary('bpe')} entries"
+        return train_tokenizer(captions(), vocab_size=vocab_size, **settings), f"Of both kinds of tokenizer, {reason}."
+    count = sum(1 for _ in itertools.islice(captions(), FEW_CAPTIONS))
+    if count < FEW_CAPTIONS:
+        reason = f"there are only {count:,} captions (fewer than {FEW_CAPTIONS:,})"
+    else:
+        tokenizer = train_tokenizer(captions(), vocab_size=vocab_size, **settings)
+        share = report_on(tokenizer, held_out()).unknown_share
+        if share <= MANY_UNKNOWN:
+            return tokenizer, f"The tokenizer is word_level: {share:.2%} of the words in other captions are unknown."
+        reason = f"{share:.2%} of the words in other captions would be unknown with whole words"
+    tokenizer = train_tokenizer(captions(), model="bpe", vocab_size=vocab_size, **settings)
+    return tokenizer, f"The tokenizer is bpe, because {reason}."
+
+
+def is_word_level(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has whole words, some of which it may not know."""
+    return type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+
+
+def unknown_words_advice(tokenizer: Any, flag: str, *, vocab_size: int, min_frequency: int = 1) -> str:
+    """Return what lowers the share of unknown words: only what can have an effect on this tokenizer.
+
+    Args:
+        flag: flag that chooses the kind of the tokenizer.
+        vocab_size, min_frequency: settings that it was trained with.
+    """
+    advice = [f"use {flag} bpe, which has no unknown words"] if is_word_level(tokenizer) else []
+    if min_frequency > 1:
+        advice.append(f"lower --min_frequency, which is {min_frequency}")
+    if len(tokenizer) >= vocab_size:
+        advice.append(f"raise --vocab_size, because all {vocab_size:,} entries are used")
+    return ", or ".join(advice)
 
 
 def _without_long_words(caption: str) -> str:

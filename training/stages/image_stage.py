@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipelines.tools.cli import printable
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
 from training.core.options import Options, option
@@ -18,7 +19,7 @@ from training.core.stage import Batch, Stage, StageContext
 from training.data.checks import require_clean
 from training.data.fingerprints import dataset_fingerprint
 from training.data.latent_cache.dataset import LatentCacheDataset
-from training.data.source import DataConfig, load_split
+from training.data.source import DataConfig, folder_account, load_split
 from training.engine.run_config import RunConfig
 from training.engine.weights import load_initial_weights
 from training.objectives.diffusion import noise_level_metrics
@@ -84,6 +85,8 @@ class ImageStage(Stage):
         self.training_set = dataset(load_split(config, "train", config.seed), augment=True)
         held_out = load_split(config, "validation", config.seed)
         self.validation_set = dataset(held_out, augment=False) if len(held_out) else None
+        if (account := folder_account(config)) is not None:
+            logger.info("%s", printable(account.line()))
         for data in filter(None, (self.training_set, self.validation_set)):
             require_clean(data, tell=logger.info, poll=self.context.poll)
 
