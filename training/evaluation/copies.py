@@ -57,12 +57,14 @@ class CopySets:
     Args:
         generated: images for the conditions of the evaluation.
         replayed: images for the conditions of the training images at `places`.
+        given: what these conditions are, in words.
         invented, captions: images and captions of pairs that an image–caption model has invented.
     """
 
     generated: Images
     replayed: Images = ()
     places: Sequence[int] = ()
+    given: str = ""
     invented: Images = ()
     captions: Sequence[str] = ()
 
@@ -81,7 +83,7 @@ def generate_sets(
     if generator is None:
         return CopySets(images)
     model, first = generator, len(images)
-    places = data.training.spread(config.replay_images) if model.is_specific else []
+    places = data.training.spread(config.replay_images) if model.given else []
 
     def replay(numbers: Sequence[int]) -> list[Image.Image]:
         items = data.training_items([places[number] for number in numbers])
@@ -91,7 +93,8 @@ def generate_sets(
     invented: list[tuple[Image.Image, str]] = []
     if isinstance(model, DrawingModel) and model.invents:
         invented = exchange.map(model.invent, min(first, MOST_INVENTED), batch_size)
-    return CopySets(images, replayed, places, [image for image, _ in invented], [caption for _, caption in invented])
+    pairs = [image for image, _ in invented], [caption for _, caption in invented]
+    return CopySets(images, replayed, places, model.given, *pairs)
 
 
 def measure_copies(
@@ -117,7 +120,7 @@ def measure_copies(
         own = [_is_own(similar.neighbours.rows[:, 0].tolist(), sets.places, data) for similar in found["replayed"]]
         replays = [replay_report(similar, torch.tensor(same)) for similar, same in zip(found["replayed"], own)]
         results["replay"] = [report.to_json() for report in replays]
-        results["replay_verdict"] = replay_verdict(replays)
+        results["replay_verdict"] = replay_verdict(replays, sets.given)
     if "invented" in found:
         known = data.training_captions()
         results["invented"] = {

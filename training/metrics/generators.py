@@ -43,7 +43,6 @@ class ImageGenerator:
         kind: what the model is, in words.
         takes_captions, takes_labels, takes_briefs, takes_controls, takes_images: what of a row it needs.
         samples: whether images depend on a seed, rather than only on the row.
-        is_specific: whether what it is given describes a single image, as a caption does, and not a class.
     """
 
     kind = "image generator"
@@ -80,8 +79,10 @@ class ImageGenerator:
         return [image.convert("RGB") for image in images]
 
     @property
-    def is_specific(self) -> bool:
-        return self.takes_captions or self.takes_briefs or self.takes_controls
+    def given(self) -> str:
+        """What the model is given, in words, if that describes a single image and not a class; empty otherwise."""
+        known = {"captions": self.takes_captions, "briefs": self.takes_briefs, "control images": self.takes_controls}
+        return " and ".join(name for name, taken in known.items() if taken)
 
     @property
     def needs(self) -> list[str]:

@@ -358,11 +358,15 @@ def replay_report(similarity: Similarity, is_own: Tensor) -> ReplayReport:
     )
 
 
-def replay_verdict(reports: Sequence[ReplayReport]) -> str:
-    """Return in words what a model returns for the captions of its training images, from its reports in all spaces."""
+def replay_verdict(reports: Sequence[ReplayReport], given: str = "captions") -> str:
+    """Return in words what a model returns for the captions of its training images, from its reports in all spaces.
+
+    Args:
+        given: what the model was given: captions, briefs or control images.
+    """
     worst = max(reports, key=lambda report: report.lowest_rate - report.false_positive_rate)
     return (
-        f"given the captions, briefs or controls of {worst.num_images:,} training images, the model returned "
+        f"given the {given} of {worst.num_images:,} training images, the model returned "
         f"{worst.returned} of these images ({worst.rate:.1%}) in {worst.space}; at most "
         f"{worst.false_positive_rate:.1%} by chance"
     )
