@@ -201,7 +201,7 @@ def test_another_model_on_resume(finished, autoencoder_flags, capfd):
 def test_as_a_process(tmp_path, script):
     done = launch(ROOT / "training" / script, "--output_dir", str(tmp_path / "run"), "--sed", "1")
     assert done.returncode == 2
-    assert done.stderr == "error: unknown flag --sed; did you mean 'seed'? (--help lists them all)\n"
+    assert done.stderr == "error: unknown flag --sed; did you mean 'seed'? (--help_all lists them all)\n"
     assert done.stdout == ""
     assert not (tmp_path / "run").exists()
 
