@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import pytest
 import yaml
 
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
-from training import (
-    train_abstractor,
-    train_autoencoder,
-    train_controlnet,
-    train_decoder,
-    train_encoder,
-    train_image_caption,
-    train_latent_diffusion,
-)
+from training import train_autoencoder, train_latent_diffusion
 from training.core.options import Options, option
 from training.core.parsing import known_names, parse_config
 from training.engine.run_config import RunConfig
@@ -192,6 +185,16 @@ def test_a_list_needs_no_brackets(words, names):
     assert parse("--model.block_out_channels", "4,12").model.block_out_channels == [4, 12]
 
 
+def test_a_list_that_may_be_unset_needs_no_brackets():
+    def prompts(*words: str) -> list[str] | None:
+        source = ["--train_data_dir", "images", "--vae", "vae", "--tokenizer", "tokenizer"]
+        return parse_config(train_latent_diffusion.Config, [*source, *words]).preview_prompts
+
+    assert prompts("--preview_prompts", "a red circle,a star") == ["a red circle", "a star"]
+    assert prompts("--preview_prompts", "none") is None
+    assert prompts("--preview_prompts=null") is None
+
+
 def test_a_flag_replaces_the_other_source_of_the_file(tmp_path):
     file = yaml_file(tmp_path, "dataset_name: posters\nvae: v\n")
     config = parse_config(train_autoencoder.Config, ["--config", yaml_file(tmp_path, "dataset_name: posters\n"),
@@ -208,9 +211,11 @@ def test_a_flag_replaces_the_other_source_of_the_file(tmp_path):
 def test_a_value_without_a_flag_is_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "my images").mkdir()
     (tmp_path / "rows.parquet").touch()
     for word, meant in (
         ("mine", "did you mean --train_data_dir mine"),
+        ("my images", "did you mean --train_data_dir 'my images'"),
         ("rows.parquet", "did you mean --dataset_name rows.parquet"),
         ("run.yaml", "did you mean --config run.yaml"),
         ("nothing", "values are given as --NAME VALUE"),
@@ -268,8 +273,7 @@ def test_help_explains_files_lists_and_booleans(capsys):
     assert "Lists" not in help_of(capsys, Plain)
 
 
-STAGES = [train_abstractor, train_autoencoder, train_controlnet, train_decoder, train_encoder, train_image_caption,
-          train_latent_diffusion]  # fmt: skip
+STAGES = [import_module(f"training.{path.stem}") for path in sorted((ROOT / "training").glob("train_*.py"))]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)

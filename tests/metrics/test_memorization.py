@@ -119,7 +119,7 @@ def test_sets_are_judged_by_one_threshold_while_training_images_arrive():
     search = CopySearch("pixels", sets, held_out)
     for batch in training.split(64):
         search.add(batch)
-    found = search.results()
+    found = search.results(search.duplicates())
     for name, samples in sets.items():
         alone = compare_pixels(samples, training, held_out)
         assert found[name].report == alone.report
@@ -130,7 +130,7 @@ def test_a_caption_returns_its_image_if_that_is_the_copied_one():
     training = thumbnails(pictures(100, 0))
     search = CopySearch("pixels", {"replayed": training[:10]}, thumbnails(pictures(120, 2)))
     search.add(training)
-    similar = search.results()["replayed"]
+    similar = search.results(search.duplicates())["replayed"]
     report = replay_report(similar, torch.tensor([True] * 6 + [False] * 4))  # four return the image of another caption
     assert (report.returned, report.nearest, report.rate) == (6, 6, 0.6)
     assert report.lowest_rate < 0.6 < report.highest_rate
@@ -218,7 +218,7 @@ sets = {"generated": torch.randn(queries, 16 * 16 * 4)}
 search = CopySearch("latents", sets, torch.randn(1000, 16 * 16 * 4))
 for _ in range(images // 1000):
     search.add(torch.randn(1000, 16 * 16 * 4))
-report = search.results()["generated"].report
+report = search.results(torch.zeros(1000, dtype=torch.bool))["generated"].report
 assert (report.num_images, report.num_training) == (queries, images)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """

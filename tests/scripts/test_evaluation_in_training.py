@@ -186,7 +186,7 @@ def test_a_metric_that_does_not_exist_ends_the_run_when_it_should_have_been_meas
     with pytest.raises(UserError, match=rf"--best_metric {metric}: the measurements of this run are .*{known}"):
         train_latent_diffusion.main([*words, "--best_metric", metric])
     forget_accelerate()
-    assert train_latent_diffusion.main([*words, "--best_metric", "auto"]) == 0  # goes on where it was saved
+    assert train_latent_diffusion.main([*words, "--best_metric", "auto"]) == 0  # resumes from the saved checkpoint
     forget_accelerate()
     assert len(rows(tmp_path / "run")) == 2
     assert "resumed from" in (tmp_path / "run/run.log").read_text(encoding="utf-8")

@@ -65,14 +65,13 @@ def _grouped(parser: Any, config_class: type[Options]) -> dict[str, list[argpars
 
 def _shown(action: argparse.Action) -> argparse.Action:
     """Return an action as the help shows it: without the second spelling of lists, and with a short placeholder."""
-    shown = argparse.Action(
+    return argparse.Action(
         [option for option in action.option_strings if not option.endswith("+")],
         action.dest,
         nargs=0 if action.nargs == 0 else None,
         help=action.help,
         metavar=_placeholder(action),
     )
-    return shown
 
 
 def _placeholder(action: argparse.Action) -> str:
@@ -80,15 +79,16 @@ def _placeholder(action: argparse.Action) -> str:
         return "FILE"
     if action.dest == "print_config":
         return "[=skip_default]"
-    kinds = [kind for kind in _alternatives(getattr(action, "_typehint", None)) if kind is not type(None)]
+    kinds = [kind for kind in alternatives(action) if kind is not type(None)]
     if kinds and get_origin(kinds[0]) is Literal:
         return "{" + ",".join(map(str, get_args(kinds[0]))) + "}"
     names = [{bool: "BOOLEAN", int: "N", float: "NUMBER", str: "TEXT"}.get(kind, "VALUE") for kind in kinds]
     return names[0] if len(set(names)) == 1 else "VALUE"
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union."""
+def alternatives(action: argparse.Action) -> tuple[Any, ...]:
+    """Return the types of the values that an option takes."""
+    kind = getattr(action, "_typehint", None)
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 import textwrap
 import warnings
@@ -19,7 +20,7 @@ from pipelines.tools.cli import TOKEN_ADVICE, UserError, nearest, refuse_hub_tok
 from pipelines.tools.files import read_text
 from pipelines.tools.private import expand_home
 from pipelines.tools.resources import PRESETS, find_file
-from training.core.help import HELP_ALL, help_text
+from training.core.help import HELP_ALL, alternatives, help_text
 from training.core.options import Options
 from training.core.settings import read_settings
 
@@ -212,27 +213,30 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
 
 
 def _with_brackets(words: Sequence[str], parser: jsonargparse.ArgumentParser) -> Iterator[str]:
-    """Yield the words with lists in brackets: `--names a,b` means `--names '[a,b]'`, and `--names none` is empty."""
-    lists = {
-        option
-        for action in parser._actions
-        for option in action.option_strings
-        if get_origin(getattr(action, "_typehint", None)) is list and not option.endswith("+")
-    }
+    """Yield the words with lists in brackets: `--names a,b` means `--names '[a,b]'`, and `--names none` is empty.
+
+    The value `none` of an option that may be unset unsets it. Options that take a text as well as a list are left out.
+    """
+    lists: dict[str, str] = {}
+    for action in parser._actions:
+        kinds = alternatives(action)
+        if all(get_origin(kind) is list or kind is type(None) for kind in kinds):
+            empty = "null" if type(None) in kinds else "[]"
+            lists |= {option: empty for option in action.option_strings if not option.endswith("+")}
     flag = ""
     for word in words:
         name, equals, value = word.partition("=")
         if flag in lists and not word.startswith(("-", "[")):
-            yield _in_brackets(word)
+            yield _in_brackets(word, lists[flag])
         elif equals and name in lists and not value.startswith("["):
-            yield f"{name}={_in_brackets(value)}"
+            yield f"{name}={_in_brackets(value, lists[name])}"
         else:
             yield word
         flag = word
 
 
-def _in_brackets(text: str) -> str:
-    return "[]" if text.lower() == "none" else f"[{text}]"
+def _in_brackets(text: str, empty: str) -> str:
+    return empty if text.lower() in ("none", "null") else f"[{text}]"
 
 
 def _replaced(words: Sequence[str], config_class: type[Options]) -> set[str]:
@@ -242,11 +246,13 @@ def _replaced(words: Sequence[str], config_class: type[Options]) -> set[str]:
     return {name for field in fields for name in field.metadata.get("replaces", ())} - given
 
 
-def _explain_bare(word: str, known: Sequence[str]) -> str:
-    """Return the message for an argument without a flag."""
+def _explain_bare(words: str, known: Sequence[str]) -> str:
+    """Return the message for arguments without a flag: one with spaces if there is such a file, or else the first."""
+    word = words if Path(words).expanduser().exists() else words.split()[0]
     path = Path(word).expanduser()
     flag = "config" if path.suffix in (".yaml", ".yml") else "train_data_dir" if path.is_dir() else "dataset_name"
-    meant = f"; did you mean --{flag} {word}?" if flag == "config" or (flag in known and path.exists()) else ""
+    is_meant = flag == "config" or (flag in known and path.exists())
+    meant = f"; did you mean --{flag} {shlex.quote(word)}?" if is_meant else ""
     return f"'{word}' has no flag before it{meant or '; values are given as --NAME VALUE (--help lists the names)'}"
 
 
@@ -258,7 +264,7 @@ def _explain_type(expected: re.Match[str]) -> str:
 def _explain(message: str, known: Sequence[str]) -> str:
     """Return jsonargparse's message as one line; for an unknown YAML key, suggest the nearest known one."""
     text = " ".join(message.split())
-    bare = re.search(r"unrecognized arguments: (\S+)", text)
+    bare = re.search(r"unrecognized arguments: (.+)", text)
     if bare:
         return _explain_bare(bare[1], known)
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", text)

@@ -4,8 +4,8 @@ A generated image is compared with all training images, in pixels, in latents or
 Near in absolute terms is not enough: images of a plain collection are all near each other. The test is therefore that
 of Carlini et al. 2023 (arXiv:2301.13188, section 5.1): the distance to the nearest training image, divided by the mean
 distance to the nearest 50. Held-out real images give the distribution of this ratio if nothing is copied, and from it
-the threshold, so that the rate of false positives is known. Real images that stand a second time among the training
-images say nothing about this, and are left out.
+the threshold, so that the rate of false positives is known. Real images that are also among the training images
+say nothing about this, and are left out.
 
 m generated images, n training images, D values per image.
 """
@@ -87,7 +87,7 @@ class CopyReport:
         false_positive_rate: fraction of other images that are called copies all the same.
         copies, exact_copies: numbers of copies; exact ones are included in `copies`.
         copy_rate, lowest_rate, highest_rate: fraction of copies with its 95 % confidence interval.
-        duplicates: number of further real images, which stand a second time among the training images.
+        duplicates: number of further real images, which were left out because they are also training images.
     """
 
     space: str
@@ -167,21 +167,20 @@ class CopySearch:
                 search.add(block)
 
     def duplicates(self) -> Tensor:
-        """Return which real images stand a second time among the training images, as seen in pixels: h, bool"""
+        """Return which real images are also among the training images; only for a search in pixels: h, bool"""
         self._compare()
         return self._real.result().distances[:, 0] < EXACT
 
-    def results(self, duplicates: Tensor | None = None) -> dict[str, Similarity]:
+    def results(self, duplicates: Tensor) -> dict[str, Similarity]:
         """Return the verdict on each set.
 
         Args:
-            duplicates: result of the search in pixels, if this is a search in another space.
+            duplicates: the `duplicates` of the search in pixels.
         """
         self._compare()
         real = self._real.result()
         exact = EXACT if self.space == "pixels" else EXACT_VECTORS * float(real.distances.mean())
-        duplicates = self.duplicates() if self.space == "pixels" else duplicates
-        ratios = real.ratios if duplicates is None else real.ratios[~duplicates]
+        ratios = real.ratios[~duplicates]
         threshold, rate = calibrated_threshold(ratios, mutual=self._calibrated_on == AMONG_THEMSELVES)
         found: dict[str, Similarity] = {}
         for name, search in self._sets.items():
@@ -222,7 +221,7 @@ def compare_pixels(samples: Tensor, training: Tensor, held_out: Tensor | None = 
         held_out = training[rows]
     search = CopySearch("pixels", {"": samples}, held_out, rows)
     search.add(training)
-    return search.results()[""]
+    return search.results(search.duplicates())[""]
 
 
 def calibration_rows(num_training: int) -> Tensor:
