@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ INTERRUPTED_STATUS = 130
 REQUEUE_STATUS = 75
 # Threads of this name may wait for a network when the program ends; nobody waits for them.
 BACKGROUND = "background"
+_CTRL_C_AGAIN_SECONDS = 0.01
 TOKEN_ADVICE = (
     "remove it and give the token in one of these ways: run `hf auth login`, set the environment variable HF_TOKEN, or "
     "(for training) write the token into a file and add --hub_token_file PATH"
@@ -170,6 +172,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     status is 2. Characters that the encoding of the terminal lacks are printed as `?`.
     """
     _print_every_character()
+    sys.unraisablehook = _on_unraisable
     # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -191,6 +194,23 @@ def entry_point(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     _exit(status)
+
+
+def _on_unraisable(caught: Any) -> None:
+    """Ask again for an end that Python has dropped: a signal handler may run in a destructor, which cannot raise."""
+    if isinstance(caught.exc_value, KeyboardInterrupt):
+        threading.Timer(_CTRL_C_AGAIN_SECONDS, _interrupt_main_thread).start()  # this function cannot raise either
+    else:
+        sys.__unraisablehook__(caught)
+
+
+def _interrupt_main_thread() -> None:
+    if hasattr(signal, "pthread_kill"):
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)
+    else:  # Windows
+        signal.raise_signal(signal.SIGINT)
 
 
 def _check_working_folder() -> None:
@@ -217,6 +237,9 @@ def _exit(status: int) -> NoReturn:
     A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
     done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
     """
+    # All is done and said: a Ctrl-C within the shutdown of the interpreter would print a traceback.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Loader processes ignore SIGTERM, which multiprocessing would send to them before it waits for their end.
     for child in multiprocessing.active_children():
         if child.daemon:

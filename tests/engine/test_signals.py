@@ -227,3 +227,48 @@ def test_loader_processes_that_ignore_signals_do_not_keep_a_finished_program(tmp
     )
     done = subprocess.run([sys.executable, script], env=environment(PYTHONPATH=str(ROOT)), timeout=30)
     assert done.returncode == 0
+
+
+IN_A_DESTRUCTOR = """
+import signal, sys, time
+from pipelines.tools.cli import entry_point
+from training.engine.signals import StopSignal
+
+class Slow:
+    def __del__(self):
+        print("in the destructor", flush=True)
+        time.sleep(0.5)
+
+def main():
+    with StopSignal() as stop{block}:
+        Slow()
+        print("past the destructor", flush=True)
+        time.sleep(60)
+
+entry_point(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "ending", "numbers"),
+    [
+        ("", "", [signal.SIGINT, signal.SIGINT]),  # a second Ctrl-C, which stops without saving
+        (", stop.at_once()", "Interrupted", [signal.SIGTERM]),
+    ],
+)
+def test_an_end_that_is_asked_for_in_a_destructor_is_not_dropped(block, ending, numbers):
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_DESTRUCTOR.replace("{block}", block)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "in the destructor\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=30)
+    assert output == "past the destructor\n"
+    if ending:  # nothing here handles Interrupted
+        assert errors.splitlines()[-1].endswith(ending)
+    else:
+        assert (process.returncode, errors.splitlines()[-1]) == (130, "stopped")
+    assert "Exception ignored" not in errors

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 import psutil
 
@@ -38,6 +39,7 @@ FIRST_STEP_PATIENCE = 0.5
 # After this time, a process that has nothing to save is ended although its main thread is still in foreign code.
 _LAST_RESORT_SECONDS = 1.0
 _WATCH_SECONDS = 0.25
+_AGAIN_SECONDS = 0.01
 
 
 class Interrupted(BaseException):
@@ -70,6 +72,7 @@ class StopSignal:
         self._launcher = _launcher_pid()
         self._pair: tuple[socket.socket, socket.socket] | None = None
         self._previous_descriptor = -1
+        self._previous_hook = sys.unraisablehook
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -82,6 +85,7 @@ class StopSignal:
             for number in _HANDLED:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)
+            self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
             threading.Thread(target=self._watch, args=(reader,), name="stop-signal", daemon=True).start()
         return self
 
@@ -89,6 +93,7 @@ class StopSignal:
         if self._pair is None:
             return
         signal.set_wakeup_fd(self._previous_descriptor)
+        sys.unraisablehook = self._previous_hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -163,6 +168,14 @@ class StopSignal:
                 os.write(
                     sys.stderr.fileno(), b"\nstopping after this step; press Ctrl-C again to stop without saving\n"
                 )
+
+    def _on_unraisable(self, caught: Any) -> None:
+        """Ask again for the end of `at_once`: its handler ran in a destructor, where Python drops what is raised."""
+        if isinstance(caught.exc_value, Interrupted):
+            self._has_raised = False
+            threading.Timer(_AGAIN_SECONDS, self._interrupt).start()  # this function cannot raise either
+        else:
+            self._previous_hook(caught)
 
     def _watch(self, reader: socket.socket) -> None:
         """Notice signals and the end of the launcher while the main thread cannot, and enforce `at_once`."""
