@@ -46,6 +46,8 @@ from training.objectives.functional import gaussian_kl, hinge_generator_loss
 from training.objectives.loss_weights import LearnedLossWeights, weighted_sum
 from training.objectives.perceptual import PerceptualLoss
 from training.objectives.segmentation import segmentation_cross_entropy
+from training.recipes.completion import complete_autoencoder
+from training.recipes.options import RecipeConfig
 from training.stages.image_stage import ImageStage, ImageStageConfig
 
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
@@ -57,7 +59,7 @@ RECONSTRUCTION = ("l1", "l2", "perceptual")
 
 
 @dataclass
-class Config(HeadsConfig, ImageStageConfig):
+class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_autoencoder.py."""
 
     output_dir: str = option("runs/autoencoder", on_resume="free", essential=True)
@@ -242,7 +244,7 @@ class AutoencoderStage(ImageStage):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET, complete=complete_autoencoder)
     return train(AutoencoderStage, config)
 
 

@@ -43,6 +43,8 @@ from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.steered import ControlBase, load_base
 from training.objectives.diffusion import ObjectiveConfig, noise_level_metrics, noise_level_sums
+from training.recipes.completion import complete_controlnet
+from training.recipes.options import RecipeConfig
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig
 
@@ -53,7 +55,7 @@ MODES = ("add", "gated", "concat", "film", "cross_attention")
 
 
 @dataclass
-class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
+class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_controlnet.py."""
 
     output_dir: str = option("runs/controlnet", on_resume="free", essential=True)
@@ -233,7 +235,7 @@ class ControlNetStage(GeneratingStage):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET, complete=complete_controlnet)
     return train(ControlNetStage, config)
 
 

@@ -45,6 +45,8 @@ from training.models.image_caption import ImageCaptionModelConfig, build_model, 
 from training.models.image_caption_phase import ImageCaptionObjectiveConfig, ImageCaptionPhase
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase, build_latent_prior
 from training.objectives.captions import same_captions, same_images, scaled_errors
+from training.recipes.completion import complete_image_caption
+from training.recipes.options import RecipeConfig
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig
 
@@ -55,7 +57,9 @@ VARIANCE_IMAGES = 256
 
 
 @dataclass
-class Config(ImageCaptionObjectiveConfig, PreviewConfig, RunEvaluationConfig, CaptionDataConfig, ImageStageConfig):
+class Config(
+    ImageCaptionObjectiveConfig, PreviewConfig, RunEvaluationConfig, CaptionDataConfig, RecipeConfig, ImageStageConfig
+):
     """Flags of train_image_caption.py."""
 
     output_dir: str = option("runs/image_caption", on_resume="free", essential=True)
@@ -198,7 +202,7 @@ class ImageCaptionStage(GeneratingStage):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET, complete=complete_image_caption)
     return train(ImageCaptionStage, config)
 
 

@@ -40,6 +40,8 @@ from training.models.unet import UNetConfig, build_unet
 from training.models.vae_loading import load_vae
 from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_level_sums
 from training.objectives.functional import mse_per_sample
+from training.recipes.completion import complete_latent_diffusion
+from training.recipes.options import RecipeConfig
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 
@@ -47,7 +49,7 @@ PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 
 
 @dataclass
-class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig):
+class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free", essential=True)
@@ -263,7 +265,7 @@ class LatentDiffusionStage(GeneratingStage):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(Config, argv, description=__doc__, preset=PRESET)
+    config = parse_config(Config, argv, description=__doc__, preset=PRESET, complete=complete_latent_diffusion)
     return train(LatentDiffusionStage, config)
 
 

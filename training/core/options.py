@@ -86,9 +86,13 @@ class Options:
 
     Attributes:
         help_group: the group under which `--help_all` lists the options of a part; see `core/help.py`.
+        announcements: what the command says before it begins, one line each.
+        prints_config: whether `--dry_run` is followed by all settings (`--print_config`).
     """
 
     help_group: ClassVar[str] = "Advanced"
+    announcements: ClassVar[tuple[str, ...]] = ()
+    prints_config: ClassVar[bool] = False
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError for invalid values. This base method checks the bounds and choices of each field.

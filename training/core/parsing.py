@@ -9,7 +9,7 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -28,7 +28,12 @@ Config = TypeVar("Config", bound=Options)
 
 
 def parse_config(
-    config_class: type[Config], argv: Sequence[str] | None = None, *, description: str | None = None, preset: str = ""
+    config_class: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    preset: str = "",
+    complete: Callable[[Config, frozenset[str]], None] | None = None,
 ) -> Config:
     """Parse `--config run.yaml` and flags, which override the file, into a validated `config_class`.
 
@@ -38,6 +43,8 @@ def parse_config(
         argv: the arguments after the program's name; None uses the arguments of this process.
         description: shown by `--help` and `--help_all`.
         preset: path of the preset to use if `argv` is empty.
+        complete: sets what is not given, before the config is validated. It is called with the config and the names of
+            the given options, unless a YAML file is given.
 
     Raises:
         UserError: an unknown flag or key (the message suggests the nearest known one), a value of the wrong type, a
@@ -54,9 +61,12 @@ def parse_config(
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
     words = list(_with_brackets(words, parser))
+    printed = "--print_config" in words
+    words = [word for word in words if word != "--print_config"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
+            given = frozenset(parser.parse_args(words, defaults=False).keys())
             namespace = parser.parse_args(words)
             values = parser.instantiate(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -67,7 +77,13 @@ def parse_config(
         setattr(values, name, None)
     config = config_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     _expand_home(config)
+    if complete is not None and "config" not in given:
+        complete(config, given)
     config.validate()
+    if printed and getattr(config, "dry_run", None) is not True:
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), end="")
+        sys.exit(0)
+    config.__dict__["prints_config"] = printed
     return config
 
 

@@ -83,7 +83,7 @@ class CaptionedImages(ImageDataset):
         """The stored rows, to read captions without decoding images."""
         return self.dataset
 
-    def _images(self, row: dict[str, Any], key: int) -> dict[str, Tensor]:
+    def _images(self, row: dict[str, Any], key: SampleKey) -> dict[str, Tensor]:
         if self.config.image_fit == "crop":
             return super()._images(row, key)
         image = decoded(row, self.config.image_column)
@@ -91,7 +91,7 @@ class CaptionedImages(ImageDataset):
         if image.size != side:
             image = image.resize(side, RESAMPLING[self.config.image_interpolation_mode])
         pixels = to_tensor(image)
-        return {"pixel_values": pixels.flip(-1) if self.random_flip and flips(key) else pixels}
+        return {"pixel_values": pixels.flip(-1) if self.random_flip and flips(key.key) else pixels}
 
     def aspect_ratio(self) -> float:
         """Return the median of width / height over some of the stored images if images are stretched, otherwise 1."""

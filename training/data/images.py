@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pipelines.tools.cli import UserError
@@ -18,6 +19,7 @@ from training.core.draws import SampleKey
 from training.data.caption_text import caption_problem, cleaned_caption
 from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
+from training.data.pixel_cache import PixelCache
 from training.data.source import (
     DataConfig,
     column_values,
@@ -37,6 +39,8 @@ from training.data.transforms import (
     apply_geometry,
     crop_geometry,
     decoded,
+    flips,
+    from_bytes,
     open_image,
     pick_caption,
     to_tensor,
@@ -185,6 +189,9 @@ class ImageDataset(torch.utils.data.Dataset):
             self.companions["conditioning_pixel_values"] = control
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
+        # A random crop needs the whole image, and companions are cropped with it.
+        cacheable = self.center_crop and not self.companions
+        self._pixels = PixelCache.of(len(dataset), config.resolution) if cacheable else None
         # One byte per row, shared with the loader workers, so that each bad row is logged once and never read again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -246,21 +253,35 @@ class ImageDataset(torch.utils.data.Dataset):
             item["caption"] = captions if self.every_caption else pick_caption(captions, key.key)
         if self.label_map is not None:
             item["label"] = self.label_of(row)
-        item |= self._images(row, key.key)
+        item |= self._images(row, key)
         item["index"] = key.index
         return item
 
-    def _images(self, row: dict[str, Any], key: int) -> dict[str, torch.Tensor]:
+    def _images(self, row: dict[str, Any], key: SampleKey) -> dict[str, torch.Tensor]:
         """Return the row's image, mask and control image, all cropped at the same place to R × R pixels."""
+        if self._pixels is not None:
+            return {"pixel_values": self._cached(row, key, self._pixels)}
         mode, resolution = self.config.image_interpolation_mode, self.config.resolution
         image = decoded(row, self.config.image_column)
-        place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key)
+        place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
         tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
         for name, companion in self.companions.items():
             stored = companion.load(row, image.size)
             cut = [apply_geometry(one, place, resolution, companion.resampling or mode) for one in stored]
             tensors[name] = companion.tensor(cut)
         return tensors
+
+    def _cached(self, row: dict[str, Any], key: SampleKey, cache: PixelCache) -> torch.Tensor:
+        """Return the row's image at R × R pixels, cropped at its centre; it is decoded only if it is not cached."""
+        pixels = cache.get(key.index)
+        if pixels is None:
+            image = decoded(row, self.config.image_column)
+            place = crop_geometry(image.size, center_crop=True, random_flip=False, key=key.key)
+            image = apply_geometry(image, place, self.config.resolution, self.config.image_interpolation_mode)
+            pixels = np.array(image)
+            cache.put(key.index, pixels)
+        tensor = from_bytes(torch.from_numpy(pixels).permute(2, 0, 1))
+        return tensor.flip(2) if self.random_flip and flips(key.key) else tensor
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
         """Return the row's caption, or its captions if it has several, without control characters.

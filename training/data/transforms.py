@@ -191,7 +191,11 @@ def byte_tensor(image: Image.Image) -> torch.Tensor:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """Convert an RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
-    pixels = byte_tensor(image)
+    return from_bytes(byte_tensor(image))
+
+
+def from_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert the pixels of an 8-bit image, uint8 3 H W, to float32 in [-1, 1]."""
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
 
 

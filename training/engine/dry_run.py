@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from pipelines.tools.commands import command as typed
 from training.core.batches import fetch
 from training.core.draws import Draws
 from training.core.layout import BatchLayout, steps_per_epoch
@@ -26,22 +27,24 @@ def missing_inputs(config: RunConfig) -> str | None:
     missing = prepare.missing_inputs(config.recipes())
     if not missing:
         return None
-    lines = [_resolved(config), "missing inputs; the run makes them first, and these commands make them by hand:"]
-    lines += [f"  {path}\n    python {command}" for path, command in missing.items()]
-    return "\n".join([*lines, "parameter counts, shapes and memory can be estimated once these inputs exist"])
+    lines = [*config.announcements, "missing inputs; the run makes them first, and these commands make them by hand:"]
+    lines += [f"  {path}\n    {typed(command)}" for path, command in missing.items()]
+    lines += ["parameter counts, shapes and memory can be estimated once these inputs exist", *_resolved(config)]
+    return "\n".join(lines)
 
 
-def _resolved(config: RunConfig) -> str:
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+def _resolved(config: RunConfig) -> list[str]:
+    """Return all settings as YAML, if --print_config asks for them."""
+    return [yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)] if config.prints_config else []
 
 
 def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
-    """Return the resolved config, parameter counts, feature maps per resolution, steps per epoch and memory."""
+    """Return steps per epoch, parameter counts, feature maps per resolution and memory."""
     data = stage.train_data()
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
     spe = steps_per_epoch(len(data), layout)
     total = config.total_steps(spe)
-    lines = [_resolved(config)]
+    lines = list(config.announcements)
     lines.append(
         f"{len(data)} images, {spe} steps per epoch with a global batch of {layout.global_batch_size} images, "
         f"{total} steps in total"
@@ -72,7 +75,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
         f"{activations * config.train_batch_size / 2**20:.0f} MiB for activations at --train_batch_size "
         f"{config.train_batch_size} (float32; activations take half as much with bf16 or fp16)"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_resolved(config)])
 
 
 def _shapes(stage: Stage, phase, data, config, layout) -> tuple[list[str], int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tools.cli import keep_running_without_output
+from pipelines.tools.cli import keep_running_without_output, printable
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
@@ -87,6 +87,9 @@ def _session(
         _open(folder, config, accelerator)
         if config.dry_run and (missing := dry_run.missing_inputs(config)):
             return _print_on_main(missing, accelerator)
+    if accelerator.is_main_process and not config.dry_run:
+        for line in config.announcements:
+            logger.info("%s", printable(line))
     # The main process passes a request to stop on to the script that it runs, and then stops itself.
     with nullcontext() if accelerator.is_main_process else stop.at_once():
         on_main(accelerator, lambda: make_missing(config.recipes(), lambda: stop.requested))

@@ -1,0 +1,16 @@
+"""The option that turns the choice of settings on and off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.core.options import Options, option
+
+
+@dataclass
+class RecipeConfig(Options):
+    """Whether settings are chosen for the images."""
+
+    auto_settings: bool = option(True, on_resume="free", essential=True)
+    """Choose what is not given (inputs to make, sizes, length) for the images and the device; false takes the defaults
+    that --help_all shows. With --config, the file and the defaults count instead"""

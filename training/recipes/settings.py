@@ -1,0 +1,156 @@
+"""The settings for a collection of images and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.recipes.collection import Collection
+
+AUTOENCODER, DIFFUSION, CONTROLNET, JOINT = "autoencoder", "latent_diffusion", "controlnet", "image_caption"
+MIN_STEPS = 4_000
+TEXT_LENGTHS = (16, 24, 32, 48, 64, 77)
+# The largest side of the latents, in cells, that the autoencoder leaves; it gets one more level for each doubling.
+MOST_CELLS = 16
+PATCH_SIZE = 4
+LATENT_CHANNELS = 16
+
+
+def settings_for(
+    stage: str,
+    collection: Collection,
+    *,
+    device: str,
+    resolution: int,
+    cells: int = 0,
+    widths: Sequence[int] = (),
+    num_processes: int = 1,
+) -> dict[str, Any]:
+    """Return the value of each option that a collection and a device decide, by the name of the option.
+
+    Args:
+        device: "cpu", "mps" or "cuda".
+        resolution: side of the images in pixels.
+        cells: side of the latents; for latent diffusion and ControlNets.
+        widths: channels of the levels of the network, if they are given.
+        num_processes: number of processes that divide a batch among themselves.
+    """
+    large = device == "cuda"
+    batch = {AUTOENCODER: 16, DIFFUSION: 32, CONTROLNET: 16, JOINT: 64}[stage] * (2 if large else 1)
+    batch = _batch_size(batch, collection.images, num_processes)
+    found: dict[str, Any] = {
+        "train_batch_size": batch,
+        "max_train_steps": _steps(stage, collection.images, batch * num_processes, large=large),
+        "adam_beta2": 0.99,
+    }
+    if stage == AUTOENCODER:
+        found |= _autoencoder(resolution)
+    elif stage == DIFFUSION:
+        found |= _diffusion(collection, cells, widths, large=large)
+    elif stage == CONTROLNET:
+        found |= {"learning_rate": 1e-3, "lr_scheduler": "linear", "cfg_dropout": 0.5, "ema_decay": 0.99}
+    else:
+        found |= _joint(collection, resolution)
+    return found
+
+
+def autoencoder_levels(resolution: int) -> int:
+    """Return the number of levels of the autoencoder: latents get at most `MOST_CELLS` cells per side."""
+    levels = 2
+    while resolution / (PATCH_SIZE * 2 ** (levels - 1)) > MOST_CELLS and levels < 5:
+        levels += 1
+    return levels if resolution >= PATCH_SIZE * 2**levels else 1
+
+
+def latent_cells(resolution: int) -> int:
+    """Return the side of the latents of the autoencoder that `settings_for` describes, in cells."""
+    return resolution // (PATCH_SIZE * 2 ** (autoencoder_levels(resolution) - 1))
+
+
+def _batch_size(usual: int, images: int, num_processes: int) -> int:
+    """Return a batch size at which all processes together do not need more images than there are."""
+    return max(1, min(usual, images // num_processes))
+
+
+def _steps(stage: str, images: int, batch: int, *, large: bool) -> int:
+    """Return the number of steps: enough epochs for a small collection, and an end for a large one."""
+    if stage in (AUTOENCODER, CONTROLNET):
+        return MIN_STEPS * (2 if large else 1)
+    most = 60_000 if large else 20_000
+    return int(min(max(MIN_STEPS, 100 * images / batch), most)) // 100 * 100
+
+
+def _autoencoder(resolution: int) -> dict[str, Any]:
+    return {
+        "model.block_out_channels": [96, *[128] * (autoencoder_levels(resolution) - 1)],
+        "model.patch_size": PATCH_SIZE,
+        "model.latent_channels": LATENT_CHANNELS,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "linear",
+        "weight_decay": 0.0,
+        "l1_weight": 1.0,
+        "l2_weight": 1.0,
+        "kl_weight": 1e-5,
+        "ema_decay": 0.998,
+        "ema_update_every": 2,
+    }
+
+
+def _diffusion(collection: Collection, cells: int, widths: Sequence[int], *, large: bool) -> dict[str, Any]:
+    if not widths:
+        widths = [128, 192] if cells <= 8 else [128, 192, 256] if cells <= 16 else [128, 192, 256, 320]
+        widths = [2 * width for width in widths] if large else widths
+    # Attention on the two lowest resolutions, which have at most 16 × 16 cells.
+    attention = [level for level in range(len(widths)) if level >= len(widths) - 2]
+    found: dict[str, Any] = {
+        "model.block_out_channels": list(widths),
+        "model.attention_levels": attention,
+        "prediction_type": "flow_prediction",
+        "timestep_sampling": "logit_normal",
+        "cfg_dropout": 0.1,
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine",
+        "ema_decay": 0.999,
+        "ema_update_every": 4,
+    }
+    if collection.caption_words:
+        found["text_encoder.max_length"] = _text_length(collection.caption_words)
+    return found
+
+
+def _joint(collection: Collection, resolution: int) -> dict[str, Any]:
+    return {
+        "model.latent_size": 256,
+        "model.max_length": _text_length(collection.caption_words),
+        "model.patch_size": 8 if resolution <= 64 else 4,
+        "model.block_out_channels": [96, 192] if resolution <= 64 else [96, 192, 288, 384],
+        "model.map_channels": 64,
+        "model.text_hidden_size": 192,
+        "model.num_attention_heads": 4,
+        "model.num_encoder_layers": 2,
+        "model.num_decoder_layers": 3,
+        "model.prefix_length": 4,
+        "prior.hidden_size": 384,
+        "prior.num_layers": 3,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.995,
+        "ema_update_every": 4,
+    }
+
+
+def _text_length(words: int) -> int:
+    """Return a maximum number of tokens for captions of `words` words: many words have two pieces; two are added."""
+    needed = 1.5 * words + 2
+    return next((length for length in TEXT_LENGTHS if length >= needed), TEXT_LENGTHS[-1])
+
+
+def kept(settings: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+    """Return the settings that the command line does not give.
+
+    A length that is given in another way, such as --num_train_epochs, replaces the number of steps.
+    """
+    others = {"max_train_steps": {"num_train_epochs", "extra_epochs"}}
+    return {
+        name: value for name, value in settings.items() if name not in given and not others.get(name, set()) & {*given}
+    }
