@@ -1,7 +1,7 @@
 """Train an autoencoder: image ⇄ latents, optionally with heads that predict masks and classes from the latents.
 
+    accelerate launch training/train_autoencoder.py --train_data_dir my_images --resolution 128
     accelerate launch training/train_autoencoder.py                       # the quickstart's posters
-    accelerate launch training/train_autoencoder.py --train_data_dir my_images --resolution 128 --output_dir runs/ae
     accelerate launch training/train_autoencoder.py --config configs/experiments/autoencoder/posters_64_heads.yaml
 
 Run the same command again to resume the run.

@@ -1,8 +1,7 @@
 """Train a ControlNet: a control image (masks, edges, a sketch, class ids) steers a trained model, which stays frozen.
 
+    accelerate launch training/train_controlnet.py --train_data_dir my_images            # makes all else that it needs
     accelerate launch training/train_controlnet.py                        # the quickstart's posters by their masks
-    accelerate launch training/train_controlnet.py --base_model runs/mine --dataset_name data/mine \\
-        --conditioning_image_column conditioning_image --fusion_mode gated --output_dir runs/controlnet_mine
 
 The base model is a run of train_latent_diffusion.py or of train_decoder.py. Run the same command again to resume the
 run.

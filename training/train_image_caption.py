@@ -2,8 +2,7 @@
 
     accelerate launch training/train_image_caption.py                     # the quickstart's generated posters
     accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/emoji_64.yaml
-    accelerate launch training/train_image_caption.py --config configs/experiments/image_caption/small.yaml \\
-        --train_data_dir my_images
+    accelerate launch training/train_image_caption.py --train_data_dir my_images
 
 The tokenizer is trained on the captions, unless --tokenizer names one. Run the same command again to resume the run.
 """
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command_with
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -184,6 +184,9 @@ class ImageCaptionStage(GeneratingStage):
 
     def previews(self) -> Previews:
         return caption_previews(self.pipeline(), self.shown_data, self.config, self.context.poll)
+
+    def usage(self, model: str) -> str:
+        return command_with("pipelines/sample.py", {"model": model, "pairs": "8", "output": "pairs.png"})
 
     def pipeline(self):
         from pipelines.common.schedulers import sampling_scheduler, training_scheduler

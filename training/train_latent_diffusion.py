@@ -1,9 +1,8 @@
 """Train latent diffusion from scratch: caption and/or class label (or neither) → latents → image.
 
+    accelerate launch training/train_latent_diffusion.py --train_data_dir my_images      # makes all else that it needs
     accelerate launch training/train_latent_diffusion.py                  # the quickstart's generated posters
     accelerate launch training/train_latent_diffusion.py --config configs/experiments/latent_diffusion/emoji_64.yaml
-    accelerate launch training/train_latent_diffusion.py --train_data_dir my_images --vae runs/autoencoder \\
-        --tokenizer my_images_tokenizer --output_dir runs/mine
 
 Run the same command again to resume the run.
 """
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.commands import command
+from pipelines.tools.commands import command, command_with
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -246,6 +245,15 @@ class LatentDiffusionStage(GeneratingStage):
         images = self.sample(self.pipeline(), seeds=seeds, **conditions)
         references = batch_images(self.vae, batch, draws, self.phase.latent_shape)
         return Previews(images, captions, [to_pil(image) for image in references])
+
+    def usage(self, model: str) -> str:
+        batch = self.shown_batch(self.shown_rows(1))
+        flags = {"model": model}
+        if self.config.with_captions:
+            flags["prompt"] = self.config.preview_prompts[0] if self.config.preview_prompts else batch["caption"][0]
+        if self.config.with_labels:
+            flags["class_label"] = self.id2label[int(batch["label"][0])]
+        return command_with("pipelines/sample.py", {**flags, "output": "grid.png"})
 
     def pipeline(self):
         from pipelines.common.schedulers import sampling_scheduler

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from .resources import IS_CHECKOUT
@@ -41,6 +42,13 @@ def command(script: str, *, checkout: bool = IS_CHECKOUT) -> str:
         return " ".join([PROGRAM, subcommand(path), *flags])
     launcher = "accelerate launch" if path.startswith(_LAUNCHED) else "python"
     return " ".join([launcher, path, *flags])
+
+
+def command_with(script: str, flags: Mapping[str, str]) -> str:
+    """Return the command that starts a script with these flags, quoted as a shell needs it."""
+    return shlex.join(
+        [*command(script).split(), *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    )
 
 
 def install_command(extra: str, package: str, *, checkout: bool = IS_CHECKOUT) -> str:

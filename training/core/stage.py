@@ -170,6 +170,15 @@ class Stage(ABC):
     def pipeline(self) -> DiffusionPipeline:
         """Return the public pipeline with the current weights of the modules."""
 
+    def usage(self, model: str) -> str | None:
+        """Return a command that shows what the exported model does, such as one that generates images; None if there
+        is none.
+
+        Args:
+            model: the run folder.
+        """
+        return None
+
     def inputs(self) -> dict[str, str]:
         """Return a fingerprint of the content of each input (data, VAE, …), the same wherever the input is stored.
 

@@ -30,8 +30,8 @@ class SessionConfig(Options):
     seed: int = option(0, essential=True)
     """Random seed; the same seed gives the same run"""
     dry_run: bool = option(False, on_resume="free", essential=True)
-    """Print what was found and decided, what is missing, and steps, time, disk space and memory as far as they can be
-    estimated, and exit; with --print_config also all settings"""
+    """Print what was found and decided, with steps, time, disk space and memory, and exit; with --print_config also
+    all settings"""
     validate_only: bool = option(False, on_resume="free")
     """Validate the checkpoint selected by --resume_from_checkpoint, or the model given by --validate_model, print
     the metrics and exit"""

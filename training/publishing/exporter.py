@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.cli import printable
 from training.core.files import replacing_folder
 from training.core.previews import save_png
 from training.core.stage import Stage
@@ -77,10 +78,17 @@ class Exporter:
             record |= {"card": {"template": self.stage.card_template, "sha256": digest_of(card)}}
             self.folder.delete_record()
         self.folder.save_record(record)
-        logger.info("the pipeline is in %s", self.folder.pipeline)
+        self._say_what_is_where(previews is not None)
         if self._publisher is not None:
             self._publisher.catch_up()
             self._publisher.finish()
+
+    def _say_what_is_where(self, with_samples: bool) -> None:
+        logger.info("the pipeline is in %s", self.folder.pipeline)
+        samples = f"samples: {self.folder.pipeline / 'samples.png'}; " if with_samples else ""
+        logger.info("%straining curves: %s", samples, self.folder.curves_file)
+        if (usage := self.stage.usage(str(self.folder.path))) is not None:
+            logger.info("try it: %s", printable(usage))
 
     def _full_record(self, record: dict[str, Any]) -> dict[str, Any]:
         settings = self.settings

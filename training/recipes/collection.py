@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CAPTIONS_READ = 2000
 FEW_IMAGES = 1000
+_CLASSES_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,17 @@ class Collection:
     classes: tuple[str, ...] = ()
     control_images: bool = False
     """Whether there is a control image for each image"""
-    where_captions: str = ""
-    """Where the captions of a folder come from"""
-    left_out: int = 0
-    """Number of files of a folder that are, or may be, images or captions, and are not used"""
+    account: str = ""
+    """What each file of a folder became"""
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """Return sentences about the collection."""
         held_out = f" and {self.held_out:,} held out for validation" if self.held_out else ""
-        origin = f" ({self.where_captions})" if self.where_captions else ""
-        captions = f"captions of up to {self.caption_words} words{origin}" if self.caption_words else "no captions"
-        shown = ", ".join(self.classes[:6]) + (", …" if len(self.classes) > 6 else "")
+        captions = f"captions of up to {self.caption_words} words" if self.caption_words else "no captions"
+        shown = ", ".join(self.classes[:_CLASSES_SHOWN]) + (", …" if len(self.classes) > _CLASSES_SHOWN else "")
         classes = f"{len(self.classes)} classes ({shown})" if self.classes else "no classes"
-        left_out = f"; {self.left_out:,} files are left out" if self.left_out else ""
-        return f"{self.source}: {self.images:,} images to train on{held_out}, {captions}, {classes}{left_out}"
+        summary = f"{self.source}: {self.images:,} images to train on{held_out}, {captions}, {classes}"
+        return [self.account, summary] if self.account else [summary]
 
 
 def look_at(config: DataConfig, seed: int) -> Collection:
@@ -63,8 +62,7 @@ def look_at(config: DataConfig, seed: int) -> Collection:
         caption_words=_words(rows, config.caption_column) if config.caption_column in rows.column_names else 0,
         classes=_classes(rows, config),
         control_images=set(columns) <= set(rows.column_names),
-        where_captions=account.captions if account else "",
-        left_out=account.images_left_out if account else 0,
+        account=account.line() if account else "",
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 from pipelines.tools.devices import get_device
+from training.core.files import read_json_object
 from training.core.made_folders import incomplete
 from training.core.options import Options
 from training.data.source import DataConfig
@@ -56,7 +57,7 @@ class Completion:
         first = os.environ.get("RANK", "0") == "0"
         self.folder: Path = collection_folder(config.source, write=first and config.trains)
         self.prepare: dict[str, str] = {}
-        self.lines: list[str] = [str(self.collection)]
+        self.lines: list[str] = self.collection.lines()
         self.trainings: list[estimate.Training] = []
 
     def decide(self, name: str, value: Any) -> None:
@@ -84,7 +85,7 @@ class Completion:
         chosen = self.settings(self.stage, **situation)
         if leave_out:
             chosen = {name: value for name, value in chosen.items() if not name.startswith(leave_out)}
-        saved = RunFolder(self.config.output_dir).saved_config() or {}
+        saved = self.saved
         for name, value in settings.kept(chosen, self.given).items():
             self.decide(name, value if name in _FREE else _get(saved, name, value))
         usual = chosen["max_train_steps"]
@@ -94,6 +95,11 @@ class Completion:
                 f"this one would have {usual:,} steps"
             )
         self._lower_batch()
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The config that the run in the output folder was started with; empty for a new run."""
+        return {} if self.config.overwrite else RunFolder(self.config.output_dir).saved_config() or {}
 
     @property
     def steps(self) -> int:
@@ -136,7 +142,8 @@ class Completion:
                 "ones; training/evaluate.py measures how many"
             )
         missing = [path for path, line in self.prepare.items() if incomplete(path, line.split()[0])]
-        self.lines += [f"made first: {', '.join(missing)}"] if missing else []
+        if missing and not self.config.dry_run:
+            self.lines.append(f"made first: {', '.join(missing)}")
         self.lines.append(
             f"settings that were not given fit this collection and the device {get_device().type}; every one of them "
             "can be given as a flag (--help, --print_config)"
@@ -184,7 +191,8 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         config.tokenizer = str(_tokenizer(run))
     if not config.vae:
         config.vae = str(_autoencoder(run))
-    if not config.latent_cache and config.center_crop:
+    began_without_cache = "latent_cache" in run.saved and not run.saved["latent_cache"]
+    if not config.latent_cache and config.center_crop and not began_without_cache:
         config.latent_cache = str(_latents(run, suffix))
     cells, channels = _latent_shape(run)
     widths = config.model.block_out_channels if "model.block_out_channels" in given else ()
@@ -257,8 +265,15 @@ def _autoencoder(run: Completion) -> Path:
     path = run.folder / f"autoencoder_{run.config.resolution}"
     flags = {"output_dir": str(path), **run.capped(settings.AUTOENCODER)}
     run.needs(path / "pipeline", "training/train_autoencoder.py", flags, pass_on=(*_DATA, *_SHARED))
-    if incomplete(path / "pipeline", "training/train_autoencoder.py"):
-        chosen = {**run.settings(settings.AUTOENCODER), **flags}
+    usual = run.settings(settings.AUTOENCODER)
+    trained = (read_json_object(path / "record.json") or {}).get("steps", usual["max_train_steps"])
+    if incomplete(path / "pipeline", "training/train_autoencoder.py") is None and trained < usual["max_train_steps"]:
+        run.lines.append(
+            f"{path} was trained for {trained:,} steps only, and usually has {usual['max_train_steps']:,}: images will "
+            f"be blurred; to train it again, rename or delete {run.folder}"
+        )
+    elif incomplete(path / "pipeline", "training/train_autoencoder.py"):
+        chosen = {**usual, **flags}
         model = AutoencoderModelConfig()
         for name, value in chosen.items():
             if name.startswith("model."):

@@ -12,5 +12,5 @@ class RecipeConfig(Options):
     """Whether settings are chosen for the images."""
 
     auto_settings: bool = option(True, on_resume="free", essential=True)
-    """Choose what is not given (inputs to make, sizes, length) for the images and the device; false takes the defaults
-    that --help_all shows. With --config, the file and the defaults count instead"""
+    """Choose what is not given (inputs to make, sizes, length) for these images, unless --config is given; false uses
+    the defaults of --help_all"""

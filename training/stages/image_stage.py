@@ -85,7 +85,7 @@ class ImageStage(Stage):
         self.training_set = dataset(load_split(config, "train", config.seed), augment=True)
         held_out = load_split(config, "validation", config.seed)
         self.validation_set = dataset(held_out, augment=False) if len(held_out) else None
-        if (account := folder_account(config)) is not None:
+        if not config.announcements and (account := folder_account(config)) is not None:
             logger.info("%s", printable(account.line()))
         for data in filter(None, (self.training_set, self.validation_set)):
             require_clean(data, tell=logger.info, poll=self.context.poll)
