@@ -70,7 +70,7 @@ class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
     """Weight of the mean absolute error"""
     l2_weight: float = option(0.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the mean squared error"""
-    kl_weight: float = option(1e-6, on_resume="warn", at_least=0, essential=True)
+    kl_weight: float = option(1e-6, on_resume="warn", at_least=0)
     """Weight of the KL divergence of the posterior from a standard normal; unused by classes without a posterior"""
     latent_noise: float = option(0.0, on_resume="warn", at_least=0)
     """Noise added to the latents before decoding, relative to their standard deviation; makes the decoder robust"""

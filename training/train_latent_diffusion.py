@@ -54,16 +54,15 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     output_dir: str = option("runs/latent_diffusion", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     vae: str = option("", content="vae", essential=True)
-    """VAE that encodes the images to latents (required): Hub id, VAE or pipeline folder, or autoencoder run folder"""
+    """VAE that encodes the images: Hub id, VAE or pipeline folder, or autoencoder run; if unset, one is trained"""
     latent_cache: str | None = option(None, content="latent_cache")
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
     images. If unset, images are encoded at every step"""
     condition_on: list[str] = option(["caption"], choices=("caption", "label"), essential=True)
-    """Conditions of the model: '[caption]', '[label]', '[caption,label]' or '[]' (unconditional)"""
+    """Conditions of the model: caption, label, caption,label or none; if unset, what the images have"""
     tokenizer: str | None = option(None, content="tokenizer", essential=True)
-    """Tokenizer folder (see data_scripts/train_tokenizer.py) or Hub id; required for captions unless
-    --pretrained_text_encoder is set, which then also supplies the tokenizer"""
+    """Tokenizer folder or Hub id; if unset, that of --pretrained_text_encoder, or a new one is trained"""
     pretrained_text_encoder: str | None = option(None, content="text_encoder")
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     model: UNetConfig = option(UNetConfig)

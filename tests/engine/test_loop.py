@@ -285,7 +285,8 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path, capsys):
 def test_a_dry_run_makes_no_inputs_and_names_those_that_are_missing(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(f"prepare:\n  {tmp_path}/posters: data_scripts/make_posters.py --num_posters 1\n")
     needed = ("--data", f"{tmp_path}/posters")
-    assert run(tmp_path / "run", "--config", str(tmp_path / "c.yaml"), *needed, "--dry_run", "true", "--print_config") == 0
+    flags = ("--config", str(tmp_path / "c.yaml"), *needed, "--dry_run", "--print_config")
+    assert run(tmp_path / "run", *flags) == 0
     output = capsys.readouterr().out
     assert "learning_rate: 0.0001" in output
     assert "python data_scripts/make_posters.py --num_posters 1" in output

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,15 @@ def contents(path: Path) -> Any:
     return data
 
 
-def excused(line: str) -> bool:
-    """Return whether a run that reported a fault and ended with status 0 may have this difference.
+def excused(lines: Sequence[str], reference: Path) -> set[str]:
+    """Return the differences that a run may have which reported a fault and ended with status 0.
 
-    It may lack what merely informs, and a checkpoint other than `latest` that could not be written.
+    It may lack what merely informs, and a checkpoint other than `latest` that could not be written: `best` is then the
+    best of the others.
     """
-    return line.startswith(INFORMING) or (line.startswith("checkpoints/step-") and line.endswith(" is missing"))
+    absent = {line for line in lines if line.startswith("checkpoints/step-") and line.endswith(" is missing")}
+    found = absent | {line for line in lines if line.startswith(INFORMING)}
+    best = linked_checkpoint(reference / "checkpoints", "best")
+    if best is not None and any(line.startswith(f"checkpoints/{best.name}/") for line in absent):
+        found.add("checkpoints/best is different")
+    return found

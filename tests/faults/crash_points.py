@@ -115,9 +115,9 @@ def _problems_of_repetition(lab: Lab, worker: Worker, trial: Trial, folder: Path
         return
     disturbed = trial.disturbed
     reported = disturbed.status == 0 and trial.fault.error and _names_the_cause(trial.fault, disturbed.output)
-    for line in differences(folder / command.folder, lab.reference / command.folder):
-        if not (reported and excused(line)):
-            yield line
+    lines = differences(folder / command.folder, lab.reference / command.folder)
+    allowed = excused(lines, lab.reference / command.folder) if reported else set()
+    yield from (line for line in lines if line not in allowed)
     for name in leftovers(folder, lab.reference):
         yield f"{name} is left over"
     if worker.hub_files(command) != lab.reference_hub[command.name]:

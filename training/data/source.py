@@ -60,7 +60,7 @@ class DataConfig(Options):
     image_column: str = option("image")
     """Column with the images"""
     caption_column: str = option("text", essential=True)
-    """Column with the captions: a text, or a list of texts from which one is drawn at random each time"""
+    """Column with the captions: a text, or a list of texts of which one is drawn each time"""
     caption_source: CaptionSource = option("auto")
     """Captions of a folder of images: auto reads a table (such as metadata.csv) or text files beside the images;
     file_name and folder_name take the names of the files or of their folders as captions"""

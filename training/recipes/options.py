@@ -12,5 +12,4 @@ class RecipeConfig(Options):
     """Whether settings are chosen for the images."""
 
     auto_settings: bool = option(True, on_resume="free", essential=True)
-    """Choose what is not given (inputs to make, sizes, length) for these images, unless --config is given; false uses
-    the defaults of --help_all"""
+    """Choose what is not given for these images (not with --config); false uses the defaults of --help_all"""
