@@ -62,7 +62,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     condition_on: list[str] = option(["caption"], choices=("caption", "label"), essential=True)
     """Conditions of the model: caption, label, caption,label or none; if unset, what the images have"""
     tokenizer: str | None = option(None, content="tokenizer", essential=True)
-    """Tokenizer folder or Hub id; if unset, that of --pretrained_text_encoder, or a new one is trained"""
+    """Tokenizer folder or Hub id; if unset, that of the text encoder, or a new one is trained"""
     pretrained_text_encoder: str | None = option(None, content="text_encoder")
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     model: UNetConfig = option(UNetConfig)
@@ -73,7 +73,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     """Caption prior: a small MLP that predicts the latents from the caption; its prediction is concatenated to the
     U-Net's input"""
     preview_prompts: list[str] | None = option(None, on_resume="free", essential=True)
-    """Prompts of the previews, e.g. '[a red circle,a blue square]'; if unset, captions of the validation data"""
+    """Prompts of the previews, e.g. 'a red circle,a blue square'; if unset, captions of the data"""
     preview_guidance_scale: float = option(2.5, on_resume="free")
     """Guidance scale of the previews"""
 

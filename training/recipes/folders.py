@@ -1,11 +1,13 @@
 """Where the runs of a collection lie: everything that belongs to the same images is in `runs/NAME`.
 
-A file there remembers which images they are. Another collection whose folder has the same name gets another folder.
+A file there remembers which images they are, so that they are recognized at another place. Other images in a folder of
+the same name get another folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import image_suffixes
 from training.core.files import read_json_object, write_json
+from training.data.caption_tables import TABLE_SUFFIXES
 from training.data.folder_layout import CAPTION_SUFFIXES, METADATA_NAMES
 
 RUNS = Path("runs")
@@ -21,7 +24,7 @@ FILE = "collection.json"
 
 
 def collection_folder(source: str, *, write: bool) -> Path:
-    """Return the folder of the collection that `source` names: `runs/NAME`, or `runs/NAME_2` if that is another's.
+    """Return the folder of the collection that `source` names: `runs/NAME`, or `runs/NAME_2` if other images have that.
 
     Args:
         source: the Hub id, folder or file of the data.
@@ -30,28 +33,36 @@ def collection_folder(source: str, *, write: bool) -> Path:
     Raises:
         UserError: files were added to the collection, or removed, since something was made from it.
     """
-    name = _name_of(source)
     identity = _identity(source)
-    for number in range(1, 1000):
-        folder = RUNS / (name if number == 1 else f"{name}_{number}")
-        known = read_json_object(folder / FILE)
-        if known is None or known == identity:
-            break
-        if known.get("files") == identity["files"]:  # moved or copied: the same images at another place
-            return folder
-        if known.get("place") == identity["place"]:
-            if not _has_inputs(folder):
-                break
-            raise UserError(
-                f"{source} has changed since {folder} was made from it: {known.get('count'):,} files of images and "
-                f"captions were there, now {identity['count']:,} files are. To train on the files of today, rename or "
-                f"delete {folder} (it holds the autoencoder, the latents and the models of the earlier files) and run "
-                "the command again; to go on with the earlier files, restore them"
-            )
-    if write and known != identity:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, identity)
+    known = {file.parent: read_json_object(file) or {} for file in sorted(RUNS.glob(f"*/{FILE}"))}
+    same = [folder for folder, other in known.items() if other.get("files") == identity["files"]]
+    earlier = [folder for folder, other in known.items() if other.get("place") == identity["place"]]
+    if same:
+        return same[0]
+    for folder in filter(_has_inputs, earlier):
+        raise UserError(
+            f"{source} has changed since {folder} was made from it: {known[folder].get('count'):,} files of images and "
+            f"captions were there, now {identity['count']:,} files are. To train on the files of today, rename or "
+            f"delete {folder} (it holds the autoencoder, the latents and the models of the earlier files) and run "
+            "the command again; to go on with the earlier files, restore them"
+        )
+    name = _name_of(source)
+    free = (RUNS / (name if number == 1 else f"{name}_{number}") for number in itertools.count(1))
+    folder = earlier[0] if earlier else next(folder for folder in free if not folder.exists())
+    if write:
+        _remember(folder, identity)
     return folder
+
+
+def _remember(folder: Path, identity: dict[str, Any]) -> None:
+    """Write down whose folder it is. A new folder appears together with its file, since other processes look for it."""
+    if folder.is_dir():
+        write_json(folder / FILE, identity)
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    write_json(temporary / FILE, identity)
+    temporary.rename(folder)
 
 
 def _has_inputs(folder: Path) -> bool:
@@ -75,7 +86,7 @@ def _identity(source: str) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[tuple[str, int]]:
     """Return the relative name and the size of every image, table and text in a folder."""
-    suffixes = {*image_suffixes(), *CAPTION_SUFFIXES, ".parquet", ".arrow", ".json", ".jsonl"}
+    suffixes = {*image_suffixes(), *CAPTION_SUFFIXES, *TABLE_SUFFIXES, ".parquet", ".arrow", ".json", ".jsonl"}
     found = []
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -10,8 +10,8 @@ from training.recipes.collection import Collection
 AUTOENCODER, DIFFUSION, CONTROLNET, JOINT = "autoencoder", "latent_diffusion", "controlnet", "image_caption"
 MIN_STEPS = 4_000
 TEXT_LENGTHS = (16, 24, 32, 48, 64, 77)
-# The largest side of the latents, in cells, that the autoencoder leaves; it gets one more level for each doubling.
-MOST_CELLS = 16
+# The sides of the latents, in cells, that the autoencoder leaves; it gets one more level for each doubling.
+LEAST_CELLS, MOST_CELLS = 4, 16
 PATCH_SIZE = 4
 LATENT_CHANNELS = 16
 
@@ -55,11 +55,11 @@ def settings_for(
 
 
 def autoencoder_levels(resolution: int) -> int:
-    """Return the number of levels of the autoencoder: latents get at most `MOST_CELLS` cells per side."""
+    """Return the number of levels of the autoencoder: two, or as many as latents of 4 to 16 cells per side need."""
     levels = 2
     while resolution / (PATCH_SIZE * 2 ** (levels - 1)) > MOST_CELLS and levels < 5:
         levels += 1
-    return levels if resolution >= PATCH_SIZE * 2**levels else 1
+    return levels if resolution >= 2 * PATCH_SIZE * LEAST_CELLS else 1
 
 
 def latent_cells(resolution: int) -> int:
