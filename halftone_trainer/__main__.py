@@ -1,7 +1,7 @@
 """The command `halftone`: every script of the project under one name.
 
-    halftone train latent_diffusion --config latent_diffusion/own_pictures --train_data_dir my_pictures
-    halftone sample --model runs/own/latent_diffusion --prompt "a red circle"
+    halftone train latent_diffusion --train_data_dir my_pictures
+    halftone sample --model runs/my_images/latent_diffusion_64_caption --prompt "a red circle"
 
 A subcommand takes the same options as its script (`python training/train_latent_diffusion.py …`). To train with several
 processes, use `accelerate launch` or `torchrun`; in an installed copy, with `-m training.train_latent_diffusion`.

@@ -1,7 +1,7 @@
 """Upload a run to the Hugging Face Hub: what `--push_to_hub` did not or could not upload.
 
-    python training/push_to_hub.py runs/own/latent_diffusion --hub_model_id you/name
-    python training/push_to_hub.py runs/own/latent_diffusion --hub_strategy checkpoint
+    python training/push_to_hub.py runs/my_images/latent_diffusion_64_caption --hub_model_id you/name
+    python training/push_to_hub.py runs/my_images/latent_diffusion_64_caption --hub_strategy checkpoint
 
 Uploads the final pipeline of a complete run and, depending on --hub_strategy, its checkpoints. What is already on the
 Hub is not uploaded again. Options that are not given are those that the run was started with. The run does not train

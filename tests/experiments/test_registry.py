@@ -17,7 +17,7 @@ EXPERIMENTS = ROOT / "configs/experiments"
 ABLATION = EXPERIMENTS / "latent_diffusion/ablation"
 EXPECTED = {
     "autoencoder/quickstart.yaml": "autoencoder",
-    "autoencoder/own_pictures.yaml": "autoencoder",
+    "autoencoder/emoji_64.yaml": "autoencoder",
     "latent_diffusion/quickstart.yaml": "latent_diffusion",
     "latent_diffusion/ablation/capacity_unet128_d4.yaml": "latent_diffusion",
     "latent_diffusion/ablation/inputs/autoencoder.yaml": "autoencoder",

@@ -109,7 +109,7 @@ def test_the_overview(variables):
 
 
 def test_a_preset_with_comments_beyond_ascii():
-    name = "autoencoder/own_pictures"
+    name = "autoencoder/emoji_64"
     preset = find_file(name)
     assert not preset.read_text(encoding="utf-8").isascii()
     printed = python("training/train_autoencoder.py", "--config", name, "--print_config", **ASCII)

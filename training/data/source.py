@@ -177,17 +177,18 @@ class OpenedSource(NamedTuple):
 def _opened(config: DataConfig) -> OpenedSource:
     imagefolder = bool(config.train_data_dir)
     return _open_source(
-        config.source, imagefolder, config.dataset_config_name, config.train_split, config.caption_source
+        config.source, os.getcwd(), imagefolder, config.dataset_config_name, config.train_split, config.caption_source
     )
 
 
 @functools.lru_cache(maxsize=4)
 def _open_source(
-    name: str, imagefolder: bool, config_name: str | None, only_split: str, captions: CaptionSource
+    name: str, base: str, imagefolder: bool, config_name: str | None, only_split: str, captions: CaptionSource
 ) -> OpenedSource:
+    """Open a source; `base` is the folder that a relative path begins at."""
     import datasets
 
-    path = Path(name).expanduser()
+    path = Path(base, os.path.expanduser(name))
     local = path.exists()
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
     if not local and (imagefolder or _looks_local(name)):

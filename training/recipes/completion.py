@@ -21,6 +21,7 @@ from training.core.files import read_json_object
 from training.core.made_folders import incomplete
 from training.core.options import Options
 from training.data.source import DataConfig
+from training.engine.signals import STARTED_BY
 from training.models.autoencoder import AutoencoderModelConfig
 from training.recipes import estimate, settings
 from training.recipes.collection import FEW_IMAGES, Collection, look_at
@@ -150,7 +151,8 @@ class Completion:
         )
         if self.config.dry_run:
             self.lines += estimate.lines(self.trainings)
-        self.config.announcements = tuple(self.lines)
+        if STARTED_BY not in os.environ:  # the command that started this one has said it
+            self.config.announcements = tuple(self.lines)
 
 
 def for_own_images(complete: Complete) -> Complete:
@@ -219,7 +221,7 @@ def complete_controlnet(config: Any, given: frozenset[str]) -> None:
             {"kind": CONTROL_KIND, "output_dir": str(path)},
             pass_on=_DATA_OF_CONTROLS,
         )
-        run.lines.append(f"there are no control images: {CONTROL_KIND} are drawn from the images")
+        run.lines.append(f"control images are missing, so {CONTROL_KIND} are drawn from the images")
         config.dataset_name, config.train_data_dir = str(path), None
         run.decide("conditioning_image_mode", "l")
     run.finish()

@@ -44,7 +44,7 @@ def collection_folder(source: str, *, write: bool) -> Path:
             f"{source} has changed since {folder} was made from it: {known[folder].get('count'):,} files of images and "
             f"captions were there, now {identity['count']:,} files are. To train on the files of today, rename or "
             f"delete {folder} (it holds the autoencoder, the latents and the models of the earlier files) and run "
-            "the command again; to go on with the earlier files, restore them"
+            "the command again; to train on the earlier files, restore them"
         )
     name = _name_of(source)
     free = (RUNS / (name if number == 1 else f"{name}_{number}") for number in itertools.count(1))

@@ -1,0 +1,208 @@
+"""One command finds out what a folder of images has, makes what is missing, and trains."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipelines.tools.cli import UserError
+from tests.conftest import ROOT
+from tests.support.runs import command, environment, launch
+from training import train_autoencoder, train_controlnet, train_image_caption, train_latent_diffusion
+from training.core.parsing import parse_config
+from training.recipes.completion import (
+    complete_autoencoder,
+    complete_controlnet,
+    complete_image_caption,
+    complete_latent_diffusion,
+)
+
+SCRIPT = ROOT / "training/train_latent_diffusion.py"
+SHORT = ("--max_train_steps", "2", "--report_to", "none", "--cpu_threads", "1", "--num_previews", "2",
+         "--preview_inference_steps", "2")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(folder: str, count: int = 24, *, captions: bool = False, classes: tuple[str, ...] = ()) -> str:
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        name = f"{classes[i % len(classes)]}/{i}.png" if classes else f"{i}.png"
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(path)
+        rows.append((name, f"a noisy image of the number {i}"))
+    if captions:
+        with Path(folder, "captions.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file, delimiter=";").writerows([("file", "caption"), *rows])
+    return folder
+
+
+def diffusion(*words: str) -> train_latent_diffusion.Config:
+    return parse_config(train_latent_diffusion.Config, words, complete=complete_latent_diffusion)
+
+
+@pytest.mark.parametrize(
+    ("parts", "conditions", "name"),
+    [
+        ({"captions": True, "classes": ("bus", "train")}, ["caption", "label"], "caption_label"),
+        ({"captions": True}, ["caption"], "caption"),
+        ({"classes": ("bus", "car", "train")}, ["label"], "label"),
+        ({}, [], "unconditional"),
+    ],
+)
+def test_what_is_there_decides_the_conditions(parts, conditions, name):
+    config = diffusion("--train_data_dir", draw("pics", **parts))
+    assert config.condition_on == conditions
+    assert config.output_dir == f"runs/pics/latent_diffusion_64_{name}"
+    assert config.tokenizer == ("runs/pics/tokenizer" if parts.get("captions") else None)
+    assert (config.vae, config.latent_cache) == ("runs/pics/autoencoder_64", "runs/pics/latents_64")
+    scripts = [
+        line.split()[0].removeprefix("training/").removeprefix("data_scripts/") for line in config.prepare.values()
+    ]
+    tokenizer = ["train_tokenizer.py"] if parts.get("captions") else []
+    assert scripts == [*tokenizer, "train_autoencoder.py", "precompute_latents.py"]
+    assert list(config.prepare) == list(config.recipes())
+
+
+def test_models_of_one_collection_share_the_autoencoder_and_the_latents():
+    draw("pics", captions=True, classes=("bus", "train"))
+    configs = [diffusion("--train_data_dir", "pics", "--condition_on", kind) for kind in ("caption", "label", "none")]
+    assert len({config.output_dir for config in configs}) == 3
+    assert len({(config.vae, config.latent_cache, config.prepare[f"{config.vae}/pipeline"]) for config in configs}) == 1
+
+
+def test_what_is_given_is_kept_and_passed_on():
+    draw("pics")
+    config = diffusion(
+        "--train_data_dir", "pics", "--learning_rate", "0.25", "--resolution", "128", "--max_train_samples", "20",
+        "--max_train_steps", "50", "--output_dir", "elsewhere", "--model.block_out_channels", "[32]",
+    )  # fmt: skip
+    assert (config.learning_rate, config.max_train_steps, config.output_dir) == (0.25, 50, "elsewhere")
+    assert (config.model.block_out_channels, config.model.attention_levels) == ([32], [0])
+    for line in config.prepare.values():
+        assert "--train_data_dir pics" in line
+        assert "--resolution 128" in line
+        assert "--max_train_samples 20" in line
+    autoencoder, latents = config.prepare.values()
+    assert "--max_train_steps 50" in autoencoder
+    assert "--max_train_steps" not in latents
+    assert any("--max_train_steps 50 limits every training" in line for line in config.announcements)
+
+
+def test_a_vae_of_ones_own_skips_the_autoencoder(tmp_path):
+    from tests.support.tiny_models import tiny_vae
+
+    tiny_vae().save_pretrained(tmp_path / "mine")
+    config = diffusion("--train_data_dir", draw("pics"), "--vae", "mine")
+    assert list(config.prepare) == ["runs/pics/latents_64_mine/cache.json"]
+    assert config.output_dir == "runs/pics/latent_diffusion_64_mine_unconditional"
+
+
+def test_a_batch_larger_than_the_collection_is_lowered_and_said():
+    config = diffusion("--train_data_dir", draw("pics", 10), "--train_batch_size", "64")
+    assert config.train_batch_size == 9  # one image is held out
+    assert any("--train_batch_size 64 is lowered to 9" in line for line in config.announcements)
+
+
+@pytest.mark.parametrize("words", [("--auto_settings", "false"), ("--config", "mine.yaml")])
+def test_the_choice_can_be_turned_off(words, tmp_path):
+    (tmp_path / "mine.yaml").write_text("resolution: 64\n", encoding="utf-8")
+    flags = ["--train_data_dir", draw("pics"), "--vae", "x", "--condition_on", "none", *words]
+    config = diffusion(*flags)
+    default = train_latent_diffusion.Config(vae="x")
+    assert (config.learning_rate, config.latent_cache, config.prepare) == (default.learning_rate, None, {})
+    assert not Path("runs").exists()
+
+
+def test_the_other_stages_start_as_simply():
+    draw("pics", captions=True)
+    flags = ["--train_data_dir", "pics"]
+    autoencoder = parse_config(train_autoencoder.Config, flags, complete=complete_autoencoder)
+    assert autoencoder.output_dir == "runs/pics/autoencoder_64"
+    controlnet = parse_config(train_controlnet.Config, flags, complete=complete_controlnet)
+    assert controlnet.base_model == diffusion(*flags).output_dir
+    assert controlnet.dataset_name == "runs/pics/controls_soft_edges"
+    assert len(controlnet.prepare) == len(controlnet.recipes()) == 2
+    joint = parse_config(train_image_caption.Config, flags, complete=complete_image_caption)
+    assert joint.output_dir == "runs/pics/image_caption_64"
+    draw("bare")
+    with pytest.raises(UserError, match="bare has no captions"):
+        parse_config(train_image_caption.Config, ["--train_data_dir", "bare"], complete=complete_image_caption)
+
+
+def test_a_resumed_run_keeps_what_was_decided_when_it_began():
+    """Images are not the only thing that decides: another device would choose other networks."""
+    draw("pics")
+    flags = ("--train_data_dir", "pics")
+    config = diffusion(*flags)
+    settings = config.to_dict() | {"learning_rate": 0.125, "latent_cache": None}
+    settings["model"]["block_out_channels"] = [96, 160]
+    Path(config.output_dir, "checkpoints").mkdir(parents=True)
+    Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    again = diffusion(*flags)
+    assert (again.learning_rate, again.model.block_out_channels, again.latent_cache) == (0.125, [96, 160], None)
+    assert diffusion(*flags, "--learning_rate", "0.5").learning_rate == 0.5
+
+
+def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
+    draw("pics", captions=True, classes=("bus", "train"))
+    Path("pics/bus/portrait.heif").write_bytes(b"x")
+    run = launch(
+        SCRIPT, "--train_data_dir", "pics", "--dry_run", "--print_config", "--max_train_steps", "30", cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    report, settings = run.stdout.split(
+        "parameter counts, shapes and memory can be estimated once these inputs exist\n"
+    )
+    for part in (
+        "24 in train; captions: column caption of captions.csv",
+        "2 classes (bus, train)",
+        "Left out: ",
+        "autoencoder: 30 steps of 16 images",
+        "latent diffusion: 30 steps of 23 images (30 epochs), about ",
+        "MiB on the disk",
+        "training/train_autoencoder.py --train_data_dir pics",
+    ):
+        assert part in report
+    assert yaml.safe_load(settings)["condition_on"] == ["caption", "label"]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_in_its_preparation_is_completed_by_the_same_command(tmp_path):
+    draw("pics", captions=True)
+    flags = ("--train_data_dir", "pics", *SHORT)
+    process = subprocess.Popen(
+        command(SCRIPT, *flags),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "runs/pics/autoencoder_64/checkpoints").is_dir():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    again = launch(SCRIPT, *flags, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "runs/pics/autoencoder_64/pipeline is missing; making it (1 of 2)" in again.stdout
+    assert (tmp_path / "runs/pics/latent_diffusion_64_caption/pipeline/model_index.json").is_file()
+    assert "try it: python pipelines/sample.py" in again.stdout
