@@ -278,10 +278,23 @@ def wandb_mode(wandb: Any) -> str:
     chosen = os.environ.get("WANDB_MODE") or settings.mode
     if chosen and chosen != "online":
         return str(chosen)
+    return "online" if _has_login(settings) else "offline"
+
+
+def wandb_is_set_up() -> bool:
+    """Return whether the user has set up W&B on this machine: a login, a key, or a mode other than disabled."""
+    import wandb
+
+    settings = wandb.setup().settings
+    chosen = os.environ.get("WANDB_MODE") or settings.mode
+    if chosen == "disabled":
+        return False
+    return bool(os.environ.get("WANDB_MODE")) or chosen not in (None, "online") or _has_login(settings)
+
+
+def _has_login(settings: Any) -> bool:
     has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
-    if has_key or _in_netrc(urlsplit(settings.base_url).netloc):
-        return "online"
-    return "offline"
+    return bool(has_key) or _in_netrc(urlsplit(settings.base_url).netloc)
 
 
 def _in_netrc(host: str) -> bool:
