@@ -12,7 +12,6 @@ import pytest
 from tests.conftest import ROOT
 from tests.support.runs import TOY
 
-NETRC = "machine api.wandb.ai login user password 0123456789012345678901234567890123456789\n"
 QUESTION = "from training.reporting.tracking import automatic_trackers; print(automatic_trackers())"
 
 
@@ -53,10 +52,11 @@ def test_the_environment(tmp_path, variables, expected):
     assert chosen(tmp_path, tmp_path, **variables) == expected
 
 
-def test_a_login(tmp_path):
+@pytest.mark.parametrize("host", ["api.wandb.ai", "api.forge.coreweave.com"])
+def test_a_login(tmp_path, host):
     (tmp_path / ".netrc").write_text("machine huggingface.co login user password secret\n")
     assert chosen(tmp_path, tmp_path) == "[]"
-    (tmp_path / ".netrc").write_text(NETRC)
+    (tmp_path / ".netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert chosen(tmp_path, tmp_path) == "['wandb']"
 

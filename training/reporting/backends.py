@@ -28,6 +28,7 @@ Notify = Callable[[str], None]
 # The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
 # step than the last one, as a resumed run does when it repeats a few steps.
 STEP_METRIC = "step"
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 HUB_SECONDS = 10.0
 
 
@@ -300,7 +301,8 @@ def _has_login(settings: Any) -> bool:
 def _in_netrc(host: str) -> bool:
     """Return whether `wandb login` has stored a key for `host` in the netrc file (NETRC, ~/.netrc or ~/_netrc)."""
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    hosts = {host, "api.wandb.ai"} if host.endswith("wandb.ai") else {host}
+    # The public server has had several names, and W&B accepts a login of each of them.
+    hosts = {host, *PUBLIC_HOSTS} if host.endswith((".wandb.ai", ".coreweave.com")) else {host}
     for place in places:
         try:
             accounts = netrc.netrc(os.path.expanduser(place)).hosts
