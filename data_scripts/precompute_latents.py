@@ -60,10 +60,9 @@ from training.data.latent_cache.format import (
 from training.data.source import folder_account, named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
-from training.engine.loading import automatic_workers, usable_workers
+from training.engine.loading import chosen_workers, usable_workers
 from training.engine.ranks import RankWatch
 from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
-from training.engine.threads import usable_cores
 from training.models.vae_loading import load_vae
 from training.objectives.segmentation import IGNORE_INDEX
 
@@ -197,18 +196,15 @@ class Encoder:
         for number in numbers:
             rows = self.rows(work, number)
             keys += [[SampleKey(i, 0) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
+        workers = chosen_workers(self.config.dataloader_num_workers, work.images, self.device)
         loader = torch.utils.data.DataLoader(
             work.images,
             batch_sampler=keys,  # type: ignore[arg-type]
             collate_fn=collate_items,
-            num_workers=usable_workers(self._workers(work), lambda: size * self._image_bytes()),
+            num_workers=usable_workers(workers, lambda: size * self._image_bytes()),
             worker_init_fn=leave_signals_to_the_trainer,
         )
         return iter(loader)
-
-    def _workers(self, work: SplitWork) -> int:
-        chosen = self.config.dataloader_num_workers
-        return automatic_workers(work.images, self.device, len(usable_cores())) if chosen == "auto" else chosen
 
     def _image_bytes(self) -> int:
         return self.config.resolution**2 * (3 * 4 + 8)  # three channels of float32, and a mask of int64

@@ -38,7 +38,7 @@ def test_the_estimate_adds_what_each_part_of_a_run_takes():
 def test_the_estimate_adds_measurements_of_generated_images():
     training, config = toy_training(
         num_samples=40, validation_epochs=0, preview_epochs=0, checkpointing_epochs=0, evaluation_epochs=2,
-        memorization_epochs=1,
+        memorization_epochs=1, checkpointing_minutes=0.0,
     )  # fmt: skip
     speed = Speed(10.0, {"denoiser": 1.0}, 2.0, 3.0, 4.0, evaluation=100.0, copies=1000.0)
     # 45 steps of 10 an epoch. Measurements after 20, 40 and 45; after 10 and 30, copies alone are searched for. The

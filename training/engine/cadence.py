@@ -47,7 +47,7 @@ class CadenceConfig(Options):
     --preview_steps is set: about once per epoch, and at most 20 times in a run"""
     preview_steps: int | None = option(None, on_resume="free", at_least=0, kept=True)
     """Save previews every N optimizer steps, in addition to --preview_epochs if that is set; 0 disables it"""
-    checkpointing_minutes: float = option(10.0, on_resume="free", at_least=0, essential=True)
+    checkpointing_minutes: float = option(10.0, on_resume="free", at_least=0)
     """Save a checkpoint when N minutes have passed since the last one; 0 disables it. A checkpoint is also saved after
     the best validation so far, when the run is stopped, and at its end"""
     checkpointing_epochs: int | None = option(None, on_resume="free", at_least=0, kept=True)

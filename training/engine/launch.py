@@ -49,8 +49,8 @@ class LaunchConfig(Options):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
         AUTO, on_resume="warn", choices=("no", "fp16", "bf16", AUTO), essential=True, kept=True
     )
-    """One of no, fp16, bf16 or auto: the fp16 or bf16 of the Accelerate config, and otherwise bf16 on GPUs that support
-    it and CPUs with AMX, and no elsewhere. A resumed run keeps its precision"""
+    """Precision. auto: that of the Accelerate config if it is fp16 or bf16, otherwise bf16 where the device is faster
+    with it; a resumed run keeps what it has"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
     process_timeout: float = option(600.0, on_resume="free", at_least=10)

@@ -53,8 +53,7 @@ class MicroBatches:
         self.data, self.layout, self.seed, self.strata = data, layout, seed, strata
         self.device = device
         self._cores = usable_cores()  # before the main thread is kept on one of them
-        automatic = automatic_workers(data, device, len(self._cores))
-        self.num_workers = automatic if num_workers == "auto" else num_workers
+        self.num_workers = chosen_workers(num_workers, data, device)
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step in `start <= step < stop`, on the device."""
@@ -83,6 +82,11 @@ class MicroBatches:
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
         return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)
+
+
+def chosen_workers(chosen: int | Literal["auto"], data: MapDataset, device: torch.device) -> int:
+    """Return the number of loader processes that `--dataloader_num_workers` means in this process."""
+    return automatic_workers(data, device, len(usable_cores())) if chosen == "auto" else chosen
 
 
 def automatic_workers(data: MapDataset, device: torch.device, cores: int) -> int:

@@ -48,8 +48,8 @@ class TrackerConfig(Options):
     help_group = "Trackers"
 
     report_to: str | list[str] = option(AUTO, on_resume="free", essential=True)
-    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed), none, or auto
-    (wandb where there is a W&B login, a key or WANDB_MODE, otherwise none)"""
+    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all, none, or auto (wandb where there
+    is a login, a key or WANDB_MODE)"""
     tracker_project_name: str = option("halftone", on_resume="free")
     """Name of the project in the trackers"""
 
