@@ -92,8 +92,8 @@ def test_by_default_checkpoints_and_measurements_do_not_fall_due_by_steps():
 def test_a_frequent_event_is_worth_a_warning():
     config = CadenceConfig(validation_epochs=1, preview_steps=100, checkpointing_steps=10)
     first, second = Cadence(config, 12, 4368).warnings()
-    assert first.startswith("--validation_epochs 1: 364 times in this run of 4,368 steps")
-    assert second.startswith("--checkpointing_steps 10: 436 times")
+    assert first.startswith("--validation_epochs 1 is due 364 times in this run of 4,368 steps")
+    assert second.startswith("--checkpointing_steps 10 is due 436 times")
     assert Cadence(CadenceConfig(), 12, 4368).warnings() == []
 
 

@@ -123,4 +123,4 @@ def test_a_warmup_that_is_cut_is_said_only_if_it_was_given(tmp_path):
 
 def test_frequent_events_are_counted_at_the_start(tmp_path):
     run(tmp_path, "--num_train_epochs", "9", "--preview_steps", "1", "--signal_step", "2")
-    assert "--preview_steps 1: 54 times in this run of 54 steps" in log(tmp_path)
+    assert "--preview_steps 1 is due 54 times in this run of 54 steps" in log(tmp_path)

@@ -171,8 +171,8 @@ class Cadence:
     def _too_often(self, event: str, count: int) -> str:
         names = (f"{event}_steps", f"{event}_epochs")
         given = " ".join(f"--{name} {getattr(self.config, name)}" for name in names if getattr(self.config, name))
-        fix = "set it to a larger number" if event == "evaluation" else "a larger number, or none, takes less time"
-        return f"{given}: {count:,} times in this run of {self.total_steps:,} steps; {fix}"
+        unset = "" if event == "evaluation" else ", and so does leaving it out"
+        return f"{given} is due {count:,} times in this run of {self.total_steps:,} steps; a larger number saves time{unset}"
 
 
 def _is_due(periods: Iterable[Period], step: int) -> bool:

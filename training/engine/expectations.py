@@ -37,8 +37,8 @@ def warnings_at_start(training: Training, config: RunConfig) -> Iterator[str]:
         if schedule.warmup_steps < (config.lr_warmup_steps or 0) and config.has_warmup:
             yield (
                 f"--lr_warmup_steps {config.lr_warmup_steps} is more than {state.most_warmup:.0%} of the "
-                f"{schedule.steps:,} steps of phase '{schedule.name}': its learning rate rises for "
-                f"{schedule.warmup_steps} steps; for a longer warm-up, train longer"
+                f"{schedule.steps:,} steps of phase '{schedule.name}': its learning rate rises over "
+                f"{schedule.warmup_steps} of them; a longer run may have a longer warm-up"
             )
     if state.goal_steps < FEW_STEPS and not (config.starts_trained or config.max_train_minutes):
         epochs = state.goal_steps / training.steps_per_epoch
