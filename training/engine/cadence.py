@@ -171,8 +171,8 @@ class Cadence:
     def _too_often(self, event: str, count: int) -> str:
         names = (f"{event}_steps", f"{event}_epochs")
         given = " ".join(f"--{name} {getattr(self.config, name)}" for name in names if getattr(self.config, name))
-        unset = "" if event == "evaluation" else ", and so does leaving it out"
-        return f"{given} is due {count:,} times in this run of {self.total_steps:,} steps; a larger number saves time{unset}"
+        fix = "a larger number saves time" + ("" if event == "evaluation" else ", and so does leaving it out")
+        return f"{given} is due {count:,} times in this run of {self.total_steps:,} steps; {fix}"
 
 
 def _is_due(periods: Iterable[Period], step: int) -> bool:
