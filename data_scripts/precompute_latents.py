@@ -60,7 +60,7 @@ from training.data.latent_cache.format import (
 from training.data.source import folder_account, named_split, undecoded_images
 from training.data.transforms import BadSample, BrokenImage, open_image
 from training.engine.launch import threads_per_process
-from training.engine.loading import usable_workers
+from training.engine.loading import chosen_workers, usable_workers
 from training.engine.ranks import RankWatch
 from training.engine.signals import Interrupted, StopSignal, leave_signals_to_the_trainer
 from training.models.vae_loading import load_vae
@@ -100,8 +100,8 @@ class PrecomputeConfig(DataConfig):
     the size and rounds to 3 digits"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the VAE; a VAE that overflows in half precision (force_upcast) runs in float32 anyway"""
-    dataloader_num_workers: int = 0
-    """Number of processes that decode images"""
+    dataloader_num_workers: int | Literal["auto"] = option("auto", at_least=0)
+    """Number of processes that decode images. auto: up to 4 with a GPU and spare cores, otherwise 0"""
     device: str | None = None
     """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
@@ -196,11 +196,12 @@ class Encoder:
         for number in numbers:
             rows = self.rows(work, number)
             keys += [[SampleKey(i, 0) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
+        workers = chosen_workers(self.config.dataloader_num_workers, work.images, self.device)
         loader = torch.utils.data.DataLoader(
             work.images,
             batch_sampler=keys,  # type: ignore[arg-type]
             collate_fn=collate_items,
-            num_workers=usable_workers(self.config.dataloader_num_workers, lambda: size * self._image_bytes()),
+            num_workers=usable_workers(workers, lambda: size * self._image_bytes()),
             worker_init_fn=leave_signals_to_the_trainer,
         )
         return iter(loader)

@@ -81,6 +81,10 @@ class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     num_previews: int = option(6, on_resume="free", at_least=1)
     """Number of samples in a preview"""
 
+    @property
+    def starts_trained(self) -> bool:
+        return True  # its base model is trained, and the ControlNet begins as a copy of it
+
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         columns = self.conditioning_image_column
@@ -141,6 +145,7 @@ class ControlNetPhase(Phase):
 class ControlNetStage(GeneratingStage):
     name = "ControlNet"
     card_template = "controlnet.md.jinja"
+    conditions = ("control images",)
 
     def __init__(self, config: Config, context: StageContext):
         from pipelines.models.fusion_controlnet import FusionControlNetModel

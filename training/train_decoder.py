@@ -81,6 +81,7 @@ class PosterDecoderPhase(Phase):
 class PosterDecoderStage(GeneratingStage):
     name = "poster decoder"
     card_template = "poster_decoder.md.jinja"
+    conditions = ("briefs",)
 
     def __init__(self, config: Config, context: StageContext):
         from pipelines.models.design_brief_encoder import DesignBriefEncoder

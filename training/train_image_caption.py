@@ -92,6 +92,7 @@ class Config(
 class ImageCaptionStage(GeneratingStage):
     name = "image caption"
     card_template = "image_caption.md.jinja"
+    conditions = ("captions",)
 
     def __init__(self, config: Config, context: StageContext):
         super().__init__(config, context)

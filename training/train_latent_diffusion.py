@@ -47,6 +47,9 @@ from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_su
 PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 
 
+CONDITION_NAMES = {"caption": "captions", "label": "classes"}
+
+
 @dataclass
 class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
@@ -59,7 +62,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
     images. If unset, images are encoded at every step"""
-    condition_on: list[str] = option(["caption"], choices=("caption", "label"), essential=True)
+    condition_on: list[str] = option(["caption"], choices=tuple(CONDITION_NAMES), essential=True)
     """Conditions of the model: caption, label, caption,label or none; if unset, what the images have"""
     tokenizer: str | None = option(None, content="tokenizer", essential=True)
     """Tokenizer folder or Hub id; if unset, that of the text encoder, or a new one is trained"""
@@ -184,6 +187,7 @@ class LatentDiffusionStage(GeneratingStage):
         with_prior = config.caption_prior.hidden_size > 0
         self.unet = build_unet(config.model, *shape[:2], text_width, len(self.id2label), with_prior * shape[0])
         self.diffusion = Diffusion(config)
+        self.conditions = [CONDITION_NAMES[name] for name in config.condition_on]
         trivial = self.diffusion.trivial_loss
         self.trivial_loss = trivial and trivial + with_prior * config.caption_prior.weight
         prior = build_caption_prior(config.caption_prior, text_width or 0, shape) if with_prior else None

@@ -254,7 +254,11 @@ def test_help_ends_each_description_with_the_default(capsys):
         "Folder (default: runs/x)",
     ):
         assert text in output
-    for unset in ("if unset, the name of the run folder", "e.g. '[unet.down_blocks.*]'", "if unset, the value of the"):
+    for unset in (
+        "if unset, the name of the run folder",
+        "e.g. '[unet.down_blocks.*]'",
+        "100 if unset. Not used with constant and piecewise_constant",
+    ):
         assert unset in output
         assert not output.split(unset)[1].lstrip().startswith("(default")
     assert "(default: )" not in output

@@ -91,14 +91,14 @@ def test_the_learning_rate_does_not_depend_on_accumulation(tmp_path):
         "--lr_warmup_steps",
         "3",
         "--num_train_epochs",
-        "2",
+        "10",
         "--preview_epochs",
         "0",
     )
     run(tmp_path / "two", *schedule)
     run(tmp_path / "one", *schedule, "--train_batch_size", "8", "--gradient_accumulation_steps", "1")
     rates = column(tmp_path / "two", "learning_rate")
-    expected = [s / 3 if s < 3 else 0.5 * (1 + math.cos(math.pi * (s - 3) / 9)) for s in range(12)]
+    expected = [s / 3 if s < 3 else 0.5 * (1 + math.cos(math.pi * (s - 3) / 57)) for s in range(60)]
     assert rates == pytest.approx([1e-4 * factor for factor in expected], abs=1e-15)
     assert column(tmp_path / "one", "learning_rate") == rates
 

@@ -6,24 +6,15 @@ import json
 import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.runs import tensors, toy
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import assert_equal, run, state_of
-from training.engine.cadence import all_due, due
 from training.engine.launch import start_accelerator
 from training.engine.speed import MIN_STEPS, SPEED_FILE, Speed
 from training.engine.training import Training
 
 SHORT = ("--validation_epochs", "0", "--preview_epochs", "0", "--checkpointing_epochs", "0", "--train_batch_size", "4")
-
-
-@given(st.integers(0, 200), st.integers(0, 30), st.integers(0, 4), st.integers(1, 20))
-def test_all_due_steps_are_those_that_are_due(steps, every_steps, every_epochs, steps_per_epoch):
-    expected = {step for step in range(1, steps + 1) if due(step, every_steps, every_epochs, steps_per_epoch)}
-    assert all_due(steps, every_steps, every_epochs, steps_per_epoch) == expected
 
 
 def toy_training(**settings) -> tuple[Training, ToyConfig]:
@@ -39,12 +30,15 @@ def test_the_estimate_adds_what_each_part_of_a_run_takes():
     # 65 steps of 10 an epoch. The critic begins at step 2. Validations after 20, 40, 60 and 65, each may be the best
     # and then writes a checkpoint, as does 50. Previews after 15, 30, 45, 60 and 65.
     assert speed.seconds(65, training, config) == 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4 * 5 + 4
+    # By time alone, there would be 8 checkpoints in its 2.1 minutes.
+    config.checkpointing_minutes = 0.25
+    assert speed.seconds(65, training, config) == 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4 * 8 + 4
 
 
 def test_the_estimate_adds_measurements_of_generated_images():
     training, config = toy_training(
         num_samples=40, validation_epochs=0, preview_epochs=0, checkpointing_epochs=0, evaluation_epochs=2,
-        memorization_epochs=1,
+        memorization_epochs=1, checkpointing_minutes=0.0,
     )  # fmt: skip
     speed = Speed(10.0, {"denoiser": 1.0}, 2.0, 3.0, 4.0, evaluation=100.0, copies=1000.0)
     # 45 steps of 10 an epoch. Measurements after 20, 40 and 45; after 10 and 30, copies alone are searched for. The

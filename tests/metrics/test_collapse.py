@@ -97,7 +97,7 @@ def test_the_same_image_for_all_prompts_is_detected(real_images, count):
     generator = np.random.default_rng(0)
     previews = [noisy(real_images[100], generator) for _ in range(count)]
     captions = [f"prompt {number}" for number in range(count)]
-    (warning,) = collapse_warnings(previews, real_images[:64], captions)
+    (warning,) = collapse_warnings(previews, real_images[:64], captions, conditions=["captions"])
     assert "all alike" in warning
     assert "captions are ignored" in warning
 

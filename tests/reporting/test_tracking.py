@@ -88,8 +88,9 @@ def test_report_to_all_is_what_is_installed():
 def test_an_unknown_tracker_is_named_with_the_nearest_known_one():
     with pytest.raises(UserError, match=r"tensorbord.*did you mean 'tensorboard'"):
         parse_report_to("wandb,tensorbord")
-    with pytest.raises(UserError, match="cannot be combined"):
-        parse_report_to("wandb,none")
+    for alone in ("none", "auto", "all"):
+        with pytest.raises(UserError, match=f"'{alone}' cannot be combined"):
+            parse_report_to(f"wandb,{alone}")
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_that_names_the_package(monkeypatch, tmp_path):

@@ -34,6 +34,7 @@ def option(
     usual: str = "",
     essential: bool = False,
     replaces: Sequence[str] = (),
+    kept: bool = False,
 ) -> Any:
     """Define a config field.
 
@@ -44,11 +45,13 @@ def option(
         content: for the path or name of an input: its key in `Stage.inputs`. A changed value is then allowed if the
             content is the same, as for data that were copied to another place.
         choices: the allowed values, or the allowed entries of a list.
-        at_least, above, at_most, below: bounds of the value, or of each entry of a list; the value None is allowed.
+        at_least, above, at_most, below: bounds of the value, or of each entry of a list; None and texts are allowed.
         usual: a usual value, shown in the message about a value that is out of bounds.
         essential: whether `--help` lists the option; `--help_all` lists all of them.
         replaces: options that say the same in another way; if this one is given as a flag, and not they, their value in
             a YAML file is dropped.
+        kept: for an option whose default leaves the choice to the program: a resumed run that does not give the option
+            keeps the value with which it was started, also one that an earlier version chose (see `keep`).
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -59,6 +62,7 @@ def option(
         "usual": usual,
         "essential": essential,
         "replaces": replaces,
+        "kept": kept,
     }
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
@@ -114,12 +118,27 @@ class Options:
                 if rules.get("choices") and entry is not None:
                     check_choice(flag, entry, rules["choices"])
                 _check_size(flag, entry)
-                if "bounds" in rules and entry is not None:
+                if "bounds" in rules and not isinstance(entry, str | None):
                     check_bounds(flag, entry, **rules["bounds"], usual=rules["usual"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of all fields as plain values, and groups of options as dicts."""
         return dataclasses.asdict(self)
+
+    def keep(self, saved: dict[str, Any]) -> None:
+        """Set each `kept` option that is left to the program to its value in a run's saved config, if it has one.
+
+        Raises:
+            UserError: a saved value is out of bounds.
+        """
+        for option_field in dataclasses.fields(self):
+            name, default = option_field.name, option_field.default
+            if not option_field.metadata.get("kept") or getattr(self, name) != default or name not in saved:
+                continue
+            number = default is None and isinstance(saved[name], (int, float)) and not isinstance(saved[name], bool)
+            if number or isinstance(saved[name], str) == isinstance(default, str):
+                setattr(self, name, saved[name])
+        self.validate()
 
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
         """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}.
@@ -146,5 +165,9 @@ class Options:
         own, saved = without_private(self.to_dict()), without_private(saved)
         for option_field in dataclasses.fields(self):
             name = option_field.name
+            # A choice such as "auto", which was not saved as what it meant, cannot be compared.
+            was_open = option_field.metadata.get("kept") and isinstance(option_field.default, str)
+            if was_open and saved.get(name) in (None, option_field.default):
+                continue
             if name in saved and name in own and saved[name] != own[name]:
                 yield option_field, f"--{name}: {saved[name]} → {own[name]}"

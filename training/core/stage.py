@@ -28,7 +28,8 @@ class MapDataset(Protocol):
     """A map-style dataset whose random transforms are seeded by the key of each item.
 
     It may also implement `__getitems__(list[SampleKey])` (called once per batch), `collate(list) -> Batch`, and, for
-    `--balance_by`, `classes(column) -> RowClasses`: the class of each row.
+    `--balance_by`, `classes(column) -> RowClasses`: the class of each row. An attribute `decodes_images` that is true
+    tells that making items takes so long that other processes should do it beside a fast device.
     """
 
     def __len__(self) -> int: ...
@@ -120,6 +121,8 @@ class Stage(ABC):
     """Whether a lower value of `best_metric` is better."""
     trivial_loss: float | None = None
     """Training loss of a model that has learned nothing, if it is known."""
+    conditions: Sequence[str] = ()
+    """What images are generated from, in words for messages: captions, classes, briefs, control images."""
 
     def __init__(self, context: StageContext):
         self.context = context

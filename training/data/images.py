@@ -212,6 +212,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Class names by id; empty without labels."""
         return dict(enumerate(self.label_map.names)) if self.label_map else {}
 
+    decodes_images = True
     map_columns: Sequence[str] = ()
     """Columns of other images that samples are made of; a subclass sets them."""
     number_columns: Sequence[str] = ()

@@ -30,8 +30,8 @@ def tracker_wandb() -> Iterator[Finding]:
     elif os.environ.get("WANDB_MODE"):
         yield Finding("tracker wandb", "ok", f"WANDB_MODE is {mode}")
     else:
-        value = "no key and no login, so runs are recorded offline"
-        yield Finding("tracker wandb", "optional", value, "to upload: wandb login")
+        value = "no key and no login, so --report_to auto leaves it out"
+        yield Finding("tracker wandb", "optional", value, "to use it: wandb login")
 
 
 def tracker_tensorboard() -> Iterator[Finding]:

@@ -147,7 +147,7 @@ def shared_memory() -> Iterator[Finding]:
         return
     total = shutil.disk_usage(folder).total
     if total < LEAST_SHARED_MEMORY_GIB * GIB:
-        advice = "start the container with --shm-size=8g, or keep --dataloader_num_workers 0"
+        advice = "start the container with --shm-size=8g, or use --dataloader_num_workers 0"
         yield Finding("shared memory", "warning", f"{_gib(total)} in {folder}", advice)
     else:
         yield Finding("shared memory", "ok", f"{_gib(total)} in {folder}")

@@ -1,10 +1,24 @@
-"""When a run logs, validates, previews and saves: every N steps, every N epochs, or both."""
+"""When a run logs, validates, previews and saves.
+
+The user gives a period in steps, in epochs, or both. If neither is given, the program chooses the period of validations
+and previews from the length of the run, and checkpoints fall due by time only. Everything that is in metrics.csv falls
+due by steps: its rows do not depend on the speed of the machine.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from training.core.options import Options, option
+
+# The most validations, or previews, that the program plans for a run: one in 5 % of its steps.
+MOST_EVENTS = 20
+# In an epoch that is longer than this, the program plans several of them.
+LONG_EPOCH_STEPS = 1000
+# From this number on, events that are more frequent than those that the program plans are worth a warning.
+MANY_EVENTS = 50
 
 
 @dataclass
@@ -15,10 +29,11 @@ class CadenceConfig(Options):
 
     logging_steps: int = option(10, on_resume="warn", at_least=1)
     """Write a row to metrics.csv every N optimizer steps, and at the end of each epoch"""
-    validation_epochs: int = option(1, on_resume="warn", at_least=0)
-    """Validate every N epochs; 0 disables it. A run always ends with a validation"""
-    validation_steps: int = option(0, on_resume="warn", at_least=0)
-    """Validate every N optimizer steps, in addition to --validation_epochs; 0 disables it"""
+    validation_epochs: int | None = option(None, on_resume="warn", at_least=0, kept=True)
+    """Validate every N epochs; 0 disables it. A run always ends with a validation. If neither this nor
+    --validation_steps is set: about once per epoch, and at most 20 times in a run"""
+    validation_steps: int | None = option(None, on_resume="warn", at_least=0, kept=True)
+    """Validate every N optimizer steps, in addition to --validation_epochs if that is set; 0 disables it"""
     evaluation_epochs: int = option(0, on_resume="warn", at_least=0, essential=True)
     """Measure generated images every N epochs: their distance from real ones, and copies of training images; 0 disables
     it. If it is on, a run also ends with a measurement"""
@@ -27,63 +42,115 @@ class CadenceConfig(Options):
     memorization_epochs: int = option(0, on_resume="warn", at_least=0)
     """Search for copies of training images among generated ones every N epochs, in addition to the measurements of
     --evaluation_epochs; 0 disables it"""
-    preview_epochs: int = option(1, on_resume="free", at_least=0)
-    """Save previews every N epochs; 0 disables it. Previews are always saved at the end of a run"""
-    preview_steps: int = option(0, on_resume="free", at_least=0)
-    """Save previews every N optimizer steps, in addition to --preview_epochs; 0 disables it"""
-    checkpointing_epochs: int = option(1, on_resume="free", at_least=0)
-    """Save a checkpoint every N epochs; 0 disables it. A checkpoint is always saved after the best validation so far
-    and at the end of a run"""
-    checkpointing_steps: int = option(0, on_resume="free", at_least=0)
-    """Save a checkpoint every N optimizer steps, in addition to --checkpointing_epochs; 0 disables it"""
+    preview_epochs: int | None = option(None, on_resume="free", at_least=0, kept=True)
+    """Save previews every N epochs; 0 disables it. Previews are always saved at the end of a run. If neither this nor
+    --preview_steps is set: about once per epoch, and at most 20 times in a run"""
+    preview_steps: int | None = option(None, on_resume="free", at_least=0, kept=True)
+    """Save previews every N optimizer steps, in addition to --preview_epochs if that is set; 0 disables it"""
+    checkpointing_minutes: float = option(10.0, on_resume="free", at_least=0)
+    """Save a checkpoint when N minutes have passed since the last one; 0 disables it. A checkpoint is also saved after
+    the best validation so far, when the run is stopped, and at its end"""
+    checkpointing_epochs: int | None = option(None, on_resume="free", at_least=0, kept=True)
+    """Save a checkpoint every N epochs, in addition to --checkpointing_minutes; 0 or unset disables it"""
+    checkpointing_steps: int | None = option(None, on_resume="free", at_least=0, kept=True)
+    """Save a checkpoint every N optimizer steps, in addition to --checkpointing_minutes; 0 or unset disables it"""
+
+
+@dataclass(frozen=True)
+class Period:
+    """An event falls due `times` times in every `steps` steps, evenly spaced; the last time is after the last step."""
+
+    steps: int
+    times: int = 1
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the event is due after `step` steps of the run."""
+        return step * self.times // self.steps > (step - 1) * self.times // self.steps
+
+    def due_steps(self, steps: int) -> set[int]:
+        """Return the steps up to `steps` after which the event is due."""
+        return {-(-number * self.steps // self.times) for number in range(1, steps * self.times // self.steps + 1)}
+
+
+def automatic_period(total_steps: int, steps_per_epoch: int) -> Period:
+    """Return the period of an event that falls due at most once in an epoch, or in LONG_EPOCH_STEPS steps of a longer
+    one, and at most MOST_EVENTS times in a run of `total_steps`.
+
+    Whole epochs are between two events, or several events in an epoch, so that epochs end with one of them: the tables
+    and the advice compare epochs by their validations.
+    """
+    epochs = -(-total_steps // (MOST_EVENTS * steps_per_epoch))
+    if epochs > 1:
+        return Period(epochs * steps_per_epoch)
+    fitting = MOST_EVENTS * steps_per_epoch // max(1, total_steps)
+    return Period(steps_per_epoch, max(1, min(steps_per_epoch // LONG_EPOCH_STEPS, fitting)))
 
 
 class Cadence:
-    """Decides what is due after each step of a run with `steps_per_epoch` steps per epoch."""
+    """Decides what is due after each step of a run.
 
-    def __init__(self, config: CadenceConfig, steps_per_epoch: int):
-        self.config, self.steps_per_epoch = config, steps_per_epoch
+    Args:
+        total_steps: number of steps of the whole run.
+    """
 
-    def validation_due(self, step: int) -> bool:
-        return due(step, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
+    def __init__(self, config: CadenceConfig, steps_per_epoch: int, total_steps: int):
+        self.config, self.steps_per_epoch, self.total_steps = config, steps_per_epoch, total_steps
+        automatic = automatic_period(total_steps, steps_per_epoch)
+        self.validations = self._periods("validation", automatic)
+        self.previews = self._periods("preview", automatic)
+        self.checkpoints = self._periods("checkpointing", None)
+        self.evaluations = self._periods("evaluation", None)
+        self.copies = self._given(0, config.memorization_epochs)
+
+    def _periods(self, event: str, automatic: Period | None) -> list[Period]:
+        """Return the periods that the user gave for an event, or else the one that the program chose, if any."""
+        steps, epochs = getattr(self.config, f"{event}_steps"), getattr(self.config, f"{event}_epochs")
+        if steps is None and epochs is None:
+            return [] if automatic is None else [automatic]
+        return self._given(steps or 0, epochs or 0)
+
+    def _given(self, steps: int, epochs: int) -> list[Period]:
+        return [Period(period) for period in (steps, epochs * self.steps_per_epoch) if period > 0]
 
     @property
     def evaluates(self) -> bool:
         """Whether generated images are measured during the run."""
-        return self.config.evaluation_steps > 0 or self.config.evaluation_epochs > 0
+        return bool(self.evaluations)
+
+    def validation_due(self, step: int) -> bool:
+        return _is_due(self.validations, step)
 
     def evaluation_due(self, step: int) -> bool:
-        return due(step, self.config.evaluation_steps, self.config.evaluation_epochs, self.steps_per_epoch)
+        return _is_due(self.evaluations, step)
 
     def copies_due(self, step: int) -> bool:
-        return due(step, 0, self.config.memorization_epochs, self.steps_per_epoch)
+        return _is_due(self.copies, step)
 
     def preview_due(self, step: int) -> bool:
-        return due(step, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)
+        return _is_due(self.previews, step)
 
     def checkpoint_due(self, step: int) -> bool:
-        return due(step, self.config.checkpointing_steps, self.config.checkpointing_epochs, self.steps_per_epoch)
+        return _is_due(self.checkpoints, step)
 
-    def validation_steps(self, steps: int) -> set[int]:
-        """Steps up to `steps` after which a validation is due."""
-        return all_due(steps, self.config.validation_steps, self.config.validation_epochs, self.steps_per_epoch)
+    def validation_steps(self) -> set[int]:
+        """Return the steps of the run after which a validation is due; the one at its end is not counted."""
+        return _due_steps(self.validations, self.total_steps)
 
-    def evaluation_steps(self, steps: int) -> set[int]:
-        """Steps of a run of `steps` steps after which generated images are measured."""
-        every = all_due(steps, self.config.evaluation_steps, self.config.evaluation_epochs, self.steps_per_epoch)
-        return every | {steps} if self.evaluates else every
+    def evaluation_steps(self) -> set[int]:
+        """Return the steps of the run after which generated images are measured, its last step included."""
+        return _due_steps(self.evaluations, self.total_steps) | ({self.total_steps} if self.evaluates else set())
 
-    def copies_steps(self, steps: int) -> set[int]:
-        """Steps up to `steps` after which only copies are searched for."""
-        return all_due(steps, 0, self.config.memorization_epochs, self.steps_per_epoch) - self.evaluation_steps(steps)
+    def copies_steps(self) -> set[int]:
+        """Return the steps of the run after which only copies are searched for."""
+        return _due_steps(self.copies, self.total_steps) - self.evaluation_steps()
 
-    def preview_steps(self, steps: int) -> set[int]:
-        """Steps up to `steps` after which previews are due."""
-        return all_due(steps, self.config.preview_steps, self.config.preview_epochs, self.steps_per_epoch)
+    def preview_steps(self) -> set[int]:
+        """Return the steps of the run after which previews are due; those at its end are not counted."""
+        return _due_steps(self.previews, self.total_steps)
 
-    def checkpoint_steps(self, steps: int) -> set[int]:
-        """Steps up to `steps` after which a checkpoint is due."""
-        return all_due(steps, self.config.checkpointing_steps, self.config.checkpointing_epochs, self.steps_per_epoch)
+    def checkpoint_steps(self) -> set[int]:
+        """Return the steps of the run after which a checkpoint is due; those by time, and the last, are not counted."""
+        return _due_steps(self.checkpoints, self.total_steps)
 
     def row_due(self, step: int) -> bool:
         return self.ends_epoch(step) or step % self.config.logging_steps == 0
@@ -91,15 +158,45 @@ class Cadence:
     def ends_epoch(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0
 
+    def warnings(self) -> list[str]:
+        """Return a warning for each event that the user asked for so often that it may take most of the time."""
+        events = {
+            "validation": self.validation_steps(),
+            "evaluation": self.evaluation_steps(),
+            "preview": self.preview_steps(),
+            "checkpointing": self.checkpoint_steps(),
+        }
+        return [self._too_often(event, len(due)) for event, due in events.items() if len(due) > MANY_EVENTS]
 
-def due(step: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> bool:
-    """Return whether an event is due after `step` steps; 0 disables `every_steps` or `every_epochs`."""
-    by_steps = every_steps > 0 and step % every_steps == 0
-    by_epochs = every_epochs > 0 and step % (every_epochs * steps_per_epoch) == 0
-    return step > 0 and (by_steps or by_epochs)
+    def _too_often(self, event: str, count: int) -> str:
+        names = (f"{event}_steps", f"{event}_epochs")
+        given = " ".join(f"--{name} {getattr(self.config, name)}" for name in names if getattr(self.config, name))
+        fix = "a larger number saves time" + ("" if event == "evaluation" else ", and so does leaving it out")
+        return f"{given} is due {count:,} times in this run of {self.total_steps:,} steps; {fix}"
 
 
-def all_due(steps: int, every_steps: int, every_epochs: int, steps_per_epoch: int) -> set[int]:
-    """Every step from 1 to `steps` for which `due` is true."""
-    periods = [period for period in (every_steps, every_epochs * steps_per_epoch) if period > 0]
-    return {step for period in periods for step in range(period, steps + 1, period)}
+def _is_due(periods: Iterable[Period], step: int) -> bool:
+    return step > 0 and any(period.is_due(step) for period in periods)
+
+
+def _due_steps(periods: Iterable[Period], steps: int) -> set[int]:
+    return {step for period in periods for step in period.due_steps(steps)}
+
+
+class CheckpointClock:
+    """Tells when a checkpoint is due by time.
+
+    Args:
+        minutes: time between two checkpoints; 0 for none by time.
+    """
+
+    def __init__(self, minutes: float):
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the time from now on, because the session begins or a checkpoint has been written."""
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        return 0 < self._seconds <= time.monotonic() - self._last

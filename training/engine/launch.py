@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+AUTO = "auto"
+
 # Previews and exports keep one process busy while the others wait for it. A process that no longer responds is noticed
 # earlier, see ranks.py.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+
+_LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 # Parameters of mallopt(3): the free memory above which the heap is trimmed, and the size from which a block is mapped
 # separately and returned to the system when it is freed.
@@ -42,26 +46,42 @@ KEPT_BYTES, LARGEST_KEPT_BLOCK = 2_000_000_000, 1_000_000_000
 class LaunchConfig(Options):
     """Precision and threads of each process; everything else comes from the Accelerate config."""
 
-    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(None, on_resume="warn", essential=True)
-    """One of no, fp16, bf16 or auto (bf16 on GPUs that support it and CPUs with AMX, otherwise no); if
-    unset, the value of the Accelerate config"""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = option(
+        AUTO, on_resume="warn", choices=("no", "fp16", "bf16", AUTO), essential=True, kept=True
+    )
+    """Precision. auto: that of the Accelerate config if it is fp16 or bf16, otherwise bf16 where the device is faster
+    with it; a resumed run keeps what it has"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
     process_timeout: float = option(600.0, on_resume="free", at_least=10)
     """With several processes: number of seconds after which a process that no longer responds ends the run"""
 
 
-def start_accelerator(config: LaunchConfig) -> Accelerator:
+def automatic_precision() -> str:
+    """Return the precision that `--mixed_precision auto` means in this process: no, fp16 or bf16."""
+    # `accelerate launch` always sets the variable; its "no" may only mean that nobody chose a precision.
+    launched = os.environ.get(_LAUNCHED_PRECISION, "no")
+    if launched != "no":
+        return launched
+    return "bf16" if bf16_is_faster() else "no"
+
+
+def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelerator:
     """Create the Accelerator of this run, for the device and the processes that the launcher chose.
+
+    Args:
+        kept: the precision of `--mixed_precision auto` in a run that is resumed. With None, which earlier versions
+            saved, it is that of the Accelerate config.
 
     Raises:
         UserError: fp16 on a CPU, or a launcher that started another number of processes than requested.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "auto":
-        precision = "bf16" if bf16_is_faster() else "no"
+    chosen = kept if config.mixed_precision == AUTO else config.mixed_precision
+    precision = chosen or os.environ.get(_LAUNCHED_PRECISION, "no")
+    if precision == AUTO:
+        precision = automatic_precision()
     if precision == "fp16" and not has_accelerator_device():
         raise UserError(
             "--mixed_precision fp16 needs a GPU, and this run is on a CPU; use bf16 or no "

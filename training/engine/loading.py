@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,6 +26,7 @@ from training.engine.threads import usable_cores
 logger = logging.getLogger("halftone")
 
 SHARED_MEMORY = Path("/dev/shm")
+MOST_WORKERS = 4
 # Two are prefetched, one is being made, and one is on its way.
 BATCHES_PER_WORKER = 4
 OTHER_SHARED_BYTES = 2**20  # locks, and what each allocation adds
@@ -34,7 +37,7 @@ class MicroBatches:
 
     Args:
         strata: classes and their shares for weighted draws; with None each row is drawn once per epoch.
-        num_workers: number of loader processes; 0 loads in this process.
+        num_workers: number of loader processes; 0 loads in this process, and "auto" is `automatic_workers`.
     """
 
     def __init__(
@@ -44,12 +47,13 @@ class MicroBatches:
         *,
         seed: int,
         strata: Strata | None,
-        num_workers: int,
+        num_workers: int | Literal["auto"],
         device: torch.device,
     ):
         self.data, self.layout, self.seed, self.strata = data, layout, seed, strata
-        self.num_workers, self.device = num_workers, device
+        self.device = device
         self._cores = usable_cores()  # before the main thread is kept on one of them
+        self.num_workers = chosen_workers(num_workers, data, device)
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step in `start <= step < stop`, on the device."""
@@ -78,6 +82,27 @@ class MicroBatches:
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
         return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)
+
+
+def chosen_workers(chosen: int | Literal["auto"], data: MapDataset, device: torch.device) -> int:
+    """Return the number of loader processes that `--dataloader_num_workers` means in this process."""
+    return automatic_workers(data, device, len(usable_cores())) if chosen == "auto" else chosen
+
+
+def automatic_workers(data: MapDataset, device: torch.device, cores: int) -> int:
+    """Return the number of loader processes that `--dataloader_num_workers auto` means.
+
+    Beside training on a CPU they gain nothing, since PyTorch's threads use all cores (docs/LOG.md). Where processes are
+    not forked, they take seconds to start, and a script without `if __name__ == "__main__"` could not start them.
+
+    Args:
+        cores: number of cores that the processes of this machine share.
+    """
+    started_by = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if device.type != "cuda" or started_by != "fork" or not getattr(data, "decodes_images", False):
+        return 0
+    spare = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return max(0, min(MOST_WORKERS, spare))
 
 
 def start_worker(worker_id: int, cores: Sequence[int]) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from pipelines.tools.cli import UserError
 from training.core.stage import Batch, Evaluation
 from training.engine.best import best_metric, check_evaluations
-from training.engine.cadence import Cadence
+from training.engine.cadence import Cadence, CheckpointClock
 from training.engine.launch import exchange_of, gather
-from training.engine.phase_runner import PhaseRunner, StepOutcome
+from training.engine.phase_runner import PhaseRunner, Requests, StepOutcome
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.schedule import PhaseSchedule
@@ -50,15 +50,17 @@ class Loop:
         self.training, self.config, self.accelerator = training, config, accelerator
         self.state, self.stage = training.state, training.stage
         self.reporter, self.writer, self.stop = reporter, writer, stop
-        self.cadence = Cadence(config, training.steps_per_epoch)
+        self.cadence = Cadence(config, training.steps_per_epoch, self.state.goal_steps)
         check_evaluations(self.stage, config)
         self.best_metric = best_metric(self.stage, config, self.cadence)
         self.state.judge_by(self.best_metric.name, self.stage.best_metric)
         self.schedules = [
-            PhaseSchedule(runner.phase, config, runner.learning_rate, self.state.goal_steps)
+            PhaseSchedule(runner.phase, config, runner.learning_rate, self.state.goal_steps, self.state.most_warmup)
             for runner in training.runners
         ]
-        self.stop_agreed = False
+        # Clocks differ between processes, so that of the main process decides for all.
+        self.clock = CheckpointClock(config.checkpointing_minutes if accelerator.is_main_process else 0.0)
+        self.stop_agreed, self.save_agreed = False, False
 
     def run(self) -> None:
         """Train until the run is over, or until all processes have agreed to stop (`stop_agreed`).
@@ -92,9 +94,10 @@ class Loop:
         for runner, schedule in zip(self.training.runners, self.schedules, strict=True):
             if not schedule.has_begun(state.step):
                 continue
-            stop_requested = self.stop.requested is not None
-            outcome = runner.step(state.step, batches, schedule.learning_rate_at(state.step), stop_requested)
-            self.stop_agreed |= outcome.stop
+            requests = Requests(stop=self.stop.requested is not None, save=self.clock.is_due())
+            outcome = runner.step(state.step, batches, schedule.learning_rate_at(state.step), requests)
+            self.stop_agreed |= outcome.requests.stop
+            self.save_agreed |= outcome.requests.save
             values |= outcome.values
             if not outcome.finite:
                 skipped = True
@@ -132,13 +135,16 @@ class Loop:
         if measured or last or self.cadence.row_due(state.step):
             self.reporter.log_row(measured, self.cadence.ends_epoch(state.step))
         state.pending_events = False
-        if improved or last or state.stopped_early or self.cadence.checkpoint_due(state.step):
+        due = self.save_agreed or self.cadence.checkpoint_due(state.step)
+        if due or improved or last or state.stopped_early:
             self._save(must_succeed=last)
         self.reporter.restart_clock()
 
     def _save(self, *, must_succeed: bool) -> None:
         self.reporter.settle()
         self.writer.write(must_succeed=must_succeed)
+        self.save_agreed = False
+        self.clock.restart()
 
     def validate(self) -> dict[str, float]:
         """Compute the validation metrics with the EMA weights. Raises Interrupted on every process."""

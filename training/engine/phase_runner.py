@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@dataclass(frozen=True)
+class Requests:
+    """What a process asks for, or what any process has asked for."""
+
+    stop: bool = False
+    """To stop after this step."""
+    save: bool = False
+    """To save a checkpoint after this step."""
+
+
 @dataclass
 class StepOutcome:
     """Result of one phase's step; the same on every process, except for `bad_micro_batches`."""
@@ -33,8 +43,8 @@ class StepOutcome:
     finite: bool
     bad_micro_batches: list[int]
     """Micro-batches of this process whose loss is not finite; all of them if only the gradient is not finite."""
-    stop: bool
-    """Whether any process was asked to stop."""
+    requests: Requests
+    """What any process asks for."""
 
 
 @dataclass
@@ -100,19 +110,19 @@ class PhaseRunner:
             loss.backward()
         self.optimizer.zero_grad()
 
-    def step(self, step: int, batches: Sequence[Batch], learning_rate: float, stop: bool) -> StepOutcome:
+    def step(self, step: int, batches: Sequence[Batch], learning_rate: float, requests: Requests) -> StepOutcome:
         """Make one optimizer step; if a loss or gradient is not finite on any process, change nothing.
 
         Args:
             step: number of the step (from 0) in the run.
             batches: the micro-batches of this process.
-            stop: whether this process was asked to stop; `StepOutcome.stop` tells whether any process was.
+            requests: what this process asks for; `StepOutcome.requests` tells what any process asks for.
         """
         # Before the step, not after it: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
         losses, metrics = self._accumulate(step, batches)
         gradient_norm = self._gradient_norm()
-        names, row, stop_requested = self._reduce(losses, metrics, gradient_norm, stop)
+        names, row, agreed = self._reduce(losses, metrics, gradient_norm, requests)
         values = dict(zip(names, row, strict=True))
         loss, norm = values[f"{self.prefix}loss"], values[f"{self.prefix}grad_norm"]
         scaler = self.accelerator.scaler
@@ -129,7 +139,7 @@ class PhaseRunner:
         if self.accelerator.scaler is not None:
             values[f"{self.prefix}grad_scale"] = self.accelerator.scaler.get_scale()
         bad = [m for m, value in enumerate(losses) if not torch.isfinite(value)] if not finite else []
-        return StepOutcome(values, finite, bad or list(range(len(losses))), stop_requested)
+        return StepOutcome(values, finite, bad or list(range(len(losses))), agreed)
 
     def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         losses: list[Tensor] = []
@@ -156,9 +166,9 @@ class PhaseRunner:
         return nn.utils.get_total_norm(gradients)
 
     def _reduce(
-        self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, stop: bool
-    ) -> tuple[list[str], list[float], bool]:
-        """Average metric values over the processes, and tell whether any of them was asked to stop.
+        self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, requests: Requests
+    ) -> tuple[list[str], list[float], Requests]:
+        """Average metric values over the processes, and tell what any of them asks for.
 
         One exchange serves for both. A value that is NaN on any process is NaN on all of them.
         """
@@ -166,10 +176,10 @@ class PhaseRunner:
         names = [f"{self.prefix}loss", *(self.prefix + n for n in metrics), f"{self.prefix}grad_norm"]
         row = torch.stack([v.float().reshape(()) for v in (loss, *metrics.values(), gradient_norm)])
         if self.accelerator.num_processes == 1:
-            return names, row.tolist(), stop
-        row = torch.cat([row, row.new_tensor([float(stop)])])
-        *means, share_stopping = self.accelerator.reduce(row, reduction="mean").tolist()
-        return names, means, share_stopping > 0
+            return names, row.tolist(), requests
+        row = torch.cat([row, row.new_tensor([float(requests.stop), float(requests.save)])])
+        *means, stopping, saving = self.accelerator.reduce(row, reduction="mean").tolist()
+        return names, means, Requests(stopping > 0, saving > 0)
 
     def save(self, folder: Path) -> None:
         checkpoint.save_tensors(self.phase.state_dict(), folder / f"phase_{self.phase.name}.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.tools.cli import UserError
 from training.core.layout import BatchConfig
@@ -10,7 +11,7 @@ from training.core.options import Options, option
 from training.engine.balance import BalanceConfig
 from training.engine.cadence import CadenceConfig
 from training.engine.ema import EMAConfig
-from training.engine.launch import LaunchConfig
+from training.engine.launch import AUTO, LaunchConfig
 from training.engine.length import LengthConfig
 from training.engine.phase_runner import PhaseConfig
 from training.engine.prepare import PrepareConfig
@@ -38,8 +39,9 @@ class SessionConfig(Options):
     validate_model: str | None = option(None, on_resume="free")
     """Run folder, checkpoint, pipeline folder or Hub id of the model to validate with --validate_only; if unset, the
     run in --output_dir"""
-    dataloader_num_workers: int = option(0, on_resume="free", at_least=0)
-    """Number of processes that load data; 0 loads in the training process"""
+    dataloader_num_workers: int | Literal["auto"] = option(AUTO, on_resume="free", at_least=0)
+    """Number of processes that load data; 0 loads in the training process. auto: up to 4 on a machine with a GPU and
+    spare cores, if images are decoded; otherwise 0. The results do not depend on it"""
     max_nonfinite_steps: int = option(10, on_resume="free", at_least=1)
     """Skip steps with a non-finite loss or gradient, and stop with an error after N of them in a row"""
 
@@ -74,3 +76,8 @@ class RunConfig(
     RunFolderConfig,
 ):
     """The options of every stage. A stage adds its own in a subclass."""
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the weights of a new run are those of a trained model, and not random."""
+        return False

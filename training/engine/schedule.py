@@ -24,6 +24,12 @@ LR_SCHEDULERS = (
 )
 
 
+WITHOUT_WARMUP = ("constant", "piecewise_constant")
+USUAL_WARMUP_STEPS = 100
+# The largest share of the steps of a phase that its warm-up may take.
+MOST_WARMUP = 0.05
+
+
 @dataclass
 class ScheduleConfig(Options):
     """Options for the learning-rate schedule."""
@@ -31,9 +37,9 @@ class ScheduleConfig(Options):
     lr_scheduler: str = option("constant_with_warmup", on_resume="warn", choices=LR_SCHEDULERS)
     """Learning-rate schedule: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
     piecewise_constant"""
-    lr_warmup_steps: int = option(100, on_resume="warn", at_least=0)
-    """Number of optimizer steps over which the learning rate rises from 0 to its peak; not used with constant and
-    piecewise_constant"""
+    lr_warmup_steps: int | None = option(None, on_resume="warn", at_least=0, kept=True)
+    """Number of optimizer steps over which the learning rate rises from 0 to its peak, at most 5 % of the steps of the
+    run (of the phase, if it begins later); 100 if unset. Not used with constant and piecewise_constant"""
     lr_num_cycles: int = option(1, on_resume="warn")
     """Number of cycles of the cosine_with_restarts schedule"""
     lr_power: float = option(1.0, on_resume="warn")
@@ -52,6 +58,20 @@ class ScheduleConfig(Options):
                 "e.g. '1:100,0.1:200,0.01'"
             )
 
+    @property
+    def has_warmup(self) -> bool:
+        return self.lr_scheduler not in WITHOUT_WARMUP
+
+    def warmup_steps(self, total_steps: int, most: float) -> int:
+        """Return the number of warm-up steps of a phase of `total_steps`, of which they take at most the share `most`.
+
+        With the share 1 they are not limited, as in earlier versions: the warm-up may then be longer than the phase.
+        """
+        if not self.has_warmup:
+            return 0
+        wished = USUAL_WARMUP_STEPS if self.lr_warmup_steps is None else self.lr_warmup_steps
+        return wished if most >= 1 else min(wished, int(most * total_steps))
+
 
 class PhaseSchedule:
     """The first step of one phase in a run of `total_steps`, and its learning rate at each step.
@@ -60,12 +80,17 @@ class PhaseSchedule:
 
     Args:
         learning_rate: peak learning rate.
+        most_warmup: see `RunState.most_warmup`.
     """
 
-    def __init__(self, phase: Phase, config: ScheduleConfig, learning_rate: float, total_steps: int):
-        self.first_step = phase.first_step(total_steps)
+    def __init__(
+        self, phase: Phase, config: ScheduleConfig, learning_rate: float, total_steps: int, most_warmup: float
+    ):
+        self.name, self.first_step = phase.name, phase.first_step(total_steps)
+        self.steps = max(1, total_steps - self.first_step)
+        self.warmup_steps = config.warmup_steps(self.steps, most_warmup)
         self._learning_rate = learning_rate
-        self._factor = learning_rate_factor(config, max(1, total_steps - self.first_step))
+        self._factor = learning_rate_factor(config, self.steps, self.warmup_steps)
 
     def has_begun(self, step: int) -> bool:
         """Return whether the phase is trained in `step` (from 0)."""
@@ -76,7 +101,7 @@ class PhaseSchedule:
         return self._learning_rate * self._factor(max(0, step - self.first_step))
 
 
-def learning_rate_factor(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
+def learning_rate_factor(config: ScheduleConfig, total_steps: int, warmup_steps: int) -> Callable[[int], float]:
     """Return a schedule of `diffusers.optimization.get_scheduler` as a function: step (from 0) → learning-rate factor.
 
     A function of the step has no state to save, and does not depend on the number of processes or on gradient
@@ -91,7 +116,7 @@ def learning_rate_factor(config: ScheduleConfig, total_steps: int) -> Callable[[
             config.lr_scheduler,
             optimizer=placeholder,
             step_rules=config.lr_step_rules,
-            num_warmup_steps=config.lr_warmup_steps,
+            num_warmup_steps=warmup_steps,
             num_training_steps=total_steps,
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,

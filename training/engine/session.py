@@ -13,6 +13,8 @@ from pipelines.tools.cli import keep_running_without_output, printable
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
+from training.engine.choices import kept_precision, settle_choices
+from training.engine.expectations import course, warnings_at_start
 from training.engine.launch import close_process_group_at_exit, on_main, start_accelerator
 from training.engine.loop import Loop
 from training.engine.prepare import make_missing
@@ -28,6 +30,7 @@ from training.publishing import hub_resume
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
+from training.reporting.tracking import automatic_trackers, explain_automatic, is_automatic
 from training.run import recovery
 from training.run.folder import RunFolder
 from training.run.output import start_logging
@@ -56,8 +59,8 @@ def train(build_stage: BuildStage, config: RunConfig) -> int:
     """
     started = time.perf_counter()
     keep_running_without_output()
-    accelerator = start_accelerator(config)
     folder = RunFolder(config.output_dir, config.run_name)
+    accelerator = start_accelerator(config, kept_precision(config, folder))
     ranks = (accelerator.process_index, accelerator.num_processes)
     with StopSignal() as stop:
         try:
@@ -129,6 +132,7 @@ def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> Non
     if own_folder and hub_resume.is_on_hub(config.resume_from_checkpoint):
         on_main(accelerator, lambda: hub_resume.fetch(config.resume_from_checkpoint, folder, config, config))
         config.resume_from_checkpoint = "latest"  # the checkpoint is in the run folder now
+    settle_choices(config, folder, accelerator)
     if not config.validate_model:
         on_main(accelerator, lambda: restoring.compare_configs(folder, config))
 
@@ -140,14 +144,25 @@ def _prepare(
     is_main = accelerator.is_main_process
     publisher = Publisher(config, folder=folder, notify=logger.info) if config.push_to_hub and is_main else None
     on_main(accelerator, lambda: _check_before_start(training, config, folder, publisher))
+    if is_automatic(config.report_to):
+        config.report_to = _chosen_trackers(folder) if is_main else "none"
     settings = config.to_dict()
     exporter = Exporter(training.stage, settings, folder, publisher)
-    reporter = Reporter(training.stage, config, settings, folder, training.state, training.steps_per_epoch, is_main)
+    reporter = Reporter(training.stage, config, settings, folder, training.state, course(training, config), is_main)
     if is_main:
         training.state.sessions += 1
         folder.save_config(settings)
         _log_start(training, folder, resumed)
+        for sentence in warnings_at_start(training, config):
+            logger.warning("%s", sentence)
     return exporter, reporter
+
+
+def _chosen_trackers(folder: RunFolder) -> str:
+    """Return what `--report_to auto` means on this machine, and say so."""
+    trackers = automatic_trackers()
+    logger.info("%s", explain_automatic(trackers, folder.path))
+    return ",".join(trackers) or "none"
 
 
 def _train(

@@ -21,9 +21,9 @@ from training.core.stage import Batch
 from training.engine.best import best_metric
 from training.engine.cadence import Cadence
 from training.engine.launch import exchange_of, gather, on_main
+from training.engine.phase_runner import Requests
 from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
-from training.engine.schedule import PhaseSchedule
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
@@ -65,19 +65,20 @@ class Speed:
 
     def seconds(self, steps: int, training: Training, config: RunConfig) -> float:
         """Return the estimated seconds of a run of `steps` steps, from its start to the final pipeline."""
-        cadence = Cadence(config, training.steps_per_epoch)
+        cadence = Cadence(config, training.steps_per_epoch, steps)
         total = self.startup + self.checkpoint  # the export at the end costs about as much as a checkpoint
         for runner in training.runners:
-            first = PhaseSchedule(runner.phase, config, runner.learning_rate, steps).first_step
-            total += self.phases[runner.phase.name] * max(0, steps - first)
-        validations = cadence.validation_steps(steps) | {steps}
-        total += self.validation * len(validations) + self.previews * len(cadence.preview_steps(steps) | {steps})
-        evaluations = cadence.evaluation_steps(steps)
-        total += self.evaluation * len(evaluations) + self.copies * len(cadence.copies_steps(steps))
+            total += self.phases[runner.phase.name] * max(0, steps - runner.phase.first_step(steps))
+        validations = cadence.validation_steps() | {steps}
+        total += self.validation * len(validations) + self.previews * len(cadence.preview_steps() | {steps})
+        evaluations = cadence.evaluation_steps()
+        total += self.evaluation * len(evaluations) + self.copies * len(cadence.copies_steps())
         # A measurement that is the best so far writes a checkpoint as well; early in a run most of them are.
         by_images = best_metric(training.stage, config, cadence).name.startswith("eval_")
         deciding = evaluations if by_images else validations
-        return total + self.checkpoint * len(cadence.checkpoint_steps(steps) | {steps} | deciding)
+        checkpoints = len(cadence.checkpoint_steps() | {steps} | deciding)
+        by_time = total // (60 * config.checkpointing_minutes) if config.checkpointing_minutes else 0
+        return total + self.checkpoint * max(checkpoints, by_time)
 
     def steps_in(self, seconds: float, most: int, training: Training, config: RunConfig) -> int:
         """Return the largest number of steps, from MIN_STEPS to `most`, with which a run takes at most `seconds`."""
@@ -200,9 +201,9 @@ def _one_step(training: Training, step: int, batches: list[Batch], stop: StopSig
     seconds, stop_agreed = {}, False
     for runner in training.runners:
         started = time.perf_counter()
-        outcome = runner.step(step, batches, runner.learning_rate, stop.requested is not None)
+        outcome = runner.step(step, batches, runner.learning_rate, Requests(stop=stop.requested is not None))
         seconds[runner.phase.name] = time.perf_counter() - started
-        stop_agreed |= outcome.stop
+        stop_agreed |= outcome.requests.stop
     if training.ema is not None:
         training.ema.update(step + 1)
     if stop_agreed:
@@ -231,7 +232,7 @@ def _time_validation(training: Training, config: RunConfig, accelerator: Acceler
 def _time_evaluations(training: Training, config: RunConfig, accelerator: Accelerator) -> tuple[float, float]:
     """Return the estimated seconds of measuring generated images, and of a search for copies alone."""
     exchange, stage = exchange_of(accelerator), training.stage
-    evaluates = Cadence(config, training.steps_per_epoch).evaluates
+    evaluates = Cadence(config, training.steps_per_epoch, training.state.goal_steps).evaluates
     return (
         stage.evaluation_seconds(exchange, distances=True, copies=True) if evaluates else 0.0,
         stage.evaluation_seconds(exchange, distances=False, copies=True) if config.memorization_epochs else 0.0,

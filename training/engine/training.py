@@ -17,6 +17,7 @@ from training.engine.launch import device_name
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
+from training.engine.schedule import MOST_WARMUP
 from training.engine.validation import evaluating
 from training.run.checkpoint import load_json, save_json
 from training.run.state import RunState
@@ -66,7 +67,9 @@ class Training:
             for i, phase in enumerate(stage.phases)
         ]
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
-        self.state = RunState(global_batch_size=self.layout.global_batch_size, num_samples=len(data))
+        self.state = RunState(
+            global_batch_size=self.layout.global_batch_size, num_samples=len(data), most_warmup=MOST_WARMUP
+        )
         # Everything that checkpoints save and restore. Any other state is lost when the process ends.
         self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
         if self.ema is not None:

@@ -30,7 +30,11 @@ MAX_IMAGES = 64  # previews and training images each; the number of pairs grows 
 
 
 def collapse_warnings(
-    previews: Sequence[Image.Image], references: Sequence[Image.Image], captions: Sequence[str] | None = None
+    previews: Sequence[Image.Image],
+    references: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    *,
+    conditions: Sequence[str] = (),
 ) -> list[str]:
     """Return a warning if `previews` have collapsed in comparison with training images (`references`).
 
@@ -38,6 +42,7 @@ def collapse_warnings(
         previews: generated images of any size.
         references: training images, preferably some dozens drawn at random; fewer than four give no warning.
         captions: captions of the previews; previews with the same caption may be similar.
+        conditions: what the images were generated from, such as captions and classes; none for an unconditional model.
 
     Returns:
         A list that is empty or has one warning with the fact, the values and likely causes.
@@ -45,7 +50,7 @@ def collapse_warnings(
     if not previews or len(references) < MIN_REFERENCES:
         return []
     shown, real = _thumbnails(previews[:MAX_IMAGES]), _thumbnails(references[:MAX_IMAGES])
-    warning = _one_color(shown, real) or _all_alike(shown, real, list(captions or [])[:MAX_IMAGES])
+    warning = _one_color(shown, real) or _all_alike(shown, real, list(captions or [])[:MAX_IMAGES], conditions)
     return [warning] if warning else []
 
 
@@ -80,7 +85,7 @@ def _one_color(shown: np.ndarray, real: np.ndarray) -> str | None:
     )
 
 
-def _all_alike(shown: np.ndarray, real: np.ndarray, captions: list[str]) -> str | None:
+def _all_alike(shown: np.ndarray, real: np.ndarray, captions: list[str], conditions: Sequence[str]) -> str | None:
     """Return a warning if previews are far closer to one another than training images are."""
     if len(shown) < MIN_PREVIEWS_TO_COMPARE:
         return None
@@ -95,7 +100,8 @@ def _all_alike(shown: np.ndarray, real: np.ndarray, captions: list[str]) -> str 
     too_close = (FAR_BELOW_SAME_CAPTION if same_caption else FAR_BELOW) * typical
     if shown_distance > too_close or share > MAX_SHARE_OF_PAIRS:
         return None
-    cause = "" if same_caption else " the captions are ignored (all similar in the data, or dropped too often);"
+    ignored = f" the {' and '.join(conditions)} are ignored (all similar in the data, or dropped too often);"
+    cause = "" if same_caption or not conditions else ignored
     return (
         f"the previews are all alike: two of them differ by {shown_distance:.3f}, two training images by "
         f"{typical:.3f} (medians, colour values from 0 to 1). Likely causes: the model has not learned anything yet "

@@ -28,6 +28,7 @@ Notify = Callable[[str], None]
 # The horizontal axis of all charts. W&B's internal step would not do: it drops values that are logged for an earlier
 # step than the last one, as a resumed run does when it repeats a few steps.
 STEP_METRIC = "step"
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 HUB_SECONDS = 10.0
 
 
@@ -278,16 +279,30 @@ def wandb_mode(wandb: Any) -> str:
     chosen = os.environ.get("WANDB_MODE") or settings.mode
     if chosen and chosen != "online":
         return str(chosen)
+    return "online" if _has_login(settings) else "offline"
+
+
+def wandb_is_set_up() -> bool:
+    """Return whether the user has set up W&B on this machine: a login, a key, or a mode other than disabled."""
+    import wandb
+
+    settings = wandb.setup().settings
+    chosen = os.environ.get("WANDB_MODE") or settings.mode
+    if chosen == "disabled":
+        return False
+    return bool(os.environ.get("WANDB_MODE")) or chosen not in (None, "online") or _has_login(settings)
+
+
+def _has_login(settings: Any) -> bool:
     has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
-    if has_key or _in_netrc(urlsplit(settings.base_url).netloc):
-        return "online"
-    return "offline"
+    return bool(has_key) or _in_netrc(urlsplit(settings.base_url).netloc)
 
 
 def _in_netrc(host: str) -> bool:
     """Return whether `wandb login` has stored a key for `host` in the netrc file (NETRC, ~/.netrc or ~/_netrc)."""
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    hosts = {host, "api.wandb.ai"} if host.endswith("wandb.ai") else {host}
+    # The public server has had several names, and W&B accepts a login of each of them.
+    hosts = {host, *PUBLIC_HOSTS} if host.endswith((".wandb.ai", ".coreweave.com")) else {host}
     for place in places:
         try:
             accounts = netrc.netrc(os.path.expanduser(place)).hosts

@@ -20,7 +20,7 @@ from training.core.files import write_atomically
 from training.core.informing import Informing
 from training.core.memory import memory_mib, peak_memory_mib
 from training.core.previews import Previews, save_png
-from training.reporting.advice import advice
+from training.reporting.advice import Course, advice, too_long
 from training.reporting.curves import draw_training_curves
 from training.reporting.groups import NOISE_LEVELS, group_of
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
@@ -40,6 +40,8 @@ METRICS_IN_BAR = 5
 # Drawing the curves takes half a second or more, which would slow down a run with short epochs.
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
+# The first steps of a session load data and choose kernels; they are not typical of the rest.
+STEPS_UNTIL_SPEED_IS_KNOWN = 200
 ROWS_WAIT = "its rows are kept in memory and written later"
 
 
@@ -48,6 +50,7 @@ class Reporter:
 
     Args:
         settings: the config of the run as plain values, for the trackers.
+        course: facts about the run for the advice.
         is_main: whether this is the main process; on other processes the reporter only counts.
     """
 
@@ -58,11 +61,12 @@ class Reporter:
         settings: Mapping[str, Any],
         folder: RunFolder,
         state: RunState,
-        steps_per_epoch: int,
+        course: Course,
         is_main: bool,
     ):
         self.stage, self.folder, self.state = stage, folder, state
-        self.steps_per_epoch, self.is_main = steps_per_epoch, is_main
+        self.course, self.steps_per_epoch, self.is_main = course, course.steps_per_epoch, is_main
+        self._steps, self._seconds = 0, 0.0
         # While the events after the current step (validation, previews, ...) are pending, its row is not written yet.
         last_row = state.step - 1 if state.pending_events else state.step
         self.informing = Informing()
@@ -109,6 +113,7 @@ class Reporter:
         self._row_images += images
         self._row_seconds += now - self._clock
         self.state.elapsed_seconds += now - self._clock
+        self._note_speed(now - self._clock)
         self._clock = now
         speed = self._row_images / max(self._row_seconds, 1e-9)
         loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
@@ -121,6 +126,15 @@ class Reporter:
             self._last_line = now
             step, goal = f"{self.state.step:,}", f"{self.state.goal_steps:,}"
             logger.info("step %s of %s: %s%.0f images/s", step, goal, loss, speed)
+
+    def _note_speed(self, seconds: float) -> None:
+        """Warn once in a session, when its speed is known, if the run will take days."""
+        self._steps += 1
+        self._seconds += seconds if self._steps > STEPS_UNTIL_SPEED_IS_KNOWN // 2 else 0.0
+        if self._steps == STEPS_UNTIL_SPEED_IS_KNOWN:
+            mean = self._seconds / (STEPS_UNTIL_SPEED_IS_KNOWN - STEPS_UNTIL_SPEED_IS_KNOWN // 2)
+            if warning := too_long(self.state.step, mean, self.course):
+                logger.warning("%s", warning)
 
     def _bar_metrics(self) -> list[tuple[str, float]]:
         """Return the first metrics of the last validation, as many as fit on the progress bar."""
@@ -185,7 +199,8 @@ class Reporter:
                 save_png(strip, self.folder.samples / STRIP)
         self.trackers.log_images(previews.images, previews.captions, step)
         if previews.references:
-            for warning in collapse_warnings(previews.images, previews.references, previews.captions):
+            shown = (previews.images, previews.references, previews.captions)
+            for warning in collapse_warnings(*shown, conditions=self.stage.conditions):
                 logger.warning("%s", warning)
 
     def end_session(self, complete: bool) -> None:
@@ -209,8 +224,7 @@ class Reporter:
         state.epochs.append(
             EpochSummary(epoch, row["epoch_loss_mean"], validated.get("val_loss"), row.get("learning_rate", 0.0))
         )
-        final = state.goal_steps / self.steps_per_epoch
-        for sentence in advice(state.epochs, self.stage.trivial_loss, final):
+        for sentence in advice(state.epochs, self.course):
             logger.warning("%s", sentence)
 
     def _draw_curves(self) -> None:

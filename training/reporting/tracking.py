@@ -19,13 +19,23 @@ from tqdm import tqdm
 from pipelines.tools.cli import UserError, cause, nearest
 from pipelines.tools.private import without_private
 from training.core.options import Options, option
-from training.reporting.backends import Backend, Notify, TensorBoard, Trackio, WandB, numbers, plain
+from training.reporting.backends import (
+    Backend,
+    Notify,
+    TensorBoard,
+    Trackio,
+    WandB,
+    numbers,
+    plain,
+    wandb_is_set_up,
+)
 from training.reporting.groups import grouped
 from training.reporting.recorder import Recorder
 
 if TYPE_CHECKING:
     from PIL import Image
 
+AUTO = "auto"
 KNOWN_TRACKERS = ("wandb", "tensorboard", "trackio")
 # How long a complete run waits for its trackers, and one that was asked to stop, which should end within two seconds.
 FINISH_SECONDS, STOPPING_SECONDS = 30.0, 1.5
@@ -37,30 +47,34 @@ class TrackerConfig(Options):
 
     help_group = "Trackers"
 
-    report_to: str | list[str] = option("wandb", on_resume="free", essential=True)
-    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all (that are installed) or none"""
+    report_to: str | list[str] = option(AUTO, on_resume="free", essential=True)
+    """Trackers: wandb, trackio, tensorboard, several of them (comma-separated), all, none, or auto (wandb where there
+    is a login, a key or WANDB_MODE)"""
     tracker_project_name: str = option("halftone", on_resume="free")
     """Name of the project in the trackers"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        parse_report_to(self.report_to)
+        if not is_automatic(self.report_to):  # what it means is determined when the trackers start
+            parse_report_to(self.report_to)
 
 
 def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
-    """Parse `"wandb,tensorboard"`, `["wandb"]`, `"none"` or `"all"` (every installed tracker) into a list of names.
+    """Parse `"wandb,tensorboard"`, `["wandb"]`, `"none"` or `"all"` (every installed tracker) into a list of names;
+    for `"auto"` see `automatic_trackers`.
 
     Raises:
         UserError: if a name is unknown (the message suggests the nearest), or if a tracker is not installed.
     """
-    given = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    names = [name.strip().lower() for part in given for name in part.split(",") if name.strip()]
+    names = _names(report_to)
     if not names or names == ["none"]:
         return []
     if names == ["all"]:
         return [name for name in KNOWN_TRACKERS if is_installed(name)]
+    if names == [AUTO]:
+        return automatic_trackers()
     for name in names:
-        if name in ("none", "all"):
+        if name in ("none", "all", AUTO):
             raise UserError(
                 f"--report_to {','.join(names)}: '{name}' cannot be combined with other names; give it alone, or "
                 "leave it out"
@@ -68,11 +82,43 @@ def parse_report_to(report_to: str | Iterable[str] | None) -> list[str]:
         if name not in KNOWN_TRACKERS:
             known = ", ".join(KNOWN_TRACKERS)
             raise UserError(
-                f"--report_to {name}: unknown tracker{nearest(name, KNOWN_TRACKERS)}; choose from {known}, all, none"
+                f"--report_to {name}: unknown tracker{nearest(name, KNOWN_TRACKERS)}; choose from {known}, all, "
+                "none, auto"
             )
         if not is_installed(name):
             raise UserError(f"--report_to {name}: its package is not installed; pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
+
+
+def _names(report_to: str | Iterable[str] | None) -> list[str]:
+    given = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    return [name.strip().lower() for part in given for name in part.split(",") if name.strip()]
+
+
+def is_automatic(report_to: str | Iterable[str] | None) -> bool:
+    """Return whether `--report_to` leaves the choice to the program."""
+    return _names(report_to) == [AUTO]
+
+
+def automatic_trackers() -> list[str]:
+    """Return the trackers that a run uses unless the user names some: W&B where the user has set it up."""
+    if not is_installed("wandb"):
+        return []
+    try:
+        return ["wandb"] if wandb_is_set_up() else []
+    except Exception:  # settings that W&B refuses; `start_trackers` names the cause
+        return ["wandb"]
+
+
+def explain_automatic(trackers: Sequence[str], folder: Path) -> str:
+    """Return a line that says what `--report_to auto` chose, and what would change it."""
+    if trackers:
+        return f"--report_to auto: {', '.join(trackers)} records the run, as it is set up here; none turns it off"
+    missing = "W&B has no login, no key and no WANDB_MODE here" if is_installed("wandb") else "wandb is not installed"
+    return (
+        f"--report_to auto: {missing}, so metrics, curves and samples are recorded in {folder} only; for a dashboard, "
+        "run 'wandb login', or add --report_to tensorboard or trackio"
+    )
 
 
 def start_trackers(

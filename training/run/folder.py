@@ -178,6 +178,12 @@ class RunFolder:
         config.pop("hub_token", None)
         return expand_home(config)
 
+    def saved_setting(self, name: str, default: Any) -> Any:
+        """Return one setting of the config that the run was started with; `default` if it is not saved."""
+        files = [self.config_file, *(folder / CONFIG_FILE for folder in steps_in(self.checkpoints))]
+        configs = (_read_config(file) for file in files)
+        return next((config[name] for config in configs if config is not None and name in config), default)
+
     def save_config(self, config: dict[str, Any]) -> None:
         """Write config.yaml, without what is private. Raises UserError if it cannot be written."""
         self._config_text = yaml.safe_dump(without_private(config), sort_keys=False, allow_unicode=True)

@@ -81,6 +81,8 @@ class RunState:
     """Whether the run was interrupted before the events after the last step (validation, previews, logging)."""
     global_batch_size: int = 0
     num_samples: int = 0
+    most_warmup: float = 1.0
+    """Largest share of the steps of a phase that its warm-up may take; 1 in checkpoints of earlier versions."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the inputs (see `Stage.inputs`); empty in checkpoints of earlier versions."""
     tracker_id: str | None = None

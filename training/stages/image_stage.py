@@ -38,6 +38,10 @@ class ImageStageConfig(RunConfig, DataConfig):
     """Initialize the trained model (in train_controlnet.py, the ControlNet) from another run, checkpoint or pipeline
     of the same kind and architecture; step count and optimizer start fresh"""
 
+    @property
+    def starts_trained(self) -> bool:
+        return bool(self.init_from)
+
 
 @dataclass
 class PreviewConfig(Options):
