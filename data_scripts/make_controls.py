@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_scripts.controls import kinds as control_kinds
-from data_scripts.controls.dataset import ControlWriter, Draw, write_card
+from data_scripts.controls.dataset import ControlWriter, Draw, reduced, write_card
 from data_scripts.controls.kinds import KINDS, LAYOUT_MASKS
 from data_scripts.controls.sheet import sheet_of
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
@@ -62,6 +62,9 @@ class MakeControlsConfig(Options):
     """Kind of control (required): edges, soft_edges, palette or layout, or a list of kinds, e.g. '[edges,palette]'"""
     columns: list[str] = field(default_factory=list)
     """Names of all new columns, e.g. '[lines,colours]', to replace the default names"""
+    resolution: int | None = option(None, at_least=8)
+    """Reduce larger images first, so that their shorter side has this many pixels, and store them so; if unset, images
+    keep their size"""
     sigma: float = option(0.7, at_least=0)
     """edges, soft_edges: standard deviation of the blur before edge detection, in pixels; more leaves fewer details"""
     low_threshold: float = 0.03
@@ -147,6 +150,8 @@ class MakeControlsConfig(Options):
         if self.encoder and Path(self.encoder).expanduser().exists():
             values["encoder"] = Path(self.encoder).name
         shared = {"made_by": SCRIPT, "format_version": FORMAT_VERSION, "source": self.source}
+        if self.resolution is not None:
+            shared["resolution"] = self.resolution
         return {**shared, "kinds": self.kinds, "columns": self.new_columns, **values}
 
 
@@ -168,7 +173,15 @@ def _make(config: MakeControlsConfig, folder: Path) -> None:
     workers = config.num_workers or (1 if config.encoder else os.cpu_count() or 1)
     skip = config.on_bad_sample == "skip"
     with new_folder(folder) as (partial, aside), ThreadPoolExecutor(workers) as pool:
-        writer = ControlWriter(partial, config.image_column, config.new_columns, draw, pool, skip_broken=skip)
+        writer = ControlWriter(
+            partial,
+            config.image_column,
+            config.new_columns,
+            draw,
+            pool,
+            resolution=config.resolution,
+            skip_broken=skip,
+        )
         counts = {name: writer.write(name, split) for name, split in splits.items()}
         shown = splits["train"] if "train" in splits else next(iter(splits.values()))
         contact_sheet(shown, config, draw).save(partial / "contact_sheet.png")
@@ -245,7 +258,8 @@ def _reader(path: str, device: str | None) -> Any:
 
 def contact_sheet(split: Dataset, config: MakeControlsConfig, draw: Draw) -> Image:
     """Draw some images, evenly spaced over the split, each beside its controls."""
-    images = ((image, draw(image)) for image in _readable_images(split, config.image_column))
+    smaller = (reduced(image, config.resolution) for image in _readable_images(split, config.image_column))
+    images = ((image, draw(image)) for image in smaller)
     shown = [row for row, _ in zip(images, range(SHEET_IMAGES))]
     return sheet_of(shown, config.source, config.new_columns)
 

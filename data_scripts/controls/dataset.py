@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -37,6 +37,7 @@ class ControlWriter:
         image_column: column with the images.
         columns: names of the new columns.
         draw: function that draws the controls of an image; it is called on the threads of `pool`.
+        resolution: larger images are reduced first, so that their shorter side has this many pixels; None keeps all.
         skip_broken: skip rows with broken images instead of raising.
     """
 
@@ -48,8 +49,10 @@ class ControlWriter:
         draw: Draw,
         pool: ThreadPoolExecutor,
         *,
+        resolution: int | None = None,
         skip_broken: bool,
     ):
+        self.resolution = resolution
         self.folder, self.image_column, self.columns = folder / "data", image_column, list(columns)
         self.draw, self.pool, self.skip_broken = draw, pool, skip_broken
         self.folder.mkdir(exist_ok=True)
@@ -106,7 +109,7 @@ class ControlWriter:
 
         stored = split.with_format("arrow")[rows.start : rows.stop]
         sources = stored[self.image_column].to_pylist()
-        drawn = list(self.pool.map(functools.partial(_controls_or_problem, self.draw), sources))
+        drawn = list(self.pool.map(functools.partial(_drawn_or_problem, self.draw, self.resolution), sources))
         problems = {row: result for row, result in zip(rows, drawn, strict=True) if isinstance(result, str)}
         if problems and not self.skip_broken:
             row, reason = next(iter(problems.items()))
@@ -117,8 +120,13 @@ class ControlWriter:
         if problems:
             stored = stored.filter(pyarrow.array([row not in problems for row in rows]))
         kept = [result for result in drawn if not isinstance(result, str)]
+        if any(result.reduced for result in kept):
+            sources = stored[self.image_column].to_pylist()
+            smaller = [_stored(result.reduced) if result.reduced else source for result, source in zip(kept, sources)]
+            column = pyarrow.array(smaller, type=datasets.Image().pa_type)
+            stored = stored.set_column(stored.column_names.index(self.image_column), self.image_column, column)
         for number, name in enumerate(self.columns):
-            values = [{"bytes": controls[number], "path": None} for controls in kept]
+            values = [_stored(result.controls[number]) for result in kept]
             stored = stored.append_column(name, pyarrow.array(values, type=datasets.Image().pa_type))
         table = datasets.table.table_cast(stored, features.arrow_schema)
         # Images that are still separate files (imagefolder) are read into the table; no other files are.
@@ -129,13 +137,36 @@ class ControlWriter:
         return table
 
 
-def _controls_or_problem(draw: Draw, source: Any) -> list[bytes] | str:
-    """Return the controls of an image as PNG files, or the reason why the image is broken."""
+class _Drawn(NamedTuple):
+    """The controls of an image, and the image itself if it was reduced, as PNG files."""
+
+    controls: list[bytes]
+    reduced: bytes | None
+
+
+def _stored(file: bytes) -> dict[str, Any]:
+    return {"bytes": file, "path": None}
+
+
+def _drawn_or_problem(draw: Draw, resolution: int | None, source: Any) -> _Drawn | str:
+    """Return the controls of an image, or the reason why the image is broken."""
     try:
         with decoding(source):
-            return [_png(control) for control in draw(load_rgb(source))]
+            image = load_rgb(source)
+            smaller = reduced(image, resolution)
+            controls = [_png(control) for control in draw(smaller)]
+            return _Drawn(controls, None if smaller is image else _png(smaller))
     except BrokenImage as error:
         return str(error)
+
+
+def reduced(image: Image.Image, resolution: int | None) -> Image.Image:
+    """Return the image with a shorter side of at most `resolution` pixels."""
+    shorter = min(image.size)
+    if resolution is None or shorter <= resolution:
+        return image
+    width, height = (max(resolution, round(side * resolution / shorter)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -161,6 +161,19 @@ def test_all_rows_and_columns_are_kept_and_controls_match_their_images(image_fol
     assert str(made / "contact_sheet.png") in output
 
 
+def test_large_images_are_reduced_before_their_controls_are_drawn(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name, size in {"large": (400, 300), "tall": (100, 900), "small": (20, 30)}.items():
+        halves(grey(0), grey(1)).resize(size).save(tmp_path / f"images/{name}.png")
+    flags = ("--train_data_dir", str(tmp_path / "images"), "--kind", "soft_edges", "--resolution", "64")
+    assert make_controls.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    rows = datasets.load_dataset(str(tmp_path / "out"))["train"]
+    assert [row["image"].size for row in rows] == [(85, 64), (20, 30), (64, 576)]
+    assert [row["conditioning_image"].size for row in rows] == [(85, 64), (20, 30), (64, 576)]
+    expected = soft_edges(halves(grey(0), grey(1)).resize((400, 300)).resize((85, 64), Image.Resampling.LANCZOS), 0.7)
+    assert np.array_equal(np.asarray(rows[0]["conditioning_image"]), np.asarray(expected))
+
+
 def test_transparent_images_are_drawn_on_white(image_folder, tmp_path):
     rows = opened(make(image_folder, tmp_path / "made", "--kind", "palette", "--colors", "8"))
     control = np.asarray(rows[1]["conditioning_image"]).astype(int)

@@ -134,7 +134,7 @@ def test_the_other_stages_start_as_simply():
     assert autoencoder.output_dir == "runs/pics/autoencoder_64"
     controlnet = parse_config(train_controlnet.Config, flags, complete=complete_controlnet)
     assert controlnet.base_model == diffusion(*flags).output_dir
-    assert controlnet.dataset_name == "runs/pics/controls_soft_edges"
+    assert controlnet.dataset_name == "runs/pics/controls_64_soft_edges"
     assert len(controlnet.prepare) == len(controlnet.recipes()) == 2
     joint = parse_config(train_image_caption.Config, flags, complete=complete_image_caption)
     assert joint.output_dir == "runs/pics/image_caption_64"

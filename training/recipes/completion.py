@@ -214,11 +214,11 @@ def complete_controlnet(config: Any, given: frozenset[str]) -> None:
         run.decide("base_model", str(_base_model(run)))
     run.own_settings()
     if not run.collection.control_images and "conditioning_image_column" not in given:
-        path = run.folder / f"controls_{CONTROL_KIND}"
+        path = run.folder / f"controls_{config.resolution}_{CONTROL_KIND}"
         run.needs(
             path,
             "data_scripts/make_controls.py",
-            {"kind": CONTROL_KIND, "output_dir": str(path)},
+            {"kind": CONTROL_KIND, "resolution": config.resolution, "output_dir": str(path)},
             pass_on=_DATA_OF_CONTROLS,
         )
         run.lines.append(f"control images are missing, so {CONTROL_KIND} are drawn from the images")
