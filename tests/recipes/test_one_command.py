@@ -135,7 +135,10 @@ def test_the_other_stages_start_as_simply():
     controlnet = parse_config(train_controlnet.Config, flags, complete=complete_controlnet)
     assert controlnet.base_model == diffusion(*flags).output_dir
     assert controlnet.dataset_name == "runs/pics/controls_64_soft_edges"
-    assert len(controlnet.prepare) == len(controlnet.recipes()) == 2
+    assert controlnet.prepare == controlnet.recipes()
+    controls, base = controlnet.prepare.values()
+    assert controls.startswith("data_scripts/make_controls.py --train_data_dir pics ")
+    assert base.startswith("training/train_latent_diffusion.py --train_data_dir pics ")
     joint = parse_config(train_image_caption.Config, flags, complete=complete_image_caption)
     assert joint.output_dir == "runs/pics/image_caption_64"
     draw("bare")

@@ -210,9 +210,8 @@ def complete_controlnet(config: Any, given: frozenset[str]) -> None:
     """Complete the config of train_controlnet.py for the images that it names."""
     run = Completion(config, given, settings.CONTROLNET)
     run.decide("output_dir", str(run.folder / f"controlnet_{config.resolution}_{config.fusion_mode}"))
-    if not config.base_model:
-        run.decide("base_model", str(_base_model(run)))
     run.own_settings()
+    path = None
     if not run.collection.control_images and "conditioning_image_column" not in given:
         path = run.folder / f"controls_{config.resolution}_{CONTROL_KIND}"
         run.needs(
@@ -222,8 +221,11 @@ def complete_controlnet(config: Any, given: frozenset[str]) -> None:
             pass_on=_DATA_OF_CONTROLS,
         )
         run.lines.append(f"control images are missing, so {CONTROL_KIND} are drawn from the images")
-        config.dataset_name, config.train_data_dir = str(path), None
         run.decide("conditioning_image_mode", "l")
+    if not config.base_model:  # last, since it takes longest
+        config.base_model = str(_base_model(run))
+    if path is not None:
+        config.dataset_name, config.train_data_dir = str(path), None
     run.finish()
 
 
