@@ -203,6 +203,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
     add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
+    _add_output_options(parser)
+    add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
+    options = parser.parse(argv)
+    for name in ("num_images", "num_inference_steps", "batch_size", "pairs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
+    if options.scale is not None and not 1 <= options.scale <= MAX_SCALE:
+        raise UserError(f"--scale must be from 1 to {MAX_SCALE}, but is {options.scale}")
+    prompts, labels = len(options.prompt or []), len(options.class_label or [])
+    if prompts > 1 and labels > 1 and prompts != labels:
+        raise UserError(f"--prompt has {prompts} entries and --class_label {labels}; give one of them, or equally many")
+    return options
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--output",
         default="grid.png",
@@ -215,17 +231,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "with which no image is smaller than 128 pixels)",
     )
     add("--no_titles", action="store_true", help="Write no prompt, class or control above the rows of the grid")
-    add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
-    options = parser.parse(argv)
-    for name in ("num_images", "num_inference_steps", "batch_size", "pairs"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
-    if options.scale is not None and not 1 <= options.scale <= MAX_SCALE:
-        raise UserError(f"--scale must be from 1 to {MAX_SCALE}, but is {options.scale}")
-    prompts, labels = len(options.prompt or []), len(options.class_label or [])
-    if prompts > 1 and labels > 1 and prompts != labels:
-        raise UserError(f"--prompt has {prompts} entries and --class_label {labels}; give one of them, or equally many")
-    return options
 
 
 def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
