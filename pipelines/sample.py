@@ -437,7 +437,7 @@ def _load(options: argparse.Namespace) -> Any:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
-    pipeline.set_progress_bar_config(disable=None, leave=False, unit="step")
+    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling", unit="step")
     return pipeline
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .credentials import mask_credentials
+from .quiet import quieten_libraries
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -143,9 +144,9 @@ def keep_running_without_output() -> None:
                 stream.flush()
             raw = _Lenient(stream.fileno(), "wb", closefd=False)
             buffer = io.BufferedWriter(raw)
-            lenient = io.TextIOWrapper(
-                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
-            )
+            # With PYTHONUNBUFFERED, a stream writes through instead of line by line.
+            by_line = stream.line_buffering or stream.write_through or name == "stderr"
+            lenient = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=by_line)
             setattr(sys, name, lenient)
 
 
@@ -173,8 +174,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     """
     _print_every_character()
     sys.unraisablehook = _on_unraisable
-    # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_libraries()
     try:
         _check_working_folder()
         status = main() or 0

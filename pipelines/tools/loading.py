@@ -77,7 +77,7 @@ def load_on_device(path: str | Path, device: str | None, checkpoint: str | None 
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """Context manager that hides the progress bars of loading files, but not those of sampling."""
+    """Context manager that hides the progress bars of loading files, but not those of sampling or downloading."""
     import diffusers
     import transformers
 
