@@ -58,6 +58,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
+def located(path: str | os.PathLike[str]) -> str:
+    """Return a path for messages as it was given, followed by the absolute path if it is another one."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    return f"'{path}'" if str(path) == absolute else f"'{path}' ({absolute})"
+
+
 def one_line(value: Any, limit: int | None = None) -> str:
     """Return `value` as text without line breaks, truncated to `limit` characters."""
     return " ".join(str(value).split())[:limit]

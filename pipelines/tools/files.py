@@ -117,6 +117,8 @@ def _image_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
         reason = getattr(error, "strerror", None) or one_line(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            reason += f": {os.path.abspath(error.filename)}"
         raise UserError(f"{name} cannot be read as an image ({reason}); choose another file") from error
 
 

@@ -38,7 +38,7 @@ class Progress:
         shown: whether anything is shown.
         facts: function that returns what is shown beside the bar, the most important first. What does not fit into the
             terminal is left out.
-        say: function that prints a line, where there is no terminal.
+        say: function that prints a line, without a terminal.
     """
 
     on_screen = 0

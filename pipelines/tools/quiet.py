@@ -21,7 +21,7 @@ MOST_CHARACTERS = 500
 def quieten_libraries() -> None:
     """Let libraries neither draw bars for quick work nor write across our bar.
 
-    - Their bars are drawn on a terminal only, for work of more than two seconds, while there is no bar of ours. They
+    - Their bars are drawn on a terminal only, for work of more than two seconds, and not beside a bar of ours. They
       disappear at the end.
     - Their warnings, and those of the pipelines, are one line that begins with "warning:".
     - Deprecations are hidden: they are meant for developers. `python -W` or PYTHONWARNINGS shows them.
@@ -74,9 +74,12 @@ def _calm_bars() -> None:
 
     tqdm reads its environment variables when it is imported, which torch does before any command can set them.
     """
-    import tqdm
+    try:
+        import tqdm
 
-    from .progress import Progress, is_terminal
+        from .progress import Progress, is_terminal
+    except ImportError:  # `make doctor` starts where nothing is installed
+        return
 
     begin = tqdm.tqdm.__init__
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, located
 from pipelines.tools.commands import command
 from pipelines.tools.progress import watched
 
@@ -287,8 +287,8 @@ def load_tokenizer(name_or_path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(follow_links_or_name(name_or_path))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "
-            f"or make one with {command('data_scripts/train_tokenizer.py')}"
+            f"the tokenizer {located(name_or_path)} cannot be loaded ({str(error).splitlines()[0]}); check "
+            f"--tokenizer, or make one with {command('data_scripts/train_tokenizer.py')}"
         ) from None
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")
