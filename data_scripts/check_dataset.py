@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_scripts.duplicates.groups import describe, groups_of, write_groups
 from data_scripts.duplicates.prints import Place, Print, Prints, verified_print
 from data_scripts.duplicates.search import comparisons, near_duplicates
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError, entry_point, printable
+from pipelines.tools.progress import Progress
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.data.checks import Problem, chunks, decoding, verify_reason
@@ -146,7 +146,7 @@ def check_split(
     for column, flag in companions.items():
         table = undecoded_images(table, column, flag, config)
     report = SplitReport(name, len(dataset))
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(dataset), unit="row", desc=name) as bar:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(len(dataset), "row", name) as progress:
         for rows, values in chunks(table, range(len(dataset))):
             results = {column: list(pool.map(verify_reason, values[column])) for column in companions}
             printing = _printed if config.near_duplicate_distance else _not_printed
@@ -161,7 +161,7 @@ def check_split(
                 if (one := printed[i][2]) is not None:
                     part = f"the held-out rows of {name}" if row in held_out else name
                     prints.add(Place(name, row, part), digests[i], one)
-            bar.update(len(rows))
+            progress.update(len(rows))
     return report
 
 
@@ -243,8 +243,8 @@ def _held_out_rows(config: CheckConfig, splits: DatasetDict) -> set[int]:
 
 def _near_duplicates(config: CheckConfig, splits: DatasetDict, prints: Prints) -> str:
     """Return the report on near-duplicates, and write the files that show them if `--near_duplicates_dir` asks."""
-    with tqdm(total=len(comparisons(len(prints.places))), unit="block", desc="near-duplicates", delay=2) as bar:
-        groups = groups_of(prints, near_duplicates(prints, config.near_duplicate_distance, bar.update))
+    with Progress(len(comparisons(len(prints.places))), "block", "near-duplicates") as progress:
+        groups = groups_of(prints, near_duplicates(prints, config.near_duplicate_distance, progress.update))
 
     def source(place: Place) -> Any:
         table = splits[place.split].select_columns([config.image_column])

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
-from pipelines.tools.cli import UserError, entry_point, nearest, printable
+from pipelines.tools.cli import UserError, entry_point, located, nearest, printable
 from pipelines.tools.commands import command
 from pipelines.tools.files import image_suffixes
 from training.core.options import Options
@@ -69,10 +69,10 @@ class ImportConfig(Options):
     def require_sources(self) -> None:
         """Raise UserError if the metadata file or the image folder does not exist."""
         if not Path(self.metadata).expanduser().is_file():
-            raise UserError(f"the metadata file {self.metadata} does not exist; check its path")
+            raise UserError(f"the metadata file {located(self.metadata)} does not exist; check its path")
         images = Path(self.image_dir).expanduser()
         if not images.is_dir():
-            raise UserError(f"--image_dir {self.image_dir} is not a folder; check its path")
+            raise UserError(f"--image_dir {located(self.image_dir)} is not a folder; check its path")
         if images.resolve().is_relative_to(self.target.resolve()):
             raise UserError(f"--output_dir {self.target} contains the images to import; choose another folder")
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
-from tqdm import tqdm
 
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.progress import watched
 from training.core.draws import mix
 from training.core.options import Options, option
 from training.core.parsing import parse_config
@@ -122,7 +122,7 @@ def _make(config: MakeEmojiConfig, folder: Path) -> None:
     print(f"Drawing the emoji of {path} at {config.resolution} px.")
     candidates = list(named_emoji(path, sequences=config.sequences == "all"))
     drawn = []
-    for emoji in tqdm(candidates, unit="emoji"):
+    for emoji in watched(candidates, len(candidates), "emoji", "emoji"):
         image = draw(font, emoji.text, config.resolution)
         if image is not None:
             drawn.append((emoji, image))

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from data_scripts.dataset_folder import making_cache
 from pipelines.common.latents import latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point, keep_running_without_output, printable
 from pipelines.tools.devices import get_device
 from pipelines.tools.private import without_private
+from pipelines.tools.progress import Progress
 from training.core.draws import SampleKey
 from training.core.files import read_json_object, write_json
 from training.core.options import option
@@ -168,7 +168,7 @@ class Encoder:
         mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
         return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
 
-    def make(self, work: SplitWork, numbers: Sequence[int], bar: tqdm) -> None:
+    def make(self, work: SplitWork, numbers: Sequence[int], progress: Progress) -> None:
         """Encode and write shards `numbers`."""
         batches = self._batches(work, numbers)
         for number in numbers:
@@ -177,7 +177,7 @@ class Encoder:
                 batch = next(batches)
                 for name, value in self._encode(batch).items():
                     columns.setdefault(name, []).append(value)
-                bar.update(len(batch["index"]))
+                progress.update(len(batch["index"]))
             captions = [caption for part in columns.pop("caption", []) for caption in part]
             tensors = {name: torch.cat(parts) for name, parts in columns.items()}
             tensors["row"] = tensors.pop("index")
@@ -270,9 +270,9 @@ def precompute(config: PrecomputeConfig) -> None:
         share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
         size = f"{config.resolution} px to latents of {_times(shape)}"
         encoder.tell(f"Encoding {images:,} images of {size} on {encoder.device}{share}.")
-        with tqdm(total=images, unit="img", desc="latents", disable=encoder.rank > 0) as bar:
+        with Progress(images, "image", "latents", shown=encoder.rank == 0) as progress:
             for work in works:
-                encoder.make(work, todo[work.name], bar)
+                encoder.make(work, todo[work.name], progress)
     if not _finish(config, facts, works):
         return  # other processes are still encoding; the last one to finish writes the manifest
     if not any(todo.values()) and encoder.world_size == 1:

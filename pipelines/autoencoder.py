@@ -52,7 +52,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
     def __call__(
         self,
         images: Any,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -61,8 +61,8 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         Args:
             images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to
                 reconstruct, see the class.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling the latents from the posterior,
-                or one for each image. By default, the mode of the posterior is used.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed (image k uses seed + k) or generator for
+                sampling the latents from the posterior, or one generator for each image. By default, the mode is used.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`, in [0, 1]), `"pt"` (`B 3 H W`, in
                 [0, 1]) or `"latent"` (scaled latents, `B C h w`).
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -87,14 +87,14 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         return self(images).images  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def encode(self, images: Any, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def encode(self, images: Any, generator: int | torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """Encode images to scaled latents.
 
         Args:
             images (`PIL.Image.Image`, `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The images to encode,
                 see the class.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling the latents from the posterior,
-                or one for each image. By default, the mode of the posterior is used.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed (image k uses seed + k) or generator for
+                sampling the latents from the posterior, or one generator for each image. By default, the mode is used.
 
         Returns:
             `torch.Tensor`: The scaled latents, `B C h w`, float32.

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         _check_output(output, options.overwrite)
     pipeline = load_captioner(options.model, options.device)
     # Print and write each batch as soon as it is done: an image that cannot be decoded must not lose earlier captions.
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", encoding="utf-8") if output else contextlib.nullcontext() as lines:
         for start in range(0, len(files), options.batch_size):
             paths = files[start : start + options.batch_size]

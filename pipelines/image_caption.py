@@ -27,13 +27,14 @@ from .common.checks import (
     check_steps,
     is_integer,
 )
-from .common.conditions import as_list
+from .common.conditions import as_list, is_text
 from .common.consensus import consensus
 from .common.generation import SamplersByName
 from .common.pixels import pixel_channels, to_rgb
 from .common.sampling import denoise, generator_per_image, initial_noise
 from .common.schedulers import FLOW, check_scheduler
 from .common.standalone import StandalonePipelineMixin
+from .common.words import warn_of_unknown_words
 
 logger = logging.get_logger(__name__)
 
@@ -178,7 +179,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         num_beams: int = 1,
         top_p: float | None = None,
         temperature: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         max_length: int | None = None,
         num_candidates: int = 1,
     ) -> list[str]:
@@ -190,8 +191,9 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             top_p (`float`, *optional*): Sample from the smallest set of likely tokens whose probabilities add up to
                 `top_p` (nucleus sampling, Holtzman et al. 2020). By default, captions are not sampled.
             temperature (`float`, defaults to 1.0): Temperature for sampling; values below 1 favour likely tokens.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image. A single
-                generator seeds a separate random stream for each image.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed (image k uses seed + k) or generator for
+                sampling, or one generator for each image. A single generator seeds a separate random stream for each
+                image.
             max_length (`int`, *optional*): Maximum number of tokens, `<START>` and `<END>` included.
             num_candidates (`int`, defaults to 1): If above 1, sample this number of captions for each image (by default
                 with `top_p=1`) and return their `consensus`, for images that can be described in many ways.
@@ -225,7 +227,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         self,
         prompts: str | Sequence[str],
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -234,8 +236,9 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         Args:
             prompts (`str` or `list[str]`): The caption or captions to draw.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per caption.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling from posteriors, or one for each
-                image. Without one, the first image of a caption uses the mean of its posterior.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed (image k uses seed + k) or generator for
+                sampling from posteriors, or one generator for each image. By default, the first image of a caption uses
+                the mean of its posterior.
             output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
 
@@ -267,7 +270,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
     def sample(
         self,
         num_pairs: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         num_beams: int = 1,
         top_p: float | None = None,
@@ -279,7 +282,8 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
         Args:
             num_pairs (`int`, defaults to 1): The number of pairs to generate.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each pair.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed (pair k uses seed + k) or generator for
+                sampling, or one generator for each pair.
             num_inference_steps (`int`, defaults to 50): The number of sampling steps of the prior.
             num_beams, top_p, temperature, max_length: How captions are decoded, as in `caption`.
             output_type (`str`, defaults to `"pil"`): `"pil"`, or `"np"` (`B R R 3`) or `"pt"` (`B 3 R R`) in [0, 1].
@@ -323,7 +327,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
 
     def _caption_posterior(self, texts: str | Sequence[str]) -> Any:
         texts = as_list(texts)
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not texts or not all(is_text(text) and text.strip() for text in texts):
             raise ValueError(f"captions must be non-empty texts, but are {texts!r}")
         ids = caption_ids(self.tokenizer, texts, self.model.config.max_length)
         self._warn_of_ignored_words(texts, ids)
@@ -331,7 +335,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         return self.model.encode_caption(input_ids, mask)
 
     def _warn_of_ignored_words(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
-        """Log a warning for texts that are truncated or consist of unknown words."""
+        """Log a warning for texts that are truncated or have unknown words."""
         longest = self.model.config.max_length
         # Ids of the maximum length were either truncated or fit exactly.
         cut = [text for text, own in zip(texts, ids) if len(own) == longest and not self._fits(text)]
@@ -339,10 +343,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
             logger.warning(
                 f"{len(cut)} of {len(texts)} captions have more than {longest} tokens and are truncated: {cut[0]!r}"
             )
-        unknown = self.tokenizer.unk_token_id
-        unread = [text for text, own in zip(texts, ids) if set(own[1:-1]) <= {unknown}]
-        if unread:
-            logger.warning(f"the model knows none of the words of {unread[0]!r}; use other words")
+        warn_of_unknown_words(self.tokenizer, texts)
 
     def _fits(self, text: str) -> bool:
         longest = self.model.config.max_length
@@ -354,7 +355,7 @@ class ImageCaptionPipeline(SamplersByName, StandalonePipelineMixin, DiffusionPip
         num_beams: int,
         top_p: float | None,
         temperature: float,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None,
         max_length: int | None,
     ) -> list[str]:
         processors: list[Any] = []

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .common.checks import OUTPUT_TYPES, check_embeds, check_steps, check_tensor
-from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, reads_text
+from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, is_text, reads_text
 from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
+from .common.words import warn_of_unknown_words
 
 
 def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) -> int:
@@ -83,6 +84,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     """Pipeline for generating images from prompts, class labels, both, or neither, with latent diffusion.
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.
+
+    With an integer as `generator`, image k (from 0) uses the seed `generator + k`.
 
     The first image uses a single `generator` itself, as if it were passed in a list. Every further image has a random
     stream of its own, seeded from it, so that the first images do not depend on the number of images.
@@ -165,7 +168,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         num_inference_steps: int = 25,
         guidance_scale: float = 2.5,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -185,7 +188,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             num_inference_steps (`int`, defaults to 25): The number of denoising steps.
             guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each image.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed or generator, or one for each image.
             latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (`B H W 3`), `"pt"` (`B 3 H W`) or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -266,7 +269,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """Raise a ValueError if the prompts, or the embeddings in their place, cannot be used."""
         given = {"prompt": prompt, "negative_prompt": negative_prompt}
         for name, value in given.items():
-            if value is not None and not all(isinstance(text, str) for text in as_list(value)):
+            if value is not None and not all(map(is_text, as_list(value))):
                 raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
             if self.text_encoder is None and not (value is None or (name == "negative_prompt" and is_empty(value))):
                 raise ValueError(f"this model has no text encoder, so `{name}` must be None, but is {value!r}")
@@ -323,6 +326,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         """
         if not self._takes_text:
             return None
+        if self.tokenizer is not None:
+            warn_of_unknown_words(self.tokenizer, [*as_list(prompt), *as_list(negative_prompt)])
         guided = self.do_classifier_free_guidance
         prompts = broadcast(as_list(prompt) or [""], count)
         negatives = broadcast(as_list(negative_prompt) or [""], count) if guided else []

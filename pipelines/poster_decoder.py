@@ -30,6 +30,8 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), where uncond is the prediction
     for an empty brief. Both predictions are computed in one batch.
 
+    With an integer as `generator`, poster k (from 0) uses the seed `generator + k`.
+
     The first poster uses a single `generator` itself, as if it were passed in a list. Every further poster has a random
     stream of its own, seeded from it, so that the first posters do not depend on their number.
 
@@ -76,7 +78,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
@@ -95,7 +97,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
             guidance_scale (`float`, defaults to 2.0): Scale of classifier-free guidance, which is disabled at 1 and
                 below, or if all briefs are empty.
             num_images_per_prompt (`int`, defaults to 1): The number of posters to generate per brief.
-            generator (`torch.Generator` or a list, *optional*): Generator for sampling, or one for each poster.
+            generator (`int`, `torch.Generator` or a list, *optional*): Seed or generator, or one for each poster.
             output_type (`str`, defaults to `"pil"`): `"pil"`; `"np"` (`B H W 3`) or `"pt"` (`B 3 H W`), both in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.

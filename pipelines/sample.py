@@ -5,11 +5,15 @@
     python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
     python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
     python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
+    python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a bold poster" --output images/
 
 Latent diffusion models take prompts or class labels, poster models take design briefs, and models with a ControlNet
 take control images. Several prompts (or class labels, briefs or controls) give one row each; a row begins with its
 control. Column k (from 0) uses seed + k regardless of the number of rows, columns and images per batch, so every image
-can be generated again on its own. Images smaller than 128 pixels are upscaled by an integer factor.
+can be generated again on its own. In the grid, images smaller than 128 pixels are upscaled by an integer factor.
+
+With a folder as --output, each image is saved as a PNG file of its own, named after its row, prompt and seed. PNG
+files (also of a grid) contain the prompt, the seed and the other settings as text metadata.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.common.poster_domain import COLORS, MAX_PICTURES, MAX_TEXT_BLOCKS, STYLES
-from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.common.words import warn_of_unknown_words
+from pipelines.tools.cli import Options, UserError, entry_point, printable
 from pipelines.tools.commands import command
 from pipelines.tools.control_files import controls_of, open_controls
 from pipelines.tools.devices import DEVICE_HELP
-from pipelines.tools.files import check_output
-from pipelines.tools.grids import control_to_pil, enlarged, plain_grid
-from pipelines.tools.pairs import draw_prompts, makes_pairs, sample_pairs
+from pipelines.tools.generated import Generated, check_image_output, model_name, save
+from pipelines.tools.grids import control_to_pil, image_grid
+from pipelines.tools.pairs import draw_prompts, generate_pairs, makes_pairs
 from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 NUM_IMAGES = 4
+MAX_SCALE = 64
 CAPTION_OPTIONS = ("prompt", "negative_prompt", "class_label")
 NUMBER_FIELDS = {
     "energy": "Mood, from 0 (calm) to 1 (energetic)",
@@ -74,25 +80,82 @@ STEERING = {
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
-    output = Path(options.output).expanduser()
-    _check_output(output)
+    check_image_output(options.output)
     briefs = read_briefs(options)
     control_files = open_controls(options.control_image or [])
     pipeline = _load(options)
     _check_conditions(pipeline, options)
+    if getattr(pipeline, "tokenizer", None) is not None:
+        warn_of_unknown_words(pipeline.tokenizer, [*(options.prompt or []), options.negative_prompt or ""])
     if options.pairs is not None:
-        sample_pairs(pipeline, options, output)
+        _sample_pairs(pipeline, options)
         return None
     controls = controls_of(pipeline, control_files, options.height, options.width) if control_files else []
     started = time.perf_counter()
     joint = makes_pairs(pipeline)
     rows = draw_prompts(pipeline, options.prompt, options) if joint else generate(pipeline, options, briefs, controls)
     elapsed_seconds = time.perf_counter() - started
-    shown = [[control_to_pil(one) for one in row] for row in _per_row(controls, len(rows))] or [[]] * len(rows)
-    plain_grid([[enlarged(p) for p in (*left, *right)] for left, right in zip(shown, rows, strict=True)]).save(output)
+    seeds = [[options.seed + column for column in range(len(row))] for row in rows]
+    conditions = _conditions(options, briefs, len(controls), len(rows))
+    generated = Generated(rows, seeds, conditions, _settings(pipeline, options))
+    shown = [[control_to_pil(one) for one in row] for row in _per_row(controls, len(rows))]
+    written = save(generated, options.output, scale=options.scale, controls=shown, titled=not options.no_titles)
     steps = "" if joint else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "
-    print(f"{len(rows)} x {len(rows[0])} images, {steps}{elapsed_seconds:.1f} s: {output}")
+    print(f"{len(rows)} x {len(rows[0])} images, {steps}{elapsed_seconds:.1f} s: {written}")
     return None
+
+
+def _sample_pairs(pipeline: Any, options: argparse.Namespace) -> None:
+    """Generate image–caption pairs, save them, and print the captions. Raises UserError."""
+    started = time.perf_counter()
+    images, captions = generate_pairs(pipeline, options)
+    for caption in captions:
+        print(printable(caption))
+    seeds = [[options.seed + number] for number in range(len(images))]
+    conditions = [{"caption": caption} for caption in captions]
+    generated = Generated([[image] for image in images], seeds, conditions, _settings(pipeline, options))
+    written = save(generated, options.output, scale=options.scale, sheet=image_grid(images, captions))
+    print(f"{len(images)} pairs, {time.perf_counter() - started:.1f} s: {written}")
+
+
+def _settings(pipeline: Any, options: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of all images, for their metadata."""
+    settings = {"model": model_name(options.model)}
+    if options.checkpoint:
+        settings["checkpoint"] = Path(options.checkpoint).name
+    if not makes_pairs(pipeline):
+        settings["guidance_scale"] = f"{options.guidance_scale:g}"
+        settings |= {"negative_prompt": options.negative_prompt} if options.negative_prompt else {}
+    if not makes_pairs(pipeline) or options.pairs is not None:
+        settings["num_inference_steps"] = str(options.num_inference_steps)
+        settings["scheduler"] = type(pipeline.scheduler).__name__
+    given = {name: getattr(options, name) for name in STEERING if getattr(options, name) is not None}
+    return settings | {name: ", ".join(f"{value:g}" for value in values) for name, values in given.items()}
+
+
+def _written(brief: DesignBrief) -> str:
+    """Return the fields of a brief on one line; an empty string for an empty brief."""
+    fields = {
+        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        for name, value in brief.to_dict().items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _conditions(
+    options: argparse.Namespace, briefs: Sequence[DesignBrief], controls: int, count: int
+) -> list[dict[str, str]]:
+    """Return the conditions of each of `count` rows as texts, for its title and its metadata."""
+    files = [Path(file).name for file in options.control_image or []]
+    size = len(files) // max(1, controls)
+    columns = {
+        "prompt": options.prompt,
+        "class_label": options.class_label,
+        "brief": [_written(brief) for brief in briefs],
+        "control_image": [", ".join(files[start * size : (start + 1) * size]) for start in range(controls)],
+    }
+    rows = {name: _per_row(list(values), count) for name, values in columns.items() if values}
+    return [{name: values[row] for name, values in rows.items()} for row in range(count)]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -140,16 +203,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
     add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
-    add("--output", default="grid.png", help="Image file to write (default: grid.png)")
+    _add_output_options(parser)
     add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
     options = parser.parse(argv)
     for name in ("num_images", "num_inference_steps", "batch_size", "pairs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
+    if options.scale is not None and not 1 <= options.scale <= MAX_SCALE:
+        raise UserError(f"--scale must be from 1 to {MAX_SCALE}, but is {options.scale}")
     prompts, labels = len(options.prompt or []), len(options.class_label or [])
     if prompts > 1 and labels > 1 and prompts != labels:
         raise UserError(f"--prompt has {prompts} entries and --class_label {labels}; give one of them, or equally many")
     return options
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--output",
+        default="grid.png",
+        help="Image file to write, or a folder such as images/ for a PNG file of each image (default: grid.png)",
+    )
+    add(
+        "--scale",
+        type=int,
+        help="Factor by which images are enlarged, 1 to 64 (default: 1 for single files; in a grid, 1 or the smallest "
+        "with which no image is smaller than 128 pixels)",
+    )
+    add("--no_titles", action="store_true", help="Write no prompt, class or control above the rows of the grid")
 
 
 def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
@@ -356,13 +437,8 @@ def _load(options: argparse.Namespace) -> Any:
             pipeline.set_scheduler(options.scheduler)
         except ValueError as error:
             raise UserError(f"--scheduler {options.scheduler}: {error}") from error
+    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling", unit="step")
     return pipeline
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--output must be an image file such as grid.png, but is {output}")
-    check_output(output)
 
 
 def _per_row(values: Any, count: int) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":  # it says what is missing, so it starts although Halftone is not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from pipelines.tools.cli import Options, UserError, entry_point
+from pipelines.tools.cli import Options, UserError, entry_point, located
 from training.core.files import write_json
 from training.diagnostics import accounts, machine, software
 from training.diagnostics.finding import STATES, Finding, run_checks
@@ -35,7 +35,7 @@ NARROWEST = 80
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output {options.output}: its folder does not exist; make it, or name another file")
+        raise UserError(f"--output {located(options.output)}: its folder does not exist; make it, or name another file")
     found: dict[str, list[Finding]] = {}
     for group, checks in GROUPS.items():
         print(f"{group}:", flush=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
+from pipelines.tools.progress import Progress
 from training.data.checks import decoding
 from training.data.transforms import BrokenImage, load_rgb
 
@@ -64,10 +64,10 @@ class ControlWriter:
             UserError: an image is broken (the message names its row), or all images are broken.
         """
         features, shard, written = self.features(split), 0, 0
-        with tqdm(total=len(split), unit="image", desc=name) as bar:
-            while bar.n < len(split):
+        with Progress(len(split), "image", name) as progress:
+            while progress.done < len(split):
                 path = self.folder / f"{name}-{shard:05d}.parquet"
-                written += self._write_shard(path, split, bar, features)
+                written += self._write_shard(path, split, progress, features)
                 shard += 1
         if not written:
             raise UserError(f"all images of split '{name}' are broken; run {CHECK} to list the reasons")
@@ -80,16 +80,16 @@ class ControlWriter:
         images = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
         return datasets.Features({**split.features, **{name: datasets.Image() for name in (*images, *self.columns)}})
 
-    def _write_shard(self, path: Path, split: Dataset, bar: tqdm, features: Features) -> int:
-        """Write rows from the position of `bar` on, until there are no more rows or the file is large enough."""
+    def _write_shard(self, path: Path, split: Dataset, progress: Progress, features: Features) -> int:
+        """Write rows from the position of `progress` on, until there are no more rows or the file is large enough."""
         import pyarrow.parquet
 
-        written, first = 0, int(bar.n)
+        written, first = 0, progress.done
         with pyarrow.parquet.ParquetWriter(path, features.arrow_schema, compression="zstd") as writer:
-            while bar.n == first or (
-                bar.n < len(split) and written < ROWS_PER_SHARD and path.stat().st_size < BYTES_PER_SHARD
+            while progress.done == first or (
+                progress.done < len(split) and written < ROWS_PER_SHARD and path.stat().st_size < BYTES_PER_SHARD
             ):
-                rows = range(int(bar.n), min(int(bar.n) + ROWS_AT_ONCE, len(split)))
+                rows = range(progress.done, min(progress.done + ROWS_AT_ONCE, len(split)))
                 table = self._with_controls(split, rows, features)
                 try:
                     writer.write_table(table)
@@ -99,7 +99,7 @@ class ControlWriter:
                         "a folder with enough free space"
                     ) from error
                 written += len(table)
-                bar.update(len(rows))
+                progress.update(len(rows))
         return written
 
     def _with_controls(self, split: Dataset, rows: range, features: Features) -> Any:

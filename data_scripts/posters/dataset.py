@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_scripts.posters.records import COLUMNS, PARTS, PosterOptions, Row, make_row
 from pipelines.common.poster_domain import GRAMMAR, STYLES
+from pipelines.tools.progress import watched
 
 if TYPE_CHECKING:
     import datasets
@@ -66,7 +66,7 @@ def write_dataset(folder: Path, options: PosterOptions, parts: dict[str, list[in
     shards = list(_shards(folder, parts))
     indices = [index for _, shard in shards for index in shard]
     with _rows(options, indices, num_workers) as rows:
-        progress = iter(tqdm(rows, total=total, unit="poster", desc="posters"))
+        progress = watched(rows, total, "poster", "posters")
         for path, shard in shards:
             with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
                 for start in range(0, len(shard), ROWS_PER_GROUP):

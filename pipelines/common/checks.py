@@ -17,6 +17,7 @@ from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 LARGEST_INTEGER = 65_536  # far above any size or number of images that fits into memory
+LARGEST_SEED = 2**63
 
 
 def check_output_type(output_type: str, known: Sequence[str] = OUTPUT_TYPES) -> None:
@@ -50,10 +51,14 @@ def is_number(value: Any) -> bool:
 
 
 def check_generator(generator: Any) -> None:
-    """Raise a ValueError if `generator` is not None, a generator or a list of generators."""
+    """Raise a ValueError if `generator` is not None, a seed, a generator or a list of generators."""
+    if is_integer(generator):
+        if not 0 <= generator < LARGEST_SEED:
+            raise ValueError(f"as a seed, `generator` must be from 0 to {LARGEST_SEED - 1}, but is {generator}")
+        return
     several = generator if isinstance(generator, (list, tuple)) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in several):
-        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}")
+        raise ValueError(f"`generator` must be a seed, a torch.Generator or a list of generators, but is {generator!r}")
 
 
 def check_embeds(width: int, **values: Any) -> None:

@@ -23,6 +23,11 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple, range)) else [value]
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that can be encoded, unlike one from a command line in another encoding."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def broadcast(values: list, count: int) -> list:
     """Repeat a list with a single entry `count` times; return other lists unchanged."""
     return values * count if len(values) == 1 else values

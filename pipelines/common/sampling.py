@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
 
 
 def generator_per_image(
-    generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int, streams: int = 1
+    generator: int | torch.Generator | Sequence[torch.Generator] | None, num_images: int, streams: int = 1
 ) -> list[torch.Generator] | None:
     """Return `streams` generators for each image, for its initial noise and for the noise of its sampling steps.
 
@@ -70,11 +71,15 @@ def generator_per_image(
     images. Therefore the first image uses a single generator itself, as it would use it in a list. Every further image
     has a generator of its own, seeded from the state of the single one at the time of the call.
 
+    With an integer, image k (from 0) has a generator with the seed `generator + k`.
+
     Raises:
         ValueError: there is a list of generators, but not one for each image.
     """
     if generator is None:
         return None
+    if isinstance(generator, (int, Integral)):  # NumPy integers are not `int`
+        generator = [torch.Generator().manual_seed(int(generator) + number) for number in range(num_images)]
     if isinstance(generator, torch.Generator):
         return _spread(generator, num_images * streams)
     if len(generator) != num_images:

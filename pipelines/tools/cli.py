@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from .credentials import mask_credentials
+from .quiet import quieten_libraries
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -55,6 +56,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a clause that suggests the most similar known name (`'; did you mean X?'`), or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def located(path: str | os.PathLike[str]) -> str:
+    """Return a path for messages as it was given, followed by the absolute path if it is another one."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    return f"'{path}'" if str(path) == absolute else f"'{path}' ({absolute})"
 
 
 def one_line(value: Any, limit: int | None = None) -> str:
@@ -143,9 +150,9 @@ def keep_running_without_output() -> None:
                 stream.flush()
             raw = _Lenient(stream.fileno(), "wb", closefd=False)
             buffer = io.BufferedWriter(raw)
-            lenient = io.TextIOWrapper(
-                buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering or name == "stderr"
-            )
+            # With PYTHONUNBUFFERED, a stream writes through instead of line by line.
+            by_line = stream.line_buffering or stream.write_through or name == "stderr"
+            lenient = io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=by_line)
             setattr(sys, name, lenient)
 
 
@@ -173,8 +180,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     """
     _print_every_character()
     sys.unraisablehook = _on_unraisable
-    # Diffusers imports bitsandbytes if it is installed, which then warns about kernels that are not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quieten_libraries()
     try:
         _check_working_folder()
         status = main() or 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -116,14 +117,44 @@ def _image_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
         reason = getattr(error, "strerror", None) or one_line(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            reason += f": {os.path.abspath(error.filename)}"
         raise UserError(f"{name} cannot be read as an image ({reason}); choose another file") from error
 
 
 def check_output(output: Path) -> None:
-    """Create the folder of the file `--output` and check that the file can be written. Raises UserError."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab"):
+    """Check that the file `--output` can be written, and leave no trace. Raises UserError."""
+    file = Path(os.path.realpath(output))  # what a link leads to
+    with _trying(output, "file"), _for_a_moment(file.parent):
+        exists = file.exists()
+        with file.open("ab"):
             pass
+        if not exists:
+            file.unlink()
+
+
+def check_output_folder(folder: Path) -> None:
+    """Check that files can be written into the folder `--output`, and leave no trace. Raises UserError."""
+    with _trying(folder, "folder"), _for_a_moment(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _trying(output: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None
+        raise UserError(f"--output {output} cannot be written ({error.strerror}); choose another {kind}") from None
+
+
+@contextlib.contextmanager
+def _for_a_moment(folder: Path) -> Iterator[None]:
+    """Create a folder, and delete it and those above it again if they did not exist."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # another process writes there as well
+                path.rmdir()

@@ -28,6 +28,7 @@ CELL = 192  # in a grid with text, smaller images are enlarged towards this widt
 MIN_SHOWN_SIDE = 128  # images with a shorter side below this are hard to see on a screen
 CHANNEL_COLORS = ((1, 1, 1), (0.9, 0.3, 0.2), (0.2, 0.5, 0.9), (0.95, 0.8, 0.2), (0.3, 0.7, 0.4), (0.6, 0.4, 0.8))
 MAX_CAPTION_LINES = 4
+MAX_TITLE_LINES = 2
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -102,17 +103,31 @@ def comparison_grid(
     return image_grid(images, columns=len(column_titles), column_titles=column_titles, row_titles=row_titles, cell=cell)
 
 
-def plain_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Arrange rows of images of one size on white, without text, and return one RGB image.
+def plain_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] | None = None) -> Image.Image:
+    """Arrange rows of images of one size on white, and return one RGB image. Rows may differ in length.
 
-    Rows may differ in length.
+    Args:
+        titles: Title of each row, written above it in at most `MAX_TITLE_LINES` lines; longer ones are truncated.
     """
-    return _sheet([[(_opaque(image), []) for image in row] for row in rows], max(map(len, rows)), PLAIN, [], [])
+    sheet = _sheet([[(_opaque(image), []) for image in row] for row in rows], max(map(len, rows)), PLAIN, [], [])
+    width, font_size = sheet.width - 2 * PLAIN_GAP, _font_size(sheet.width // 2)
+    lines = [_wrapped(title, width, font_size, max_lines=MAX_TITLE_LINES) for title in titles or []]
+    if not any(lines):
+        return sheet
+    bands = [len(text) * _line_height(font_size) + PLAIN_GAP for text in lines]
+    titled = Image.new("RGB", (sheet.width, sheet.height + sum(bands)), PAPER)
+    draw, row_height, y = ImageDraw.Draw(titled), (sheet.height - PLAIN_GAP) // len(rows), 0
+    for number, (text, band) in enumerate(zip(lines, bands)):
+        _write(draw, (PLAIN_GAP, y + PLAIN_GAP), text, font_size)
+        top = number * row_height
+        titled.paste(sheet.crop((0, top, sheet.width, top + row_height)), (0, y + band))
+        y += band + row_height
+    return titled
 
 
-def enlarged(image: Image.Image) -> Image.Image:
-    """Enlarge a small image by the whole factor that makes its shorter side at least `MIN_SHOWN_SIDE` pixels."""
-    return _times(image, -(-MIN_SHOWN_SIDE // min(image.size)))
+def enlarged(image: Image.Image, factor: int | None = None) -> Image.Image:
+    """Enlarge an image by a whole factor; None is the one that makes the shorter side at least `MIN_SHOWN_SIDE`."""
+    return _times(image, factor or -(-MIN_SHOWN_SIDE // min(image.size)))
 
 
 def control_to_pil(control: Tensor) -> Image.Image:
@@ -170,7 +185,8 @@ def _write(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], font_size: int, bold: bool = False
 ) -> None:
     for number, line in enumerate(lines):
-        draw.text((at[0], at[1] + number * _line_height(font_size)), line, fill=INK, font=_font(font_size, bold))
+        font = _font(font_size, bold)
+        draw.text((at[0], at[1] + number * _line_height(font_size)), _drawable(line, font), fill=INK, font=font)
 
 
 def _squarest(count: int) -> int:
@@ -211,9 +227,9 @@ def _line_height(font_size: int) -> int:
 def _title_width(titles: list[str], font_size: int) -> int:
     """Return the width in pixels of the column of row titles, limited so that long titles are wrapped."""
     font = _font(font_size, bold=True)
-    longest_word = max((font.getlength(word) for title in titles for word in title.split()), default=0.0)
-    longest = max((font.getlength(title) for title in titles), default=0.0)
-    return math.ceil(max(longest_word, min(longest, 12 * font_size)))
+    longest_word = max((_length(word, font) for title in titles for word in title.split()), default=0.0)
+    longest = max((_length(title, font) for title in titles), default=0.0)
+    return math.ceil(max(min(longest_word, 24 * font_size), min(longest, 12 * font_size)))
 
 
 @lru_cache(maxsize=32)
@@ -230,6 +246,18 @@ def _font(size: int, bold: bool = False) -> Font:
     return ImageFont.load_default(size)
 
 
+def _drawable(text: str, font: Font) -> str:
+    """Return a text with `?` for what the font cannot draw: without FreeType, Pillow's font has only Latin-1.
+
+    DejaVu Sans draws an empty box for a character that it lacks.
+    """
+    return text if isinstance(font, ImageFont.FreeTypeFont) else text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _length(text: str, font: Font) -> float:
+    return font.getlength(_drawable(text, font))
+
+
 def _wrapped(
     text: str, width: int, font_size: int, *, bold: bool = False, max_lines: int = MAX_CAPTION_LINES
 ) -> list[str]:
@@ -238,14 +266,14 @@ def _wrapped(
     lines: list[str] = []
     for word in " ".join(text.split()).split(" "):
         for piece in _pieces(word, width, font):
-            if lines and font.getlength(f"{lines[-1]} {piece}") <= width:
+            if lines and _length(f"{lines[-1]} {piece}", font) <= width:
                 lines[-1] = f"{lines[-1]} {piece}"
             elif piece:
                 lines.append(piece)
     if len(lines) <= max_lines:
         return lines
     last = lines[max_lines - 1]
-    while last and font.getlength(last + "…") > width:
+    while last and _length(last + "…", font) > width:
         last = last[:-1]
     return [*lines[: max_lines - 1], last.rstrip(" ,.;") + "…"]
 
@@ -254,7 +282,7 @@ def _pieces(word: str, width: int, font: Font) -> list[str]:
     """Split a word that is wider than `width` pixels (languages without spaces, long file names)."""
     pieces = [""]
     for character in word:
-        if pieces[-1] and font.getlength(pieces[-1] + character) > width:
+        if pieces[-1] and _length(pieces[-1] + character, font) > width:
             pieces.append("")
         pieces[-1] += character
     return pieces

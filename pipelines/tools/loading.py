@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.standalone import HASH_SUFFIX
 from .checkpoint_links import CHECKPOINTS, follow_links
-from .cli import UserError, nearest
+from .cli import UserError, located, nearest
 from .devices import get_device
 from .weights import PICKLES, pipeline_variant
 
@@ -77,7 +77,7 @@ def load_on_device(path: str | Path, device: str | None, checkpoint: str | None 
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """Context manager that hides the progress bars of loading files, but not those of sampling."""
+    """Context manager that hides the progress bars of loading files, but not those of sampling or downloading."""
     import diffusers
     import transformers
 
@@ -108,7 +108,7 @@ def find_pipeline(path: str | Path, checkpoint: str | None = None) -> Path:
     if not folder.exists():
         if checkpoint is None and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not folder.parent.exists():
             return _download(str(path))
-        raise UserError(f"found no pipeline, run or checkpoint at '{path}'; give the path of one, or a Hub id")
+        raise UserError(f"found no pipeline, run or checkpoint at {located(path)}; give the path of one, or a Hub id")
     if checkpoint is not None:
         return _checkpoint_pipeline(folder, checkpoint)
     checkpoints = (follow_links(folder / CHECKPOINTS / name) for name in ("best", "latest"))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import UserError
-from .grids import image_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,22 +17,8 @@ def makes_pairs(pipeline: Any) -> bool:
     return hasattr(pipeline, "caption")
 
 
-def sample_pairs(pipeline: Any, options: argparse.Namespace, output: Path) -> None:
-    """Generate `options.pairs` pairs, save them as one image, and print the captions. Pair k uses seed + k.
-
-    Raises:
-        UserError: If the model has no prior, or an option is invalid.
-    """
-    started = time.perf_counter()
-    images, captions = generate_pairs(pipeline, options)
-    image_grid(images, captions).save(output)
-    for caption in captions:
-        print(caption)
-    print(f"{len(images)} pairs, {time.perf_counter() - started:.1f} s: {output}")
-
-
 def generate_pairs(pipeline: Any, options: argparse.Namespace) -> tuple[list[Image], list[str]]:
-    """Generate images and their captions in batches. Raises UserError."""
+    """Generate `options.pairs` images and their captions in batches; pair k uses seed + k. Raises UserError."""
     import torch
 
     images: list[Image] = []

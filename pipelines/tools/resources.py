@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .cli import UserError, nearest
+from .cli import UserError, located, nearest
 
 DISTRIBUTION = "halftone-trainer"
 CODE = Path(__file__).resolve().parent.parent.parent
@@ -53,7 +53,7 @@ def find_file(name: str | Path, folder: str = PRESETS) -> Path:
     """
     own = Path(name).expanduser()
     if own.is_dir():
-        raise UserError(f"'{name}' is a folder; name a file in it")
+        raise UserError(f"{located(name)} is a folder; name a file in it")
     return own if own.is_file() else find_shipped(str(name), [folder])
 
 
@@ -76,6 +76,6 @@ def find_shipped(name: str, folders: Sequence[str]) -> Path:
     ]
     path = path.removeprefix(f"{folders[0]}/").removesuffix(".yaml")
     raise UserError(
-        f"found no file '{name}', and Halftone does not ship one of that name{nearest(path, known)} "
+        f"found no file {located(name)}, and Halftone does not ship one of that name{nearest(path, known)} "
         "(`halftone path` lists the shipped files)"
     )

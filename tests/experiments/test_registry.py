@@ -10,7 +10,8 @@ import yaml
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from training.core.parsing import parse_config
-from training.experiments.registry import config_class, read_config_file, stage_class, stage_names, stage_of
+from training.core.scripts import stage_names
+from training.experiments.registry import config_class, read_config_file, stage_class, stage_of
 from training.models.unet import UNetConfig
 
 EXPERIMENTS = ROOT / "configs/experiments"

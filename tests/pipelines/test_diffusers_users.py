@@ -48,6 +48,30 @@ def test_a_generator_that_is_used_again_gives_new_images():
     assert all(not np.allclose(four[i], four[j], atol=1e-3) for i in range(4) for j in range(i))
 
 
+@pytest.mark.parametrize("kind", GENERATING)
+def test_an_integer_is_the_seed_of_the_first_image_and_the_next_ones_follow(kind: str):
+    pipeline = made(kind)
+    drawn = draw(pipeline, **GENERATING[kind], generator=np.int64(3), num_images_per_prompt=3)
+    expected = draw(pipeline, **GENERATING[kind], generator=[seeded(3), seeded(4), seeded(5)], num_images_per_prompt=3)
+    assert np.array_equal(drawn, expected)
+    with pytest.raises(ValueError, match="as a seed, `generator` must be from 0 to 9223372036854775807, but is -1"):
+        draw(pipeline, **GENERATING[kind], generator=-1)
+
+
+def test_the_autoencoder_and_the_caption_model_take_seeds():
+    pixels = torch.rand(2, 3, 8, 8, generator=seeded())
+    autoencoder, captions = made("autoencoder"), made("image_caption")
+    assert torch.equal(autoencoder.encode(pixels, 5), autoencoder.encode(pixels, [seeded(5), seeded(6)]))
+    drawn = [captions.draw("a red circle", 2, g, "np").images for g in (5, [seeded(5), seeded(6)])]
+    assert np.array_equal(*drawn)
+    pairs = [captions.sample(2, g, output_type="np").images for g in (5, [seeded(5), seeded(6)])]
+    assert np.array_equal(*pairs)
+    images = torch.rand(2, 3, 32, 32, generator=seeded())
+    assert captions.caption(images, generator=5, num_candidates=2) == captions.caption(
+        images, generator=[seeded(5), seeded(6)], num_candidates=2
+    )
+
+
 @pytest.mark.parametrize("kind", ["captioned", "controlnet"])
 def test_the_first_image_is_that_of_sample_py_for_the_seed(kind: str, tmp_path: Path):
     made(kind).save_pretrained(tmp_path / "model")

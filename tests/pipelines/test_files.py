@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipelines.tools.cli import UserError
-from pipelines.tools.files import check_image_header, check_output, read_image
+from pipelines.tools.files import check_image_header, check_output, check_output_folder, read_image
 
 
 def noise_image() -> Image.Image:
@@ -69,9 +69,15 @@ def test_an_image_does_not_need_its_file_and_keeps_its_orientation(tmp_path, suf
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "new").mkdir()
     check_output(tmp_path / "new" / "folder" / "grid.png")
-    assert (tmp_path / "new" / "folder").is_dir()
-    (tmp_path / "file").touch()
+    check_output_folder(tmp_path / "new" / "folder" / "images")
+    assert not any((tmp_path / "new").iterdir()), "a check leaves no trace"
+    (tmp_path / "file").write_text("kept")
+    check_output(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(UserError, match=r"--output .*file cannot be written \(.+\); choose another folder"):
+        check_output_folder(tmp_path / "file")
     for path in (tmp_path / "file" / "grid.png", tmp_path / "new"):
         with pytest.raises(UserError, match=r"--output .* cannot be written \(.+\); choose another file"):
             check_output(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from pipelines.tools.grids import (
     CELL,
@@ -14,6 +14,8 @@ from pipelines.tools.grids import (
     MARGIN,
     PAPER,
     PLAIN_GAP,
+    _drawable,
+    _length,
     comparison_grid,
     control_to_pil,
     enlarged,
@@ -128,6 +130,29 @@ def test_the_grid_is_white_between_images():
     assert sheet.size == (2 * (3 + PLAIN_GAP) + PLAIN_GAP, 2 + 2 * PLAIN_GAP)
     assert sheet.getpixel((0, 0)) == (255, 255, 255)
     assert sheet.getpixel((PLAIN_GAP, PLAIN_GAP)) == (255, 0, 0)
+
+
+def test_titles_are_above_their_rows_and_truncated_to_the_width():
+    rows = [[square(RED, 128), square(GREEN, 128)], [square(BLUE, 128)], [square(RED, 128)]]
+    plain = plain_grid(rows)
+    titles = ["a word " * 60, "", "\u4e2d\u6587 \u0645\u0631\u062d\u0628\u0627 " + "x" * 300]
+    titled = plain_grid(rows, titles)
+    assert titled.width == plain.width
+    pixels = np.asarray(titled)
+    is_image = [(pixels[:, PLAIN_GAP + 64] == color).all(1) for color in (RED, BLUE)]
+    assert is_image[0].sum() == 2 * 128
+    assert is_image[1].sum() == 128
+    bands = titled.height - plain.height
+    assert 60 < bands < 120, "two lines for each of the long titles, none for the empty one"
+    right = titled.crop((titled.width - PLAIN_GAP, 0, titled.width, titled.height))
+    assert not has_ink(right)
+    assert plain_grid(rows, ["", "", ""]).tobytes() == plain.tobytes()
+
+
+def test_a_font_without_a_script_draws_question_marks():
+    font = ImageFont.load_default_imagefont()
+    assert _drawable("caf\u00e9 \u4e2d\u2026", font) == "caf\u00e9 ??"
+    assert _length("caf\u00e9 \u4e2d\u2026", font) > 0
 
 
 @pytest.mark.parametrize(("size", "shown"), [((64, 64), 128), ((100, 140), 200), ((128, 60), 384), ((130, 200), 130)])

@@ -52,7 +52,7 @@ def cells(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def test_prompts_are_rows_and_seeds_columns(model, tmp_path, capsys):
-    common = ["--model", str(model), "--num_inference_steps", "3", "--device", "cpu"]
+    common = ["--model", str(model), "--num_inference_steps", "3", "--device", "cpu", "--no_titles"]
     grid = tmp_path / "new" / "grid.png"
     main([*common, "--prompt", "a red poster", "blue", "--num_images", "3", "--seed", "4", "--output", str(grid)])
     assert str(grid) in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_prompts_are_rows_and_seeds_columns(model, tmp_path, capsys):
 def test_labels_sampler_size_and_precision(model, tmp_path):
     output = tmp_path / "grid.png"
     arguments = ["--class_label", "kind 1", "0", "--scheduler", "dpm", "--num_images", "2", "--dtype", "bfloat16"]
-    size = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--device", "cpu"]
+    size = ["--height", "16", "--width", "16", "--num_inference_steps", "2", "--device", "cpu", "--no_titles"]
     main(["--model", str(model), *arguments, *size, "--output", str(output)])
     assert Image.open(output).size == (2 * (SHOWN + GAP) + GAP, 2 * (SHOWN + GAP) + GAP)
 
@@ -97,7 +97,7 @@ def decoder(tmp_path_factory) -> Path:
 
 
 def paint(decoder: Path, output: Path, *arguments: str) -> np.ndarray:
-    size = ["--height", str(SIDE), "--width", str(SIDE), "--num_inference_steps", "3", "--device", "cpu"]
+    size = ["--height", str(SIDE), "--width", str(SIDE), "--num_inference_steps", "3", "--device", "cpu", "--no_titles"]
     main(["--model", str(decoder), *size, "--output", str(output), *arguments])
     side = SHOWN + GAP
     shape = Image.open(output).size
@@ -193,7 +193,8 @@ def save_masks(folder: Path, names: str, side: int = SIDE) -> list[str]:
 
 def steer(model: Path, output: Path, *arguments: str) -> np.ndarray:
     """Return the images of the grid, rows columns SIDE SIDE 3; the first column shows the controls."""
-    main(["--model", str(model), "--num_inference_steps", "3", "--device", "cpu", "--output", str(output), *arguments])
+    fixed = ["--num_inference_steps", "3", "--device", "cpu", "--no_titles", "--output", str(output)]
+    main(["--model", str(model), *fixed, *arguments])
     width, height = Image.open(output).size
     return cells(output, height // (SHOWN + GAP), width // (SHOWN + GAP)).astype(int)
 
@@ -420,6 +421,7 @@ def test_a_hub_id_is_downloaded(hub: HubServer, model, tmp_path, monkeypatch):  
     # Use a new process: the client keeps the endpoint that was set when it was imported.
     environment = {**os.environ, **hub.env(home=tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, SCRIPT, "--model", "ada/posters", "--prompt", "blue", "--num_inference_steps", "2"]
+    command += ["--no_titles"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     cells(tmp_path / "grid.png", 1, 4)

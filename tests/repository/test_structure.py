@@ -119,7 +119,10 @@ def imported(path: Path) -> set[str]:
 
 
 def test_pipelines_import_few_libraries():
-    needed = {"torch", "diffusers", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "yaml", "psutil"}
+    needed = {"torch", "diffusers", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "yaml"} | {
+        "psutil",
+        "tqdm",
+    }
     optional = {"pillow_heif"}
     allowed = needed | optional | sys.stdlib_module_names
     for path in (ROOT / "pipelines").rglob("*.py"):

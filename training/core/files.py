@@ -17,34 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-WRITING = ".writing-"
+from pipelines.tools.replacing import WRITING, fsync_file, fsync_folder, replacing, rust_errors_as_os_errors
+
 REPLACED = ".replaced-"
 # Names of temporary files, `.writing-PID-name` and, in earlier versions, `.name.tmpPID`.
 _TEMPORARY_FILE = re.compile(rf"{re.escape(WRITING)}\d+-.+|\..+\.tmp\d+")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, and rename it to `path` if the block ends without an error.
-
-    The file and its folder are flushed to the disk. After an error, the old file is unchanged and the temporary file is
-    deleted. The folder must exist.
-
-    Raises:
-        OSError: the file cannot be written; also where a library in Rust reports this by an error of its own.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
-    try:
-        with _rust_errors_as_os_errors():
-            yield temporary
-        fsync_file(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder may have been deleted, or the disk may have failed
-            temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 @contextmanager
@@ -63,7 +40,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     recover_folder(path)
     temporary.mkdir(parents=True)
     try:
-        with _rust_errors_as_os_errors():
+        with rust_errors_as_os_errors():
             yield temporary
         flush_tree(temporary)
         if path.exists():
@@ -128,39 +105,3 @@ def flush_tree(folder: Path) -> None:
         for name in files:
             fsync_file(Path(parent, name))
         fsync_folder(Path(parent))
-
-
-def fsync_file(path: Path) -> None:
-    """Flush the contents of a file to the disk."""
-    # Windows flushes only files that are open for writing; elsewhere a file may be flushed that cannot be written.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Flush the folder's entries (the names of its files) to the disk."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open folders, but journals renames
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems do not flush folders
-        pass
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _rust_errors_as_os_errors() -> Iterator[None]:
-    """Raise an OSError for an error of a library in Rust (safetensors, tokenizers) that contains a system error."""
-    try:
-        yield
-    except Exception as error:  # SafetensorError, and plain Exception from tokenizers
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -70,7 +71,8 @@ def parse_config(
             namespace = parser.parse_args(words)
             values = parser.instantiate(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_explain(str(error), known_names(config_class))) from None
+        known = known_names(config_class)
+        raise UserError(_of_another_script(words, known) or _explain(str(error), known)) from None
     except RecursionError:
         raise UserError("the settings are nested too deeply; is there a YAML alias that contains itself?") from None
     for name in _replaced(words, config_class):
@@ -260,6 +262,17 @@ def _replaced(words: Sequence[str], config_class: type[Options]) -> set[str]:
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     fields = [field for field in dataclasses.fields(config_class) if field.name in given]
     return {name for field in fields for name in field.metadata.get("replaces", ())} - given
+
+
+def _of_another_script(words: Sequence[str], known: list[str]) -> str | None:
+    """Return the message for a `--config` file that belongs to another script; None if there is none."""
+    from training.core.scripts import file_of_another_script
+
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    files = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--config"]
+    with suppress(UserError):  # a file that cannot be read: the parser has said why
+        return next(filter(None, (file_of_another_script(file, known) for file in files if file)), None)
+    return None
 
 
 def _explain_bare(words: str, known: Sequence[str]) -> str:

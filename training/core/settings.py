@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.tools.cli import UserError, one_line
+from pipelines.tools.cli import UserError, located, one_line
 from pipelines.tools.files import read_text
 
 _MOST_VALUES = 100_000
@@ -23,7 +23,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(read_text(path), _Loader)
     except OSError as error:
-        raise UserError(f"the config file {path} cannot be read ({error.strerror}); check its path") from None
+        raise UserError(f"the config file {located(path)} cannot be read ({error.strerror}); check its path") from None
     except yaml.YAMLError as error:
         raise _unusable(path, _reason(error)) from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a date that does not exist

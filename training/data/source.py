@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
@@ -192,7 +192,7 @@ def _open_source(
     local = path.exists()
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
     if not local and (imagefolder or _looks_local(name)):
-        raise UserError(f"dataset '{name}' does not exist; check the path given by {flag}")
+        raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
     try:
         state = files_state(path) if local else None

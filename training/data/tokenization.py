@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, located
 from pipelines.tools.commands import command
+from pipelines.tools.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -98,7 +99,7 @@ def train_tokenizer(
     steps = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
     tokenizer.normalizer = normalizers.Sequence(steps)
     texts = captions if model == "word_level" else map(_without_long_words, captions)
-    tokenizer.train_from_iterator(texts, trainer, length=length)
+    tokenizer.train_from_iterator(watched(texts, length, "caption", "captions"), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}",
         pair=f"{START} $A {END} $B {END}",
@@ -245,7 +246,7 @@ def _word_level(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:
     # Joins words with spaces and removes the spaces before commas and full stops; no word begins with the prefix.
     tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=True)
     return tokenizer, trainers.WordLevelTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS)
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
 
 
@@ -260,6 +261,7 @@ def _bpe(vocab_size: int, min_frequency: int) -> tuple[Any, Any]:
         min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
 
 
@@ -285,8 +287,8 @@ def load_tokenizer(name_or_path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(follow_links_or_name(name_or_path))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the tokenizer '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); check --tokenizer, "
-            f"or make one with {command('data_scripts/train_tokenizer.py')}"
+            f"the tokenizer {located(name_or_path)} cannot be loaded ({str(error).splitlines()[0]}); check "
+            f"--tokenizer, or make one with {command('data_scripts/train_tokenizer.py')}"
         ) from None
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer '{name_or_path}' has no padding token; set one and save it again")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, located
 from pipelines.tools.files import image_suffixes, read_image
 from training.core.exchange import Exchange
 from training.core.options import Options, option
@@ -58,7 +58,9 @@ def images_in(folder: str, at_most: int) -> list[Image.Image]:
     path = Path(folder).expanduser()
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_suffixes()) if path.is_dir() else []
     if len(files) < 4:
-        raise UserError(f"--images {folder}: {len(files)} images were found there; give a folder with at least 4")
+        raise UserError(
+            f"--images {located(folder)}: {len(files)} images were found there; give a folder with at least 4"
+        )
     return [read_image(file).convert("RGB") for file in files[:at_most]]
 
 

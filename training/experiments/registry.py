@@ -1,43 +1,22 @@
-"""Finds the training scripts, and the stage that a config file belongs to."""
+"""Finds the stage that a config file belongs to."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names, without_hub_token
+from training.core.scripts import FOLDER, PREFIX, dotted, script_module, unknown_keys
 from training.core.settings import read_settings
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig
 
-FOLDER = Path(__file__).resolve().parent.parent
-PREFIX = "train_"
-
-
-def stage_names() -> list[str]:
-    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on."""
-    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
-
 
 def script_path(stage: str) -> Path:
     return FOLDER / f"{PREFIX}{stage}.py"
-
-
-def script_module(stage: str) -> ModuleType:
-    """Import the training script of a stage.
-
-    Raises:
-        UserError: if the stage does not exist.
-    """
-    name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
-    if name not in known:
-        raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
-    return importlib.import_module(f"training.{PREFIX}{name}")
 
 
 def config_class(stage: str) -> type[RunConfig]:
@@ -71,11 +50,7 @@ def stage_of(path: str | Path) -> str:
     Raises:
         UserError: if no script knows all keys, or if several do and the path names none of them.
     """
-    keys = _dotted(read_config_file(path))
-    unknown = {}
-    for stage in stage_names():
-        known = known_names(config_class(stage))
-        unknown[stage] = [key for key in keys if key not in known]
+    unknown = unknown_keys(dotted(read_config_file(path)))
     fitting = [stage for stage, missing in unknown.items() if not missing]
     if len(fitting) == 1:
         return fitting[0]
@@ -99,13 +74,3 @@ def _by_place(path: Path, stages: Sequence[str]) -> str | None:
     by_name = [stage for stage in stages if path.name.startswith(stage)]
     folders = [folder.name for folder in path.resolve().parents if folder.name in stages]
     return next(iter(by_name + folders), None)
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in values.items():
-        if isinstance(value, Mapping) and name != "prepare":  # the keys of `prepare` are paths
-            keys += _dotted(value, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,8 @@ class ImageGenerator:
             pipeline.set_scheduler(config.scheduler)
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
+        # The prompts are captions of the data; the tokenizer of a run reports their unknown words.
+        logging.getLogger("pipelines.common.words").setLevel(logging.ERROR)
         self._parameters = inspect.signature(pipeline.__call__).parameters
 
     def __call__(

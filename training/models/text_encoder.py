@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
-from pipelines.tools.cli import UserError
+from pipelines.tools.cli import UserError, located
 from training.core.checks import check_multiple
 from training.core.options import Options, option
 from training.data.tokenization import CaptionTokens, load_tokenizer
@@ -106,7 +106,7 @@ def load_text_encoder(name_or_path: str) -> Any:
         return model_class.from_pretrained(name_or_path, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the text encoder '{name_or_path}' cannot be loaded ({str(error).splitlines()[0]}); "
+            f"the text encoder {located(name_or_path)} cannot be loaded ({str(error).splitlines()[0]}); "
             "check --pretrained_text_encoder"
         ) from None
 

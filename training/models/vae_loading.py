@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
-from pipelines.tools.cli import UserError, cause
+from pipelines.tools.cli import UserError, cause, located
 from pipelines.tools.weights import weights_variant
 
 # Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
@@ -56,11 +56,11 @@ def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:
             if (path / (subfolder or "") / "config.json").is_file():
                 return AutoencoderKL.load_config(str(path / (subfolder or ""))), subfolder
         raise UserError(
-            f"found no VAE in '{name_or_path}' (no config.json, no vae/, no pipeline/vae/); --vae takes the folder "
-            "of a VAE, of a pipeline, or of a finished autoencoder run"
+            f"found no VAE in {located(name_or_path)} (no config.json, no vae/, no pipeline/vae/); --vae takes the "
+            "folder of a VAE, of a pipeline, or of a finished autoencoder run"
         )
     if path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) != 2 or path.parent.is_dir():
-        raise UserError(f"the VAE '{name_or_path}' does not exist; check --vae")
+        raise UserError(f"the VAE {located(name_or_path)} does not exist; check --vae")
     reason = ""
     for subfolder in _SUBFOLDERS[:2]:
         try:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import this_command
 from pipelines.tools.private import without_private
+from pipelines.tools.progress import Progress
+from pipelines.tools.quiet import route_library_logs
 from training.core.files import write_atomically
 from training.core.informing import Informing
 from training.core.memory import memory_mib, peak_memory_mib
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halftone")
 
-# Without a terminal, the progress bar is not shown; a log line after this time shows that the run is alive.
-SECONDS_BETWEEN_LINES = 60.0
 METRICS_IN_BAR = 5
 # Drawing the curves takes half a second or more, which would slow down a run with short epochs.
 SECONDS_BETWEEN_CURVES = 20.0
@@ -84,24 +82,26 @@ class Reporter:
         )
         if is_main:
             state.tracker_id = self.trackers.run_id
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
+        self._losses: dict[str, float] = {}
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
-        self._last_line = time.perf_counter()
-        self._curves_due = self._last_line + SECONDS_BETWEEN_CURVES
+        self._curves_due = self._clock + SECONDS_BETWEEN_CURVES
 
-    def progress(self) -> tqdm:
-        """Return the progress bar, which is a context manager."""
-        self._bar = tqdm(
-            total=self.state.goal_steps,
-            initial=self.state.step,
-            unit="step",
-            disable=None if self.is_main else True,
-            dynamic_ncols=True,
-            desc=f"epoch {self.state.step // self.steps_per_epoch + 1}",
+    def progress(self) -> Progress:
+        """Return the progress bar, which is a context manager. Without a terminal, it prints lines to the log."""
+        route_library_logs()
+        self._progress = Progress(
+            self.state.goal_steps,
+            "step",
+            "step",
+            done=self.state.step,
+            shown=self.is_main,
+            facts=self._facts,
+            say=lambda line: logger.info("%s", line),
         )
         self.restart_clock()
-        return self._bar
+        return self._progress
 
     def restart_clock(self) -> None:
         """Restart the clock, so that validation, previews and saving do not count towards images per second."""
@@ -115,17 +115,19 @@ class Reporter:
         self.state.elapsed_seconds += now - self._clock
         self._note_speed(now - self._clock)
         self._clock = now
-        speed = self._row_images / max(self._row_seconds, 1e-9)
-        loss = f"loss {values['loss']:.4f}, " if "loss" in values else ""
-        if self._bar is not None and not self._bar.disable:
-            self._bar.set_description(f"epoch {(self.state.step - 1) // self.steps_per_epoch + 1}", refresh=False)
-            metrics = "".join(f", {name.removeprefix('val_')} {value:.3g}" for name, value in self._bar_metrics())
-            self._bar.set_postfix_str(f"{loss}{speed:.0f} images/s{metrics}", refresh=False)
-            self._bar.update()
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            step, goal = f"{self.state.step:,}", f"{self.state.goal_steps:,}"
-            logger.info("step %s of %s: %s%.0f images/s", step, goal, loss, speed)
+        self._losses = {"loss": values["loss"]} if "loss" in values else {}
+        if self._progress is not None:
+            self._progress.update()
+
+    def _facts(self) -> list[str]:
+        """Return what the progress bar shows beside the time left, the most important first."""
+        state, speed = self.state, self._row_images / max(self._row_seconds, 1e-9)
+        epoch = max(state.step - 1, 0) // self.steps_per_epoch + 1
+        last_epoch = -(-state.goal_steps // self.steps_per_epoch)
+        measured = {**self._losses, **dict(self._bar_metrics())}
+        losses = [f"{name} {measured.pop(name):.4f}" for name in ("loss", "val_loss") if name in measured]
+        others = [f"{name} {value:.3g}" for name, value in measured.items()]
+        return [*losses, *([f"{speed:.0f} images/s"] if speed else []), f"epoch {epoch}/{last_epoch}", *others]
 
     def _note_speed(self, seconds: float) -> None:
         """Warn once in a session, when its speed is known, if the run will take days."""
@@ -243,7 +245,8 @@ class Reporter:
             parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
         parts += [f"{name} {value:.4g}" for name, value in validated.items() if group_of(name) != NOISE_LEVELS]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
-        self._last_line = time.perf_counter()
+        if self._progress is not None:
+            self._progress.postpone()
 
 
 def _open_metrics(path: Path, last_row: int) -> MetricsLog:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.tools.files import open_image_file
 from pipelines.tools.grids import image_grid
+from pipelines.tools.progress import clock
 from training.run.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def session_report(
     epoch, last_epoch = (f"{round(step / steps_per_epoch, 1):g}" for step in (state.step, state.goal_steps))
     sessions = "1 session" if state.sessions == 1 else f"{state.sessions} sessions"
     progress = f"Step {state.step:,} of {state.goal_steps:,} (epoch {epoch} of {last_epoch})"
-    lines = [f"{progress} after {sessions} and {_clock(state.elapsed_seconds)} of training"]
+    lines = [f"{progress} after {sessions} and {clock(state.elapsed_seconds)} of training"]
     table = epoch_table(metrics_file, most_epochs)
     purpose = "To train for more epochs" if complete else "To resume"
     return "\n".join([*lines, *(["", *table] if table else []), "", f"{purpose}: {next_command(command, complete)}"])
@@ -92,7 +93,7 @@ def epoch_table(metrics_file: Path, most_epochs: int | None = None) -> list[str]
             f"{float(row['epoch']):g}",
             _number(row["epoch_loss_mean"]),
             *(_number(row[name]) for name in metrics),
-            _clock(float(row["elapsed_seconds"]) - earlier),
+            clock(float(row["elapsed_seconds"]) - earlier),
         ]
         for row, earlier in zip(rows, before)
     ]
@@ -142,10 +143,3 @@ def _narrow(grid: Image) -> Image:
 
 def _number(text: str) -> str:
     return f"{float(text):.4g}" if text else ""
-
-
-def _clock(seconds: float) -> str:
-    """Format seconds as a clock does: 75 → '1:15', 3700 → '1:01:40'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

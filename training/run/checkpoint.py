@@ -215,7 +215,7 @@ def find_checkpoint(checkpoints: Path, name: str) -> Path | None:
     if folder is None or not folder.is_dir():
         existing = ", ".join(f.name for f in steps_in(checkpoints)) or "none"
         raise UserError(
-            f"--resume_from_checkpoint {name}: {folder or checkpoints / name} does not exist; "
+            f"--resume_from_checkpoint {name}: {os.path.abspath(folder or checkpoints / name)} does not exist; "
             f"choose another checkpoint (in this run: {existing})"
         )
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipelines.tools.cli import output_errors, printable
 from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.private import without_private
+from pipelines.tools.quiet import say
 from training.core.informing import Informing
 
 logger = logging.getLogger("halftone")
@@ -68,11 +69,8 @@ class _TerminalHandler(logging.Handler):
         self._lost: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(printable(mask_credentials(prefix + record.getMessage())))
-        sys.stdout.flush()  # so that messages reach a file or a pipe at once
+        say(printable(mask_credentials(prefix + record.getMessage())), sys.stdout)
         for name, error in output_errors().items():
             if name not in self._lost:
                 self._lost.add(name)

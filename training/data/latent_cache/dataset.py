@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.tools.cli import UserError, nearest
+from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.private import expand_home
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
@@ -47,7 +47,8 @@ class LatentCache:
         manifest = read_manifest(self.path)
         if manifest is None:
             state = cache_problem(self.path) if self.path.is_dir() and any(self.path.iterdir()) else "does not exist"
-            raise UserError(f"the latent cache '{path}' {state or 'is damaged'}; make or complete it with {MAKER}")
+            state = state or "is damaged"
+            raise UserError(f"the latent cache {located(path)} {state}; make or complete it with {MAKER}")
         self.manifest = manifest
         if self.manifest["format_version"] != FORMAT_VERSION:
             raise UserError(
