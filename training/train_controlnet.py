@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.commands import command_with
 from pipelines.tools.grids import control_to_pil
 from training.core.draws import Draws
 from training.core.options import option
@@ -233,6 +234,9 @@ class ControlNetStage(GeneratingStage):
             output_type=output_type,
             **conditions,
         )
+
+    def usage(self, model: str) -> str:
+        return command_with("pipelines/sample.py", {"model": model, "control_image": "FILE", "output": "grid.png"})
 
     def pipeline(self):
         return self.base.controlled(self.controlnet)

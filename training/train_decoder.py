@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.tools.cli import entry_point
+from pipelines.tools.commands import command_with
 from training.core.draws import Draws
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -110,6 +111,9 @@ class PosterDecoderStage(GeneratingStage):
         images = self.sample(self.pipeline(), briefs, seeds=[self.config.seed + row for row in rows])
         references = [to_pil(image) for image in self.shown_batch(rows)["pixel_values"]]
         return Previews(images, [brief.describe() for brief in briefs], references)
+
+    def usage(self, model: str) -> str:
+        return command_with("pipelines/sample.py", {"model": model, "brief": "random", "output": "grid.png"})
 
     def pipeline(self):
         from pipelines.common.schedulers import sampling_scheduler
