@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import math
 import re
-import subprocess
 
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.tools.cli import UserError
-from tests.support.runs import ROOT, TOY, command, environment, rows, tensors, toy
+from tests.support.runs import rows, tensors, toy
 from tests.support.toy import ToyConfig, ToyStage
 from tests.support.toy_runs import (
     COMMON,
@@ -169,8 +168,9 @@ def test_8_bit_adamw_trains_and_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_compile_gives_the_same_losses_and_the_same_names(tmp_path):
-    run(tmp_path / "plain", "--dropout", "0")  # compiled code draws other random numbers for dropout
-    run(tmp_path / "compiled", "--dropout", "0", "--compile", "true")
+    flags = ("--dropout", "0", "--learning_rate", "3e-6")  # compiled code draws other random numbers for dropout
+    run(tmp_path / "plain", *flags)
+    run(tmp_path / "compiled", *flags, "--compile", "true")
     assert tensors(tmp_path / "plain").keys() == tensors(tmp_path / "compiled").keys()
     assert not any("_orig_mod" in name for name in tensors(tmp_path / "compiled"))
     assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "plain", "loss"), rel=5e-3)
@@ -338,15 +338,3 @@ def test_a_long_epoch_prints_lines_without_a_terminal(tmp_path, capsys, monkeypa
     run(tmp_path / "run")
     line = r"^step 3 of 6 \(50%\), \d+:\d\d left, loss \d\.\d+, \d+ images/s, epoch 1/1, at \d\d:\d\d:\d\d$"
     assert re.search(line, capsys.readouterr().out, flags=re.MULTILINE)
-
-
-@pytest.mark.slow
-def test_wandb_is_the_default_and_needs_neither_key_nor_network(tmp_path):
-    env = {k: v for k, v in environment(HOME=str(tmp_path)).items() if not k.startswith(("WANDB", "NETRC"))}
-    flags = ("--output_dir", str(tmp_path / "run"), *COMMON[:-4], "--cpu_threads", "1")
-    done = subprocess.run(command(TOY, *flags), capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    output = (done.stdout + done.stderr).replace(str(tmp_path), "")
-    lines = [line for line in output.splitlines() if "wandb" in line.lower()]
-    assert len(lines) == 1, lines
-    assert "wandb sync" in lines[0]

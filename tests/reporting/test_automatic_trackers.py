@@ -78,6 +78,7 @@ def test_a_run_without_a_login_is_recorded_in_its_folder_only_and_says_so(tmp_pa
     assert "report_to: none" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_mode_is_recorded(tmp_path):
     output = toy(tmp_path, tmp_path / "run", WANDB_MODE="offline")
     assert "--report_to auto: wandb records the run" in output
@@ -85,6 +86,7 @@ def test_a_run_with_a_mode_is_recorded(tmp_path):
     assert "report_to: wandb" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_wandb_by_name_still_records_offline_without_a_login(tmp_path):
     output = toy(tmp_path, tmp_path / "run", "--report_to", "wandb")
     assert "recording offline" in output

@@ -157,16 +157,16 @@ def test_a_run_that_copies_has_no_best_checkpoint(tmp_path, diffusion_flags):
 def test_which_metric_decides(flags, expected):
     config = train_latent_diffusion.parse_config(AutoencoderConfig, [*flags, "--dataset_name", "x"])
     stage = object.__new__(AutoencoderStage)
-    assert best_metric(stage, config, Cadence(config, 4)) == expected
+    assert best_metric(stage, config, Cadence(config, 4, 8)) == expected
 
 
 def test_metrics_of_generated_images_need_measurements():
     config = train_latent_diffusion.parse_config(AutoencoderConfig, ["--best_metric", "kid", "--dataset_name", "x"])
     with pytest.raises(UserError, match="this stage generates no images; use auto"):
-        best_metric(object.__new__(AutoencoderStage), config, Cadence(config, 4))
+        best_metric(object.__new__(AutoencoderStage), config, Cadence(config, 4, 8))
     stage = object.__new__(train_latent_diffusion.LatentDiffusionStage)
     with pytest.raises(UserError, match="add --evaluation_epochs 1"):
-        best_metric(stage, config, Cadence(config, 4))
+        best_metric(stage, config, Cadence(config, 4, 8))
 
 
 def test_a_stage_without_generated_images_refuses_to_measure_some():
