@@ -100,7 +100,10 @@ class Config(ObjectiveConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
                 "--conditioning_classes to 0"
             )
         if not self.base_model:
-            raise UserError("--base_model is not set; give a run of train_latent_diffusion.py or train_decoder.py")
+            raise UserError(
+                "--base_model is not set; give a run of train_latent_diffusion.py or train_decoder.py; or give "
+                "--train_data_dir without --config, and one is trained"
+            )
 
 
 class ControlNetPhase(Phase):

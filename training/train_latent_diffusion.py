@@ -85,7 +85,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
         if not self.vae:
             raise UserError(
                 "--vae is not set; give a Hub id such as stabilityai/sdxl-vae, a folder, or a run of "
-                "train_autoencoder.py"
+                "train_autoencoder.py; or give --train_data_dir without --config, and an autoencoder is trained"
             )
         if self.with_captions and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(

@@ -333,6 +333,13 @@ def test_the_run_folder_is_complete(tmp_path, capsys):
     assert "epoch 2, step 12: loss mean" in output.out
 
 
+def test_many_short_epochs_do_not_fill_the_terminal(tmp_path, capsys):
+    assert run(tmp_path / "run", "--num_train_epochs", "40", "--preview_epochs", "0") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) <= 21  # the first epoch, and those with a validation
+    assert sum("val_loss" in line for line in lines) == 20
+
+
 def test_a_long_epoch_prints_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipelines.tools.progress.SECONDS_BETWEEN_LINES", 0.0)
     run(tmp_path / "run")

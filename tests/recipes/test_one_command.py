@@ -102,6 +102,13 @@ def test_what_is_given_is_kept_and_passed_on():
     assert any("--max_train_steps 50 limits every training" in line for line in config.announcements)
 
 
+def test_a_time_limit_is_divided_between_the_trainings():
+    config = diffusion("--train_data_dir", draw("pics"), "--max_train_minutes", "30")
+    assert config.max_train_minutes == 20
+    assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10.0")
+    assert "--max_train_minutes 30: 10 are for the autoencoder, and 20 for this training" in config.announcements
+
+
 def test_a_vae_of_ones_own_skips_the_autoencoder(tmp_path):
     from tests.support.tiny_models import tiny_vae
 

@@ -37,7 +37,15 @@ _FREE = ("max_train_steps",)
 CONTROL_KIND = "soft_edges"
 
 
+# The part of --max_train_minutes that the autoencoder gets, as in the quickstart.
+AUTOENCODER_SHARE = 1 / 3
+
 Complete = Callable[[Any, frozenset[str]], None]
+
+
+def _is_first() -> bool:
+    """Return whether this is the main process of the run."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -55,8 +63,7 @@ class Completion:
     def __post_init__(self) -> None:
         config = self.config
         self.collection: Collection = look_at(config, config.seed)
-        first = os.environ.get("RANK", "0") == "0"
-        self.folder: Path = collection_folder(config.source, write=first and config.trains)
+        self.folder: Path = collection_folder(config.source, write=_is_first() and config.trains)
         self.prepare: dict[str, str] = {}
         self.lines: list[str] = self.collection.lines()
         self.trainings: list[estimate.Training] = []
@@ -149,7 +156,7 @@ class Completion:
             f"settings that were not given fit this collection and the device {get_device().type}; every one of them "
             "can be given as a flag (--help, --print_config)"
         )
-        if self.config.dry_run:
+        if self.config.dry_run and _is_first():
             self.lines += estimate.lines(self.trainings)
         if STARTED_BY not in os.environ:  # the command that started this one has said it
             self.config.announcements = tuple(self.lines)
@@ -267,7 +274,7 @@ def _tokenizer(run: Completion) -> Path:
 
 def _autoencoder(run: Completion) -> Path:
     path = run.folder / f"autoencoder_{run.config.resolution}"
-    flags = {"output_dir": str(path), **run.capped(settings.AUTOENCODER)}
+    flags = {"output_dir": str(path), **run.capped(settings.AUTOENCODER), **_minutes_of_autoencoder(run)}
     run.needs(path / "pipeline", "training/train_autoencoder.py", flags, pass_on=(*_DATA, *_SHARED))
     usual = run.settings(settings.AUTOENCODER)
     trained = (read_json_object(path / "record.json") or {}).get("steps", usual["max_train_steps"])
@@ -286,6 +293,20 @@ def _autoencoder(run: Completion) -> Path:
         size, images = run.config.resolution, run.collection.images
         run.trainings.append(estimate.autoencoder("autoencoder", model, size, steps, batch, images))
     return path
+
+
+def _minutes_of_autoencoder(run: Completion) -> dict[str, Any]:
+    """Divide the time limit, if there is one, between the autoencoder and the run; return the flag of the former."""
+    minutes = run.config.max_train_minutes
+    if not minutes:
+        return {}
+    own = round(AUTOENCODER_SHARE * minutes, 2)
+    run.config.max_train_minutes = round(minutes - own, 2)
+    run.lines.append(
+        f"--max_train_minutes {minutes:g}: {own:g} are for the autoencoder, and {run.config.max_train_minutes:g} for "
+        "this training"
+    )
+    return {"max_train_minutes": own}
 
 
 def _latents(run: Completion, suffix: str) -> Path:

@@ -36,6 +36,7 @@ logger = logging.getLogger("halftone")
 
 METRICS_IN_BAR = 5
 # Drawing the curves takes half a second or more, which would slow down a run with short epochs.
+SECONDS_BETWEEN_EPOCH_LINES = 30.0
 SECONDS_BETWEEN_CURVES = 20.0
 MOST_TIME_FOR_CURVES = 0.01
 # The first steps of a session load data and choose kernels; they are not typical of the rest.
@@ -87,6 +88,7 @@ class Reporter:
         self._clock = time.perf_counter()
         self._row_seconds, self._row_images = 0.0, 0
         self._curves_due = self._clock + SECONDS_BETWEEN_CURVES
+        self._epoch_line_due = self._clock
 
     def progress(self) -> Progress:
         """Return the progress bar, which is a context manager. Without a terminal, it prints lines to the log."""
@@ -169,7 +171,9 @@ class Reporter:
             self.trackers.log(self._for_trackers(row, validated), state.step)
             if validated or epoch_end:
                 self._draw_curves()
-                self._log_summary(epoch, row, validated)
+                # The epochs of a small collection take seconds: a line for each of them would hide all others.
+                if validated or time.perf_counter() >= self._epoch_line_due:
+                    self._log_summary(epoch, row, validated)
 
     def _for_trackers(self, row: dict[str, Any], validated: dict[str, float]) -> dict[str, Any]:
         """Return a row for the trackers, with the memory in use, and after a validation the best one so far.
@@ -245,6 +249,7 @@ class Reporter:
             parts.append(f"loss mean {row['epoch_loss_mean']:.4f} (min {low:.4f}, max {high:.4f})")
         parts += [f"{name} {value:.4g}" for name, value in validated.items() if group_of(name) != NOISE_LEVELS]
         logger.info("epoch %d, step %d: %s", epoch, row["step"], ", ".join(parts))
+        self._epoch_line_due = time.perf_counter() + SECONDS_BETWEEN_EPOCH_LINES
         if self._progress is not None:
             self._progress.postpone()
 
