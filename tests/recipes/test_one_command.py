@@ -167,6 +167,21 @@ def test_a_resumed_run_keeps_what_was_decided_when_it_began():
     assert diffusion(*flags, "--learning_rate", "0.5").learning_rate == 0.5
 
 
+def test_fine_tuning_takes_the_networks_of_the_model_that_it_begins_with(tmp_path):
+    from tests.support.tiny_models import tiny_vae
+
+    tiny_vae().save_pretrained(tmp_path / "their_vae")
+    draw("first", captions=True)
+    first = diffusion("--train_data_dir", "first", "--vae", "their_vae", "--model.block_out_channels", "[64]")
+    Path(first.output_dir).mkdir(parents=True)
+    Path(first.output_dir, "config.yaml").write_text(yaml.safe_dump(first.to_dict()), encoding="utf-8")
+    second = diffusion("--train_data_dir", draw("second", 30, captions=True), "--init_from", first.output_dir)
+    assert (second.vae, second.tokenizer) == ("their_vae", "runs/first/tokenizer")
+    assert (second.model, second.text_encoder) == (first.model, first.text_encoder)
+    assert second.output_dir == "runs/second/latent_diffusion_64_their_vae_caption_finetuned"
+    assert list(second.prepare) == ["runs/second/latents_64_their_vae/cache.json"]
+
+
 def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
     draw("pics", captions=True, classes=("bus", "train"))
     Path("pics/bus/portrait.heif").write_bytes(b"x")

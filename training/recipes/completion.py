@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 from pipelines.tools.devices import get_device
+from pipelines.tools.private import expand_home
 from training.core.files import read_json_object
 from training.core.made_folders import incomplete
 from training.core.options import Options
@@ -37,6 +38,8 @@ _FREE = ("max_train_steps",)
 CONTROL_KIND = "soft_edges"
 
 
+# What a run that begins with the weights of another one has from it: the networks, and what they were trained with.
+_OF_ORIGIN = ("model.", "text_encoder.", "prediction_type")
 # The part of --max_train_minutes that the autoencoder gets, as in the quickstart.
 AUTOENCODER_SHARE = 1 / 3
 
@@ -95,7 +98,8 @@ class Completion:
             chosen = {name: value for name, value in chosen.items() if not name.startswith(leave_out)}
         saved = self.saved
         for name, value in settings.kept(chosen, self.given).items():
-            self.decide(name, value if name in _FREE else _get(saved, name, value))
+            from_origin = _get(self.origin, name, value) if name.startswith(_OF_ORIGIN) else value
+            self.decide(name, value if name in _FREE else _get(saved, name, from_origin))
         usual = chosen["max_train_steps"]
         if 0 < self.config.max_train_steps < usual:
             self.lines.append(
@@ -108,6 +112,11 @@ class Completion:
     def saved(self) -> dict[str, Any]:
         """The config that the run in the output folder was started with; empty for a new run."""
         return {} if self.config.overwrite else RunFolder(self.config.output_dir).saved_config() or {}
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """The config of the run that `--init_from` names; empty without one."""
+        return (RunFolder(self.config.init_from).saved_config() or {}) if self.config.init_from else {}
 
     @property
     def steps(self) -> int:
@@ -193,9 +202,14 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
     """Complete the config of train_latent_diffusion.py for the images that it names."""
     run = Completion(config, given, settings.DIFFUSION)
     run.decide("condition_on", _conditions(run))
+    for name in ("vae", "tokenizer"):  # the weights were trained with them
+        if run.origin.get(name) and name not in given:
+            setattr(config, name, expand_home(run.origin[name]))
     size = config.resolution
-    suffix = f"_{_short(config.vae)}" if config.vae else ""
-    run.decide("output_dir", str(run.folder / f"latent_diffusion_{size}{suffix}_{_kind(config.condition_on)}"))
+    own_vae = str(run.folder / f"autoencoder_{size}")
+    suffix = f"_{_short(config.vae)}" if config.vae not in ("", own_vae) else ""
+    name = f"latent_diffusion_{size}{suffix}_{_kind(config.condition_on)}"
+    run.decide("output_dir", str(run.folder / (f"{name}_finetuned" if config.init_from else name)))
     if config.with_captions and not (config.tokenizer or config.pretrained_text_encoder):
         config.tokenizer = str(_tokenizer(run))
     if not config.vae:
