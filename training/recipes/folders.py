@@ -6,6 +6,7 @@ the same name get another folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -50,7 +51,8 @@ def collection_folder(source: str, *, write: bool) -> Path:
     free = (RUNS / (name if number == 1 else f"{name}_{number}") for number in itertools.count(1))
     folder = earlier[0] if earlier else next(folder for folder in free if not folder.exists())
     if write:
-        _remember(folder, identity)
+        with contextlib.suppress(OSError):  # what is made next in this folder says why it cannot be written
+            _remember(folder, identity)
     return folder
 
 
