@@ -6,6 +6,7 @@ Every command of Halftone calls `quieten_libraries` first, through `entry_point`
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import warnings
@@ -69,8 +70,9 @@ def _one_line(text: str) -> str:
     return printable(mask_credentials(" ".join(text.split())[:MOST_CHARACTERS]))
 
 
+@functools.cache
 def _calm_bars() -> None:
-    """Change the defaults of tqdm, with which all of these libraries draw their bars.
+    """Change the defaults of tqdm, with which all of these libraries draw their bars, once in a process.
 
     tqdm reads its environment variables when it is imported, which torch does before any command can set them.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import subprocess
@@ -150,7 +151,8 @@ def test_unknown_words_are_named_once_for_each_prompt_and_before_sampling(model,
     ]
 
 
-def test_the_pipeline_names_unknown_words(caplog):
+def test_the_pipeline_names_unknown_words(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pipelines"), "propagate", True)  # commands print these messages themselves
     pipeline = tiny_pipeline()
     for _ in range(2):
         pipeline("a blue okapi", num_inference_steps=1)

@@ -71,8 +71,9 @@ def test_the_bar_of_a_training_is_one_line_that_messages_do_not_tear(tmp_path, c
     assert max(map(len, bars)) < columns
     assert any("left, loss" in bar for bar in bars)
     shown = screen(written)
-    logged = [line.split(" INFO ", 1)[-1] for line in (tmp_path / "run" / "run.log").read_text().splitlines()]
-    for line in logged:
+    log = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    logged = re.sub(r"^\S+ \S+ WARNING ", "warning: ", re.sub(r"^\S+ \S+ INFO ", "", log, flags=re.M), flags=re.M)
+    for line in logged.splitlines():
         assert line.rstrip() in shown, "each message is on a line of its own, without parts of the bar"
     assert not [line for line in shown if line.startswith("step ") and "%" in line], "the bar is removed at the end"
     assert "\x1b" not in written
