@@ -180,7 +180,8 @@ def test_doctor_reads_the_requirements_of_the_installed_copy(run, workplace):
 
 
 def test_error_messages_name_commands_that_work_here(run):
-    error = run("halftone", "train", "latent_diffusion", "--vae", "x", "--dataset_name", "x", status=2).stderr
+    words = ("latent_diffusion", "--vae", "x", "--dataset_name", "x", "--auto_settings", "false")
+    error = run("halftone", "train", *words, status=2).stderr
     assert "halftone data train_tokenizer" in error
     assert "data_scripts/" not in error
     flags = ("--dataset_name", "data/posters", "--optimizer", "adamw_8bit", "--output_dir", "runs/x", "--cpu_threads")
