@@ -82,6 +82,12 @@ def python(code: Path, *words: str | Path, status: int = 0, cwd: Path | None = N
     assert done.returncode == status, f"status {done.returncode} of {' '.join(map(str, words))}\n{output}"
 
 
+def known_before(*flags: str) -> tuple[str, ...]:
+    """Leave out the option that the old code does not have. The current code then completes the command by itself."""
+    at = flags.index("--auto_settings")
+    return flags[:at] + flags[at + 2 :]
+
+
 class Trials:
     """Runs of each stage: complete ones of the old code, and ones that it started and the current code finished."""
 
@@ -102,9 +108,10 @@ class Trials:
     def flags(self, case: str) -> tuple[str, tuple[str, ...]]:
         """Return the stage and the flags of a case; make the inputs that it needs."""
         if case == "autoencoder":
-            return "autoencoder", (*COMMON, *TINY_AUTOENCODER, *AUTOENCODER, *self.data)
+            return "autoencoder", (*COMMON, *known_before(*TINY_AUTOENCODER), *AUTOENCODER, *self.data)
         vae = self.whole("autoencoder")
-        diffusion = (*COMMON, *TINY_DIFFUSION, *self.data, "--tokenizer", str(self.tokenizer), "--vae", str(vae))
+        inputs = (*self.data, "--tokenizer", str(self.tokenizer), "--vae", str(vae))
+        diffusion = (*COMMON, *known_before(*TINY_DIFFUSION), *inputs)
         if case == "latent_diffusion":
             return "latent_diffusion", diffusion
         if case == "latent_diffusion_cached":

@@ -210,6 +210,7 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
     suffix = f"_{_short(config.vae)}" if config.vae not in ("", own_vae) else ""
     name = f"latent_diffusion_{size}{suffix}_{_kind(config.condition_on)}"
     run.decide("output_dir", str(run.folder / (f"{name}_finetuned" if config.init_from else name)))
+    run.decide("condition_on", run.saved.get("condition_on", config.condition_on))
     if config.with_captions and not (config.tokenizer or config.pretrained_text_encoder):
         config.tokenizer = str(_tokenizer(run))
     if not config.vae:
