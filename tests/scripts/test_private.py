@@ -134,5 +134,5 @@ def test_a_run_of_an_earlier_version_resumes(home, run, diffusion_flags, tmp_pat
     assert "complete: 4 steps" in output
     assert "moved" not in output
     for file in (run, older):  # and the config.yaml of this version starts the same run elsewhere
-        words = ("--config", str(file / "config.yaml"), "--output_dir", "~/copies/run", "--dry_run")
+        words = ("--config", str(file / "config.yaml"), "--output_dir", "~/copies/run", "--dry_run", "--print_config")
         assert "posters" in home.run(DIFFUSION, *words)

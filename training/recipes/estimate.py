@@ -31,7 +31,7 @@ class Training:
 
     Attributes:
         build: makes the network and a function that returns its loss for random inputs.
-        checkpoints: number of checkpoints that are kept.
+        checkpoints: number of checkpoints that are kept: the newest and the best.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Training:
     batch: int
     build: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]
     images: int
-    checkpoints: int = 3
+    checkpoints: int = 2
 
     def measure(self) -> tuple[float, int]:
         """Return (seconds of the whole training, bytes on disk)."""

@@ -42,6 +42,7 @@ def settings_for(
         "train_batch_size": batch,
         "max_train_steps": _steps(stage, collection.images, batch * num_processes, large=large),
         "adam_beta2": 0.99,
+        "checkpoints_total_limit": 1,
     }
     if stage == AUTOENCODER:
         found |= _autoencoder(resolution)
