@@ -52,6 +52,13 @@ def test_the_environment(tmp_path, variables, expected):
     assert chosen(tmp_path, tmp_path, **variables) == expected
 
 
+def test_no_service_of_wandb_is_left_where_it_is_not_used(tmp_path):
+    children = "import psutil; print([p.name() for p in psutil.Process().children(recursive=True)])"
+    command = [sys.executable, "-c", f"{QUESTION}; {children}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
 @pytest.mark.parametrize("host", ["api.wandb.ai", "api.forge.coreweave.com"])
 def test_a_login(tmp_path, host):
     (tmp_path / ".netrc").write_text("machine huggingface.co login user password secret\n")

@@ -288,9 +288,11 @@ def wandb_is_set_up() -> bool:
 
     settings = wandb.setup().settings
     chosen = os.environ.get("WANDB_MODE") or settings.mode
-    if chosen == "disabled":
-        return False
-    return bool(os.environ.get("WANDB_MODE")) or chosen not in (None, "online") or _has_login(settings)
+    is_named = bool(os.environ.get("WANDB_MODE")) or chosen not in (None, "online")
+    found = chosen != "disabled" and (is_named or _has_login(settings))
+    if not found and wandb.run is None:
+        wandb.teardown()  # reading the settings has started its service, a process that nobody needs here
+    return found
 
 
 def _has_login(settings: Any) -> bool:
