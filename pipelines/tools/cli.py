@@ -205,18 +205,20 @@ def entry_point(main: Callable[[], int | None]) -> None:
 def _on_unraisable(caught: Any) -> None:
     """Ask again for an end that Python has dropped: a signal handler may run in a destructor, which cannot raise."""
     if isinstance(caught.exc_value, KeyboardInterrupt):
-        threading.Timer(_CTRL_C_AGAIN_SECONDS, _interrupt_main_thread).start()  # this function cannot raise either
+        # Later, because this function cannot raise either.
+        threading.Timer(_CTRL_C_AGAIN_SECONDS, signal_main_thread, [signal.SIGINT]).start()
     else:
         sys.__unraisablehook__(caught)
 
 
-def _interrupt_main_thread() -> None:
+def signal_main_thread(number: int) -> None:
+    """Send a signal to the main thread of this process, which may be waiting in a system call."""
     if hasattr(signal, "pthread_kill"):
         main_thread = threading.main_thread().ident
         assert main_thread is not None
-        signal.pthread_kill(main_thread, signal.SIGINT)
+        signal.pthread_kill(main_thread, number)
     else:  # Windows
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
 
 def _check_working_folder() -> None:

@@ -1,4 +1,4 @@
-"""When a run validates, shows previews and saves: in steps that fit its length, whatever the clock says."""
+"""The steps after which a run validates, shows previews and saves; its metrics do not depend on its speed."""
 
 from __future__ import annotations
 

@@ -105,8 +105,17 @@ def test_what_is_given_is_kept_and_passed_on():
 def test_a_time_limit_is_divided_between_the_trainings():
     config = diffusion("--train_data_dir", draw("pics"), "--max_train_minutes", "30")
     assert config.max_train_minutes == 20
-    assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10.0")
-    assert "--max_train_minutes 30: 10 are for the autoencoder, and 20 for this training" in config.announcements
+    assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10")
+    assert "--max_train_minutes 30: 10 are for the autoencoder, and 20 for the last training" in config.announcements
+
+
+def test_a_dry_run_estimates_nothing_where_it_has_nothing_to_estimate():
+    config = parse_config(
+        train_image_caption.Config,
+        ["--train_data_dir", draw("pics", captions=True), "--dry_run"],
+        complete=complete_image_caption,
+    )
+    assert not any("minute" in line or "MiB" in line for line in config.announcements)
 
 
 def test_a_vae_of_ones_own_skips_the_autoencoder(tmp_path):

@@ -85,8 +85,9 @@ def parse_config(
     if printed and getattr(config, "dry_run", None) is not True:
         print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
-    config.__dict__["prints_config"] = printed
-    return config
+    completed: Any = config
+    completed.prints_config = printed
+    return completed
 
 
 def _expand_home(config: Options) -> None:
@@ -201,21 +202,21 @@ def _help_of(action: argparse.Action, *, is_group: bool) -> str | None:
             "Print all settings as YAML, with the given flags applied, and exit; --print_config=skip_default leaves "
             "out those with their default value"
         )
-    default = _written(action.default)
+    default = written(action.default)
     if action.help is None or action.default == argparse.SUPPRESS:
         return action.help
     text = action.help if default in ("", "[]", "{}") else f"{action.help} (default: {default})"
     return text.replace("%", "%%")  # argparse formats help texts with the operator %
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """Return a value as it is written on the command line, without quotes; an empty string for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(written, value))}]"
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS
+from pipelines.tools.cli import INTERRUPTED_STATUS, REQUEUE_STATUS, signal_main_thread
 
 STARTED_BY = "HALFTONE_STARTED_BY"
 """Environment variable: the process id of the training run that started this process to make an input. This process
@@ -206,12 +206,7 @@ class StopSignal:
         with self._leaving:
             if self._patience is None or self._has_raised:
                 return
-            if hasattr(signal, "pthread_kill"):
-                main_thread = threading.main_thread().ident
-                assert main_thread is not None
-                signal.pthread_kill(main_thread, signal.SIGTERM)
-            else:  # Windows
-                signal.raise_signal(signal.SIGTERM)
+            signal_main_thread(signal.SIGTERM)
 
     def _end_process(self) -> None:
         status = self.exit_status(self._signal or signal.SIGTERM)

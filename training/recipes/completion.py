@@ -21,6 +21,7 @@ from pipelines.tools.private import expand_home
 from training.core.files import read_json_object
 from training.core.made_folders import incomplete
 from training.core.options import Options
+from training.core.parsing import written
 from training.data.source import DataConfig
 from training.engine.signals import STARTED_BY
 from training.models.autoencoder import AutoencoderModelConfig
@@ -36,12 +37,11 @@ _DATA_OF_CONTROLS = ("dataset_name", "dataset_config_name", "train_data_dir", "i
 # What may change when a run is resumed; all other decisions stay as the run was started with them.
 _FREE = ("max_train_steps",)
 CONTROL_KIND = "soft_edges"
-
-
 # What a run that begins with the weights of another one has from it: the networks, and what they were trained with.
 _OF_ORIGIN = ("model.", "text_encoder.", "prediction_type")
-# The part of --max_train_minutes that the autoencoder gets, as in the quickstart.
-AUTOENCODER_SHARE = 1 / 3
+# The part of --max_train_minutes that the training of an input gets: the autoencoder, as in the quickstart, and the
+# base model of a ControlNet.
+AUTOENCODER_SHARE, BASE_MODEL_SHARE = 1 / 3, 2 / 3
 
 Complete = Callable[[Any, frozenset[str]], None]
 
@@ -104,7 +104,7 @@ class Completion:
         if 0 < self.config.max_train_steps < usual:
             self.lines.append(
                 f"--max_train_steps {self.config.max_train_steps} limits every training of this command; without it, "
-                f"this one would have {usual:,} steps"
+                f"the last one would have {usual:,} steps"
             )
         self._lower_batch()
 
@@ -149,6 +149,19 @@ class Completion:
             return {}
         steps = self.settings(stage, **situation)["max_train_steps"]
         return {"max_train_steps": min(steps, self.config.max_train_steps)}
+
+    def minutes_for(self, what: str, share: float) -> dict[str, Any]:
+        """Give a share of the time limit, if there is one, to the training of an input; return its flag."""
+        minutes = self.config.max_train_minutes
+        if not minutes:
+            return {}
+        other = round(share * minutes, 2)
+        self.config.max_train_minutes = round(minutes - other, 2)
+        self.lines.append(
+            f"--max_train_minutes {minutes:g}: {other:g} are for the {what}, and {self.config.max_train_minutes:g} for "
+            "the last training"
+        )
+        return {"max_train_minutes": other}
 
     def finish(self) -> None:
         """Write the inputs to make into the config, and what the run says at its start."""
@@ -215,7 +228,7 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         config.tokenizer = str(_tokenizer(run))
     if not config.vae:
         config.vae = str(_autoencoder(run))
-    began_without_cache = "latent_cache" in run.saved and not run.saved["latent_cache"]
+    began_without_cache = not run.saved.get("latent_cache", "unknown")
     if not config.latent_cache and config.center_crop and not began_without_cache:
         config.latent_cache = str(_latents(run, suffix))
     cells, channels = _latent_shape(run)
@@ -289,7 +302,11 @@ def _tokenizer(run: Completion) -> Path:
 
 def _autoencoder(run: Completion) -> Path:
     path = run.folder / f"autoencoder_{run.config.resolution}"
-    flags = {"output_dir": str(path), **run.capped(settings.AUTOENCODER), **_minutes_of_autoencoder(run)}
+    flags = {
+        "output_dir": str(path),
+        **run.capped(settings.AUTOENCODER),
+        **run.minutes_for("autoencoder", AUTOENCODER_SHARE),
+    }
     run.needs(path / "pipeline", "training/train_autoencoder.py", flags, pass_on=(*_DATA, *_SHARED))
     usual = run.settings(settings.AUTOENCODER)
     trained = (read_json_object(path / "record.json") or {}).get("steps", usual["max_train_steps"])
@@ -310,20 +327,6 @@ def _autoencoder(run: Completion) -> Path:
     return path
 
 
-def _minutes_of_autoencoder(run: Completion) -> dict[str, Any]:
-    """Divide the time limit, if there is one, between the autoencoder and the run; return the flag of the former."""
-    minutes = run.config.max_train_minutes
-    if not minutes:
-        return {}
-    own = round(AUTOENCODER_SHARE * minutes, 2)
-    run.config.max_train_minutes = round(minutes - own, 2)
-    run.lines.append(
-        f"--max_train_minutes {minutes:g}: {own:g} are for the autoencoder, and {run.config.max_train_minutes:g} for "
-        "this training"
-    )
-    return {"max_train_minutes": own}
-
-
 def _latents(run: Completion, suffix: str) -> Path:
     path = run.folder / f"latents_{run.config.resolution}{suffix}"
     flags = {"output_dir": str(path), "vae": run.config.vae}
@@ -338,7 +341,8 @@ def _base_model(run: Completion) -> Path:
     kind = _kind(_conditions(run))
     path = run.folder / f"latent_diffusion_{run.config.resolution}_{kind}"
     cells = settings.latent_cells(run.config.resolution)
-    flags = {"output_dir": str(path), **run.capped(settings.DIFFUSION, cells=cells)}
+    limits = run.capped(settings.DIFFUSION, cells=cells) | run.minutes_for("base model", BASE_MODEL_SHARE)
+    flags = {"output_dir": str(path), **limits}
     run.needs(path / "pipeline", "training/train_latent_diffusion.py", flags, pass_on=(*_DATA, *_SHARED))
     return path
 
@@ -359,16 +363,7 @@ def _latent_shape(run: Completion) -> tuple[int, int]:
 
 def _words(flags: Mapping[str, Any]) -> list[str]:
     """Return flags as the words of a command line."""
-    words = []
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            text = str(value).lower()
-        elif isinstance(value, list | tuple):
-            text = f"[{','.join(map(str, value))}]"
-        else:
-            text = "null" if value is None else str(value)
-        words += [f"--{name}", text]
-    return words
+    return [word for name, value in flags.items() for word in (f"--{name}", written(value) or "null")]
 
 
 def _set(config: Options, name: str, value: Any) -> None:

@@ -58,7 +58,9 @@ class Training:
 
 
 def lines(trainings: Sequence[Training]) -> list[str]:
-    """Return a line about each training, and one about all of them."""
+    """Return a line about each training, and one about all of them; an empty list without trainings."""
+    if not trainings:
+        return []
     found, seconds, size = [], 0.0, 0
     for training in trainings:
         own_seconds, own_size = training.measure()
@@ -68,7 +70,7 @@ def lines(trainings: Sequence[Training]) -> list[str]:
             f"{training.name}: {training.steps:,} steps of {training.batch} images ({epochs:,.0f} epochs), about "
             f"{_duration(own_seconds)} on this machine"
         )
-    total = f"in total about {_duration(seconds)}, and at most {size / 2**20:,.0f} MiB on the disk"
+    total = f"in total about {_duration(seconds)}, and about {size / 2**20:,.0f} MiB on the disk"
     return [*found, total]
 
 
@@ -121,4 +123,4 @@ def diffusion(name: str, config: Any, steps: int, latents: tuple[int, int], num_
 
 def _duration(seconds: float) -> str:
     minutes = max(1, round(seconds / 60))
-    return f"{minutes} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return f"{minutes} minute{'s' if minutes > 1 else ''}" if minutes < 120 else f"{minutes / 60:.1f} hours"
