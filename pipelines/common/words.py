@@ -36,6 +36,8 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 def warn_of_unknown_words(tokenizer: Any, texts: Iterable[str]) -> None:
     """Log a warning that names the unknown words of each text; one warning for each text in a process."""
+    if not logger.isEnabledFor(logging.WARNING):
+        return
     for text in texts:
         words = unknown_words(tokenizer, text)
         if words:

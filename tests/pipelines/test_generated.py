@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import subprocess
@@ -18,6 +17,7 @@ from pipelines.sample import main
 from pipelines.tools.cli import UserError
 from pipelines.tools.generated import slug
 from tests.conftest import ROOT
+from tests.support.logs import collected
 from tests.support.tiny_captions import tiny_caption_pipeline
 from tests.support.tiny_models import tiny_pipeline, tiny_tokenizer
 from training.data.tokenization import train_tokenizer
@@ -152,18 +152,11 @@ def test_unknown_words_are_named_once_for_each_prompt_and_before_sampling(model,
 
 
 def test_the_pipeline_names_unknown_words():
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("pipelines.common.words")
-    logger.addHandler(handler)
-    try:
+    with collected("pipelines.common.words") as messages:
         pipeline = tiny_pipeline()
         for _ in range(2):
             pipeline("a blue okapi", num_inference_steps=1)
-    finally:
-        logger.removeHandler(handler)
-    assert [(record.levelname, record.getMessage()) for record in records] == [
+    assert messages == [
         ("WARNING", "the model does not know the word 'okapi' of the prompt 'a blue okapi'; use other words")
     ]
 

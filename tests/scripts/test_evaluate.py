@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
+from tests.support.logs import collected
 from tests.support.runs import ROOT, launch
 from tests.support.tiny_published import PUBLISHED
 from tests.support.wandb_files import wandb_ids, wandb_summary
@@ -236,3 +237,15 @@ def test_every_published_kind_that_makes_images_has_a_generator():
     assert kinds["controlnet"] == kinds["poster_controlnet"] == "ControlNet"
     assert kinds["poster_decoder"] == "poster decoder"
     assert kinds["image_caption"] == "image–caption model"
+
+
+@pytest.mark.parametrize("name", ["captioned", "image_caption"])
+def test_an_evaluation_names_no_unknown_words_and_later_prompts_do(name):
+    pipeline = PUBLISHED[name]()
+    generate = generator_of(pipeline, evaluate.EvaluationConfig(model="m", num_inference_steps=1))
+    caption = f"a numbat for the {name} model"
+    with collected("pipelines.common.words") as messages:
+        generate([{"caption": caption}], [0])
+        assert not messages
+        pipeline.draw(caption) if name == "image_caption" else pipeline(caption, num_inference_steps=1)
+    assert any("'numbat'" in text for _, text in messages)

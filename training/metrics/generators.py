@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,18 @@ class SamplingConfig(Options):
     """Random seed; image i is generated with seed + i"""
 
 
+@contextlib.contextmanager
+def _unknown_words_unnamed() -> Iterator[None]:
+    """Name no unknown words of prompts: here these are captions of the data, which the tokenizer of a run reports."""
+    logger = logging.getLogger("pipelines.common.words")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class ImageGenerator:
     """Generates images with a pipeline. Subclasses say what they need of a row, and how the pipeline takes it.
 
@@ -58,8 +71,6 @@ class ImageGenerator:
             pipeline.set_scheduler(config.scheduler)
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
-        # The prompts are captions of the data; the tokenizer of a run reports their unknown words.
-        logging.getLogger("pipelines.common.words").setLevel(logging.ERROR)
         self._parameters = inspect.signature(pipeline.__call__).parameters
 
     def __call__(
@@ -76,7 +87,8 @@ class ImageGenerator:
         seeds = [self.config.seed + number for number in numbers]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
-            images = self.pipeline(**self.arguments(items), **options, generator=generators).images
+            with _unknown_words_unnamed():
+                images = self.pipeline(**self.arguments(items), **options, generator=generators).images
         except ValueError as error:  # of check_inputs: a class that the model does not know, for example
             raise UserError(f"the {self.kind} does not take these data: {error}") from None
         return [image.convert("RGB") for image in images]
@@ -191,7 +203,8 @@ class DrawingModel(ImageGenerator):
     def __call__(
         self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
     ) -> list[Image.Image]:
-        images = self.pipeline.draw([item["caption"] for item in items]).images
+        with _unknown_words_unnamed():
+            images = self.pipeline.draw([item["caption"] for item in items]).images
         return [image.convert("RGB") for image in images]
 
     @property
