@@ -123,10 +123,11 @@ class PrecomputeConfig(DataConfig):
                 raise UserError(f"--{name} is missing; see --help")
         if not self.splits:
             raise UserError("no splits are given; name at least one, as in --splits '[train, validation]'")
-        if not self.center_crop:
+        if not self.center_crop or self.crop_scale < 1:
+            random = "center_crop is false" if not self.center_crop else f"crop_scale is {self.crop_scale:g}"
             raise UserError(
-                "center_crop is false, but each image is encoded only once, so its random crop would never change; "
-                "cache with --center_crop true, or train without a cache"
+                f"{random}, but each image is encoded only once, so its random crop would never change; cache with "
+                "--center_crop true and --crop_scale 1, or train without a cache"
             )
 
 

@@ -220,7 +220,7 @@ class AutoencoderStage(ImageStage):
         """Measure the latents' mean and standard deviation per channel and write them into the model's config."""
         measure_latents(
             self.autoencoder,
-            self.training_set,
+            self.training_set.without_augmentation(),
             self.config.latent_statistics_images,
             self.context.device,
             self.context.poll,

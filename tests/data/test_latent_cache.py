@@ -469,6 +469,7 @@ def test_all_of_several_captions_are_kept(tmp_path: Path, vae_folder: Path, data
     ("changed", "message"),
     [
         (["--center_crop", "false"], "--center_crop true"),
+        (["--crop_scale", "0.5"], "crop_scale is 0.5, but each image is encoded only once"),
         (["--resolution", "17"], "--resolution"),
         (["--vae", "nowhere/at/all"], "check --vae"),
         (["--vae", "DATA"], "no VAE in"),

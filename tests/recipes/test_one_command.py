@@ -176,6 +176,22 @@ def test_a_resumed_run_keeps_what_was_decided_when_it_began():
     assert diffusion(*flags, "--learning_rate", "0.5").learning_rate == 0.5
 
 
+def test_a_run_from_before_an_option_existed_keeps_its_default():
+    draw("pics")
+    words = ("--train_data_dir", "pics")
+
+    def autoencoder() -> train_autoencoder.Config:
+        return parse_config(train_autoencoder.Config, words, complete=complete_autoencoder)
+
+    config = autoencoder()
+    assert config.crop_scale == 0.5
+    settings = config.to_dict()
+    del settings["crop_scale"]
+    Path(config.output_dir, "checkpoints").mkdir(parents=True)
+    Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert autoencoder().crop_scale == 1
+
+
 def test_fine_tuning_takes_the_networks_of_the_model_that_it_begins_with(tmp_path):
     from tests.support.tiny_models import tiny_vae
 

@@ -65,3 +65,10 @@ def test_what_is_given_is_kept():
     chosen = {"learning_rate": 1e-3, "max_train_steps": 4000, "train_batch_size": 16}
     assert kept(chosen, frozenset({"learning_rate"})) == {"max_train_steps": 4000, "train_batch_size": 16}
     assert "max_train_steps" not in kept(chosen, frozenset({"num_train_epochs"}))
+
+
+def test_only_an_autoencoder_that_sees_its_images_often_varies_them():
+    assert settings_for("autoencoder", FEW, device="cpu", resolution=64)["crop_scale"] == 0.5
+    assert "crop_scale" not in settings_for("autoencoder", MANY, device="cpu", resolution=64)
+    for stage in STAGES[1:]:  # the images of a generator are not mirrored and cut unasked
+        assert not {"crop_scale", "random_flip"} & {*settings_for(stage, FEW, device="cpu", resolution=64, cells=8)}

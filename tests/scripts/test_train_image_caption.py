@@ -304,6 +304,7 @@ def test_the_share_of_words_that_the_encoder_reads_as_unknown(flags):
         (("--resolution", "16"), "deepest feature map"),
         (("--vocab_size", "3"), "at least 5"),
         (("--image_fit", "squeeze"), "image_fit"),
+        (("--image_fit", "stretch", "--crop_scale", "0.5"), "use --crop_scale 1 or --image_fit crop"),
         (("--prior.repeats", "0"), "at least 1"),
     ],
 )

@@ -71,6 +71,11 @@ class CaptionDataConfig(DataConfig):
         super().validate(prefix)
         smallest = smallest_vocabulary(self.tokenizer_model)
         check_bounds(f"{prefix}vocab_size", self.vocab_size, at_least=smallest)
+        if self.image_fit == "stretch" and self.crop_scale < 1:
+            raise UserError(
+                f"--crop_scale {self.crop_scale:g} cuts out squares, but --image_fit stretch keeps whole images; use "
+                "--crop_scale 1 or --image_fit crop"
+            )
 
 
 class CaptionedImages(ImageDataset):

@@ -5,12 +5,15 @@ B batch, R resolution. Rows are decoded when they are requested.
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
@@ -36,11 +39,10 @@ from training.data.tokenization import CaptionTokens
 from training.data.transforms import (
     BadSample,
     BrokenImage,
+    CropGeometry,
     apply_geometry,
     crop_geometry,
     decoded,
-    flips,
-    from_bytes,
     open_image,
     pick_caption,
     to_tensor,
@@ -171,6 +173,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.every_caption = every_caption
         self.center_crop = config.center_crop or not augment
         self.random_flip = config.random_flip and augment
+        self.crop_scale = config.crop_scale if augment else 1.0
         columns = [config.image_column]
         require_column(dataset, config.image_column, "image_column")
         if captions:
@@ -189,9 +192,11 @@ class ImageDataset(torch.utils.data.Dataset):
             self.companions["conditioning_pixel_values"] = control
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
-        # A random crop needs the whole image, and companions are cropped with it.
-        cacheable = self.center_crop and not self.companions
-        self._pixels = PixelCache.of(len(dataset), config.resolution) if cacheable else None
+        # The largest square is kept at a size from which the smallest crop has all of its pixels.
+        self._square_side = math.ceil(config.resolution / self.crop_scale)
+        # A square at a random place needs the whole image, and companions are cropped with it.
+        self._from_central_square = self.center_crop and not self.companions
+        self._squares = PixelCache.of(len(dataset), self._square_side) if self._from_central_square else None
         # One byte per row, shared with the loader workers, so that each bad row is logged once and never read again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -206,6 +211,13 @@ class ImageDataset(torch.utils.data.Dataset):
         for column, flag in image_flags.items():
             dataset = undecoded_images(dataset, column, flag, self.config)
         return dataset
+
+    def without_augmentation(self) -> Self:
+        """Return the same rows as a dataset that crops at the centre and does not flip; it shares decoded images."""
+        plain = copy.copy(self)
+        plain.center_crop, plain.random_flip, plain.crop_scale = True, False, 1.0
+        plain._from_central_square = not self.companions
+        return plain
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -260,11 +272,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _images(self, row: dict[str, Any], key: SampleKey) -> dict[str, torch.Tensor]:
         """Return the row's image, mask and control image, all cropped at the same place to R × R pixels."""
-        if self._pixels is not None:
-            return {"pixel_values": self._cached(row, key, self._pixels)}
         mode, resolution = self.config.image_interpolation_mode, self.config.resolution
+        if self._from_central_square:
+            square = self._central_square(row, key.index)
+            return {"pixel_values": to_tensor(apply_geometry(square, self._crop(square, key), resolution, mode))}
         image = decoded(row, self.config.image_column)
-        place = crop_geometry(image.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
+        place = self._crop(image, key)
         tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
         for name, companion in self.companions.items():
             stored = companion.load(row, image.size)
@@ -272,17 +285,28 @@ class ImageDataset(torch.utils.data.Dataset):
             tensors[name] = companion.tensor(cut)
         return tensors
 
-    def _cached(self, row: dict[str, Any], key: SampleKey, cache: PixelCache) -> torch.Tensor:
-        """Return the row's image at R × R pixels, cropped at its centre; it is decoded only if it is not cached."""
-        pixels = cache.get(key.index)
-        if pixels is None:
-            image = decoded(row, self.config.image_column)
-            place = crop_geometry(image.size, center_crop=True, random_flip=False, key=key.key)
-            image = apply_geometry(image, place, self.config.resolution, self.config.image_interpolation_mode)
-            pixels = np.array(image)
-            cache.put(key.index, pixels)
-        tensor = from_bytes(torch.from_numpy(pixels).permute(2, 0, 1))
-        return tensor.flip(2) if self.random_flip and flips(key.key) else tensor
+    def _crop(self, image: Image.Image, key: SampleKey) -> CropGeometry:
+        return crop_geometry(
+            image.size,
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+            key=key.key,
+            crop_scale=self.crop_scale,
+        )
+
+    def _central_square(self, row: dict[str, Any], index: int) -> Image.Image:
+        """Return the central square of the row's image, reduced if it is large; decoded only if it is not cached."""
+        pixels = self._squares.get(index) if self._squares is not None else None
+        if pixels is not None:
+            return Image.fromarray(pixels)
+        image = decoded(row, self.config.image_column)
+        place = crop_geometry(image.size, center_crop=True, random_flip=False, key=0)
+        resolution = self.config.resolution
+        side = resolution if self._square_side == resolution else min(self._square_side, place.side)
+        square = apply_geometry(image, place, side, self.config.image_interpolation_mode)
+        if self._squares is not None:
+            self._squares.put(index, np.array(square))
+        return square
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
         """Return the row's caption, or its captions if it has several, without control characters.

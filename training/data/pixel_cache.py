@@ -10,37 +10,41 @@ import psutil
 
 MOST_BYTES = 4 * 2**30
 _SHARE_OF_FREE_MEMORY = 0.25
+_BYTES_OF_A_SIDE = 2
 
 
 class PixelCache:
-    """The pixels of the rows that were read so far: uint8 R R 3 for each row.
+    """The pixels of the rows that were read so far: a square of at most `side` × `side` pixels for each row.
 
     Loader processes that are forked share the memory. A process that is started in another way begins with an empty
     cache. The memory of a row is used only when the row is read.
     """
 
-    def __init__(self, rows: int, resolution: int):
-        self.rows, self.resolution = rows, resolution
+    def __init__(self, rows: int, side: int):
+        self.rows, self.side = rows, side
         # Anonymous memory, which a fork shares, and which is not limited by the size of /dev/shm.
-        memory = mmap.mmap(-1, rows * (1 + 3 * resolution**2))
-        self._is_known = np.frombuffer(memory, np.uint8, rows)
-        self._pixels = np.frombuffer(memory, np.uint8, offset=rows).reshape(rows, resolution, resolution, 3)
+        memory = mmap.mmap(-1, rows * (_BYTES_OF_A_SIDE + 3 * side**2))
+        self._sides = np.frombuffer(memory, np.uint16, rows)
+        self._pixels = np.frombuffer(memory, np.uint8, offset=rows * _BYTES_OF_A_SIDE).reshape(rows, 3 * side**2)
 
     @classmethod
-    def of(cls, rows: int, resolution: int) -> PixelCache | None:
+    def of(cls, rows: int, side: int) -> PixelCache | None:
         """Return an empty cache, or None if all rows would need too much of the free memory."""
-        size = rows * 3 * resolution**2
+        size = rows * 3 * side**2
         if not rows or size > min(MOST_BYTES, _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available):
             return None
-        return cls(rows, resolution)
+        return cls(rows, side)
 
     def get(self, row: int) -> np.ndarray | None:
-        """Return a copy of the pixels of a row, uint8 R R 3; None if they were not stored yet."""
-        return self._pixels[row].copy() if self._is_known[row] else None
+        """Return a copy of the pixels of a row, uint8 S S 3 with S <= side; None if they were not stored yet."""
+        side = int(self._sides[row])
+        return self._pixels[row, : 3 * side**2].reshape(side, side, 3).copy() if side else None
 
     def put(self, row: int, pixels: np.ndarray) -> None:
-        self._pixels[row] = pixels
-        self._is_known[row] = 1
+        """Store the pixels of a row, uint8 S S 3 with S <= side."""
+        side = len(pixels)
+        self._pixels[row, : 3 * side**2] = pixels.reshape(-1)
+        self._sides[row] = side
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PixelCache, (self.rows, self.resolution)
+        return PixelCache, (self.rows, self.side)

@@ -26,7 +26,6 @@ from training.data.transforms import (
     BrokenImage,
     apply_geometry,
     byte_tensor,
-    crop_geometry,
     decoded,
     open_image,
     require_size,
@@ -112,7 +111,7 @@ class PosterDataset(ImageDataset):
         """
         image_column, resolution = self.config.image_column, self.config.resolution
         poster = decoded(row, image_column)
-        geometry = crop_geometry(poster.size, center_crop=self.center_crop, random_flip=self.random_flip, key=key.key)
+        geometry = self._crop(poster, key)
         maps = {}
         for name in MAP_COLUMNS:
             stored = decoded(row, name, open_image)

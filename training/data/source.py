@@ -86,6 +86,9 @@ class DataConfig(Options):
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each
     epoch"""
+    crop_scale: float = option(1.0, at_least=0.1, at_most=1)
+    """Side of the smallest random crop, relative to the largest possible square; below 1, each sample is a square of
+    random size at a random place, another one in each epoch, which trains an autoencoder well on few images"""
     random_flip: bool = option(False)
     """Flip images (and their masks and control images) horizontally with probability 0.5"""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "nearest"] = option("lanczos")
@@ -249,6 +252,7 @@ def transform_fingerprint(config: DataConfig) -> str:
     Flips are left out, because they are chosen for each sample afterwards.
     """
     crop = "center" if config.center_crop else "random"
+    crop += f"-{config.crop_scale:g}" if config.crop_scale < 1 else ""
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}"
 
 

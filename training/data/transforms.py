@@ -68,15 +68,26 @@ def pick_caption(captions: str | list[str], key: int) -> str:
     return captions[int(uniform(key, "caption") * len(captions))]
 
 
-def crop_geometry(size: tuple[int, int], *, center_crop: bool, random_flip: bool, key: int) -> CropGeometry:
-    """Return the largest square crop of an image of `size` (width, height), central or at a place chosen by `key`."""
+def crop_geometry(
+    size: tuple[int, int], *, center_crop: bool, random_flip: bool, key: int, crop_scale: float = 1.0
+) -> CropGeometry:
+    """Return a square crop of an image of `size` (width, height).
+
+    It is the largest square, central or at a place chosen by `key`. With `crop_scale` below 1 it is a smaller square
+    anywhere inside that one, whose side is drawn uniformly from [crop_scale, 1] of the largest.
+    """
     width, height = size
-    side = min(width, height)
+    largest = min(width, height)
     # Whole pixels: an offset of half a pixel would blur images that need no resizing.
     across = 0.5 if center_crop else uniform(key, "crop_x")
     down = 0.5 if center_crop else uniform(key, "crop_y")
-    left = min(int(across * (width - side + 1)), width - side)
-    top = min(int(down * (height - side + 1)), height - side)
+    left = min(int(across * (width - largest + 1)), width - largest)
+    top = min(int(down * (height - largest + 1)), height - largest)
+    side = largest
+    if crop_scale < 1:
+        side = max(1, round(largest * (crop_scale + (1 - crop_scale) * uniform(key, "crop_side"))))
+        left += min(int(uniform(key, "crop_inner_x") * (largest - side + 1)), largest - side)
+        top += min(int(uniform(key, "crop_inner_y") * (largest - side + 1)), largest - side)
     return CropGeometry(left, top, side, random_flip and flips(key))
 
 

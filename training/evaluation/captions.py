@@ -135,7 +135,7 @@ def data_of(
     chosen |= {"resolution": pipeline.model.config.sample_size, "image_fit": pipeline.config.image_fit}
     chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
     # Images are not flipped and are cropped at their centre, as in the pipeline.
-    chosen |= {"random_flip": False, "center_crop": True}
+    chosen |= {"random_flip": False, "center_crop": True, "crop_scale": 1.0}
     return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0), every_caption=True)
 
 

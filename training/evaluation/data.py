@@ -303,7 +303,7 @@ def _data_config(
     if generator is not None and stretches:
         chosen["image_fit"] = generator.pipeline.config.image_fit
     # Real images are cropped at their centre and not mirrored, so that the same images are the same in any run.
-    chosen |= {"random_flip": False, "center_crop": True}
+    chosen |= {"random_flip": False, "center_crop": True, "crop_scale": 1.0}
     if not (chosen.get("dataset_name") or chosen.get("train_data_dir")):
         raise UserError("--dataset_name is missing: the model is not in a run with a config.yaml that names its data")
     data = kind(**chosen)

@@ -229,6 +229,8 @@ def _data(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
         lines.append(f"{record['num_train_images']:,} training images")
     if record.get("resolution"):
         crop = {True: ", centre crop", False: ", random crop"}.get(config.get("center_crop"), "")  # type: ignore[arg-type]
+        if (scale := config.get("crop_scale") or 1) < 1:
+            crop += f", random crops of {scale:.0%} to 100% of the side"
         flip = ", random horizontal flips" if config.get("random_flip") else ""
         lines.append(f"resized to {_size(record['resolution'])}{crop}{flip}")
     return lines

@@ -98,8 +98,11 @@ class Completion:
             chosen = {name: value for name, value in chosen.items() if not name.startswith(leave_out)}
         saved = self.saved
         for name, value in settings.kept(chosen, self.given).items():
-            from_origin = _get(self.origin, name, value) if name.startswith(_OF_ORIGIN) else value
-            self.decide(name, value if name in _FREE else _get(saved, name, from_origin))
+            if saved and name not in _FREE:
+                # An option that did not exist when the run began keeps its default.
+                self.decide(name, _get(saved, name, _get_option(self.config, name)))
+            else:
+                self.decide(name, _get(self.origin, name, value) if name.startswith(_OF_ORIGIN) else value)
         usual = chosen["max_train_steps"]
         if 0 < self.config.max_train_steps < usual:
             self.lines.append(
@@ -371,6 +374,13 @@ def _set(config: Options, name: str, value: Any) -> None:
     for group in groups:
         config = getattr(config, group)
     setattr(config, field, value)
+
+
+def _get_option(config: Options, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _get(saved: Mapping[str, Any], name: str, otherwise: Any) -> Any:

@@ -13,6 +13,8 @@ TEXT_LENGTHS = (16, 24, 32, 48, 64, 77)
 # The sides of the latents, in cells, that the autoencoder leaves; it gets one more level for each doubling.
 LEAST_CELLS, MOST_CELLS = 4, 16
 PATCH_SIZE = 4
+# An autoencoder that sees its images more often than this memorizes them, unless crops and flips vary them.
+FEW_EPOCHS = 10
 LATENT_CHANNELS = 16
 
 
@@ -46,6 +48,8 @@ def settings_for(
     }
     if stage == AUTOENCODER:
         found |= _autoencoder(resolution)
+        if found["max_train_steps"] * batch * num_processes > FEW_EPOCHS * collection.images:
+            found |= {"crop_scale": 0.5, "random_flip": True}
     elif stage == DIFFUSION:
         found |= _diffusion(collection, cells, widths, large=large)
     elif stage == CONTROLNET:
