@@ -18,12 +18,14 @@ from tests.conftest import ROOT
 from tests.support.runs import command, environment, launch
 from training import train_autoencoder, train_controlnet, train_image_caption, train_latent_diffusion
 from training.core.parsing import parse_config
+from training.models.unet import build_unet
 from training.recipes.completion import (
     complete_autoencoder,
     complete_controlnet,
     complete_image_caption,
     complete_latent_diffusion,
 )
+from training.recipes.settings import latent_cells
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
 SHORT = ("--max_train_steps", "2", "--report_to", "none", "--cpu_threads", "1", "--num_previews", "2",
@@ -160,6 +162,16 @@ def test_the_other_stages_start_as_simply():
     draw("bare")
     with pytest.raises(UserError, match="bare has no captions"):
         parse_config(train_image_caption.Config, ["--train_data_dir", "bare"], complete=complete_image_caption)
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 48, 64, 128, 256])
+def test_the_settings_are_valid_at_every_usual_resolution(resolution):
+    draw("pics", captions=True)
+    words = ("--train_data_dir", "pics", "--resolution", str(resolution))
+    parse_config(train_autoencoder.Config, words, complete=complete_autoencoder)
+    parse_config(train_image_caption.Config, words, complete=complete_image_caption)
+    parse_config(train_controlnet.Config, words, complete=complete_controlnet)
+    build_unet(diffusion(*words).model, 16, latent_cells(resolution), None, 0, 0)
 
 
 def test_a_resumed_run_keeps_what_was_decided_when_it_began():

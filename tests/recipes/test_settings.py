@@ -44,6 +44,7 @@ def test_latents_have_at_most_16_cells_and_the_networks_fit_them(resolution, cel
     widths, attention = unet["model.block_out_channels"], unet["model.attention_levels"]
     UNetConfig(block_out_channels=widths, attention_levels=attention).validate()
     assert cells % 2 ** (len(widths) - 1) == 0
+    assert cells / 2 ** (len(widths) - 1) >= 4  # the smallest feature map that the U-Net takes
     assert cells / 2 ** min(attention) <= 16
 
 

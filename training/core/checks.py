@@ -78,7 +78,8 @@ def check_deepest_feature_map(size: int, divisor: int, levels: int, flag: str, w
         fitting = levels
         while fitting > 1 and size // (divisor * 2 ** (fitting - 1)) < SMALLEST_MAP:
             fitting -= 1
+        fewer = f"{fitting} level{'s' if fitting > 1 else ''}"
         raise UserError(
             f"the deepest feature map would be {deepest}×{deepest} ({what} {size}, {levels} levels in {flag}); "
-            f"it must be at least {SMALLEST_MAP}×{SMALLEST_MAP}: use {fitting} levels, or a larger {what}"
+            f"it must be at least {SMALLEST_MAP}×{SMALLEST_MAP}: use {fewer}, or a larger {what}"
         )

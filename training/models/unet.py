@@ -105,7 +105,7 @@ def build_unet(
         UserError: the latents are too small for the number of levels.
     """
     levels = len(config.block_out_channels)
-    check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "the latents' side")
+    check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "side of the latents")
     attends = [level in config.attention_levels for level in range(levels)]
     return _stock_unet(
         config,

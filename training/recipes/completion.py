@@ -295,7 +295,8 @@ def _kind(conditions: Iterable[str]) -> str:
 
 
 def _short(name: str) -> str:
-    return Path(name.rstrip("/")).name or "vae"
+    path = Path(name.rstrip("/"))
+    return (path.parent if path.name == "pipeline" else path).name or "vae"
 
 
 def _tokenizer(run: Completion) -> Path:

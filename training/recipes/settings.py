@@ -103,7 +103,9 @@ def _autoencoder(resolution: int) -> dict[str, Any]:
 
 def _diffusion(collection: Collection, cells: int, widths: Sequence[int], *, large: bool) -> dict[str, Any]:
     if not widths:
-        widths = [128, 192] if cells <= 8 else [128, 192, 256] if cells <= 16 else [128, 192, 256, 320]
+        # The smallest feature map must have 4 × 4 cells.
+        narrow, wide = [128, 192], [128, 192, 256]
+        widths = [192] if cells < 8 else narrow if cells <= 8 else wide if cells <= 16 else [*wide, 320]
         widths = [2 * width for width in widths] if large else widths
     # Attention on the two lowest resolutions, which have at most 16 × 16 cells.
     attention = [level for level in range(len(widths)) if level >= len(widths) - 2]
@@ -127,7 +129,7 @@ def _joint(collection: Collection, resolution: int) -> dict[str, Any]:
     return {
         "model.latent_size": 256,
         "model.max_length": _text_length(collection.caption_words),
-        "model.patch_size": 8 if resolution <= 64 else 4,
+        "model.patch_size": max(1, min(8, resolution // 8)) if resolution <= 64 else 4,
         "model.block_out_channels": [96, 192] if resolution <= 64 else [96, 192, 288, 384],
         "model.map_channels": 64,
         "model.text_hidden_size": 192,

@@ -1,0 +1,216 @@
+"""Compare recipes for one's own images: each is trained in the same time on the same collections, and measured.
+
+    python training/benchmarks/recipes.py --collections '[emoji,shapes]' --minutes 10 --seeds '[0,1]'
+    python training/benchmarks/recipes.py --collections '[my_images]' --recipes '[my_recipe.yaml]'
+
+A recipe is a YAML file with flags for train_autoencoder.py (`autoencoder`), train_latent_diffusion.py (`diffusion`) and
+evaluate.py (`evaluation`). What it does not set is chosen as for everybody's images. The time includes the autoencoder.
+A row is written to results.csv as soon as it is measured; run the same command again to complete a study.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.resources import CODE, shipped_path
+from training.core.files import read_json_object
+from training.core.options import Options, option
+from training.core.parsing import parse_config, written
+
+PARTS = ("autoencoder", "diffusion", "evaluation")
+COLUMNS = (
+    "collection",
+    "recipe",
+    "seed",
+    "minutes",
+    "autoencoder_steps",
+    "psnr",
+    "diffusion_steps",
+    "kid",
+    "kid_error",
+    "floor",
+    "precision",
+    "recall",
+    "coverage",
+    "copies",
+    "seconds",
+    "evaluation_seconds",
+)
+
+
+@dataclass
+class StudyConfig(Options):
+    """Flags of this script."""
+
+    collections: list[str] = option([])
+    """Folders of images, each of which is trained on"""
+    recipes: list[str] = option([str(shipped_path("configs/experiments/recipes/base.yaml"))])
+    """YAML files of the recipes to compare"""
+    seeds: list[int] = option([0])
+    """Seeds; all recipes are trained with the first one before the second one begins"""
+    minutes: float = option(10.0, above=0)
+    """Minutes of training, including the autoencoder"""
+    autoencoder_share: float = option(1 / 3, above=0, below=1)
+    """Part of the minutes for the autoencoder"""
+    resolution: int = option(64, at_least=8)
+    """Side of the images in pixels"""
+    num_images: int = option(1000, at_least=4)
+    """Number of images to generate and compare with the training images"""
+    condition_on: str = option("")
+    """Conditions of the models; if unset, what the images have"""
+    work_dir: str = option("runs/recipes")
+    """Folder of the runs and of results.csv"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if not self.collections:
+            raise UserError("--collections is missing; give folders of images, as in --collections '[my_images]'")
+        for path in (*self.collections, *self.recipes):
+            if not Path(path).exists():
+                raise UserError(f"{Path(path).absolute()} does not exist; check --collections and --recipes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags of the commands that train and measure a model."""
+
+    name: str
+    flags: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, path: str) -> Recipe:
+        """Read a YAML file. Raises UserError if it has other parts than those of a recipe."""
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if unknown := set(content) - set(PARTS):
+            raise UserError(
+                f"{path}: unknown {', '.join(sorted(unknown))}; the parts of a recipe are {', '.join(PARTS)}"
+            )
+        return cls(Path(path).stem, {part: content.get(part) or {} for part in PARTS})
+
+    def words(self, part: str, flags: Mapping[str, Any]) -> list[str]:
+        """Return flags as words of a command; those of the recipe replace others of the same name."""
+        chosen = {**flags, **self.flags[part]}
+        return [word for name, value in chosen.items() for word in (f"--{name}", written(value) or "null")]
+
+
+class Study:
+    """Trains and measures every recipe on every collection."""
+
+    def __init__(self, config: StudyConfig):
+        self.config, self.folder = config, Path(config.work_dir).absolute()
+        self.recipes = [Recipe.read(path) for path in config.recipes]
+        self.results = self.folder / "results.csv"
+
+    def run(self) -> list[dict[str, str]]:
+        """Measure what results.csv does not have yet, and return its rows."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for seed in self.config.seeds:
+            for collection in self.config.collections:
+                for recipe in self.recipes:
+                    if not self._is_measured(collection, recipe, seed):
+                        self._append(self._measure(Path(collection).absolute(), recipe, seed))
+        return self.rows()
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self.results.exists():
+            return []
+        with self.results.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _is_measured(self, collection: str, recipe: Recipe, seed: int) -> bool:
+        wanted = (Path(collection).name, recipe.name, str(seed), f"{self.config.minutes:g}")
+        return wanted in {(row["collection"], row["recipe"], row["seed"], row["minutes"]) for row in self.rows()}
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        is_new = not self.results.exists()
+        with self.results.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _measure(self, collection: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
+        config, started = self.config, time.monotonic()
+        common = {"train_data_dir": str(collection), "resolution": config.resolution, "seed": seed, "report_to": "none"}
+        autoencoder = self._autoencoder(recipe, common)
+        run = self.folder / collection.name / f"{recipe.name}_{config.minutes:g}min_{seed}"
+        minutes = config.minutes * (1 - config.autoencoder_share)
+        flags = {**common, "vae": str(autoencoder), "max_train_minutes": round(minutes, 2)}
+        if config.condition_on:
+            flags["condition_on"] = config.condition_on
+        diffusion = recipe.words("diffusion", {**flags, "output_dir": str(run)})
+        self._command("training/train_latent_diffusion.py", diffusion)
+        trained = time.monotonic()
+        evaluation = {"model": str(run), "split": "train", "num_images": config.num_images, "report_to": "none",
+                      "grid": str(run / "grid.png")}  # fmt: skip
+        self._command("training/evaluate.py", recipe.words("evaluation", evaluation))
+        measured = read_json_object(run / "evaluation.json") or {}
+        metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
+        record, own = (read_json_object(folder / "record.json") or {} for folder in (run, autoencoder))
+        return {
+            "collection": collection.name,
+            "recipe": recipe.name,
+            "seed": seed,
+            "minutes": f"{config.minutes:g}",
+            "autoencoder_steps": own.get("steps"),
+            "psnr": _rounded((own.get("metrics") or {}).get("val_psnr")),
+            "diffusion_steps": record.get("steps"),
+            "kid": _rounded(metrics.get("kid")),
+            "kid_error": _rounded(metrics.get("kid_standard_error")),
+            "floor": _rounded((measured.get("floor") or {}).get("kid", {}).get("mean")),
+            **{name: _rounded(metrics.get(name)) for name in ("precision", "recall", "coverage")},
+            "copies": ", ".join(f"{report['space']} {report['copies']}" for report in copies),
+            "seconds": round(trained - started),
+            "evaluation_seconds": round(time.monotonic() - trained),
+        }
+
+    def _autoencoder(self, recipe: Recipe, common: Mapping[str, Any]) -> Path:
+        """Train the autoencoder of a recipe, which all recipes with the same flags share; return its folder."""
+        minutes = round(self.config.minutes * self.config.autoencoder_share, 2)
+        flags = {**common, "max_train_minutes": minutes, **recipe.flags["autoencoder"]}
+        digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
+        folder = self.folder / Path(common["train_data_dir"]).name / f"autoencoder_{digest}"
+        if not (folder / "record.json").exists():
+            words = recipe.words("autoencoder", {**flags, "output_dir": str(folder)})
+            self._command("training/train_autoencoder.py", words)
+        return folder
+
+    def _command(self, script: str, words: Sequence[str]) -> None:
+        """Run a command of Halftone; its output goes to log.txt. Raises UserError if it fails."""
+        log = self.folder / "log.txt"
+        with log.open("a", encoding="utf-8") as file:
+            print(f"\n$ python {script} {shlex.join(words)}", file=file, flush=True)
+            environment = {**os.environ, "PYTHONPATH": str(CODE)}
+            command = [sys.executable, str(shipped_path(script)), *words]
+            result = subprocess.run(command, cwd=self.folder, env=environment, stdout=file, stderr=file, check=False)
+        if result.returncode:
+            raise UserError(f"{script} ended with status {result.returncode}; its last lines are in {log}")
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    study = Study(parse_config(StudyConfig, argv, description=__doc__))
+    for row in study.run():
+        print("  ".join(f"{name} {value}" for name, value in row.items() if value not in ("", None)))
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point(main)
