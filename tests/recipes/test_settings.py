@@ -73,3 +73,12 @@ def test_only_an_autoencoder_that_sees_its_images_often_varies_them():
     assert "crop_scale" not in settings_for("autoencoder", MANY, device="cpu", resolution=64)
     for stage in STAGES[1:]:  # the images of a generator are not mirrored and cut unasked
         assert not {"crop_scale", "random_flip"} & {*settings_for(stage, FEW, device="cpu", resolution=64, cells=8)}
+
+
+def test_copies_are_searched_for_in_the_middle_and_at_the_end_where_images_are_few():
+    few = Collection("few", images=190, held_out=10)
+    found = settings_for("latent_diffusion", few, device="cpu", resolution=64, cells=8)
+    epochs = found["max_train_steps"] // (190 // found["train_batch_size"])
+    assert found["memorization_epochs"] == epochs // 2
+    assert settings_for("latent_diffusion", FEW, device="cuda", resolution=64, cells=8)["memorization_epochs"] >= 1
+    assert "memorization_epochs" not in settings_for("latent_diffusion", MANY, device="cpu", resolution=64, cells=8)

@@ -80,9 +80,15 @@ def test_the_warmup_does_not_count():
 
 def test_a_gap_that_opens():
     training = [0.5, 0.4, 0.3, 0.2]
-    assert "begins to memorize" in warnings(training, [0.5, 0.45, 0.5, 0.6])
+    assert "begins to memorize" in warnings(training, [0.5, 0.45, 0.45, 0.6])
     assert warnings(training, [0.5, 0.48, 0.46, 0.44]) == "", "a gap alone is normal: they are measured differently"
     assert warnings(training, [0.5, 0.45, 0.44, 0.29]) == ""
+
+
+def test_an_open_gap_is_reported_once():
+    training = [0.5, 0.4, 0.3, 0.2, 0.1]
+    assert warnings(training, [0.5, 0.45, 0.5, 0.6, 0.7]) == ""
+    assert "begins to memorize" in warnings([*training, 0.1, 0.1], [0.5, 0.45, 0.5, 0.6, 0.45, None, 0.7])
 
 
 def test_a_run_of_days_with_far_too_many_steps_or_epochs():

@@ -108,20 +108,20 @@ def test_the_progress_of_a_long_run_is_easy_to_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "complete", "expected"),
+    ("command", "extra_epochs", "expected"),
     [
-        ("python t.py --config a.yaml", False, "python t.py --config a.yaml"),
-        ("python t.py --config a.yaml", True, "python t.py --config a.yaml --extra_epochs 2"),
-        ("python t.py --extra_epochs 3", True, "python t.py --extra_epochs 3"),
-        ("python t.py --extra_epochs=3", True, "python t.py --extra_epochs=3"),
-        ("python t.py --overwrite --seed 1", False, "python t.py --seed 1"),
-        ("python t.py --overwrite true --seed 1", False, "python t.py --seed 1"),
-        ("python t.py --overwrite=true", False, "python t.py"),
-        ("python t.py --model.widths '[8, 16]'", False, "python t.py --model.widths '[8, 16]'"),
+        ("python t.py --config a.yaml", 0, "python t.py --config a.yaml"),
+        ("python t.py --config a.yaml", 80, "python t.py --config a.yaml --extra_epochs 80"),
+        ("python t.py --extra_epochs 3", 2, "python t.py --extra_epochs 3"),
+        ("python t.py --extra_epochs=3", 2, "python t.py --extra_epochs=3"),
+        ("python t.py --overwrite --seed 1", 0, "python t.py --seed 1"),
+        ("python t.py --overwrite true --seed 1", 0, "python t.py --seed 1"),
+        ("python t.py --overwrite=true", 0, "python t.py"),
+        ("python t.py --model.widths '[8, 16]'", 0, "python t.py --model.widths '[8, 16]'"),
     ],
 )
-def test_the_next_command_continues_the_run_and_never_overwrites_it(command, complete, expected):
-    assert next_command(command, complete) == expected
+def test_the_next_command_continues_the_run_and_never_overwrites_it(command, extra_epochs, expected):
+    assert next_command(command, extra_epochs) == expected
 
 
 @pytest.mark.slow

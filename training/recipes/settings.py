@@ -15,6 +15,8 @@ LEAST_CELLS, MOST_CELLS = 4, 16
 PATCH_SIZE = 4
 # An autoencoder that sees its images more often than this memorizes them, unless crops and flips vary them.
 FEW_EPOCHS = 10
+# Up to this number of images, a model may return them instead of making new ones, so copies are searched for.
+MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
 
 
@@ -52,6 +54,9 @@ def settings_for(
             found |= {"crop_scale": 0.5, "random_flip": True}
     elif stage == DIFFUSION:
         found |= _diffusion(collection, cells, widths, large=large)
+        if collection.images <= MOST_SEARCHED:
+            epochs = found["max_train_steps"] // max(1, collection.images // (batch * num_processes))
+            found["memorization_epochs"] = max(1, epochs // 2)
     elif stage == CONTROLNET:
         found |= {"learning_rate": 1e-3, "lr_scheduler": "linear", "cfg_dropout": 0.5, "ema_decay": 0.99}
     else:

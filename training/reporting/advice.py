@@ -101,18 +101,27 @@ def _flat_or_rising(history: Sequence[EpochSummary], course: Course) -> str | No
 
 
 def _gap(history: Sequence[EpochSummary]) -> str | None:
-    if len(history) < 2 or history[-1].val_loss is None:
+    """Warn once when a gap opens, and again only if it has closed in between: it is measured after each validation."""
+    if not _gap_is_open(history):
         return None
+    validated = [number for number, epoch in enumerate(history) if epoch.val_loss is not None]
+    if len(validated) > 1 and _gap_is_open(history[: validated[-2] + 1]):
+        return None
+    last, best = history[-1], min(e.val_loss for e in history if e.val_loss is not None)
+    return (
+        f"the validation loss ({last.val_loss:.4f}; best {best:.4f}) moves away from the training loss "
+        f"({last.loss:.4f}): the model begins to memorize its training data. Use more images, --random_flip, a "
+        "smaller model or --early_stopping_patience; the checkpoint `best` keeps the best weights"
+    )
+
+
+def _gap_is_open(history: Sequence[EpochSummary]) -> bool:
+    if len(history) < 2 or history[-1].val_loss is None:
+        return False
     last = history[-1]
     best = min(e.val_loss for e in history if e.val_loss is not None)
     # The two are measured on different timesteps and weights, so a fixed gap is normal; a growing one is not.
-    if last.val_loss > GAP_RATIO * last.loss and last.val_loss > 1.1 * best:  # type: ignore[operator]
-        return (
-            f"the validation loss ({last.val_loss:.4f}; best {best:.4f}) moves away from the training loss "
-            f"({last.loss:.4f}): the model begins to memorize its training data. Use more images, --random_flip, a "
-            "smaller model or --early_stopping_patience; the checkpoint `best` keeps the best weights"
-        )
-    return None
+    return last.val_loss > GAP_RATIO * last.loss and last.val_loss > 1.1 * best  # type: ignore[operator]
 
 
 def too_long(step: int, seconds_per_step: float, course: Course) -> str | None:

@@ -22,6 +22,7 @@ STRIP = "progress.png"
 REPORT = "sessions.md"
 MOST_GRIDS = 8  # in a strip; if there are more, some in the middle are left out
 GRID_WIDTH = 480  # of a grid in the strip, in pixels
+MORE_EPOCHS = 0.1  # of a complete run: the share that is suggested for training further, and at least two epochs
 MOST_EPOCHS = 12  # in the table on the terminal; if there are more, some in the middle are left out
 
 
@@ -78,7 +79,8 @@ def session_report(
     lines = [f"{progress} after {sessions} and {clock(state.elapsed_seconds)} of training"]
     table = epoch_table(metrics_file, most_epochs)
     purpose = "To train for more epochs" if complete else "To resume"
-    return "\n".join([*lines, *(["", *table] if table else []), "", f"{purpose}: {next_command(command, complete)}"])
+    more = max(2, round(MORE_EPOCHS * state.goal_steps / steps_per_epoch)) if complete else 0
+    return "\n".join([*lines, *(["", *table] if table else []), "", f"{purpose}: {next_command(command, more)}"])
 
 
 def epoch_table(metrics_file: Path, most_epochs: int | None = None) -> list[str]:
@@ -105,10 +107,11 @@ def epoch_table(metrics_file: Path, most_epochs: int | None = None) -> list[str]
     return [f"| {' | '.join(row)} |" for row in aligned]
 
 
-def next_command(command: str, complete: bool) -> str:
+def next_command(command: str, extra_epochs: int = 0) -> str:
     """Return the command that continues the run: `command` without --overwrite, which would start the run again.
 
-    For a complete run, --extra_epochs is added.
+    Args:
+        extra_epochs: for a complete run, how many epochs it suggests.
     """
     words = shlex.split(command)
     kept: list[str] = []
@@ -116,8 +119,8 @@ def next_command(command: str, complete: bool) -> str:
         switched = before == "--overwrite" and word in ("true", "false")
         if not switched and word.split("=")[0] != "--overwrite":
             kept.append(word)
-    if complete and not any(word.split("=")[0] == "--extra_epochs" for word in kept):
-        kept += ["--extra_epochs", "2"]
+    if extra_epochs and not any(word.split("=")[0] == "--extra_epochs" for word in kept):
+        kept += ["--extra_epochs", str(extra_epochs)]
     return shlex.join(kept)
 
 
