@@ -105,8 +105,11 @@ def expect(
 def error_line(output: str) -> str:
     """Return the last line of a message: one that starts with `error:`, `warning:` or the name of an exception.
 
-    The exception with which a launcher reports that a process failed says nothing, and is left out.
+    The exception with which a launcher reports that a process failed says nothing, and is left out; so does the warning
+    that a run of a few steps is short, with which every run of these trials begins.
     """
     pattern = r"(error|warning): |(?!torch\.distributed\.elastic)[A-Za-z.]*(Error|Interrupt|Exception)\b"
-    lines = [line for line in output.splitlines() if re.match(pattern, line)]
+    lines = [
+        line for line in output.splitlines() if re.match(pattern, line) and "rarely give a useful model" not in line
+    ]
     return lines[-1].strip() if lines else ""
