@@ -15,7 +15,7 @@ from training.benchmarks.recipes import Recipe, main
 BRIEF = """
 autoencoder: {max_train_steps: 2, max_train_minutes: 0}
 diffusion: {max_train_steps: STEPS, max_train_minutes: 0, num_previews: 2, preview_inference_steps: 2}
-evaluation: {num_inference_steps: 2, extractor_resolution: 32, replay_images: 0}
+evaluation: {num_inference_steps: 2, extractor_resolution: 32}
 """
 
 

@@ -70,6 +70,8 @@ class StudyConfig(Options):
     """Side of the images in pixels"""
     num_images: int = option(1000, at_least=4)
     """Number of images to generate and compare with the training images"""
+    num_inference_steps: int = option(25, at_least=1)
+    """Number of sampling steps of these images"""
     condition_on: str = option("")
     """Conditions of the models; if unset, what the images have"""
     work_dir: str = option("runs/recipes")
@@ -155,8 +157,15 @@ class Study:
         diffusion = recipe.words("diffusion", {**flags, "output_dir": str(run)})
         self._command("training/train_latent_diffusion.py", diffusion)
         trained = time.monotonic()
-        evaluation = {"model": str(run), "split": "train", "num_images": config.num_images, "report_to": "none",
-                      "grid": str(run / "grid.png")}  # fmt: skip
+        evaluation = {
+            "model": str(run),
+            "split": "train",
+            "num_images": config.num_images,
+            "num_inference_steps": config.num_inference_steps,
+            "replay_images": 0,
+            "report_to": "none",
+            "grid": str(run / "grid.png"),
+        }
         self._command("training/evaluate.py", recipe.words("evaluation", evaluation))
         measured = read_json_object(run / "evaluation.json") or {}
         metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
