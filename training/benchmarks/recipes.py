@@ -5,6 +5,7 @@
 
 A recipe is a YAML file with flags for train_autoencoder.py (`autoencoder`), train_latent_diffusion.py (`diffusion`) and
 evaluate.py (`evaluation`). What it does not set is chosen as for everybody's images. The time includes the autoencoder.
+A recipe with flags for training/benchmarks/pixels.py (`pixels`) trains that baseline instead.
 A row is written to results.csv as soon as it is measured; run the same command again to complete a study.
 """
 
@@ -31,7 +32,7 @@ from training.core.files import read_json_object
 from training.core.options import Options, option
 from training.core.parsing import parse_config, written
 
-PARTS = ("autoencoder", "diffusion", "evaluation")
+PARTS = ("autoencoder", "diffusion", "pixels", "evaluation")
 COLUMNS = (
     "collection",
     "recipe",
@@ -101,11 +102,11 @@ class Recipe:
             raise UserError(
                 f"{path}: unknown {', '.join(sorted(unknown))}; the parts of a recipe are {', '.join(PARTS)}"
             )
-        return cls(Path(path).stem, {part: content.get(part) or {} for part in PARTS})
+        return cls(Path(path).stem, {part: content[part] or {} for part in PARTS if part in content})
 
     def words(self, part: str, flags: Mapping[str, Any]) -> list[str]:
         """Return flags as words of a command; those of the recipe replace others of the same name."""
-        chosen = {**flags, **self.flags[part]}
+        chosen = {**flags, **self.flags.get(part, {})}
         return [word for name, value in chosen.items() for word in (f"--{name}", written(value) or "null")]
 
 
@@ -146,51 +147,76 @@ class Study:
             writer.writerow(row)
 
     def _measure(self, collection: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
-        config, started = self.config, time.monotonic()
-        common = {"train_data_dir": str(collection), "resolution": config.resolution, "seed": seed, "report_to": "none"}
-        autoencoder = self._autoencoder(recipe, common)
-        run = self.folder / collection.name / f"{recipe.name}_{config.minutes:g}min_{seed}"
-        minutes = config.minutes * (1 - config.autoencoder_share)
-        flags = {**common, "vae": str(autoencoder), "max_train_minutes": round(minutes, 2)}
-        if config.condition_on:
-            flags["condition_on"] = config.condition_on
-        diffusion = recipe.words("diffusion", {**flags, "output_dir": str(run)})
-        self._command("training/train_latent_diffusion.py", diffusion)
+        """Train and measure one model; return its row."""
+        started = time.monotonic()
+        common = {"train_data_dir": str(collection), "resolution": self.config.resolution, "seed": seed}
+        run = self.folder / collection.name / f"{recipe.name}_{self.config.minutes:g}min_{seed}"
+        train = self._pixels if "pixels" in recipe.flags else self._latents
+        facts = train(recipe, common, run)
         trained = time.monotonic()
-        evaluation = {
-            "model": str(run),
-            "split": "train",
-            "num_images": config.num_images,
-            "num_inference_steps": config.num_inference_steps,
-            "replay_images": 0,
-            "report_to": "none",
-            "grid": str(run / "grid.png"),
-        }
-        self._command("training/evaluate.py", recipe.words("evaluation", evaluation))
-        measured = read_json_object(run / "evaluation.json") or {}
-        metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
-        record, own = (read_json_object(folder / "record.json") or {} for folder in (run, autoencoder))
+        facts |= self._evaluated(recipe, common, run)
         return {
             "collection": collection.name,
             "recipe": recipe.name,
             "seed": seed,
-            "minutes": f"{config.minutes:g}",
+            "minutes": f"{self.config.minutes:g}",
+            **facts,
+            "seconds": round(trained - started),
+            "evaluation_seconds": round(time.monotonic() - trained),
+        }
+
+    def _pixels(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
+        """Train the baseline in pixels; return its number of steps."""
+        flags = {**common, "minutes": self.config.minutes, "output_dir": str(run)}
+        self._command("training/benchmarks/pixels.py", recipe.words("pixels", flags))
+        return {"diffusion_steps": (read_json_object(run / "baseline.json") or {}).get("steps")}
+
+    def _latents(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
+        """Train an autoencoder and a latent diffusion model; return their numbers of steps."""
+        common = {**common, "report_to": "none"}
+        autoencoder = self._autoencoder(recipe, common)
+        minutes = round(self.config.minutes * (1 - self.config.autoencoder_share), 2)
+        flags = {**common, "vae": str(autoencoder), "max_train_minutes": minutes, "output_dir": str(run)}
+        if self.config.condition_on:
+            flags["condition_on"] = self.config.condition_on
+        self._command("training/train_latent_diffusion.py", recipe.words("diffusion", flags))
+        own, record = (read_json_object(folder / "record.json") or {} for folder in (autoencoder, run))
+        return {
             "autoencoder_steps": own.get("steps"),
             "psnr": _rounded((own.get("metrics") or {}).get("val_psnr")),
             "diffusion_steps": record.get("steps"),
+        }
+
+    def _evaluated(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
+        """Compare images of a model with the training images; return the columns of the result."""
+        config = self.config
+        flags = {
+            "model": str(run),
+            "dataset_name": common["train_data_dir"],
+            "split": "train",
+            "resolution": config.resolution,
+            "num_images": config.num_images,
+            "num_inference_steps": config.num_inference_steps,
+            "replay_images": 0,
+            "report_to": "none",
+            "output": str(run / "evaluation.json"),
+            "grid": str(run / "grid.png"),
+        }
+        self._command("training/evaluate.py", recipe.words("evaluation", flags))
+        measured = read_json_object(run / "evaluation.json") or {}
+        metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
+        return {
             "kid": _rounded(metrics.get("kid")),
             "kid_error": _rounded(metrics.get("kid_standard_error")),
             "floor": _rounded((measured.get("floor") or {}).get("kid", {}).get("mean")),
             **{name: _rounded(metrics.get(name)) for name in ("precision", "recall", "coverage")},
             "copies": ", ".join(f"{report['space']} {report['copies']}" for report in copies),
-            "seconds": round(trained - started),
-            "evaluation_seconds": round(time.monotonic() - trained),
         }
 
     def _autoencoder(self, recipe: Recipe, common: Mapping[str, Any]) -> Path:
         """Train the autoencoder of a recipe, which all recipes with the same flags share; return its folder."""
         minutes = round(self.config.minutes * self.config.autoencoder_share, 2)
-        flags = {**common, "max_train_minutes": minutes, **recipe.flags["autoencoder"]}
+        flags = {**common, "max_train_minutes": minutes, **recipe.flags.get("autoencoder", {})}
         digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
         folder = self.folder / Path(common["train_data_dir"]).name / f"autoencoder_{digest}"
         if not (folder / "record.json").exists():
