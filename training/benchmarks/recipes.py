@@ -59,7 +59,7 @@ class StudyConfig(Options):
 
     collections: list[str] = option([])
     """Folders of images, each of which is trained on"""
-    recipes: list[str] = option([str(shipped_path("configs/experiments/recipes/base.yaml"))])
+    recipes: list[str] = option([str(shipped_path("configs/recipes/base.yaml"))])
     """YAML files of the recipes to compare"""
     seeds: list[int] = option([0])
     """Seeds; all recipes are trained with the first one before the second one begins"""
