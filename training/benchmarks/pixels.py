@@ -5,7 +5,7 @@
 
 U-Net, noise schedule, loss, optimizer, learning rate schedule and EMA are those of the example, with a smaller network
 and without captions or classes. The number of steps is chosen from the speed of the first steps, so that the cosine
-schedule ends with the time. There are no checkpoints and no validation: it is a yardstick for the recipes that
+schedule ends with the time. It saves no checkpoints and does not validate. It serves as a baseline for the recipes that
 training/benchmarks/recipes.py compares.
 """
 

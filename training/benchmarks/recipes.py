@@ -82,9 +82,6 @@ class StudyConfig(Options):
         super().validate(prefix)
         if not self.collections:
             raise UserError("--collections is missing; give folders of images, as in --collections '[my_images]'")
-        for path in (*self.collections, *self.recipes):
-            if not Path(path).exists():
-                raise UserError(f"{Path(path).absolute()} does not exist; check --collections and --recipes")
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,9 @@ class Study:
 
     def __init__(self, config: StudyConfig):
         self.config, self.folder = config, Path(config.work_dir).absolute()
+        for path in (*config.collections, *config.recipes):
+            if not Path(path).exists():
+                raise UserError(f"{Path(path).absolute()} does not exist; check --collections and --recipes")
         self.recipes = [Recipe.read(path) for path in config.recipes]
         self.results = self.folder / "results.csv"
 
