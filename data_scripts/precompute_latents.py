@@ -112,11 +112,7 @@ class PrecomputeConfig(DataConfig):
     """Replace a cache that was made with other data or settings"""
 
     def validate(self, prefix: str = "") -> None:
-        """Check values before the data and the VAE are opened.
-
-        Raises:
-            UserError: a value is missing or invalid, or crops are random.
-        """
+        """Raise UserError if a value is missing or invalid, or crops are random; nothing is opened."""
         super().validate(prefix)
         for name in ("vae", "output_dir"):
             if not getattr(self, name):
@@ -124,10 +120,10 @@ class PrecomputeConfig(DataConfig):
         if not self.splits:
             raise UserError("no splits are given; name at least one, as in --splits '[train, validation]'")
         if not self.center_crop or self.crop_scale < 1:
-            random = "center_crop is false" if not self.center_crop else f"crop_scale is {self.crop_scale:g}"
+            random = f"crop_scale is {self.crop_scale:g}" if self.center_crop else "center_crop is false"
             raise UserError(
-                f"{random}, but each image is encoded only once, so its random crop would never change; cache with "
-                "--center_crop true and --crop_scale 1, or train without a cache"
+                f"{random}, but each image is encoded only once, so its random crop would never change; "
+                "cache with --center_crop true and --crop_scale 1, or train without a cache"
             )
 
 
