@@ -174,6 +174,13 @@ def test_the_settings_are_valid_at_every_usual_resolution(resolution):
     build_unet(diffusion(*words).model, 16, latent_cells(resolution), None, 0, 0)
 
 
+@pytest.mark.parametrize("words", [("--crop_scale", "0.5"), ("--center_crop", "false")])
+def test_random_crops_are_not_cached(words):
+    draw("pics")
+    assert diffusion("--train_data_dir", "pics").latent_cache
+    assert not diffusion("--train_data_dir", "pics", *words).latent_cache
+
+
 def test_a_resumed_run_keeps_what_was_decided_when_it_began():
     """Images are not the only thing that decides: another device would choose other networks."""
     draw("pics")

@@ -232,7 +232,8 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
     if not config.vae:
         config.vae = str(_autoencoder(run))
     began_without_cache = not run.saved.get("latent_cache", "unknown")
-    if not config.latent_cache and config.center_crop and not began_without_cache:
+    varies = not config.center_crop or config.crop_scale < 1  # a cache would keep one crop of each image
+    if not config.latent_cache and not varies and not began_without_cache:
         config.latent_cache = str(_latents(run, suffix))
     cells, channels = _latent_shape(run)
     widths = config.model.block_out_channels if "model.block_out_channels" in given else ()
