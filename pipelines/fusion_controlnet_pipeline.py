@@ -29,6 +29,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->caption_prior->controlnet->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "caption_prior"]
     controlnet: Any
 
     def __init__(

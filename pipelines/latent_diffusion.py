@@ -3,8 +3,8 @@
 Shapes: B images, L tokens, D text width, C latent channels, h w latent cells, H W pixels.
 
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
-dropped or missing prompt is replaced by the empty prompt. Class labels go through the U-Net's class embedding, whose
-last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the
+dropped or missing prompt is replaced by the empty prompt. Class labels go through the class embedding of the network,
+whose last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the
 timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`, `encode_captions`,
 `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
@@ -57,26 +57,26 @@ def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str
 
 
 def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
-    """Encode token ids (B L, on the encoder's device) to the U-Net's text condition (B L D), the last hidden state.
+    """Encode token ids (B L, on the encoder's device) to the text condition (B L D), the last hidden state.
 
-    No attention mask is used, as in Stable Diffusion: the U-Net attends to the pad tokens as well.
+    No attention mask is used, as in Stable Diffusion: the network attends to the pad tokens as well.
     """
     return text_encoder(input_ids=input_ids).last_hidden_state
 
 
 def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
-    """Concatenate noisy latents (B C h w) and the caption prior's predicted latents to the U-Net's input (B 2C h w).
+    """Concatenate noisy latents (B C h w) and the caption prior's predicted latents to the network's input (B 2C h w).
 
     For a model without a caption prior, `expected` is None and the noisy latents are returned. No gradient flows into
     `expected`: the prior is trained by regression alone, so it predicts the mean of the latents and does not adapt to
-    the U-Net.
+    the denoiser.
     """
     return noisy if expected is None else torch.cat([noisy, expected.detach().to(noisy.dtype)], dim=1)
 
 
-def null_class(unet: Any) -> int | None:
+def null_class(denoiser: Any) -> int | None:
     """Return the index of the null class, the last one of the class embedding, or None for a model without classes."""
-    classes = unet.config.num_class_embeds
+    classes = denoiser.config.num_class_embeds
     return None if classes is None else int(classes) - 1
 
 
@@ -99,32 +99,35 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
 
     Args:
         vae (`ModelMixin`): Any Diffusers image autoencoder; latents are scaled as its config says.
-        unet (`UNet2DConditionModel`): Denoises latents, given the timestep, the text condition and the class.
+        unet (`UNet2DConditionModel`, *optional*): Denoises latents, given the timestep, the text condition and the
+            class; None for a model that has a `transformer` instead.
         scheduler (`SchedulerMixin`): Scheduler for the prediction type; `set_scheduler("euler")` selects another.
         text_encoder (`PreTrainedModel`, *optional*): Text encoder; needs `tokenizer`. A model without text has neither.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Tokenizer of the text encoder.
-        prediction_type (`str`, *optional*): What the U-Net predicts: `"epsilon"`, `"v_prediction"`, `"sample"` or
+        prediction_type (`str`, *optional*): What the network predicts: `"epsilon"`, `"v_prediction"`, `"sample"` or
             `"flow_prediction"`. Defaults to the prediction type of the scheduler.
         id2label (`dict`, *optional*): Class names by class id, so that `class_labels` may be names.
         max_text_length (`int`, *optional*): Number of tokens that prompts are padded to. Defaults to the maximum of the
             tokenizer and the text encoder.
-        caption_prior (`ModelMixin`, *optional*): Predicts latents from the text condition. The U-Net takes them as
+        caption_prior (`ModelMixin`, *optional*): Predicts latents from the text condition. The network takes them as
             additional input channels, so it has twice as many.
+        transformer (`ModelMixin`, *optional*): A transformer with the arguments of the U-Net, in its place.
 
     Raises:
         ValueError: If the components do not match.
     """
 
-    model_cpu_offload_seq = "text_encoder->caption_prior->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer", "caption_prior"]
+    model_cpu_offload_seq = "text_encoder->caption_prior->unet->transformer->vae"
+    _optional_components = ["unet", "text_encoder", "tokenizer", "caption_prior", "transformer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _output_types = (*OUTPUT_TYPES, "latent")
     scheduler: Any
+    transformer: Any = None
 
     def __init__(
         self,
         vae: ModelMixin,
-        unet: UNet2DConditionModel,
+        unet: Optional[UNet2DConditionModel],
         scheduler: SchedulerMixin,
         text_encoder: Optional[PreTrainedModel] = None,
         tokenizer: Optional[PreTrainedTokenizerBase] = None,
@@ -132,8 +135,11 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         id2label: Optional[dict] = None,
         max_text_length: Optional[int] = None,
         caption_prior: Optional[ModelMixin] = None,
+        transformer: Optional[ModelMixin] = None,
     ):
         super().__init__()
+        if (unet is None) == (transformer is None):
+            raise ValueError("pass either `unet` or `transformer`, the network that denoises")
         if (text_encoder is None) != (tokenizer is None):
             raise ValueError(
                 "`text_encoder` and `tokenizer` go together: pass both, or neither for a model without text"
@@ -147,6 +153,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
             caption_prior=caption_prior,
         )  # fmt: skip
+        if "transformer" in self._optional_components:  # pipelines with ControlNets, which steer a U-Net, have none
+            self.register_modules(transformer=transformer)
         self.register_to_config(
             prediction_type=prediction_type,
             # JSON has no integer keys, so ids are strings here, as they are after loading.
@@ -156,6 +164,11 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         self.vae_scale_factor = downsampling_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._own_scheduler = scheduler
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that denoises: the U-Net or the transformer."""
+        return self.unet if self.transformer is None else self.transformer
 
     @torch.no_grad()
     def __call__(
@@ -250,7 +263,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             name = type(callback_on_step_end).__name__
             raise ValueError(f"`callback_on_step_end` is a {name}, which changes prompts, but this model takes no text")
         self._check_text(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        if class_labels is not None and self.unet.config.num_class_embeds is None:
+        if class_labels is not None and self.denoiser.config.num_class_embeds is None:
             raise ValueError(f"this model has no classes, so `class_labels` must be None, but is {class_labels!r}")
         self.class_ids(class_labels)
         negative = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
@@ -277,7 +290,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         for name, value in embeds.items():
             if value is not None and not self._takes_text:
                 raise ValueError(f"this model takes no text, so `{name}` must be None")
-        check_embeds(int(self.unet.config.get("cross_attention_dim") or 0), **embeds)
+        check_embeds(int(self.denoiser.config.get("cross_attention_dim") or 0), **embeds)
         if prompt is not None and prompt_embeds is not None:
             raise ValueError("`prompt` and `prompt_embeds` say the same; pass one of them")
         if not is_empty(negative_prompt) and negative_embeds is not None:
@@ -287,13 +300,13 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
 
     @property
     def _takes_text(self) -> bool:
-        return self.text_encoder is not None or reads_text(self.unet)
+        return self.text_encoder is not None or reads_text(self.denoiser)
 
     def encode_prompt(self, prompts: Sequence[str], device: torch.device | str | None = None) -> Tensor:
-        """Encode prompts to the U-Net's text condition (`B L D`, in the U-Net's dtype)."""
+        """Encode prompts to the text condition (`B L D`, in the dtype of the network)."""
         input_ids = tokenize_captions(self.tokenizer, prompts, self.config.max_text_length)
         embeds = encode_captions(self.text_encoder, input_ids.to(device or self._execution_device))
-        return embeds.to(self.unet.dtype)
+        return embeds.to(self.denoiser.dtype)
 
     def class_ids(self, class_labels: Any) -> list[int]:
         """Convert class labels, given as ids or names, to class ids.
@@ -301,7 +314,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         Raises:
             ValueError: If a name is unknown, or an id is out of range.
         """
-        return class_ids(class_labels, self.config.id2label or {}, null_class(self.unet) or 0)
+        return class_ids(class_labels, self.config.id2label or {}, null_class(self.denoiser) or 0)
 
     def _size(self, height: Any, width: Any) -> tuple[int, int]:
         height, width = self._given_or_trained_size(height, width, self.vae_scale_factor)
@@ -352,14 +365,14 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     def _embeds(self, embeds: Tensor | None, prompts: list[str]) -> Tensor:
         if embeds is None:
             return self.encode_prompt(prompts)
-        return broadcast_rows(embeds.to(self._execution_device, self.unet.dtype), len(prompts))
+        return broadcast_rows(embeds.to(self._execution_device, self.denoiser.dtype), len(prompts))
 
     def _class_condition(self, class_labels: Any, count: int, repeats: int) -> Tensor | None:
         """Return the class ids (B), or None for a model without classes.
 
         With guidance they have twice the batch size, and the unconditional half (the null class) comes first.
         """
-        null = null_class(self.unet)
+        null = null_class(self.denoiser)
         if null is None:
             return None
         ids = broadcast([null] if class_labels is None else self.class_ids(class_labels), count)
@@ -398,7 +411,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             return prompt_embeds, self.caption_prior(prompt_embeds, tuple(noise.shape[-2:]))
 
         def predict(x: Tensor, timestep: Any, prompt_embeds: Tensor | None, expected: Tensor | None) -> Tensor:
-            return self.unet(
+            return self.denoiser(
                 concat_condition(x, expected),
                 timestep,
                 encoder_hidden_states=prompt_embeds,

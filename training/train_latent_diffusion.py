@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ from training.models.attention import attention_kernel
 from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
 from training.models.conditioning import caption_and_class, pipeline_conditions
+from training.models.denoiser import build_denoiser
 from training.models.text_encoder import TextEncoderConfig, build_text
-from training.models.unet import UNetConfig, build_unet
+from training.models.transformer import TransformerConfig
+from training.models.unet import UNetConfig
 from training.models.vae_loading import load_vae
 from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_level_sums
 from training.objectives.functional import mse_per_sample
@@ -57,7 +60,8 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     output_dir: str = option("runs/latent_diffusion", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     vae: str = option("", content="vae", essential=True)
-    """VAE that encodes the images: Hub id, VAE or pipeline folder, or autoencoder run; if unset, one is trained"""
+    """VAE that encodes the images: Hub id, VAE or pipeline folder, or autoencoder run; pixels for none, to denoise the
+    pixels themselves. If unset, a choice that suits the images is made"""
     latent_cache: str | None = option(None, content="latent_cache")
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
@@ -68,8 +72,13 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     """Tokenizer folder or Hub id; if unset, that of the text encoder, or a new one is trained"""
     pretrained_text_encoder: str | None = option(None, content="text_encoder")
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
+    denoiser: Literal["unet", "transformer"] = option("unet")
+    """The network that denoises: a U-Net (--model), or a transformer on patches (--transformer), which trains faster on
+    processors with fast matrix products, and needs no autoencoder (--vae pixels) for small images"""
     model: UNetConfig = option(UNetConfig)
     """The U-Net"""
+    transformer: TransformerConfig = option(TransformerConfig)
+    """The transformer, with --denoiser transformer"""
     text_encoder: TextEncoderConfig = option(TextEncoderConfig)
     """The text encoder that is trained jointly, unless --pretrained_text_encoder is set"""
     caption_prior: CaptionPriorConfig = option(CaptionPriorConfig)
@@ -87,6 +96,11 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
                 "--vae is not set; give a Hub id such as stabilityai/sdxl-vae, a folder, or a run of "
                 "train_autoencoder.py; or give --train_data_dir without --config, and an autoencoder is trained"
             )
+        if self.denoiser == "transformer" and self.transformer.predicts_sample and not self.predicts_flow:
+            raise UserError(
+                f"--transformer.predicts_sample true requires --prediction_type flow_prediction, which is "
+                f"{self.prediction_type}; set one of them"
+            )
         if self.with_captions and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(
                 f"captions need --tokenizer (make one with {command('data_scripts/train_tokenizer.py')}) "
@@ -94,6 +108,10 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
             )
         if self.caption_prior.hidden_size and not self.with_captions:
             raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
+
+    @property
+    def predicts_flow(self) -> bool:
+        return self.prediction_type == "flow_prediction"
 
     @property
     def with_captions(self) -> bool:
@@ -119,7 +137,7 @@ class LatentDiffusionPhase(Phase):
     def __init__(
         self,
         config: Config,
-        unet: nn.Module,
+        denoiser: nn.Module,
         diffusion: Diffusion,
         vae: nn.Module,
         latent_shape: tuple[int, int, int],
@@ -129,7 +147,7 @@ class LatentDiffusionPhase(Phase):
     ):
         super().__init__()
         self.config, self.diffusion, self.latent_shape = config, diffusion, latent_shape
-        self.unet = unet
+        setattr(self, config.denoiser, denoiser)  # under the name that it has in the pipeline
         if config.pretrained_text_encoder and text_encoder is not None:
             self.borrow(text_encoder=text_encoder)
         else:
@@ -137,6 +155,10 @@ class LatentDiffusionPhase(Phase):
         self.caption_prior = caption_prior
         self.borrow(vae=vae)
         self.register_buffer("empty_ids", empty_ids, persistent=False)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self, self.config.denoiser)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Return the scaled latents of a batch. B C h w."""
@@ -151,10 +173,10 @@ class LatentDiffusionPhase(Phase):
         x_0 = self.latents(batch, draws)
         noisy = self.diffusion.corrupt(x_0, draws, sampling=sampling)
         dropped = draws.uniform("cfg_dropout") < dropout
-        condition = caption_and_class(self.unet, self.text_encoder, self.empty_ids, batch, dropped)
+        condition = caption_and_class(self.denoiser, self.text_encoder, self.empty_ids, batch, dropped)
         prior = self.caption_prior(condition["encoder_hidden_states"]) if self.caption_prior is not None else None
         with attention_kernel(x_0[0, 0].numel(), self.config.gradient_checkpointing):
-            prediction = self.unet(concat_condition(noisy.x_t, prior), noisy.timesteps, **condition).sample
+            prediction = self.denoiser(concat_condition(noisy.x_t, prior), noisy.timesteps, **condition).sample
         return noisy.loss(prediction), None if prior is None else mse_per_sample(prior, x_0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -176,7 +198,7 @@ class LatentDiffusionStage(GeneratingStage):
         super().__init__(config, context)
         self.cache: LatentCache | None = None
         self.vae = load_vae(config.vae)
-        # The order in which models are initialized below (text encoder, U-Net, caption prior) is part of what a seed
+        # The order in which models are initialized below (text encoder, denoiser, caption prior) is part of what a seed
         # means: to change it would change every run.
         torch.manual_seed(config.seed)
         names = (config.tokenizer, config.pretrained_text_encoder) if config.with_captions else (None, None)
@@ -185,7 +207,8 @@ class LatentDiffusionStage(GeneratingStage):
         shape = latent_shape(self.vae, config.resolution, config.resolution)
         text_width = self.text_encoder.config.hidden_size if self.text_encoder else None
         with_prior = config.caption_prior.hidden_size > 0
-        self.unet = build_unet(config.model, *shape[:2], text_width, len(self.id2label), with_prior * shape[0])
+        sizes = (*shape[:2], text_width, len(self.id2label), with_prior * shape[0])
+        denoiser = build_denoiser(config, *sizes)
         self.diffusion = Diffusion(config)
         self.conditions = [CONDITION_NAMES[name] for name in config.condition_on]
         trivial = self.diffusion.trivial_loss
@@ -193,7 +216,7 @@ class LatentDiffusionStage(GeneratingStage):
         prior = build_caption_prior(config.caption_prior, text_width or 0, shape) if with_prior else None
         empty_ids = self.tokens([""])["input_ids"] if self.tokens else None
         self.phase = LatentDiffusionPhase(
-            config, self.unet, self.diffusion, self.vae, shape, self.text_encoder, empty_ids, prior
+            config, denoiser, self.diffusion, self.vae, shape, self.text_encoder, empty_ids, prior
         )
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.frozen = [self.vae, self.text_encoder] if config.pretrained_text_encoder and self.tokens else [self.vae]
@@ -265,7 +288,7 @@ class LatentDiffusionStage(GeneratingStage):
         tokens = self.tokens
         return LatentDiffusionPipeline(
             vae=self.vae,
-            unet=self.unet,
+            **{"unet": None, self.config.denoiser: self.phase.denoiser},
             scheduler=sampling_scheduler(self.diffusion.scheduler),
             text_encoder=self.text_encoder,
             tokenizer=tokens.tokenizer if tokens else None,

@@ -67,9 +67,11 @@ def class_ids(class_labels: Any, id2label: Mapping[str, str], classes: int) -> l
     return ids
 
 
-def reads_text(unet: Any) -> bool:
-    """Whether a U-Net attends to a text condition."""
-    config = unet.config
+def reads_text(denoiser: Any) -> bool:
+    """Whether a U-Net, or a transformer, attends to a text condition."""
+    config = denoiser.config
+    if "patch_size" in config:
+        return config.get("cross_attention_dim") is not None
     blocks = [
         config.get("mid_block_type"),
         *(config.get("down_block_types") or ()),

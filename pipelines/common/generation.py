@@ -141,6 +141,11 @@ class UNetSamplingMixin(SamplersByName):
     _num_timesteps = 0
 
     @property
+    def denoiser(self) -> Any:
+        """The network that denoises."""
+        return self.unet
+
+    @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance in the current call; a callback may change `_guidance_scale`."""
         return self._guidance_scale
@@ -188,17 +193,17 @@ class UNetSamplingMixin(SamplersByName):
                 raise ValueError(f"`callback_on_step_end` is a {type(one).__name__}, but this model has none")
 
     def _given_or_trained_size(self, height: Any, width: Any, factor: int = 1) -> tuple[int, int]:
-        """Return height and width in pixels; for None, the size that the U-Net was trained at, times `factor`.
+        """Return height and width in pixels; for None, the size that the model was trained at, times `factor`.
 
         Raises:
-            ValueError: a side is not a positive integer, or it is None, and the U-Net's config has no size.
+            ValueError: a side is not a positive integer, or it is None, and the model's config has no size.
         """
         given = {"height": height, "width": width}
         check_positive_integers(**{name: side for name, side in given.items() if side is not None})
-        sample_size = self.unet.config.sample_size
+        sample_size = self.denoiser.config.sample_size
         cells = tuple(sample_size) if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
         if (height is None or width is None) and None in cells:
-            raise ValueError("the U-Net's config has no `sample_size`, so `height` and `width` must be given")
+            raise ValueError("the model's config has no `sample_size`, so `height` and `width` must be given")
         return int(cells[0] * factor if height is None else height), int(cells[1] * factor if width is None else width)
 
     def _begin(self, guidance_scale: Any, conditioned: bool) -> None:
@@ -213,10 +218,10 @@ class UNetSamplingMixin(SamplersByName):
         tensors: Mapping[str, Tensor | None],
         prepare: Callable[..., tuple],
     ) -> Tensor:
-        """Turn standard normal noise into samples (B C h w) in float32; only the U-Net's input has the U-Net's dtype.
+        """Turn standard normal noise into samples (B C h w) in float32; only the network's input has the network's dtype.
 
         Args:
-            predict: (input of the U-Net, timestep, *prepare(**tensors)) → prediction of the U-Net, for B or 2B.
+            predict: (input of the network, timestep, *prepare(**tensors)) → its prediction, for B or 2B.
             tensors: those that the callback may read and replace, in addition to the samples, see `Conditions`.
             prepare: function that turns the tensors into arguments of `predict`; it is called at the start, and again
                 after a callback has replaced one of them or has switched guidance off or on.
@@ -236,7 +241,7 @@ class UNetSamplingMixin(SamplersByName):
             rows = len(model_input)
             if rows not in prepared:
                 prepared[rows] = prepare(**conditions.rows(rows))
-            prediction = predict(model_input.to(self.unet.dtype), timestep, *prepared[rows])
+            prediction = predict(model_input.to(self.denoiser.dtype), timestep, *prepared[rows])
             return guided(prediction.float(), scale)
 
         def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:

@@ -165,7 +165,7 @@ def _running_precision(vae: nn.Module, device: torch.device) -> Iterator[torch.d
 
     With `force_upcast` that is float32, and autocast is disabled; the VAE's own dtype is restored afterwards.
     """
-    dtype = next(vae.parameters()).dtype
+    dtype = vae.dtype
     if not vae.config.get("force_upcast"):
         yield dtype
         return

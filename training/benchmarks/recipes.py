@@ -4,7 +4,8 @@
     python training/benchmarks/recipes.py --collections '[my_images]' --recipes '[my_recipe.yaml]'
 
 A recipe is a YAML file with flags for train_autoencoder.py (`autoencoder`), train_latent_diffusion.py (`diffusion`) and
-evaluate.py (`evaluation`). What it does not set is chosen as for everybody's images. The time includes the autoencoder.
+evaluate.py (`evaluation`). What it does not set is chosen as for everybody's images. An autoencoder is trained for
+recipes with the part `autoencoder`, which may be empty; it shares the time.
 A recipe with flags for training/benchmarks/pixels.py (`pixels`) trains that baseline instead.
 A row is written to results.csv as soon as it is measured; run the same command again to complete a study.
 """
@@ -172,15 +173,19 @@ class Study:
         return {"diffusion_steps": (read_json_object(run / "baseline.json") or {}).get("steps")}
 
     def _latents(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
-        """Train an autoencoder and a latent diffusion model; return their numbers of steps."""
+        """Train an autoencoder, if the recipe has one, and a diffusion model; return their numbers of steps."""
         common = {**common, "report_to": "none"}
-        autoencoder = self._autoencoder(recipe, common)
-        minutes = round(self.config.minutes * (1 - self.config.autoencoder_share), 2)
-        flags = {**common, "vae": str(autoencoder), "max_train_minutes": minutes, "output_dir": str(run)}
+        flags = {**common, "max_train_minutes": self.config.minutes, "output_dir": str(run)}
+        autoencoder = self._autoencoder(recipe, common) if "autoencoder" in recipe.flags else run
+        if autoencoder != run:
+            minutes = round(self.config.minutes * (1 - self.config.autoencoder_share), 2)
+            flags |= {"vae": str(autoencoder), "max_train_minutes": minutes}
         if self.config.condition_on:
             flags["condition_on"] = self.config.condition_on
         self._command("training/train_latent_diffusion.py", recipe.words("diffusion", flags))
         own, record = (read_json_object(folder / "record.json") or {} for folder in (autoencoder, run))
+        if autoencoder == run:
+            return {"diffusion_steps": record.get("steps")}
         return {
             "autoencoder_steps": own.get("steps"),
             "psnr": _rounded((own.get("metrics") or {}).get("val_psnr")),

@@ -150,7 +150,7 @@ class ConditionalGenerator(ImageGenerator):
         is_ours = hasattr(pipeline, "unet") and hasattr(pipeline, "_own_scheduler")
         if is_ours:
             self.takes_captions = pipeline.text_encoder is not None
-            self.takes_labels = pipeline.unet.config.num_class_embeds is not None
+            self.takes_labels = _denoiser(pipeline).config.num_class_embeds is not None
         else:
             self.takes_captions = "prompt" in self._parameters
             self.takes_labels = "class_labels" in self._parameters
@@ -283,3 +283,8 @@ def native_resolution(pipeline: Any) -> int | None:
         if isinstance(size, int) and size > 0:
             return size * (getattr(pipeline, "vae_scale_factor", 1) if scaled else 1)
     return None
+
+
+def _denoiser(pipeline: Any) -> Any:
+    """Return the network that denoises; published pipelines of earlier versions have only a U-Net."""
+    return getattr(pipeline, "denoiser", pipeline.unet)

@@ -15,9 +15,9 @@ from training.core.stage import Batch
 
 
 def caption_and_class(
-    unet: Any, text_encoder: nn.Module | None, empty_ids: Tensor | None, batch: Batch, dropped: Tensor
+    denoiser: Any, text_encoder: nn.Module | None, empty_ids: Tensor | None, batch: Batch, dropped: Tensor
 ) -> dict[str, Tensor | None]:
-    """Return the U-Net's arguments other than latents and timesteps.
+    """Return the arguments of the denoiser other than latents and timesteps.
 
     Args:
         empty_ids: token ids of the empty caption, 1 L, on the batch's device; None for a model without text.
@@ -30,8 +30,8 @@ def caption_and_class(
     if empty_ids is not None:
         input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
         arguments["encoder_hidden_states"] = encode_captions(text_encoder, input_ids)
-    if unet.config.num_class_embeds:
-        arguments["class_labels"] = torch.where(dropped, null_class(unet), batch["label"])
+    if denoiser.config.num_class_embeds:
+        arguments["class_labels"] = torch.where(dropped, null_class(denoiser), batch["label"])
     return arguments
 
 

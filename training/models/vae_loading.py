@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from pipelines.tools.weights import weights_variant
 
 # Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
+PIXELS = "pixels"
+# Autoencoder classes of Halftone, by the module that defines them.
+_OWN_CLASSES = {"MultiHeadAutoencoderKL": "multi_head_autoencoder", "PixelAutoencoder": "pixel_autoencoder"}
 
 
 def load_vae(name_or_path: str) -> torch.nn.Module:
@@ -20,11 +24,15 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
 
     Args:
         name_or_path: a VAE folder or Hub id (any autoencoder class of Diffusers, or `MultiHeadAutoencoderKL`), a
-            pipeline with a `vae`, or the run folder of an autoencoder.
+            pipeline with a `vae`, or the run folder of an autoencoder; or "pixels", for the identity.
 
     Raises:
         UserError: it does not exist, is not a VAE, or has damaged weights.
     """
+    if name_or_path == PIXELS:
+        from pipelines.models.pixel_autoencoder import PixelAutoencoder
+
+        return PixelAutoencoder().eval()
     name_or_path = follow_links_or_name(name_or_path)
     config, subfolder = _find_config(name_or_path)
     vae_class = _class_of(config, name_or_path)
@@ -80,10 +88,8 @@ def _class_of(config: dict[str, Any], name_or_path: str) -> Any:
     name = config.get("_class_name")
     # A custom class that was saved for loading by remote code is named [module, class].
     name = name[-1] if isinstance(name, list | tuple) else name
-    if name == "MultiHeadAutoencoderKL":
-        from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
-
-        return MultiHeadAutoencoderKL
+    if name in _OWN_CLASSES:
+        return getattr(importlib.import_module(f"pipelines.models.{_OWN_CLASSES[name]}"), name)
     vae_class = getattr(diffusers, name, None) if name else None
     if vae_class is None or not (hasattr(vae_class, "encode") and hasattr(vae_class, "decode")):
         raise UserError(

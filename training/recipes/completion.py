@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
-from pipelines.tools.devices import get_device
+from pipelines.tools.devices import bf16_products_are_faster, get_device
 from pipelines.tools.private import expand_home
 from training.core.files import read_json_object
 from training.core.made_folders import incomplete
@@ -25,6 +25,7 @@ from training.core.parsing import written
 from training.data.source import DataConfig
 from training.engine.signals import STARTED_BY
 from training.models.autoencoder import AutoencoderModelConfig
+from training.models.vae_loading import PIXELS
 from training.recipes import estimate, settings
 from training.recipes.collection import FEW_IMAGES, Collection, look_at
 from training.recipes.folders import collection_folder
@@ -38,7 +39,9 @@ _DATA_OF_CONTROLS = ("dataset_name", "dataset_config_name", "train_data_dir", "i
 _FREE = ("max_train_steps",)
 CONTROL_KIND = "soft_edges"
 # What a run that begins with the weights of another one has from it: the networks, and what they were trained with.
-_OF_ORIGIN = ("model.", "text_encoder.", "prediction_type")
+_OF_ORIGIN = ("model.", "transformer.", "denoiser", "text_encoder.", "prediction_type")
+# Options that only a U-Net on latents has.
+_OF_UNET = {"model.block_out_channels", "model.attention_levels", "caption_prior.hidden_size"}
 # The part of --max_train_minutes that the training of an input gets: the autoencoder, as in the quickstart, and the
 # base model of a ControlNet.
 AUTOENCODER_SHARE, BASE_MODEL_SHARE = 1 / 3, 2 / 3
@@ -83,6 +86,7 @@ class Completion:
             self.collection,
             device=get_device().type,
             resolution=self.config.resolution,
+            fast_bf16=bool(situation.get("transformer")) and bf16_products_are_faster(),
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
             **situation,
         )
@@ -222,6 +226,9 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         if run.origin.get(name) and name not in given:
             setattr(config, name, expand_home(run.origin[name]))
     size = config.resolution
+    run.decide("denoiser", _denoiser(run))
+    if not config.vae and config.denoiser == "transformer":
+        config.vae = PIXELS
     own_vae = str(run.folder / f"autoencoder_{size}")
     suffix = f"_{_short(config.vae)}" if config.vae not in ("", own_vae) else ""
     name = f"latent_diffusion_{size}{suffix}_{_kind(config.condition_on)}"
@@ -233,11 +240,12 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         config.vae = str(_autoencoder(run))
     began_without_cache = not run.saved.get("latent_cache", "unknown")
     varies = not config.center_crop or config.crop_scale < 1  # a cache would keep one crop of each image
-    if not config.latent_cache and not varies and not began_without_cache:
+    if config.vae != PIXELS and not config.latent_cache and not varies and not began_without_cache:
         config.latent_cache = str(_latents(run, suffix))
     cells, channels = _latent_shape(run)
     widths = config.model.block_out_channels if "model.block_out_channels" in given else ()
-    run.own_settings(cells=cells, widths=widths)
+    transformer = config.denoiser == "transformer"
+    run.own_settings(cells=cells, widths=widths, transformer=transformer)
     classes = len(run.collection.classes) if config.with_labels else 0
     images = run.collection.images
     run.trainings.append(estimate.diffusion("latent diffusion", config, run.steps, (channels, cells), classes, images))
@@ -281,6 +289,21 @@ def complete_image_caption(config: Any, given: frozenset[str]) -> None:
     run.decide("output_dir", str(run.folder / f"image_caption_{config.resolution}"))
     run.own_settings()
     run.finish()
+
+
+def _denoiser(run: Completion) -> str:
+    """Return the network for these images: a transformer on the pixels, or a U-Net on latents.
+
+    The transformer is better after the same time on CPUs (docs/recipes.md). On a GPU, this has not been measured. A run
+    that was begun with a U-Net, or latents that are given, keep it.
+    """
+    config = run.config
+    begun = run.folder / f"latent_diffusion_{config.resolution}_{_kind(config.condition_on)}"
+    keeps = not config.overwrite and RunFolder(str(begun)).saved_config() is not None
+    others = config.vae not in ("", PIXELS) or config.latent_cache or run.given & _OF_UNET
+    if run.saved or run.origin:
+        return str(_get(run.saved or run.origin, "denoiser", "unet"))
+    return "unet" if keeps or others or get_device().type == "cuda" else "transformer"
 
 
 def _conditions(run: Completion) -> list[str]:
@@ -347,7 +370,7 @@ def _base_model(run: Completion) -> Path:
     path = run.folder / f"latent_diffusion_{run.config.resolution}_{kind}"
     cells = settings.latent_cells(run.config.resolution)
     limits = run.capped(settings.DIFFUSION, cells=cells) | run.minutes_for("base model", BASE_MODEL_SHARE)
-    flags = {"output_dir": str(path), **limits}
+    flags = {"output_dir": str(path), "denoiser": "unet", **limits}  # a ControlNet steers a U-Net
     run.needs(path / "pipeline", "training/train_latent_diffusion.py", flags, pass_on=(*_DATA, *_SHARED))
     return path
 

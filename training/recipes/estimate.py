@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.tools.devices import get_device, synchronize
 from training.models.autoencoder import AutoencoderModelConfig, build_autoencoder
-from training.models.unet import build_unet
+from training.models.denoiser import build_denoiser
 
 TIMED_STEPS = 2
 # A step also draws noise, updates the optimizer and the EMA weights and encodes captions. A run also validates, shows
@@ -106,7 +106,7 @@ def diffusion(name: str, config: Any, steps: int, latents: tuple[int, int], num_
     width = config.text_encoder.hidden_size if with_text else None
 
     def build() -> tuple[nn.Module, Callable[[], Tensor]]:
-        network = build_unet(config.model, channels, cells, width, num_classes)
+        network = build_denoiser(config, channels, cells, width, num_classes)
 
         def loss() -> Tensor:
             device = next(network.parameters()).device
@@ -114,7 +114,9 @@ def diffusion(name: str, config: Any, steps: int, latents: tuple[int, int], num_
             times = torch.randint(0, 1000, (batch,), device=device)
             states = torch.randn((batch, config.text_encoder.max_length, width), device=device) if width else None
             labels = torch.zeros(batch, dtype=torch.long, device=device) if num_classes else None
-            return network(noisy, times, encoder_hidden_states=states, class_labels=labels).sample.square().mean()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                predicted = network(noisy, times, encoder_hidden_states=states, class_labels=labels).sample
+            return predicted.square().mean()
 
         return network, loss
 

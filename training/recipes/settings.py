@@ -18,6 +18,8 @@ FEW_EPOCHS = 10
 # Up to this number of images, a model may return them instead of making new ones, so copies are searched for.
 MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
+# The sides of the images, or latents, in patches of a transformer.
+MOST_PATCHES = 10
 
 
 def settings_for(
@@ -28,6 +30,8 @@ def settings_for(
     resolution: int,
     cells: int = 0,
     widths: Sequence[int] = (),
+    transformer: bool = False,
+    fast_bf16: bool = False,
     num_processes: int = 1,
 ) -> dict[str, Any]:
     """Return the value of each option that a collection and a device decide, by the name of the option.
@@ -35,12 +39,15 @@ def settings_for(
     Args:
         device: "cpu", "mps" or "cuda".
         resolution: side of the images in pixels.
-        cells: side of the latents; for latent diffusion and ControlNets.
+        cells: side of the latents, or of the images where there is no autoencoder; for latent diffusion.
         widths: channels of the levels of the network, if they are given.
+        transformer: whether the diffusion model is a transformer.
+        fast_bf16: whether the CPU multiplies matrices faster in bfloat16.
         num_processes: number of processes that divide a batch among themselves.
     """
     large = device == "cuda"
-    batch = {AUTOENCODER: 16, DIFFUSION: 32, CONTROLNET: 16, JOINT: 64}[stage] * (2 if large else 1)
+    batch = {AUTOENCODER: 16, DIFFUSION: 16 if transformer else 32, CONTROLNET: 16, JOINT: 64}[stage]
+    batch *= 2 if large else 1
     batch = _batch_size(batch, collection.images, num_processes)
     found: dict[str, Any] = {
         "train_batch_size": batch,
@@ -53,7 +60,10 @@ def settings_for(
         if found["max_train_steps"] * batch * num_processes > FEW_EPOCHS * collection.images:
             found |= {"crop_scale": 0.5, "random_flip": True}
     elif stage == DIFFUSION:
-        found |= _diffusion(collection, cells, widths, large=large)
+        found |= _diffusion(collection)
+        found |= _transformer(cells) if transformer else _unet(cells, widths, large=large)
+        if transformer and fast_bf16 and device == "cpu":
+            found["mixed_precision"] = "bf16"
         if collection.images <= MOST_SEARCHED:
             epochs = found["max_train_steps"] // max(1, collection.images // (batch * num_processes))
             found["memorization_epochs"] = max(1, epochs // 2)
@@ -106,7 +116,40 @@ def _autoencoder(resolution: int) -> dict[str, Any]:
     }
 
 
-def _diffusion(collection: Collection, cells: int, widths: Sequence[int], *, large: bool) -> dict[str, Any]:
+def _diffusion(collection: Collection) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "prediction_type": "flow_prediction",
+        "timestep_sampling": "logit_normal",
+        "cfg_dropout": 0.1,
+        "lr_scheduler": "cosine",
+        "ema_update_every": 4,
+    }
+    if collection.caption_words:
+        found["text_encoder.max_length"] = _text_length(collection.caption_words)
+    return found
+
+
+def _transformer(cells: int) -> dict[str, Any]:
+    """Return the settings of a transformer, which docs/recipes.md compares with others.
+
+    The mean of the logit-normal distribution favours noisy images: with most of the noise gone, large patches differ
+    little from their input.
+    """
+    return {
+        "denoiser": "transformer",
+        "transformer.patch_size": patch_size(cells),
+        "logit_mean": 0.8,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.998,
+    }
+
+
+def patch_size(cells: int) -> int:
+    """Return the side of a patch: the least divisor of `cells` that leaves at most MOST_PATCHES patches per side."""
+    return next(size for size in range(1, cells + 1) if cells % size == 0 and cells // size <= MOST_PATCHES)
+
+
+def _unet(cells: int, widths: Sequence[int], *, large: bool) -> dict[str, Any]:
     if not widths:
         # The smallest feature map must have 4 × 4 cells.
         narrow, wide = [128, 192], [128, 192, 256]
@@ -114,20 +157,12 @@ def _diffusion(collection: Collection, cells: int, widths: Sequence[int], *, lar
         widths = [2 * width for width in widths] if large else widths
     # Attention on the two lowest resolutions, which have at most 16 × 16 cells.
     attention = [level for level in range(len(widths)) if level >= len(widths) - 2]
-    found: dict[str, Any] = {
+    return {
         "model.block_out_channels": list(widths),
         "model.attention_levels": attention,
-        "prediction_type": "flow_prediction",
-        "timestep_sampling": "logit_normal",
-        "cfg_dropout": 0.1,
         "learning_rate": 5e-4,
-        "lr_scheduler": "cosine",
         "ema_decay": 0.999,
-        "ema_update_every": 4,
     }
-    if collection.caption_words:
-        found["text_encoder.max_length"] = _text_length(collection.caption_words)
-    return found
 
 
 def _joint(collection: Collection, resolution: int) -> dict[str, Any]:

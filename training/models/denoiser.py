@@ -1,0 +1,34 @@
+"""The network that denoises, as the config of a latent diffusion model describes it."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import nn
+
+from training.models.transformer import TransformerConfig, build_transformer
+from training.models.unet import UNetConfig, build_unet
+
+
+class DenoiserConfig(Protocol):
+    """The options that describe the network."""
+
+    denoiser: Literal["unet", "transformer"]
+    model: UNetConfig
+    transformer: TransformerConfig
+    num_train_timesteps: int
+
+
+def build_denoiser(
+    config: DenoiserConfig,
+    channels: int,
+    size: int,
+    text_width: int | None,
+    num_classes: int,
+    condition_channels: int = 0,
+) -> nn.Module:
+    """Build the U-Net or the transformer with new weights; see `build_unet` and `build_transformer`."""
+    sizes = (channels, size, text_width, num_classes, condition_channels)
+    if config.denoiser == "transformer":
+        return build_transformer(config.transformer, *sizes, num_train_timesteps=config.num_train_timesteps)
+    return build_unet(config.model, *sizes)

@@ -1,0 +1,77 @@
+"""Transformers on patches from a few settings, as denoisers in the place of U-Nets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipelines.tools.cli import UserError
+from training.core.checks import check_multiple
+from training.core.options import Options, option
+
+
+@dataclass
+class TransformerConfig(Options):
+    """The transformer (with --denoiser transformer)."""
+
+    patch_size: int = option(8, at_least=1)
+    """Side of a patch, in pixels or latent cells; the number of patches decides how long a step takes"""
+    hidden_size: int = option(256, at_least=4)
+    """Width of the layers"""
+    num_layers: int = option(6, at_least=1)
+    """Number of layers"""
+    num_attention_heads: int = option(4, at_least=1)
+    """Number of attention heads"""
+    bottleneck_size: int = option(128, at_least=0)
+    """Width through which the values of a patch enter (Li and He 2025); 0 connects them directly"""
+    predicts_sample: bool = option(True)
+    """Predict the clean image, and compute the flow from it (Li and He 2025); needed for large patches of pixels.
+    Requires --prediction_type flow_prediction"""
+
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        check_multiple(
+            f"{prefix}hidden_size", self.hidden_size, f"{prefix}num_attention_heads", self.num_attention_heads
+        )
+
+
+def build_transformer(
+    config: TransformerConfig,
+    channels: int,
+    size: int,
+    text_width: int | None,
+    num_classes: int,
+    condition_channels: int = 0,
+    num_train_timesteps: int = 1000,
+) -> nn.Module:
+    """Build a transformer with new weights for samples of `channels` × `size` × `size`.
+
+    Args:
+        text_width: width of the text condition; None for a model without text.
+        num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
+        condition_channels: channels that are concatenated to the noisy samples.
+
+    Raises:
+        UserError: the side is not a multiple of the patch side.
+    """
+    from pipelines.models.patch_transformer import PatchTransformer2DModel
+
+    if size % config.patch_size:
+        raise UserError(
+            f"--transformer.patch_size {config.patch_size} must divide the side of the samples, which is {size}"
+        )
+    return PatchTransformer2DModel(
+        sample_size=size,
+        in_channels=channels + condition_channels,
+        out_channels=channels,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        bottleneck_size=config.bottleneck_size,
+        cross_attention_dim=text_width,
+        num_class_embeds=num_classes + 1 if num_classes else None,
+        predicts_sample=config.predicts_sample,
+        num_train_timesteps=num_train_timesteps,
+    )
