@@ -25,11 +25,10 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
     The other arguments are those of `LatentDiffusionPipeline`.
 
     Raises:
-        ValueError: If a ControlNet was trained for another U-Net or VAE.
+        ValueError: If a ControlNet was trained for another U-Net or VAE, or the base model has no U-Net.
     """
 
     model_cpu_offload_seq = "text_encoder->caption_prior->controlnet->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer", "caption_prior"]
     controlnet: Any
 
     def __init__(
@@ -44,7 +43,12 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
         id2label: Optional[dict] = None,
         max_text_length: Optional[int] = None,
         caption_prior: Optional[ModelMixin] = None,
+        transformer: Optional[ModelMixin] = None,
     ):
+        if unet is None or transformer is not None:
+            raise ValueError(
+                "the base model has a `transformer`, but a ControlNet steers a U-Net; pass a base with one"
+            )
         super().__init__(
             vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
             prediction_type=prediction_type, id2label=id2label, max_text_length=max_text_length,

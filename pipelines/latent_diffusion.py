@@ -4,8 +4,8 @@ Shapes: B images, L tokens, D text width, C latent channels, h w latent cells, H
 
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or missing prompt is replaced by the empty prompt. Class labels go through the class embedding of the network,
-whose last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s noise, the
-timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`, `encode_captions`,
+whose last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s
+noise, the timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`, `encode_captions`,
 `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
 
@@ -151,10 +151,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             max_text_length = max_caption_length(tokenizer, text_encoder)
         self.register_modules(
             vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer,
-            caption_prior=caption_prior,
+            caption_prior=caption_prior, transformer=transformer,
         )  # fmt: skip
-        if "transformer" in self._optional_components:  # pipelines with ControlNets, which steer a U-Net, have none
-            self.register_modules(transformer=transformer)
         self.register_to_config(
             prediction_type=prediction_type,
             # JSON has no integer keys, so ids are strings here, as they are after loading.

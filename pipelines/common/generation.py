@@ -218,7 +218,7 @@ class UNetSamplingMixin(SamplersByName):
         tensors: Mapping[str, Tensor | None],
         prepare: Callable[..., tuple],
     ) -> Tensor:
-        """Turn standard normal noise into samples (B C h w) in float32; only the network's input has the network's dtype.
+        """Turn standard normal noise into samples (B C h w) in float32; only the network's input has its dtype.
 
         Args:
             predict: (input of the network, timestep, *prepare(**tensors)) → its prediction, for B or 2B.

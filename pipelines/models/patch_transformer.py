@@ -151,7 +151,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         self.time_features = Timesteps(TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_FEATURES, width)
         self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
-        self.text_weights = nn.Linear(cross_attention_dim, 1) if cross_attention_dim else None
+        self.text_weights = nn.Linear(cross_attention_dim, 1, bias=False) if cross_attention_dim else None
         self.text_embedding = TimestepEmbedding(cross_attention_dim, width) if cross_attention_dim else None
         self.blocks = nn.ModuleList(
             PatchTransformerBlock(width, num_attention_heads, cross_attention_dim) for _ in range(num_layers)
@@ -208,7 +208,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         condition = self.time_embedding(self.time_features(timesteps).to(self.modulation_out.weight.dtype))
         if self.class_embedding is not None:
             condition = condition + self.class_embedding(class_labels)
-        if self.text_embedding is not None:
+        if self.text_embedding is not None and self.text_weights is not None and text is not None:
             weights = self.text_weights(text).softmax(dim=1)
             condition = condition + self.text_embedding((weights.to(text.dtype) * text).sum(1))
         return F.silu(condition)

@@ -7,7 +7,7 @@ import pytest
 from training.models.autoencoder import AutoencoderModelConfig
 from training.models.unet import UNetConfig
 from training.recipes.collection import Collection
-from training.recipes.settings import autoencoder_levels, kept, latent_cells, settings_for
+from training.recipes.settings import autoencoder_levels, kept, latent_cells, settings_for, usual_denoiser
 
 STAGES = ("autoencoder", "latent_diffusion", "controlnet", "image_caption")
 FEW, MANY = Collection("few", images=20, held_out=1, caption_words=8), Collection("many", images=200_000, held_out=50)
@@ -82,3 +82,25 @@ def test_copies_are_searched_for_in_the_middle_and_at_the_end_where_images_are_f
     assert found["memorization_epochs"] == epochs // 2
     assert settings_for("latent_diffusion", FEW, device="cuda", resolution=64, cells=8)["memorization_epochs"] >= 1
     assert "memorization_epochs" not in settings_for("latent_diffusion", MANY, device="cpu", resolution=64, cells=8)
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64, 96, 100, 128, 256])
+def test_a_transformer_has_few_patches_that_divide_the_image(resolution):
+    size = settings_for(
+        "latent_diffusion", MANY, device="cpu", resolution=resolution, cells=resolution, transformer=True
+    )["transformer.patch_size"]
+    assert resolution % size == 0
+    assert 4 <= resolution // size <= 10
+
+
+def test_the_device_decides_about_the_network_and_the_precision_of_a_transformer():
+    assert [usual_denoiser(device) for device in ("cpu", "mps", "cuda")] == ["transformer", "transformer", "unet"]
+
+    def precision(device: str, **options: bool) -> str | None:
+        found = settings_for("latent_diffusion", MANY, device=device, resolution=64, cells=64, **options)
+        return found.get("mixed_precision")
+
+    assert precision("cpu", transformer=True, fast_bf16=True) == "bf16"
+    assert precision("cpu", transformer=True) is None
+    assert precision("cpu", fast_bf16=True) is None
+    assert precision("cuda", transformer=True, fast_bf16=True) is None

@@ -211,6 +211,11 @@ def load_base(path: str, resolution: int) -> ControlBase:
     pipeline = load_pipeline(path)
     for pipeline_class, base in ((LatentDiffusionPipeline, LatentBase), (PosterDecoderPipeline, PosterBase)):
         if isinstance(pipeline, pipeline_class):
+            if pipeline.unet is None:
+                raise UserError(
+                    f"--base_model {path} denoises with a transformer, and a ControlNet steers a U-Net; train a base "
+                    "model with --denoiser unet, or give --train_data_dir alone, which does that first"
+                )
             return base(pipeline, resolution)
     raise UserError(
         f"--base_model {path} is a {type(pipeline).__name__}, which a ControlNet cannot steer; give a run of "

@@ -294,16 +294,19 @@ def complete_image_caption(config: Any, given: frozenset[str]) -> None:
 def _denoiser(run: Completion) -> str:
     """Return the network for these images: a transformer on the pixels, or a U-Net on latents.
 
-    The transformer is better after the same time on CPUs (docs/recipes.md). On a GPU, this has not been measured. A run
-    that was begun with a U-Net, or latents that are given, keep it.
+    A run that was begun keeps its network, and latents that are given have the U-Net.
     """
     config = run.config
-    begun = run.folder / f"latent_diffusion_{config.resolution}_{_kind(config.condition_on)}"
-    keeps = not config.overwrite and RunFolder(str(begun)).saved_config() is not None
-    others = config.vae not in ("", PIXELS) or config.latent_cache or run.given & _OF_UNET
-    if run.saved or run.origin:
-        return str(_get(run.saved or run.origin, "denoiser", "unet"))
-    return "unet" if keeps or others or get_device().type == "cuda" else "transformer"
+    begun = (run.saved if "output_dir" in run.given else {}) or run.origin
+    if begun:
+        return str(begun.get("denoiser", "unet"))
+    if config.vae not in ("", PIXELS) or config.latent_cache or run.given & _OF_UNET:
+        return "unet"
+    for kind, prefix in (("unet", ""), ("transformer", f"{PIXELS}_")):
+        folder = run.folder / f"latent_diffusion_{config.resolution}_{prefix}{_kind(config.condition_on)}"
+        if not config.overwrite and RunFolder(str(folder)).saved_config() is not None:
+            return kind
+    return settings.usual_denoiser(get_device().type)
 
 
 def _conditions(run: Completion) -> list[str]:

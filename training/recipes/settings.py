@@ -74,6 +74,14 @@ def settings_for(
     return found
 
 
+def usual_denoiser(device: str) -> str:
+    """Return the network of a diffusion model: a transformer on pixels, or a U-Net on the latents of an autoencoder.
+
+    On a CPU, the transformer is better after the same time (docs/recipes.md). On a GPU, this has not been measured.
+    """
+    return "unet" if device == "cuda" else "transformer"
+
+
 def autoencoder_levels(resolution: int) -> int:
     """Return the number of levels of the autoencoder: two, or as many as latents of 4 to 16 cells per side need."""
     levels = 2
