@@ -5,8 +5,8 @@ Shapes: B images, L tokens, D text width, C latent channels, h w latent cells, H
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or missing prompt is replaced by the empty prompt. Class labels go through the class embedding of the network,
 whose last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s
-noise, the timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`, `encode_captions`,
-`concat_condition` and `null_class` of this file, so training and sampling cannot differ.
+noise, the timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`,
+`encode_captions`, `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
 """
 
 from collections.abc import Callable, Sequence

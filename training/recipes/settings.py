@@ -39,7 +39,7 @@ def settings_for(
     Args:
         device: "cpu", "mps" or "cuda".
         resolution: side of the images in pixels.
-        cells: side of the latents, or of the images where there is no autoencoder; for latent diffusion.
+        cells: side of the latents, or of the images for a model of pixels; for latent diffusion.
         widths: channels of the levels of the network, if they are given.
         transformer: whether the diffusion model is a transformer.
         fast_bf16: whether the CPU multiplies matrices faster in bfloat16.
