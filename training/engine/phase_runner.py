@@ -19,7 +19,9 @@ from training.core.options import option
 from training.core.stage import Batch, Phase
 from training.engine import optimizers
 from training.engine.optimizers import OptimizerConfig
+from training.engine.step_draws import StepDraws
 from training.run import checkpoint
+from training.run.state import RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +63,7 @@ class PhaseRunner:
     """Forward, backward, checks, clipping and optimizer step of one phase.
 
     Args:
+        state: the counters of the run; its checkpoint may record an earlier version of the draws.
         prefix: prefix of the names of the phase's metrics; empty for the first phase.
     """
 
@@ -72,6 +75,7 @@ class PhaseRunner:
         layout: BatchLayout,
         *,
         seed: int,
+        state: RunState,
         prefix: str = "",
     ):
         self.phase = phase
@@ -81,7 +85,7 @@ class PhaseRunner:
         self.layout = layout
         self.prefix = prefix
         self.learning_rate = phase.learning_rate or config.learning_rate
-        self._draws_class = draws_outside_graphs() if config.compile else Draws
+        self._draws = StepDraws(seed, state, layout, accelerator.device, compiled=config.compile)
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(phase)
         phase.to(accelerator.device)
@@ -148,10 +152,11 @@ class PhaseRunner:
             positions = self.layout.positions(micro_batch)
             # Dropout in models uses the global generator, whose state data loaders and previews change.
             torch.manual_seed(mix(self.seed, "model", step, positions[0], self.phase.name))
-            draws = self._draws_class(self.seed, step, positions, self.accelerator.device)
+            draws = self._draws.at(step, micro_batch)
             last = micro_batch == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss, values = self.wrapped(batch, draws)
+                self._draws.prepare(step + 1, micro_batch, draws.asked)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
             for name, value in values.items():
@@ -203,15 +208,6 @@ class PhaseRunner:
         """Return the size of the phase in a checkpoint: its weights, and two moments for each trained weight."""
         weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
         return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
-
-
-def draws_outside_graphs() -> type[Draws]:
-    """Return a class of `Draws` for compiled phases, as torch.compile cannot trace seeded CPU generators.
-
-    The class is made on demand because importing the front end of torch.compile takes three seconds.
-    """
-    untraced = {name: torch.compiler.disable(getattr(Draws, name)) for name in ("normal", "uniform")}
-    return type("DrawsOutsideGraphs", (Draws,), untraced)
 
 
 def _enable_gradient_checkpointing(phase: Phase) -> None:
