@@ -16,7 +16,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.devices import get_device
 from pipelines.tools.resources import find_file
 from training.core.batches import to_device
-from training.core.draws import Draws
+from training.core.draws import NEWEST, draws_class
 from training.core.parsing import parse_config
 from training.core.stage import Batch, MapDataset, Stage, StageContext
 from training.engine import optimizers
@@ -109,7 +109,7 @@ def build_loss(config: RunConfig) -> Callable[..., tuple[Tensor, dict[str, Tenso
 
     def loss(batch: Batch, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(stage.phases[0].parameters()).device
-        draws = Draws(config.seed, step, range(len(batch["index"])), device)
+        draws = draws_class(NEWEST)(config.seed, step, range(len(batch["index"])), device)
         return stage.phases[0](to_device(batch, device), draws)
 
     return loss

@@ -28,13 +28,14 @@ from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from tests.support.tiny_models import tiny_tokenizer, tiny_vae
+from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.made_folders import lock_of
 from training.data.fingerprints import vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.latent_cache.check import check_cache
 from training.data.latent_cache.dataset import LatentCache
-from training.data.latent_cache.format import read_shard
+from training.data.latent_cache.format import captions_of_rows, read_shard, write_shard
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips
 from training.engine.balance import BalanceConfig, balanced_strata
@@ -131,6 +132,39 @@ def test_cached_equals_encoding_on_the_fly(data: Path, vae_folder: Path, cache_f
             torch.testing.assert_close(one["mean"], mean[0], atol=2e-6, rtol=1e-5)
             torch.testing.assert_close(one["logvar"], logvar[0], atol=2e-6, rtol=1e-5)
             assert (one["caption"], one["label"], one["index"]) == (other["caption"], other["label"], other["index"])
+
+
+@pytest.mark.parametrize("storage_dtype", ["float32", "float16"])
+def test_a_batch_has_the_stored_row_of_each_key(masked: Path, vae_folder: Path, tmp_path: Path, storage_dtype: str):
+    """Rows of several shards, in any order and some of them twice, read one by one for comparison."""
+    assert precompute(*flags(masked, vae_folder, tmp_path / "latents", "--storage_dtype", storage_dtype)) == 0
+    dataset = LatentCache(tmp_path / "latents").split("train", random_flip=True, num_mask_classes=4)
+    keys = [SampleKey(row, 7 * place) for place, row in enumerate((9, 2, 61, 2, 10, 60, 0, 2, 33))]
+    batch = fetch(dataset, keys)
+    assert list(batch) == ["mean", "logvar", "caption", "label", "mask", "index"]
+    for place, key in enumerate(keys):
+        file = tmp_path / f"latents/train/shard-{key.index // SHARD_ROWS:05d}.safetensors"
+        shard, row, flipped = read_shard(file), key.index % SHARD_ROWS, flips(key.key)
+        for name in ("mean", "logvar"):
+            assert batch[name].dtype == torch.float32
+            assert torch.equal(batch[name][place], shard[name][row, int(flipped)].float())
+        mask = shard["mask"][row].long()
+        assert torch.equal(batch["mask"][place], mask.flip(-1) if flipped else mask)
+        assert batch["caption"][place] == f"train {key.index} – café"
+        assert (batch["label"][place], batch["index"][place]) == (key.index % 2, key.index)
+        assert torch.equal(dataset[key]["mean"], batch["mean"][place])
+    assert {flips(key.key) for key in keys} == {True, False}
+    one_by_one = dataset.collate([dataset[key] for key in keys])
+    assert one_by_one.keys() == batch.keys()
+    assert one_by_one["caption"] == batch["caption"]
+    assert all(torch.equal(one_by_one[name], batch[name]) for name in batch if name != "caption")
+
+
+def test_several_captions_of_a_row_are_read(tmp_path: Path):
+    captions = ["one", ["two", "zwei – ü"], "", ["three", "four", "five"]]
+    write_shard(tmp_path / "shard-00000.safetensors", {"row": torch.arange(4)}, captions, "request")
+    shard = read_shard(tmp_path / "shard-00000.safetensors")
+    assert captions_of_rows(shard, torch.tensor([3, 1, 0, 2, 1])) == [captions[i] for i in (3, 1, 0, 2, 1)]
 
 
 def test_flips_of_cached_latents_are_not_frozen(cache_folder: Path):

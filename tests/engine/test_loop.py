@@ -26,7 +26,7 @@ from tests.support.toy_runs import (
     state_of,
 )
 from training.core.batches import fetch
-from training.core.draws import Draws
+from training.core.draws import GroupedDraws
 from training.core.layout import BatchLayout
 from training.engine.sampler import StepSampler
 from training.run import checkpoint
@@ -45,7 +45,7 @@ def reference_run(config: ToyConfig, steps: int) -> tuple[ToyStage, list[float]]
             for parameter in [p for each in stage.phases for p in each.parameters()]:
                 parameter.grad = None
             for micro_batch in range(2):
-                draws = Draws(config.seed, step, LAYOUT.positions(micro_batch))
+                draws = GroupedDraws(config.seed, step, LAYOUT.positions(micro_batch))
                 loss, _ = phase(fetch(data, sampler.keys(step, micro_batch)), draws)
                 (loss / 2).backward()
             gradients = [p.grad for p in phase.parameters()]

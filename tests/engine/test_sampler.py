@@ -1,11 +1,10 @@
-"""Samples and random draws are functions of (seed, step, position) for any number of processes."""
+"""Samples are functions of (seed, step, position) for any number of processes."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from training.core.draws import Draws, mix
+from training.core.draws import mix
 from training.core.layout import BatchLayout
 from training.engine.sampler import StepSampler
 
@@ -50,31 +49,6 @@ def test_a_sample_has_another_seed_each_time_it_is_drawn():
     sampler = StepSampler(8, BatchLayout(8), seed=0)
     seen = [key.key for step in range(20) for key in sampler.keys(step, 0)]
     assert len(set(seen)) == len(seen)
-
-
-def test_draws_depend_on_the_position_not_on_the_batch():
-    whole = Draws(0, 5, range(8))
-    part = Draws(0, 5, range(4, 8))
-    assert torch.equal(whole.normal("noise", (3, 4))[4:], part.normal("noise", (3, 4)))
-    assert torch.equal(whole.uniform("time")[4:], part.uniform("time"))
-
-
-def test_draws_differ_by_seed_step_position_and_name():
-    rows = [
-        Draws(seed, step, [position]).normal(name, (64,)).squeeze(0)
-        for seed in (0, 1) for step in (0, 1) for position in (0, 1) for name in ("a", "b")
-    ]  # fmt: skip
-    correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(len(rows))
-    assert correlation.abs().max() < 0.6
-
-
-def test_draws_are_standard_normal_and_uniform():
-    normal = Draws(0, 0, range(5000)).normal("x", (20,))
-    uniform = Draws(0, 0, range(20_000)).uniform("x")
-    assert normal.mean().abs() < 0.02
-    assert normal.std() == pytest.approx(1, abs=0.02)
-    assert uniform.mean() == pytest.approx(0.5, abs=0.01)
-    assert uniform.var() == pytest.approx(1 / 12, abs=0.002)
 
 
 def test_seeds_are_the_same_on_every_machine():

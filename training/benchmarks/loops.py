@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from training.core.files import write_atomically
 from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
-from training.data.latent_cache.dataset import LatentCache, LatentCacheDataset
+from training.data.latent_cache.dataset import LatentCache, LatentCacheDataset, Samples
 from training.data.tokenization import load_tokenizer
 from training.engine.session import train
 from training.models.attention import attention_kernel
@@ -187,7 +187,7 @@ def _watched_stage(before_batch: Callable[[], None], config: Config, context: St
     assert isinstance(data, LatentCacheDataset)
     read = data.__getitems__
 
-    def read_watched(keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
+    def read_watched(keys: Sequence[SampleKey]) -> Samples:
         before_batch()
         return read(keys)
 

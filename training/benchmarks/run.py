@@ -132,15 +132,43 @@ def measure_loop(config: BenchmarkConfig) -> list[Metric]:
 
 
 def measure_latents(config: BenchmarkConfig) -> list[Metric]:
-    """Measure the milliseconds to read a batch of 32, with flips, from a latent cache: the best of 200 on one core."""
-    from training.core.draws import SampleKey
+    """Measure the milliseconds to read batches, with flips, from a latent cache: the best of 200 on one core.
+
+    The larger batch is measured with the noise that a training step draws for it.
+    """
+    import torch
+
+    from training.core.batches import fetch
+    from training.core.draws import NEWEST, SampleKey, draws_class
     from training.data.latent_cache.dataset import LatentCache
 
+    torch.set_num_threads(1)
     write_recipe(config)
-    dataset = LatentCache(str(Path(config.work_dir).resolve() / "latents")).split("train", random_flip=True)
-    keys = [SampleKey(i % len(dataset), i) for i in range(32)]
-    seconds = min(timeit.repeat(lambda: dataset.collate(dataset.__getitems__(keys)), number=1, repeat=200))
-    return [Metric("latent cache: a batch of 32", 1000 * seconds, "ms", 1, at_most=True)]
+    cache = LatentCache(str(Path(config.work_dir).resolve() / "latents"))
+    dataset = cache.split("train", random_flip=True)
+
+    def milliseconds(size: int, names: Sequence[str]) -> float:
+        keys = [SampleKey(i % len(dataset), i) for i in range(size)]
+
+        def assemble() -> None:
+            fetch(dataset, keys)
+            draws = draws_class(NEWEST)(0, 0, range(size))
+            for name in names:
+                draws.normal(name, cache.latent_shape)
+
+        return 1000 * min(timeit.repeat(assemble, number=1, repeat=200))
+
+    shape = "×".join(map(str, cache.latent_shape))
+    return [
+        Metric("latent cache: a batch of 32", milliseconds(32, ()), "ms", 1, at_most=True),
+        Metric(
+            f"latent cache: 1,024 latents of {shape}, with their noise",
+            milliseconds(1024, ("posterior", "noise")),
+            "ms",
+            12,
+            at_most=True,
+        ),
+    ]
 
 
 def measure_commands(config: BenchmarkConfig) -> list[Metric]:

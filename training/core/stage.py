@@ -27,9 +27,10 @@ Batch = Mapping[str, Any]
 class MapDataset(Protocol):
     """A map-style dataset whose random transforms are seeded by the key of each item.
 
-    It may also implement `__getitems__(list[SampleKey])` (called once per batch), `collate(list) -> Batch`, and, for
-    `--balance_by`, `classes(column) -> RowClasses`: the class of each row. An attribute `decodes_images` that is true
-    tells that making items takes so long that other processes should do it beside a fast device.
+    It may also implement `__getitems__(list[SampleKey])` (called once per batch; it returns a sequence of items),
+    `collate(items) -> Batch`, and, for `--balance_by`, `classes(column) -> RowClasses`: the class of each row. An
+    attribute `decodes_images` that is true tells that making items takes so long that other processes should do it
+    beside a fast device.
     """
 
     def __len__(self) -> int: ...

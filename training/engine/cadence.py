@@ -132,6 +132,11 @@ class Cadence:
     def checkpoint_due(self, step: int) -> bool:
         return _is_due(self.checkpoints, step)
 
+    def anything_due(self, step: int) -> bool:
+        """Return whether an event or a row of metrics is due after a step; the end of the run is not counted."""
+        periods = (self.validations, self.evaluations, self.copies, self.previews, self.checkpoints)
+        return self.row_due(step) or any(_is_due(kind, step) for kind in periods)
+
     def validation_steps(self) -> set[int]:
         """Return the steps of the run after which a validation is due; the one at its end is not counted."""
         return _due_steps(self.validations, self.total_steps)

@@ -67,15 +67,26 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Update the EMA weights from the live weights after optimizer step `step` (from 1)."""
-        if step % self.update_every:
+    def update(self, step: int, taken: Tensor | bool = True) -> None:
+        """Update the EMA weights from the live weights after optimizer step `step` (from 1).
+
+        Args:
+            taken: whether the step was taken; otherwise, the EMA weights keep their values. A scalar on the device
+                (bool) does the same without being read.
+        """
+        if step % self.update_every or taken is False:
             return
         for first, tensors in self._since.items():
             if step > first:
                 average = [self._average[i] for i in tensors]
                 live = [self._live[i].detach() for i in tensors]
-                torch._foreach_lerp_(average, live, 1 - self.decay_at(step - first) ** self.update_every)
+                weight = 1 - self.decay_at(step - first) ** self.update_every
+                if taken is True:
+                    torch._foreach_lerp_(average, live, weight)
+                else:
+                    # A weight of 0 adds 0 to the EMA weights. The live weights are finite where a step was left out.
+                    weights = {dtype: taken.to(dtype) * weight for dtype in {tensor.dtype for tensor in average}}
+                    torch._foreach_lerp_(average, live, [weights[tensor.dtype] for tensor in average])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from training.core.stage import Batch, Evaluation
 from training.engine.best import best_metric, check_evaluations
 from training.engine.cadence import Cadence, CheckpointClock
 from training.engine.launch import exchange_of, gather
-from training.engine.phase_runner import PhaseRunner, Requests, StepOutcome
+from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter
 from training.engine.schedule import PhaseSchedule
 from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
+from training.engine.step_values import DoneStep, Requests, StepOutcome, StepValues, Waiting
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, interrupted_together, validate
@@ -61,6 +66,7 @@ class Loop:
         # Clocks differ between processes, so that of the main process decides for all.
         self.clock = CheckpointClock(config.checkpointing_minutes if accelerator.is_main_process else 0.0)
         self.stop_agreed, self.save_agreed = False, False
+        self.waiting = Waiting()
 
     def run(self) -> None:
         """Train until the run is over, or until all processes have agreed to stop (`stop_agreed`).
@@ -88,28 +94,53 @@ class Loop:
                 self.events()
 
     def step(self, batches: list[Batch]) -> None:
-        """Make one optimizer step of every phase that has begun. `batches` are this process's micro-batches."""
-        state, skipped = self.state, False
-        values: dict[str, float] = {}
-        for runner, schedule in zip(self.training.runners, self.schedules, strict=True):
+        """Make one optimizer step of every phase that has begun. `batches` are this process's micro-batches.
+
+        The values of the step stay on the device; `read_values` reads and counts them.
+        """
+        state = self.state
+        outcomes: dict[int, StepOutcome] = {}
+        for place, (runner, schedule) in enumerate(zip(self.training.runners, self.schedules, strict=True)):
             if not schedule.has_begun(state.step):
                 continue
-            requests = Requests(stop=self.stop.requested is not None, save=self.clock.is_due())
-            outcome = runner.step(state.step, batches, schedule.learning_rate_at(state.step), requests)
-            self.stop_agreed |= outcome.requests.stop
-            self.save_agreed |= outcome.requests.save
-            values |= outcome.values
-            if not outcome.finite:
-                skipped = True
-                self._report_nonfinite(runner, outcome)
-        if self.training.ema is not None and not skipped:
-            self.training.ema.update(state.step + 1)
-        values["learning_rate"] = self.schedules[0].learning_rate_at(state.step)
+            requests = Requests(self.stop.requested is not None, self.clock.is_due(), self.waiting.seconds)
+            rate = schedule.learning_rate_at(state.step)
+            outcomes[place] = runner.step(state.step, batches, rate, requests)
+        if self.training.ema is not None:
+            self.training.ema.update(state.step + 1, _all_taken(outcomes.values()))
+        self.waiting.add(DoneStep(state.step, self.schedules[0].learning_rate_at(state.step), outcomes))
         state.step_done(self.training.layout.global_batch_size)
-        self.reporter.step_done(values, self.training.layout.global_batch_size)
-        state.count(values, skipped)
-        if state.skipped_in_a_row >= self.config.max_nonfinite_steps:
-            self._give_up()
+        self.reporter.step_done(self.training.layout.global_batch_size)
+
+    def read_values(self) -> None:
+        """Read the values of the steps since the last call, and count them in their order.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        state, runners = self.state, self.training.runners
+        for done, phases in self.waiting.read():
+            skipped = False
+            values: dict[str, float] = {}
+            for place, result in phases.items():
+                self.stop_agreed |= result.requests.stop
+                self.save_agreed |= result.requests.save
+                values |= result.values
+                if not result.finite:
+                    skipped = True
+                    self._report_nonfinite(runners[place], done.step, result)
+            values["learning_rate"] = done.learning_rate
+            self.reporter.values_read(values)
+            state.count(values, skipped)
+            if state.skipped_in_a_row >= self.config.max_nonfinite_steps:
+                state.step = done.step + 1  # later steps may have been taken meanwhile; nothing of them is saved
+                self._give_up()
+
+    def _must_read(self) -> bool:
+        """Return whether the values are needed after the last step: the same on every process."""
+        step, alone = self.state.step, self.accelerator.num_processes == 1
+        asked = alone and (self.stop.requested is not None or self.clock.is_due())
+        return asked or self.waiting.is_full or step >= self.state.goal_steps or self.cadence.anything_due(step)
 
     def events(self) -> None:
         """Validate, preview, log and save, in this order, whatever is due after the last step.
@@ -118,6 +149,10 @@ class Loop:
         with them.
         """
         state, last = self.state, self.state.step >= self.state.goal_steps
+        if not self._must_read():
+            state.pending_events = False
+            return
+        self.read_values()
         try:
             if self.stop_agreed:
                 raise Interrupted
@@ -139,6 +174,7 @@ class Loop:
         if due or improved or last or state.stopped_early:
             self._save(must_succeed=last)
         self.reporter.restart_clock()
+        self.waiting.restart_clock()
 
     def _save(self, *, must_succeed: bool) -> None:
         self.reporter.settle()
@@ -222,13 +258,13 @@ class Loop:
         self.state.stopped_early = self.state.patience_is_spent(self.config)
         return improved
 
-    def _report_nonfinite(self, runner: PhaseRunner, outcome: StepOutcome) -> None:
-        rows = self.training.batches.rows(self.state.step, outcome.bad_micro_batches)
+    def _report_nonfinite(self, runner: PhaseRunner, step: int, result: StepValues) -> None:
+        rows = self.training.batches.rows(step, result.bad_micro_batches)
         everywhere = sorted({row for share in gather(self.accelerator, rows) for row in share})
         shown = ", ".join(map(str, everywhere[:MOST_ROWS_NAMED])) + (" …" if len(everywhere) > MOST_ROWS_NAMED else "")
         logger.warning(
             "step %d: the loss or gradient of '%s' is not finite; the update is skipped. Rows of the batch: %s",
-            self.state.step + 1,
+            step + 1,
             runner.phase.name,
             shown,
         )
@@ -239,3 +275,12 @@ class Loop:
             f"{self.state.step}; {self.writer.step_back()}. Lower --learning_rate, use --mixed_precision bf16 or no, "
             "or check the dataset rows named above, and run the command again"
         )
+
+
+def _all_taken(outcomes: Iterable[StepOutcome]) -> Tensor | bool:
+    """Return whether every phase has taken its optimizer step; a tensor if this is known only on the device."""
+    flags = [outcome.taken for outcome in outcomes]
+    if not all(flag for flag in flags if isinstance(flag, bool)):
+        return False
+    unread = [flag for flag in flags if not isinstance(flag, bool)]
+    return torch.stack(unread).all() if unread else True

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,53 @@ def clipped_step(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor, m
         return
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     optimizer.step()
+
+
+def can_leave_out_steps(optimizer: Any) -> bool:
+    """Return whether an optimizer wrapped by Accelerate reads from a tensor on its device that it is to do nothing."""
+    return bool(getattr(optimizer.optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_if(
+    taken: Tensor,
+    optimizer: Any,
+    parameters: list[nn.Parameter],
+    norm: Tensor,
+    clipped: Tensor | None,
+    max_norm: float,
+) -> None:
+    """Make an optimizer step where `taken` is true, without reading anything from the device.
+
+    The weights get the same bits as by `clipped_step` where `clipped` is true, and by `optimizer.step()` elsewhere.
+
+    Args:
+        taken, clipped: scalars, bool; without `clipped`, gradients are not clipped.
+        optimizer: an optimizer wrapped by Accelerate, for which `can_leave_out_steps` is true.
+        norm: the global norm of the gradients.
+    """
+    inner = optimizer.optimizer
+    # Fused kernels have both arguments for a GradScaler: they divide by grad_scale, and do nothing if found_inf is 1.
+    inner.found_inf = (~taken).float()
+    if clipped is not None and norm.dtype == torch.float32:
+        inner.grad_scale = torch.where(clipped, (norm + 1e-6) / max_norm, 1.0)
+    elif clipped is not None:
+        factor = torch.where(clipped, (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    try:
+        optimizer.step()
+    finally:
+        del inner.found_inf
+        if hasattr(inner, "grad_scale"):
+            del inner.grad_scale
+
+
+def float32_up_to(limit: float) -> float:
+    """Return the largest float32 number that is not above `limit`.
+
+    A float32 number is above `limit` if it is above this one, which PyTorch compares it with without rounding.
+    """
+    nearest = np.float32(limit)
+    return float(nearest if nearest <= limit else np.nextafter(nearest, np.float32("-inf")))
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

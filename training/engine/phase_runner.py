@@ -19,32 +19,13 @@ from training.core.options import option
 from training.core.stage import Batch, Phase
 from training.engine import optimizers
 from training.engine.optimizers import OptimizerConfig
+from training.engine.step_draws import StepDraws
+from training.engine.step_values import Requests, StepOutcome
 from training.run import checkpoint
+from training.run.state import RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What a process asks for, or what any process has asked for."""
-
-    stop: bool = False
-    """To stop after this step."""
-    save: bool = False
-    """To save a checkpoint after this step."""
-
-
-@dataclass
-class StepOutcome:
-    """Result of one phase's step; the same on every process, except for `bad_micro_batches`."""
-
-    values: dict[str, float]
-    finite: bool
-    bad_micro_batches: list[int]
-    """Micro-batches of this process whose loss is not finite; all of them if only the gradient is not finite."""
-    requests: Requests
-    """What any process asks for."""
 
 
 @dataclass
@@ -61,6 +42,7 @@ class PhaseRunner:
     """Forward, backward, checks, clipping and optimizer step of one phase.
 
     Args:
+        state: the counters of the run; its checkpoint may record an earlier version of the draws.
         prefix: prefix of the names of the phase's metrics; empty for the first phase.
     """
 
@@ -72,16 +54,17 @@ class PhaseRunner:
         layout: BatchLayout,
         *,
         seed: int,
+        state: RunState,
         prefix: str = "",
     ):
         self.phase = phase
         self.config = config
-        self.seed = seed
+        self.seed, self.state = seed, state
         self.accelerator = accelerator
         self.layout = layout
         self.prefix = prefix
         self.learning_rate = phase.learning_rate or config.learning_rate
-        self._draws_class = draws_outside_graphs() if config.compile else Draws
+        self._draws = StepDraws(seed, state, layout, accelerator.device, compiled=config.compile)
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(phase)
         phase.to(accelerator.device)
@@ -110,24 +93,51 @@ class PhaseRunner:
             loss.backward()
         self.optimizer.zero_grad()
 
+    @property
+    def waits(self) -> bool:
+        """Whether this process has to read the gradient norm in each step, before the optimizer.
+
+        It need not if the optimizer itself can leave out a step. Runs of earlier versions go on as they began, and the
+        scaler of fp16 reads whether there is an overflow.
+        """
+        return (
+            self.state.draws_version == 1
+            or self.accelerator.scaler is not None
+            or not optimizers.can_leave_out_steps(self.optimizer)
+        )
+
     def step(self, step: int, batches: Sequence[Batch], learning_rate: float, requests: Requests) -> StepOutcome:
         """Make one optimizer step; if a loss or gradient is not finite on any process, change nothing.
 
         Args:
             step: number of the step (from 0) in the run.
             batches: the micro-batches of this process.
-            requests: what this process asks for; `StepOutcome.requests` tells what any process asks for.
+            requests: what this process asks for; the values of the outcome tell what any process asks for.
         """
         # Before the step, not after it: another phase's backward pass may have left gradients in these parameters.
         self.optimizer.zero_grad()
         losses, metrics = self._accumulate(step, batches)
         gradient_norm = self._gradient_norm()
-        names, row, agreed = self._reduce(losses, metrics, gradient_norm, requests)
-        values = dict(zip(names, row, strict=True))
+        names, row = self._reduce(losses, metrics, gradient_norm, requests)
+        outcome = StepOutcome(names, row, torch.isfinite(torch.stack(losses)), True, requests)
+        if self.waits:
+            self._step_after_reading(outcome, gradient_norm, learning_rate)
+            return outcome
+        loss, norm = row[0], row[len(names) - 1]
+        outcome.taken = torch.isfinite(loss) & torch.isfinite(norm)
+        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        most = self.config.max_grad_norm
+        clipped = norm > optimizers.float32_up_to(most) if most else None
+        optimizers.step_if(outcome.taken, self.optimizer, self.parameters, gradient_norm, clipped, most)
+        return outcome
+
+    def _step_after_reading(self, outcome: StepOutcome, gradient_norm: Tensor, learning_rate: float) -> None:
+        values = dict(zip(outcome.names, outcome.row.tolist(), strict=False))
         loss, norm = values[f"{self.prefix}loss"], values[f"{self.prefix}grad_norm"]
         scaler = self.accelerator.scaler
         # An fp16 overflow affects the gradient only; the scaler then skips the step and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1))
+        outcome.taken = finite
         if finite:
             optimizers.set_learning_rate(self.optimizer, learning_rate)
             if self.config.max_grad_norm and norm > self.config.max_grad_norm:
@@ -136,10 +146,8 @@ class PhaseRunner:
                 self.optimizer.step()
         elif scaler is not None:
             scaler.update()
-        if self.accelerator.scaler is not None:
-            values[f"{self.prefix}grad_scale"] = self.accelerator.scaler.get_scale()
-        bad = [m for m, value in enumerate(losses) if not torch.isfinite(value)] if not finite else []
-        return StepOutcome(values, finite, bad or list(range(len(losses))), agreed)
+        if scaler is not None:
+            outcome.known[f"{self.prefix}grad_scale"] = scaler.get_scale()
 
     def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         losses: list[Tensor] = []
@@ -148,10 +156,11 @@ class PhaseRunner:
             positions = self.layout.positions(micro_batch)
             # Dropout in models uses the global generator, whose state data loaders and previews change.
             torch.manual_seed(mix(self.seed, "model", step, positions[0], self.phase.name))
-            draws = self._draws_class(self.seed, step, positions, self.accelerator.device)
+            draws = self._draws.at(step, micro_batch)
             last = micro_batch == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss, values = self.wrapped(batch, draws)
+                self._draws.prepare(step + 1, micro_batch, draws.asked)
                 self.accelerator.backward(loss / len(batches))
             losses.append(loss.detach())
             for name, value in values.items():
@@ -167,19 +176,19 @@ class PhaseRunner:
 
     def _reduce(
         self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, requests: Requests
-    ) -> tuple[list[str], list[float], Requests]:
-        """Average metric values over the processes, and tell what any of them asks for.
+    ) -> tuple[list[str], Tensor]:
+        """Average metric values over the processes; return their names, and `StepOutcome.row`.
 
-        One exchange serves for both. A value that is NaN on any process is NaN on all of them.
+        The requests are part of the same exchange. A value that is NaN on any process is NaN on all of them.
         """
         loss = torch.stack(losses).mean()
         names = [f"{self.prefix}loss", *(self.prefix + n for n in metrics), f"{self.prefix}grad_norm"]
         row = torch.stack([v.float().reshape(()) for v in (loss, *metrics.values(), gradient_norm)])
         if self.accelerator.num_processes == 1:
-            return names, row.tolist(), requests
-        row = torch.cat([row, row.new_tensor([float(requests.stop), float(requests.save)])])
-        *means, stopping, saving = self.accelerator.reduce(row, reduction="mean").tolist()
-        return names, means, Requests(stopping > 0, saving > 0)
+            return names, row
+        # `new_tensor` would copy from this process's memory to a GPU, and wait for that.
+        told = [row.new_full((1,), float(value)) for value in (requests.stop, requests.save, requests.seconds)]
+        return names, self.accelerator.reduce(torch.cat([row, *told]), reduction="mean")
 
     def save(self, folder: Path) -> None:
         checkpoint.save_tensors(self.phase.state_dict(), folder / f"phase_{self.phase.name}.safetensors")
@@ -203,15 +212,6 @@ class PhaseRunner:
         """Return the size of the phase in a checkpoint: its weights, and two moments for each trained weight."""
         weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
         return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
-
-
-def draws_outside_graphs() -> type[Draws]:
-    """Return a class of `Draws` for compiled phases, as torch.compile cannot trace seeded CPU generators.
-
-    The class is made on demand because importing the front end of torch.compile takes three seconds.
-    """
-    untraced = {name: torch.compiler.disable(getattr(Draws, name)) for name in ("normal", "uniform")}
-    return type("DrawsOutsideGraphs", (Draws,), untraced)
 
 
 def _enable_gradient_checkpointing(phase: Phase) -> None:

@@ -21,10 +21,10 @@ from training.core.stage import Batch
 from training.engine.best import best_metric
 from training.engine.cadence import Cadence
 from training.engine.launch import exchange_of, gather, on_main
-from training.engine.phase_runner import Requests
 from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
+from training.engine.step_values import Requests, read
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
 from training.engine.validation import evaluating, interrupted_together, validate
@@ -202,8 +202,9 @@ def _one_step(training: Training, step: int, batches: list[Batch], stop: StopSig
     for runner in training.runners:
         started = time.perf_counter()
         outcome = runner.step(step, batches, runner.learning_rate, Requests(stop=stop.requested is not None))
+        (result,) = read([outcome])  # so that the time includes the device's
         seconds[runner.phase.name] = time.perf_counter() - started
-        stop_agreed |= outcome.requests.stop
+        stop_agreed |= result.requests.stop
     if training.ema is not None:
         training.ema.update(step + 1)
     if stop_agreed:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from training.core.draws import NEWEST
 from training.core.layout import BatchLayout, steps_per_epoch
 from training.core.memory import peak_memory_mib
 from training.core.stage import Stage
@@ -58,18 +59,27 @@ class Training:
             num_workers=config.dataloader_num_workers,
             device=accelerator.device,
         )
+        self.state = RunState(
+            global_batch_size=self.layout.global_batch_size,
+            num_samples=len(data),
+            most_warmup=MOST_WARMUP,
+            draws_version=NEWEST,
+        )
         for module in stage.frozen:
             module.requires_grad_(False).eval().to(accelerator.device)
         self.runners = [
             PhaseRunner(
-                phase, config, accelerator, self.layout, seed=config.seed, prefix="" if i == 0 else f"{phase.name}_"
+                phase,
+                config,
+                accelerator,
+                self.layout,
+                seed=config.seed,
+                state=self.state,
+                prefix="" if i == 0 else f"{phase.name}_",
             )
             for i, phase in enumerate(stage.phases)
         ]
         self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
-        self.state = RunState(
-            global_batch_size=self.layout.global_batch_size, num_samples=len(data), most_warmup=MOST_WARMUP
-        )
         # Everything that checkpoints save and restore. Any other state is lost when the process ends.
         self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
         if self.ema is not None:

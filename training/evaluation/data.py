@@ -201,7 +201,7 @@ def conditions_of(data: Any, numbers: Sequence[int]) -> list[dict[str, Any]]:
         data: the dataset of a stage. Its items get `label_name` and `brief` if it has labels or design briefs.
     """
     rows = [number % len(data) for number in numbers]
-    items = data.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)])
+    items = list(data.__getitems__([SampleKey(row, number) for row, number in zip(rows, numbers)]))
     for item, row in zip(items, rows):
         if "label" in item:
             item["label_name"] = data.id2label.get(int(item["label"]))

@@ -62,8 +62,7 @@ class LatentPriorPhase(Phase):
         seen = []
         for repeat in range(repeats):
             # Other noise and noise levels in every repeat, and other ones than the autoencoder's.
-            own = Draws(draws.seed, f"{draws.step}, prior {repeat}", draws.positions, draws.device)
-            seen.append(self.diffusion.corrupt(latents, own, sampling=sampling))
+            seen.append(self.diffusion.corrupt(latents, draws.variant(f"prior {repeat}"), sampling=sampling))
         predicted = self.prior(torch.cat([noisy.x_t for noisy in seen]), torch.cat([noisy.timesteps for noisy in seen]))
         losses = [noisy.loss(part) for noisy, part in zip(seen, predicted.chunk(repeats), strict=True)]
         return torch.stack(losses).mean(0)

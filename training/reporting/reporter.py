@@ -109,17 +109,27 @@ class Reporter:
         """Restart the clock, so that validation, previews and saving do not count towards images per second."""
         self._clock = time.perf_counter()
 
-    def step_done(self, values: dict[str, float], images: int) -> None:
+    def step_done(self, images: int) -> None:
         """Count the time and the images of a step, and show the progress."""
-        now = time.perf_counter()
         self._row_images += images
-        self._row_seconds += now - self._clock
-        self.state.elapsed_seconds += now - self._clock
-        self._note_speed(now - self._clock)
-        self._clock = now
-        self._losses = {"loss": values["loss"]} if "loss" in values else {}
+        self._steps += 1
+        self._count_time()
+        if self._steps == STEPS_UNTIL_SPEED_IS_KNOWN:
+            self._warn_if_slow()
         if self._progress is not None:
             self._progress.update()
+
+    def values_read(self, values: dict[str, float]) -> None:
+        """Count the time that reading the values of a step took; the progress shows the loss from now on."""
+        self._count_time()
+        self._losses = {"loss": values["loss"]} if "loss" in values else {}
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._row_seconds += now - self._clock
+        self.state.elapsed_seconds += now - self._clock
+        self._seconds += now - self._clock if self._steps > STEPS_UNTIL_SPEED_IS_KNOWN // 2 else 0.0
+        self._clock = now
 
     def _facts(self) -> list[str]:
         """Return what the progress bar shows beside the time left, the most important first."""
@@ -131,14 +141,11 @@ class Reporter:
         others = [f"{name} {value:.3g}" for name, value in measured.items()]
         return [*losses, *([f"{speed:.0f} images/s"] if speed else []), f"epoch {epoch}/{last_epoch}", *others]
 
-    def _note_speed(self, seconds: float) -> None:
+    def _warn_if_slow(self) -> None:
         """Warn once in a session, when its speed is known, if the run will take days."""
-        self._steps += 1
-        self._seconds += seconds if self._steps > STEPS_UNTIL_SPEED_IS_KNOWN // 2 else 0.0
-        if self._steps == STEPS_UNTIL_SPEED_IS_KNOWN:
-            mean = self._seconds / (STEPS_UNTIL_SPEED_IS_KNOWN - STEPS_UNTIL_SPEED_IS_KNOWN // 2)
-            if warning := too_long(self.state.step, mean, self.course):
-                logger.warning("%s", warning)
+        mean = self._seconds / (STEPS_UNTIL_SPEED_IS_KNOWN - STEPS_UNTIL_SPEED_IS_KNOWN // 2)
+        if warning := too_long(self.state.step, mean, self.course):
+            logger.warning("%s", warning)
 
     def _bar_metrics(self) -> list[tuple[str, float]]:
         """Return the first metrics of the last validation, as many as fit on the progress bar."""

@@ -83,6 +83,8 @@ class RunState:
     num_samples: int = 0
     most_warmup: float = 1.0
     """Largest share of the steps of a phase that its warm-up may take; 1 in checkpoints of earlier versions."""
+    draws_version: int = 1
+    """Version of the random draws (`core/draws.py`); 1 in checkpoints of earlier versions."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the inputs (see `Stage.inputs`); empty in checkpoints of earlier versions."""
     tracker_id: str | None = None

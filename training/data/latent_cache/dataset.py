@@ -5,11 +5,12 @@ C latent channels, h w latent cells, R resolution (see format.py).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from training.data.latent_cache.format import (
     FORMAT_VERSION,
     MAKER,
     REPAIR,
-    captions_of_row,
+    captions_of_rows,
     read_manifest,
     read_shard,
     require_intact,
@@ -176,6 +177,36 @@ class LatentCache:
             )
 
 
+class Share(NamedTuple):
+    """The part of a batch that is in one shard: the places in the batch, the rows of the shard, and their variants."""
+
+    shard: dict[str, Tensor]
+    places: Tensor
+    rows: Tensor
+    variants: Tensor
+
+
+class Samples(Sequence[dict[str, Any]]):
+    """Samples that were read together. They are views of the columns, which `LatentCacheDataset.collate` needs whole.
+
+    Args:
+        columns: a tensor or a list of B values for each name, as in a batch.
+    """
+
+    def __init__(self, columns: dict[str, Any]):
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["index"])
+
+    def __getitem__(self, place: Any) -> Any:
+        values = {name: column[place] for name, column in self.columns.items()}
+        return {
+            name: int(value) if isinstance(value, Tensor) and value.ndim == 0 else value
+            for name, value in values.items()
+        }
+
+
 class LatentCacheDataset(torch.utils.data.Dataset):
     """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: like `ImageDataset`, with the VAE's
     posterior moments instead of pixels.
@@ -215,22 +246,25 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         return self._rows
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        number, row = divmod(key.index, self._shard_rows)
-        shard = self._shard(number)
-        variant = int(self.random_flip and flips(key.key))
-        # Copies, because a loader worker that returns a view would send its whole shard.
-        item: dict[str, Any] = {"mean": shard["mean"][row, variant].to(torch.float32, copy=True)}
-        if "logvar" in shard:
-            item["logvar"] = shard["logvar"][row, variant].to(torch.float32, copy=True)
-        if "captions" in shard:
-            item["caption"] = pick_caption(captions_of_row(shard, row), key.key)
-        if "label" in shard:
-            item["label"] = int(shard["label"][row])
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Samples:
+        variants = torch.tensor([int(self.random_flip and flips(key.key)) for key in keys])
+        index = torch.tensor([key.index for key in keys])
+        numbers, rows = index // self._shard_rows, index % self._shard_rows
+        places = [(number, (numbers == number).nonzero().flatten()) for number in numbers.unique().tolist()]
+        shares = [Share(self._shard(number), there, rows[there], variants[there]) for number, there in places]
+        columns: dict[str, Any] = {}
+        for name in ("mean", "logvar"):
+            if name in shares[0].shard:
+                columns[name] = _column(shares, functools.partial(_moments, name))
+        if "captions" in shares[0].shard:
+            columns["caption"] = _captions(shares, keys)
+        if "label" in shares[0].shard:
+            columns["label"] = _column(shares, lambda share: share.shard["label"][share.rows].long())
         if self.masks:
-            mask = shard["mask"][row].to(torch.int64)
-            item["mask"] = mask.flip(-1) if variant else mask
-        item["index"] = key.index
-        return item
+            columns["mask"] = _column(shares, _masks)
+        return Samples({**columns, "index": index})
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a shard. Raises DamagedShard if its content is not what was written."""
@@ -241,12 +275,10 @@ class LatentCacheDataset(torch.utils.data.Dataset):
             self._open[number] = read_shard(self._files[number])
         return self._open[number]
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
-        return [self[key] for key in keys]
-
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch, as in `ImageDataset`."""
-        return collate_items(items, self.caption_tokens)
+        batch = dict(items.columns) if isinstance(items, Samples) else collate_items(items)
+        return batch if self.caption_tokens is None else {**batch, **self.caption_tokens(batch["caption"])}
 
     def classes(self, column: str) -> RowClasses:
         """Return the class of each row, for `--balance_by`: by any column of the dataset if the config names it,
@@ -269,6 +301,36 @@ class LatentCacheDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each worker maps the files itself
+
+
+def _column(shares: Sequence[Share], read: Callable[[Share], Tensor]) -> Tensor:
+    """Return the values that `read` gives for the rows of each shard, in the order of the batch."""
+    parts = [read(share) for share in shares]
+    if len(parts) == 1:
+        return parts[0]
+    values = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for part, share in zip(parts, shares, strict=True):
+        values.index_copy_(0, share.places, part)
+    return values
+
+
+def _moments(name: str, share: Share) -> Tensor:
+    """Return means or log-variances, B C h w, as copies: a loader worker that returns a view sends its whole shard."""
+    moments = share.shard[name]
+    return moments.flatten(0, 1).index_select(0, share.rows * moments.shape[1] + share.variants).float()
+
+
+def _masks(share: Share) -> Tensor:
+    masks = share.shard["mask"][share.rows].long()
+    return torch.where(share.variants.bool()[:, None, None], masks.flip(-1), masks)
+
+
+def _captions(shares: Sequence[Share], keys: Sequence[SampleKey]) -> list[str]:
+    captions = [""] * len(keys)
+    for share in shares:
+        for place, caption in zip(share.places.tolist(), captions_of_rows(share.shard, share.rows), strict=True):
+            captions[place] = pick_caption(caption, keys[place].key)
+    return captions
 
 
 def _without_unnamed(ids: Tensor, names: list[str]) -> RowClasses:

@@ -73,11 +73,12 @@ def require_intact(file: Path, sha256: str) -> None:
             raise DamagedShard(f"{file} is damaged (its SHA-256 is not that in {MANIFEST}); {REPAIR}")
 
 
-def captions_of_row(shard: dict[str, Tensor], row: int) -> str | list[str]:
-    """Return the caption of a row of a shard, or its captions if it has several."""
-    start, stop = shard["caption_offsets"][row : row + 2].tolist()
-    text = shard["captions"][start:stop].numpy().tobytes().decode()
-    return text.split(_CAPTION_SEPARATOR) if _CAPTION_SEPARATOR in text else text
+def captions_of_rows(shard: dict[str, Tensor], rows: Tensor) -> list[str | list[str]]:
+    """Return the caption of each of these rows of a shard, or the captions of a row that has several."""
+    text = memoryview(shard["captions"].numpy())
+    starts, stops = (shard["caption_offsets"][places].tolist() for places in (rows, rows + 1))
+    captions = [str(text[start:stop], "utf-8") for start, stop in zip(starts, stops, strict=True)]
+    return [caption.split(_CAPTION_SEPARATOR) if _CAPTION_SEPARATOR in caption else caption for caption in captions]
 
 
 def write_shard(
