@@ -105,6 +105,12 @@ def test_the_clock_of_checkpoints():
     assert not never.is_due()
     clock.restart()
     assert not clock.is_due()
+    clock.mark()
+    time.sleep(0.15)
+    clock.restart(from_mark=True)
+    assert not clock.is_due()
+    time.sleep(0.06)
+    assert clock.is_due(), "0.2 s have passed since the checkpoint that was held"
 
 
 def checkpoints(folder: Path) -> set[int]:

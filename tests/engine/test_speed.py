@@ -27,12 +27,16 @@ def test_the_estimate_adds_what_each_part_of_a_run_takes():
         critic=True, num_samples=40, validation_epochs=2, preview_steps=15, preview_epochs=0, checkpointing_epochs=5
     )
     speed = Speed(startup=10.0, phases={"denoiser": 1.0, "critic": 0.5}, validation=2.0, previews=3.0, checkpoint=4.0)
-    # 65 steps of 10 an epoch. The critic begins at step 2. Validations after 20, 40, 60 and 65, each may be the best
-    # and then writes a checkpoint, as does 50. Previews after 15, 30, 45, 60 and 65.
-    assert speed.seconds(65, training, config) == 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4 * 5 + 4
+    # 65 steps of 10 an epoch. The critic begins at step 2. Validations after 20, 40, 60 and 65. Previews after 15, 30,
+    # 45, 60 and 65. Checkpoints after 50 and 65; before each of them, the best one so far may be written.
+    rest = 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4
+    assert speed.seconds(65, training, config) == rest + 4 * (2 + 2)
     # By time alone, there would be 8 checkpoints in its 2.1 minutes.
     config.checkpointing_minutes = 0.25
-    assert speed.seconds(65, training, config) == 10 + 65 + 0.5 * 63 + 2 * 4 + 3 * 5 + 4 * 8 + 4
+    assert speed.seconds(65, training, config) == rest + 4 * 8
+    # Without checkpoints by time or steps, the checkpoint after a validation that is the best so far is not deferred.
+    config.checkpointing_minutes, config.checkpointing_epochs = 0.0, None
+    assert speed.seconds(65, training, config) == rest + 4 * 4
 
 
 def test_the_estimate_adds_measurements_of_generated_images():

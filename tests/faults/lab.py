@@ -62,6 +62,7 @@ _DATA = ("--dataset_name", "posters")
 _TOY = (
     "--report_to", "none", "--cpu_threads", "1", "--train_batch_size", "4", "--num_samples", "8", "--logging_steps",
     "1", "--num_train_epochs", "3", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1",
+    "--validation_steps", "3",
 )  # fmt: skip
 POSTERS = _command(
     "posters", "data_scripts/make_posters.py", "--num_posters", "12", "--num_workers", "1",
@@ -81,7 +82,8 @@ DIFFUSION = _command(
     "vae", "--latent_cache", "latents", "--num_train_epochs", "2", "--preview_epochs", "1",
     inputs=[POSTERS, TOKENIZER, AUTOENCODER, LATENTS],
 )  # fmt: skip
-# A run of six steps that prunes and moves `best`: the smallest one in which everything about checkpoints happens.
+# A run of six steps that prunes, moves `best`, and holds the best checkpoint, of step 3, in memory until that of step 4
+# is written: the smallest one in which everything about checkpoints happens.
 TOY = _command("toy", "tests/support/toy.py", *_TOY)
 UPLOAD = _command(
     "uploaded", "tests/support/toy.py", *_TOY, "--push_to_hub", "true", "--hub_model_id", REPO,

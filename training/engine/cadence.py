@@ -48,8 +48,10 @@ class CadenceConfig(Options):
     preview_steps: int | None = option(None, on_resume="free", at_least=0, kept=True)
     """Save previews every N optimizer steps, in addition to --preview_epochs if that is set; 0 disables it"""
     checkpointing_minutes: float = option(10.0, on_resume="free", at_least=0)
-    """Save a checkpoint when N minutes have passed since the last one; 0 disables it. A checkpoint is also saved after
-    the best validation so far, when the run is stopped, and at its end"""
+    """Save a checkpoint when N minutes have passed since the last one; 0 disables it. A checkpoint is also saved when
+    the run is stopped, and at its end. The checkpoint of the best validation so far is kept in memory and saved with
+    the next one, or in its place if that is due only by time; it is saved at once if it is larger than 1 GiB, or if no
+    checkpoint falls due during the run"""
     checkpointing_epochs: int | None = option(None, on_resume="free", at_least=0, kept=True)
     """Save a checkpoint every N epochs, in addition to --checkpointing_minutes; 0 or unset disables it"""
     checkpointing_steps: int | None = option(None, on_resume="free", at_least=0, kept=True)
@@ -197,11 +199,15 @@ class CheckpointClock:
 
     def __init__(self, minutes: float):
         self._seconds = 60 * minutes
-        self.restart()
+        self._last = self._mark = time.monotonic()
 
-    def restart(self) -> None:
-        """Count the time from now on, because the session begins or a checkpoint has been written."""
-        self._last = time.monotonic()
+    def mark(self) -> None:
+        """Remember this moment, because a checkpoint of it is held in memory."""
+        self._mark = time.monotonic()
+
+    def restart(self, *, from_mark: bool = False) -> None:
+        """Count the time from now on, or from `mark`, whose checkpoint has been written since."""
+        self._last = self._mark if from_mark else time.monotonic()
 
     def is_due(self) -> bool:
         return 0 < self._seconds <= time.monotonic() - self._last

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.core.options import Options, option
-from training.run.checkpoint import load_tensors, save_tensors
+from training.run.checkpoint import Contents, load_tensors
 
 EMA_FILE = "ema.safetensors"
 
@@ -117,9 +117,9 @@ class EMA:
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def save(self, folder: Path) -> None:
-        """Write the EMA weights into a checkpoint's folder."""
-        save_tensors(self.state_dict(), folder / EMA_FILE)
+    def contents(self) -> Contents:
+        """Return what a checkpoint contains of the EMA weights."""
+        return {EMA_FILE: self.state_dict()}
 
     def load(self, folder: Path) -> None:
         """Load the EMA weights from a checkpoint's folder."""

@@ -23,7 +23,7 @@ from training.engine.cadence import Cadence, CheckpointClock
 from training.engine.launch import exchange_of, gather
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
-from training.engine.saving import CheckpointWriter
+from training.engine.saving import CheckpointWriter, holds_best
 from training.engine.schedule import PhaseSchedule
 from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
 from training.engine.step_values import DoneStep, Requests, StepOutcome, StepValues, Waiting
@@ -57,6 +57,7 @@ class Loop:
         self.reporter, self.writer, self.stop = reporter, writer, stop
         self.cadence = Cadence(config, training.steps_per_epoch, self.state.goal_steps)
         check_evaluations(self.stage, config)
+        self.holds_best = holds_best(training, self.cadence)
         self.best_metric = best_metric(self.stage, config, self.cadence)
         self.state.judge_by(self.best_metric.name, self.stage.best_metric)
         self.schedules = [
@@ -170,17 +171,21 @@ class Loop:
         if measured or last or self.cadence.row_due(state.step):
             self.reporter.log_row(measured, self.cadence.ends_epoch(state.step))
         state.pending_events = False
-        due = self.save_agreed or self.cadence.checkpoint_due(state.step)
-        if due or improved or last or state.stopped_early:
-            self._save(must_succeed=last)
+        over = last or state.stopped_early
+        due = over or self.cadence.checkpoint_due(state.step)
+        if due or self.save_agreed or (improved and not self.holds_best):
+            self._save(must_succeed=over, by_time=not due)
+        elif improved:
+            self.writer.hold()
+            self.clock.mark()
         self.reporter.restart_clock()
         self.waiting.restart_clock()
 
-    def _save(self, *, must_succeed: bool) -> None:
+    def _save(self, *, must_succeed: bool, by_time: bool = False) -> None:
         self.reporter.settle()
-        self.writer.write(must_succeed=must_succeed)
+        in_its_place = self.writer.write(must_succeed=must_succeed, by_time=by_time)
         self.save_agreed = False
-        self.clock.restart()
+        self.clock.restart(from_mark=in_its_place)
 
     def validate(self) -> dict[str, float]:
         """Compute the validation metrics with the EMA weights. Raises Interrupted on every process."""

@@ -190,15 +190,23 @@ class PhaseRunner:
         told = [row.new_full((1,), float(value)) for value in (requests.stop, requests.save, requests.seconds)]
         return names, self.accelerator.reduce(torch.cat([row, *told]), reduction="mean")
 
-    def save(self, folder: Path) -> None:
-        checkpoint.save_tensors(self.phase.state_dict(), folder / f"phase_{self.phase.name}.safetensors")
+    @property
+    def weights_file(self) -> str:
+        """Name of the file with the phase's weights in a checkpoint."""
+        return f"phase_{self.phase.name}.safetensors"
+
+    def contents(self) -> checkpoint.Contents:
+        """Return what a checkpoint contains of the phase: its weights, and the state of its optimizer."""
         tensors, rest = optimizers.flatten_optimizer(self.optimizer)
-        checkpoint.save_tensors(tensors, folder / f"optimizer_{self.phase.name}.safetensors")
-        checkpoint.save_json(rest, folder / f"optimizer_{self.phase.name}.json")
+        return {
+            self.weights_file: self.phase.state_dict(),
+            f"optimizer_{self.phase.name}.safetensors": tensors,
+            f"optimizer_{self.phase.name}.json": rest,
+        }
 
     def load_weights(self, folder: Path) -> None:
         """Load the phase's weights from a checkpoint, without its optimizer."""
-        self.phase.load_state_dict(checkpoint.load_tensors(folder / f"phase_{self.phase.name}.safetensors"))
+        self.phase.load_state_dict(checkpoint.load_tensors(folder / self.weights_file))
 
     def load(self, folder: Path) -> None:
         self.load_weights(folder)

@@ -23,6 +23,7 @@ from training.engine.cadence import Cadence
 from training.engine.launch import exchange_of, gather, on_main
 from training.engine.restoring import check_disk
 from training.engine.run_config import RunConfig
+from training.engine.saving import holds_best
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.step_values import Requests, read
 from training.engine.threads import main_thread_on_its_core
@@ -73,12 +74,16 @@ class Speed:
         total += self.validation * len(validations) + self.previews * len(cadence.preview_steps() | {steps})
         evaluations = cadence.evaluation_steps()
         total += self.evaluation * len(evaluations) + self.copies * len(cadence.copies_steps())
-        # A measurement that is the best so far writes a checkpoint as well; early in a run most of them are.
+        # A measurement that is the best so far needs a checkpoint as well; early in a run most of them are the best.
         by_images = best_metric(training.stage, config, cadence).name.startswith("eval_")
         deciding = evaluations if by_images else validations
-        checkpoints = len(cadence.checkpoint_steps() | {steps} | deciding)
+        due = cadence.checkpoint_steps() | {steps}
         by_time = total // (60 * config.checkpointing_minutes) if config.checkpointing_minutes else 0
-        return total + self.checkpoint * max(checkpoints, by_time)
+        if holds_best(training, cadence):  # it is written before each of the others, or in the place of one by time
+            by_steps = len(due) + min(len(due), len(deciding - due))
+        else:
+            by_steps = len(due | deciding)
+        return total + self.checkpoint * max(by_steps, by_time)
 
     def steps_in(self, seconds: float, most: int, training: Training, config: RunConfig) -> int:
         """Return the largest number of steps, from MIN_STEPS to `most`, with which a run takes at most `seconds`."""

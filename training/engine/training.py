@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,14 +15,14 @@ from training.core.layout import BatchLayout, steps_per_epoch
 from training.core.memory import peak_memory_mib
 from training.core.stage import Stage
 from training.engine.balance import balanced_strata
-from training.engine.ema import EMA
+from training.engine.ema import EMA, EMA_FILE
 from training.engine.launch import device_name
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
 from training.engine.schedule import MOST_WARMUP
 from training.engine.validation import evaluating
-from training.run.checkpoint import load_json, save_json
+from training.run.checkpoint import Contents, load_json, save_contents
 from training.run.state import RunState
 
 if TYPE_CHECKING:
@@ -28,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class CheckpointPart(Protocol):
-    """Part of a checkpoint: `save` writes it into the checkpoint's folder, and `load` restores it exactly."""
+    """Part of a checkpoint: `contents` returns its files, and `load` restores it exactly from a checkpoint's folder."""
 
-    def save(self, folder: Path) -> None: ...
+    def contents(self) -> Contents: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -96,12 +98,37 @@ class Training:
     def trained_parameters(self) -> int:
         return sum(p.numel() for runner in self.runners for p in runner.parameters)
 
-    def write_files(self, folder: Path) -> None:
-        """Write what a checkpoint contains into `folder`: the pipeline with the EMA weights, and every part."""
-        with evaluating(self.modules, self.ema):
+    def contents(self) -> Contents:
+        """Return what a checkpoint contains besides the pipeline. The weights are the tensors in use, not copies."""
+        return {name: content for part in self.checkpoint_parts for name, content in part.contents().items()}
+
+    def write_files(self, folder: Path, held: Contents | None = None) -> None:
+        """Write what a checkpoint contains into `folder`: the pipeline with the EMA weights, and every part.
+
+        Args:
+            held: copy of the contents of an earlier step, whose checkpoint is written; None for the current state.
+        """
+        # The pipeline is a function of the weights: a resumed run has nothing else to make it from.
+        with nullcontext() if held is None else self._weights_of(held), evaluating(self.modules, self.ema):
             self.stage.pipeline().save_pretrained(folder / "pipeline")
-        for part in self.checkpoint_parts:
-            part.save(folder)
+        save_contents(self.contents() if held is None else held, folder)
+
+    @contextmanager
+    def _weights_of(self, held: Contents) -> Iterator[None]:
+        """Give the phases and the EMA the weights in `held` inside the block; meanwhile, `held` has the current ones.
+
+        As values are exchanged, both are exactly the same as before after the block, and no second copy is needed.
+        """
+        weights = {runner.weights_file: runner.phase.state_dict() for runner in self.runners}
+        if self.ema is not None:
+            weights[EMA_FILE] = self.ema.state_dict()
+        pairs = [(tensor, held[file][name]) for file, tensors in weights.items() for name, tensor in tensors.items()]
+        _exchange(pairs)
+        try:
+            yield
+        finally:
+            # Tied weights are one tensor with two names, so the last exchange is undone first.
+            _exchange(reversed(pairs))
 
     @torch.no_grad()
     def diverged_modules(self) -> list[str]:
@@ -154,6 +181,15 @@ class Training:
         }
 
 
+@torch.no_grad()
+def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Exchange the values of the tensors of each pair, which may be on different devices."""
+    for one, other in pairs:
+        kept = one.detach().clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+
 def _all_finite(tensors: list[Tensor]) -> bool:
     """Return whether all values are finite; computed on the device, with a single exchange with it."""
     finite = [torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()]
@@ -168,8 +204,8 @@ class ScalerPart:
     def __init__(self, scaler: Any):
         self._scaler = scaler
 
-    def save(self, folder: Path) -> None:
-        save_json(self._scaler.state_dict(), folder / self.FILE)
+    def contents(self) -> Contents:
+        return {self.FILE: self._scaler.state_dict()}
 
     def load(self, folder: Path) -> None:
         if (folder / self.FILE).is_file():

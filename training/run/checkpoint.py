@@ -14,12 +14,13 @@ checkpoints/latest, best        links, or files that contain the name of a check
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,10 @@ from training.core.options import Options, option
 logger = logging.getLogger("halftone")
 
 DELETING = ".deleting-"
+TENSORS = ".safetensors"
+
+Contents = dict[str, dict[str, Any]]
+"""Contents of files by their names: the tensors of a .safetensors file, and the values of a .json file."""
 
 
 @dataclass
@@ -254,6 +259,23 @@ def _newest_undamaged(checkpoints: Path) -> Path | None:
     return None
 
 
+def save_contents(contents: Contents, folder: Path) -> None:
+    """Write the files with these contents into the folder of a checkpoint."""
+    for name, content in contents.items():
+        save = save_tensors if name.endswith(TENSORS) else save_json
+        save(content, folder / name)
+
+
+def copy_contents(contents: Contents) -> Contents:
+    """Return a copy in the memory of the CPU, which later steps do not change."""
+    return {
+        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
+        if name.endswith(TENSORS)
+        else copy.deepcopy(content)
+        for name, content in contents.items()
+    }
+
+
 def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -268,7 +290,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return load_file(path, device=device)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     # Modules may share a tensor under two names (tied weights), but safetensors does not save shared memory.

@@ -12,7 +12,7 @@ from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import one_line
 from training.core.files import read_json_object
 from training.core.options import Options, option
-from training.run.checkpoint import DamagedCheckpoint, save_json
+from training.run.checkpoint import Contents, DamagedCheckpoint
 from training.run.metrics_log import EpochLoss, RunningMeans
 
 # Types of the values in trainer_state.json, by the annotation of the field.
@@ -97,9 +97,9 @@ class RunState:
     best_validation: dict[str, float] = field(default_factory=dict)
     best_evaluation: dict[str, float] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Write the state into the folder of a checkpoint."""
-        save_json(self.to_json(), folder / STATE_FILE)
+    def contents(self) -> Contents:
+        """Return what a checkpoint contains of the state."""
+        return {STATE_FILE: self.to_json()}
 
     def load(self, folder: Path) -> None:
         """Load the state from the folder of a checkpoint."""
