@@ -81,10 +81,10 @@ class AbstractorPhase(Phase):
         self.abstractor, self.config = abstractor, config
         self.borrow(encoder=encoder)
 
-    def features(self, batch: Batch, predicted: Tensor) -> Tensor:
+    def features(self, batch: Batch, predicted: Tensor | None) -> Tensor:
         """Return the features of a batch, B C H W; those of the samples in `predicted` (B, bool) by the encoder."""
         features = true_features(batch)
-        if self.encoder is None or not predicted.any():
+        if self.encoder is None or predicted is None:
             return features
         with torch.no_grad():
             predictions = self.encoder(batch["pixel_values"]).probabilities()
@@ -126,8 +126,8 @@ class AbstractorStage(ImageStage):
         return {"val_": False} if self.encoder is None else {"val_": False, "val_predicted_": True}
 
     def _predict(self, batch: Batch, predicted: bool) -> Any:
-        count = len(batch["grammar"])
-        return self.abstractor(self.phase.features(batch, torch.full((count,), predicted, device=self.context.device)))
+        every = torch.ones(len(batch["grammar"]), dtype=torch.bool, device=self.context.device)
+        return self.abstractor(self.phase.features(batch, every if predicted else None))
 
     def inputs(self) -> dict[str, str]:
         encoder = {"encoder": module_fingerprint(self.encoder)} if self.encoder is not None else {}

@@ -14,6 +14,7 @@ This file is shipped inside published pipelines, so it imports no other file of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -145,7 +146,8 @@ def _scaling(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     def number(name: str, neutral: float) -> Tensor:
         value = config.get(name)
-        value = torch.as_tensor(neutral if value is None else value, dtype=like.dtype, device=like.device)
+        numbers = tuple(value) if isinstance(value, (list, tuple)) else neutral if value is None else value
+        value = _constant(numbers, like.dtype, like.device)
         if value.ndim == 1 and value.numel() != like.shape[1]:
             raise ValueError(f"the VAE's config has {value.numel()} {name}, but latents have {like.shape[1]} channels")
         return value.reshape(1, -1, 1, 1)
@@ -153,6 +155,18 @@ def _scaling(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         return number("latents_mean", 0.0), number("latents_std", 1.0), number("scaling_factor", 1.0)
     return number("shift_factor", 0.0), number("neutral", 1.0), number("scaling_factor", 1.0)
+
+
+def _constant(numbers: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor. It is kept, as a copy to a GPU in every training step would make the process wait."""
+    make = _make_constant.__wrapped__ if torch.compiler.is_compiling() else _make_constant
+    return make(numbers, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_constant(numbers: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

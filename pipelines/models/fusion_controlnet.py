@@ -179,7 +179,8 @@ class FusionControlNetModel(ControlNetModel):
         known = ("encoder_hidden_states", "class_labels", "added_cond_kwargs")
         arguments = {name: condition.get(name) for name in known}
         skips, middle = self(sample, timestep, controlnet_cond=control.to(sample.dtype), return_dict=False, **arguments)
-        times = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        times = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
+        times = times.to(sample.device).reshape(-1).expand(len(sample))
         return TrunkFeatures([*skips, middle], self.time_embedding(self.time_proj(times).to(sample.dtype)))
 
     def fuse(self, place: int, h: Tensor, features: TrunkFeatures, scale: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ This file is shipped beside the weights of published models, so it imports no ot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,14 +114,26 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
 
     def in_own_units(self, standardized: Tensor) -> Tensor:
         """Convert standardized numbers (B × numbers) to the units of the training data, about [0, 1]."""
-        mean, std = (standardized.new_tensor(numbers) for numbers in self._scale())
+        mean, std = (_constant(tuple(n), standardized.dtype, standardized.device) for n in self._scale())
         return mean + std * standardized
 
     def standardize(self, grammar: Tensor) -> Tensor:
         """Standardize numbers; the inverse of `in_own_units`."""
-        mean, std = (grammar.new_tensor(numbers) for numbers in self._scale())
+        mean, std = (_constant(tuple(n), grammar.dtype, grammar.device) for n in self._scale())
         return (grammar - mean) / std
 
     def _scale(self) -> tuple[list[float], list[float]]:
         count = self.config.num_grammar
         return list(self.config.grammar_mean or [0.5] * count), list(self.config.grammar_std or [0.25] * count)
+
+
+def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor. It is kept, as a copy to a GPU in every training step would make the process wait."""
+    make = _make_constant.__wrapped__ if torch.compiler.is_compiling() else _make_constant
+    return make(numbers, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)

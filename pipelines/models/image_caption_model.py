@@ -109,10 +109,21 @@ class CaptionEncoder(nn.Module):
         self.body = BertModel(config, add_pooling_layer=False)
         self.out = nn.Linear(config.hidden_size, 2 * latent_size)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, has_padding: bool | None = None) -> Tensor:
+        attended = self._attended(attention_mask, has_padding)
+        states = self.body(input_ids=input_ids, attention_mask=attended).last_hidden_state
         counted = attention_mask[..., None].to(states.dtype)
         return self.out((states * counted).sum(1) / counted.sum(1))
+
+    def _attended(self, attention_mask: Tensor, has_padding: bool | None) -> Tensor | None:
+        """Return the mask that Transformers makes of a B L mask; it reads the mask to know whether it needs one.
+
+        On a GPU, the process would wait for that; so it is made here if `has_padding` is known.
+        """
+        if has_padding is None or self.body.config._attn_implementation != "sdpa":
+            return attention_mask
+        batch_size, length = attention_mask.shape
+        return attention_mask.bool()[:, None, None].expand(batch_size, 1, length, length) if has_padding else None
 
 
 class CaptionDecoder(nn.Module):
@@ -258,9 +269,16 @@ class ImageCaptionModel(ModelMixin, ConfigMixin):
         return _posterior(self.image_encoder(pixel_values))
 
     @apply_forward_hook
-    def encode_caption(self, input_ids: Tensor, attention_mask: Tensor) -> LatentPosterior:
-        """Return the posterior of captions. `input_ids`, `attention_mask` (1 for tokens, 0 for padding): B L."""
-        return _posterior(self.caption_encoder(input_ids, attention_mask))
+    def encode_caption(
+        self, input_ids: Tensor, attention_mask: Tensor, has_padding: bool | None = None
+    ) -> LatentPosterior:
+        """Return the posterior of captions.
+
+        Args:
+            input_ids, attention_mask: B L; the mask is 1 for tokens and 0 for padding.
+            has_padding: whether the mask has a 0; None reads it, which makes the process wait for a GPU.
+        """
+        return _posterior(self.caption_encoder(input_ids, attention_mask, has_padding))
 
     @apply_forward_hook
     def decode_image(self, latents: Tensor) -> Tensor:

@@ -20,6 +20,24 @@ def test_ema_weights_follow_the_recursion_with_warm_up():
     assert ema.state_dict()["layer.weight"].item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_is_left_out_on_the_device_changes_nothing(dtype):
+    """And a step that is taken gives the same bits as one that the process knows of."""
+    torch.manual_seed(0)
+    layer = nn.Linear(50, 50, dtype=dtype)
+    known, told = EMA({"layer": layer}, 0.9), EMA({"layer": layer}, 0.9)
+    for step in range(1, 12):
+        taken = step % 3 != 0
+        with torch.no_grad():
+            layer.weight.normal_()
+        before = {name: tensor.clone() for name, tensor in told.state_dict().items()}
+        known.update(step, taken)
+        told.update(step, torch.tensor(taken))
+        for name, tensor in told.state_dict().items():
+            assert torch.equal(tensor, known.state_dict()[name])
+            assert torch.equal(tensor, before[name]) == (not taken or name == "layer.bias")
+
+
 def test_updates_every_few_steps_are_close_to_updates_every_step():
     often, seldom = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     averages = [EMA({"m": often}, 0.99), EMA({"m": seldom}, 0.99, update_every=4)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,57 @@ def test_settings_are_checked():
     for field, value in (("optimizer", "adamv"), ("lr_scheduler", "cosin"), ("learning_rate", 0.0), ("ema_decay", 1.0)):
         with pytest.raises(UserError, match=field):
             RunConfig(**{field: value}).validate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_a_step_that_is_decided_on_the_device_gives_the_same_bits(name, dtype, tmp_path):
+    """Four steps: as they are, clipped, left out because of a NaN, and as they are."""
+    from accelerate import Accelerator
+
+    config = RunConfig(output_dir=str(tmp_path), optimizer=name)
+    results = []
+    for on_device in (True, False):
+        parameters = [nn.Parameter(torch.linspace(-1, 1, 50, dtype=dtype)), nn.Parameter(torch.ones(3, 4, dtype=dtype))]
+        optimizer = Accelerator(cpu=True).prepare_optimizer(optimizers.build_optimizer(config, parameters, 0.1))
+        assert optimizers.can_leave_out_steps(optimizer)
+        for step, limit in enumerate((1e3, 0.5, 0.5, 1e3)):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+            if step == 2:
+                parameters[0].grad[3] = float("nan")
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if on_device:
+                clipped = norm > optimizers.float32_up_to(limit)
+                optimizers.step_if(torch.isfinite(norm), optimizer, parameters, norm, clipped, limit)
+            elif step == 1:
+                optimizers.clipped_step(optimizer, parameters, norm, limit)
+            elif step != 2:
+                optimizer.step()
+        results.append([*parameters, *optimizers.flatten_optimizer(optimizer)[0].values()])
+        assert not hasattr(optimizer.optimizer, "found_inf")
+    assert len(results[0]) == 8  # two parameters, each with two moments and a count
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_optimizers_that_cannot_leave_out_a_step_are_known(tmp_path):
+    from accelerate import Accelerator
+
+    for name in ("sgd", "adamw_8bit"):
+        if name == "adamw_8bit":
+            pytest.importorskip("bitsandbytes")
+        built = optimizers.build_optimizer(RunConfig(optimizer=name), [nn.Parameter(torch.ones(2))], 0.1)
+        assert not optimizers.can_leave_out_steps(Accelerator(cpu=True).prepare_optimizer(built))
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.1, 0.05, 0.3, 7.7, 1e-12])
+def test_a_limit_is_compared_as_in_double_precision(limit):
+    nearest = np.float32(limit)
+    below, above = (np.nextafter(nearest, np.float32(side)) for side in ("-inf", "inf"))
+    for value in (below, nearest, above):
+        assert bool(torch.tensor(value) > optimizers.float32_up_to(limit)) == (float(value) > limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

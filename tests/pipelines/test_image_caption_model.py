@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
+from transformers import masking_utils
 
 from pipelines.models.image_caption_model import ImageCaptionModel, LatentPosterior
 from pipelines.models.latent_prior import LatentPriorModel
 from tests.support.tiny_captions import MODEL, RESOLUTION, tiny_caption_model
 from training.benchmarks.captions import loop_of_forwards
 from training.core.draws import Draws
+from training.models.attention import one_sequence_per_row
 from training.models.image_caption import ImageCaptionModelConfig
 from training.models.latent_prior import LatentPriorConfig, LatentPriorPhase
 from training.objectives.captions import (
@@ -92,6 +94,28 @@ def test_padding_changes_no_latent(model):
     padded = IDS.masked_fill(MASK == 0, 7)
     assert torch.allclose(model.encode_caption(padded, MASK).mean[1:], alone, atol=1e-5)
     assert not torch.allclose(model.encode_caption(padded, torch.ones_like(MASK)).mean[1:], alone, atol=1e-3)
+
+
+def test_a_caption_encoder_that_knows_about_padding_gives_the_same_bits():
+    """Transformers reads the mask to find that out, and a GPU would have to be waited for."""
+    model = tiny_caption_model()
+    model.train()  # as in training
+    for mask in (MASK, torch.ones_like(MASK)):
+        posteriors = []
+        for known in (None, bool((mask == 0).any())):
+            torch.manual_seed(0)
+            posteriors.append(model.encode_caption(IDS, mask, known))
+        assert torch.equal(posteriors[0].mean, posteriors[1].mean)
+        assert torch.equal(posteriors[0].logvar, posteriors[1].logvar)
+
+
+def test_decoders_that_are_told_of_one_sequence_per_row_give_the_same_bits():
+    model, find = tiny_caption_model(), masking_utils.find_packed_sequence_indices
+    latents = torch.randn(len(IDS), model.config.latent_size, generator=torch.Generator().manual_seed(0))
+    before = model.caption_logits(latents, IDS)
+    with one_sequence_per_row():
+        assert torch.equal(model.caption_logits(latents, IDS), before)
+    assert masking_utils.find_packed_sequence_indices is find
 
 
 @pytest.mark.parametrize("batch", [1, 3])

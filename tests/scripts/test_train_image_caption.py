@@ -427,7 +427,8 @@ def test_the_evaluation_script(tmp_path, launched, image_folder):
     first = [own[0] for own in batch["caption"]]
     captions = pipeline.encode_captions(first)
     assert metrics["alignment"] == pytest.approx(torch.cosine_similarity(images, captions).mean().item(), abs=1e-5)
-    ids, mask = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length, "longest")(first).values()
+    tokens = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length, "longest")(first)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
     for name, latents in (("perplexity", images), ("repeated_perplexity", captions)):
         logits = pipeline.model.caption_logits(latents, ids)[:, :-1]
         chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][mask[:, 1:] == 1]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError, located
@@ -309,9 +308,9 @@ class CaptionTokens:
         self.tokenizer, self.max_length, self.padding = tokenizer, max_length, padding
         self._known: dict[str, Any] = {}
 
-    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, captions: Sequence[str]) -> dict[str, Any]:
         """Return `input_ids` (B L, int64) of B captions; with padding "longest", also `attention_mask` (B L, int64), 1
-        for tokens and 0 for padding."""
+        for tokens and 0 for padding, and `has_padding`, whether there is a 0."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         if len(self._known) + len(new) > MAX_CACHED_CAPTIONS:
             self._known.clear()
@@ -324,7 +323,8 @@ class CaptionTokens:
         from pipelines.image_caption import padded_ids
 
         input_ids, attention_mask = padded_ids(ids, self.tokenizer.pad_token_id)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        has_padding = not bool(attention_mask.all())
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "has_padding": has_padding}
 
     def _tokenize(self, captions: Sequence[str]) -> Any:
         if self.padding == "max_length":

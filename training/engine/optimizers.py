@@ -134,7 +134,7 @@ def float32_up_to(limit: float) -> float:
     A float32 number is above `limit` if it is above this one, which PyTorch compares it with without rounding.
     """
     nearest = np.float32(limit)
-    return float(nearest if nearest <= limit else np.nextafter(nearest, np.float32("-inf")))
+    return float(nearest if float(nearest) <= limit else np.nextafter(nearest, np.float32("-inf")))
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.tools.devices import has_accelerator_device
@@ -24,3 +26,23 @@ def attention_kernel(tokens: int, gradient_checkpointing: bool = False) -> Abstr
     if gradient_checkpointing or has_accelerator_device() or tokens > PLAIN_ATTENTION_TOKENS:
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Context in which decoders of Transformers take every row of a batch as one sequence, as they find out themselves.
+
+    They read the positions to see whether several sequences share a row, and the process would wait for a GPU. No
+    argument tells them. Compiled code does not read them.
+    """
+    from transformers import masking_utils
+
+    find = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if find is None or torch.compiler.is_compiling():
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find

@@ -17,7 +17,7 @@ from pipelines.tools.cli import UserError
 from training.core.draws import Draws
 from training.core.options import Options, option
 from training.core.stage import Batch, Phase
-from training.models.attention import attention_kernel
+from training.models.attention import attention_kernel, one_sequence_per_row
 from training.objectives.captions import (
     contrastive_losses,
     cosine_distances,
@@ -92,7 +92,8 @@ class ImageCaptionPhase(Phase):
     def posteriors(self, batch: Batch, ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
         """Return the posteriors of a batch's images and of its captions."""
         with attention_kernel(ids.shape[1], self.config.gradient_checkpointing):
-            return self.model.encode_image(batch["pixel_values"]), self.model.encode_caption(ids, mask)
+            images = self.model.encode_image(batch["pixel_values"])
+            return images, self.model.encode_caption(ids, mask, batch.get("has_padding"))
 
     def image_latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Draw latents from the posteriors of a batch's images. B D."""
@@ -105,7 +106,8 @@ class ImageCaptionPhase(Phase):
 
     def caption_losses(self, latents: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the sum of each caption's token losses, and its number of tokens. B each."""
-        with attention_kernel(ids.shape[1] + self.model.config.prefix_length, self.config.gradient_checkpointing):
+        tokens = ids.shape[1] + self.model.config.prefix_length
+        with attention_kernel(tokens, self.config.gradient_checkpointing), one_sequence_per_row():
             return token_losses(self.model.caption_logits(latents, ids), ids, mask)
 
     def alignment_losses(self, image: Tensor, caption: Tensor, same: Tensor) -> Tensor:

@@ -127,10 +127,11 @@ class LatentBase(ControlBase):
         return batch_latents(self.pipeline.vae, batch, draws, self.input_shape)
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
-        empty_ids = None if self.empty_ids is None else self.empty_ids.to(dropped.device)
+        if self.empty_ids is not None:
+            self.empty_ids = self.empty_ids.to(dropped.device)  # kept there: a copy per step would wait for it
         # The frozen text encoder lies before the ControlNet, so no gradient has to pass through it.
         with torch.no_grad():
-            return caption_and_class(self.unet, self.pipeline.text_encoder, empty_ids, batch, dropped)
+            return caption_and_class(self.unet, self.pipeline.text_encoder, self.empty_ids, batch, dropped)
 
     def model_input(self, noisy: Tensor, condition: dict[str, Any]) -> Tensor:
         from pipelines.latent_diffusion import concat_condition

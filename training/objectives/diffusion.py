@@ -156,7 +156,8 @@ class Diffusion:
             sigma = functional.shift_times(times, self.config.flow_shift)
             return 1 - sigma, sigma, sigma * total
         timesteps = (times * total).long().clamp(max=total - 1)
-        signal = self._alphas_cumprod.to(times.device)[timesteps]
+        self._alphas_cumprod = self._alphas_cumprod.to(times.device)  # kept there: a copy per step would wait for it
+        signal = self._alphas_cumprod[timesteps]
         return signal.sqrt(), (1 - signal).sqrt(), timesteps
 
 

@@ -26,8 +26,9 @@ def dice_loss(probabilities: Tensor, target: Tensor, smooth: float = 1.0) -> Ten
 
 
 def one_hot(classes: Tensor, num_classes: int) -> Tensor:
-    """Convert class ids B H W to one-hot vectors B K H W, float."""
-    return F.one_hot(classes, num_classes).movedim(-1, 1).float()
+    """Convert class ids B H W to one-hot vectors B K H W, float; ids beyond the classes give zeros."""
+    # Not F.one_hot, which reads the ids to check them.
+    return (classes[..., None] == torch.arange(num_classes, device=classes.device)).movedim(-1, 1).float()
 
 
 def segmentation_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

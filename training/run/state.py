@@ -84,7 +84,8 @@ class RunState:
     most_warmup: float = 1.0
     """Largest share of the steps of a phase that its warm-up may take; 1 in checkpoints of earlier versions."""
     draws_version: int = 1
-    """Version of the random draws (`core/draws.py`); 1 in checkpoints of earlier versions."""
+    """Version of the random draws (`core/draws.py`); 1 in checkpoints of earlier versions, whose runs also go on to
+    read the values of each step (`PhaseRunner.waits`)."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the inputs (see `Stage.inputs`); empty in checkpoints of earlier versions."""
     tracker_id: str | None = None
