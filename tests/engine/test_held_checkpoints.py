@@ -99,10 +99,10 @@ def test_training_and_checkpoints_are_the_same_as_without_holding(held, at_once)
 
 def test_8_bit_states_are_the_same(tmp_path):
     pytest.importorskip("bitsandbytes")
-    for name, period in (("held", "5"), ("at_once", "1")):
+    for name, period in (("held", "4"), ("at_once", "1")):
         flags = (*VALIDATED, "--optimizer", "adamw_8bit", "--use_ema", "false", "--num_train_epochs", "1")
         assert run(tmp_path / name, *flags, "--checkpointing_steps", period) == 0
-    assert written(tmp_path / "held") != [5, 6]
+    assert set(written(tmp_path / "held")) > {4, 6}
     for step in written(tmp_path / "held"):
         name = f"checkpoints/step-{step:08d}"
         assert_same_checkpoint(tmp_path / "held" / name, tmp_path / "at_once" / name)
@@ -214,18 +214,18 @@ def test_only_small_checkpoints_are_held_and_only_if_others_fall_due():
 def test_nothing_newer_is_written_while_the_best_cannot_be(tmp_path, held):
     """Its temporary folder cannot be made. A newer checkpoint would name a best one that does not exist."""
     folder, best = tmp_path / "run", improvements(held)
-    blocked = next(step for step in best if step > 6)
-    assert not set(best) & {8, 9, 10}
+    blocked = next(step for step in best if step > 2)
+    assert blocked <= 4
+    assert 5 not in best
     obstacle = folder / f"checkpoints/.writing-step-{blocked:08d}"
-    assert run(folder, *FLAGS, "--signal_step", "6") == 75
+    assert run(folder, *FLAGS, "--signal_step", "2") == 75
     obstacle.write_text("")
     with pytest.raises(UserError, match=rf"checkpoint of step {blocked} could not be written .*; free space"):
-        run(folder, *VALIDATED, "--checkpointing_steps", "8", "--signal_step", "10")
+        run(folder, *VALIDATED, "--checkpointing_steps", "4", "--signal_step", "5")
     log = (folder / "run.log").read_text()
-    assert (
-        log.count(f"the checkpoint of step {blocked} could not be written") == 2
-    )  # when one is due after step 8, and at the stop
-    assert max(written(folder)) == 6
+    # When one is due after step 4, and at the stop.
+    assert log.count(f"the checkpoint of step {blocked} could not be written") == 2
+    assert max(written(folder)) == 2
     obstacle.unlink()
     assert run(folder, *FLAGS) == 0
     assert_same_state(folder, held)

@@ -15,7 +15,7 @@ import pytest
 from pipelines.tools.cli import UserError
 from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer, hub  # noqa: F401  (a fixture)
 from training.publishing.hub import HubConfig, Publisher
-from training.run.checkpoint import write_checkpoint
+from training.run.checkpoint import save_contents, write_checkpoint
 from training.run.folder import RunFolder
 from training.run.state import RunState
 
@@ -56,7 +56,7 @@ def save_checkpoint(run: Path, step: int, **files: bytes) -> Path:
     def write(folder: Path) -> None:
         (folder / "optimizer.safetensors").write_bytes(os.urandom(50_000))
         (folder / "model.safetensors").write_bytes(os.urandom(50_000))
-        RunState(step=step, best_step=step).save(folder)
+        save_contents(RunState(step=step, best_step=step).contents(), folder)
         for name, content in files.items():
             (folder / name).write_bytes(content)
 

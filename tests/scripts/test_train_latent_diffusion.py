@@ -195,7 +195,7 @@ def test_conditions_are_dropped_per_sample_at_the_rate_asked_for(diffusion_flags
     with torch.no_grad(), read_captions(stage) as read:
         for step in range(100):
             dropped = Draws(0, step, range(100)).uniform("cfg_dropout") < 0.1
-            caption_and_class(stage.unet, phase.text_encoder, phase.empty_ids, batch, dropped)
+            caption_and_class(phase.denoiser, phase.text_encoder, phase.empty_ids, batch, dropped)
     lost = lost_captions(stage, batch, read)
     assert lost.shape == (100, 100)
     assert abs(lost.float().mean().item() - 0.1) < 3 * (0.1 * 0.9 / 10_000) ** 0.5
