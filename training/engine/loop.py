@@ -22,6 +22,7 @@ from training.engine.best import best_metric, check_evaluations
 from training.engine.cadence import Cadence, CheckpointClock
 from training.engine.launch import exchange_of, gather
 from training.engine.phase_runner import PhaseRunner
+from training.engine.profiling import StepProfiler
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter, holds_best
 from training.engine.schedule import PhaseSchedule
@@ -87,12 +88,18 @@ class Loop:
             self.events()
         steps = training.batches.steps(state.step, state.goal_steps)
         leaving: AbstractContextManager[None] = self.stop.at_once(FIRST_STEP_PATIENCE)
-        with self.reporter.progress(), main_thread_on_its_core(training.device):
+        with self.reporter.progress(), main_thread_on_its_core(training.device), self._profiler() as profiler:
             while not (state.is_over or self.stop_agreed):
                 with leaving:
                     self.step(next(steps))
                 leaving = nullcontext()
                 self.events()
+                profiler.step_done()
+
+    def _profiler(self) -> StepProfiler:
+        steps = self.config.profile_steps if self.accelerator.is_main_process else 0
+        remaining = max(0, self.state.goal_steps - self.state.step)
+        return StepProfiler(steps, remaining, self.reporter.folder.path, self.training.device)
 
     def step(self, batches: list[Batch]) -> None:
         """Make one optimizer step of every phase that has begun. `batches` are this process's micro-batches.

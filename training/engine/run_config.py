@@ -15,6 +15,7 @@ from training.engine.launch import AUTO, LaunchConfig
 from training.engine.length import LengthConfig
 from training.engine.phase_runner import PhaseConfig
 from training.engine.prepare import PrepareConfig
+from training.engine.profiling import ProfileConfig
 from training.engine.schedule import ScheduleConfig
 from training.engine.weights import FreezeConfig
 from training.publishing.hub import HubConfig
@@ -72,6 +73,7 @@ class RunConfig(
     LengthConfig,
     BatchConfig,
     PrepareConfig,
+    ProfileConfig,
     SessionConfig,
     RunFolderConfig,
 ):
