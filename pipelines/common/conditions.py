@@ -70,7 +70,7 @@ def class_ids(class_labels: Any, id2label: Mapping[str, str], classes: int) -> l
 def reads_text(denoiser: Any) -> bool:
     """Whether a U-Net, or a transformer, attends to a text condition."""
     config = denoiser.config
-    if "patch_size" in config:
+    if "down_block_types" not in config:  # a transformer
         return config.get("cross_attention_dim") is not None
     blocks = [
         config.get("mid_block_type"),

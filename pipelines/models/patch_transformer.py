@@ -12,8 +12,8 @@ timestep, the class and the pooled text), with three changes:
 - Patches attend to the tokens of the text as well as to each other, in the same softmax.
 - Normalizations have no weights, and queries and keys are normalized, which allows large learning rates.
 
-Almost all of its work are products of large matrices. Processors with bfloat16 instructions compute these several times
-faster than convolutions of the same number of operations.
+Almost all of its work consists of products of large matrices, which processors with bfloat16 instructions compute
+several times faster than in float32.
 
 This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 TIME_FEATURES = 256
 # A flow is (x_t - x_0) / sigma. Below this sigma, errors of the predicted x_0 are not magnified further (JiT).
 LEAST_SIGMA = 0.05
+# Up to this number of tokens, plain matrix products are faster than the fused attention on a CPU.
 PLAIN_ATTENTION_TOKENS = 256
 
 
@@ -66,7 +67,7 @@ class PatchAttention(nn.Module):
             k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
         q, k = normalized(q), normalized(k)
         if q.device.type == "cpu" and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
-            # For few patches, the backward pass of PyTorch's fused kernel for CPUs takes five times as long.
+            # For few patches, the backward pass of PyTorch's fused kernel for CPUs takes several times as long.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             attended = scores.softmax(dim=-1).to(v.dtype) @ v
         else:

@@ -153,4 +153,4 @@ def test_a_saved_pipeline_loads_without_halftone(tmp_path: Path):
         [sys.executable, "-I", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "image.pt"), expected)
+    assert torch.equal(torch.load(tmp_path / "image.pt", weights_only=True), expected)

@@ -31,7 +31,6 @@ from training.recipes.settings import latent_cells
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
 SHORT = ("--max_train_steps", "2", "--report_to", "none", "--cpu_threads", "1", "--num_previews", "2",
          "--preview_inference_steps", "2")  # fmt: skip
-UNET = ("--train_data_dir", "pics", "--denoiser", "unet")
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +67,7 @@ def diffusion(*words: str) -> train_latent_diffusion.Config:
     ],
 )
 def test_what_is_there_decides_the_conditions(parts, conditions, name):
-    pixels = diffusion("--train_data_dir", draw("pics", **parts))
-    assert (pixels.condition_on, pixels.denoiser, pixels.vae) == (conditions, "transformer", "pixels")
-    assert pixels.output_dir == f"runs/pics/latent_diffusion_64_pixels_{name}"
-    assert pixels.latent_cache is None
-    assert list(pixels.prepare) == (["runs/pics/tokenizer"] if parts.get("captions") else [])
-    config = diffusion("--train_data_dir", "pics", "--denoiser", "unet")
+    config = diffusion("--train_data_dir", draw("pics", **parts))
     assert config.condition_on == conditions
     assert config.output_dir == f"runs/pics/latent_diffusion_64_{name}"
     assert config.tokenizer == ("runs/pics/tokenizer" if parts.get("captions") else None)
@@ -88,7 +82,7 @@ def test_what_is_there_decides_the_conditions(parts, conditions, name):
 
 def test_models_of_one_collection_share_the_autoencoder_and_the_latents():
     draw("pics", captions=True, classes=("bus", "train"))
-    configs = [diffusion(*UNET, "--condition_on", kind) for kind in ("caption", "label", "none")]
+    configs = [diffusion("--train_data_dir", "pics", "--condition_on", kind) for kind in ("caption", "label", "none")]
     assert len({config.output_dir for config in configs}) == 3
     assert len({(config.vae, config.latent_cache, config.prepare[f"{config.vae}/pipeline"]) for config in configs}) == 1
 
@@ -112,9 +106,7 @@ def test_what_is_given_is_kept_and_passed_on():
 
 
 def test_a_time_limit_is_divided_between_the_trainings():
-    draw("pics")
-    assert diffusion("--train_data_dir", "pics", "--max_train_minutes", "30").max_train_minutes == 30
-    config = diffusion(*UNET, "--max_train_minutes", "30")
+    config = diffusion("--train_data_dir", draw("pics"), "--max_train_minutes", "30")
     assert config.max_train_minutes == 20
     assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10")
     assert "--max_train_minutes 30: 10 are for the autoencoder, and 20 for the last training" in config.announcements
@@ -160,7 +152,7 @@ def test_the_other_stages_start_as_simply():
     autoencoder = parse_config(train_autoencoder.Config, flags, complete=complete_autoencoder)
     assert autoencoder.output_dir == "runs/pics/autoencoder_64"
     controlnet = parse_config(train_controlnet.Config, flags, complete=complete_controlnet)
-    assert controlnet.base_model == diffusion(*UNET).output_dir
+    assert controlnet.base_model == diffusion(*flags).output_dir
     assert controlnet.dataset_name == "runs/pics/controls_64_soft_edges"
     assert controlnet.prepare == controlnet.recipes()
     controls, base = controlnet.prepare.values()
@@ -180,29 +172,40 @@ def test_the_settings_are_valid_at_every_usual_resolution(resolution):
     parse_config(train_autoencoder.Config, words, complete=complete_autoencoder)
     parse_config(train_image_caption.Config, words, complete=complete_image_caption)
     parse_config(train_controlnet.Config, words, complete=complete_controlnet)
-    build_unet(diffusion(*words, "--denoiser", "unet").model, 16, latent_cells(resolution), None, 0, 0)
-    build_transformer(diffusion(*words).transformer, 3, resolution, None, 0)
+    build_unet(diffusion(*words).model, 16, latent_cells(resolution), None, 0, 0)
+    build_transformer(diffusion(*words, "--denoiser", "transformer").transformer, 3, resolution, None, 0)
+
+
+def test_a_transformer_needs_no_autoencoder():
+    draw("pics", captions=True)
+    config = diffusion("--train_data_dir", "pics", "--denoiser", "transformer", "--max_train_minutes", "30")
+    assert (config.vae, config.latent_cache, config.max_train_minutes) == ("pixels", None, 30)
+    assert config.output_dir == "runs/pics/latent_diffusion_64_pixels_caption"
+    assert list(config.prepare) == ["runs/pics/tokenizer"]
+    Path(config.output_dir).mkdir(parents=True)
+    Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    tuned = diffusion("--train_data_dir", "pics", "--init_from", config.output_dir)
+    assert (tuned.denoiser, tuned.vae, tuned.transformer) == ("transformer", "pixels", config.transformer)
 
 
 @pytest.mark.parametrize("words", [("--crop_scale", "0.5"), ("--center_crop", "false")])
 def test_random_crops_are_not_cached(words):
     draw("pics")
-    assert diffusion(*UNET).latent_cache
-    assert not diffusion(*UNET, *words).latent_cache
+    assert diffusion("--train_data_dir", "pics").latent_cache
+    assert not diffusion("--train_data_dir", "pics", *words).latent_cache
 
 
 def test_a_resumed_run_keeps_what_was_decided_when_it_began():
     """Images are not the only thing that decides: another device would choose other networks."""
     draw("pics")
     flags = ("--train_data_dir", "pics")
-    config = diffusion(*UNET)
+    config = diffusion(*flags)
     settings = config.to_dict() | {"learning_rate": 0.125, "latent_cache": None}
     settings["model"]["block_out_channels"] = [96, 160]
     Path(config.output_dir, "checkpoints").mkdir(parents=True)
     Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     again = diffusion(*flags)
     assert (again.learning_rate, again.model.block_out_channels, again.latent_cache) == (0.125, [96, 160], None)
-    assert again.output_dir == config.output_dir
     assert diffusion(*flags, "--learning_rate", "0.5").learning_rate == 0.5
 
 
@@ -251,9 +254,10 @@ def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
         "24 in train; captions: column caption of captions.csv",
         "2 classes (bus, train)",
         "Left out: ",
-        "latent diffusion: 30 steps of 16 images (21 epochs), about ",
+        "autoencoder: 30 steps of 16 images",
+        "latent diffusion: 30 steps of 23 images (30 epochs), about ",
         "MiB on the disk",
-        "data_scripts/train_tokenizer.py --train_data_dir pics",
+        "training/train_autoencoder.py --train_data_dir pics",
     ):
         assert part in report
     assert yaml.safe_load(settings)["condition_on"] == ["caption", "label"]
@@ -263,7 +267,7 @@ def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_in_its_preparation_is_completed_by_the_same_command(tmp_path):
     draw("pics", captions=True)
-    flags = (*UNET, *SHORT)
+    flags = ("--train_data_dir", "pics", *SHORT)
     process = subprocess.Popen(
         command(SCRIPT, *flags),
         cwd=tmp_path,

@@ -7,7 +7,7 @@ import pytest
 from training.models.autoencoder import AutoencoderModelConfig
 from training.models.unet import UNetConfig
 from training.recipes.collection import Collection
-from training.recipes.settings import autoencoder_levels, kept, latent_cells, settings_for, usual_denoiser
+from training.recipes.settings import autoencoder_levels, kept, latent_cells, settings_for
 
 STAGES = ("autoencoder", "latent_diffusion", "controlnet", "image_caption")
 FEW, MANY = Collection("few", images=20, held_out=1, caption_words=8), Collection("many", images=200_000, held_out=50)
@@ -93,9 +93,7 @@ def test_a_transformer_has_few_patches_that_divide_the_image(resolution):
     assert 4 <= resolution // size <= 10
 
 
-def test_the_device_decides_about_the_network_and_the_precision_of_a_transformer():
-    assert [usual_denoiser(device) for device in ("cpu", "mps", "cuda")] == ["transformer", "transformer", "unet"]
-
+def test_a_transformer_has_bfloat16_on_a_cpu_that_is_faster_with_it():
     def precision(device: str, **options: bool) -> str | None:
         found = settings_for("latent_diffusion", MANY, device=device, resolution=64, cells=64, **options)
         return found.get("mixed_precision")

@@ -23,6 +23,7 @@ from pipelines.layout_analysis import LayoutAnalysisPipeline
 from pipelines.models.fusion_controlnet import FUSION_MODES
 from pipelines.models.layout_encoder import LayoutEncoderModel
 from pipelines.poster_controlnet_pipeline import PosterControlNetPipeline
+from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON
@@ -35,6 +36,7 @@ from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.data.images import load_split
+from training.models.steered import load_base
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_controlnet.py"
@@ -374,3 +376,11 @@ def test_as_a_program_it_ends_with_status_2(tmp_path, flags):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_base_model_without_a_u_net_is_refused(tmp_path):
+    from tests.pipelines.test_patch_transformer import pixel_pipeline
+
+    pixel_pipeline().save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="denoises with a transformer, but a ControlNet steers a U-Net"):
+        load_base(str(tmp_path / "base"), 8)

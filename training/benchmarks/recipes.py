@@ -152,7 +152,7 @@ class Study:
         started = time.monotonic()
         common = {"train_data_dir": str(collection), "resolution": self.config.resolution, "seed": seed}
         run = self.folder / collection.name / f"{recipe.name}_{self.config.minutes:g}min_{seed}"
-        train = self._pixels if "pixels" in recipe.flags else self._latents
+        train = self._baseline if "pixels" in recipe.flags else self._model
         facts = train(recipe, common, run)
         trained = time.monotonic()
         facts |= self._evaluated(recipe, common, run)
@@ -166,31 +166,28 @@ class Study:
             "evaluation_seconds": round(time.monotonic() - trained),
         }
 
-    def _pixels(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    def _baseline(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
         """Train the baseline in pixels; return its number of steps."""
         flags = {**common, "minutes": self.config.minutes, "output_dir": str(run)}
         self._command("training/benchmarks/pixels.py", recipe.words("pixels", flags))
         return {"diffusion_steps": (read_json_object(run / "baseline.json") or {}).get("steps")}
 
-    def _latents(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    def _model(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
         """Train an autoencoder, if the recipe has one, and a diffusion model; return their numbers of steps."""
         common = {**common, "report_to": "none"}
         flags = {**common, "max_train_minutes": self.config.minutes, "output_dir": str(run)}
-        autoencoder = self._autoencoder(recipe, common) if "autoencoder" in recipe.flags else run
-        if autoencoder != run:
+        autoencoder = self._autoencoder(recipe, common) if "autoencoder" in recipe.flags else None
+        if autoencoder is not None:
             minutes = round(self.config.minutes * (1 - self.config.autoencoder_share), 2)
             flags |= {"vae": str(autoencoder), "max_train_minutes": minutes}
         if self.config.condition_on:
             flags["condition_on"] = self.config.condition_on
         self._command("training/train_latent_diffusion.py", recipe.words("diffusion", flags))
-        own, record = (read_json_object(folder / "record.json") or {} for folder in (autoencoder, run))
-        if autoencoder == run:
-            return {"diffusion_steps": record.get("steps")}
-        return {
-            "autoencoder_steps": own.get("steps"),
-            "psnr": _rounded((own.get("metrics") or {}).get("val_psnr")),
-            "diffusion_steps": record.get("steps"),
-        }
+        facts = {"diffusion_steps": _record(run).get("steps")}
+        if autoencoder is not None:
+            own = _record(autoencoder)
+            facts |= {"autoencoder_steps": own.get("steps"), "psnr": _rounded(own.get("metrics", {}).get("val_psnr"))}
+        return facts
 
     def _evaluated(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
         """Compare images of a model with the training images; return the columns of the result."""
@@ -239,6 +236,11 @@ class Study:
             result = subprocess.run(command, cwd=self.folder, env=environment, stdout=file, stderr=file, check=False)
         if result.returncode:
             raise UserError(f"{script} ended with status {result.returncode}; its last lines are in {log}")
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """Return the results of a run; empty without any."""
+    return read_json_object(run / "record.json") or {}
 
 
 def _rounded(value: Any) -> Any:

@@ -214,8 +214,8 @@ def load_base(path: str, resolution: int) -> ControlBase:
         if isinstance(pipeline, pipeline_class):
             if pipeline.unet is None:
                 raise UserError(
-                    f"--base_model {path} denoises with a transformer, and a ControlNet steers a U-Net; train a base "
-                    "model with --denoiser unet, or give --train_data_dir alone, which does that first"
+                    f"--base_model {path} denoises with a transformer, but a ControlNet steers a U-Net; give a base "
+                    "model that was trained with --denoiser unet"
                 )
             return base(pipeline, resolution)
     raise UserError(

@@ -39,9 +39,7 @@ _DATA_OF_CONTROLS = ("dataset_name", "dataset_config_name", "train_data_dir", "i
 _FREE = ("max_train_steps",)
 CONTROL_KIND = "soft_edges"
 # What a run that begins with the weights of another one has from it: the networks, and what they were trained with.
-_OF_ORIGIN = ("model.", "transformer.", "denoiser", "text_encoder.", "prediction_type")
-# Options that only a U-Net on latents has.
-_OF_UNET = {"model.block_out_channels", "model.attention_levels", "caption_prior.hidden_size"}
+_OF_ORIGIN = ("model.", "transformer.", "text_encoder.", "prediction_type")
 # The part of --max_train_minutes that the training of an input gets: the autoencoder, as in the quickstart, and the
 # base model of a ControlNet.
 AUTOENCODER_SHARE, BASE_MODEL_SHARE = 1 / 3, 2 / 3
@@ -226,7 +224,7 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         if run.origin.get(name) and name not in given:
             setattr(config, name, expand_home(run.origin[name]))
     size = config.resolution
-    run.decide("denoiser", _denoiser(run))
+    run.decide("denoiser", run.origin.get("denoiser", config.denoiser))
     if not config.vae and config.denoiser == "transformer":
         config.vae = PIXELS
     own_vae = str(run.folder / f"autoencoder_{size}")
@@ -289,24 +287,6 @@ def complete_image_caption(config: Any, given: frozenset[str]) -> None:
     run.decide("output_dir", str(run.folder / f"image_caption_{config.resolution}"))
     run.own_settings()
     run.finish()
-
-
-def _denoiser(run: Completion) -> str:
-    """Return the network for these images: a transformer on the pixels, or a U-Net on latents.
-
-    A run that was begun keeps its network, and latents that are given have the U-Net.
-    """
-    config = run.config
-    begun = (run.saved if "output_dir" in run.given else {}) or run.origin
-    if begun:
-        return str(begun.get("denoiser", "unet"))
-    if config.vae not in ("", PIXELS) or config.latent_cache or run.given & _OF_UNET:
-        return "unet"
-    for kind, prefix in (("unet", ""), ("transformer", f"{PIXELS}_")):
-        folder = run.folder / f"latent_diffusion_{config.resolution}_{prefix}{_kind(config.condition_on)}"
-        if not config.overwrite and RunFolder(str(folder)).saved_config() is not None:
-            return kind
-    return settings.usual_denoiser(get_device().type)
 
 
 def _conditions(run: Completion) -> list[str]:
@@ -373,7 +353,7 @@ def _base_model(run: Completion) -> Path:
     path = run.folder / f"latent_diffusion_{run.config.resolution}_{kind}"
     cells = settings.latent_cells(run.config.resolution)
     limits = run.capped(settings.DIFFUSION, cells=cells) | run.minutes_for("base model", BASE_MODEL_SHARE)
-    flags = {"output_dir": str(path), "denoiser": "unet", **limits}  # a ControlNet steers a U-Net
+    flags = {"output_dir": str(path), **limits}
     run.needs(path / "pipeline", "training/train_latent_diffusion.py", flags, pass_on=(*_DATA, *_SHARED))
     return path
 

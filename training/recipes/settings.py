@@ -18,7 +18,7 @@ FEW_EPOCHS = 10
 # Up to this number of images, a model may return them instead of making new ones, so copies are searched for.
 MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
-# The sides of the images, or latents, in patches of a transformer.
+# Largest number of patches along a side of the images, or latents, that a transformer denoises.
 MOST_PATCHES = 10
 
 
@@ -72,14 +72,6 @@ def settings_for(
     else:
         found |= _joint(collection, resolution)
     return found
-
-
-def usual_denoiser(device: str) -> str:
-    """Return the network of a diffusion model: a transformer on pixels, or a U-Net on the latents of an autoencoder.
-
-    On a CPU, the transformer is better after the same time (docs/recipes.md). On a GPU, this has not been measured.
-    """
-    return "unet" if device == "cuda" else "transformer"
 
 
 def autoencoder_levels(resolution: int) -> int:
@@ -138,13 +130,8 @@ def _diffusion(collection: Collection) -> dict[str, Any]:
 
 
 def _transformer(cells: int) -> dict[str, Any]:
-    """Return the settings of a transformer, which docs/recipes.md compares with others.
-
-    The mean of the logit-normal distribution favours noisy images: with most of the noise gone, large patches differ
-    little from their input.
-    """
+    """Return the settings of a transformer; the mean and the learning rate are from prototypes (docs/LOG.md)."""
     return {
-        "denoiser": "transformer",
         "transformer.patch_size": patch_size(cells),
         "logit_mean": 0.8,
         "learning_rate": 1e-3,
