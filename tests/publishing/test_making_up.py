@@ -22,7 +22,7 @@ from training.publishing.hub_account import HubAccount, answer
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "training" / "push_to_hub.py"
-SHORT = ("--num_samples", "8", "--max_train_steps", "2")
+SHORT = ("--num_samples", "8", "--max_train_steps", "2", "--checkpointing_steps", "1")
 STOP_SECONDS = 2
 PUSH = ("--push_to_hub", "--hub_model_id", "toy")
 
