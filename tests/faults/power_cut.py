@@ -45,11 +45,12 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 
 def make_image(path: Path) -> Path:
-    if os.geteuid() or shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+    maker = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if os.geteuid() or maker is None:
         pytest.skip("needs the rights of root and mkfs.ext4 (e2fsprogs)")
     with path.open("wb") as file:
         file.truncate(MEBIBYTES * 2**20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(path)], check=True)
+    subprocess.run([maker, "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(path)], check=True)
     return path
 
 
