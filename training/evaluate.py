@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.tools.checkpoint_links import STATE_FILE
-from pipelines.tools.cli import UserError, entry_point
+from pipelines.tools.cli import UserError, entry_point, located
 from pipelines.tools.devices import get_device
 from pipelines.tools.loading import find_pipeline
 from pipelines.tools.private import without_private
@@ -69,6 +69,9 @@ class EvaluationConfig(
     """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     trust_remote_code: bool = option(False)
     """Run the custom code of a pipeline whose class is not part of Halftone"""
+    keep_images: str | None = option(None)
+    """Folder in which the generated images are kept (PNG), for example to measure them again with --images and another
+    --extractor; it must be empty or new. If unset, they are not kept"""
     grid: str | None = option(None)
     """File for a grid of real images beside generated ones (PNG); if unset, no grid is written"""
     grid_rows: int = option(8, at_least=1)
@@ -88,8 +91,14 @@ class EvaluationConfig(
                 "give one of --model (a run, a checkpoint or a pipeline), --models (a list of them) and --images (a "
                 "folder)"
             )
-        if self.models and (self.output or self.grid or self.copies_sheet):
-            raise UserError("--output, --grid and --copies_sheet are for a single --model; use --table with --models")
+        if self.models and (self.output or self.grid or self.copies_sheet or self.keep_images):
+            raise UserError(
+                "--output, --grid, --copies_sheet and --keep_images are for a single --model; use --table with --models"
+            )
+        if self.keep_images and self.images:
+            raise UserError("--keep_images is for images that a --model generates, and --images are kept already")
+        if self.keep_images and any(Path(self.keep_images).glob("*")):
+            raise UserError(f"--keep_images {located(self.keep_images)} is not empty; give a new folder, or empty it")
         parse_report_to(self.report_to)
         if self.images and not self.dataset_name:
             raise UserError("--images needs --dataset_name, with the real images to compare with")
@@ -131,6 +140,9 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
             adherence |= captions.measure_captions(generator.pipeline, settings, config)
         if config.grid:
             save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
+        if config.keep_images:
+            for number, image in enumerate(images):
+                save_png(image, Path(config.keep_images) / f"{number:05d}.png")
         copies = {}
         if sets is not None:
             spaces = copy_encoders(config.copy_spaces, generator, extractor)

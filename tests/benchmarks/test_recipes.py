@@ -50,7 +50,7 @@ def test_a_study_measures_every_recipe_once(images: Path, tmp_path: Path) -> Non
     for name, steps in (("two", 2), ("three", 3)):
         (tmp_path / f"{name}.yaml").write_text(BRIEF.replace("STEPS", str(steps)), encoding="utf-8")
     words = ["--collections", f"[{images}]", "--work_dir", str(tmp_path / "study"), "--num_images", "8"]
-    words += ["--resolution", "16", "--recipes"]
+    words += ["--resolution", "16", "--second_extractor", "efficientnet-lite0", "--recipes"]
     assert main([*words, f"[{tmp_path / 'two.yaml'}]"]) == 0
     assert main([*words, f"[{tmp_path / 'two.yaml'},{tmp_path / 'three.yaml'}]"]) == 0
     with (tmp_path / "study" / "results.csv").open(encoding="utf-8") as file:
@@ -58,4 +58,6 @@ def test_a_study_measures_every_recipe_once(images: Path, tmp_path: Path) -> Non
     found = [(row["recipe"], row["autoencoder_steps"], row["diffusion_steps"]) for row in rows]
     assert found == [("two", "2", "2"), ("three", "2", "3")]
     assert all(float(row["kid"]) > 0 and float(row["kid_error"]) > 0 for row in rows)
+    # The second network is the same one at its usual resolution, so that it sees the same images in another size.
+    assert all(row["second_kid"] not in ("", row["kid"]) and row["second_floor"] for row in rows)
     assert len(list((tmp_path / "study" / "pics").glob("autoencoder_*"))) == 1

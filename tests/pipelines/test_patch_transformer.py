@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pipelines.common.latents import decode_latents, encode_latents, latent_shape
 from pipelines.common.schedulers import sampling_scheduler, training_scheduler
@@ -46,6 +47,26 @@ def test_patches_are_put_together_as_they_were_taken_apart():
     patches = network._to_patches(images, 4, 6)
     assert torch.equal(patches[1, 7].reshape(3, 2, 2), images[1, :, 2:4, 2:4])
     assert torch.equal(network._from_patches(patches, 4, 6), images)
+
+
+@pytest.mark.parametrize("margin", [1, 2])
+def test_patches_with_margins_overlap(margin: int):
+    """Both directions agree with the operations of convolutions, and each value counts as often as patches cover it."""
+    network = tiny_transformer(patch_size=4, patch_margin=margin)
+    images, side = torch.randn(2, 3, 8, 12), 4 + 2 * margin
+    sizes = {"kernel_size": side, "padding": margin, "stride": 4}
+    patches = network._to_patches(images, 2, 3)
+    assert torch.equal(patches, F.unfold(images, **sizes).transpose(1, 2))
+    patches = torch.randn_like(patches)
+    expected = F.fold(patches.transpose(1, 2), (8, 12), **sizes)
+    torch.testing.assert_close(network._from_patches(patches, 2, 3), expected)
+    one_patch = network._from_patches(patches[:, :1], 1, 1)
+    assert torch.equal(one_patch, patches[:, 0].view(2, 3, side, side)[..., margin:-margin, margin:-margin])
+
+
+def test_a_margin_is_at_most_half_a_patch():
+    with pytest.raises(ValueError, match="must be between 0 and half"):
+        tiny_transformer(patch_size=4, patch_margin=3)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.5, 0.01])

@@ -119,6 +119,19 @@ def test_copies_in_a_folder_are_found_and_real_images_are_near(tmp_path, images)
     assert own["metrics"]["precision"] == 1  # they are among the real images
 
 
+def test_generated_images_are_kept_and_measured_again(tmp_path, images):
+    model, kept = saved("unconditional", tmp_path), tmp_path / "kept"
+    words = ("--dataset_name", str(images), "--resolution", "16", "--copy_spaces", "[]", "--output")
+    first = evaluated(
+        "--model", str(model), "--num_inference_steps", "2", "--keep_images", str(kept), *words, str(tmp_path / "1.json")
+    )
+    assert sorted(file.name for file in kept.iterdir()) == [f"{i:05d}.png" for i in range(12)]
+    again = evaluated("--images", str(kept), *words, str(tmp_path / "2.json"))
+    assert again["metrics"]["kid"] == pytest.approx(first["metrics"]["kid"], abs=1e-6)
+    with pytest.raises(UserError, match="is not empty; give a new folder, or empty it"):
+        evaluated("--model", str(model), "--keep_images", str(kept), *words, str(tmp_path / "3.json"))
+
+
 @pytest.mark.parametrize("name", ["controlnet", "poster_controlnet"])
 def test_a_controlnet_is_compared_with_other_controls(tmp_path, posters, name):
     model, reader = saved(name, tmp_path), saved("layout_encoder", tmp_path)
@@ -211,6 +224,7 @@ def test_any_batch_size_and_number_of_processes_give_the_same_numbers(tmp_path, 
         (("--images", "y"), "--images needs --dataset_name"),
         (("--model", "x"), "found no pipeline, run or checkpoint at 'x'"),
         (("--models", "[x]", "--output", "y"), "use --table"),
+        (("--images", "y", "--dataset_name", "x", "--keep_images", "z"), "are kept already"),
         (("--model", "x", "--report_to", "wandbb"), "unknown tracker.*did you mean 'wandb'"),
         (("--model", "x", "--extractor", "efficientnet-lite9"), "its weights are not installed"),
     ],

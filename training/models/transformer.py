@@ -17,6 +17,9 @@ class TransformerConfig(Options):
 
     patch_size: int = option(8, at_least=1)
     """Side of a patch, in pixels or latent cells; the number of patches decides how long a step takes"""
+    patch_margin: int = option(0, at_least=0)
+    """Number of pixels or cells by which a patch extends over each of its neighbours, at most half of --patch_size; with
+    a margin, borders between patches are not seen"""
     hidden_size: int = option(256, at_least=4)
     """Width of the layers"""
     num_layers: int = option(6, at_least=1)
@@ -31,6 +34,11 @@ class TransformerConfig(Options):
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
+        if 2 * self.patch_margin > self.patch_size:
+            raise UserError(
+                f"--{prefix}patch_margin {self.patch_margin} is more than half of --{prefix}patch_size, which is "
+                f"{self.patch_size}; at most {self.patch_size // 2} is possible"
+            )
         check_multiple(
             f"{prefix}hidden_size", self.hidden_size, f"{prefix}num_attention_heads", self.num_attention_heads
         )
@@ -66,6 +74,7 @@ def build_transformer(
         in_channels=channels + condition_channels,
         out_channels=channels,
         patch_size=config.patch_size,
+        patch_margin=config.patch_margin,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads,
