@@ -421,7 +421,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             )[0]
 
         def weaker(x: Tensor, timestep: Any, *conditions: Tensor | None) -> Tensor:
-            network, own = guide
+            network, own = guide or (self.denoiser, None)
             text, expected = own or conditions
             text = None if text is None else text.to(network.dtype)
             return predict(x.to(network.dtype), timestep, text, expected, network)

@@ -116,8 +116,8 @@ def check_guide(pipeline: Any, guide: Any) -> None:
         return
     for name in ("prediction_type", "id2label"):
         _check_equal(name, pipeline.config.get(name), guide.config.get(name))
-    schedules = [noise_schedule_of(getattr(one, "_own_scheduler", one.scheduler)) for one in (pipeline, guide)]
-    if all(one is not None for one in schedules) and not torch.equal(*(one.float().cpu() for one in schedules)):
+    mine, its = (noise_schedule_of(getattr(one, "_own_scheduler", one.scheduler)) for one in (pipeline, guide))
+    if mine is not None and its is not None and not torch.equal(mine.float().cpu(), its.float().cpu()):
         raise ValueError(_difference("has another noise schedule"))
     _check_same("vae", pipeline.vae, guide.vae)
     if not same_weights(pipeline.vae, guide.vae):
