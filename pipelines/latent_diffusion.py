@@ -54,8 +54,9 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     noise, and for flow matching sigma itself. Outside, only the conditional prediction is computed.
 
     With a `guidance_model`, an earlier checkpoint guides instead (autoguidance: Karras et al. 2024): weak +
-    autoguidance_scale * (strong - weak), both for the same condition or none. A pipeline encodes prompts itself; a
-    network alone, and any model if there are `prompt_embeds`, gets the text condition of this pipeline.
+    autoguidance_scale * (strong - weak), both for the same condition or none; a scale of 1 and below disables it, and
+    `guidance_scale` has no effect. The guide is a pipeline on the same device, which encodes prompts itself, or its
+    network alone, which gets the text condition of this pipeline (as every guide does if there are `prompt_embeds`).
 
     With an integer as `generator`, image k (from 0) uses the seed `generator + k`.
 
@@ -146,25 +147,21 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: int | None = None, width: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.5,
         num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
+        prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
         guidance_interval: Sequence[float] = WHOLE_INTERVAL,
         guidance_model: Any = None,
         autoguidance_scale: float = 2.0,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
         Args:
@@ -182,9 +179,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Results of `encode_prompt` (`B L D`).
             timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
             guidance_interval (`tuple`, defaults to (0, 1)): Noise levels (low, high) with guidance, see the class.
-            guidance_model (*optional*): Pipeline of an earlier checkpoint, or its network, on the same device, which
-                guides instead of the unconditional prediction. `guidance_scale` then has no effect.
-            autoguidance_scale (`float`, defaults to 2.0): Scale of this guidance; 1 and below disables it.
+            guidance_model, autoguidance_scale (defaults to 2.0): Earlier version that guides, see the class.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
@@ -198,18 +193,14 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
             negative_prompt_embeds, timesteps, sigmas, guidance_interval, guidance_model, autoguidance_scale,
         )  # fmt: skip
-        conditions = (prompt, class_labels, prompt_embeds)
-        scale = guidance_scale if guidance_model is None else autoguidance_scale
-        self._begin(scale, any(condition is not None for condition in conditions), guidance_model is not None)
-        count, repeats = max(1, *map(length, conditions)), int(num_images_per_prompt)
-        text = self._text_condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, count, repeats)
-        labels = self._class_condition(class_labels, count, repeats)
-        generators = generator_per_image(generator, count * repeats)
-        noise = self._initial_latents(latents, count * repeats, height, width, generators)
+        count, text, labels, guide = self._encoded(
+            prompt, class_labels, prompt_embeds, negative_prompt, negative_prompt_embeds, int(num_images_per_prompt),
+            guidance_model, guidance_scale if guidance_model is None else autoguidance_scale,
+        )  # fmt: skip
+        generators = generator_per_image(generator, count)
+        noise = self._initial_latents(latents, count, height, width, generators)
         schedule = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         options = SamplingOptions(schedule, generators, callback_on_step_end, inputs, guidance_interval)
-        prompts = None if prompt_embeds is not None else broadcast(as_list(prompt) or [""], count)
-        guide = self._guide(guidance_model, prompts, repeats, text, noise)
         return self._finished(self._denoise(noise, text, labels, options, guide), output_type, return_dict)
 
     def check_inputs(
@@ -384,20 +375,30 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             images if output_type == "latent" else decode_latents(self.vae, images), output_type, return_dict
         )
 
-    def _guide(
-        self, guide: Any, prompts: list[str] | None, repeats: int, text: Tensor | None, noise: Tensor
-    ) -> tuple | None:
-        """Return the network of the guidance model and, for a pipeline, its own text condition and expected latents.
+    def _encoded(
+        self, prompt: Any, class_labels: Any, embeds: Any, negative: Any, negative_embeds: Any, repeats: int,
+        guide: Any, scale: float,
+    ) -> tuple[int, Tensor | None, Tensor | None, tuple | None]:  # fmt: skip
+        """Return the number of images, their text condition and class ids, and the guidance model, see `_guide`."""
+        conditions = (prompt, class_labels, embeds)
+        self._begin(scale, any(condition is not None for condition in conditions), guide is not None)
+        count = max(1, *map(length, conditions))
+        text = self._text_condition(prompt, negative, embeds, negative_embeds, count, repeats)
+        labels = self._class_condition(class_labels, count, repeats)
+        prompts = None if embeds is not None else broadcast(as_list(prompt) or [""], count)
+        return count * repeats, text, labels, None if guide is None else self._guide(guide, prompts, repeats, text)
 
-        Args:
-            prompts: each for `repeats` images; None if `text` (B L D, the text condition of this pipeline) was passed.
+    def _guide(self, guide: Any, prompts: list[str] | None, repeats: int, text: Tensor | None) -> tuple:
+        """Return the network of the guidance model, its own text condition, and the pipeline with its caption prior.
+
+        They are None where those of this pipeline are used, as without `prompts`, if `text` (B L D) was passed.
         """
         network = denoiser_of(guide)
         if network is guide or text is None:
-            return None if guide is None else (network, None)
+            return network, None, None
         if guide.text_encoder is not None and prompts is not None:
             text = guide.encode_prompt(prompts).repeat_interleave(repeats, dim=0)
-        return network, (text, _expected_latents(guide, text, noise))
+        return network, text, guide
 
     def _denoise(
         self,
@@ -421,7 +422,6 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             )[0]
 
         def weaker(x: Tensor, timestep: Any, *conditions: Tensor | None) -> Tensor:
-            network, own = guide or (self.denoiser, None)
             text, expected = own or conditions
             text = None if text is None else text.to(network.dtype)
             return predict(x.to(network.dtype), timestep, text, expected, network)
@@ -429,6 +429,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         def prepare(prompt_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             return prompt_embeds, _expected_latents(self, prompt_embeds, noise)
 
+        network, text, pipeline = guide or (None, None, None)
+        own = None if text is None else (text, _expected_latents(pipeline, text, noise))
         tensors = {"prompt_embeds": prompt_embeds}
         return self._sample(noise, predict, options, tensors, prepare, None if guide is None else weaker)
 

@@ -76,8 +76,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     def __call__(
         self,
         briefs: Brief | Sequence[Brief] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: int | None = None, width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         num_images_per_prompt: int = 1,
@@ -86,10 +85,9 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
         guidance_interval: Sequence[float] = WHOLE_INTERVAL,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` posters for each brief, in that order.
 
         Args:

@@ -158,7 +158,7 @@ class UNetSamplingMixin(SamplersByName):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the unconditional prediction guides the current call: the scale is above 1, there is a condition,
-        and there is no guidance model."""
+        and no other model guides."""
         return self._guidance_scale > 1 and self._conditioned and not self._autoguided
 
     @property
