@@ -5,8 +5,8 @@ Shapes: B images, L tokens, D text width, C latent channels, h w latent cells, H
 Conventions: the text condition is the text encoder's last hidden state over captions padded to `max_text_length`; a
 dropped or missing prompt is replaced by the empty prompt. Class labels go through the class embedding of the network,
 whose last index is the null class. Flow matching is rectified flow as in Stable Diffusion 3: x_t = (1 - s) x_0 + s
-noise, the timestep is s * 1000, and the model predicts noise - x_0. Training calls `tokenize_captions`,
-`encode_captions`, `concat_condition` and `null_class` of this file, so training and sampling cannot differ.
+noise, the timestep is s * 1000, and the model predicts noise - x_0. Training calls `concat_condition` and
+`null_class` of this file, and those of captions.py, so training and sampling cannot differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,50 +18,15 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .common.captions import encode_captions, max_caption_length, tokenize_captions
 from .common.checks import OUTPUT_TYPES, check_embeds, check_steps, check_tensor
-from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, is_text, reads_text
+from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, is_text, length, reads_text
 from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
+from .common.guidance import WHOLE_INTERVAL, check_autoguidance, denoiser_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 from .common.words import warn_of_unknown_words
-
-
-def max_caption_length(tokenizer: PreTrainedTokenizerBase, text_encoder: Any) -> int:
-    """Return L, the maximum number of tokens that both the tokenizer and the text encoder's positions allow.
-
-    Raises:
-        ValueError: If neither sets a limit, as with T5; `max_text_length` must then be given.
-    """
-    limits = (tokenizer.model_max_length, getattr(text_encoder.config, "max_position_embeddings", None))
-    # `model_max_length` of a tokenizer without a limit is 1e30.
-    known = [int(limit) for limit in limits if limit is not None and limit < 100_000]
-    if not known:
-        raise ValueError("neither the tokenizer nor the text encoder limits a caption's length; pass `max_text_length`")
-    return min(known)
-
-
-def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> Tensor:
-    """Tokenize captions to ids (B L, int64), padded and truncated to `max_length` = L.
-
-    Raises:
-        ValueError: If the tokenizer has no pad token.
-    """
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no pad token; set one, such as `tokenizer.pad_token = '<PAD>'`"
-        )
-    return tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    ).input_ids
-
-
-def encode_captions(text_encoder: Any, input_ids: Tensor) -> Tensor:
-    """Encode token ids (B L, on the encoder's device) to the text condition (B L D), the last hidden state.
-
-    No attention mask is used, as in Stable Diffusion: the network attends to the pad tokens as well.
-    """
-    return text_encoder(input_ids=input_ids).last_hidden_state
 
 
 def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
@@ -84,6 +49,14 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     """Pipeline for generating images from prompts, class labels, both, or neither, with latent diffusion.
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.
+    `guidance_interval` limits it to a part of the noise levels (Kynkäänniemi et al. 2024): it applies where low < level
+    <= high. The level is sigma / (alpha + sigma) of x_t = alpha x_0 + sigma noise: 0 for a clean image, 1 for pure
+    noise, and for flow matching sigma itself. Outside, only the conditional prediction is computed.
+
+    With a `guidance_model`, an earlier checkpoint guides instead (autoguidance: Karras et al. 2024): weak +
+    autoguidance_scale * (strong - weak), both for the same condition or none; a scale of 1 and below disables it, and
+    `guidance_scale` has no effect. The guide is a pipeline on the same device, which encodes prompts itself, or its
+    network alone, which gets the text condition of this pipeline (as every guide does if there are `prompt_embeds`).
 
     With an integer as `generator`, image k (from 0) uses the seed `generator + k`.
 
@@ -174,22 +147,21 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: int | None = None, width: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 2.5,
         num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+        guidance_model: Any = None,
+        autoguidance_scale: float = 2.0,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
         Args:
@@ -206,6 +178,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): Results of `encode_prompt` (`B L D`).
             timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
+            guidance_interval (`tuple`, defaults to (0, 1)): Noise levels (low, high) with guidance, see the class.
+            guidance_model, autoguidance_scale (defaults to 2.0): Earlier version that guides, see the class.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
@@ -217,18 +191,17 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         self.check_inputs(
             prompt, class_labels, negative_prompt, guidance_scale, num_inference_steps, num_images_per_prompt,
             output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
-            negative_prompt_embeds, timesteps, sigmas,
+            negative_prompt_embeds, timesteps, sigmas, guidance_interval, guidance_model, autoguidance_scale,
         )  # fmt: skip
-        conditions = (prompt, class_labels, prompt_embeds)
-        self._begin(guidance_scale, any(condition is not None for condition in conditions))
-        count, repeats = max(1, *map(_length, conditions)), int(num_images_per_prompt)
-        text = self._text_condition(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, count, repeats)
-        labels = self._class_condition(class_labels, count, repeats)
-        generators = generator_per_image(generator, count * repeats)
-        noise = self._initial_latents(latents, count * repeats, height, width, generators)
+        count, text, labels, guide = self._encoded(
+            prompt, class_labels, prompt_embeds, negative_prompt, negative_prompt_embeds, int(num_images_per_prompt),
+            guidance_model, guidance_scale if guidance_model is None else autoguidance_scale,
+        )  # fmt: skip
+        generators = generator_per_image(generator, count)
+        noise = self._initial_latents(latents, count, height, width, generators)
         schedule = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
-        options = SamplingOptions(schedule, generators, callback_on_step_end, inputs)
-        return self._finished(self._denoise(noise, text, labels, options), output_type, return_dict)
+        options = SamplingOptions(schedule, generators, callback_on_step_end, inputs, guidance_interval)
+        return self._finished(self._denoise(noise, text, labels, options, guide), output_type, return_dict)
 
     def check_inputs(
         self,
@@ -248,11 +221,14 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         negative_prompt_embeds: Any = None,
         timesteps: Any = None,
         sigmas: Any = None,
+        guidance_interval: Any = WHOLE_INTERVAL,
+        guidance_model: Any = None,
+        autoguidance_scale: Any = 2.0,
     ) -> None:
         """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
             num_images_per_prompt, guidance_scale, generator, output_type, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs, guidance_interval,
         )  # fmt: skip
         check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         self._size(height, width)
@@ -268,13 +244,14 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         counts = {
             "prompt": prompt, "prompt_embeds": prompt_embeds, "class_labels": class_labels, "negative_prompt": negative
         }  # fmt: skip
-        lengths = {name: _length(value) for name, value in counts.items() if value is not None}
+        lengths = {name: length(value) for name, value in counts.items() if value is not None}
         if 0 in lengths.values() or len({n for n in lengths.values() if n != 1}) > 1:
             raise ValueError(f"prompts and labels must have one entry each, or equally many, but have {lengths}")
+        check_autoguidance(self, guidance_model, autoguidance_scale, negative_prompt, negative_prompt_embeds)
         if not is_empty(negative_prompt) and guidance_scale <= 1:
             raise ValueError(f"`negative_prompt` needs a `guidance_scale` above 1, but it is {guidance_scale}")
         if lengths.pop("negative_prompt", 1) > max(lengths.values(), default=1):
-            raise ValueError(f"`negative_prompt` has {_length(negative)} entries, more than there are prompts")
+            raise ValueError(f"`negative_prompt` has {length(negative)} entries, more than there are prompts")
 
     def _check_text(self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_embeds: Any) -> None:
         """Raise a ValueError if the prompts, or the embeddings in their place, cannot be used."""
@@ -398,28 +375,66 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             images if output_type == "latent" else decode_latents(self.vae, images), output_type, return_dict
         )
 
+    def _encoded(
+        self, prompt: Any, class_labels: Any, embeds: Any, negative: Any, negative_embeds: Any, repeats: int,
+        guide: Any, scale: float,
+    ) -> tuple[int, Tensor | None, Tensor | None, tuple | None]:  # fmt: skip
+        """Return the number of images, their text condition and class ids, and the guidance model, see `_guide`."""
+        conditions = (prompt, class_labels, embeds)
+        self._begin(scale, any(condition is not None for condition in conditions), guide is not None)
+        count = max(1, *map(length, conditions))
+        text = self._text_condition(prompt, negative, embeds, negative_embeds, count, repeats)
+        labels = self._class_condition(class_labels, count, repeats)
+        prompts = None if embeds is not None else broadcast(as_list(prompt) or [""], count)
+        return count * repeats, text, labels, None if guide is None else self._guide(guide, prompts, repeats, text)
+
+    def _guide(self, guide: Any, prompts: list[str] | None, repeats: int, text: Tensor | None) -> tuple:
+        """Return the network of the guidance model, its own text condition, and the pipeline with its caption prior.
+
+        They are None where those of this pipeline are used, as without `prompts`, if `text` (B L D) was passed.
+        """
+        network = denoiser_of(guide)
+        if network is guide or text is None:
+            return network, None, None
+        if guide.text_encoder is not None and prompts is not None:
+            text = guide.encode_prompt(prompts).repeat_interleave(repeats, dim=0)
+        return network, text, guide
+
     def _denoise(
-        self, noise: Tensor, prompt_embeds: Tensor | None, class_labels: Tensor | None, options: SamplingOptions
+        self,
+        noise: Tensor,
+        prompt_embeds: Tensor | None,
+        class_labels: Tensor | None,
+        options: SamplingOptions,
+        guide: tuple | None = None,
     ) -> Tensor:
         """Denoise standard normal noise to latents (B C h w); with guidance, the conditions have batch size 2B."""
 
-        def with_expected_latents(prompt_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            if self.caption_prior is None:
-                return prompt_embeds, None
-            return prompt_embeds, self.caption_prior(prompt_embeds, tuple(noise.shape[-2:]))
-
-        def predict(x: Tensor, timestep: Any, prompt_embeds: Tensor | None, expected: Tensor | None) -> Tensor:
-            return self.denoiser(
+        def predict(
+            x: Tensor, timestep: Any, text: Tensor | None, expected: Tensor | None, network: Any = self.denoiser
+        ) -> Tensor:
+            return network(
                 concat_condition(x, expected),
                 timestep,
-                encoder_hidden_states=prompt_embeds,
+                encoder_hidden_states=text,
                 class_labels=None if class_labels is None else class_labels[-len(x) :],
                 return_dict=False,
             )[0]
 
-        return self._sample(noise, predict, options, {"prompt_embeds": prompt_embeds}, with_expected_latents)
+        def weaker(x: Tensor, timestep: Any, *conditions: Tensor | None) -> Tensor:
+            text, expected = own or conditions
+            text = None if text is None else text.to(network.dtype)
+            return predict(x.to(network.dtype), timestep, text, expected, network)
+
+        def prepare(prompt_embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return prompt_embeds, _expected_latents(self, prompt_embeds, noise)
+
+        network, text, pipeline = guide or (None, None, None)
+        own = None if text is None else (text, _expected_latents(pipeline, text, noise))
+        tensors = {"prompt_embeds": prompt_embeds}
+        return self._sample(noise, predict, options, tensors, prepare, None if guide is None else weaker)
 
 
-def _length(value: Any) -> int:
-    """Return the number of entries of prompts or labels, or of rows of embeddings (B L D)."""
-    return len(value) if isinstance(value, Tensor) and value.ndim == 3 else len(as_list(value))
+def _expected_latents(pipeline: Any, prompt_embeds: Tensor | None, like: Tensor) -> Tensor | None:
+    prior = pipeline.caption_prior
+    return None if prior is None else prior(prompt_embeds, tuple(like.shape[-2:]))

@@ -18,6 +18,7 @@ from torch import Tensor
 from .common.checks import check_steps
 from .common.design_brief import DesignBrief, brief_tensors
 from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
+from .common.guidance import WHOLE_INTERVAL
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
@@ -28,7 +29,9 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     """Pipeline for generating posters from design briefs with pixel-space diffusion.
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), where uncond is the prediction
-    for an empty brief. Both predictions are computed in one batch.
+    for an empty brief. Both predictions are computed in one batch. `guidance_interval` limits guidance to noise levels
+    with low < level <= high (Kynkäänniemi et al. 2024). The level is sigma / (alpha + sigma) of x_t = alpha x_0 + sigma
+    noise: 0 for a clean poster, 1 for pure noise. Outside, only the conditional prediction is computed.
 
     With an integer as `generator`, poster k (from 0) uses the seed `generator + k`.
 
@@ -73,8 +76,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     def __call__(
         self,
         briefs: Brief | Sequence[Brief] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: int | None = None, width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 2.0,
         num_images_per_prompt: int = 1,
@@ -83,9 +85,9 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` posters for each brief, in that order.
 
         Args:
@@ -102,6 +104,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
             timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
+            guidance_interval (`tuple`, defaults to (0, 1)): Noise levels (low, high) with guidance, see the class.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.
@@ -112,7 +115,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         callback_tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             briefs, num_inference_steps, num_images_per_prompt, output_type, callback_tensor_inputs, height, width,
-            guidance_scale, generator, callback_on_step_end, timesteps, sigmas,
+            guidance_scale, generator, callback_on_step_end, timesteps, sigmas, guidance_interval,
         )  # fmt: skip
         height, width = self._size(height, width)
         device = self._execution_device
@@ -126,7 +129,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         noise = initial_noise((num_images, 3, height, width), generators, device)
         options = SamplingOptions(
             check_steps(self.scheduler, num_inference_steps, timesteps, sigmas), generators,
-            callback_on_step_end, callback_tensor_inputs,
+            callback_on_step_end, callback_tensor_inputs, guidance_interval,
         )  # fmt: skip
         return self._finished(self._denoise(noise, tokens, global_vectors, options), output_type, return_dict)
 
@@ -144,11 +147,12 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         callback_on_step_end: Any = None,
         timesteps: Any = None,
         sigmas: Any = None,
+        guidance_interval: Any = WHOLE_INTERVAL,
     ) -> None:
         """Raise a ValueError that quotes the first invalid argument and its value."""
         self._check_sampling(
             num_images_per_prompt, guidance_scale, generator, output_type, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs, guidance_interval,
         )  # fmt: skip
         check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         self._size(height, width)

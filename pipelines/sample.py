@@ -29,10 +29,11 @@ from pipelines.common.poster_domain import COLORS, MAX_PICTURES, MAX_TEXT_BLOCKS
 from pipelines.common.words import warn_of_unknown_words
 from pipelines.tools.cli import Options, UserError, entry_point, printable
 from pipelines.tools.commands import command
-from pipelines.tools.control_files import controls_of, open_controls
+from pipelines.tools.control_files import STEERING, add_control_options, controls_of, open_controls
 from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.generated import Generated, check_image_output, model_name, save
 from pipelines.tools.grids import control_to_pil, image_grid
+from pipelines.tools.guides import GUIDANCE_OPTIONS, add_guidance_options, guidance_arguments, guidance_texts
 from pipelines.tools.pairs import draw_prompts, generate_pairs, makes_pairs
 from pipelines.tools.resources import BRIEFS, find_file
 
@@ -71,11 +72,6 @@ PALETTE_HELP = (
     f"e.g. '#fff,#d33,black'. Each is #rgb, #rrggbb or one of {', '.join(COLORS)}"
 )
 BRIEF_FIELDS = ("style", "palette", *COUNT_FIELDS, *NUMBER_FIELDS)
-STEERING = {
-    "controlnet_conditioning_scale": "Strength of the control; 0 disables it (default: 1)",
-    "control_guidance_start": "Fraction of the steps at which the ControlNet starts applying (default: 0)",
-    "control_guidance_end": "Fraction of the steps at which the ControlNet stops applying (default: 1)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -124,7 +120,7 @@ def _settings(pipeline: Any, options: argparse.Namespace) -> dict[str, str]:
     if options.checkpoint:
         settings["checkpoint"] = Path(options.checkpoint).name
     if not makes_pairs(pipeline):
-        settings["guidance_scale"] = f"{options.guidance_scale:g}"
+        settings |= guidance_texts(options)
         settings |= {"negative_prompt": options.negative_prompt} if options.negative_prompt else {}
     if not makes_pairs(pipeline) or options.pairs is not None:
         settings["num_inference_steps"] = str(options.num_inference_steps)
@@ -183,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "gives a row (default: only the fields below)",
     )
     _add_brief_fields(parser)
-    _add_control_options(parser)
+    add_control_options(parser)
     add(
         "--pairs",
         type=int,
@@ -196,7 +192,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Sampler: ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun or lms (default: the model's)",
     )
     add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
-    add("--guidance_scale", type=float, default=2.5, help="Classifier-free guidance; 1 disables it (default: 2.5)")
+    add_guidance_options(parser)
     add("--seed", type=int, default=0, help="Random seed; column k uses seed + k (default: 0)")
     add("--height", type=int, help="Height of the images in pixels (default: the training size)")
     add("--width", type=int, help="Width of the images in pixels (default: the training size)")
@@ -243,19 +239,6 @@ def _add_brief_fields(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int, help=text)
     for name, text in NUMBER_FIELDS.items():
         group.add_argument(f"--{name}", type=float, help=text)
-
-
-def _add_control_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "ControlNet options; for several ControlNets, give one value for all or one value per network"
-    )
-    files = (
-        "Files of control images. A ControlNet for masks takes one file for each of its channels, any other ControlNet "
-        "one file. A model that takes n files takes n for each row: the files of row 1, then those of row 2, ..."
-    )
-    group.add_argument("--control_image", nargs="+", action="extend", help=files)
-    for name, text in STEERING.items():
-        group.add_argument(f"--{name}", nargs="+", type=float, help=text)
 
 
 def read_briefs(options: argparse.Namespace) -> list[DesignBrief]:
@@ -326,6 +309,7 @@ def _check_pair_options(pipeline: Any, options: argparse.Namespace) -> None:
             "--prompt to draw a caption"
         )
     foreign = ("class_label", "negative_prompt", "height", "width", "brief", *BRIEF_FIELDS, "control_image", *STEERING)
+    foreign += GUIDANCE_OPTIONS
     given = [name for name in foreign if getattr(options, name) is not None]
     if options.pairs is not None and options.num_images != NUM_IMAGES:
         given.append("num_images")
@@ -357,6 +341,7 @@ def generate(
     count = _row_count(options, briefs, controls or [])
     cells = [(row, column) for row in range(count) for column in range(options.num_images)]
     row_briefs, row_controls = _per_row(list(briefs), count), _per_row(controls or [], count)
+    guidance = guidance_arguments(pipeline, options)
     images: list[Image] = []
 
     def conditions(rows: Sequence[int]) -> dict[str, Any]:
@@ -376,6 +361,7 @@ def generate(
                 width=options.width,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
+                **guidance,
                 generator=[torch.Generator().manual_seed(options.seed + column) for _, column in batch],
             ).images
         except ValueError as error:

@@ -23,6 +23,11 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple, range)) else [value]
 
 
+def length(value: Any) -> int:
+    """Return the number of entries of prompts or labels, or of rows of embeddings (B L D)."""
+    return len(value) if isinstance(value, Tensor) and value.ndim == 3 else len(as_list(value))
+
+
 def is_text(value: Any) -> bool:
     """Whether `value` is a string that can be encoded, unlike one from a command line in another encoding."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

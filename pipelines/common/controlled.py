@@ -8,8 +8,8 @@ This file is shipped inside published pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..models.fusion_controlnet import FusionControlNets, as_nets, steering
 from .checks import check_numbers, check_positive_integers
 from .conditions import as_list, broadcast, broadcast_rows
 from .control_images import control_tensor, per_net, step_share
+from .guidance import check_guide, denoiser_of
 
 
 class ControlledMixin:
@@ -98,7 +99,8 @@ class ControlledMixin:
         controls = [control.repeat_interleave(num_images_per_prompt, dim=0) for control in controls]
         if count == 0:  # without conditions, the number of images is the number of controls
             num_images_per_prompt = len(controls[0])
-        with self.steered(controls, controlnet_conditioning_scale, control_guidance_start, control_guidance_end):
+        strength = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        with self.steered(controls, *strength, guide=options.get("guidance_model")):
             return base(**conditions, num_images_per_prompt=num_images_per_prompt, **options)
 
     def control_tensors(self, control_image: Any, height: int, width: int) -> list[Tensor]:
@@ -121,18 +123,23 @@ class ControlledMixin:
         count = max(counts, default=1)
         return [tensor.expand(count, -1, -1, -1) for tensor in tensors]
 
+    @contextmanager
     def steered(
         self,
         controls: Sequence[Tensor],
         conditioning_scale: float | Sequence[float],
         guidance_start: float | Sequence[float],
         guidance_end: float | Sequence[float],
-    ) -> AbstractContextManager[None]:
-        """Return a context in which the U-Net is steered between two shares of the sampling steps.
+        guide: Any = None,
+    ) -> Iterator[None]:
+        """Context manager in which the U-Net is steered between two shares of the sampling steps.
+
+        Args:
+            guide: a guidance model, whose U-Net is steered as well, by its own ControlNets if it has any.
 
         Raises:
             ValueError: the shares are not increasing or not in [0, 1], or an argument is a list that does not have one
-                entry for each ControlNet.
+                entry for each ControlNet, or the guidance model is of another kind.
         """
         nets = as_nets(self.controlnet)
         scales = per_net("controlnet_conditioning_scale", conditioning_scale, len(nets))
@@ -150,7 +157,28 @@ class ControlledMixin:
             begins, ends_at = step_share(self.scheduler.timesteps, timestep)
             return float(scales[net]) if begins >= starts[net] and ends_at <= ends[net] else 0.0
 
-        return steering(self.unet, nets, [control.to(self.unet.device) for control in controls], scale_of)
+        with ExitStack() as stack:
+            for unet, its_nets in self._steered_networks(guide):
+                stack.enter_context(
+                    steering(unet, its_nets, [control.to(self.unet.device) for control in controls], scale_of)
+                )
+            yield
+
+    def _steered_networks(self, guide: Any) -> list[tuple[Any, Sequence[Any]]]:
+        """Return the U-Net, and that of a guidance model, with the ControlNets of each."""
+        own, controlnet = (self.unet, as_nets(self.controlnet)), getattr(guide, "controlnet", self.controlnet)
+        if guide is None:
+            return [own]
+        check_guide(self, guide)
+        unet = denoiser_of(guide)
+        if unet is not self.unet:
+            return [own, (unet, as_nets(controlnet))]
+        if controlnet is not self.controlnet:
+            raise ValueError(
+                "`guidance_model` has another ControlNet, but the same U-Net object, which cannot be steered by both; "
+                "load the guidance model on its own, so that it has a copy"
+            )
+        return [own]
 
 
 def _for_each_control(controls: int, conditions: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

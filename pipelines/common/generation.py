@@ -24,6 +24,7 @@ from .checks import (
     check_positive_integers,
     check_tensor,
 )
+from .guidance import WHOLE_INTERVAL, check_guidance_interval, guided_timesteps
 from .sampling import denoise, guided
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
 
@@ -67,6 +68,8 @@ class SamplingOptions(NamedTuple):
     generators: list[torch.Generator] | None
     callback: Callable[..., dict] | None
     callback_tensor_inputs: Sequence[str]
+    guidance_interval: Sequence[float] = WHOLE_INTERVAL
+    """Noise levels with guidance, see `guided_timesteps`."""
 
 
 class Conditions:
@@ -138,6 +141,7 @@ class UNetSamplingMixin(SamplersByName):
     _interrupt = False
     _guidance_scale = 1.0
     _conditioned = False
+    _autoguided = False
     _num_timesteps = 0
 
     @property
@@ -147,13 +151,15 @@ class UNetSamplingMixin(SamplersByName):
 
     @property
     def guidance_scale(self) -> float:
-        """Scale of classifier-free guidance in the current call; a callback may change `_guidance_scale`."""
+        """Scale of guidance (classifier-free, or by a guidance model) in the current call; a callback may change
+        `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the current call is guided: the scale is above 1, and there is a condition."""
-        return self._guidance_scale > 1 and self._conditioned
+        """Whether the unconditional prediction guides the current call: the scale is above 1, there is a condition,
+        and no other model guides."""
+        return self._guidance_scale > 1 and self._conditioned and not self._autoguided
 
     @property
     def num_timesteps(self) -> int:
@@ -173,9 +179,11 @@ class UNetSamplingMixin(SamplersByName):
         output_type: Any,
         callback: Any,
         callback_tensor_inputs: Any,
+        guidance_interval: Any = WHOLE_INTERVAL,
     ) -> None:
         """Raise a ValueError if an argument cannot be used or the scheduler does not suit the model."""
         check_scheduler(self.scheduler, self.config.prediction_type, noise_schedule_of(self._own_scheduler))
+        check_guidance_interval(guidance_interval, self._own_scheduler, self.config.prediction_type)
         check_positive_integers(num_images_per_prompt=num_images_per_prompt)
         check_numbers(guidance_scale=guidance_scale)
         check_generator(generator)
@@ -206,9 +214,10 @@ class UNetSamplingMixin(SamplersByName):
             raise ValueError("the model's config has no `sample_size`, so `height` and `width` must be given")
         return int(cells[0] * factor if height is None else height), int(cells[1] * factor if width is None else width)
 
-    def _begin(self, guidance_scale: Any, conditioned: bool) -> None:
+    def _begin(self, guidance_scale: Any, conditioned: bool, autoguided: bool = False) -> None:
         """Reset what a callback may read and change."""
-        self._guidance_scale, self._conditioned, self._interrupt = float(guidance_scale), conditioned, False
+        self._guidance_scale, self._interrupt = float(guidance_scale), False
+        self._conditioned, self._autoguided = conditioned, autoguided
 
     def _sample(
         self,
@@ -217,6 +226,7 @@ class UNetSamplingMixin(SamplersByName):
         options: SamplingOptions,
         tensors: Mapping[str, Tensor | None],
         prepare: Callable[..., tuple],
+        weaker: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Turn standard normal noise into samples (B C h w) in float32; only the network's input has its dtype.
 
@@ -225,24 +235,30 @@ class UNetSamplingMixin(SamplersByName):
             tensors: those that the callback may read and replace, in addition to the samples, see `Conditions`.
             prepare: function that turns the tensors into arguments of `predict`; it is called at the start, and again
                 after a callback has replaced one of them or has switched guidance off or on.
+            weaker: the prediction of a guidance model, with the arguments of `predict`, for B; see `guidance`.
         """
         conditions = Conditions(tensors, len(noise))
         prepared: dict[int, tuple] = {}  # by the number of rows
         guided_at_start = self.do_classifier_free_guidance
+        in_interval = guided_timesteps(self._own_scheduler, self.config.prediction_type, options.guidance_interval)
 
         def guided_prediction(x: Tensor, timestep: Any) -> Tensor:
-            scale = self._guidance_scale if self.do_classifier_free_guidance else None
-            if scale is not None and not guided_at_start:
+            if self.do_classifier_free_guidance and not guided_at_start:
                 raise ValueError(
-                    f"`callback_on_step_end` set the guidance scale to {scale}, but sampling began without guidance; "
-                    "call the pipeline with a `guidance_scale` above 1"
+                    f"`callback_on_step_end` set the guidance scale to {self._guidance_scale}, but sampling began "
+                    "without guidance; call the pipeline with a `guidance_scale` above 1"
                 )
+            guides = self._guidance_scale > 1 and in_interval(timestep)
+            scale = self._guidance_scale if guides and self.do_classifier_free_guidance else None
             model_input = x if scale is None else torch.cat([x, x])
             rows = len(model_input)
             if rows not in prepared:
                 prepared[rows] = prepare(**conditions.rows(rows))
-            prediction = predict(model_input.to(self.denoiser.dtype), timestep, *prepared[rows])
-            return guided(prediction.float(), scale)
+            prediction = predict(model_input.to(self.denoiser.dtype), timestep, *prepared[rows]).float()
+            if weaker is not None and guides:
+                prediction = torch.cat([weaker(x, timestep, *prepared[rows]).float(), prediction])
+                scale = self._guidance_scale
+            return guided(prediction, scale)
 
         def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
             self._num_timesteps = len(self.scheduler.timesteps)

@@ -53,6 +53,8 @@ def denoise(
 def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:
     """Apply classifier-free guidance (Ho and Salimans 2022): uncond + scale × (cond - uncond).
 
+    For autoguidance, the prediction of the weaker model is in the place of the unconditional one.
+
     Args:
         prediction: 2B C h w, the unconditional half first; or, with `guidance_scale` None, B C h w, which is returned.
     """

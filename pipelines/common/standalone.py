@@ -91,9 +91,10 @@ class StandalonePipelineMixin:
             raise ValueError(f"{cls.__name__} has no `{unknown[0]}`; it has {', '.join(known)}")
         available = {**pipeline.config, **pipeline.components, **kwargs}
         values = {name: available[name] for name in known if name in available}
-        missing = [
-            name for name in known if values.get(name) is None and parameters[name].default is inspect.Parameter.empty
-        ]
+        needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
+        # A model with a transformer has None for the U-Net, which has no default.
+        optional = getattr(cls, "_optional_components", [])
+        missing = [name for name in needed if values.get(name) is None and not (name in values and name in optional)]
         if missing:
             raise ValueError(
                 f"{type(pipeline).__name__} has no `{missing[0]}`, which {cls.__name__} needs; "

@@ -5,6 +5,7 @@ Shapes: C control channels, H W pixels.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,27 @@ class ControlFile(NamedTuple):
 
     name: str
     image: Image.Image
+
+
+STEERING = {
+    "controlnet_conditioning_scale": "Strength of the control; 0 disables it (default: 1)",
+    "control_guidance_start": "Fraction of the steps at which the ControlNet starts applying (default: 0)",
+    "control_guidance_end": "Fraction of the steps at which the ControlNet stops applying (default: 1)",
+}
+
+
+def add_control_options(parser: argparse.ArgumentParser) -> None:
+    """Add --control_image and the options of STEERING."""
+    group = parser.add_argument_group(
+        "ControlNet options; for several ControlNets, give one value for all or one value per network"
+    )
+    files = (
+        "Files of control images. A ControlNet for masks takes one file for each of its channels, any other ControlNet "
+        "one file. A model that takes n files takes n for each row: the files of row 1, then those of row 2, ..."
+    )
+    group.add_argument("--control_image", nargs="+", action="extend", help=files)
+    for name, text in STEERING.items():
+        group.add_argument(f"--{name}", nargs="+", type=float, help=text)
 
 
 def open_controls(files: Sequence[str]) -> list[ControlFile]:

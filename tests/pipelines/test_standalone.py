@@ -241,10 +241,12 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
     stems = [name.rsplit("_", 1)[0] for name in names]
     assert stems == [
         "caption_prior",
+        "captions",
         "checks",
         "compatibility",
         "conditions",
         "generation",
+        "guidance",
         "latent_diffusion",
         "latents",
         "multi_head_autoencoder",

@@ -49,7 +49,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {  # pipeline, method, valid
 PASSED_ON = (
     "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "height", "width",
     "num_inference_steps", "num_images_per_prompt", "guidance_scale", "generator", "output_type", "timesteps", "sigmas",
-    "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "callback_on_step_end", "callback_on_step_end_tensor_inputs", "guidance_interval",
 )  # fmt: skip
 NOT_CHECKED = ("return_dict", "overlays")  # only their truth counts
 
@@ -58,6 +58,9 @@ def arguments_of(pipeline: Any, method: str) -> list[str]:
     parameters = inspect.signature(getattr(pipeline, method)).parameters
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     names += PASSED_ON if hasattr(pipeline, "controlnet") else ()
+    names += (
+        ("guidance_model", "autoguidance_scale") if hasattr(pipeline, "controlnet") and hasattr(pipeline, "vae") else ()
+    )
     return [name for name in names if name not in NOT_CHECKED]
 
 

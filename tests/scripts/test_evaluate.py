@@ -78,6 +78,26 @@ def test_a_diffusion_model(tmp_path, images, name):
         assert min(grid.size) > 300
 
 
+def test_guidance_by_an_earlier_checkpoint_in_an_interval(tmp_path, images):
+    """Also of a model without conditions, which has no other guidance."""
+    model = saved("unconditional", tmp_path)
+    earlier = PUBLISHED["unconditional"]()
+    with torch.no_grad():
+        for parameter in earlier.unet.parameters():
+            parameter += 0.1
+    earlier.save_pretrained(tmp_path / "checkpoints/step-00000007/pipeline")
+    words = ("--model", str(model), "--dataset_name", str(images), "--num_inference_steps", "2", "--output")
+    own = evaluated(*words, str(tmp_path / "own.json"))
+    guide = ("--guide", str(tmp_path / "checkpoints/step-00000007"), "--autoguidance_scale", "3")
+    guided = evaluated(*words, str(tmp_path / "e.json"), *guide, "--guidance_interval", "[0.1,0.9]")
+    facts = {name: guided["sampling"].get(name) for name in ("guide", "autoguidance_scale", "guidance_interval")}
+    assert facts == {"guide": "step-00000007", "autoguidance_scale": 3, "guidance_interval": "0.1 to 0.9"}
+    assert "guidance_scale" not in guided["sampling"]
+    assert guided["metrics"]["kid"] != own["metrics"]["kid"]
+    with pytest.raises(UserError, match="--guide .* has the same weights as the model"):
+        evaluated(*words, str(tmp_path / "e.json"), "--guide", str(model))
+
+
 def test_an_autoencoder_reconstructs_and_is_not_searched_for_copies(tmp_path, images):
     model = saved("autoencoder", tmp_path)
     words = ("--model", str(model), "--dataset_name", str(images), "--resolution", "16")

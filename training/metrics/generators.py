@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.guides import guidance_arguments, guidance_facts
 from training.core.options import Options, option
 
 Item = Mapping[str, Any]
@@ -32,6 +33,14 @@ class SamplingConfig(Options):
     """Number of sampling steps; if unset, the default of the pipeline"""
     guidance_scale: float | None = option(None, at_least=0, essential=True)
     """Scale of classifier-free guidance; if unset, the default of the pipeline"""
+    guidance_interval: list[float] | None = option(None)
+    """Noise levels between which guidance applies, e.g. '[0.1,0.8]'; 0 is a clean image and 1 is noise.
+    If unset, all"""
+    guide: str | None = option(None)
+    """Earlier checkpoint of the same run that guides instead of the unconditional prediction (autoguidance), also a
+    model without conditions; --guidance_scale then has no effect"""
+    autoguidance_scale: float | None = option(None, at_least=0)
+    """Scale of the guidance by --guide; if unset, 2"""
     scheduler: str | None = option(None)
     """Scheduler for sampling (only for pipelines of Halftone); if unset, that of the pipeline"""
     seed: int = option(0, at_least=0)
@@ -72,6 +81,7 @@ class ImageGenerator:
         if hasattr(pipeline, "set_progress_bar_config"):
             pipeline.set_progress_bar_config(disable=True)
         self._parameters = inspect.signature(pipeline.__call__).parameters
+        self._guidance = guidance_arguments(pipeline, config)
 
     def __call__(
         self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
@@ -121,13 +131,14 @@ class ImageGenerator:
         return {
             "steps": self._setting("num_inference_steps"),
             "scheduler": type(scheduler).__name__ if scheduler is not None else None,
-            "guidance_scale": self._setting("guidance_scale"),
+            **guidance_facts(self.config, self._setting("guidance_scale")),
             "seed": self.config.seed,
         }
 
     def _options(self) -> dict[str, Any]:
         options = {name: getattr(self.config, name) for name in ("num_inference_steps", "guidance_scale")}
-        return {name: value for name, value in options.items() if value is not None and self._takes(name)}
+        taken = {name: value for name, value in options.items() if value is not None and self._takes(name)}
+        return taken | self._guidance
 
     def _takes(self, name: str) -> bool:
         return name in self._parameters or any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
