@@ -165,6 +165,7 @@ def test_a_resumed_run_keeps_what_was_measured_when_it_began(again):
     before, after = config.to_dict(), resumed.to_dict()
     assert after == before
     said = any("the run was begun with 20s, which it keeps" in line for line in resumed.announcements)
+    assert not any("limits every training" in line for line in resumed.announcements)
     assert said == (again == ("--time_budget", "2h"))
 
 

@@ -98,7 +98,7 @@ class Completion:
             self.time = self._time(training())
             chosen = self._apply(self.settings(self.stage, time=self.time, **situation), leave_out)
         usual = chosen["max_train_steps"]
-        if 0 < self.config.max_train_steps < usual:
+        if "max_train_steps" in self.given and 0 < self.config.max_train_steps < usual:
             self.lines.append(
                 f"--max_train_steps {self.config.max_train_steps} limits every training of this command; without it, "
                 f"the last one would have {usual:,} steps"
