@@ -43,7 +43,7 @@ def budget_seconds(text: str | None) -> float:
     """Return the seconds that a time such as 30m, 2h, 1h30m or overnight means; 0 for None.
 
     Raises:
-        UserError: the text is not such a time, or is no time at all (0m).
+        UserError: the text is not such a time, or it is zero.
     """
     if text is None:
         return 0.0
