@@ -107,9 +107,10 @@ def test_what_is_given_is_kept_and_passed_on():
 
 def test_a_time_limit_is_divided_between_the_trainings():
     config = diffusion("--train_data_dir", draw("pics"), "--max_train_minutes", "30")
-    assert config.max_train_minutes == 20
+    assert config.max_train_minutes == 30  # counted from the start of the command, so the last training has the rest
     assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10")
-    assert "--max_train_minutes 30: 10 are for the autoencoder, and 20 for the last training" in config.announcements
+    expected = "of 30 minutes, at most 10 are for the autoencoder; the last training gets the rest"
+    assert expected in config.announcements
 
 
 def test_a_dry_run_estimates_nothing_where_it_has_nothing_to_estimate():
@@ -136,7 +137,7 @@ def test_a_batch_larger_than_the_collection_is_lowered_and_said():
     assert any("--train_batch_size 64 is lowered to 9" in line for line in config.announcements)
 
 
-@pytest.mark.parametrize("words", [("--auto_settings", "false"), ("--config", "mine.yaml")])
+@pytest.mark.parametrize("words", [("--recipe", "none"), ("--config", "mine.yaml")])
 def test_the_choice_can_be_turned_off(words, tmp_path):
     (tmp_path / "mine.yaml").write_text("resolution: 64\n", encoding="utf-8")
     flags = ["--train_data_dir", draw("pics"), "--vae", "x", "--condition_on", "none", *words]

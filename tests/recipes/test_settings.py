@@ -79,7 +79,7 @@ def test_copies_are_searched_for_in_the_middle_and_at_the_end_where_images_are_f
     few = Collection("few", images=190, held_out=10)
     found = settings_for("latent_diffusion", few, device="cpu", resolution=64, cells=8)
     epochs = found["max_train_steps"] // (190 // found["train_batch_size"])
-    assert found["memorization_epochs"] == epochs // 2
+    assert found["memorization_epochs"] == epochs // 2 + 1  # and at the end, as every run that searches at all
     assert settings_for("latent_diffusion", FEW, device="cuda", resolution=64, cells=8)["memorization_epochs"] >= 1
     assert "memorization_epochs" not in settings_for("latent_diffusion", MANY, device="cpu", resolution=64, cells=8)
 

@@ -84,7 +84,7 @@ def python(code: Path, *words: str | Path, status: int = 0, cwd: Path | None = N
 
 def known_before(*flags: str) -> tuple[str, ...]:
     """Leave out the option that the old code does not have. The current code then completes the command by itself."""
-    at = flags.index("--auto_settings")
+    at = flags.index("--recipe")
     return flags[:at] + flags[at + 2 :]
 
 

@@ -180,7 +180,7 @@ def test_doctor_reads_the_requirements_of_the_installed_copy(run, workplace):
 
 
 def test_error_messages_name_commands_that_work_here(run):
-    words = ("latent_diffusion", "--vae", "x", "--dataset_name", "x", "--auto_settings", "false")
+    words = ("latent_diffusion", "--vae", "x", "--dataset_name", "x", "--recipe", "none")
     error = run("halftone", "train", *words, status=2).stderr
     assert "halftone data train_tokenizer" in error
     assert "data_scripts/" not in error

@@ -14,14 +14,14 @@ COMMON = ("--report_to", "none", "--cpu_threads", "1", "--resolution", "64", "--
 TINY_AUTOENCODER = (
     *("--model.block_out_channels", "[16,16]", "--model.norm_num_groups", "8", "--model.latent_channels", "4"),
     *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "2e-3"),
-    *("--lr_warmup_steps", "0", "--auto_settings", "false"),
+    *("--lr_warmup_steps", "0", "--recipe", "none"),
 )
 TINY_DIFFUSION = (
     *("--model.block_out_channels", "[16,32]", "--model.norm_num_groups", "8", "--model.attention_head_dim", "8"),
     *("--model.layers_per_block", "1", "--text_encoder.hidden_size", "16", "--text_encoder.num_attention_heads", "2"),
     *("--text_encoder.num_hidden_layers", "1", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"),
     *("--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2"),
-    *("--auto_settings", "false"),
+    *("--recipe", "none"),
 )
 
 

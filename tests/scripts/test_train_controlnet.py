@@ -43,7 +43,7 @@ SCRIPT = ROOT / "training/train_controlnet.py"
 TINY = (
     *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
     *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2", "--num_read", "3"),
-    *("--auto_settings", "false"),
+    *("--recipe", "none"),
 )
 MASKS = ("--conditioning_image_column", "[text_mask, image_mask]")
 ROLES = ("--conditioning_image_column", "color_role", "--conditioning_classes", "6")

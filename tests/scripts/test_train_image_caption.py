@@ -37,7 +37,7 @@ TINY = (
     *("--prior.hidden_size", "16", "--prior.num_layers", "1", "--prior.repeats", "2"),
     *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
     *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2"),
-    *("--auto_settings", "false"),
+    *("--recipe", "none"),
 )
 
 

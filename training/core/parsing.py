@@ -111,6 +111,11 @@ def known_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
+# Options of earlier versions, which the config.yaml of an old run contains, and what is given now in their place. In a
+# file they are dropped: none of them has an effect there.
+_FORMER = {"auto_settings": "--recipe auto or --recipe none"}
+
+
 class _ConfigFile(jsonargparse.ActionConfigFile):
     """`--config`: a YAML file, or the name of a preset that comes with the code."""
 
@@ -129,7 +134,7 @@ def without_hub_token(settings: dict[str, Any], file: Any) -> dict[str, Any]:
         raise UserError(
             f"hub_token in {file} is not accepted, because config files are copied and shared; {TOKEN_ADVICE}"
         )
-    return {name: value for name, value in settings.items() if name != "hub_token"}
+    return {name: value for name, value in settings.items() if name not in ("hub_token", *_FORMER)}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -137,7 +142,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def parse_path(self, path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
         settings, text = read_settings(path), read_text(path)
-        if "hub_token" in settings:
+        if {"hub_token", *_FORMER} & {*settings}:
             text = yaml.safe_dump(without_hub_token(settings, path))
         return self.parse_string(text, path, *arguments, **options)
 
@@ -227,6 +232,8 @@ def _refuse_unknown_flags(words: Sequence[str], parser: jsonargparse.ArgumentPar
             continue
         name = word[2:].split("=", 1)[0]
         inside_dict = any(name.startswith(k + ".") for k in known if "." in k or k in ("extra",))
+        if name in _FORMER and name not in known:
+            raise UserError(f"--{name} is a flag of earlier versions; use {_FORMER[name]} instead")
         if name not in known and not inside_dict:
             raise UserError(f"unknown flag --{name}{nearest(name, known)} (--help_all lists them all)")
 

@@ -41,7 +41,7 @@ class CadenceConfig(Options):
     """Measure generated images every N optimizer steps, in addition to --evaluation_epochs; 0 disables it"""
     memorization_epochs: int = option(0, on_resume="warn", at_least=0)
     """Search for copies of training images among generated ones every N epochs, in addition to the measurements of
-    --evaluation_epochs; 0 disables it"""
+    --evaluation_epochs; 0 disables it. If it is on, a run also ends with a search"""
     preview_epochs: int | None = option(None, on_resume="free", at_least=0, kept=True)
     """Save previews every N epochs; 0 disables it. Previews are always saved at the end of a run. If neither this nor
     --preview_steps is set: about once per epoch, and at most 20 times in a run"""
@@ -148,8 +148,9 @@ class Cadence:
         return _due_steps(self.evaluations, self.total_steps) | ({self.total_steps} if self.evaluates else set())
 
     def copies_steps(self) -> set[int]:
-        """Return the steps of the run after which only copies are searched for."""
-        return _due_steps(self.copies, self.total_steps) - self.evaluation_steps()
+        """Return the steps of the run after which only copies are searched for, its last step included."""
+        last = {self.total_steps} if self.copies else set()
+        return (_due_steps(self.copies, self.total_steps) | last) - self.evaluation_steps()
 
     def preview_steps(self) -> set[int]:
         """Return the steps of the run after which previews are due; those at its end are not counted."""

@@ -99,13 +99,21 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
     )
     _check_world_size(accelerator.num_processes)
     if accelerator.device.type == "cpu":
-        threads = config.cpu_threads or threads_per_process()
-        torch.set_num_threads(threads)
-        place_worker_threads(threads)
-        keep_freed_memory()
+        prepare_cpu(config)
         # The tokenizer's threads gain nothing for the captions of one batch, and compete with torch's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return accelerator
+
+
+def prepare_cpu(config: LaunchConfig) -> None:
+    """Start the CPU threads of this process, and let it keep its memory.
+
+    What is timed before the run begins calls it as well, since threads stay where they were started first.
+    """
+    threads = config.cpu_threads or threads_per_process()
+    torch.set_num_threads(threads)
+    place_worker_threads(threads)
+    keep_freed_memory()
 
 
 def close_process_group_at_exit() -> None:

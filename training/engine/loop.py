@@ -215,7 +215,8 @@ class Loop:
     def evaluate(self) -> Evaluation | None:
         """Measure generated images if that is due, with the EMA weights. Raises Interrupted on every process."""
         distances = self._distances_due()
-        copies = distances or self.cadence.copies_due(self.state.step)
+        last = self.state.step >= self.state.goal_steps
+        copies = distances or self.cadence.copies_due(self.state.step) or (last and bool(self.cadence.copies))
         if not copies:
             return None
         exchange = exchange_of(self.accelerator)

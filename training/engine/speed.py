@@ -127,7 +127,8 @@ def fit_length(
     if accelerator.is_main_process:
         write_json(file, plan)
         if state.step < state.goal_steps:
-            _say_what_to_expect(plan)
+            # The recipes for one's own images turn their own option into max_train_minutes.
+            _say_what_to_expect(plan, getattr(config, "time_budget", None))
 
 
 def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
@@ -251,7 +252,7 @@ def _seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _say_what_to_expect(plan: Mapping[str, Any]) -> None:
+def _say_what_to_expect(plan: Mapping[str, Any], time_budget: str | None) -> None:
     logger.info(
         "a step takes %.3g seconds on this machine; all %d steps would take about %s",
         sum(plan["seconds"]["phases"].values()),
@@ -259,14 +260,16 @@ def _say_what_to_expect(plan: Mapping[str, Any]) -> None:
         _duration(plan["all_steps_estimated_seconds"]),
     )
     if plan["steps"] < plan["all_steps"]:
-        logger.info(
-            "--max_train_minutes is %.3g, so the run trains %d steps, in about %s. To train all %d steps later, run "
-            "the same command without that flag",
-            plan["max_train_minutes"],
-            plan["steps"],
-            _duration(plan["estimated_seconds"]),
-            plan["all_steps"],
-        )
+        if time_budget:
+            limit, more = (
+                f"--time_budget is {time_budget}",
+                "To train further afterwards, add --extra_epochs N",
+            )
+        else:
+            limit = f"--max_train_minutes is {plan['max_train_minutes']:.3g}"
+            more = f"To train all {plan['all_steps']} steps later, run the same command without that flag"
+        duration = _duration(plan["estimated_seconds"])
+        logger.info("%s, so the run trains %d steps, in about %s. %s", limit, plan["steps"], duration, more)
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from training.recipes.collection import Collection
@@ -20,6 +21,60 @@ MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
 # Largest number of patches along a side of the images, or latents, that a transformer denoises.
 MOST_PATCHES = 10
+# Where a transformer on pixels denoises by default (docs/recipes.md): it needs no autoencoder, so that all of a short
+# time is its own, and on processors its matrix products are fast. Beside large images and on GPUs the U-Net stays.
+TRANSFORMER_DEVICES, TRANSFORMER_PIXELS, TRANSFORMER_SECONDS = ("cpu", "mps"), 64, 2 * 3600
+# Steps are planned for this many times the steps that fit by the probe, because --max_train_minutes, which times real
+# steps, can only shorten a run.
+OPTIMISM = 1.3
+# A model that has seen its images this often gains nothing from more time; it only repeats them more exactly.
+MOST_EPOCHS = 2_000
+# In four minutes, batches of 16 gave better images than batches of 32 (docs/recipes.md). A narrower U-Net did not.
+SHORT_BATCH = 16
+# The EMA weights average over at most this share of a run that has a time budget.
+EMA_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Time:
+    """The time that a training may take, and how fast its images are.
+
+    Attributes:
+        image_seconds: seconds of a step, divided by the images of its batch; 0 if nothing was measured, because
+            several processes would measure different numbers, and only --max_train_minutes limits the run.
+    """
+
+    seconds: float
+    image_seconds: float = 0.0
+
+    def steps(self, batch: int, most: int) -> int:
+        """Return the number of steps to plan, at most `most`."""
+        if not self.image_seconds:
+            return most
+        return min(most, int(OPTIMISM * self.seconds / (self.image_seconds * batch)))
+
+
+def denoiser_for(collection: Collection, resolution: int, device: str, seconds: float | None) -> str:
+    """Return the network that denoises: "transformer", on pixels, or "unet", on latents.
+
+    Args:
+        seconds: the time budget of the command; None without one.
+    """
+    return denoiser_and_reason(collection, resolution, device, seconds)[0]
+
+
+def denoiser_and_reason(collection: Collection, resolution: int, device: str, seconds: float | None) -> tuple[str, str]:
+    """Return what `denoiser_for` returns, and why."""
+    del collection  # no measurement has shown yet that the number of images matters
+    if seconds is None:
+        return "unet", "the usual one without --time_budget"
+    if device not in TRANSFORMER_DEVICES:
+        return "unet", f"the device is {device}"
+    if resolution > TRANSFORMER_PIXELS:
+        return "unet", f"images of more than {TRANSFORMER_PIXELS} pixels"
+    if seconds > TRANSFORMER_SECONDS:
+        return "unet", f"more than {TRANSFORMER_SECONDS / 3600:g} hours"
+    return "transformer", "small images and a short time: it needs no autoencoder"
 
 
 def settings_for(
@@ -33,6 +88,7 @@ def settings_for(
     transformer: bool = False,
     fast_bf16: bool = False,
     num_processes: int = 1,
+    time: Time | None = None,
 ) -> dict[str, Any]:
     """Return the value of each option that a collection and a device decide, by the name of the option.
 
@@ -44,14 +100,18 @@ def settings_for(
         transformer: whether the diffusion model is a transformer.
         fast_bf16: whether the CPU multiplies matrices faster in bfloat16.
         num_processes: number of processes that divide a batch among themselves.
+        time: the time that the training may take; None for its usual number of steps.
     """
     large = device == "cuda"
     batch = {AUTOENCODER: 16, DIFFUSION: 16 if transformer else 32, CONTROLNET: 16, JOINT: 64}[stage]
     batch *= 2 if large else 1
     batch = _batch_size(batch, collection.images, num_processes)
+    steps = _steps(stage, collection.images, batch * num_processes, large=large)
+    if time is not None:
+        batch, steps = _fitted(time, collection.images, batch, num_processes)
     found: dict[str, Any] = {
         "train_batch_size": batch,
-        "max_train_steps": _steps(stage, collection.images, batch * num_processes, large=large),
+        "max_train_steps": steps,
         "adam_beta2": 0.99,
         "checkpoints_total_limit": 1,
     }
@@ -66,7 +126,9 @@ def settings_for(
             found["mixed_precision"] = "bf16"
         if collection.images <= MOST_SEARCHED:
             epochs = found["max_train_steps"] // max(1, collection.images // (batch * num_processes))
-            found["memorization_epochs"] = max(1, epochs // 2)
+            found["memorization_epochs"] = epochs // 2 + 1  # once in the middle; the run also ends with a search
+        if time is not None:
+            found["ema_decay"] = min(found["ema_decay"], round(1 - 1 / (EMA_SHARE * steps), 4))
     elif stage == CONTROLNET:
         found |= {"learning_rate": 1e-3, "lr_scheduler": "linear", "cfg_dropout": 0.5, "ema_decay": 0.99}
     else:
@@ -98,6 +160,19 @@ def _steps(stage: str, images: int, batch: int, *, large: bool) -> int:
         return MIN_STEPS * (2 if large else 1)
     most = 60_000 if large else 20_000
     return int(min(max(MIN_STEPS, 100 * images / batch), most)) // 100 * 100
+
+
+def useful_steps(images: int, batch: int) -> int:
+    """Return the number of steps after which more time is not useful."""
+    return max(MIN_STEPS, MOST_EPOCHS * images // batch)
+
+
+def _fitted(time: Time, images: int, batch: int, num_processes: int) -> tuple[int, int]:
+    """Return (batch size, steps) for a time: smaller batches where few steps fit, in hundreds of steps."""
+    while batch > SHORT_BATCH and time.steps(batch, MIN_STEPS) < MIN_STEPS:
+        batch = max(SHORT_BATCH, batch // 2)
+    steps = time.steps(batch, useful_steps(images, batch * num_processes))
+    return batch, max(100, steps // 100 * 100)
 
 
 def _autoencoder(resolution: int) -> dict[str, Any]:

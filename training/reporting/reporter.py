@@ -24,9 +24,10 @@ from training.reporting.advice import Course, advice, too_long
 from training.reporting.curves import draw_training_curves
 from training.reporting.groups import NOISE_LEVELS, group_of
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
+from training.reporting.sufficiency import is_it_enough
 from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers
 from training.run.folder import RunFolder
-from training.run.metrics_log import EpochLoss, MetricsLog
+from training.run.metrics_log import EpochLoss, MetricsLog, read_metrics
 from training.run.state import EpochSummary, RunState
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Reporter:
         # While the events after the current step (validation, previews, ...) are pending, its row is not written yet.
         last_row = state.step - 1 if state.pending_events else state.step
         self.informing = Informing()
+        self._num_images, self._generated = len(stage.train_data()), settings.get("evaluation_images", 0)
         if is_main:
             self.metrics_log = _open_metrics(folder.metrics_file, last_row)
         self.trackers = start_trackers(
@@ -224,10 +226,21 @@ class Reporter:
         """
         facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
         self.settle()
+        sentences = self._is_it_enough() if complete and self.is_main else []
         with self.informing(REPORT):
-            report = f"# {self.folder.title}\n\n{session_report(*facts)}\n"
+            answer = "".join(f"\n{sentence}\n" for sentence in sentences)
+            report = f"# {self.folder.title}\n\n{session_report(*facts)}\n{answer}"
             write_atomically(self.folder.path / REPORT, without_private(report))
         logger.info("%s", session_report(*facts, most_epochs=MOST_EPOCHS))
+        for sentence in sentences:
+            logger.info("%s", sentence)
+
+    def _is_it_enough(self) -> list[str]:
+        """Return what the measurements of the run say about the size of its collection, and about its length."""
+        rows: list[dict[str, str]] = []
+        if self.folder.metrics_file.is_file():
+            rows = read_metrics(self.folder.metrics_file)
+        return is_it_enough(rows, self._num_images, self._generated, self.steps_per_epoch)
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         state = self.state
