@@ -25,7 +25,7 @@ from pipelines.tools.resources import CODE
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PRELOADED = ["training.benchmarks.loops", "training.benchmarks.steps", "training.benchmarks.sampling"]
+PRELOADED = "training.benchmarks.preloaded"
 
 
 def in_child(quick: bool, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,7 +40,7 @@ def in_child(quick: bool, function: Callable[P, R], *args: P.args, **kwargs: P.k
     """
     context = multiprocessing.get_context("forkserver" if quick else "spawn")
     if quick:
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload([PRELOADED])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(_in_code_folder, functools.partial(function, *args, **kwargs)).result()

@@ -7,6 +7,7 @@ machine that it measured, and keeps all others.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,10 +69,10 @@ TITLES = {
 }
 NOTES = {
     "loop": "The loop with everything on (EMA at every step, metrics, progress bar, captions) and a bare PyTorch loop "
-    "train the same networks on the same latents. The CPU time beside the network is measured with a tiny network and "
-    "one thread, as the difference of both loops.",
-    "latents": "Both kinds of steps include the loading of their batch, the optimizer and the EMA weights. Latents are "
-    "16×8×8 and their batches are assembled by one core; their time is CPU time.",
+    "train the same networks on the same latents in batches of 32. The CPU time beside the network is measured with a "
+    "tiny network and one thread, as the difference of both loops.",
+    "latents": "Both kinds of steps, with batches of 32, include the loading of their batch, the optimizer and the EMA "
+    "weights. Latents are 16×8×8. One core assembles their batches, whose time is CPU time.",
     "pipeline": "Both sides use the same U-Net, text encoder, autoencoder, noise, scheduler and guidance, and their "
     "images agree.",
     "sampling": "Batches of four images of 64 px with guidance 2.5. heun calls the network twice in a step. The "
@@ -132,9 +133,9 @@ def summary_table(machines: Sequence[Mapping[str, Any]]) -> str:
 
 def _section(one: Mapping[str, Any]) -> str:
     parts = [(part, one["parts"][part]) for part in PARTS if part in one["parts"]]
-    text = f"\n## {title(one['machine'])}\n\n{details(one['machine'])}\n"
+    text = f"\n## {title(one['machine'])}\n\n{_wrapped(details(one['machine']))}\n"
     for part, metrics in parts:
-        note = f"{NOTES[part]}\n\n" if part in NOTES else ""
+        note = f"{_wrapped(NOTES[part])}\n\n" if part in NOTES else ""
         text += f"\n### {TITLES[part]}\n\n{note}{metrics_table([Metric(**metric) for metric in metrics])}"
     return text
 
@@ -149,6 +150,10 @@ def metrics_table(metrics: Sequence[Metric]) -> str:
         goal = [metric.goal_text, metric.verdict] if with_goals else []
         lines.append([metric.name, short(metric.value), spread, metric.unit, *goal])
     return _table(lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

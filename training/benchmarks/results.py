@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 LOOP_RATIO = "speed over the bare loop, by turns in one process"
-LOOP_SPEED = "loop with everything on, batch 32"
+LOOP_SPEED = "loop with everything on"
 HOST_TIME = "CPU time of a step beside the network"
 STEP_MEMORY = "training steps of {}: peak memory"
 SAMPLING_TIME = "euler, 25 steps: an image"

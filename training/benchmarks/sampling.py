@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
+from pipelines.tools.devices import synchronize
 from training.benchmarks.children import in_child, peak_mb
 from training.benchmarks.inputs import BenchmarkConfig, Inputs
 from training.benchmarks.results import SAMPLING_TIME, Metric, in_turns, ratio, short, spread
@@ -61,7 +62,8 @@ def plain_loop(pipeline: Any, prompts: list[str], noise: Tensor, steps: int) -> 
         uncond, cond = prediction.chunk(2)
         x = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), timestep, x).prev_sample
     config = pipeline.vae.config
-    z = x / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    mean, std = (torch.tensor(config[name]).reshape(1, -1, 1, 1).to(x) for name in ("latents_mean", "latents_std"))
+    z = x / config.scaling_factor * std + mean  # as in the pipeline of SDXL
     return (pipeline.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
 
@@ -76,17 +78,17 @@ def compare_with_plain_loop(model: str, threads: int, steps: int, turns: int) ->
     shape = (len(prompts), pipeline.unet.config.in_channels, side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(pipeline.device)
 
+    options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "output_type": "pt"}
+
     def ours() -> Tensor:
-        return pipeline(
-            prompts,
-            latents=noise,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            output_type="pt",
-        ).images
+        images = pipeline(prompts, latents=noise, **options).images
+        synchronize(pipeline.device)
+        return images
 
     def plain() -> Tensor:
-        return plain_loop(pipeline, prompts, noise, steps)
+        images = plain_loop(pipeline, prompts, noise, steps)
+        synchronize(pipeline.device)
+        return images
 
     difference = float((ours() - plain()).abs().max())
     if not difference <= TOLERANCE:
@@ -118,9 +120,9 @@ def time_samplers(model: str, threads: int, settings: list[tuple[str, int]], tur
 
     def sample(scheduler: str, steps: int) -> None:
         pipeline.set_scheduler(scheduler)
-        pipeline(
-            prompts, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, generator=0, output_type="pt"
-        )  # fmt: skip
+        options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "output_type": "pt"}
+        pipeline(prompts, generator=0, **options)
+        synchronize(pipeline.device)
 
     sample(*settings[0])
     sides = {f"{name} {steps}": functools.partial(sample, name, steps) for name, steps in settings}
