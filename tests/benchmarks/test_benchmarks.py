@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -84,6 +85,11 @@ def test_a_command_that_ends_otherwise_is_an_error() -> None:
 def test_a_killed_measurement_is_an_error() -> None:
     with pytest.raises(UserError, match="_exit was killed; free memory"):
         in_child(False, os._exit, 9)
+
+
+def test_a_measurement_starts_loader_workers_as_training_does() -> None:
+    """A process that multiprocessing has spawned would spawn its own processes as well, which takes seconds."""
+    assert in_child(False, multiprocessing.get_start_method) == multiprocessing.get_start_method()
 
 
 def test_peak_memory_grows_with_what_a_process_keeps() -> None:

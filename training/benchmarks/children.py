@@ -43,15 +43,19 @@ def in_child(quick: bool, function: Callable[P, R], *args: P.args, **kwargs: P.k
         context.set_forkserver_preload([PRELOADED])
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_in_code_folder, functools.partial(function, *args, **kwargs)).result()
+            return pool.submit(
+                _in_code_folder, functools.partial(function, *args, **kwargs), multiprocessing.get_start_method()
+            ).result()
     except BrokenProcessPool:
         raise UserError(
             f"the process of {function.__name__} was killed; free memory for it, or leave this part out with --only"
         ) from None
 
 
-def _in_code_folder(function: Callable[[], R]) -> R:
-    """Call the function with the messages of training on stderr, in the folder from which scripts are started."""
+def _in_code_folder(function: Callable[[], R], start_method: str) -> R:
+    """Call the function in the folder from which scripts are started, without the messages of training."""
+    # This process would start loader workers in the way in which it was started itself, which takes seconds.
+    multiprocessing.set_start_method(start_method, force=True)
     os.chdir(CODE)
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w", encoding="utf-8") as silent:
         kept = os.dup(2)

@@ -6,6 +6,7 @@ B images, C h w latents, H W pixels.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,14 +135,14 @@ def measure_sampling(config: BenchmarkConfig, inputs: Inputs) -> list[Metric]:
     steps = (25,) if config.quick else STEPS
     settings = [(name, count) for name in SCHEDULERS[: 2 if config.quick else None] for count in steps]
     times = in_child(config.quick, time_samplers, str(inputs.model), config.thread_count, settings, config.times(3))
+    # The measurement has another working folder. A name that is not a path here is a Hub id.
+    model = str(Path(config.model).resolve()) if config.model and Path(config.model).exists() else config.model
     metrics = []
     for (name, count), seconds in zip(settings, times, strict=True):
         title = SAMPLING_TIME if (name, count) == ("euler", 25) else f"{name}, {count} steps: an image"
         metrics.append(spread(title, seconds, "s"))
-        if config.model:
-            value, error = in_child(
-                config.quick, kid_of, config.model, config.thread_count, name, count, config.num_images
-            )
+        if model:
+            value, error = in_child(config.quick, kid_of, model, config.thread_count, name, count, config.num_images)
             metrics.append(
                 Metric(f"{name}, {count} steps: KID ± {short(error)}", value, low=value - error, high=value + error)
             )
