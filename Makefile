@@ -48,8 +48,9 @@ lint: $(STAMP)
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
+# Ten minutes on two cores: writes docs/benchmarks.md. BENCH has flags such as --only '[loop]'.
 bench: $(STAMP)
-	$(RUN)/python training/benchmarks/run.py
+	$(RUN)/python training/benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

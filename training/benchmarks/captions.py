@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import bf16_is_faster, get_device, synchronize
 from pipelines.tools.resources import shipped_path
-from training.benchmarks.loops import peak_mb
+from training.benchmarks.children import peak_mb
 from training.core.batches import to_device
 from training.core.draws import Draws
 from training.core.files import write_atomically

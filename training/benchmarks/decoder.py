@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipelines.tools.cli import UserError, entry_point
-from training.benchmarks.loops import peak_mb
+from training.benchmarks.children import peak_mb
 from training.core.draws import Draws
 from training.core.files import write_atomically
 from training.core.options import Options

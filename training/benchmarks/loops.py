@@ -1,6 +1,6 @@
-"""The two sides of `make bench`: the training loop with everything on, and a bare PyTorch loop for comparison.
+"""The training loop with everything on, and a bare PyTorch loop for comparison.
 
-Both train the same networks on the same latents with the same number of threads. run.py starts them either in separate
+Both train the same networks on the same latents with the same number of threads. They run either in separate
 processes, for the speed and the peak memory of whole processes, or in one process in turn, for a speed ratio that a
 busy machine disturbs less.
 """
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import statistics
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
+from training.benchmarks.children import in_child, peak_mb
+from training.benchmarks.inputs import BenchmarkConfig, Inputs
+from training.benchmarks.results import HOST_TIME, LOOP_RATIO, LOOP_SPEED, Metric, quartiles, ratio, spread
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.files import write_atomically
@@ -55,8 +57,6 @@ class LoopBenchConfig(Options):
     """Number of measured steps on each side, after the warm-up"""
     threads: int = 1
     """Number of CPU threads of torch"""
-    run_dir: str = ""
-    """Run folder of the loop"""
     output: str = ""
     """JSON file of the results"""
 
@@ -145,39 +145,57 @@ def measure_loop(config: Config, steps: int) -> dict[str, float]:
 
 
 def measure_turns(config: Config, steps: int) -> dict[str, float]:
-    """Measure the speed of the loop relative to the bare loop, while both train in turn in one process.
+    """Measure the loop against the bare loop, while both train in turn in one process.
 
-    The ratio is the median over pairs of blocks of steps.
+    Returns:
+        Medians over pairs of blocks of steps with their quartiles: `ratio`, the speed of the loop relative to the bare
+        loop, and `host_ms`, the CPU time in ms that a step of the loop takes longer.
     """
     bare = BareLoop(config)
-    blocks = max(2, steps // BLOCK_STEPS)
-    loop_seconds: list[float] = []
-    bare_seconds: list[float] = []
-    count, left = 0, time.perf_counter()
+    blocks = max(3, steps // BLOCK_STEPS)
+    of_loop: list[Block] = []
+    of_bare: list[Block] = []
+    count, left = 0, Block.now()
 
     def before_batch() -> None:
         nonlocal count, left
         if count % BLOCK_STEPS == 0 and count <= blocks * BLOCK_STEPS:
             if count:
-                loop_seconds.append(time.perf_counter() - left)
-            bare_seconds.append(_timed(bare.step, 0, BLOCK_STEPS))
-            left = time.perf_counter()
+                of_loop.append(left.until_now())
+            began = Block.now()
+            _timed(bare.step, 0, BLOCK_STEPS)
+            of_bare.append(began.until_now())
+            left = Block.now()
         count += 1
 
     config.max_train_steps = blocks * BLOCK_STEPS + 1
     train(functools.partial(_watched_stage, before_batch), config)
     # The first pair is warm-up. A block of the loop is compared with the mean of the bare blocks before and after it.
-    ratios = [
-        (bare_seconds[i] + bare_seconds[i + 1]) / 2 / loop_seconds[i]
-        for i in range(1, min(len(loop_seconds), len(bare_seconds) - 1))
-    ]
-    return {"ratio": statistics.median(ratios), "pairs": len(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    pairs = [(of_loop[i], of_bare[i], of_bare[i + 1]) for i in range(1, min(len(of_loop), len(of_bare) - 1))]
+    ratios = [(a.seconds + b.seconds) / 2 / loop.seconds for loop, a, b in pairs]
+    host = [1000 * (loop.cpu - (a.cpu + b.cpu) / 2) / BLOCK_STEPS for loop, a, b in pairs]
+    return {"pairs": len(pairs), **_with_quartiles("ratio", ratios), **_with_quartiles("host_ms", host)}
 
 
-def peak_mb() -> float:
-    """Return the peak resident memory of this process in MB (10⁶ bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+@dataclass(frozen=True)
+class Block:
+    """Wall time and CPU time in seconds: at a moment, or between two moments."""
+
+    seconds: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Block:
+        return cls(time.perf_counter(), time.process_time())
+
+    def until_now(self) -> Block:
+        now = Block.now()
+        return Block(now.seconds - self.seconds, now.cpu - self.cpu)
+
+
+def _with_quartiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    low, high = quartiles(values)
+    return {name: statistics.median(values), f"{name}_low": low or values[0], f"{name}_high": high or values[0]}
 
 
 def _watched_stage(before_batch: Callable[[], None], config: Config, context: StageContext) -> LatentDiffusionStage:
@@ -204,14 +222,56 @@ def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
     return time.perf_counter() - started
 
 
+def measure_in_this_process(recipe: str, side: str, steps: int, threads: int) -> dict[str, float]:
+    """Measure one side, or both in turn, and return what `measure_bare`, `measure_loop` or `measure_turns` returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--output_dir", f"{folder}/run", "--cpu_threads", str(threads), "--overwrite", "true"]
+        config = parse_config(Config, ["--config", recipe, *words])
+        measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[side]
+        return measure(config, steps)
+
+
+def measure_loop_and_bare_loop(config: BenchmarkConfig, inputs: Inputs) -> list[Metric]:
+    """Compare the loop with everything on with the bare loop: speed in whole processes and in turn, memory, CPU time.
+
+    The CPU time is that of one thread with a tiny network, where the difference is not lost in the network's own.
+    """
+
+    def measured(side: str, steps: int, recipe: Path = inputs.recipe, threads: int = config.thread_count) -> Any:
+        return in_child(config.quick, measure_in_this_process, str(recipe), side, steps, threads)
+
+    steps = 2 if config.quick else config.steps
+    sides: dict[str, list[dict[str, float]]] = {"bare": [], "loop": []}
+    for _ in range(config.times(config.pairs)):
+        for side, results in sides.items():
+            results.append(measured(side, steps))
+    turns = measured("turns", 2 * steps)
+    host = measured("turns", 20 if config.quick else 300, inputs.tiny_recipe, 1)
+    speeds = {side: [r["images_per_second"] for r in results] for side, results in sides.items()}
+    bare_peaks = [r["peak_mb"] for r in sides["bare"]]
+    more, with_export = (
+        [r[name] - bare for r, bare in zip(sides["loop"], bare_peaks, strict=True)]
+        for name in ("peak_mb", "peak_with_export_mb")
+    )
+    whole = "speed over the bare loop, whole processes"
+    memory = "peak memory above the bare loop's"
+    return [
+        spread("bare loop", speeds["bare"], "images/s"),
+        spread(LOOP_SPEED, speeds["loop"], "images/s"),
+        Metric(LOOP_RATIO, turns["ratio"], "", 0.97, False, turns["ratio_low"], turns["ratio_high"]),
+        ratio(whole, speeds["loop"], speeds["bare"], "", 0.97),
+        Metric(HOST_TIME, host["host_ms"], "ms", None, False, host["host_ms_low"], host["host_ms_high"]),
+        spread(f"{memory}, training steps", more, "MB", 300, at_most=True),
+        spread(f"{memory}, export included", with_export, "MB", 300, at_most=True),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_config(LoopBenchConfig, argv, description=__doc__)
     if not options.recipe or not options.output:
         raise UserError("--recipe or --output is missing; run training/benchmarks/run.py (make bench), which sets both")
-    words = ["--output_dir", options.run_dir, "--cpu_threads", str(options.threads), "--overwrite", "true"]
-    config = parse_config(Config, ["--config", options.recipe, *words])
-    measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[options.side]
-    write_atomically(Path(options.output), json.dumps(measure(config, options.steps)) + "\n")
+    measured = measure_in_this_process(options.recipe, options.side, options.steps, options.threads)
+    write_atomically(Path(options.output), json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":
