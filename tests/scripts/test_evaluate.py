@@ -140,16 +140,14 @@ def test_copies_in_a_folder_are_found_and_real_images_are_near(tmp_path, images)
 
 
 def test_generated_images_are_kept_and_measured_again(tmp_path, images):
-    model, kept = saved("unconditional", tmp_path), tmp_path / "kept"
+    kept, model = tmp_path / "kept", ("--model", str(saved("unconditional", tmp_path)), "--num_inference_steps", "2")
     words = ("--dataset_name", str(images), "--resolution", "16", "--copy_spaces", "[]", "--output")
-    first = evaluated(
-        "--model", str(model), "--num_inference_steps", "2", "--keep_images", str(kept), *words, str(tmp_path / "1.json")
-    )
+    first = evaluated(*model, "--keep_images", str(kept), *words, str(tmp_path / "1.json"))
     assert sorted(file.name for file in kept.iterdir()) == [f"{i:05d}.png" for i in range(12)]
     again = evaluated("--images", str(kept), *words, str(tmp_path / "2.json"))
     assert again["metrics"]["kid"] == pytest.approx(first["metrics"]["kid"], abs=1e-6)
     with pytest.raises(UserError, match="is not empty; give a new folder, or empty it"):
-        evaluated("--model", str(model), "--keep_images", str(kept), *words, str(tmp_path / "3.json"))
+        evaluated(*model, "--keep_images", str(kept), *words, str(tmp_path / "3.json"))
 
 
 @pytest.mark.parametrize("name", ["controlnet", "poster_controlnet"])

@@ -18,8 +18,8 @@ class TransformerConfig(Options):
     patch_size: int = option(8, at_least=1)
     """Side of a patch, in pixels or latent cells; the number of patches decides how long a step takes"""
     patch_margin: int = option(0, at_least=0)
-    """Number of pixels or cells by which a patch extends over each of its neighbours, at most half of --patch_size; with
-    a margin, borders between patches are not seen"""
+    """Number of pixels or cells by which a patch extends over each of its neighbours, at most half of a patch; with a
+    margin, borders between patches are hardly seen"""
     hidden_size: int = option(256, at_least=4)
     """Width of the layers"""
     num_layers: int = option(6, at_least=1)
