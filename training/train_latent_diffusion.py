@@ -61,7 +61,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
     vae: str = option("", content="vae", essential=True)
     """VAE that encodes the images: Hub id, VAE or pipeline folder, or autoencoder run; pixels for none, to denoise the
-    pixels themselves. If unset, one is trained, or none for --denoiser transformer"""
+    pixels themselves. If unset, one is trained for a U-Net, and none for a transformer"""
     latent_cache: str | None = option(None, content="latent_cache")
     """Folder of latents precomputed by data_scripts/precompute_latents.py with the same data, --vae, --resolution
     and --image_interpolation_mode. It requires --center_crop true, and for --random_flip a cache with flipped
@@ -74,7 +74,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
     """Transformers text encoder (Hub id or folder), kept frozen; if unset, a small text encoder is trained jointly"""
     denoiser: Literal["unet", "transformer"] = option("unet")
     """The network that denoises: a U-Net (--model), or a transformer on patches (--transformer), which needs no
-    autoencoder (--vae pixels) for small images"""
+    autoencoder (--vae pixels) for small images; if unset, own images without --config get what suits them"""
     model: UNetConfig = option(UNetConfig)
     """The U-Net"""
     transformer: TransformerConfig = option(TransformerConfig)

@@ -31,6 +31,7 @@ from training.recipes.settings import latent_cells
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
 SHORT = ("--max_train_steps", "2", "--report_to", "none", "--cpu_threads", "1", "--num_previews", "2",
          "--preview_inference_steps", "2")  # fmt: skip
+UNET = ("--train_data_dir", "pics", "--denoiser", "unet")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,11 @@ def diffusion(*words: str) -> train_latent_diffusion.Config:
     ],
 )
 def test_what_is_there_decides_the_conditions(parts, conditions, name):
-    config = diffusion("--train_data_dir", draw("pics", **parts))
+    pixels = diffusion("--train_data_dir", draw("pics", **parts))
+    assert (pixels.condition_on, pixels.denoiser, pixels.vae) == (conditions, "transformer", "pixels")
+    assert (pixels.output_dir, pixels.latent_cache) == (f"runs/pics/latent_diffusion_64_{name}", None)
+    assert list(pixels.prepare) == (["runs/pics/tokenizer"] if parts.get("captions") else [])
+    config = diffusion(*UNET)
     assert config.condition_on == conditions
     assert config.output_dir == f"runs/pics/latent_diffusion_64_{name}"
     assert config.tokenizer == ("runs/pics/tokenizer" if parts.get("captions") else None)
@@ -82,7 +87,7 @@ def test_what_is_there_decides_the_conditions(parts, conditions, name):
 
 def test_models_of_one_collection_share_the_autoencoder_and_the_latents():
     draw("pics", captions=True, classes=("bus", "train"))
-    configs = [diffusion("--train_data_dir", "pics", "--condition_on", kind) for kind in ("caption", "label", "none")]
+    configs = [diffusion(*UNET, "--condition_on", kind) for kind in ("caption", "label", "none")]
     assert len({config.output_dir for config in configs}) == 3
     assert len({(config.vae, config.latent_cache, config.prepare[f"{config.vae}/pipeline"]) for config in configs}) == 1
 
@@ -106,7 +111,8 @@ def test_what_is_given_is_kept_and_passed_on():
 
 
 def test_a_time_limit_is_divided_between_the_trainings():
-    config = diffusion("--train_data_dir", draw("pics"), "--max_train_minutes", "30")
+    draw("pics")
+    config = diffusion(*UNET, "--max_train_minutes", "30")
     assert config.max_train_minutes == 30  # counted from the start of the command, so the last training has the rest
     assert config.prepare["runs/pics/autoencoder_64/pipeline"].endswith("--max_train_minutes 10")
     expected = "of 30 minutes, at most 10 are for the autoencoder; the last training gets the rest"
@@ -157,6 +163,7 @@ def test_the_other_stages_start_as_simply():
     assert controlnet.dataset_name == "runs/pics/controls_64_soft_edges"
     assert controlnet.prepare == controlnet.recipes()
     controls, base = controlnet.prepare.values()
+    assert "--denoiser unet" in base  # a ControlNet steers a U-Net
     assert controls.startswith("data_scripts/make_controls.py --train_data_dir pics ")
     assert base.startswith("training/train_latent_diffusion.py --train_data_dir pics ")
     joint = parse_config(train_image_caption.Config, flags, complete=complete_image_caption)
@@ -173,7 +180,7 @@ def test_the_settings_are_valid_at_every_usual_resolution(resolution):
     parse_config(train_autoencoder.Config, words, complete=complete_autoencoder)
     parse_config(train_image_caption.Config, words, complete=complete_image_caption)
     parse_config(train_controlnet.Config, words, complete=complete_controlnet)
-    build_unet(diffusion(*words).model, 16, latent_cells(resolution), None, 0, 0)
+    build_unet(diffusion(*words, "--denoiser", "unet").model, 16, latent_cells(resolution), None, 0, 0)
     build_transformer(diffusion(*words, "--denoiser", "transformer").transformer, 3, resolution, None, 0)
 
 
@@ -181,7 +188,7 @@ def test_a_transformer_needs_no_autoencoder():
     draw("pics", captions=True)
     config = diffusion("--train_data_dir", "pics", "--denoiser", "transformer", "--max_train_minutes", "30")
     assert (config.vae, config.latent_cache, config.max_train_minutes) == ("pixels", None, 30)
-    assert config.output_dir == "runs/pics/latent_diffusion_64_pixels_caption"
+    assert config.output_dir == "runs/pics/latent_diffusion_64_caption"
     assert list(config.prepare) == ["runs/pics/tokenizer"]
     Path(config.output_dir).mkdir(parents=True)
     Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
@@ -192,15 +199,15 @@ def test_a_transformer_needs_no_autoencoder():
 @pytest.mark.parametrize("words", [("--crop_scale", "0.5"), ("--center_crop", "false")])
 def test_random_crops_are_not_cached(words):
     draw("pics")
-    assert diffusion("--train_data_dir", "pics").latent_cache
-    assert not diffusion("--train_data_dir", "pics", *words).latent_cache
+    assert diffusion(*UNET).latent_cache
+    assert not diffusion(*UNET, *words).latent_cache
 
 
 def test_a_resumed_run_keeps_what_was_decided_when_it_began():
     """Images are not the only thing that decides: another device would choose other networks."""
     draw("pics")
     flags = ("--train_data_dir", "pics")
-    config = diffusion(*flags)
+    config = diffusion(*UNET)
     settings = config.to_dict() | {"learning_rate": 0.125, "latent_cache": None}
     settings["model"]["block_out_channels"] = [96, 160]
     Path(config.output_dir, "checkpoints").mkdir(parents=True)
@@ -255,10 +262,10 @@ def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
         "24 in train; captions: column caption of captions.csv",
         "2 classes (bus, train)",
         "Left out: ",
-        "autoencoder: 30 steps of 16 images",
-        "latent diffusion: 30 steps of 23 images (30 epochs), about ",
+        "transformer on pixels",
+        "latent diffusion: 30 steps of 16 images (21 epochs), about ",
         "MiB on the disk",
-        "training/train_autoencoder.py --train_data_dir pics",
+        "data_scripts/train_tokenizer.py --train_data_dir pics",
     ):
         assert part in report
     assert yaml.safe_load(settings)["condition_on"] == ["caption", "label"]
@@ -268,7 +275,7 @@ def test_a_dry_run_says_what_it_found_and_decided_before_the_settings(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_in_its_preparation_is_completed_by_the_same_command(tmp_path):
     draw("pics", captions=True)
-    flags = ("--train_data_dir", "pics", *SHORT)
+    flags = (*UNET, *SHORT)
     process = subprocess.Popen(
         command(SCRIPT, *flags),
         cwd=tmp_path,

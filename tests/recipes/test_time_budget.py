@@ -72,7 +72,7 @@ def test_the_flag_of_earlier_versions_names_the_new_one_and_their_files_are_read
     ("device", "resolution", "seconds", "denoiser"),
     [
         ("cpu", 64, 1800, "transformer"), ("mps", 64, 7200, "transformer"), ("cuda", 64, 1800, "unet"),
-        ("cpu", 128, 1800, "unet"), ("cpu", 64, 7201, "unet"), ("cpu", 64, None, "unet"),
+        ("cpu", 128, 1800, "unet"), ("cpu", 64, 7201, "unet"), ("cpu", 64, None, "transformer"),
     ],
 )  # fmt: skip
 def test_the_device_the_resolution_and_the_time_decide_the_network(device, resolution, seconds, denoiser):
@@ -137,7 +137,7 @@ def test_the_unet_gets_what_the_autoencoder_leaves():
 
 @pytest.mark.parametrize(
     "words",
-    [("--vae", "pixels"), ("--model.layers_per_block", "1"), ("--caption_prior.hidden_size", "0"),
+    [("--model.layers_per_block", "1"), ("--caption_prior.hidden_size", "0"),
      ("--denoiser", "unet")],
 )  # fmt: skip
 def test_options_of_the_unet_keep_it(words):
@@ -183,19 +183,30 @@ def test_a_resumed_run_can_be_made_longer():
 
 def test_a_run_of_the_other_network_is_continued():
     draw("pics")
-    config = diffusion(*SMALL)
-    assert config.denoiser == "unet"
+    config = diffusion(*SMALL, "--denoiser", "unet")
     save(config)
+    assert diffusion(*SMALL).denoiser == "unet"
     budget = (*SMALL, "--time_budget", "30m")
     assert diffusion(*budget).output_dir == config.output_dir
     assert diffusion(*budget).denoiser == "unet"
     assert diffusion(*budget, *TINY, "--overwrite", "--max_train_steps", "50").denoiser == "transformer"
 
 
+def test_a_run_of_another_network_is_not_touched():
+    draw("pics")
+    folder = diffusion(*SMALL).output_dir
+    save(diffusion(*SMALL, "--denoiser", "unet"))
+    transformer = diffusion(*SMALL, "--denoiser", "transformer")
+    assert transformer.output_dir == f"{folder}_transformer"
+    save(transformer)
+    assert diffusion(*SMALL, "--denoiser", "transformer").output_dir == transformer.output_dir
+    assert diffusion(*SMALL, "--denoiser", "unet").output_dir == folder
+
+
 def test_a_run_of_an_earlier_version_keeps_its_part_of_the_time():
     draw("pics")
     words = ("--train_data_dir", "pics", "--max_train_minutes", "30")
-    config = diffusion(*words)
+    config = diffusion(*words, "--denoiser", "unet")
     saved = config.to_dict() | {"max_train_minutes": 20.0}
     del saved["recipe"], saved["time_budget"]
     Path(config.output_dir, "checkpoints").mkdir(parents=True)

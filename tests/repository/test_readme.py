@@ -42,7 +42,7 @@ TINY = {
     "precompute_latents": ["--cpu_threads", "1"],
     "train_latent_diffusion": (
         ["--max_train_steps", "4", "--report_to", "none", "--cpu_threads", "1", "--train_batch_size", "8"]
-        + ["--model.block_out_channels", "[32,64]", "--model.layers_per_block", "1", "--preview_inference_steps", "2"]
+        + ["--transformer.hidden_size", "32", "--transformer.num_layers", "1", "--preview_inference_steps", "2"]
     ),
     "sample": ["--num_images", "2", "--num_inference_steps", "2"],
 }
@@ -312,10 +312,11 @@ def test_walkthrough_without_captions(workplace: Path) -> None:
     walk(f"{command} --dry_run", workplace)
     assert not (workplace / "runs").exists()
     runs = workplace / "runs/my_images"
-    walk(command, workplace)
+    tiny = ["--model.block_out_channels", "[32,64]", "--model.layers_per_block", "1"]  # which only a U-Net has
+    walk(command, workplace, tiny)
     shared = [runs / "autoencoder_64/pipeline/model_index.json", runs / "latents_64/cache.json"]
     made = [file.stat().st_mtime_ns for file in shared]
-    walk(f"{command} --condition_on none", workplace)
+    walk(f"{command} --condition_on none", workplace, tiny)
     assert [file.stat().st_mtime_ns for file in shared] == made
     sample = f"python pipelines/sample.py --model {runs.relative_to(workplace)}/latent_diffusion_64_"
     walk(f"{sample}label --class_label green --output label.png", workplace)

@@ -74,11 +74,13 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
     for name in ("vae", "tokenizer"):  # the weights were trained with them
         if run.origin.get(name) and name not in given:
             setattr(config, name, expand_home(run.origin[name]))
-    config.denoiser = _denoiser(run)
+    name = f"latent_diffusion_{config.resolution}{_suffix(run)}_{_kind(config.condition_on)}"
+    name = f"{name}_finetuned" if config.init_from else name
+    config.denoiser = _denoiser(run, name)
+    run.decide_output_dir(str(run.folder / _free_name(run, name, config.denoiser)))
+    suffix = _suffix(run)
     if not config.vae and config.denoiser == "transformer":
         config.vae = PIXELS
-    suffix = _suffix(run, config.vae)
-    run.decide_output_dir(_output_dir(run, config.vae))
     run.decide("condition_on", run.saved.get("condition_on", config.condition_on))
     if config.with_captions and not (config.tokenizer or config.pretrained_text_encoder):
         config.tokenizer = str(_tokenizer(run))
@@ -139,41 +141,48 @@ def complete_image_caption(config: Any, given: frozenset[str]) -> None:
     run.finish()
 
 
-def _denoiser(run: Completion) -> str:
-    """Return the network that denoises: the given one, that of the run that is continued, or the chosen one."""
+def _denoiser(run: Completion, name: str) -> str:
+    """Return the network that denoises: the given one, that of the run that is continued, or the chosen one.
+
+    Args:
+        name: name of the folder of the run, if it is not given.
+    """
     config, given = run.config, run.given
     if "denoiser" in given:
         return config.denoiser
     if run.origin:  # the weights of another run
         run.why_denoiser = "that of --init_from"
         return run.origin.get("denoiser", "unet")
-    fits_unet = next((name for name in sorted(given) if name in _OF_UNET or name.startswith(_GROUPS_OF_UNET)), "")
+    of_unet = [one for one in sorted(given) if one in _OF_UNET or one.startswith(_GROUPS_OF_UNET)]
+    if of_unet and (of_unet != ["vae"] or config.vae != PIXELS):
+        run.why_denoiser = f"because of --{of_unet[0]}"
+        return "unet"
+    if begun := _begun(run, config.output_dir if "output_dir" in given else run.folder / name):
+        run.why_denoiser = "that of the run that is continued"
+        return begun
     seconds = budget_seconds(config.time_budget) or None
-    found = settings.denoiser_and_reason(run.collection, config.resolution, get_device().type, seconds)
-    chosen, run.why_denoiser = ("unet", f"because of --{fits_unet}") if fits_unet else found
-    for kind in sorted(("unet", "transformer"), key=lambda kind: kind != chosen):
-        folder = _output_dir(run, PIXELS if kind == "transformer" and not config.vae else config.vae)
-        saved = {} if config.overwrite else RunFolder(folder).saved_config() or {}
-        # Without a budget, a transformer that was begun by --denoiser is continued with --denoiser.
-        begun = saved.get("denoiser", "unet") if saved else ""
-        if begun == kind and (kind in (chosen, "unet") or saved.get("time_budget")):
-            run.why_denoiser = run.why_denoiser if kind == chosen else "that of the run that is continued"
-            return kind
+    chosen, run.why_denoiser = settings.denoiser_and_reason(
+        run.collection, config.resolution, get_device().type, seconds
+    )
     return chosen
 
 
-def _suffix(run: Completion, vae: str) -> str:
+def _begun(run: Completion, folder: Path | str) -> str:
+    """Return the network of the run in a folder; an empty string if there is none."""
+    saved = {} if run.config.overwrite else RunFolder(folder).saved_config() or {}
+    return saved.get("denoiser", "unet") if saved else ""
+
+
+def _free_name(run: Completion, name: str, denoiser: str) -> str:
+    """Return the name of the folder of a run, with that of its network if another network was trained in the folder."""
+    return name if _begun(run, run.folder / name) in ("", denoiser) else f"{name}_{denoiser}"
+
+
+def _suffix(run: Completion) -> str:
+    """Return what names of folders say of a VAE that is not that of the collection."""
     own_vae = str(run.folder / f"autoencoder_{run.config.resolution}")
-    return f"_{_short(vae)}" if vae not in ("", own_vae) else ""
-
-
-def _output_dir(run: Completion, vae: str) -> str:
-    """Return the folder of a run of latent diffusion on the latents of `vae`, if it is not given."""
-    config = run.config
-    if "output_dir" in run.given:
-        return config.output_dir
-    name = f"latent_diffusion_{config.resolution}{_suffix(run, vae)}_{_kind(config.condition_on)}"
-    return str(run.folder / (f"{name}_finetuned" if config.init_from else name))
+    vae = run.config.vae
+    return f"_{_short(vae)}" if vae not in ("", own_vae, PIXELS) else ""
 
 
 def _conditions(run: Completion) -> list[str]:
@@ -236,8 +245,8 @@ def _latents(run: Completion, suffix: str) -> Path:
 
 
 def _base_model(run: Completion) -> Path:
-    kind = _kind(_conditions(run))
-    path = run.folder / f"latent_diffusion_{run.config.resolution}_{kind}"
+    name = f"latent_diffusion_{run.config.resolution}_{_kind(_conditions(run))}"
+    path = run.folder / _free_name(run, name, "unet")
     cells = settings.latent_cells(run.config.resolution)
     made = incomplete(path / "pipeline", "training/train_latent_diffusion.py") is None
     minutes = run.minutes_for("base model", BASE_MODEL_SHARE, made=made)

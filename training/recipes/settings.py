@@ -58,7 +58,7 @@ def denoiser_for(collection: Collection, resolution: int, device: str, seconds: 
     """Return the network that denoises: "transformer", on pixels, or "unet", on latents.
 
     Args:
-        seconds: the time budget of the command; None without one.
+        seconds: the time budget of the command; None without one, when a short run is assumed.
     """
     return denoiser_and_reason(collection, resolution, device, seconds)[0]
 
@@ -66,13 +66,11 @@ def denoiser_for(collection: Collection, resolution: int, device: str, seconds: 
 def denoiser_and_reason(collection: Collection, resolution: int, device: str, seconds: float | None) -> tuple[str, str]:
     """Return what `denoiser_for` returns, and why."""
     del collection  # no measurement has shown yet that the number of images matters
-    if seconds is None:
-        return "unet", "the usual one without --time_budget"
     if device not in TRANSFORMER_DEVICES:
         return "unet", f"the device is {device}"
     if resolution > TRANSFORMER_PIXELS:
         return "unet", f"images of more than {TRANSFORMER_PIXELS} pixels"
-    if seconds > TRANSFORMER_SECONDS:
+    if (seconds or 0) > TRANSFORMER_SECONDS:
         return "unet", f"more than {TRANSFORMER_SECONDS / 3600:g} hours"
     return "transformer", "small images and a short time: it needs no autoencoder"
 
@@ -106,7 +104,7 @@ def settings_for(
     batch = {AUTOENCODER: 16, DIFFUSION: 16 if transformer else 32, CONTROLNET: 16, JOINT: 64}[stage]
     batch *= 2 if large else 1
     batch = _batch_size(batch, collection.images, num_processes)
-    steps = _steps(stage, collection.images, batch * num_processes, large=large)
+    steps = _steps(stage, collection.images, batch * num_processes, large=large, transformer=transformer)
     if time is not None:
         batch, steps = _fitted(time, collection.images, batch, num_processes)
     found: dict[str, Any] = {
@@ -154,12 +152,13 @@ def _batch_size(usual: int, images: int, num_processes: int) -> int:
     return max(1, min(usual, images // num_processes))
 
 
-def _steps(stage: str, images: int, batch: int, *, large: bool) -> int:
+def _steps(stage: str, images: int, batch: int, *, large: bool, transformer: bool) -> int:
     """Return the number of steps: enough epochs for a small collection, and an end for a large one."""
     if stage in (AUTOENCODER, CONTROLNET):
         return MIN_STEPS * (2 if large else 1)
     most = 60_000 if large else 20_000
-    return int(min(max(MIN_STEPS, 100 * images / batch), most)) // 100 * 100
+    least = MIN_STEPS * (2 if transformer else 1)  # a transformer has smaller and faster steps
+    return int(min(max(least, 100 * images / batch), most)) // 100 * 100
 
 
 def useful_steps(images: int, batch: int) -> int:
@@ -205,7 +204,11 @@ def _diffusion(collection: Collection) -> dict[str, Any]:
 
 
 def _transformer(cells: int) -> dict[str, Any]:
-    """Return the settings of a transformer; the mean and the learning rate are from prototypes (docs/LOG.md)."""
+    """Return the settings of a transformer; the mean and the learning rate are from prototypes (docs/LOG.md).
+
+    The mean of the logit-normal distribution favours noisy images: with most of the noise gone, large patches differ
+    little from their input.
+    """
     return {
         "transformer.patch_size": patch_size(cells),
         "logit_mean": 0.8,
