@@ -21,11 +21,9 @@ class RecipeConfig(LengthConfig):
     chosen: ClassVar[bool] = False  # whether settings were chosen for images
 
     recipe: Literal["auto", "none"] = option("auto", on_resume="free", essential=True)
-    """auto: choose what is not given for these images (not with --config); none: use the defaults of --help_all"""
+    """auto: choose what is not given for these images; none: use the defaults"""
     time_budget: str | None = option(None, on_resume="free", essential=True)
-    """Time for the whole command, from its start, with all inputs that it makes: 30m, 2h, 1h30m or overnight (8 hours).
-    The settings are chosen for it. If --max_train_minutes or --max_train_steps is given as well, the shorter one
-    counts; a resumed run keeps the time that it was started with"""
+    """Time for the whole command, such as 30m, 1h30m or overnight; settings are chosen for it"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
