@@ -70,8 +70,8 @@ def _processor_info() -> dict[str, str]:
 def _gpu() -> str | None:
     import torch
 
-    from pipelines.tools.devices import has_accelerator_device
+    from pipelines.tools.devices import get_device, has_accelerator_device
 
     if not has_accelerator_device():
         return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "Apple GPU"
+    return torch.cuda.get_device_name() if get_device().type == "cuda" else "Apple GPU"

@@ -99,7 +99,7 @@ class NeighbourSearch:
         """Return the neighbours among all training images so far, on the CPU.
 
         Raises:
-            ValueError: there were no training images.
+            ValueError: nothing was added before.
         """
         best: Neighbours | None = None
         for found in self._found:

@@ -23,7 +23,7 @@ LATENT_CHANNELS = 16
 MOST_PATCHES = 10
 # Where a transformer on pixels denoises by default (docs/recipes.md): it needs no autoencoder, so that all of a short
 # time is its own, and on processors its matrix products are fast. Beside large images and on GPUs the U-Net stays.
-TRANSFORMER_DEVICES, TRANSFORMER_PIXELS, TRANSFORMER_SECONDS = ("cpu", "mps"), 64, 2 * 3600
+TRANSFORMER_PIXELS, TRANSFORMER_SECONDS = 64, 2 * 3600
 # Steps are planned for this many times the steps that fit by the probe, because --max_train_minutes, which times real
 # steps, can only shorten a run.
 OPTIMISM = 1.3
@@ -66,7 +66,7 @@ def denoiser_for(collection: Collection, resolution: int, device: str, seconds: 
 def denoiser_and_reason(collection: Collection, resolution: int, device: str, seconds: float | None) -> tuple[str, str]:
     """Return what `denoiser_for` returns, and why."""
     del collection  # no measurement has shown yet that the number of images matters
-    if device not in TRANSFORMER_DEVICES:
+    if device == "cuda":
         return "unet", f"the device is {device}"
     if resolution > TRANSFORMER_PIXELS:
         return "unet", f"images of more than {TRANSFORMER_PIXELS} pixels"

@@ -17,6 +17,7 @@ from pipelines.tools.cli import UserError
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.stage import Evaluation, StageContext
+from training.data.images import ImageDataset
 from training.data.source import load_split
 from training.evaluation.data import BATCH, RealImages, conditions_of, plain_images
 from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
@@ -170,12 +171,16 @@ class GeneratingStage(ImageStage):
     def _real(self) -> list[RealImages]:
         """Training images and held-out ones, up to `evaluation_real_images` of each."""
         config = self.config
-        splits = {name: load_split(config, name, config.seed) for name in ("train", "validation")}
-        return [
-            RealImages(name, plain_images(rows, config), config.evaluation_real_images)
-            for name, rows in splits.items()
-            if len(rows)
-        ]
+        found = []
+        for name, own in (("train", self.training_set), ("validation", self.validation_set)):
+            if isinstance(own, ImageDataset) and own.crop_scale == 1:
+                data = own.without_augmentation()  # images that training keeps in memory are not decoded again
+            elif len(rows := load_split(config, name, config.seed)):
+                data = plain_images(rows, config)
+            else:
+                continue
+            found.append(RealImages(name, data, config.evaluation_real_images))
+        return found
 
     @cached_property
     def _thumbnails(self) -> tuple[Tensor, Tensor | None]:
