@@ -15,6 +15,7 @@ import torch
 
 from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
+from tests.support.runs import ROOT
 from tests.support.tiny_models import tiny_pipeline
 from training import train_latent_diffusion
 from training.benchmarks import extras, inputs, page, run, sampling
@@ -139,6 +140,11 @@ def test_a_run_keeps_other_machines_and_replaces_its_own_parts(tmp_path: Path) -
     assert "| import | 2.00 |  | s |" in text
     assert "0.50" not in text
     assert page_text(read_machines(file.with_suffix(".json"))) == text
+
+
+def test_the_page_in_the_repository_is_made_from_its_results() -> None:
+    written = ROOT / parse_config(BenchmarkConfig, []).page
+    assert written.read_text(encoding="utf-8") == page_text(read_machines(written.with_suffix(".json")))
 
 
 def test_another_number_of_threads_is_a_row_of_its_own(tmp_path: Path) -> None:

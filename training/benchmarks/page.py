@@ -118,7 +118,8 @@ def read_machines(file: Path) -> list[dict[str, Any]]:
 
 def page_text(machines: Sequence[Mapping[str, Any]]) -> str:
     """Return the Markdown of the page: the table of machines, then a section for each of them."""
-    return HEAD + SUMMARY_HEAD + summary_table(machines) + "".join(map(_section, machines))
+    table = summary_table(machines) if machines else "Nothing has been measured yet.\n"
+    return HEAD + SUMMARY_HEAD + table + "".join(map(_section, machines))
 
 
 def summary_table(machines: Sequence[Mapping[str, Any]]) -> str:

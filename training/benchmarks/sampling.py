@@ -20,7 +20,7 @@ from training.benchmarks.results import SAMPLING_TIME, Metric, in_turns, ratio, 
 
 TOLERANCE = 1e-4
 GUIDANCE_SCALE = 2.5
-PROMPTS = ("a minimalist poster, blue on cream", "a poster with a red circle", "a poster with waves", "two pictures")
+PROMPTS = ("a minimalist poster, blue on cream", "a poster with a red circle", "a poster with waves", "two triangles")
 SCHEDULERS = ("euler", "heun", "dpm", "unipc")
 STEPS = (5, 10, 25, 50)
 
