@@ -97,8 +97,9 @@ class EvaluationConfig(
             )
         if self.keep_images and self.images:
             raise UserError("--keep_images is for images that a --model generates, and --images are kept already")
-        if self.keep_images and any(Path(self.keep_images).glob("*")):
-            raise UserError(f"--keep_images {located(self.keep_images)} is not empty; give a new folder, or empty it")
+        kept = Path(self.keep_images) if self.keep_images else None
+        if kept and kept.exists() and (not kept.is_dir() or any(kept.iterdir())):
+            raise UserError(f"--keep_images {located(kept)} is not an empty folder; give a new folder, or empty it")
         parse_report_to(self.report_to)
         if self.images and not self.dataset_name:
             raise UserError("--images needs --dataset_name, with the real images to compare with")

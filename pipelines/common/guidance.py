@@ -29,7 +29,7 @@ WHOLE_INTERVAL = (0.0, 1.0)
 def noise_level(timestep: float, noise_schedule: Tensor | None, num_train_timesteps: int) -> float:
     """Return the noise level of a timestep, which is sigma / (alpha + sigma) of x_t = alpha x_0 + sigma noise.
 
-    It is 0 for a clean sample and 1 for pure noise, whatever the model predicts. For flow matching it is sigma itself.
+    It is 0 for a clean sample and 1 for pure noise, with every prediction type. For flow matching it is sigma itself.
     The sigma of Karras et al. 2022 is sigma / alpha = level / (1 - level). The result is rounded to 6 digits, because
     the timesteps of a scheduler are float32.
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.cli import UserError
-from training.benchmarks.recipes import Recipe, main
+from training.benchmarks.recipes import Recipe, Study, StudyConfig, main
 
 BRIEF = """
 autoencoder: {max_train_steps: 2, max_train_minutes: 0}
@@ -43,6 +43,15 @@ def test_collections_and_recipes_must_exist(images: Path) -> None:
         main([])
     with pytest.raises(UserError, match="nowhere does not exist"):
         main(["--collections", f"[{images},nowhere]"])
+
+
+def test_a_table_that_an_earlier_version_began_gets_the_new_columns(images: Path, tmp_path: Path) -> None:
+    study = Study(StudyConfig(collections=[str(images)], recipes=[], work_dir=str(tmp_path)))
+    study.results.write_text("collection,recipe,seed,minutes,kid\npics,base,0,10,0.5\n", encoding="utf-8")
+    study._append({"collection": "pics", "recipe": "other", "kid": 0.25, "second_kid": 0.125})
+    assert [(row["recipe"], row["kid"], row["second_kid"]) for row in study.rows()] == [
+        ("base", "0.5", ""), ("other", "0.25", "0.125"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

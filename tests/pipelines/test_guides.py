@@ -13,7 +13,6 @@ from PIL import Image
 from pipelines.sample import main
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
-from tests.pipelines.test_poster_decoder import tiny_decoder
 from tests.support.tiny_models import tiny_pipeline
 
 
@@ -21,13 +20,6 @@ from tests.support.tiny_models import tiny_pipeline
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "pipeline"
     tiny_pipeline("flow_prediction", classes=2).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("decoder") / "pipeline"
-    tiny_decoder().save_pretrained(folder)
     return folder
 
 

@@ -15,7 +15,6 @@ from pipelines.sample import BRIEF_FIELDS, main, parse_arguments, read_briefs
 from pipelines.tools.cli import UserError
 from pipelines.tools.grids import PLAIN_GAP as GAP
 from pipelines.tools.loading import find_pipeline, load_pipeline
-from tests.pipelines.test_poster_decoder import tiny_decoder
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.tiny_controlnets import (
     CLASSES,
@@ -87,13 +86,6 @@ def test_an_unconditional_model(tmp_path):
 
 
 # --- design briefs
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("decoder") / "pipeline"
-    tiny_decoder().save_pretrained(folder)
-    return folder
 
 
 def paint(decoder: Path, output: Path, *arguments: str) -> np.ndarray:

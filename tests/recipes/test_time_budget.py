@@ -76,7 +76,7 @@ def test_the_flag_of_earlier_versions_names_the_new_one_and_their_files_are_read
     ],
 )  # fmt: skip
 def test_the_device_the_resolution_and_the_time_decide_the_network(device, resolution, seconds, denoiser):
-    assert denoiser_for(SOME, resolution, device, seconds) == denoiser
+    assert denoiser_for(resolution, device, seconds)[0] == denoiser
 
 
 def chosen(seconds: float, image_seconds: float, **options) -> dict:
@@ -122,6 +122,7 @@ def test_a_budget_chooses_the_network_the_length_and_the_limit():
     assert (config.denoiser, config.vae, config.prepare) == ("transformer", "pixels", {})
     assert config.max_train_steps == MIN_STEPS  # of 23 images, more than 2,000 epochs
     assert 9.5 < config.max_train_minutes < 10  # less what has passed since the start of the command
+    assert config.time_limit()[0] == "--time_budget is 10m"
     text = "\n".join(config.announcements)
     assert "transformer on pixels" in text
     assert "--time_budget 10m; it may be earlier" in text
@@ -144,6 +145,7 @@ def test_options_of_the_unet_keep_it(words):
     draw("pics")
     words = (*words, "--max_train_steps", "50")  # a length that is given: nothing is timed
     assert diffusion(*SMALL, "--time_budget", "30m", *words).denoiser == "unet"
+    assert diffusion(*SMALL, "--vae", "pixels").denoiser == "transformer"  # which fits both networks
 
 
 def test_the_shorter_of_two_limits_counts():

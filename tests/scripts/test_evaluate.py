@@ -146,8 +146,10 @@ def test_generated_images_are_kept_and_measured_again(tmp_path, images):
     assert sorted(file.name for file in kept.iterdir()) == [f"{i:05d}.png" for i in range(12)]
     again = evaluated("--images", str(kept), *words, str(tmp_path / "2.json"))
     assert again["metrics"]["kid"] == pytest.approx(first["metrics"]["kid"], abs=1e-6)
-    with pytest.raises(UserError, match="is not empty; give a new folder, or empty it"):
+    with pytest.raises(UserError, match="is not an empty folder; give a new folder, or empty it"):
         evaluated(*model, "--keep_images", str(kept), *words, str(tmp_path / "3.json"))
+    with pytest.raises(UserError, match="is not an empty folder"):
+        evaluated(*model, "--keep_images", str(tmp_path / "1.json"), *words, str(tmp_path / "3.json"))
 
 
 @pytest.mark.parametrize("name", ["controlnet", "poster_controlnet"])

@@ -17,8 +17,10 @@ from tests.support.runs import ROOT, assert_same_state, command, environment, la
 from training import train_latent_diffusion
 from training.core.exchange import Exchange
 from training.core.stage import StageContext
+from training.data.source import load_split
 from training.engine.best import BestMetric, best_metric, check_evaluations
 from training.engine.cadence import Cadence
+from training.evaluation.data import RealImages, plain_images
 from training.train_autoencoder import AutoencoderStage
 from training.train_autoencoder import Config as AutoencoderConfig
 
@@ -88,6 +90,18 @@ def test_a_run_whose_measurements_were_timed_first_is_the_same_run(tmp_path, who
     seconds = json.loads((tmp_path / "run/speed.json").read_text(encoding="utf-8"))["seconds"]
     assert seconds["evaluation"] > 0
     assert seconds["copies"] == 0
+
+
+def test_images_that_training_keeps_in_memory_are_not_decoded_again(diffusion_flags):
+    words = [*diffusion_flags, *EVALUATION, "--output_dir", "unused"]
+    config = train_latent_diffusion.parse_config(train_latent_diffusion.Config, words)
+    stage = train_latent_diffusion.LatentDiffusionStage(config, StageContext())
+    training, held_out = stage._real
+    assert training.data._squares is stage.training_set._squares is not None
+    assert held_out.data._squares is stage.validation_set._squares
+    own = plain_images(load_split(config, "train", config.seed), config)
+    expected = RealImages("train", own, config.evaluation_real_images)
+    assert training.images(range(4)) == expected.images(range(4))
 
 
 class Slow(train_latent_diffusion.LatentDiffusionStage):

@@ -8,27 +8,23 @@ busy machine disturbs less.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.devices import get_device
 from training.benchmarks.children import in_child, peak_mb
 from training.benchmarks.inputs import BenchmarkConfig, Inputs
 from training.benchmarks.results import HOST_TIME, LOOP_RATIO, LOOP_SPEED, Metric, quartiles, ratio, spread
 from training.core.batches import fetch
 from training.core.draws import SampleKey
-from training.core.files import write_atomically
-from training.core.options import Options
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.data.latent_cache.dataset import LatentCache, LatentCacheDataset, Samples
@@ -43,22 +39,6 @@ from training.train_latent_diffusion import Config, LatentDiffusionStage
 WARM_UP_STEPS = 5
 BLOCK_STEPS = 5
 """Number of consecutive steps of one side when both take turns in one process."""
-
-
-@dataclass
-class LoopBenchConfig(Options):
-    """Flags of this script."""
-
-    recipe: str = ""
-    """Config file of train_latent_diffusion.py that trains on a latent cache"""
-    side: Literal["bare", "loop", "turns"] = "bare"
-    """What to measure: bare, loop, or both of them in turn in one process (turns)"""
-    steps: int = 60
-    """Number of measured steps on each side, after the warm-up"""
-    threads: int = 1
-    """Number of CPU threads of torch"""
-    output: str = ""
-    """JSON file of the results"""
 
 
 class BareLoop:
@@ -281,15 +261,3 @@ def measure_loop_and_bare_loop(config: BenchmarkConfig, inputs: Inputs) -> list[
         spread(f"{memory}, training steps", more, "MB", 300, at_most=True),
         spread(f"{memory}, export included", with_export, "MB", 300, at_most=True),
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_config(LoopBenchConfig, argv, description=__doc__)
-    if not options.recipe or not options.output:
-        raise UserError("--recipe or --output is missing; run training/benchmarks/run.py (make bench), which sets both")
-    measured = measure_in_this_process(options.recipe, options.side, options.steps, options.threads)
-    write_atomically(Path(options.output), json.dumps(measured) + "\n")
-
-
-if __name__ == "__main__":
-    entry_point(main)

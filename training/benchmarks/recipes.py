@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -30,7 +31,7 @@ import yaml
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.resources import CODE, shipped_path
-from training.core.files import read_json_object
+from training.core.files import read_json_object, write_atomically
 from training.core.options import Options, option
 from training.core.parsing import parse_config, written
 
@@ -147,12 +148,12 @@ class Study:
         return wanted in {(row["collection"], row["recipe"], row["seed"], row["minutes"]) for row in self.rows()}
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        is_new = not self.results.exists()
-        with self.results.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        """Write the table with one more row; the rows of an earlier version get the columns that they do not have."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*self.rows(), row])
+        write_atomically(self.results, table.getvalue())
 
     def _measure(self, collection: Path, recipe: Recipe, seed: int) -> dict[str, Any]:
         """Train and measure one model; return its row."""

@@ -183,6 +183,14 @@ class Stage(ABC):
         """
         return None
 
+    def conclusions(self, rows: Sequence[Mapping[str, str]], steps_per_epoch: int) -> list[str]:
+        """Return sentences about what a complete run shows, for its end; none by default.
+
+        Args:
+            rows: the rows of metrics.csv, as texts.
+        """
+        return []
+
     def inputs(self) -> dict[str, str]:
         """Return a fingerprint of the content of each input (data, VAE, …), the same wherever the input is stored.
 

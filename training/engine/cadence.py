@@ -119,6 +119,11 @@ class Cadence:
         """Whether generated images are measured during the run."""
         return bool(self.evaluations)
 
+    @property
+    def searches_copies(self) -> bool:
+        """Whether copies alone are searched for during the run."""
+        return bool(self.copies)
+
     def validation_due(self, step: int) -> bool:
         return _is_due(self.validations, step)
 
@@ -149,7 +154,7 @@ class Cadence:
 
     def copies_steps(self) -> set[int]:
         """Return the steps of the run after which only copies are searched for, its last step included."""
-        last = {self.total_steps} if self.copies else set()
+        last = {self.total_steps} if self.searches_copies else set()
         return (_due_steps(self.copies, self.total_steps) | last) - self.evaluation_steps()
 
     def preview_steps(self) -> set[int]:

@@ -32,6 +32,11 @@ class LengthConfig(Options):
                 "--num_train_epochs, --max_train_steps and --extra_epochs are all 0: nothing to train; set one of them"
             )
 
+    def time_limit(self) -> tuple[str, str]:
+        """Return what limits the time of the run, and how to train further afterwards, for a message."""
+        limit = f"--max_train_minutes is {self.max_train_minutes:.3g}"
+        return limit, "To train all steps later, run the same command without that flag"
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the total number of steps according to `max_train_steps` or `num_train_epochs`."""
         return self.max_train_steps or self.num_train_epochs * steps_per_epoch

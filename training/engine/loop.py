@@ -208,15 +208,20 @@ class Loop:
             self.state.last_validation = metrics
         return metrics
 
+    @property
+    def _is_last_step(self) -> bool:
+        return self.state.step >= self.state.goal_steps
+
     def _distances_due(self) -> bool:
-        last = self.state.step >= self.state.goal_steps
-        return self.cadence.evaluates and (last or self.cadence.evaluation_due(self.state.step))
+        return self.cadence.evaluates and (self._is_last_step or self.cadence.evaluation_due(self.state.step))
+
+    def _copies_due(self) -> bool:
+        return self.cadence.searches_copies and (self._is_last_step or self.cadence.copies_due(self.state.step))
 
     def evaluate(self) -> Evaluation | None:
         """Measure generated images if that is due, with the EMA weights. Raises Interrupted on every process."""
         distances = self._distances_due()
-        last = self.state.step >= self.state.goal_steps
-        copies = distances or self.cadence.copies_due(self.state.step) or (last and bool(self.cadence.copies))
+        copies = distances or self._copies_due()
         if not copies:
             return None
         exchange = exchange_of(self.accelerator)

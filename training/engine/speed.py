@@ -127,8 +127,7 @@ def fit_length(
     if accelerator.is_main_process:
         write_json(file, plan)
         if state.step < state.goal_steps:
-            # The recipes for one's own images turn their own option into max_train_minutes.
-            _say_what_to_expect(plan, getattr(config, "time_budget", None))
+            _say_what_to_expect(plan, config)
 
 
 def _saved_speed(file: Path, training: Training) -> dict[str, Any] | None:
@@ -252,7 +251,7 @@ def _seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _say_what_to_expect(plan: Mapping[str, Any], time_budget: str | None) -> None:
+def _say_what_to_expect(plan: Mapping[str, Any], config: RunConfig) -> None:
     logger.info(
         "a step takes %.3g seconds on this machine; all %d steps would take about %s",
         sum(plan["seconds"]["phases"].values()),
@@ -260,16 +259,9 @@ def _say_what_to_expect(plan: Mapping[str, Any], time_budget: str | None) -> Non
         _duration(plan["all_steps_estimated_seconds"]),
     )
     if plan["steps"] < plan["all_steps"]:
-        if time_budget:
-            limit, more = (
-                f"--time_budget is {time_budget}",
-                "To train further afterwards, add --extra_epochs N",
-            )
-        else:
-            limit = f"--max_train_minutes is {plan['max_train_minutes']:.3g}"
-            more = f"To train all {plan['all_steps']} steps later, run the same command without that flag"
+        limit, further = config.time_limit()
         duration = _duration(plan["estimated_seconds"])
-        logger.info("%s, so the run trains %d steps, in about %s. %s", limit, plan["steps"], duration, more)
+        logger.info("%s, so the run trains %d steps, in about %s. %s", limit, plan["steps"], duration, further)
 
 
 def _duration(seconds: float) -> str:

@@ -55,14 +55,9 @@ def complete_autoencoder(config: Any, given: frozenset[str]) -> None:
     run.decide_output_dir(str(run.folder / f"autoencoder_{config.resolution}"))
     # Another kind of autoencoder is built in another way: what is not given then keeps its default.
     own_network = given & {"model.class_name", "model.patch_size"}
-
-    def training() -> estimate.Training:
-        batch, steps = config.train_batch_size, run.steps
-        return estimate.autoencoder("autoencoder", config.model, config.resolution, steps, batch, images)
-
-    images = run.collection.images
     run.own_settings(leave_out="model." if own_network else "")
-    run.trainings.append(training())
+    images, batch = run.collection.images, config.train_batch_size
+    run.trainings.append(estimate.autoencoder("autoencoder", config.model, config.resolution, run.steps, batch, images))
     run.finish()
 
 
@@ -161,9 +156,7 @@ def _denoiser(run: Completion, name: str) -> str:
         run.why_denoiser = "that of the run that is continued"
         return begun
     seconds = budget_seconds(config.time_budget) or None
-    chosen, run.why_denoiser = settings.denoiser_and_reason(
-        run.collection, config.resolution, get_device().type, seconds
-    )
+    chosen, run.why_denoiser = settings.denoiser_for(config.resolution, get_device().type, seconds)
     return chosen
 
 

@@ -25,6 +25,11 @@ class RecipeConfig(LengthConfig):
     time_budget: str | None = option(None, on_resume="free", essential=True)
     """Time for the whole command, such as 30m, 1h30m or overnight; settings are chosen for it"""
 
+    def time_limit(self) -> tuple[str, str]:
+        if self.time_budget:
+            return f"--time_budget is {self.time_budget}", "To train further afterwards, add --extra_epochs N"
+        return super().time_limit()
+
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         seconds = budget_seconds(self.time_budget)

@@ -22,7 +22,7 @@ LATENT_CHANNELS = 16
 # Largest number of patches along a side of the images, or latents, that a transformer denoises.
 MOST_PATCHES = 10
 # Where a transformer on pixels denoises by default (docs/recipes.md): it needs no autoencoder, so that all of a short
-# time is its own, and on processors its matrix products are fast. Beside large images and on GPUs the U-Net stays.
+# time is its own, and on processors its matrix products are fast. Large images and GPUs have the U-Net.
 TRANSFORMER_PIXELS, TRANSFORMER_SECONDS = 64, 2 * 3600
 # Steps are planned for this many times the steps that fit by the probe, because --max_train_minutes, which times real
 # steps, can only shorten a run.
@@ -54,18 +54,12 @@ class Time:
         return min(most, int(OPTIMISM * self.seconds / (self.image_seconds * batch)))
 
 
-def denoiser_for(collection: Collection, resolution: int, device: str, seconds: float | None) -> str:
-    """Return the network that denoises: "transformer", on pixels, or "unet", on latents.
+def denoiser_for(resolution: int, device: str, seconds: float | None) -> tuple[str, str]:
+    """Return the network that denoises, "transformer" (on pixels) or "unet" (on latents), and the reason in words.
 
     Args:
         seconds: the time budget of the command; None without one, when a short run is assumed.
     """
-    return denoiser_and_reason(collection, resolution, device, seconds)[0]
-
-
-def denoiser_and_reason(collection: Collection, resolution: int, device: str, seconds: float | None) -> tuple[str, str]:
-    """Return what `denoiser_for` returns, and why."""
-    del collection  # no measurement has shown yet that the number of images matters
     if device == "cuda":
         return "unet", f"the device is {device}"
     if resolution > TRANSFORMER_PIXELS:

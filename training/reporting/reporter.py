@@ -24,7 +24,6 @@ from training.reporting.advice import Course, advice, too_long
 from training.reporting.curves import draw_training_curves
 from training.reporting.groups import NOISE_LEVELS, group_of
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
-from training.reporting.sufficiency import is_it_enough
 from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers
 from training.run.folder import RunFolder
 from training.run.metrics_log import EpochLoss, MetricsLog, read_metrics
@@ -70,7 +69,6 @@ class Reporter:
         # While the events after the current step (validation, previews, ...) are pending, its row is not written yet.
         last_row = state.step - 1 if state.pending_events else state.step
         self.informing = Informing()
-        self._num_images, self._generated = len(stage.train_data()), settings.get("evaluation_images", 0)
         if is_main:
             self.metrics_log = _open_metrics(folder.metrics_file, last_row)
         self.trackers = start_trackers(
@@ -226,7 +224,7 @@ class Reporter:
         """
         facts = (self.folder.metrics_file, self.state, self.steps_per_epoch, this_command(), complete)
         self.settle()
-        sentences = self._is_it_enough() if complete and self.is_main else []
+        sentences = self._conclusions() if complete and self.is_main else []
         with self.informing(REPORT):
             answer = "".join(f"\n{sentence}\n" for sentence in sentences)
             report = f"# {self.folder.title}\n\n{session_report(*facts)}\n{answer}"
@@ -235,12 +233,9 @@ class Reporter:
         for sentence in sentences:
             logger.info("%s", sentence)
 
-    def _is_it_enough(self) -> list[str]:
-        """Return what the measurements of the run say about the size of its collection, and about its length."""
-        rows: list[dict[str, str]] = []
-        if self.folder.metrics_file.is_file():
-            rows = read_metrics(self.folder.metrics_file)
-        return is_it_enough(rows, self._num_images, self._generated, self.steps_per_epoch)
+    def _conclusions(self) -> list[str]:
+        rows = read_metrics(self.folder.metrics_file) if self.folder.metrics_file.is_file() else []
+        return self.stage.conclusions(rows, self.steps_per_epoch)
 
     def _close_epoch(self, epoch: int, row: dict[str, Any], validated: dict[str, float]) -> None:
         state = self.state

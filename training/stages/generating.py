@@ -24,6 +24,7 @@ from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
 from training.metrics.memorization import TOLERANCE, CopyReport, compare_pixels, thumbnails
 from training.metrics.quality import measure_distances, measure_floor
+from training.reporting.sufficiency import is_it_enough
 from training.stages.image_stage import ImageStage, ImageStageConfig
 
 # Of what `measure_distances` returns; the others vary too much with few images.
@@ -94,6 +95,9 @@ class GeneratingStage(ImageStage):
         repeated = (images * math.ceil(whole / count))[:whole]
         self._measured(repeated, exchange, distances=distances, copies=copies)
         return time.perf_counter() - started + generation * (whole / count - 1)
+
+    def conclusions(self, rows: Sequence[Mapping[str, str]], steps_per_epoch: int) -> list[str]:
+        return is_it_enough(rows, len(self.training_set), self.config.evaluation_images, steps_per_epoch)
 
     def _measured(
         self, images: Sequence[Image.Image], exchange: Exchange, *, distances: bool, copies: bool
