@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_models import tiny_decoder
+from tests.pipelines.test_poster_decoder import tiny_decoder
 
 
 @pytest.fixture(scope="module")
