@@ -276,9 +276,11 @@ class UNetSamplingMixin(SamplersByName):
                     prepared.clear()
             return x, self._interrupt
 
+        least = float(self.denoiser.config.get("least_noise_level") or 0.0)
         return denoise(
-            self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step
-        )
+            self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step,
+            least,
+        )  # fmt: skip
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Return the result of a call for `images` (B 3 H W in [-1, 1]); output type "latent" leaves them unchanged."""

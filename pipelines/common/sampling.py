@@ -24,6 +24,7 @@ def denoise(
     generators: list[torch.Generator] | None,
     progress_bar: Any,
     after_step: Callable[[int, Any, Tensor], tuple[Tensor, bool]],
+    least_noise_level: float = 0.0,
 ) -> Tensor:
     """Turn standard normal noise into samples (B C h w), in float32 throughout.
 
@@ -34,20 +35,39 @@ def denoise(
         generators: one generator per image for the scheduler's own noise; None uses the global generator.
         progress_bar: called with `total=`; returns a context manager whose `update()` counts a step.
         after_step: (step from 0, timestep, x) → x, possibly replaced, and whether to stop after this step.
+        least_noise_level: for flow matching, the lowest noise level at which the model is called, if there is a higher
+            one in the schedule. From there, the last step leads to the clean sample that it predicts.
     """
     scheduler.set_timesteps(**steps, device=noise.device)
     x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     step_arguments = {"generator": generators} if takes_generator else {}
-    with progress_bar(total=len(scheduler.timesteps)) as bar:
-        for step, timestep in enumerate(scheduler.timesteps):
+    count, last_level = len(scheduler.timesteps), None
+    if least_noise_level:
+        count, last_level = steps_above(scheduler, least_noise_level)
+    with progress_bar(total=count) as bar:
+        for step, timestep in enumerate(scheduler.timesteps[:count]):
             scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-            x = scheduler.step(predict(scaled, timestep), timestep, x, return_dict=False, **step_arguments)[0]
+            prediction = predict(scaled, timestep)
+            if step == count - 1 and last_level is not None:
+                x = x - last_level * prediction  # x_t - sigma * flow = x_0
+            else:
+                x = scheduler.step(prediction, timestep, x, return_dict=False, **step_arguments)[0]
             x, ended = after_step(step, timestep, x)
             bar.update()
             if ended:
                 break
     return x
+
+
+def steps_above(scheduler: Any, level: float) -> tuple[int, float | None]:
+    """Return how many timesteps of a schedule of flow matching lie at or above a noise level, at least one.
+
+    The second value is the noise level of the last of them if others follow, and otherwise None.
+    """
+    levels = [timestep / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps.tolist()]
+    count = max(1, sum(each >= level for each in levels))
+    return count, levels[count - 1] if count < len(levels) else None
 
 
 def guided(prediction: Tensor, guidance_scale: float | None) -> Tensor:

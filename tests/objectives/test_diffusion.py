@@ -110,6 +110,19 @@ def test_flow_matching_trains_at_the_levels_its_scheduler_samples_at():
     assert timesteps.max() <= STEPS
 
 
+def test_the_least_noise_level_is_below_all_but_a_thousandth_of_the_training():
+    """sigmoid(0.8 - 3) = 0.0998; three standard deviations leave 0.135 % of a normal distribution below them."""
+    config = DiffusionConfig(logit_mean=0.8)
+    assert config.least_noise_level == pytest.approx(1 / (1 + math.exp(2.2)), abs=1e-4)
+    diffusion, draws = Diffusion(config), Draws(0, 0, range(20_000))
+    levels = diffusion.corrupt(torch.zeros(20_000, 1, 1, 1), draws).timesteps / 1000
+    assert 0.0003 < (levels < config.least_noise_level).float().mean() < 0.0025
+    for other in ({"timestep_sampling": "uniform"}, {"prediction_type": "epsilon"}):
+        assert DiffusionConfig(**other).least_noise_level == 0
+    shifted = DiffusionConfig(flow_shift=3.0).least_noise_level
+    assert shifted == pytest.approx(3 * 0.04743 / (1 + 2 * 0.04743), abs=1e-4)
+
+
 def test_offset_noise_moves_whole_channels():
     plain = Diffusion(DiffusionConfig()).corrupt(X_0, DRAWS)
     offset = Diffusion(DiffusionConfig(noise_offset=0.3)).corrupt(X_0, DRAWS)

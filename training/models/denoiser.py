@@ -18,6 +18,9 @@ class DenoiserConfig(Protocol):
     transformer: TransformerConfig
     num_train_timesteps: int
 
+    @property
+    def least_noise_level(self) -> float: ...
+
 
 def build_denoiser(
     config: DenoiserConfig,
@@ -30,5 +33,10 @@ def build_denoiser(
     """Build the U-Net or the transformer with new weights; see `build_unet` and `build_transformer`."""
     sizes = (channels, size, text_width, num_classes, condition_channels)
     if config.denoiser == "transformer":
-        return build_transformer(config.transformer, *sizes, num_train_timesteps=config.num_train_timesteps)
+        return build_transformer(
+            config.transformer,
+            *sizes,
+            num_train_timesteps=config.num_train_timesteps,
+            least_noise_level=config.least_noise_level,
+        )
     return build_unet(config.model, *sizes)

@@ -21,6 +21,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 NOISE_BANDS = ("0_25", "25_50", "50_75", "75_100")  # in percent of the timesteps; the last has the most noise
 _TIME = "time"
+RARE = 3.0
+"""A normal variable lies this many standard deviations below its mean with a probability of 0.1 %."""
 
 
 @dataclass
@@ -73,6 +75,14 @@ class ObjectiveConfig(Options):
 @dataclass
 class DiffusionConfig(ObjectiveConfig, NoiseScheduleConfig):
     """All flags of the objective."""
+
+    @property
+    def least_noise_level(self) -> float:
+        """Noise level (0 to 1) below which a training with flow matching has one sample in a thousand; else 0."""
+        if self.prediction_type != "flow_prediction" or self.timestep_sampling != "logit_normal":
+            return 0.0
+        time = torch.sigmoid(torch.tensor(self.logit_mean - RARE * self.logit_std, dtype=torch.float64))
+        return round(float(functional.shift_times(time, self.flow_shift)), 4)
 
 
 @dataclass
