@@ -5,12 +5,14 @@ N = H/p * W/p patches,
 D hidden size, L tokens of the text condition, E its width.
 
 It is a diffusion transformer (Peebles and Xie 2023, DiT: scale, shift and gate of each layer are computed from the
-timestep, the class and the pooled text), with four changes:
+timestep, the class and the pooled text), with five changes:
 
 - It can predict the clean image and return the flow that follows from it (Li and He 2025, JiT). Clean images lie near a
   manifold of few dimensions and noise does not, so that large patches of pixels can be predicted without an
   autoencoder. A patch enters through a bottleneck, as there.
 - Patches can overlap: each reads and writes a margin of its neighbours, so that borders between them are not seen.
+- Convolutions at half of the resolution can follow the layers. They see across the borders of patches, and the noisy
+  sample (Bao et al. 2023, U-ViT, add one convolution in pixels for the same reason).
 - Patches attend to the tokens of the text as well as to each other, in the same softmax.
 - Normalizations have no weights, and queries and keys are normalized, which allows large learning rates.
 
@@ -105,6 +107,41 @@ class PatchTransformerBlock(nn.Module):
         return torch.addcmul(x, gate_m, self.out_of(F.silu(gate) * value).to(x.dtype))
 
 
+class PatchConvolutions(nn.Module):
+    """Residual convolutions (3×3, at half of the resolution) after the layers of the transformer.
+
+    Args:
+        features: channels F that the patches give to each cell of 2 × 2 pixels.
+        in_channels, out_channels: channels of the noisy sample and of the prediction.
+        condition_width: width D of the condition.
+        width: channels of the convolutions.
+        num_layers: number of convolutions with `width` output channels.
+    """
+
+    def __init__(
+        self, features: int, in_channels: int, out_channels: int, condition_width: int, width: int, num_layers: int
+    ):
+        super().__init__()
+        self.first = nn.Conv2d(features + 4 * in_channels, width, 3, padding=1)
+        self.modulation = nn.Linear(condition_width, 2 * width)
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(num_layers - 1))
+        self.last = nn.Conv2d(width, 4 * out_channels, 3, padding=1)
+        for zero in (self.modulation, self.last):
+            nn.init.zeros_(zero.weight)
+            nn.init.zeros_(zero.bias)
+
+    def forward(self, features: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
+        """features: B F H/2 W/2; sample: B C H W; condition: B D; returns B C H W."""
+        hidden = self.first(torch.cat([features, F.pixel_unshuffle(sample, 2).to(features.dtype)], dim=1))
+        scale, shift = self.modulation(condition)[:, :, None, None].to(hidden.dtype).chunk(2, dim=1)
+        hidden = F.silu(torch.addcmul(shift, hidden, 1 + scale))
+        for layer in self.layers:
+            hidden = hidden + F.silu(layer(hidden))
+        # Half precision has steps of one grey level of 256 near white, so this is not left to autocast.
+        with torch.autocast(sample.device.type, enabled=False):
+            return F.pixel_shuffle(self.last(hidden.to(self.last.weight.dtype)), 2)
+
+
 class PatchTransformer2DModel(ModelMixin, ConfigMixin):
     """A transformer on patches, with the arguments of Diffusers' UNet2DConditionModel.
 
@@ -123,6 +160,10 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         predicts_sample: whether the network predicts the clean sample, from which the returned flow is computed.
             Without it, the network predicts what is returned.
         num_train_timesteps: timestep of pure noise.
+        conv_layers: number of convolutions after the layers, for an even `patch_size`; 0 for none.
+        conv_width: channels of these convolutions.
+        least_noise_level: noise level (0 to 1) below which the model has hardly been trained. Pipelines call it at no
+            lower one, and end with the clean sample that it predicts there.
     """
 
     _supports_gradient_checkpointing = True
@@ -144,12 +185,22 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         num_class_embeds: Optional[int] = None,
         predicts_sample: bool = True,
         num_train_timesteps: int = 1000,
+        conv_layers: int = 0,
+        conv_width: int = 64,
+        least_noise_level: float = 0.0,
     ):
         super().__init__()
+        if conv_layers and (patch_size % 2 or patch_margin):
+            raise ValueError(f"`conv_layers` needs an even {patch_size=} and no margin, but {patch_margin=}")
         if not 0 <= 2 * patch_margin <= patch_size:
             raise ValueError(f"`patch_margin` is {patch_margin}; it must be between 0 and half of {patch_size=}")
         width, values = hidden_size, (patch_size + 2 * patch_margin) ** 2
         into, patch_width = in_channels * values, out_channels * values
+        self.convolutions = None
+        if conv_layers:
+            features = conv_width // 2
+            patch_width = features * (patch_size // 2) ** 2
+            self.convolutions = PatchConvolutions(features, in_channels, out_channels, width, conv_width, conv_layers)
         self.patch_in: nn.Module = nn.Linear(into, width)
         if bottleneck_size:
             self.patch_in = nn.Sequential(
@@ -165,7 +216,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         )
         self.modulation_out = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, patch_width)
-        for last in (self.modulation_out, self.patch_out):
+        # With convolutions, the last of them begins at zero instead.
+        for last in (self.modulation_out, *([] if conv_layers else [self.patch_out])):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.gradient_checkpointing = False
@@ -203,6 +255,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         scale, shift = self.modulation_out(condition)[:, None].to(hidden.dtype).chunk(2, dim=-1)
         patches = self.patch_out(torch.addcmul(shift, normalized(hidden), 1 + scale))
         predicted = self._from_patches(patches, rows, columns)
+        if self.convolutions is not None:
+            predicted = self.convolutions(predicted, sample, condition)
         if self.config.predicts_sample:
             sigma = (timesteps / self.config.num_train_timesteps).float().clamp(min=LEAST_SIGMA)[:, None, None, None]
             noisy = sample[:, : self.config.out_channels]
@@ -228,9 +282,9 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
     def _from_patches(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """B N (C p+2m p+2m) → B C H W; where patches overlap, they are added."""
+        """B N (C p+2m p+2m) → B C H W; where patches overlap, they are added. With convolutions: → B F H/2 W/2."""
         margin = self.config.patch_margin
-        side = self.config.patch_size + 2 * margin
+        side = self.config.patch_size // (1 if self.convolutions is None else 2) + 2 * margin
         grid = patches.unflatten(-1, (-1, side, side)).unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5)
         if margin:
             grid = margins_added(margins_added(grid, margin, 3), margin, 5)

@@ -69,6 +69,71 @@ def test_a_margin_is_at_most_half_a_patch():
         tiny_transformer(patch_size=4, patch_margin=3)
 
 
+def test_convolutions_see_across_the_borders_of_patches():
+    """Without layers, a patch depends on itself alone; with convolutions, on the pixels of its neighbours too."""
+    noisy = torch.randn(1, 3, 8, 8)
+    other = noisy.clone()
+    other[..., 4:] += 1
+    for convolutions, reaches in ((0, False), (2, True)):
+        network = tiny_transformer(patch_size=4, num_layers=0, conv_layers=convolutions, conv_width=8)
+        before, after = (network(one, 500).sample[..., :4] for one in (noisy, other))
+        assert torch.equal(before, after) != reaches
+        assert network(torch.randn(2, 3, 12, 8), 500).sample.shape == (2, 3, 12, 8)
+
+
+def test_a_new_network_with_convolutions_predicts_an_image_of_zeros():
+    network = PatchTransformer2DModel(sample_size=8, patch_size=2, hidden_size=16, num_layers=1, conv_layers=3)
+    noisy = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network(noisy, 500).sample, 2 * noisy)
+
+
+def test_the_last_convolution_is_not_in_half_precision():
+    """bfloat16 numbers near 1 are 1/128 apart, which is a whole grey level."""
+    network = tiny_transformer(conv_layers=1, conv_width=4, predicts_sample=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = network(torch.randn(1, 3, 8, 8), 500).sample
+    assert predicted.dtype == torch.float32
+    assert not torch.equal(predicted, predicted.bfloat16().float())
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 2, "patch_margin": 1}])
+def test_convolutions_need_an_even_patch_without_margin(options):
+    with pytest.raises(ValueError, match="needs an even"):
+        tiny_transformer(conv_layers=1, **options)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm", "unipc"])
+def test_sampling_ends_where_the_training_did(name: str):
+    """The network is called at no lower noise level, and the images are those that it predicts at the last one."""
+    pipeline = pixel_pipeline(least_noise_level=0.3)
+    pipeline.set_scheduler(name)
+    asked, forward = [], pipeline.transformer.forward
+
+    def watched(sample, timestep, **conditions):
+        predicted = forward(sample, timestep, **conditions)
+        sigma = float(timestep) / 1000
+        asked.append((sigma, (sample - sigma * predicted[0]).clamp(-1, 1)))
+        return predicted
+
+    pipeline.transformer.forward = watched
+    options = {"guidance_scale": 1.0, "generator": 0, "output_type": "pt", "num_inference_steps": 10}
+    images = pipeline("red", **options).images
+    assert 0.3 <= min(level for level, _ in asked) < 0.45
+    torch.testing.assert_close(images, (asked[-1][1] + 1) / 2, rtol=1e-4, atol=1e-4)
+    asked.clear()
+    assert pipeline("red", **{**options, "num_inference_steps": 1}).images.isfinite().all()
+    assert len(asked) in (1, 2)
+
+
+def test_models_without_a_least_noise_level_are_sampled_to_the_end():
+    pipeline = pixel_pipeline()
+    calls, forward = [], pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *a, **k: (calls.append(float(a[1])), forward(*a, **k))[1]
+    pipeline("red", guidance_scale=1.0, num_inference_steps=10)
+    assert len(calls) == 10
+    assert min(calls) < 10
+
+
 @pytest.mark.parametrize("sigma", [1.0, 0.5, 0.01])
 def test_the_flow_follows_from_the_predicted_image(sigma):
     """A new network predicts an image of zeros, from which the flow is (x_t - 0) / sigma, with a least sigma."""

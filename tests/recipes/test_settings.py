@@ -7,7 +7,7 @@ import pytest
 from training.models.autoencoder import AutoencoderModelConfig
 from training.models.unet import UNetConfig
 from training.recipes.collection import Collection
-from training.recipes.settings import autoencoder_levels, kept, latent_cells, settings_for
+from training.recipes.settings import CONV_LAYERS, autoencoder_levels, kept, latent_cells, settings_for
 
 STAGES = ("autoencoder", "latent_diffusion", "controlnet", "image_caption")
 FEW, MANY = Collection("few", images=20, held_out=1, caption_words=8), Collection("many", images=200_000, held_out=50)
@@ -91,6 +91,17 @@ def test_a_transformer_has_few_patches_that_divide_the_image(resolution):
     )["transformer.patch_size"]
     assert resolution % size == 0
     assert 4 <= resolution // size <= 10
+
+
+def test_a_transformer_ends_with_convolutions_where_its_patches_have_an_even_side():
+    def layers(resolution: int) -> int:
+        found = settings_for(
+            "latent_diffusion", MANY, device="cpu", resolution=resolution, cells=resolution, transformer=True
+        )
+        return found["transformer.conv_layers"]
+
+    assert layers(64) == CONV_LAYERS > 0
+    assert layers(9) == 0  # patches of one pixel
 
 
 def test_a_transformer_has_bfloat16_on_a_cpu_that_is_faster_with_it():

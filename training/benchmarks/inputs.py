@@ -18,8 +18,20 @@ from training.core.options import Options, option
 QUICKSTART = shipped_path("configs/experiments/latent_diffusion/quickstart.yaml")
 QUICKSTART_AUTOENCODER = "configs/experiments/autoencoder/quickstart.yaml"
 PHOTO_SIDE = 512
-PARTS = ("loop", "latents", "pipeline", "sampling", "memory", "start", "loading", "posters", "decoder", "captions")
-DEFAULT_PARTS = PARTS[:7]
+PARTS = (
+    "loop",
+    "latents",
+    "pipeline",
+    "sampling",
+    "memory",
+    "start",
+    "loading",
+    "accelerator",
+    "posters",
+    "decoder",
+    "captions",
+)
+DEFAULT_PARTS = PARTS[:8]
 TINY_MODEL = {"block_out_channels": [32, 32], "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
 TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_length": 24}
 TINY_AUTOENCODER = "--model.block_out_channels [16,16] --model.norm_num_groups 8"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipelines.tools.devices import get_device
+from pipelines.tools.devices import get_device, has_accelerator_device
 from training.benchmarks.children import in_child, peak_mb
 from training.benchmarks.inputs import BenchmarkConfig, Inputs
 from training.benchmarks.results import HOST_TIME, LOOP_RATIO, LOOP_SPEED, Metric, quartiles, ratio, spread
@@ -69,8 +69,13 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
         self.batch_size, self.dropout = config.train_batch_size, config.cfg_dropout
         self._order: torch.Tensor = torch.empty(0, dtype=torch.long)
+        self._autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16)
+        self._mixed = config.mixed_precision == "bf16"
+        if config.compile:
+            self.unet.compile()
 
-    def step(self) -> None:
+    def forward(self) -> torch.Tensor:
+        """Return the loss of the next batch."""
         from pipelines.latent_diffusion import encode_captions
 
         if len(self._order) < self.batch_size:
@@ -80,11 +85,15 @@ class BareLoop:
         noise, sigma = torch.randn_like(x_0), torch.sigmoid(torch.randn(len(rows), device=self.device))
         weights = sigma.reshape(-1, 1, 1, 1)
         dropped = torch.rand(len(rows), 1, device=self.device) < self.dropout
-        text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
         x_t = (1 - weights) * x_0 + weights * noise
-        with attention_kernel(x_0[0, 0].numel()):  # as in the stage, so that only the loops differ
+        # The attention kernel is that of the stage, so that only the loops differ.
+        with self._autocast(enabled=self._mixed), attention_kernel(x_0[0, 0].numel()):
+            text = encode_captions(self.text_encoder, torch.where(dropped, self.null_ids, self.ids[rows]))
             prediction = self.unet(x_t, 1000 * sigma, encoder_hidden_states=text).sample
-        loss = F.mse_loss(prediction, noise - x_0)
+        return F.mse_loss(prediction.float(), noise - x_0)
+
+    def step(self) -> None:
+        loss = self.forward()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -129,8 +138,8 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
 
     Returns:
         Medians over pairs of blocks of steps with their quartiles: `ratio`, the speed of the loop relative to the bare
-        loop, `cpu_ratio`, the same in CPU time, which other work on the machine hardly changes, and `host_ms`, the CPU
-        time in ms that a step of the loop takes longer.
+        loop, `cpu_ratio`, the same in CPU time, which other work on the machine hardly changes, `host_ms`, the CPU
+        time in ms that a step of the loop takes longer, and `step_seconds`, the time of a step of the loop.
     """
     bare = BareLoop(config)
     blocks = max(3, steps // BLOCK_STEPS)
@@ -156,20 +165,28 @@ def measure_turns(config: Config, steps: int) -> dict[str, float]:
     ratios = [(a.seconds + b.seconds) / 2 / loop.seconds for loop, a, b in pairs]
     cpu_ratios = [(a.cpu + b.cpu) / 2 / loop.cpu for loop, a, b in pairs]
     host = [1000 * (loop.cpu - (a.cpu + b.cpu) / 2) / BLOCK_STEPS for loop, a, b in pairs]
-    measured = {"ratio": ratios, "cpu_ratio": cpu_ratios, "host_ms": host}
+    step_seconds = [loop.seconds / BLOCK_STEPS for loop, _, _ in pairs]
+    measured = {"ratio": ratios, "cpu_ratio": cpu_ratios, "host_ms": host, "step_seconds": step_seconds}
     medians = [_with_quartiles(name, values) for name, values in measured.items()]
     return {"pairs": len(pairs)} | {name: value for one in medians for name, value in one.items()}
 
 
+def finish() -> None:
+    """Wait until the GPU has done what it was asked for; a CPU has."""
+    if has_accelerator_device():
+        torch.accelerator.synchronize()
+
+
 @dataclass(frozen=True)
 class Block:
-    """Wall time and CPU time in seconds: at a moment, or between two moments."""
+    """Wall time and CPU time in seconds: at a moment at which all work is done, or between two such moments."""
 
     seconds: float
     cpu: float
 
     @classmethod
     def now(cls) -> Block:
+        finish()
         return cls(time.perf_counter(), time.process_time())
 
     def until_now(self) -> Block:
@@ -204,17 +221,25 @@ def _watched_stage(before_batch: Callable[[], None], config: Config, context: St
 def _timed(action: Callable[[], None], warm_up: int, times: int) -> float:
     for _ in range(warm_up):
         action()
+    finish()
     started = time.perf_counter()
     for _ in range(times):
         action()
+    finish()
     return time.perf_counter() - started
 
 
-def measure_in_this_process(recipe: str, side: str, steps: int, threads: int) -> dict[str, float]:
-    """Measure one side, or both in turn, and return what `measure_bare`, `measure_loop` or `measure_turns` returns."""
+def measure_in_this_process(
+    recipe: str, side: str, steps: int, threads: int, flags: Sequence[str] = ()
+) -> dict[str, float]:
+    """Measure one side, or both in turn, and return what `measure_bare`, `measure_loop` or `measure_turns` returns.
+
+    Args:
+        flags: more flags of the training script.
+    """
     with tempfile.TemporaryDirectory() as folder:
         words = ["--output_dir", f"{folder}/run", "--cpu_threads", str(threads), "--overwrite", "true"]
-        config = parse_config(Config, ["--config", recipe, *words])
+        config = parse_config(Config, ["--config", recipe, *words, *flags])
         measure = {"bare": measure_bare, "loop": measure_loop, "turns": measure_turns}[side]
         return measure(config, steps)
 

@@ -4,9 +4,9 @@
     python training/evaluate.py --model runs/ddpm_pixels --dataset_name my_images --split train --num_inference_steps 50
 
 U-Net, noise schedule, loss, optimizer, learning rate schedule and EMA are those of the example, with a smaller network
-and without captions or classes. The number of steps is chosen from the speed of the first steps, so that the cosine
-schedule ends with the time. It saves no checkpoints and does not validate. It serves as a baseline for the recipes that
-training/benchmarks/recipes.py compares.
+and without captions or classes. Unless it is given, the number of steps is chosen from the speed of the first steps,
+so that the cosine schedule ends with the time. It saves no checkpoints and does not validate. It serves as a baseline
+for the recipes that training/benchmarks/recipes.py compares.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class PixelBaselineConfig(DataConfig):
     """Folder for the pipeline"""
     minutes: float = option(10.0, above=0)
     """Minutes of training"""
+    max_train_steps: int = option(0, at_least=0)
+    """Number of steps, whatever time they take; 0 takes as many as fit into the minutes"""
     learning_rate: float = option(1e-4, above=0)
     """Peak learning rate"""
     train_batch_size: int = option(16, at_least=1)
@@ -104,12 +106,12 @@ def train(config: PixelBaselineConfig) -> tuple[torch.nn.Module, int]:
         step += 1
         elapsed = time.monotonic() - started
         if step == PROBED_STEPS:
-            total = max(step + 1, round(config.minutes * 60 / (elapsed / step)))
+            total = max(step + 1, config.max_train_steps or round(config.minutes * 60 / (elapsed / step)))
             warmup = min(LONGEST_WARMUP, round(WARMUP_SHARE * total))
             schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=total - step)
         elif schedule is not None:
             schedule.step()
-        if elapsed > 60 * config.minutes and step > PROBED_STEPS:
+        if elapsed > 60 * config.minutes and step > PROBED_STEPS and not config.max_train_steps:
             break
     ema.copy_to(unet.parameters())
     return unet, step

@@ -31,6 +31,7 @@ MEASUREMENTS = {
     "memory": "steps.measure_memory",
     "start": "startup.measure_start",
     "loading": "loading.measure_loading",
+    "accelerator": "accelerator.measure_accelerator",
     "posters": "extras.measure_posters",
     "decoder": "extras.measure_decoder",
     "captions": "extras.measure_captions",

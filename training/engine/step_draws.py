@@ -69,8 +69,9 @@ class StepDraws:
         return {request: numbers.pin_memory() for request, numbers in made.items()} if self._pinned else made
 
     def _use_device(self) -> None:
-        # A thread starts with the first GPU, and pinning memory there would take memory of another process's GPU.
-        if self._pinned:
+        # A thread starts with the first GPU, and pinning memory there would take memory of another process's GPU. A
+        # device without an index is the only one that this process uses, and `set_device` refuses it.
+        if self._pinned and self.device.index is not None:
             torch.cuda.set_device(self.device)
 
 

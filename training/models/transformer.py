@@ -28,6 +28,9 @@ class TransformerConfig(Options):
     """Number of attention heads"""
     bottleneck_size: int = option(128, at_least=0)
     """Width through which the values of a patch enter (Li and He 2025); 0 connects them directly"""
+    conv_layers: int = option(0, at_least=0)
+    """Number of convolutions after the layers, at half of the resolution, which smooth the borders between patches and
+    remove faint noise; they need an even --transformer.patch_size"""
     predicts_sample: bool = option(True)
     """Predict the clean image, and compute the flow from it (Li and He 2025); needed for large patches of pixels.
     Requires --prediction_type flow_prediction"""
@@ -38,6 +41,11 @@ class TransformerConfig(Options):
             raise UserError(
                 f"--{prefix}patch_margin {self.patch_margin} is more than half of --{prefix}patch_size, which is "
                 f"{self.patch_size}; at most {self.patch_size // 2} is possible"
+            )
+        if self.conv_layers and (self.patch_size % 2 or self.patch_margin):
+            raise UserError(
+                f"--{prefix}conv_layers {self.conv_layers} needs an even --{prefix}patch_size, which is "
+                f"{self.patch_size}, and --{prefix}patch_margin 0, which is {self.patch_margin}; change one of them"
             )
         check_multiple(
             f"{prefix}hidden_size", self.hidden_size, f"{prefix}num_attention_heads", self.num_attention_heads
@@ -52,6 +60,7 @@ def build_transformer(
     num_classes: int,
     condition_channels: int = 0,
     num_train_timesteps: int = 1000,
+    least_noise_level: float = 0.0,
 ) -> nn.Module:
     """Build a transformer with new weights for samples of `channels` × `size` × `size`.
 
@@ -59,6 +68,7 @@ def build_transformer(
         text_width: width of the text condition; None for a model without text.
         num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
         condition_channels: channels that are concatenated to the noisy samples.
+        least_noise_level: noise level below which the training has hardly any samples.
 
     Raises:
         UserError: the side is not a multiple of the patch side.
@@ -83,4 +93,6 @@ def build_transformer(
         num_class_embeds=num_classes + 1 if num_classes else None,
         predicts_sample=config.predicts_sample,
         num_train_timesteps=num_train_timesteps,
+        conv_layers=config.conv_layers,
+        least_noise_level=least_noise_level if config.predicts_sample else 0.0,
     )

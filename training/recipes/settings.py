@@ -21,6 +21,8 @@ MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
 # Largest number of patches along a side of the images, or latents, that a transformer denoises.
 MOST_PATCHES = 10
+# Convolutions after the transformer: in ten minutes, three are better than two, one or none (docs/recipes.md).
+CONV_LAYERS = 3
 # Where a transformer on pixels denoises by default (docs/recipes.md): it needs no autoencoder, so that all of a short
 # time is its own, and on processors its matrix products are fast. Large images and GPUs have the U-Net.
 TRANSFORMER_PIXELS, TRANSFORMER_SECONDS = 64, 2 * 3600
@@ -203,8 +205,10 @@ def _transformer(cells: int) -> dict[str, Any]:
     The mean of the logit-normal distribution favours noisy images: with most of the noise gone, large patches differ
     little from their input.
     """
+    size = patch_size(cells)
     return {
-        "transformer.patch_size": patch_size(cells),
+        "transformer.patch_size": size,
+        "transformer.conv_layers": 0 if size % 2 else CONV_LAYERS,
         "logit_mean": 0.8,
         "learning_rate": 1e-3,
         "ema_decay": 0.998,
