@@ -82,8 +82,9 @@ NOTES = {
     "weights; networks of the quickstart and of the small presets.",
     "start": "Medians of whole commands. CPU time is that of the command and of the processes that it starts.",
     "loading": "JPEG files of 512×512 pixels, resized to 64 px, in batches of 16; one thread in each process.",
-    "accelerator": "Latents of 16×32×32 in batches of 64, bfloat16. The bare loop is compiled where the loop is; it has "
-    "no EMA weights and writes nothing. The operations of a step are those of the networks' forward and backward passes.",
+    "accelerator": "Latents of 16×32×32 in batches of 64, bfloat16. The bare loop is compiled where the loop is; it "
+    "has no EMA weights and writes nothing. The operations of a step are those of the networks' forward and backward "
+    "passes.",
 }
 
 
