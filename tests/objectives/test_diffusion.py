@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
-from training.core.draws import Draws
+from training.core.draws import NEWEST, Draws, GroupedDraws
+from training.core.layout import BatchLayout
+from training.engine.step_draws import StepDraws
 from training.objectives.diffusion import (
     BETA_SCHEDULES,
     NOISE_BANDS,
     Diffusion,
     DiffusionConfig,
+    NoisyBatch,
     noise_level_metrics,
     noise_level_sums,
 )
 from training.objectives.functional import PREDICTION_TYPES
+from training.run.state import RunState
 
 STEPS = 1000
 X_0 = torch.randn(64, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -131,6 +136,70 @@ def test_offset_noise_moves_whole_channels():
     assert difference.flatten(2).mean(2).std().item() == pytest.approx(0.3, rel=0.2)
 
 
+def same(one: NoisyBatch, other: NoisyBatch) -> bool:
+    return all(torch.equal(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(NoisyBatch))
+
+
+def of_candidates(number: int, **options) -> Diffusion:
+    config = DiffusionConfig(noise_candidates=number, **options)
+    config.validate()
+    return Diffusion(config)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_a_single_candidate_is_the_noise_of_this_name(offset):
+    """Runs that were started before candidates existed resume with these bits."""
+    noise = DRAWS.normal("noise", (4, 3, 3))
+    if offset:
+        noise = noise + offset * DRAWS.normal("noise_offset", (4, 1, 1))
+    draws = Draws(0, 0, range(64))
+    noisy = of_candidates(1, prediction_type="epsilon", noise_offset=offset).corrupt(X_0, draws)
+    assert torch.equal(noisy.target, noise)
+    assert "noise_candidates" not in {request.name for request in draws.asked}
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_each_sample_gets_the_nearest_of_its_candidates(offset):
+    noisy = of_candidates(4, prediction_type="epsilon", noise_offset=offset).corrupt(X_0, DRAWS)
+    first, others = DRAWS.normal("noise", (4, 3, 3)), DRAWS.normal("noise_candidates", (3, 4, 3, 3))
+    shift = offset * DRAWS.normal("noise_offset", (4, 1, 1)) if offset else torch.zeros(64, 4, 1, 1)
+    places = []
+    for i in range(64):
+        candidates = [noise + shift[i] for noise in (first[i], *others[i])]
+        distances = [float((noise.double() - X_0[i].double()).square().sum()) for noise in candidates]
+        places.append(distances.index(min(distances)))
+        assert torch.equal(noisy.target[i], candidates[places[-1]])
+    assert set(places) == {0, 1, 2, 3}
+    plain = of_candidates(1, prediction_type="epsilon", noise_offset=offset).corrupt(X_0, DRAWS)
+    assert torch.equal(noisy.timesteps, plain.timesteps)
+
+
+@pytest.mark.parametrize("kind", [Draws, GroupedDraws])
+def test_the_choice_does_not_depend_on_how_a_batch_is_split(kind):
+    one, four = (of_candidates(number, prediction_type="epsilon") for number in (1, 4))
+    whole = four.corrupt(X_0, kind(0, 0, range(64))).target
+    parts = [slice(0, 20), slice(20, 64)]
+    split = [four.corrupt(X_0[part], kind(0, 0, range(64)[part])).target for part in parts]
+    assert torch.equal(torch.cat(split), whole)
+    assert not torch.equal(one.corrupt(X_0, kind(0, 0, range(64))).target, whole)
+
+
+def test_validation_has_plain_noise_whatever_the_number_of_candidates():
+    one, four = (of_candidates(number).corrupt(X_0, DRAWS, sampling="uniform") for number in (1, 4))
+    assert same(one, four)
+
+
+def test_candidates_can_be_drawn_ahead():
+    diffusion, state, layout = of_candidates(4), RunState(draws_version=NEWEST), BatchLayout(64)
+    ahead = StepDraws(0, state, layout, X_0.device, ahead=True)
+    draws = ahead.at(0, 0)
+    diffusion.corrupt(X_0, draws)
+    ahead.prepare(1, 0, draws.asked)
+    made = ahead.at(1, 0)
+    assert [request.shape for request in made.made if request.name == "noise_candidates"] == [(3, 4, 3, 3)]
+    assert same(diffusion.corrupt(X_0, made), diffusion.corrupt(X_0, GroupedDraws(0, 1, range(64))))
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weights_follow_the_levels(prediction_type):
     config = DiffusionConfig(prediction_type=prediction_type, snr_gamma=5.0)
@@ -170,6 +239,7 @@ def test_validation_times_are_uniform_whatever_the_training_distribution():
         ("snr_gamma", 0.0),
         ("flow_shift", 0.0),
         ("noise_offset", -0.1),
+        ("noise_candidates", 0),
     ],
 )
 def test_invalid_values(field, value):

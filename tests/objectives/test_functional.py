@@ -49,6 +49,24 @@ def test_the_noisy_sample_is_the_weighted_sum():
     assert torch.allclose(objectives.corrupt(X_0, NOISE, alpha, sigma), expected, atol=1e-15)
 
 
+def test_the_nearest_noise_is_chosen_for_each_sample_alone():
+    """Candidate j of sample i is x_0 plus a vector of a known length."""
+    lengths = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [2.0, 1.5, 1.0]], dtype=torch.float64)
+    directions = torch.randn(4, 3, *X_0.shape[1:], dtype=torch.float64)
+    directions /= directions.flatten(2).norm(dim=2).reshape(4, 3, 1, 1, 1)
+    candidates = X_0.unsqueeze(1) + lengths.reshape(4, 3, 1, 1, 1) * directions
+    chosen = objectives.nearest_noise(X_0, candidates)
+    assert torch.equal(chosen, torch.stack([candidates[i, j] for i, j in enumerate((1, 0, 2, 2))]))
+
+
+def test_distances_to_noise_are_not_rounded_to_half_precision():
+    """Squared distances of 1,024 + 1/64 and 1,024: in bfloat16 both would be 1,024."""
+    x_0 = torch.zeros(1, 1, 32, 32, dtype=torch.bfloat16)
+    candidates = torch.ones(1, 2, 1, 32, 32, dtype=torch.bfloat16)
+    candidates[0, 0, 0, 0, 0] += 2**-7
+    assert torch.equal(objectives.nearest_noise(x_0, candidates), candidates[:, 1])
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 1e9])
 def test_min_snr_weights_give_the_same_x_0_loss_in_every_parametrization(prediction_type, gamma):

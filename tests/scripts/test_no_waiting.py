@@ -30,6 +30,7 @@ HEADS = (
 LABELLED = (
     *("--condition_on", "[caption,label]", "--label_column", "style", "--caption_prior.hidden_size", "16"),
     *("--prediction_type", "v_prediction", "--snr_gamma", "5", "--noise_offset", "0.1"),
+    *("--noise_candidates", "3"),
 )
 
 
@@ -61,12 +62,14 @@ CASES = {
     "latent diffusion": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}"),
     "latent diffusion of classes": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}", *LABELLED),
     "autoencoder": ("autoencoder", *COMMON, *TINY_AUTOENCODER, *HEADS),
-    "controlnet": ("controlnet", *COMMON, *TINY_CONTROLNET, *MASKS, "--base_model", "{latent}"),
+    "controlnet": (
+        *("controlnet", *COMMON, *TINY_CONTROLNET, *MASKS, "--base_model", "{latent}", "--noise_candidates", "2"),
+    ),
     "controlnet of the decoder": (
         *("controlnet", *COMMON, *TINY_CONTROLNET, *MASKS, "--base_model", "{decoder}"),
         *("--fusion_mode", "cross_attention", "--resolution", "32"),
     ),
-    "decoder": ("decoder", *TINY_DECODER),
+    "decoder": ("decoder", *TINY_DECODER, "--noise_candidates", "2"),
     "image caption": ("image_caption", *TINY_CAPTIONS, "--prior.start", "0"),
     "encoder": ("encoder", *LAYOUT, *TINY_ENCODER),
     "abstractor": ("abstractor", *LAYOUT, *TINY_ABSTRACTOR, "--encoder", "{encoder}"),

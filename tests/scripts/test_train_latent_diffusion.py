@@ -92,21 +92,47 @@ def test_the_pipeline_and_a_checkpoint_have_the_ema_weights(launched):
         assert all(torch.equal(tensor, ema[f"unet.{name}"]) for name, tensor in unet.items())
 
 
-def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, diffusion_flags, monkeypatch):
-    """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
+@contextmanager
+def terminated(step: int) -> Iterator[None]:
+    """Send SIGTERM to this process when a run in this context computes the step."""
     forward = train_latent_diffusion.LatentDiffusionPhase.forward
 
     def signalled(self, batch, draws):
-        if draws.step == 5:
+        if draws.step == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(self, batch, draws)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_latent_diffusion.LatentDiffusionPhase, "forward", signalled)
+        yield
+
+
+def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, diffusion_flags):
+    """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
+    with terminated(5):
         assert train(tmp_path / "run", diffusion_flags, "--num_train_epochs", "2") == 75
     assert json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())["step"] in (6, 7)
     assert train(tmp_path / "run", diffusion_flags, "--num_train_epochs", "2") == 0
     assert_same_state(tmp_path / "run", launched)
+
+
+def test_a_run_with_candidates_of_noise_resumes_exactly(tmp_path, diffusion_flags):
+    flags = (*diffusion_flags, "--noise_candidates", "4", "--preview_epochs", "0")
+    assert train(tmp_path / "whole", flags) == 0
+    with terminated(1):
+        assert train(tmp_path / "run", flags) == 75
+    assert train(tmp_path / "run", flags) == 0
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
+def test_candidates_of_noise_change_training_and_not_validation(diffusion_flags):
+    one, four = (stage_of(diffusion_flags, "--noise_candidates", number) for number in ("1", "4"))
+    batch, draws = fetch(one.train_data(), [SampleKey(i, i) for i in range(8)]), Draws(0, 0, range(8))
+    with torch.no_grad():
+        (loss, _), (chosen, _) = (stage.phase(batch, draws) for stage in (one, four))
+        sums, same = (stage.validation_step(batch, draws) for stage in (one, four))
+    assert chosen < loss  # the target of flow matching is the difference of noise and sample
+    assert all(torch.equal(sums[name], same[name]) for name in sums)
 
 
 @pytest.fixture(scope="module")

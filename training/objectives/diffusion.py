@@ -68,6 +68,9 @@ class ObjectiveConfig(Options):
     """Gamma of the min-SNR loss weighting (Hang et al. 2023), 5 in the paper; if unset, the loss is not weighted"""
     noise_offset: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of offset noise; 0 disables it"""
+    noise_candidates: int = option(1, on_resume="warn", at_least=1)
+    """Number of independent draws of noise per sample in training, of which the nearest to the clean sample is used
+    (immiscible diffusion, Li et al. 2024 and 2025); 1 disables the choice. Validation always has a single draw"""
     cfg_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Probability of training a sample without its caption, label or design brief, for classifier-free guidance"""
 
@@ -135,12 +138,15 @@ class Diffusion:
         self.trivial_loss = None if config.snr_gamma else functional.trivial_mse(config.prediction_type)
 
     def corrupt(self, x_0: Tensor, draws: Draws, *, sampling: str | None = None) -> NoisyBatch:
-        """Add noise at random timesteps; `sampling` overrides the configured distribution (validation is uniform)."""
+        """Add noise at random timesteps.
+
+        Args:
+            sampling: a distribution of the timesteps instead of the configured one, for validation, which is uniform.
+                The noise is then the first draw of each sample, so that losses of validation do not depend on the
+                number of candidates.
+        """
         config = self.config
-        noise = draws.normal("noise", x_0.shape[1:]).to(x_0.dtype)
-        if config.noise_offset:
-            offset = draws.normal("noise_offset", (x_0.shape[1], *[1] * (x_0.ndim - 2))).to(x_0.dtype)
-            noise = functional.offset_noise(noise, offset, config.noise_offset)
+        noise = self._noise(x_0, draws, config.noise_candidates if sampling is None else 1)
         times = functional.unit_times(
             draws.uniform(_TIME),
             draws.normal(_TIME, ()),
@@ -158,6 +164,22 @@ class Diffusion:
             functional.prediction_target(config.prediction_type, x_0, noise, alpha, sigma),
             weight,
         )
+
+    def _noise(self, x_0: Tensor, draws: Draws, candidates: int) -> Tensor:
+        """Return noise with its offset: of a number of candidates for each sample, the nearest to it. B C h w."""
+        shape, strength = x_0.shape[1:], self.config.noise_offset
+        # The first candidate has a name of its own, so that it is the noise of a run without a choice.
+        noise = draws.normal("noise", shape).to(x_0.dtype)
+        offset = None
+        if strength:
+            offset = draws.normal("noise_offset", (shape[0], *[1] * (len(shape) - 1))).to(x_0.dtype)
+            noise = functional.offset_noise(noise, offset, strength)
+        if candidates == 1:
+            return noise
+        others = draws.normal("noise_candidates", (candidates - 1, *shape)).to(x_0.dtype)
+        if offset is not None:
+            others = functional.offset_noise(others, offset.unsqueeze(1), strength)
+        return functional.nearest_noise(x_0, torch.cat([noise.unsqueeze(1), others], 1))
 
     def _noise_levels(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return alpha, sigma and the timesteps for the U-Net, from times in [0, 1)."""

@@ -77,6 +77,20 @@ def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
     return noise + strength * offset if strength else noise
 
 
+def nearest_noise(x_0: Tensor, candidates: Tensor) -> Tensor:
+    """Return the candidate of least squared distance to each sample (Li et al. 2025, arXiv 2505.18521). B C h w.
+
+    The distances are computed in float32 or the wider dtype of the inputs. No value is read from the device.
+
+    Args:
+        candidates: B k C h w, k draws of noise for each sample.
+    """
+    dtype = torch.promote_types(x_0.dtype, torch.float32)
+    distances = (candidates.to(dtype) - x_0.to(dtype).unsqueeze(1)).square().flatten(2).sum(2)
+    nearest = distances.argmin(1).reshape(-1, *[1] * x_0.ndim)
+    return candidates.take_along_dim(nearest, 1).squeeze(1)
+
+
 def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
     """Compute the mean squared error of each sample, in float32 or the wider dtype of the inputs. B."""
     dtype = torch.promote_types(prediction.dtype, torch.float32)
