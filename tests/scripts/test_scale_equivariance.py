@@ -150,7 +150,7 @@ def test_without_it_a_step_is_the_sum_of_the_other_losses(autoencoder_flags):
     assert all(torch.equal(a, b) for a, b in pairs)
     total, more = on.generator(batch, draws)
     assert {name: more[name] for name in metrics} == metrics
-    assert total == pytest.approx((loss + WEIGHT * more[NAME]).item())
+    assert total.item() == pytest.approx((loss + WEIGHT * more[NAME]).item())
     assert more[NAME] > 0
 
 
