@@ -42,7 +42,7 @@ from training.models.autoencoder import (
 )
 from training.models.autoencoder_heads import Heads, HeadsConfig
 from training.objectives.discriminator import DiscriminatorPhase, PatchDiscriminator, parameters_fixed
-from training.objectives.functional import gaussian_kl, hinge_generator_loss
+from training.objectives.functional import gaussian_kl, halved, hinge_generator_loss
 from training.objectives.loss_weights import LearnedLossWeights, weighted_sum
 from training.objectives.perceptual import PerceptualLoss
 from training.objectives.segmentation import segmentation_cross_entropy
@@ -53,9 +53,10 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
 PREVIEWS = 8
 PRINCIPAL_COMPONENTS_IMAGES = 512
+SCALE_EQUIVARIANCE = "scale_equivariance_loss"
 # With --learned_loss_weights, these losses share one learned weight and the loss of each head has its own; the other
 # losses keep their configured weights.
-RECONSTRUCTION = ("l1", "l2", "perceptual")
+RECONSTRUCTION = ("l1", "l2", "perceptual", SCALE_EQUIVARIANCE)
 
 
 @dataclass
@@ -74,6 +75,9 @@ class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
     """Weight of the KL divergence of the posterior from a standard normal; unused by classes without a posterior"""
     latent_noise: float = option(0.0, on_resume="warn", at_least=0)
     """Noise added to the latents before decoding, relative to their standard deviation; makes the decoder robust"""
+    scale_equivariance: float = option(0.0, on_resume="warn", at_least=0)
+    """Weight of the scale equivariance loss (Skorokhodov et al. 2025, arXiv 2502.14831): the reconstruction loss of
+    images of half the side, decoded from latents of half the side; 0 disables it, 0.25 is a usual value"""
     perceptual_weight: float = option(0.0, on_resume="warn", at_least=0, essential=True)
     """Weight of the perceptual loss, which needs --perceptual_backbone; 0 disables it"""
     perceptual_backbone: str | None = option(None, on_resume="warn")
@@ -96,6 +100,8 @@ class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
         if self.perceptual_weight and not self.perceptual_backbone:
             raise UserError("--perceptual_weight needs --perceptual_backbone, e.g. microsoft/resnet-18")
         self.model.check_resolution(self.resolution)
+        if self.scale_equivariance:
+            self.model.check_halved_latents(self.resolution, "--scale_equivariance")
         self.check_heads(self.model.class_name)
 
 
@@ -140,7 +146,8 @@ class AutoencoderPhase(Phase):
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.losses(batch, draws)
-        weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
+        weights = {SCALE_EQUIVARIANCE: self.config.scale_equivariance}
+        weights |= {name: getattr(self.config, f"{name}_weight") for name in losses if name not in weights}
         loss = weighted_sum(losses, weights, self.loss_weights, {"reconstruction": RECONSTRUCTION})
         metrics = {name: value.detach() for name, value in losses.items()}
         if self.loss_weights is not None:
@@ -152,10 +159,7 @@ class AutoencoderPhase(Phase):
         config, images = self.config, batch["pixel_values"]
         latents, kl = self.latents(images, draws)
         decoded = decode_all(self.autoencoder, latents)
-        error = decoded.images - images
-        losses = {"l1": error.abs().mean()}
-        if config.l2_weight:
-            losses["l2"] = error.square().mean()
+        losses = self.pixel_losses(decoded.images, images)
         if kl is not None:
             losses["kl"] = kl.mean()
         if config.perceptual_weight:
@@ -167,7 +171,34 @@ class AutoencoderPhase(Phase):
             losses["segmentation"] = segmentation_cross_entropy(decoded.mask_logits, batch["mask"])
         if decoded.class_logits is not None:
             losses["classification"] = F.cross_entropy(decoded.class_logits.float(), batch["label"])
+        if config.scale_equivariance:
+            losses[SCALE_EQUIVARIANCE] = self.scale_equivariance_loss(latents, images)
         return losses
+
+    def pixel_losses(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Compute the losses of pixels that are in use, before weighting: scalars by name."""
+        error = decoded - images
+        losses = {"l1": error.abs().mean()}
+        if self.config.l2_weight:
+            losses["l2"] = error.square().mean()
+        return losses
+
+    def scale_equivariance_loss(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Compute the loss by which latents of half the side decode to images of half the side, a scalar.
+
+        It is the regularization of Skorokhodov et al. (2025), with a factor of 2. The distance of the images is the
+        weighted sum of the pixel losses and the perceptual loss; heads and discriminator do not see smaller images.
+
+        Args:
+            latents: B C h w, as they are decoded for the other losses, so that the encoder runs once.
+            images: B 3 H W.
+        """
+        references = halved(images)
+        decoded = self.autoencoder.decode(halved(latents)).sample
+        losses = self.pixel_losses(decoded, references)
+        if self.config.perceptual_weight:
+            losses["perceptual"] = self.perceptual(decoded, references)
+        return weighted_sum(losses, {name: getattr(self.config, f"{name}_weight") for name in losses}, None, {})
 
 
 class AutoencoderStage(ImageStage):

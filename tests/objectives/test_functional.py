@@ -132,3 +132,10 @@ def test_trivial_loss_is_that_of_predicting_the_mean():
     for prediction_type in PREDICTION_TYPES:
         target = objectives.prediction_target(prediction_type, x_0, noise, half, half)
         assert target.square().mean().item() == pytest.approx(objectives.trivial_mse(prediction_type), rel=0.02)
+
+
+def test_halved_is_bilinear_downsampling():
+    maps = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(maps, scale_factor=0.5, mode="bilinear", align_corners=False)
+    assert torch.allclose(objectives.halved(maps), expected)
+    assert objectives.halved(maps)[0, 0, 2, 1] == pytest.approx(maps[0, 0, 4:6, 2:4].mean().item())

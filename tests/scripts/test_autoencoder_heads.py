@@ -36,7 +36,9 @@ FEATURES = ("post_quant_conv.", "decoder.body.")
 IMAGE = ("decoder.body.conv_out.", "decoder.shortcut.")
 # For each loss, prefixes of the names of the autoencoder's parameters that it trains, and prefixes of the exceptions.
 REACHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("l1", "l2", "perceptual", "adversarial"), ((*ENCODER, *FEATURES, *IMAGE), ())),
+    **dict.fromkeys(
+        ("l1", "l2", "perceptual", "adversarial", "scale_equivariance_loss"), ((*ENCODER, *FEATURES, *IMAGE), ())
+    ),
     "kl": (ENCODER, ()),
     "segmentation": ((*ENCODER, *FEATURES, "segmentation_head."), IMAGE),
     "classification": ((*ENCODER, "classification_head."), ()),
@@ -63,7 +65,8 @@ def stage_of(*words: str) -> train_autoencoder.AutoencoderStage:
 def everything(autoencoder_flags, backbone) -> train_autoencoder.AutoencoderStage:
     """A stage with all losses, whose frozen parts are frozen in the same way as by the loop."""
     perceptual = ("--perceptual_weight", "0.5", "--perceptual_backbone", str(backbone), "--l2_weight", "2")
-    stage = stage_of(*autoencoder_flags, *HEADS, *ADVERSARIAL, *perceptual, "--learned_loss_weights", "true")
+    more = (*perceptual, "--scale_equivariance", "0.25")
+    stage = stage_of(*autoencoder_flags, *HEADS, *ADVERSARIAL, *more, "--learned_loss_weights", "true")
     for module in stage.frozen:
         module.requires_grad_(False)
     return stage

@@ -68,6 +68,14 @@ AUTOENCODER = {
     "no number": (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
     "deepest feature map": (["--model.block_out_channels", "[16,16,16,16]"], ["deepest", "2×2", "3 levels"]),
     "resolution that does not halve": (["--resolution", "60"], ["60", "multiple"]),
+    "odd latents": (
+        ["--resolution", "72", "--scale_equivariance", "0.25"],
+        ["--scale_equivariance", "9×9", "--resolution 72", "even", "use --resolution 80"],
+    ),
+    "small latents": (
+        ["--resolution", "48", "--scale_equivariance", "0.25"],
+        ["--scale_equivariance", "6×6", "--resolution 48", "at least 8", "use --resolution 64"],
+    ),
     "groups": (["--model.norm_num_groups", "7"], ["--model.norm_num_groups 7"]),
     "no channels": (["--model.block_out_channels", "[]"], ["--model.block_out_channels"]),
     "no patches": (["--model.patch_size", "0"], ["--model.patch_size is 0"]),

@@ -24,7 +24,7 @@ STEPS = 3
 HEADS = (
     *("--heads", "[segmentation,classification]", "--mask_column", "color_role", "--label_column", "style"),
     *("--learned_loss_weights", "true", "--adversarial_weight", "0.1", "--discriminator_start", "1"),
-    *("--latent_noise", "0.1"),
+    *("--latent_noise", "0.1", "--scale_equivariance", "0.25"),
 )
 # Objectives with a table of noise levels, weights of the loss, and class labels besides captions.
 LABELLED = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from training.core.batches import fetch
-from training.core.checks import check_deepest_feature_map, check_multiples
+from training.core.checks import SMALLEST_MAP, check_deepest_feature_map, check_multiples
 from training.core.draws import SampleKey
 from training.core.options import Options, option
 from training.core.stage import MapDataset
@@ -60,6 +60,17 @@ class AutoencoderModelConfig(Options):
         check_deepest_feature_map(
             resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
         )
+
+    def check_halved_latents(self, resolution: int, flag: str) -> None:
+        """Raise UserError for `flag` if latents of images of `resolution` pixels cannot be decoded at half size."""
+        factor = self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        side, least = resolution // factor, 2 * SMALLEST_MAP
+        if side % 2 or side < least:
+            raise UserError(
+                f"{flag} decodes latents of half the side, but the latents are {side}×{side} "
+                f"(--resolution {resolution}, downsampled by {factor}); their side must be even and at least {least}: "
+                f"use --resolution {max(least, side + side % 2) * factor}, or set {flag} to 0"
+            )
 
 
 def build_autoencoder(config: AutoencoderModelConfig, resolution: int, **heads: Any) -> torch.nn.Module:

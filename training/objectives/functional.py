@@ -12,6 +12,7 @@ flow-matching schedulers.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
@@ -105,6 +106,12 @@ def trivial_mse(prediction_type: str) -> float:
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     """Compute KL(N(mean, exp(logvar)) ‖ N(0, 1)), averaged over the latent values of each sample. B."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
+
+
+def halved(maps: Tensor) -> Tensor:
+    """Downsample bilinearly by 2, which averages blocks of 2×2: B C H W to B C H/2 W/2. H and W must be even."""
+    # F.interpolate computes the same, but its gradient on a GPU is not deterministic.
+    return F.avg_pool2d(maps, 2)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
