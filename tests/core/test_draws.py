@@ -76,6 +76,14 @@ def test_draws_made_ahead_equal_those_made_when_they_are_asked_for(version):
             direct.prepare(step + 1, micro_batch, other.asked)
 
 
+def test_the_thread_starts_on_a_device_without_an_index():
+    """One process on one GPU has the device `cuda`, which `torch.cuda.set_device` refuses, with or without a GPU."""
+    draws = StepDraws(1, RunState(draws_version=NEWEST), BatchLayout(4), torch.device("cuda"), ahead=True)
+    with pytest.raises(ValueError, match="index"):
+        torch.cuda.set_device(draws.device)
+    draws._use_device()
+
+
 def test_draws_made_for_another_step_are_not_used():
     state, layout = RunState(draws_version=NEWEST), BatchLayout(4)
     ahead = StepDraws(1, state, layout, CPU, ahead=True)
