@@ -1,16 +1,15 @@
 """PatchTransformer2DModel: a transformer that denoises images or latents as a sequence of square patches.
 
-Shapes: B batch, C channels, H W sides of the input (pixels or latent cells), p patch side, m margin,
+Shapes: B batch, C channels, H W sides of the input (pixels or latent cells), p patch side,
 N = H/p * W/p patches,
 D hidden size, L tokens of the text condition, E its width.
 
 It is a diffusion transformer (Peebles and Xie 2023, DiT: scale, shift and gate of each layer are computed from the
-timestep, the class and the pooled text), with five changes:
+timestep, the class and the pooled text), with four changes:
 
 - It can predict the clean image and return the flow that follows from it (Li and He 2025, JiT). Clean images lie near a
   manifold of few dimensions and noise does not, so that large patches of pixels can be predicted without an
   autoencoder. A patch enters through a bottleneck, as there.
-- Patches can overlap: each reads and writes a margin of its neighbours, so that borders between them are not seen.
 - Convolutions at half of the resolution can follow the layers. They see across the borders of patches, and the noisy
   sample (Bao et al. 2023, U-ViT, add one convolution in pixels for the same reason).
 - Patches attend to the tokens of the text as well as to each other, in the same softmax.
@@ -150,7 +149,6 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         in_channels: channels of the input; if there are more than `out_channels`, the first ones are the noisy sample.
         out_channels: channels of the output.
         patch_size: side p of a patch.
-        patch_margin: number of pixels m by which a patch extends over each of its neighbours, at most p / 2.
         hidden_size: width D of the layers.
         num_layers: number of blocks.
         num_attention_heads: number of attention heads; D / heads is the width of a head.
@@ -176,7 +174,6 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         in_channels: int = 3,
         out_channels: int = 3,
         patch_size: int = 8,
-        patch_margin: int = 0,
         hidden_size: int = 256,
         num_layers: int = 6,
         num_attention_heads: int = 4,
@@ -190,11 +187,9 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         least_noise_level: float = 0.0,
     ):
         super().__init__()
-        if conv_layers and (patch_size % 2 or patch_margin):
-            raise ValueError(f"`conv_layers` needs an even {patch_size=} and no margin, but {patch_margin=}")
-        if not 0 <= 2 * patch_margin <= patch_size:
-            raise ValueError(f"`patch_margin` is {patch_margin}; it must be between 0 and half of {patch_size=}")
-        width, values = hidden_size, (patch_size + 2 * patch_margin) ** 2
+        if conv_layers and patch_size % 2:
+            raise ValueError(f"`conv_layers` is {conv_layers}, which needs an even `patch_size`, not {patch_size}")
+        width, values = hidden_size, patch_size**2
         into, patch_width = in_channels * values, out_channels * values
         self.convolutions = None
         if conv_layers:
@@ -275,39 +270,16 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         return F.silu(condition)
 
     def _to_patches(self, sample: Tensor, rows: int, columns: int) -> Tensor:
-        """B C H W → B N (C p+2m p+2m)."""
-        p, margin = self.config.patch_size, self.config.patch_margin
-        side = p + 2 * margin
-        grid = F.pad(sample, (margin,) * 4).unfold(2, side, p).unfold(3, side, p)
-        return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        """B C H W → B N (C p p)."""
+        p = self.config.patch_size
+        grid = sample.unflatten(3, (columns, p)).unflatten(2, (rows, p))
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _from_patches(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """B N (C p+2m p+2m) → B C H W; where patches overlap, they are added. With convolutions: → B F H/2 W/2."""
-        margin = self.config.patch_margin
-        side = self.config.patch_size // (1 if self.convolutions is None else 2) + 2 * margin
+        """B N (C p p) → B C H W. With convolutions: B N (F p/2 p/2) → B F H/2 W/2."""
+        side = self.config.patch_size // (1 if self.convolutions is None else 2)
         grid = patches.unflatten(-1, (-1, side, side)).unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5)
-        if margin:
-            grid = margins_added(margins_added(grid, margin, 3), margin, 5)
         return grid.flatten(4).flatten(2, 3)
-
-
-def margins_added(grid: Tensor, margin: int, dim: int) -> Tensor:
-    """Add the margins of patches to the patches that they cover; what lies outside of the image is left out.
-
-    Args:
-        grid: dimension `dim - 1` counts patches along one side of the image, `dim` has their p + 2m values.
-        margin: m, at most p / 2.
-
-    Returns:
-        The same with p values in `dim`.
-    """
-    count, side = grid.shape[dim - 1] - 1, grid.shape[dim] - 2 * margin
-    before, own, after = grid.split([margin, side, margin], dim)
-    nothing = torch.zeros_like(before.narrow(dim - 1, 0, 1))
-    first, middle, last = own.split([margin, side - 2 * margin, margin], dim)
-    first = first + torch.cat([nothing, after.narrow(dim - 1, 0, count)], dim - 1)
-    last = last + torch.cat([before.narrow(dim - 1, 1, count), nothing], dim - 1)
-    return torch.cat([first, middle, last], dim)
 
 
 def positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:

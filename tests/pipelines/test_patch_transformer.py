@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipelines.common.latents import decode_latents, encode_latents, latent_shape
 from pipelines.common.schedulers import sampling_scheduler, training_scheduler
@@ -49,26 +48,6 @@ def test_patches_are_put_together_as_they_were_taken_apart():
     assert torch.equal(network._from_patches(patches, 4, 6), images)
 
 
-@pytest.mark.parametrize("margin", [1, 2])
-def test_patches_with_margins_overlap(margin: int):
-    """Both directions agree with the operations of convolutions, and each value counts as often as patches cover it."""
-    network = tiny_transformer(patch_size=4, patch_margin=margin)
-    images, side = torch.randn(2, 3, 8, 12), 4 + 2 * margin
-    sizes = {"kernel_size": side, "padding": margin, "stride": 4}
-    patches = network._to_patches(images, 2, 3)
-    assert torch.equal(patches, F.unfold(images, **sizes).transpose(1, 2))
-    patches = torch.randn_like(patches)
-    expected = F.fold(patches.transpose(1, 2), (8, 12), **sizes)
-    torch.testing.assert_close(network._from_patches(patches, 2, 3), expected)
-    one_patch = network._from_patches(patches[:, :1], 1, 1)
-    assert torch.equal(one_patch, patches[:, 0].view(2, 3, side, side)[..., margin:-margin, margin:-margin])
-
-
-def test_a_margin_is_at_most_half_a_patch():
-    with pytest.raises(ValueError, match="must be between 0 and half"):
-        tiny_transformer(patch_size=4, patch_margin=3)
-
-
 def test_convolutions_see_across_the_borders_of_patches():
     """Without layers, a patch depends on itself alone; with convolutions, on the pixels of its neighbours too."""
     noisy = torch.randn(1, 3, 8, 8)
@@ -96,10 +75,9 @@ def test_the_last_convolution_is_not_in_half_precision():
     assert not torch.equal(predicted, predicted.bfloat16().float())
 
 
-@pytest.mark.parametrize("options", [{"patch_size": 1}, {"patch_size": 2, "patch_margin": 1}])
-def test_convolutions_need_an_even_patch_without_margin(options):
-    with pytest.raises(ValueError, match="needs an even"):
-        tiny_transformer(conv_layers=1, **options)
+def test_convolutions_need_an_even_patch():
+    with pytest.raises(ValueError, match="needs an even `patch_size`, not 1"):
+        tiny_transformer(conv_layers=1, patch_size=1)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm", "unipc"])

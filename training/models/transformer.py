@@ -17,9 +17,6 @@ class TransformerConfig(Options):
 
     patch_size: int = option(8, at_least=1)
     """Side of a patch, in pixels or latent cells; the number of patches decides how long a step takes"""
-    patch_margin: int = option(0, at_least=0)
-    """Number of pixels or cells by which a patch extends over each of its neighbours, at most half of a patch; with a
-    margin, borders between patches are hardly seen"""
     hidden_size: int = option(256, at_least=4)
     """Width of the layers"""
     num_layers: int = option(6, at_least=1)
@@ -37,15 +34,10 @@ class TransformerConfig(Options):
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        if 2 * self.patch_margin > self.patch_size:
-            raise UserError(
-                f"--{prefix}patch_margin {self.patch_margin} is more than half of --{prefix}patch_size, which is "
-                f"{self.patch_size}; at most {self.patch_size // 2} is possible"
-            )
-        if self.conv_layers and (self.patch_size % 2 or self.patch_margin):
+        if self.conv_layers and self.patch_size % 2:
             raise UserError(
                 f"--{prefix}conv_layers {self.conv_layers} needs an even --{prefix}patch_size, which is "
-                f"{self.patch_size}, and --{prefix}patch_margin 0, which is {self.patch_margin}; change one of them"
+                f"{self.patch_size}; set one of them to another number"
             )
         check_multiple(
             f"{prefix}hidden_size", self.hidden_size, f"{prefix}num_attention_heads", self.num_attention_heads
@@ -84,7 +76,6 @@ def build_transformer(
         in_channels=channels + condition_channels,
         out_channels=channels,
         patch_size=config.patch_size,
-        patch_margin=config.patch_margin,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         num_attention_heads=config.num_attention_heads,
