@@ -117,8 +117,10 @@ class Completion:
             if saved and name not in free:
                 # An option that did not exist when the run began keeps its default.
                 self.decide(name, get_saved(saved, name, get_option(self.config, name)))
+            elif self.origin and name.startswith(_OF_ORIGIN):  # the initial weights need their own network
+                self.decide(name, get_saved(self.origin, name, get_option(self.config, name)))
             else:
-                self.decide(name, get_saved(self.origin, name, value) if name.startswith(_OF_ORIGIN) else value)
+                self.decide(name, value)
         return chosen
 
     def decide_output_dir(self, path: str) -> None:

@@ -76,6 +76,11 @@ def _network(run: Completion) -> Iterator[Row]:
         yield _row(run, "patches", "transformer.patch_size", why, patches)
         shape = f"width {config.transformer.hidden_size}, {config.transformer.num_layers} layers"
         yield _row(run, "size", "transformer.hidden_size", "the usual one", shape)
+        layers = config.transformer.conv_layers
+        why = "they smooth the borders between patches" if layers else "patches of an even side have some"
+        yield _row(
+            run, "convolutions", "transformer.conv_layers", why, f"{layers} after the layers" if layers else "none"
+        )
     else:
         yield "samples", f"{run.cells} × {run.cells}", "pixels" if on_pixels else "cells of the latents"
         why = f"fits {run.cells} × {run.cells} samples on the device {get_device().type}"
