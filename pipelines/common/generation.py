@@ -264,8 +264,7 @@ class UNetSamplingMixin(SamplersByName):
             self._num_timesteps = len(self.scheduler.timesteps)
             if options.callback is not None:
                 name = self._callback_tensor_inputs[0]
-                available = {name: x, **conditions.tensors}
-                chosen = {one: available[one] for one in options.callback_tensor_inputs}
+                chosen = {one: {name: x, **conditions.tensors}[one] for one in options.callback_tensor_inputs}
                 replaced = options.callback(self, step, timestep, chosen)
                 if replaced is not None and not isinstance(replaced, Mapping):
                     raise ValueError(f"`callback_on_step_end` must return a dictionary, but returned {replaced!r}")
@@ -276,10 +275,9 @@ class UNetSamplingMixin(SamplersByName):
                     prepared.clear()
             return x, self._interrupt
 
-        least = float(self.denoiser.config.get("least_noise_level") or 0.0)
         return denoise(
             self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step,
-            least,
+            float(self.denoiser.config.get("least_noise_level") or 0.0),
         )  # fmt: skip
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
