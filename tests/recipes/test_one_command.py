@@ -194,6 +194,10 @@ def test_a_transformer_needs_no_autoencoder():
     Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     tuned = diffusion("--train_data_dir", "pics", "--init_from", config.output_dir)
     assert (tuned.denoiser, tuned.vae, tuned.transformer) == ("transformer", "pixels", config.transformer)
+    earlier = config.to_dict()  # of a version whose transformer had no convolutions
+    assert earlier["transformer"].pop("conv_layers") > 0
+    Path(config.output_dir, "config.yaml").write_text(yaml.safe_dump(earlier), encoding="utf-8")
+    assert diffusion("--train_data_dir", "pics", "--init_from", config.output_dir).transformer.conv_layers == 0
 
 
 @pytest.mark.parametrize("words", [("--crop_scale", "0.5"), ("--center_crop", "false")])
