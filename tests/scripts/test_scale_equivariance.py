@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.models.pixel_autoencoder import PixelAutoencoder
 from tests.conftest import forget_accelerate
-from tests.support.runs import assert_same_state, rows
+from tests.support.runs import assert_same_state, rows, sigterm_in_step
 from training import train_autoencoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
@@ -180,15 +179,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, autoencoder_flags, monk
     """The discriminator starts before the interruption. The column of the loss is in all rows."""
     words = (*autoencoder_flags, *ON, "--adversarial_weight", "0.1", "--discriminator_start", "2")
     assert train(tmp_path / "whole", *words) == 0
-    forward = train_autoencoder.AutoencoderPhase.forward
-
-    def signalled(self, batch, draws):
-        if draws.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(self, batch, draws)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_autoencoder.AutoencoderPhase, "forward", signalled)
+    with sigterm_in_step(5, train_autoencoder.AutoencoderPhase, monkeypatch):
         assert train(tmp_path / "run", *words) == 75
     assert json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())["step"] in (6, 7)
     assert train(tmp_path / "run", *words) == 0

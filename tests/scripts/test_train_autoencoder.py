@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
-from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
+from tests.support.runs import ROOT, assert_same_state, launch, rows, sigterm_in_step, tensors
 from training import train_autoencoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
@@ -88,17 +88,7 @@ def test_latents_have_the_statistics_in_the_config_of_the_model(launched, autoen
 
 def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, autoencoder_flags, monkeypatch):
     """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
-    import signal
-
-    forward = train_autoencoder.AutoencoderPhase.forward
-
-    def signalled(self, batch, draws):
-        if draws.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(self, batch, draws)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_autoencoder.AutoencoderPhase, "forward", signalled)
+    with sigterm_in_step(5, train_autoencoder.AutoencoderPhase, monkeypatch):
         assert train(tmp_path / "run", autoencoder_flags, "--num_train_epochs", "2") == 75
     assert json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())["step"] in (6, 7)
     assert train(tmp_path / "run", autoencoder_flags, "--num_train_epochs", "2") == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
-from tests.support.runs import ROOT, assert_same_state, launch, rows, tensors
+from tests.support.runs import ROOT, assert_same_state, launch, rows, sigterm_in_step, tensors
 from training import train_controlnet, train_decoder, train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
@@ -212,15 +211,7 @@ def test_the_pipeline_draws_here_and_as_remote_code_alike(launched, base, poster
 
 def test_interrupted_in_mid_epoch_and_resumed(tmp_path, launched, flags, monkeypatch):
     """Gradients accumulate over two micro-batches; a SIGTERM arrives in the second step of the second epoch."""
-    forward = train_controlnet.ControlNetPhase.forward
-
-    def signalled(self, batch, draws):
-        if draws.step == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(self, batch, draws)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_controlnet.ControlNetPhase, "forward", signalled)
+    with sigterm_in_step(5, train_controlnet.ControlNetPhase, monkeypatch):
         assert train(tmp_path / "run", flags, "--num_train_epochs", "2") == 75
     assert json.loads((tmp_path / "run/checkpoints/latest/trainer_state.json").read_text())["step"] in (6, 7)
     assert train(tmp_path / "run", flags, "--num_train_epochs", "2") == 0

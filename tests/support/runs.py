@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from training.core.stage import Phase
 from training.run.metrics_log import TIMING_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -91,3 +95,18 @@ def relative_difference(one: Path, other: Path, files: Sequence[str] = ("phase_*
     assert a.keys() == b.keys()
     difference = sum((a[k].double() - b[k].double()).square().sum() for k in a) ** 0.5
     return float(difference / sum(b[k].double().square().sum() for k in b) ** 0.5)
+
+
+@contextmanager
+def sigterm_in_step(step: int, phase: type[Phase], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Context in which a training of this phase gets a SIGTERM in the forward pass of a step."""
+    forward = phase.forward
+
+    def signalled(self, batch, draws):
+        if draws.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch, draws)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(phase, "forward", signalled)
+        yield

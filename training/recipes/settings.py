@@ -21,7 +21,7 @@ MOST_SEARCHED = 5_000
 LATENT_CHANNELS = 16
 # Largest number of patches along a side of the images, or latents, that a transformer denoises.
 MOST_PATCHES = 10
-# Convolutions after the transformer: in ten minutes, three are better than two, one or none (docs/recipes.md).
+# Convolutions after the transformer: after ten minutes on emoji, two or three are better than one or none (docs/LOG.md)
 CONV_LAYERS = 3
 # Where a transformer on pixels denoises by default (docs/recipes.md): it needs no autoencoder, so that all of a short
 # time is its own, and on processors its matrix products are fast. Large images and GPUs have the U-Net.

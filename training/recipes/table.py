@@ -77,7 +77,7 @@ def _network(run: Completion) -> Iterator[Row]:
         shape = f"width {config.transformer.hidden_size}, {config.transformer.num_layers} layers"
         yield _row(run, "size", "transformer.hidden_size", "the usual one", shape)
         layers = config.transformer.conv_layers
-        why = "they smooth the borders between patches" if layers else "patches of an even side have some"
+        why = "they smooth the borders between patches" if layers else "patches of an odd side cannot have them"
         yield _row(
             run, "convolutions", "transformer.conv_layers", why, f"{layers} after the layers" if layers else "none"
         )
