@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ CHECK_SECONDS = 60.0  # after this time without an answer, the Hub counts as unr
 # The client waits for an answer without a limit. A request that takes this long is given up, and the upload is retried.
 REQUEST_SECONDS = 300.0
 POLL_SECONDS = 0.1
+FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def read_token(path: str) -> str:
@@ -195,8 +197,9 @@ def answer(call: Callable[[], T], seconds: float = CHECK_SECONDS) -> T:
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether a retry cannot help: no permission, no repository, or content that the Hub rejects."""
-    return status_of(error) in (400, 401, 403, 404, 413, 422) or isinstance(error, (ValueError, TypeError))
+    """Return whether a retry cannot help: no permission or repository, content that the Hub rejects, a full disk."""
+    is_full = isinstance(error, OSError) and error.errno in FULL_DISK
+    return is_full or status_of(error) in (400, 401, 403, 404, 413, 422) or isinstance(error, (ValueError, TypeError))
 
 
 def status_of(error: BaseException) -> int | None:
