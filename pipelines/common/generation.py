@@ -9,6 +9,7 @@ This file is shipped inside published pipelines.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .checks import (
     check_tensor,
 )
 from .guidance import WHOLE_INTERVAL, check_guidance_interval, guided_timesteps
-from .sampling import denoise, guided
+from .sampling import denoise, guided, restarted
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
 
 
@@ -242,13 +243,13 @@ class UNetSamplingMixin(SamplersByName):
         guided_at_start = self.do_classifier_free_guidance
         in_interval = guided_timesteps(self._own_scheduler, self.config.prediction_type, options.guidance_interval)
 
-        def guided_prediction(x: Tensor, timestep: Any) -> Tensor:
+        def guided_prediction(x: Tensor, timestep: Any, may_guide: bool = True) -> Tensor:
             if self.do_classifier_free_guidance and not guided_at_start:
                 raise ValueError(
                     f"`callback_on_step_end` set the guidance scale to {self._guidance_scale}, but sampling began "
                     "without guidance; call the pipeline with a `guidance_scale` above 1"
                 )
-            guides = self._guidance_scale > 1 and in_interval(timestep)
+            guides = may_guide and self._guidance_scale > 1 and in_interval(timestep)
             scale = self._guidance_scale if guides and self.do_classifier_free_guidance else None
             model_input = x if scale is None else torch.cat([x, x])
             rows = len(model_input)
@@ -261,24 +262,35 @@ class UNetSamplingMixin(SamplersByName):
             return guided(prediction, scale)
 
         def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
-            self._num_timesteps = len(self.scheduler.timesteps)
-            if options.callback is not None:
-                name = self._callback_tensor_inputs[0]
-                chosen = {one: {name: x, **conditions.tensors}[one] for one in options.callback_tensor_inputs}
-                replaced = options.callback(self, step, timestep, chosen)
-                if replaced is not None and not isinstance(replaced, Mapping):
-                    raise ValueError(f"`callback_on_step_end` must return a dictionary, but returned {replaced!r}")
-                replaced = replaced or {}
-                check_tensor(name, replaced.get(name, x), x.shape)
-                x = replaced.get(name, x)
-                if conditions.replace(replaced):
-                    prepared.clear()
+            x, replaced = self._called_back(options, conditions, step, timestep, x)
+            if replaced:
+                prepared.clear()
             return x, self._interrupt
 
-        return denoise(
+        config = self.denoiser.config
+        x = denoise(
             self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step,
-            float(self.denoiser.config.get("least_noise_level") or 0.0),
+            float(config.get("least_noise_level") or 0.0),
         )  # fmt: skip
+        levels = () if self._interrupt else config.get("restart_levels") or ()
+        predict_plainly = partial(guided_prediction, may_guide=False)
+        return restarted(x, levels, predict_plainly, self._own_scheduler.config.num_train_timesteps, options.generators)
+
+    def _called_back(
+        self, options: SamplingOptions, conditions: Conditions, step: int, timestep: Any, x: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Call the callback after a step; return the samples, and whether it has replaced a condition."""
+        self._num_timesteps = len(self.scheduler.timesteps)
+        if options.callback is None:
+            return x, False
+        name = self._callback_tensor_inputs[0]
+        chosen = {one: {name: x, **conditions.tensors}[one] for one in options.callback_tensor_inputs}
+        replaced = options.callback(self, step, timestep, chosen)
+        if replaced is not None and not isinstance(replaced, Mapping):
+            raise ValueError(f"`callback_on_step_end` must return a dictionary, but returned {replaced!r}")
+        replaced = replaced or {}
+        check_tensor(name, replaced.get(name, x), x.shape)
+        return replaced.get(name, x), conditions.replace(replaced)
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Return the result of a call for `images` (B 3 H W in [-1, 1]); output type "latent" leaves them unchanged."""

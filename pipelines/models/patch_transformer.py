@@ -21,6 +21,7 @@ several times faster than in float32.
 This file is shipped beside the weights of published models, so it imports no other file of Halftone.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -162,6 +163,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         conv_width: channels of these convolutions.
         least_noise_level: noise level (0 to 1) below which the model has hardly been trained. Pipelines call it at no
             lower one, and end with the clean sample that it predicts there.
+        restart_levels: noise levels (0 to 1) from which pipelines denoise a finished sample again, in this order.
     """
 
     _supports_gradient_checkpointing = True
@@ -185,6 +187,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         conv_layers: int = 0,
         conv_width: int = 64,
         least_noise_level: float = 0.0,
+        restart_levels: Sequence[float] = (),
     ):
         super().__init__()
         if conv_layers and patch_size % 2:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipelines.common.latents import decode_latents, encode_latents, latent_shape
+from pipelines.common.sampling import restarted
 from pipelines.common.schedulers import sampling_scheduler, training_scheduler
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models import patch_transformer
@@ -110,6 +111,46 @@ def test_models_without_a_least_noise_level_are_sampled_to_the_end():
     pipeline("red", guidance_scale=1.0, num_inference_steps=10)
     assert len(calls) == 10
     assert min(calls) < 10
+
+
+def test_what_a_network_predicts_in_proportion_to_the_noise_is_gone_after_a_restart():
+    """A network that predicts half of what it sees leaves half of the clean share of its input, and no noise."""
+    x = torch.rand(2, 3, 8, 8)
+    levels: list[float] = []
+
+    def flow(noisy, timestep):
+        levels.append(float(timestep) / 1000)
+        return (noisy - noisy / 2) / levels[-1]
+
+    clean = restarted(x, (0.3, 0.1), flow, 1000, None)
+    torch.testing.assert_close(clean, x * 0.35 * 0.45)
+    assert levels == pytest.approx([0.3, 0.3, 0.1, 0.1])
+
+
+def test_a_finished_image_is_denoised_again_without_guidance():
+    plain, pipeline = pixel_pipeline(), pixel_pipeline(restart_levels=(0.4, 0.2))
+    pipeline.transformer.load_state_dict(plain.transformer.state_dict())
+    calls, forward = [], pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *a, **k: (calls.append((len(a[0]), float(a[1]))), forward(*a, **k))[1]
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+    both = pipeline(["red", "blue"], generator=5, **options).images
+    assert calls[3:] == [(2, 400.0), (2, 400.0), (2, 200.0), (2, 200.0)]
+    assert [rows for rows, _ in calls[:3]] == [4, 4, 4]
+    torch.testing.assert_close(pipeline("blue", generator=6, **options).images[0], both[1], rtol=0, atol=1e-4)
+    assert (plain(["red", "blue"], generator=5, **options).images - both).abs().max() > 1e-3
+
+
+def test_an_interrupted_image_is_not_denoised_again():
+    pipeline = pixel_pipeline(restart_levels=(0.4, 0.2))
+    calls, forward = [], pipeline.transformer.forward
+    pipeline.transformer.forward = lambda *a, **k: (calls.append(float(a[1])), forward(*a, **k))[1]
+
+    def stop(pipeline, step, timestep, tensors):
+        pipeline._interrupt = True
+        return tensors
+
+    pipeline("red", guidance_scale=1.0, num_inference_steps=5, callback_on_step_end=stop)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.5, 0.01])

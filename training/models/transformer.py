@@ -10,6 +10,8 @@ from pipelines.tools.cli import UserError
 from training.core.checks import check_multiple
 from training.core.options import Options, option
 
+MOST_RESTART_LEVEL = 0.5
+
 
 @dataclass
 class TransformerConfig(Options):
@@ -86,4 +88,15 @@ def build_transformer(
         num_train_timesteps=num_train_timesteps,
         conv_layers=config.conv_layers,
         least_noise_level=least_noise_level if config.predicts_sample else 0.0,
+        restart_levels=restart_levels(least_noise_level) if config.predicts_sample else (),
     )
+
+
+def restart_levels(least_noise_level: float) -> tuple[float, ...]:
+    """Return the noise levels from which finished samples are denoised again; none without a least noise level.
+
+    The lowest is the least one of the training, where details become final. Above 0.5, a restart would change what is
+    in an image.
+    """
+    levels = (3 * least_noise_level, 2 * least_noise_level, least_noise_level)
+    return tuple(round(level, 4) for level in levels if 0 < level <= MOST_RESTART_LEVEL)
