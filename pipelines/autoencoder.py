@@ -23,6 +23,7 @@ from .common.latents import (
     latent_shape,
     posterior_moments,
 )
+from .common.pixels import to_rgb
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
@@ -186,10 +187,10 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
             found = ", ".join(sorted({type(image).__name__ for image in images})) or "empty"
             raise ValueError(f"`images` must be PIL images, an array or a tensor, but is {found}")
         if kinds == {Image.Image}:
+            images = [to_rgb(image) for image in images]
             sizes = {image.size for image in images}
             if len(sizes) > 1:
                 raise ValueError(f"`images` must all have the same size, but have {sorted(sizes)} (width, height)")
-            images = [image.convert("RGB") for image in images]
         elif any(image.ndim not in (3, 4) or image.size == 0 for image in images):
             raise ValueError(f"`images` must have 3 or 4 dimensions, but have {[tuple(i.shape) for i in images]}")
         first = images[0]

@@ -1,4 +1,4 @@
-"""Converts PIL images to pixel tensors for networks.
+"""Converts PIL images to pixel tensors for networks: upright, in sRGB, with 8 bits.
 
 Shapes: C channels, H W pixels.
 
@@ -7,10 +7,20 @@ This file is shipped inside published pipelines, so it imports no other file of 
 
 from __future__ import annotations
 
+import functools
+import io
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
+
+ORIENTATION = 0x0112  # the EXIF tag
+# Modes whose colours a profile describes directly; images of all other modes are converted to RGB before.
+PROFILE_MODES = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}
+PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
+# Profiles of sRGB differ in the rounding of their tables. A profile that changes no colour by more is one of sRGB.
+SRGB_TOLERANCE = 1
 
 
 def pixel_channels(*images: Image.Image) -> Tensor:
@@ -19,21 +29,130 @@ def pixel_channels(*images: Image.Image) -> Tensor:
     return torch.from_numpy(channels_last).movedim(2, 0)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned and mirrored as its EXIF orientation says, without that tag.
+
+    Nothing else may apply the orientation or derive a size from the tag: some decoders (TIFF) turn their images
+    themselves when the pixels are decoded.
+    """
+    image.load()
+    return ImageOps.exif_transpose(image) if turned(image) else image  # `exif_transpose` copies an upright image
+
+
+def turned(image: Image.Image) -> int:
+    """Return the EXIF orientation of a decoded image, or 0 if it is upright; above 4, `upright` swaps its sides."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    return orientation if orientation in range(2, 9) else 0
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB, as training does: on white if transparent, scaled if 16-bit or float grey."""
-    if image.mode == "RGB" and not image.has_transparency_data:
+    """Convert an image of any kind to 8-bit RGB, as training does.
+
+    EXIF orientation is applied, colours are converted from the embedded profile to sRGB, transparent pixels are blended
+    with white, and 16-bit or float grey values are scaled.
+
+    Raises:
+        ValueError: float pixels are not finite.
+    """
+    image = in_srgb(upright(image))
+    if image.mode == "RGB":
         return image
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """Convert an upright image of any mode to 8-bit sRGB: to RGBA if it has transparent pixels, otherwise to RGB.
+
+    A profile that is damaged, or made for another kind of image than this one, is ignored. Alpha is never converted.
+
+    Raises:
+        ValueError: float pixels are not finite.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep_gray(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layers = image.convert("RGBA")
-    white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layers).convert("RGB")
+        image = _from_deep_gray(image)
+    transparent = image.has_transparency_data
+    if image.mode == "LAB":
+        profile = _lab_profile()
+    converted = _converted(image, profile) if profile else None
+    if not transparent:
+        colors = converted or (image if image.mode == "RGB" else image.convert("RGB"))
+    else:
+        colors = image.convert("RGBA")
+        if converted:
+            converted.putalpha(colors.getchannel("A"))
+            colors = converted
+    return colors
+
+
+def _converted(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """Return an image's colours in sRGB, as RGB; None if they are in sRGB already, or the profile is unusable."""
+    mode = PROFILE_MODES.get(image.mode, "RGB")
+    transform = _transform(profile, mode)
+    if transform is None:
+        return None
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # Pillow warns of a palette with transparency that becomes RGB at once
+    converted = transform.apply(image if image.mode == mode else image.convert(mode))
+    converted.info.pop("icc_profile", None)  # images without a profile are in sRGB
+    return converted
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of colours in `mode` to sRGB, or None if there is nothing to convert (see `_converted`).
+
+    It is relative colorimetric with black point compensation: white and black stay white and black, and colours that
+    sRGB has keep their appearance.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != PROFILE_SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        sample = _sample(mode)
+        if sample is not None:
+            before = np.asarray(sample.convert("RGB"), dtype=np.int16)
+            after = np.asarray(transform.apply(sample), dtype=np.int16)
+            if np.abs(after - before).max() <= SRGB_TOLERANCE:
+                return None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    return transform
+
+
+def _sample(mode: str) -> Image.Image | None:
+    """Return an image with colours from the whole range of a mode that sRGB can have; None for other modes."""
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    if mode != "RGB":
+        return None
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3))
+
+
+@functools.cache
+def _lab_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+def require_finite(image: Image.Image) -> None:
+    """Raise a ValueError if float pixels of a decoded image are not finite."""
+    if image.mode == "F" and (count := int((~np.isfinite(np.asarray(image))).sum())):
+        raise ValueError(f"{count:,} of its {image.width * image.height:,} pixels are not finite numbers (NaN or inf)")
 
 
 def _from_deep_gray(image: Image.Image) -> Image.Image:
-    """Convert 16-bit, 32-bit or float grey to RGB. Pillow's `convert` clips them at 255, which turns scans white."""
+    """Convert 16-bit, 32-bit or float grey to 8 bits. Pillow's `convert` clips them at 255, which turns scans white."""
+    require_finite(image)
     values = np.asarray(image)
     brightest = values.max(initial=0)
     if image.mode == "F":
@@ -43,4 +162,4 @@ def _from_deep_gray(image: Image.Image) -> Image.Image:
     gray = np.empty(values.shape, np.uint8)
     for place, row in zip(gray, values):  # row by row, because float64 takes eight bytes per pixel
         place[:] = np.clip(row.astype(np.float64) * scale + 0.5, 0, 255)
-    return Image.fromarray(gray).convert("RGB")
+    return Image.fromarray(gray)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ..common.pixels import to_rgb, upright
 from .cli import UserError
 from .files import read_image
 
@@ -54,7 +55,7 @@ def open_controls(files: Sequence[str]) -> list[ControlFile]:
         UserError: If a file does not exist or is not an image.
     """
     images = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
-    return [ControlFile(file, ImageOps.exif_transpose(image)) for file, image in zip(files, images)]
+    return [ControlFile(file, upright(image)) for file, image in zip(files, images)]
 
 
 def controls_of(
@@ -124,6 +125,4 @@ def _resized(file: ControlFile, kind: str, height: int, width: int) -> Image.Ima
     print(f"{name} is {size} pixels; it is scaled to {width}×{height}.")
     if kind != "image":
         return image.resize((width, height), Image.Resampling.NEAREST)
-    if image.mode in ("1", "P"):  # Pillow resizes these modes with nearest neighbour only
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)

@@ -15,6 +15,7 @@ from typing import IO
 
 from PIL import Image
 
+from ..common.pixels import require_finite
 from .cli import UserError, one_line
 
 # Formats whose decoders are part of Pillow and read pixels only. Not among them are EPS, for which Pillow runs
@@ -98,10 +99,11 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
         name: Name of the file in error messages; None is its path.
 
     Raises:
-        UserError: If the file does not exist, is not an image, or is damaged.
+        UserError: If the file does not exist, is not an image, is damaged, or has float pixels that are not finite.
     """
     with _image_errors(name or str(path)), open_image_file(path) as image:
         image.load()
+        require_finite(image)
         return image
 
 

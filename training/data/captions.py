@@ -36,7 +36,7 @@ from training.data.tokenization import (
     train_suitable_tokenizer,
     unknown_words_advice,
 )
-from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor, upright_size
+from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, to_tensor, verify_image
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,10 +105,9 @@ class CaptionedImages(ImageDataset):
         ratios = []
         for row in evenly_spaced(len(self), ASPECT_IMAGES):
             try:
-                image = open_image(self.dataset[row][self.config.image_column])
+                width, height = verify_image(self.dataset[row][self.config.image_column])
             except BrokenImage:
                 continue  # --on_bad_sample decides what happens with this row when it is trained on
-            width, height = upright_size(image)
             ratios.append(width / height)
         return round(statistics.median(ratios), 3) if ratios else 1.0
 

@@ -43,7 +43,7 @@ from training.data.transforms import (
     apply_geometry,
     crop_geometry,
     decoded,
-    open_image,
+    load_upright,
     pick_caption,
     to_tensor,
     verify_image,
@@ -410,7 +410,7 @@ def decoded_rows(dataset: Dataset, config: DataConfig, at_most: int) -> list[dic
     for number, row in enumerate(rows):
         for name in images:
             try:
-                row[name] = decoded(row, name, open_image)
+                row[name] = decoded(row, name, load_upright)
             except BadSample as bad:
                 raise UserError(f"row {number} of {config.source}, column '{name}': {bad}; fix or remove it") from None
     return rows

@@ -27,6 +27,7 @@ from training.data.transforms import (
     apply_geometry,
     byte_tensor,
     decoded,
+    load_upright,
     open_image,
     require_size,
     to_tensor,
@@ -114,7 +115,7 @@ class PosterDataset(ImageDataset):
         geometry = self._crop(poster, key)
         maps = {}
         for name in MAP_COLUMNS:
-            stored = decoded(row, name, open_image)
+            stored = decoded(row, name, load_upright)
             require_size(stored, poster.size, name)
             cut = apply_geometry(stored.convert("L"), geometry, resolution, "nearest")
             maps[name] = byte_tensor(cut)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipelines.common.pixels import to_rgb
+from pipelines.common.pixels import require_finite, to_rgb, turned, upright
 from pipelines.tools.files import open_image_file
 from training.core.draws import mix
 
@@ -26,8 +26,7 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Increase it whenever this file produces other pixels than before: older latent caches are then refused.
-TRANSFORM_VERSION = 1
-ORIENTATION = 0x0112  # the EXIF tag
+TRANSFORM_VERSION = 2
 
 
 class BrokenImage(Exception):
@@ -128,20 +127,31 @@ def open_image(source: Any) -> Image.Image:
 
 
 def load_rgb(source: Any) -> Image.Image:
-    """Decode `source` (see `open_image`) into an upright 8-bit RGB image.
+    """Decode `source` (see `open_image`) into an upright 8-bit RGB image, in sRGB.
 
-    EXIF orientation is applied, transparent pixels are blended with white, 16-bit and float images are scaled to 8
-    bits, palette and CMYK images are converted, and the first frame of an animation is used.
+    EXIF orientation is applied, colours are converted from an embedded profile to sRGB, transparent pixels are blended
+    with white, 16-bit and float images are scaled to 8 bits, palette and CMYK images are converted, and the first frame
+    of an animation is used.
+
+    Raises:
+        BrokenImage: the image cannot be decoded completely, or has pixels that are not finite.
+    """
+    return _loaded(source, to_rgb)
+
+
+def load_upright(source: Any) -> Image.Image:
+    """Decode `source` (see `open_image`) into an upright image whose pixels keep their values, such as class ids.
 
     Raises:
         BrokenImage: the image cannot be decoded completely.
     """
+    return _loaded(source, upright)
+
+
+def _loaded(source: Any, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     image = open_image(source)
     try:
-        image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:  # `exif_transpose` copies an upright image
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
+        return convert(image)
     except Exception as error:  # Pillow's decoders raise many types for damaged files, from struct.error to IndexError
         raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
 
@@ -152,23 +162,28 @@ def verify_image(source: Any) -> tuple[int, int]:
     `Image.verify` does not notice a truncated JPEG; decoding at an eighth of the size still reads every byte.
 
     Raises:
-        BrokenImage: the image cannot be decoded completely.
+        BrokenImage: the image cannot be decoded completely, or has pixels that are not finite.
     """
     image = open_image(source)
+    full_size = image.size
     try:
-        size = upright_size(image)
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-        image.load()
+        size = upright_size(image, full_size)
+        require_finite(image)
     except Exception as error:  # as in load_rgb
         raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
     return size
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) of an opened image after its EXIF orientation is applied."""
-    width, height = image.size
-    turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+def upright_size(image: Image.Image, full_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Decode an opened image, and return the (width, height) that it has after `upright`.
+
+    Args:
+        full_size: the size that it was opened with, if it is decoded at a smaller one (`Image.draft`).
+    """
+    image.load()  # only then is it known which decoders have turned the image themselves
+    width, height = full_size or image.size
+    return (height, width) if turned(image) > 4 else (width, height)
 
 
 def decoded(row: Mapping[str, Any], column: str, read: Callable[[Any], Image.Image] = load_rgb) -> Image.Image:
