@@ -251,7 +251,7 @@ def precompute(config: PrecomputeConfig) -> None:
     """Encode the missing shards of the cache that are the share of this process."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
     device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    vae = load_vae(config.vae)
+    vae = load_vae(config.vae, config.image_mode)
     shape = _latent_shape(vae, config)
     facts, works = _plan(config, vae, shape)
     _make_room(config, facts, works)

@@ -1,6 +1,12 @@
-"""Converts PIL images to pixel tensors for networks: upright, in sRGB, with 8 bits.
+"""Converts PIL images to pixel tensors for networks (upright, in sRGB, with 8 bits), and alpha back from them.
 
-Shapes: C channels, H W pixels.
+Networks see a transparent image as four channels: its colours blended with white, and alpha. The colour of a pixel
+that is fully transparent is undefined, and files have anything there; blended, it is white. What is nearly transparent
+counts little in a loss, as it does for the eye. The first three channels are what the image is without alpha, so that
+errors of the image on any background are sums of errors of the channels, and are not divided by a small alpha.
+PIL images, arrays and tensors that users see have their own colours as usual (straight alpha).
+
+Shapes: B images, C channels, H W pixels.
 
 This file is shipped inside published pipelines, so it imports no other file of Halftone.
 """
@@ -23,10 +29,44 @@ PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
 SRGB_TOLERANCE = 1
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""The mode of Pillow for each number of channels of a model's images"""
+LEAST_ALPHA = 0.5 / 255  # less becomes 0 in a file
+
+
 def pixel_channels(*images: Image.Image) -> Tensor:
     """Return the channels of 8-bit images of one size, one image after another, as C H W, uint8."""
     channels_last = np.concatenate([np.atleast_3d(np.array(image, dtype=np.uint8)) for image in images], axis=2)
     return torch.from_numpy(channels_last).movedim(2, 0)
+
+
+def image_channels(image: Image.Image) -> Tensor:
+    """Return an RGB, RGBA or grey image as networks see it: C H W, uint8, with the colours of RGBA on white."""
+    if image.mode != "RGBA":
+        return pixel_channels(image)
+    return pixel_channels(on_white(image), image.getchannel("A"))
+
+
+def blended(images: Tensor) -> Tensor:
+    """Blend images with straight alpha (B 4 H W in [-1, 1]) with white; images without alpha are left unchanged."""
+    if images.shape[-3] != 4:
+        return images
+    colors, alpha = images[..., :3, :, :], images[..., 3:, :, :]
+    opacity = (alpha.clamp(-1, 1) + 1) / 2
+    return torch.cat([1 - (1 - colors) * opacity, alpha], dim=-3)
+
+
+def straight(images: Tensor) -> Tensor:
+    """Return images with straight alpha from blended ones (B 4 H W in [-1, 1]), the inverse of `blended`.
+
+    Pixels that are fully transparent are white. Images without alpha are left unchanged.
+    """
+    if images.shape[-3] != 4:
+        return images
+    colors, alpha = images[..., :3, :, :], images[..., 3:, :, :]
+    opacity = (alpha.clamp(-1, 1) + 1) / 2
+    own = 1 - (1 - colors) / opacity.clamp(min=LEAST_ALPHA)
+    return torch.cat([torch.where(opacity < LEAST_ALPHA, 1.0, own).clamp(-1, 1), alpha], dim=-3)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -55,8 +95,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: float pixels are not finite.
     """
     image = in_srgb(upright(image))
-    if image.mode == "RGB":
-        return image
+    return image if image.mode == "RGB" else on_white(image)
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image of any kind to 8-bit "RGB", "RGBA" or "L", as `to_rgb` does; only RGBA keeps transparency.
+
+    Raises:
+        ValueError: float pixels are not finite.
+    """
+    if mode == "RGBA":
+        return in_srgb(upright(image)).convert("RGBA")
+    image = to_rgb(image)
+    return image if mode == "RGB" else image.convert(mode)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Blend an RGBA image with white."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 

@@ -107,7 +107,7 @@ def test_grey_profiles_are_applied(mode: str):
     expected = 255 * srgb_value((values / 255.0) ** 1.5)[..., None].repeat(3, -1)
     read = load_rgb(encoded(image, "TIFF", icc_profile=grey_profile(1.5)))
     assert np.abs(expected[..., 0] - values).max() > 30
-    assert deviation(read, expected) <= 1.5
+    assert deviation(read, expected) <= 2.5
 
 
 def test_cmyk_profiles_are_applied():
@@ -182,7 +182,7 @@ def test_pipelines_read_images_as_training_does(name: str):
     image = odd_images()[name]
     trained = load_rgb(odd_images()[name])
     assert trained.size == (24, 16)
-    assert torch.equal(AutoencoderPipeline(tiny_vae())._pixels(image)[0], to_tensor(trained))
+    assert torch.allclose(AutoencoderPipeline(tiny_vae())._pixels(image)[0], to_tensor(trained), atol=1e-6)
     assert torch.equal(fitted(image, 16, "crop"), to_tensor(trained.crop((4, 0, 20, 16))))
     reader = LayoutAnalysisPipeline(LayoutEncoderModel(block_out_channels=(8, 16), patch_size=2, sample_size=32))
     assert reader.check_inputs(image, None)[0].tobytes() == trained.tobytes()

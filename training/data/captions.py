@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class CaptionDataConfig(DataConfig):
     """Source of images with captions, and how both are read."""
 
     help_group = "Data"
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb",)
 
     validation_fraction: float = option(0.1, at_least=0, below=1)
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""

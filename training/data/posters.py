@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class PosterDataConfig(DataConfig):
     """Source of the posters, and how they are augmented in training."""
 
     help_group = "Data"
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb",)
 
     photometric_augmentation: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of random brightness, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 disables

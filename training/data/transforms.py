@@ -1,4 +1,4 @@
-"""Conversion of any image file to a square RGB tensor: decoding, cropping and flipping (Pillow and NumPy).
+"""Conversion of any image file to a square tensor: decoding, cropping and flipping (Pillow and NumPy).
 
 H W source pixels, R training resolution. Everything random here (crop, flip, choice of a caption) is a pure function of
 the sample's key, so that the order of calls, the number of workers and resuming change nothing.
@@ -6,6 +6,7 @@ the sample's key, so that the order of calls, the number of workers and resuming
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.common.pixels import require_finite, to_rgb, turned, upright
+from pipelines.common.pixels import image_channels, require_finite, to_mode, to_rgb, turned, upright
 from pipelines.tools.files import open_image_file
 from training.core.draws import mix
 
@@ -27,6 +28,8 @@ RESAMPLING = {
 }
 # Increase it whenever this file produces other pixels than before: older latent caches are then refused.
 TRANSFORM_VERSION = 2
+CHANNELS = {"rgb": 3, "rgba": 4, "l": 1}  # of the images of each `--image_mode`
+_CONVERSIONS = {mode: functools.partial(to_mode, mode=mode.upper()) for mode in ("rgba", "l")}
 
 
 class BrokenImage(Exception):
@@ -139,6 +142,15 @@ def load_rgb(source: Any) -> Image.Image:
     return _loaded(source, to_rgb)
 
 
+def load_mode(mode: str) -> Callable[[Any], Image.Image]:
+    """Return the function that decodes a source as `load_rgb` does, into an image of `--image_mode`.
+
+    Args:
+        mode: "rgb", "rgba" (transparency is kept) or "l" (grey).
+    """
+    return load_rgb if mode == "rgb" else functools.partial(_loaded, convert=_CONVERSIONS[mode])
+
+
 def load_upright(source: Any) -> Image.Image:
     """Decode `source` (see `open_image`) into an upright image whose pixels keep their values, such as class ids.
 
@@ -216,12 +228,15 @@ def byte_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Convert an RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
-    return from_bytes(byte_tensor(image))
+    """Convert an image of H × W pixels to a float32 tensor C H W in [-1, 1]: C is 3 (RGB), 1 (grey), or 4.
+
+    The colours of an RGBA image are blended with white; `pipelines.common.pixels` says why.
+    """
+    return from_bytes(byte_tensor(image) if image.mode == "RGB" else image_channels(image))
 
 
 def from_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert the pixels of an 8-bit image, uint8 3 H W, to float32 in [-1, 1]."""
+    """Convert the pixels of an 8-bit image, uint8 C H W, to float32 in [-1, 1]."""
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
 
 

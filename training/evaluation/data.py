@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pipelines.common.latents import image_channels_of
+from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
 from pipelines.tools.private import expand_home
@@ -39,6 +41,7 @@ from training.data.images import (
     transform_fingerprint,
 )
 from training.data.records import cache_file
+from training.data.transforms import CHANNELS
 from training.metrics.features import FeatureExtractor
 from training.metrics.generators import ImageGenerator, native_resolution
 from training.metrics.images import to_pil
@@ -100,9 +103,9 @@ class RealImages:
             yield self.images(range(start, min(start + BATCH, len(self))))
 
     def images(self, places: Sequence[int]) -> list[Image.Image]:
-        """Return the images at these places of `rows`."""
+        """Return the images at these places of `rows`, in RGB; transparent ones are blended with white."""
         items = self.data.__getitems__([SampleKey(self.rows[place], 0) for place in places])
-        return [to_pil(item["pixel_values"]) for item in items]
+        return [to_rgb(to_pil(item["pixel_values"])) for item in items]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -300,6 +303,9 @@ def _data_config(
     resolution = native_resolution(generator.pipeline) if generator is not None else None
     if config.resolution is None and resolution is not None:
         chosen["resolution"] = resolution
+    if generator is not None and generator.takes_images:
+        modes = {channels: mode for mode, channels in CHANNELS.items()}
+        chosen["image_mode"] = modes[image_channels_of(generator.pipeline.vae)]
     if generator is not None and stretches:
         chosen["image_fit"] = generator.pipeline.config.image_fit
     # Real images are cropped at their centre and not mirrored, so that the same images are the same in any run.
