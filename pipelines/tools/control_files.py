@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from ..common.pixels import to_rgb, upright
 from .cli import UserError
 from .files import read_image
 
@@ -54,6 +53,8 @@ def open_controls(files: Sequence[str]) -> list[ControlFile]:
     Raises:
         UserError: If a file does not exist or is not an image.
     """
+    from ..common.pixels import upright
+
     images = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
     return [ControlFile(file, upright(image)) for file, image in zip(files, images)]
 
@@ -113,6 +114,8 @@ def _tensor(config: Any, files: Sequence[ControlFile], height: int, width: int) 
 
 def _resized(file: ControlFile, kind: str, height: int, width: int) -> Image.Image:
     """Resize a control image to the size of the generated images; class ids and masks keep their exact values."""
+    from ..common.pixels import to_rgb
+
     name, image = file
     if image.size == (width, height):
         return image

@@ -15,7 +15,6 @@ from typing import IO
 
 from PIL import Image
 
-from ..common.pixels import require_finite
 from .cli import UserError, one_line
 
 # Formats whose decoders are part of Pillow and read pixels only. Not among them are EPS, for which Pillow runs
@@ -103,7 +102,10 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
     """
     with _image_errors(name or str(path)), open_image_file(path) as image:
         image.load()
-        require_finite(image)
+        if image.mode == "F":
+            from ..common.pixels import require_finite  # imports PyTorch, for which other errors need not wait
+
+            require_finite(image)
         return image
 
 

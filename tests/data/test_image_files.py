@@ -15,7 +15,7 @@ from PIL import Image
 from data_scripts.duplicates.prints import verified_print
 from pipelines.autoencoder import AutoencoderPipeline
 from pipelines.common.control_images import control_tensor
-from pipelines.common.pixels import to_rgb
+from pipelines.common.pixels import blended, straight, to_rgb
 from pipelines.image_caption import fitted
 from pipelines.layout_analysis import LayoutAnalysisPipeline
 from pipelines.models.layout_encoder import LayoutEncoderModel
@@ -37,6 +37,7 @@ from training.data.checks import require_clean
 from training.data.companions import ClassControl, ControlImage, SegmentationMask
 from training.data.images import DataConfig, ImageDataset, load_split
 from training.data.transforms import load_rgb, to_tensor, verify_image
+from training.metrics.images import to_pil
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> dict:
@@ -225,3 +226,70 @@ def test_pixels_that_are_not_finite_are_an_error_that_names_the_row(tmp_path: Pa
         require_clean(data)
     with pytest.raises(UserError, match=r"2\.tif cannot be read as an image \(2 of its 256 pixels"):
         read_image(tmp_path / "2.tif")
+
+
+# --- grey and transparent images -------------------------------------------------------------------------------------
+
+
+def soft_disc(side: int = 16) -> Image.Image:
+    """An image whose alpha takes all kinds of values, with noise below."""
+    random = np.random.default_rng(1)
+    x, y = np.meshgrid(np.arange(side), np.arange(side))
+    alpha = np.clip(255 * (1.4 - np.hypot(x - side / 2, y - side / 2) / (side / 3)), 0, 255).astype(np.uint8)
+    image = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def items(folder: Path, mode: str, **settings: Any) -> torch.Tensor:
+    config = DataConfig(train_data_dir=str(folder), validation_fraction=0, image_mode=mode, **settings)  # type: ignore[arg-type]
+    data = ImageDataset(load_split(config, "train", 0), config, captions=False)
+    first = data[SampleKey(0, 0)]["pixel_values"]
+    assert torch.equal(data[SampleKey(0, 0)]["pixel_values"], first), "from memory as from the file"
+    return first
+
+
+def test_the_modes_of_images_in_training(tmp_path: Path):
+    image = soft_disc()
+    image.save(tmp_path / "a.png", icc_profile=p3_profile())
+    white = items(tmp_path, "rgb", resolution=16)
+    clear = items(tmp_path, "rgba", resolution=16)
+    grey = items(tmp_path, "l", resolution=16)
+    assert [len(one) for one in (white, clear, grey)] == [3, 4, 1]
+    assert torch.equal(clear[:3], white), "the colours are blended with white"
+    alpha = np.asarray(image.getchannel("A"))
+    assert np.array_equal(((clear[3].double() + 1) * 127.5).round().numpy(), alpha)
+    assert (clear[:3, torch.from_numpy(alpha == 0)] == 1).all()
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    assert (grey[0] - (white * weights[:, None, None]).sum(0)).abs().max() <= 1.01 * 2 / 255
+
+
+@pytest.mark.parametrize("settings", [{"resolution": 8}, {"resolution": 8, "center_crop": False}, {"crop_scale": 0.5}])
+def test_scaling_is_of_what_can_be_seen(tmp_path: Path, settings: dict):
+    """The noise below transparent pixels does not enter those beside them."""
+    soft_disc(32).save(tmp_path / "a.png")
+    settings = {"resolution": 16, **settings}
+    white, clear = items(tmp_path, "rgb", **settings), items(tmp_path, "rgba", **settings)
+    assert (clear[:3] - white).abs().max() < 0.1
+    assert (clear[:3, clear[3] == -1] == 1).all()
+
+
+def test_straight_alpha_is_the_inverse_of_blending():
+    pixels = torch.rand(2, 4, 5, 6, dtype=torch.float64) * 2 - 1
+    pixels[:, 3].clamp_(min=-0.9)
+    assert torch.allclose(straight(blended(pixels)), pixels)
+    opacity = (pixels[:, 3:] + 1) / 2
+    assert torch.allclose((blended(pixels)[:, :3] + 1) / 2, opacity * (pixels[:, :3] + 1) / 2 + 1 - opacity)
+    pixels[:, 3] = -1
+    assert (straight(pixels)[:, :3] == 1).all(), "what is fully transparent is white"
+    colors = pixels[:, :3]
+    assert straight(colors) is colors
+
+
+def test_an_image_of_any_mode_comes_back_from_its_tensor():
+    for image in (soft_disc(), soft_disc().convert("RGB"), soft_disc().convert("L")):
+        back = to_pil(to_tensor(image))
+        assert back.mode == image.mode
+        error = np.abs(np.asarray(to_rgb(back), dtype=int) - np.asarray(to_rgb(image), dtype=int))
+        assert error.max() <= 1
+        assert back.getchannel(back.getbands()[-1]).tobytes() == image.getchannel(image.getbands()[-1]).tobytes()
