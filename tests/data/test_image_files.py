@@ -266,11 +266,16 @@ def test_the_modes_of_images_in_training(tmp_path: Path):
 
 @pytest.mark.parametrize("settings", [{"resolution": 8}, {"resolution": 8, "center_crop": False}, {"crop_scale": 0.5}])
 def test_scaling_is_of_what_can_be_seen(tmp_path: Path, settings: dict):
-    """The noise below transparent pixels does not enter those beside them."""
+    """The noise below transparent pixels does not enter those beside them.
+
+    The colours may differ a little where the filter rings, because Pillow clips it with and without alpha elsewhere.
+    """
     soft_disc(32).save(tmp_path / "a.png")
     settings = {"resolution": 16, **settings}
     white, clear = items(tmp_path, "rgb", **settings), items(tmp_path, "rgba", **settings)
-    assert (clear[:3] - white).abs().max() < 0.1
+    difference = (clear[:3] - white).abs()
+    assert difference.max() < 0.2
+    assert difference.mean() < 0.01
     assert (clear[:3, clear[3] == -1] == 1).all()
 
 

@@ -134,7 +134,7 @@ def test_latent_diffusion_from_cached_latents_generates_the_mode(trained, discs,
     pipeline = load_pipeline(folder)
     (image,) = pipeline(num_inference_steps=2, generator=0).images
     assert (image.mode, image.size) == (MODES[mode], (SIDE, SIDE))
-    with Image.open(folder / "samples/epoch_0001.png") as grid:
+    with Image.open(folder / "pipeline/samples.png") as grid:
         assert grid.mode == "RGB"
     sample.main(["--model", str(folder), "--output", f"{tmp_path}/drawn/", "--num_inference_steps", "2"])
     drawn = list((tmp_path / "drawn").iterdir())

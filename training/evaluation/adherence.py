@@ -64,7 +64,7 @@ def measure_adherence(
     if generator.takes_images:
         found |= reconstruction_metrics(images, data)
     if generator.takes_captions and data.has_briefs and is_legible(images[0].size):
-        found |= measure_posters(images, *_briefs_and_images(len(images), data))
+        found |= measure_posters([to_rgb(image) for image in images], *_briefs_and_images(len(images), data))
     if generator.takes_captions and config.scorer:
         captions = [item["caption"] for batch in _batches(len(images)) for item in data.items(batch)]
         found |= caption_score(images, captions, config.scorer, device)
@@ -95,7 +95,7 @@ def caption_score(
     images: Sequence[Image.Image], captions: Sequence[str], scorer: str, device: str | None
 ) -> dict[str, float]:
     """Compute the mean cosine of images and their captions, and of images and captions of other images (shuffled)."""
-    similarity = _scorer(scorer, device)(images, captions)
+    similarity = _scorer(scorer, device)([to_rgb(image) for image in images], captions)
     metrics = alignment_metrics(similarity, same_pairs(captions))
     return {f"caption_{name}": value for name, value in metrics.items() if math.isfinite(value)}
 

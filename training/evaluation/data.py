@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipelines.common.latents import image_channels_of
-from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
 from pipelines.tools.private import expand_home
@@ -103,9 +102,9 @@ class RealImages:
             yield self.images(range(start, min(start + BATCH, len(self))))
 
     def images(self, places: Sequence[int]) -> list[Image.Image]:
-        """Return the images at these places of `rows`, in RGB; transparent ones are blended with white."""
+        """Return the images at these places of `rows`."""
         items = self.data.__getitems__([SampleKey(self.rows[place], 0) for place in places])
-        return [to_rgb(to_pil(item["pixel_values"])) for item in items]
+        return [to_pil(item["pixel_values"]) for item in items]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipelines.common.pixels import straight, to_rgb
+from pipelines.common.pixels import MODES, image_channels, straight, to_mode
 
 WINDOW = 11
 WINDOW_SIGMA = 1.5
@@ -63,7 +62,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(channels_last[..., 0] if len(pixels) == 1 else channels_last)
 
 
-def pixels_of(images: Sequence[Image.Image]) -> Tensor:
-    """Convert images of equal size to a tensor: N 3 R R in [-1, 1]"""
-    arrays = np.stack([np.asarray(to_rgb(image), dtype=np.float32) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+def pixels_of(images: Sequence[Image.Image], channels: int = 3) -> Tensor:
+    """Convert images of equal size to a tensor as networks take it: N C R R in [-1, 1], with C 1 (grey), 3 or 4."""
+    pixels = [image_channels(to_mode(image, MODES[channels])) for image in images]
+    return torch.stack(pixels).float() / 127.5 - 1
