@@ -20,6 +20,7 @@ from tests.conftest import forget_accelerate
 from tests.support.tiny_models import tiny_vae
 from training import evaluate, train_autoencoder, train_controlnet, train_latent_diffusion
 from training.core.parsing import parse_config
+from training.models.vae_loading import load_vae
 
 SIDE, IMAGES = 32, 40
 COMMON = (
@@ -164,6 +165,9 @@ def test_a_transformer_denoises_the_pixels_of_the_mode(discs, tmp_path, mode):
     images = pipeline(num_inference_steps=2, generator=0, output_type="np").images
     assert images.shape == (1, SIDE, SIDE, len(MODES[mode]))
     assert pipeline(num_inference_steps=2, generator=0).images[0].mode == MODES[mode]
+    assert load_vae(str(tmp_path / "run"), mode).config.latent_channels == len(MODES[mode])
+    with pytest.raises(UserError, match=f"encodes images with {len(MODES[mode])} channels"):
+        load_vae(str(tmp_path / "run"))
 
 
 def test_what_takes_only_colour_images_says_so(discs, tmp_path):

@@ -60,7 +60,8 @@ def load_vae(name_or_path: str, image_mode: str = "rgb") -> torch.nn.Module:
 
 def _check_channels(config: dict[str, Any], name: str, image_mode: str) -> None:
     """Raise UserError if a VAE with this config encodes other images than `image_mode`."""
-    channels = config.get("in_channels") or 3  # without it, the config is one of an older Diffusers
+    pixels = "PixelAutoencoder" in (config.get("_class_name") or ())  # the name, or [module, name]
+    channels = config.get("latent_channels" if pixels else "in_channels", 3)
     if channels != CHANNELS[image_mode]:
         modes = {number: mode for mode, number in CHANNELS.items()}
         raise UserError(
