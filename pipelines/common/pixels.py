@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 
 import numpy as np
 import torch
@@ -81,7 +82,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def turned(image: Image.Image) -> int:
     """Return the EXIF orientation of a decoded image, or 0 if it is upright; above 4, `upright` swaps its sides."""
-    orientation = image.getexif().get(ORIENTATION, 1)
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, struct.error):  # damaged EXIF; the pixels are intact
+        return 0
     return orientation if orientation in range(2, 9) else 0
 
 

@@ -157,6 +157,12 @@ def test_the_measured_size_is_that_of_the_turned_image(kind: str, orientation: i
     assert verified_print(source)[0] == size
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+def test_damaged_exif_is_ignored(exif: bytes):
+    source = encoded(colorful(80, 48), "JPEG", exif=exif)
+    assert load_rgb(source).size == verify_image(source) == (80, 48)
+
+
 def odd_images() -> dict[str, Image.Image]:
     """Return opened files that are not plain RGB, whose upright size is 24 × 16."""
     image = colorful()

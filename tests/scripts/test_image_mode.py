@@ -206,3 +206,6 @@ def test_transparent_emoji(tmp_path):
     (restored,) = load_pipeline(tmp_path / "run")(emoji).images
     alpha, expected = (np.asarray(one.getchannel("A"), dtype=float) for one in (restored, emoji))
     assert np.corrcoef(alpha.ravel(), expected.ravel())[0, 1] > 0.9
+    flags = (*UNET, "--vae", str(tmp_path / "run"))
+    assert run(train_latent_diffusion, tmp_path / "diffusion", *flags, *data) == 0
+    assert load_pipeline(tmp_path / "diffusion")(num_inference_steps=2, generator=0).images[0].mode == "RGBA"
