@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 
 from data_scripts.dataset_folder import check_replaceable, making, new_folder, write_manifest
+from pipelines.common.pixels import on_white
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.progress import watched
 from training.core.draws import mix
@@ -85,6 +86,8 @@ class MakeEmojiConfig(Options):
     """Colour emoji font (.ttf, .ttc); if unset, the first one in the system's font folders"""
     resolution: int = option(64, at_least=8, at_most=512)
     """Width and height in pixels; the glyphs of Noto are 128 pixels high"""
+    transparent: bool = False
+    """Keep the transparent background (RGBA, for --image_mode rgba); otherwise the emoji are on white"""
     sequences: Literal["all", "none"] = "all"
     """all: include emoji of several code points (skin tones, flags, people at work); none: single code points only"""
     validation_fraction: float = option(0.05, at_least=0, below=1)
@@ -123,7 +126,7 @@ def _make(config: MakeEmojiConfig, folder: Path) -> None:
     candidates = list(named_emoji(path, sequences=config.sequences == "all"))
     drawn = []
     for emoji in watched(candidates, len(candidates), "emoji", "emoji"):
-        image = draw(font, emoji.text, config.resolution)
+        image = draw(font, emoji.text, config.resolution, transparent=config.transparent)
         if image is not None:
             drawn.append((emoji, image))
     drawn = without_mirrored_order(drawn)
@@ -133,6 +136,8 @@ def _make(config: MakeEmojiConfig, folder: Path) -> None:
     with new_folder(folder) as (partial, aside):
         _write(splits, contact_sheet(drawn), partial)
         settings = {"font": path.name, "resolution": config.resolution, "sequences": config.sequences}
+        if config.transparent:
+            settings["transparent"] = True
         settings |= {"validation_fraction": config.validation_fraction, "seed": config.seed}
         write_manifest(partial, SCRIPT, settings, (partial / "data").iterdir())
     for earlier in aside:
@@ -141,7 +146,8 @@ def _make(config: MakeEmojiConfig, folder: Path) -> None:
     classes = len({emoji.label for emoji, _ in drawn})
     print(f"{len(drawn):,} emoji in {classes} classes ({sizes}) are in {config.output_dir}.")
     print(f"Look at them: {Path(config.output_dir) / 'contact_sheet.png'}")
-    print(f"Train on them: --dataset_name {config.output_dir} --resolution {config.resolution}")
+    mode = " --image_mode rgba" if config.transparent else ""
+    print(f"Train on them: --dataset_name {config.output_dir} --resolution {config.resolution}{mode}")
 
 
 def find_font(given: str | None) -> Path:
@@ -226,8 +232,8 @@ def label_of(codepoints: Sequence[int]) -> str:
     return next((name for first, last, name in _BLOCKS if first <= codepoints[0] <= last), "other")
 
 
-def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int) -> Image.Image | None:
-    """Draw the emoji on white, as an RGB image of `resolution` pixels along each side.
+def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int, *, transparent: bool = False) -> Image.Image | None:
+    """Draw the emoji on white, as an RGB image of `resolution` pixels along each side, or on nothing, as RGBA.
 
     Return None if the font has no glyph for the emoji or would draw its parts side by side.
     """
@@ -242,8 +248,7 @@ def draw(font: ImageFont.FreeTypeFont, text: str, resolution: int) -> Image.Imag
     ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
     if canvas.getchannel("A").getextrema()[1] == 0:
         return None
-    white = Image.new("RGBA", canvas.size, (255, 255, 255, 255))
-    flat = Image.alpha_composite(white, canvas).convert("RGB")
+    flat = canvas if transparent else on_white(canvas)
     return flat.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -295,7 +300,8 @@ def contact_sheet(drawn: Sequence[tuple[Emoji, Image.Image]]) -> Image.Image:
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
         for column, image in enumerate(chosen):
             small = image.resize((SHEET_CELL - 4, SHEET_CELL - 4), Image.Resampling.LANCZOS)
-            sheet.paste(small, (SHEET_LABEL_WIDTH + column * SHEET_CELL + 2, row * SHEET_CELL + 2))
+            place = (SHEET_LABEL_WIDTH + column * SHEET_CELL + 2, row * SHEET_CELL + 2)
+            sheet.paste(small, place, small if small.mode == "RGBA" else None)
     return sheet
 
 

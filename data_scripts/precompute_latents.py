@@ -58,7 +58,7 @@ from training.data.latent_cache.format import (
     write_shard,
 )
 from training.data.source import folder_account, named_split, undecoded_images
-from training.data.transforms import BadSample, BrokenImage, open_image
+from training.data.transforms import BadSample, BrokenImage, load_upright
 from training.engine.launch import threads_per_process
 from training.engine.loading import chosen_workers, usable_workers
 from training.engine.ranks import RankWatch
@@ -251,7 +251,7 @@ def precompute(config: PrecomputeConfig) -> None:
     """Encode the missing shards of the cache that are the share of this process."""
     torch.set_num_threads(config.cpu_threads or threads_per_process())
     device = get_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    vae = load_vae(config.vae)
+    vae = load_vae(config.vae, config.image_mode)
     shape = _latent_shape(vae, config)
     facts, works = _plan(config, vae, shape)
     _make_room(config, facts, works)
@@ -337,7 +337,7 @@ def _masks(config: PrecomputeConfig, stored: Dataset) -> bool:
     try:
         masks = stored.select_columns([config.mask_column])
         first = undecoded_images(masks, config.mask_column, "mask_column", config)[0]
-        SegmentationMask(config.mask_column, IGNORE_INDEX).load(first, open_image(first[config.mask_column]).size)
+        SegmentationMask(config.mask_column, IGNORE_INDEX).load(first, load_upright(first[config.mask_column]).size)
     except (UserError, BadSample, BrokenImage):
         return False
     return True

@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def describe(image: Image, reading: Any, path: Path) -> dict[str, Any]:
     """Return what was read from one poster as plain values; the colour of a role is the median colour of its pixels."""
     import numpy as np
-    from PIL import ImageOps
 
+    from pipelines.common.pixels import to_rgb
     from pipelines.common.poster_domain import COLOR_ROLES
 
     features = reading.features[0]
-    pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = np.asarray(to_rgb(image))
     role_pixels = {name: pixels[features[2] == number] for number, name in enumerate(COLOR_ROLES)}
     medians = {name: np.median(own, axis=0).astype(int).tolist() for name, own in role_pixels.items() if len(own)}
     roles = np.bincount(features[2].astype(int).ravel(), minlength=len(COLOR_ROLES)) / features[2].size
@@ -81,12 +81,13 @@ def sheet(image: Image, reading: Any, facts: dict[str, Any]) -> Image:
     """Draw the report on one poster: four panels, the colour roles, and the design grammar as bars if the model has an
     abstractor."""
     from PIL import Image as PIL_Image
-    from PIL import ImageDraw, ImageFont, ImageOps
+    from PIL import ImageDraw, ImageFont
 
     from pipelines.common.layout_pictures import draw_features, draw_hierarchy
+    from pipelines.common.pixels import to_rgb
 
     features: np.ndarray = reading.features[0]
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = to_rgb(image)
     panels = {
         "the poster": upright,
         "text (red), pictures (green)": reading.overlays[0],

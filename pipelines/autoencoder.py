@@ -19,10 +19,12 @@ from .common.latents import (
     decode_latents,
     downsampling_factor,
     encode_latents,
+    image_channels_of,
     latent_channels,
     latent_shape,
     posterior_moments,
 )
+from .common.pixels import MODES, blended, image_channels, straight, to_mode
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
@@ -34,7 +36,9 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
     names of the classes are in `pipeline.vae.config`.
 
     All methods take images as a PIL image, a list of PIL images of one size, an array (`B H W 3`, in [0, 1]) or a
-    tensor (`B 3 H W`, in [0, 1]).
+    tensor (`B 3 H W`, in [0, 1]). PIL images are turned as their EXIF orientation says, and converted to sRGB. An
+    autoencoder for grey images (`vae.config.in_channels` is 1) has 1 channel instead of 3, one for images with
+    transparency 4: colours and alpha, not premultiplied.
 
     Args:
         vae (`ModelMixin`): Any Diffusers image autoencoder.
@@ -78,7 +82,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         check_output_type(output_type, (*OUTPUT_TYPES, "latent"))
         result: Any = self.encode(images, generator)
         if output_type != "latent":
-            result = self.image_processor.postprocess(decode_latents(self.vae, result), output_type=output_type)
+            result = self._finished(decode_latents(self.vae, result), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
@@ -117,7 +121,7 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != latent_channels(self.vae):
             raise ValueError(f"`latents` must have shape (B, {latent_channels(self.vae)}, h, w), but is {latents!r}")
         images = decode_latents(self.vae, latents.to(self._execution_device))
-        return self.image_processor.postprocess(images, output_type=output_type)
+        return self._finished(images, output_type)
 
     @torch.no_grad()
     def segment(self, images: Any, output_type: str = "pil") -> Any:
@@ -171,6 +175,9 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
             for row in zip(ids.tolist(), shares.tolist())
         ]
 
+    def _finished(self, images: Tensor, output_type: str) -> Any:
+        return self.image_processor.postprocess(straight(images), output_type=output_type)
+
     def _raw_latents(self, images: Any, number: str, head: str) -> Tensor:
         """Return the unscaled latents of `images` (the mode of the posterior, B C h w) in the autoencoder's dtype."""
         if not self.vae.config.get(number):
@@ -179,17 +186,18 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
         return posterior_moments(self.vae, pixels)[0].to(self.vae.dtype)
 
     def _pixels(self, images: Any) -> Tensor:
-        """Convert images of any accepted kind to a tensor, B 3 H W in [-1, 1], float32."""
+        """Convert images of any accepted kind to a tensor as the autoencoder takes it, B C H W in [-1, 1], float32."""
+        channels = image_channels_of(self.vae)
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         kinds = {kind for kind in (Image.Image, np.ndarray, Tensor) for image in images if isinstance(image, kind)}
         if len(kinds) != 1 or not all(isinstance(image, tuple(kinds)) for image in images):
             found = ", ".join(sorted({type(image).__name__ for image in images})) or "empty"
             raise ValueError(f"`images` must be PIL images, an array or a tensor, but is {found}")
         if kinds == {Image.Image}:
+            images = [to_mode(image, MODES[channels]) for image in images]
             sizes = {image.size for image in images}
             if len(sizes) > 1:
                 raise ValueError(f"`images` must all have the same size, but have {sorted(sizes)} (width, height)")
-            images = [image.convert("RGB") for image in images]
         elif any(image.ndim not in (3, 4) or image.size == 0 for image in images):
             raise ValueError(f"`images` must have 3 or 4 dimensions, but have {[tuple(i.shape) for i in images]}")
         first = images[0]
@@ -199,5 +207,20 @@ class AutoencoderPipeline(StandalonePipelineMixin, DiffusionPipeline):
             height, width = first.shape[-2:] if isinstance(first, Tensor) else first.shape[-3:-1]
         # Check the size here, because the image processor would silently resize the images to one that fits.
         latent_shape(self.vae, height, width)
+        if channels != 3:
+            return self._unusual_pixels(images, channels)
         pixels = images if isinstance(first, Image.Image) or len(images) > 1 else first
         return self.image_processor.preprocess(pixels, height=height, width=width).float()
+
+    @staticmethod
+    def _unusual_pixels(images: list[Any], channels: int) -> Tensor:
+        """Do what the image processor does for RGB: it would take four channels for latents."""
+        if isinstance(images[0], Image.Image):
+            return torch.stack([image_channels(image) for image in images]).float() / 127.5 - 1
+        parts = [torch.as_tensor(image) for image in images]
+        if isinstance(images[0], np.ndarray):
+            parts = [part.movedim(-1, -3) for part in parts]
+        pixels = torch.cat([part if part.ndim == 4 else part[None] for part in parts]).float()
+        if pixels.shape[1] != channels:
+            raise ValueError(f"`images` must have {channels} channels, but have {pixels.shape[1]}")
+        return blended(pixels * 2 - 1)

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -110,7 +110,7 @@ def fitted(image: Image.Image, size: int, image_fit: str, interpolation_mode: st
         image_fit: "crop" cuts out the largest centred square, "stretch" resizes the whole image to a square.
         interpolation_mode: "nearest", "bilinear", "bicubic" or "lanczos".
     """
-    image = to_rgb(ImageOps.exif_transpose(image))
+    image = to_rgb(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side + 1) // 2, (height - side + 1) // 2

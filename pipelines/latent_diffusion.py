@@ -68,7 +68,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._guidance_scale`, and
     `pipeline._interrupt = True` to end sampling. The callbacks of Diffusers for Stable Diffusion work as well.
 
-    With `output_type` `"np"` and `"pt"`, images are in [0, 1]; `"latent"` gives scaled latents (`B C h w`).
+    With `output_type` `"np"` and `"pt"`, images are in [0, 1]; `"latent"` gives scaled latents (`B C h w`). A model of
+    grey images generates images of mode L (1 channel), one of transparent images RGBA (4, not premultiplied).
 
     Args:
         vae (`ModelMixin`): Any Diffusers image autoencoder; latents are scaled as its config says.

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .common.checks import check_positive_integers
 from .common.layout_pictures import draw_overlay
-from .common.pixels import pixel_channels
+from .common.pixels import pixel_channels, to_rgb
 from .common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
 from .common.standalone import StandalonePipelineMixin
 
@@ -95,7 +95,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def check_inputs(self, images: Any, reading_size: int | None) -> list[Image.Image]:
-        """Return the posters in RGB, rotated as their EXIF orientation says.
+        """Return the posters upright, in RGB, as training reads them.
 
         Raises:
             ValueError: If an argument is invalid; the message quotes it.
@@ -112,7 +112,7 @@ class LayoutAnalysisPipeline(StandalonePipelineMixin, DiffusionPipeline):
             check_positive_integers(reading_size=reading_size)
         if reading_size is not None and reading_size < 16:
             raise ValueError(f"`reading_size` is {reading_size}; it must be at least 16 pixels")
-        return [ImageOps.exif_transpose(poster).convert("RGB") for poster in posters]
+        return [to_rgb(poster) for poster in posters]
 
     def _read(self, poster: Image.Image, size: int) -> Tensor:
         """Predict the encoder's probabilities at the reading size, 1 × C × h × w."""

@@ -7,7 +7,7 @@
 Run the same command again to resume the run.
 """
 
-# Shapes: B batch, K classes of pixels, N classes of images. Images: B 3 H W in [-1, 1]; latents: B C h w.
+# Shapes: B batch, K classes of pixels, N classes of images. Images: B 3 H W (or 1, or 4) in [-1, 1]; latents: B C h w.
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
-from training.data.images import ImageDataset
+from training.data.images import DataConfig, ImageDataset
+from training.data.transforms import CHANNELS
 from training.engine.session import train
 from training.metrics.images import psnr, ssim
 from training.models.autoencoder import (
@@ -62,6 +63,8 @@ RECONSTRUCTION = ("l1", "l2", "perceptual", SCALE_EQUIVARIANCE)
 @dataclass
 class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_autoencoder.py."""
+
+    image_modes = DataConfig.image_modes
 
     output_dir: str = option("runs/autoencoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
@@ -99,6 +102,11 @@ class Config(HeadsConfig, RecipeConfig, ImageStageConfig):
             )
         if self.perceptual_weight and not self.perceptual_backbone:
             raise UserError("--perceptual_weight needs --perceptual_backbone, e.g. microsoft/resnet-18")
+        if self.perceptual_weight and self.image_mode != "rgb":
+            raise UserError(
+                f"--perceptual_weight {self.perceptual_weight:g} compares colour images, but --image_mode is "
+                f"{self.image_mode}; set --perceptual_weight 0, or leave out --image_mode"
+            )
         self.model.check_resolution(self.resolution)
         if self.scale_equivariance:
             self.model.check_halved_latents(self.resolution, "--scale_equivariance")
@@ -212,7 +220,9 @@ class AutoencoderStage(ImageStage):
         columns = {"captions": False, **self.heads.data_arguments()}
         self.open_data(functools.partial(ImageDataset, config=config, **columns))
         torch.manual_seed(config.seed)
-        self.autoencoder = build_autoencoder(config.model, config.resolution, **self.heads.model_arguments())
+        channels = CHANNELS[config.image_mode]
+        heads = self.heads.model_arguments()
+        self.autoencoder = build_autoencoder(config.model, config.resolution, channels, **heads)
         # The linear shortcuts start as the best linear autoencoder of these images; the networks learn the rest.
         some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self.training_set)))]
         start_from_principal_components(self.autoencoder, fetch(self.training_set, some)["pixel_values"])
@@ -223,7 +233,7 @@ class AutoencoderStage(ImageStage):
         self.phases = [self.generator]
         self.frozen = [perceptual] if perceptual else []
         if config.adversarial_weight:
-            discriminator = PatchDiscriminator()
+            discriminator = PatchDiscriminator(image_channels=channels)
             self.generator.borrow(discriminator=discriminator)
             schedule = config.discriminator_start, config.discriminator_learning_rate
             self.phases.append(DiscriminatorPhase(discriminator, self.generator.reconstruct, *schedule))

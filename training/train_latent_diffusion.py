@@ -26,7 +26,7 @@ from training.core.parsing import parse_config
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, StageContext
 from training.data.fingerprints import module_fingerprint, tokenizer_fingerprint, vae_fingerprint
-from training.data.images import ImageDataset, load_label_map
+from training.data.images import DataConfig, ImageDataset, load_label_map
 from training.data.latent_cache.check import check_cache
 from training.data.latent_cache.dataset import LatentCache
 from training.engine.session import train
@@ -56,6 +56,8 @@ CONDITION_NAMES = {"caption": "captions", "label": "classes"}
 @dataclass
 class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
+
+    image_modes = DataConfig.image_modes
 
     output_dir: str = option("runs/latent_diffusion", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
@@ -197,7 +199,7 @@ class LatentDiffusionStage(GeneratingStage):
 
         super().__init__(config, context)
         self.cache: LatentCache | None = None
-        self.vae = load_vae(config.vae)
+        self.vae = load_vae(config.vae, config.image_mode)
         # The order in which models are initialized below (text encoder, denoiser, caption prior) is part of what a seed
         # means: to change it would change every run.
         torch.manual_seed(config.seed)

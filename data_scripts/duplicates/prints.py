@@ -66,9 +66,10 @@ def verified_print(source: Any) -> tuple[tuple[int, int], Print]:
         BrokenImage: the image cannot be decoded completely.
     """
     image = open_image(source)
+    full_size = image.size
     try:
-        size = upright_size(image)
         image.draft(None, (2 * HASH_SIDE, 2 * HASH_SIDE))  # JPEG is decoded faster at a smaller size
+        size = upright_size(image, full_size)
     except Exception as error:  # as in load_rgb
         raise BrokenImage(f"the image is damaged ({error})") from error
     rgb = load_rgb(image)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .pixels import pixel_channels, to_rgb
+from .pixels import pixel_channels, to_rgb, upright
 
 
 def control_tensor(config: Any, control: Any, height: int, width: int) -> Tensor:
@@ -23,7 +23,8 @@ def control_tensor(config: Any, control: Any, height: int, width: int) -> Tensor
 
     Args:
         config: the ControlNet's config, of which `control_kind` and `conditioning_channels` are read.
-        control: a tensor (C H W or B C H W, in [0, 1]), or PIL images of H × W pixels. For the kind "image" they are
+        control: a tensor (C H W or B C H W, in [0, 1]), or PIL images that have H × W pixels after their EXIF
+            orientation is applied. For the kind "image" they are
             colour images. For "classes" they are images of class ids (grey or with a palette). For "masks" they are a
             list of C grey images for one control, or a list of such lists; with C = 1 an image, or a list of images.
 
@@ -84,7 +85,7 @@ def _class_ids(image: Image.Image) -> np.ndarray:
         raise ValueError(
             f"`control_image` has colours (mode {image.mode}), not one class id per pixel; save it as 8-bit grey"
         )
-    return np.array(image).astype(np.int64)
+    return np.array(upright(image)).astype(np.int64)
 
 
 def step_share(timesteps: Tensor, timestep: Any) -> tuple[float, float]:

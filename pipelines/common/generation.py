@@ -26,6 +26,7 @@ from .checks import (
     check_tensor,
 )
 from .guidance import WHOLE_INTERVAL, check_guidance_interval, guided_timesteps
+from .pixels import straight
 from .sampling import denoise, guided, restarted
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
 
@@ -293,9 +294,9 @@ class UNetSamplingMixin(SamplersByName):
         return replaced.get(name, x), conditions.replace(replaced)
 
     def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """Return the result of a call for `images` (B 3 H W in [-1, 1]); output type "latent" leaves them unchanged."""
+        """Return the result of a call for `images` (B C H W in [-1, 1]); output type "latent" leaves them unchanged."""
         if output_type != "latent":
-            images = self.image_processor.postprocess(images, output_type=output_type)
+            images = self.image_processor.postprocess(straight(images), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -91,6 +91,13 @@ def latent_channels(vae: nn.Module) -> int:
     return int(vae.config.latent_channels)
 
 
+def image_channels_of(vae: nn.Module) -> int:
+    """Return the number of channels of the images that a VAE encodes: 1 grey, 3 RGB, 4 RGB and alpha."""
+    if type(vae).__name__ == "PixelAutoencoder":
+        return int(vae.config.latent_channels)
+    return int(vae.config.get("in_channels") or 3)
+
+
 def downsampling_factor(vae: nn.Module) -> int:
     """Return the number of pixels per latent cell along a side, including the patches of an autoencoder on patches."""
     config = vae.config

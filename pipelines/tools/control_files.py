@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .cli import UserError
 from .files import read_image
@@ -53,8 +53,10 @@ def open_controls(files: Sequence[str]) -> list[ControlFile]:
     Raises:
         UserError: If a file does not exist or is not an image.
     """
+    from ..common.pixels import upright
+
     images = [read_image(Path(file).expanduser(), f"--control_image {file}") for file in files]
-    return [ControlFile(file, ImageOps.exif_transpose(image)) for file, image in zip(files, images)]
+    return [ControlFile(file, upright(image)) for file, image in zip(files, images)]
 
 
 def controls_of(
@@ -112,6 +114,8 @@ def _tensor(config: Any, files: Sequence[ControlFile], height: int, width: int) 
 
 def _resized(file: ControlFile, kind: str, height: int, width: int) -> Image.Image:
     """Resize a control image to the size of the generated images; class ids and masks keep their exact values."""
+    from ..common.pixels import to_rgb
+
     name, image = file
     if image.size == (width, height):
         return image
@@ -124,6 +128,4 @@ def _resized(file: ControlFile, kind: str, height: int, width: int) -> Image.Ima
     print(f"{name} is {size} pixels; it is scaled to {width}×{height}.")
     if kind != "image":
         return image.resize((width, height), Image.Resampling.NEAREST)
-    if image.mode in ("1", "P"):  # Pillow resizes these modes with nearest neighbour only
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)

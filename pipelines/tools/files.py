@@ -98,10 +98,14 @@ def read_image(path: Path, name: str | None = None) -> Image.Image:
         name: Name of the file in error messages; None is its path.
 
     Raises:
-        UserError: If the file does not exist, is not an image, or is damaged.
+        UserError: If the file does not exist, is not an image, is damaged, or has float pixels that are not finite.
     """
     with _image_errors(name or str(path)), open_image_file(path) as image:
         image.load()
+        if image.mode == "F":
+            from ..common.pixels import require_finite  # imports PyTorch, for which other errors need not wait
+
+            require_finite(image)
         return image
 
 

@@ -300,7 +300,7 @@ def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Pat
         assert vae_fingerprint(vae)[:12] in str(error.value)
         assert "--vae other/vae" in str(error.value)
         assert "--overwrite true" in str(error.value)
-    with pytest.raises(UserError, match="transform: the cache has 'v1 16px.*this run has 'v1 32px") as error:
+    with pytest.raises(UserError, match="transform: the cache has 'v2 16px.*this run has 'v2 32px") as error:
         check_cache(cache, vae, "v", config_of(data, resolution=32))
     assert "--resolution 32" in str(error.value)
     changed_data = tmp_path / "changed"

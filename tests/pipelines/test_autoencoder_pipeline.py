@@ -79,7 +79,7 @@ def test_saved_and_loaded(tmp_path):
     assert np.allclose(*images, atol=1e-5)
     shipped = sorted(p.name.rsplit("_", 1)[0] for p in tmp_path.glob("*.py"))
     assert shipped == [
-        "autoencoder", "checks", "class_colors", "compatibility", "latents", "sampling", "standalone"
+        "autoencoder", "checks", "class_colors", "compatibility", "latents", "pixels", "sampling", "standalone"
     ]  # fmt: skip
 
 

@@ -223,7 +223,17 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
     assert np.allclose(draw(loaded), draw(pipeline), atol=1e-5)
     names = sorted(path.name.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py"))
     of_decoder = ["design_brief", "design_brief_encoder", "poster_decoder", "poster_domain"]
-    shared = ["checks", "compatibility", "conditions", "generation", "guidance", "sampling", "schedulers", "standalone"]
+    shared = [
+        "checks",
+        "compatibility",
+        "conditions",
+        "generation",
+        "guidance",
+        "pixels",
+        "sampling",
+        "schedulers",
+        "standalone",
+    ]
     assert names == sorted([*of_decoder, *shared])
     assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is a class of Diffusers"
 

@@ -250,6 +250,7 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
         "latent_diffusion",
         "latents",
         "multi_head_autoencoder",
+        "pixels",
         "sampling",
         "schedulers",
         "standalone",

@@ -92,6 +92,16 @@ def test_models_of_one_collection_share_the_autoencoder_and_the_latents():
     assert len({(config.vae, config.latent_cache, config.prepare[f"{config.vae}/pipeline"]) for config in configs}) == 1
 
 
+def test_images_of_another_mode_have_models_of_their_own():
+    draw("pics")
+    config = diffusion(*UNET, "--image_mode", "rgba")
+    assert config.output_dir == "runs/pics/rgba/latent_diffusion_64_unconditional"
+    assert (config.vae, config.latent_cache) == ("runs/pics/rgba/autoencoder_64", "runs/pics/rgba/latents_64")
+    assert all("--image_mode rgba" in line for line in config.prepare.values())
+    assert diffusion(*UNET).vae == "runs/pics/autoencoder_64"
+    assert diffusion("--train_data_dir", "pics", "--image_mode", "l").vae == "pixels"
+
+
 def test_what_is_given_is_kept_and_passed_on():
     draw("pics")
     config = diffusion(

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from training.data.tokenization import (
     train_suitable_tokenizer,
     unknown_words_advice,
 )
-from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, open_image, to_tensor, upright_size
+from training.data.transforms import RESAMPLING, BrokenImage, decoded, flips, to_tensor, verify_image
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,6 +53,7 @@ class CaptionDataConfig(DataConfig):
     """Source of images with captions, and how both are read."""
 
     help_group = "Data"
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb",)
 
     validation_fraction: float = option(0.1, at_least=0, below=1)
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
@@ -105,10 +106,9 @@ class CaptionedImages(ImageDataset):
         ratios = []
         for row in evenly_spaced(len(self), ASPECT_IMAGES):
             try:
-                image = open_image(self.dataset[row][self.config.image_column])
+                width, height = verify_image(self.dataset[row][self.config.image_column])
             except BrokenImage:
                 continue  # --on_bad_sample decides what happens with this row when it is trained on
-            width, height = upright_size(image)
             ratios.append(width / height)
         return round(statistics.median(ratios), 3) if ratios else 1.0
 

@@ -35,7 +35,7 @@ _SHOWN = 10
 _CHUNK_ROWS = 256
 # All images of a chunk are read before a request to stop is heard.
 IMAGE_CHUNK_ROWS = 32
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Increased whenever the same rows may have other problems than before."""
 # Images with more pixels are decoded one at a time, because each takes hundreds of MB.
 LARGE_IMAGE_PIXELS = 16_000_000

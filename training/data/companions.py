@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipelines.tools.cli import UserError
-from training.data.transforms import BadSample, BrokenImage, byte_tensor, decoded, open_image, require_size
+from training.data.transforms import BadSample, BrokenImage, byte_tensor, decoded, load_upright, require_size
 from training.objectives.segmentation import IGNORE_INDEX
 
 logger = logging.getLogger("halftone")
@@ -160,9 +160,7 @@ def control_of(
 
 def _class_ids(source: Any) -> Image.Image:
     """Return a mask with its ids as grey values: palettes are not applied, and black and white become 0 and 1."""
-    image = open_image(source)
-    image.load()
-    image = ImageOps.exif_transpose(image)
+    image = load_upright(source)
     if image.mode in ("L", "P"):
         return Image.fromarray(np.array(image, dtype=np.uint8))
     if image.mode == "1" or image.mode.startswith("I"):

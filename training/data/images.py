@@ -37,13 +37,15 @@ from training.data.source import (
 )
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import (
+    CHANNELS,
     BadSample,
     BrokenImage,
     CropGeometry,
     apply_geometry,
     crop_geometry,
     decoded,
-    open_image,
+    load_mode,
+    load_upright,
     pick_caption,
     to_tensor,
     verify_image,
@@ -133,7 +135,8 @@ class LabelMap:
 class ImageDataset(torch.utils.data.Dataset):
     """Rows of a split as `{"pixel_values", "caption", "label", "mask", "conditioning_pixel_values", "index"}`.
 
-    `pixel_values` is float32 3 R R in [-1, 1], and `index` is the row that was used. If requested, items also have
+    `pixel_values` is float32 C R R in [-1, 1], with the channels of `--image_mode`, and `index` is the row that was
+    used. If requested, items also have
     `caption` (str), `label` (int), `mask` (int64 R R of class ids) and `conditioning_pixel_values` (float32 C R R in
     [0, 1]). Crop, flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control
     images are cropped and flipped with their image. `collate` makes a batch of items and tokenizes their captions.
@@ -196,7 +199,9 @@ class ImageDataset(torch.utils.data.Dataset):
         self._square_side = math.ceil(config.resolution / self.crop_scale)
         # A square at a random place needs the whole image, and companions are cropped with it.
         self._from_central_square = self.center_crop and not self.companions
-        self._squares = PixelCache.of(len(dataset), self._square_side) if self._from_central_square else None
+        self._squares = None
+        if self._from_central_square:
+            self._squares = PixelCache.of(len(dataset), self._square_side, CHANNELS[config.image_mode])
         # One byte per row, shared with the loader workers, so that each bad row is logged once and never read again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -251,7 +256,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch: pixel_values B 3 R R, label and index int64 B, caption a list of B, input_ids int64 B L."""
+        """Return a batch: pixel_values B C R R, label and index int64 B, caption a list of B, input_ids int64 B L."""
         return collate_items(items, self.caption_tokens)
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
@@ -276,7 +281,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if self._from_central_square:
             square = self._central_square(row, key.index)
             return {"pixel_values": to_tensor(apply_geometry(square, self._crop(square, key), resolution, mode))}
-        image = decoded(row, self.config.image_column)
+        image = self._decoded(row)
         place = self._crop(image, key)
         tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
         for name, companion in self.companions.items():
@@ -284,6 +289,9 @@ class ImageDataset(torch.utils.data.Dataset):
             cut = [apply_geometry(one, place, resolution, companion.resampling or mode) for one in stored]
             tensors[name] = companion.tensor(cut)
         return tensors
+
+    def _decoded(self, row: dict[str, Any]) -> Image.Image:
+        return decoded(row, self.config.image_column, load_mode(self.config.image_mode))
 
     def _crop(self, image: Image.Image, key: SampleKey) -> CropGeometry:
         return crop_geometry(
@@ -299,7 +307,7 @@ class ImageDataset(torch.utils.data.Dataset):
         pixels = self._squares.get(index) if self._squares is not None else None
         if pixels is not None:
             return Image.fromarray(pixels)
-        image = decoded(row, self.config.image_column)
+        image = self._decoded(row)
         place = crop_geometry(image.size, center_crop=True, random_flip=False, key=0)
         resolution = self.config.resolution
         side = resolution if self._square_side == resolution else min(self._square_side, place.side)
@@ -410,7 +418,7 @@ def decoded_rows(dataset: Dataset, config: DataConfig, at_most: int) -> list[dic
     for number, row in enumerate(rows):
         for name in images:
             try:
-                row[name] = decoded(row, name, open_image)
+                row[name] = decoded(row, name, load_upright)
             except BadSample as bad:
                 raise UserError(f"row {number} of {config.source}, column '{name}': {bad}; fix or remove it") from None
     return rows

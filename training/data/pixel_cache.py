@@ -20,31 +20,35 @@ class PixelCache:
     cache. The memory of a row is used only when the row is read.
     """
 
-    def __init__(self, rows: int, side: int):
-        self.rows, self.side = rows, side
+    def __init__(self, rows: int, side: int, channels: int = 3):
+        self.rows, self.side, self.channels = rows, side, channels
         # Anonymous memory, which a fork shares, and which is not limited by the size of /dev/shm.
-        memory = mmap.mmap(-1, rows * (_BYTES_OF_A_SIDE + 3 * side**2))
+        memory = mmap.mmap(-1, rows * (_BYTES_OF_A_SIDE + channels * side**2))
         self._sides = np.frombuffer(memory, np.uint16, rows)
-        self._pixels = np.frombuffer(memory, np.uint8, offset=rows * _BYTES_OF_A_SIDE).reshape(rows, 3 * side**2)
+        self._pixels = np.frombuffer(memory, np.uint8, offset=rows * _BYTES_OF_A_SIDE).reshape(rows, -1)
 
     @classmethod
-    def of(cls, rows: int, side: int) -> PixelCache | None:
+    def of(cls, rows: int, side: int, channels: int = 3) -> PixelCache | None:
         """Return an empty cache, or None if all rows would need too much of the free memory."""
-        size = rows * 3 * side**2
+        size = rows * channels * side**2
         if not rows or size > min(MOST_BYTES, _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available):
             return None
-        return cls(rows, side)
+        return cls(rows, side, channels)
 
     def get(self, row: int) -> np.ndarray | None:
-        """Return a copy of the pixels of a row, uint8 S S 3 with S <= side; None if they were not stored yet."""
+        """Return a copy of the pixels of a row, uint8 S S C with S <= side; None if they were not stored yet.
+
+        Those of a grey image are S S, as in Pillow.
+        """
         side = int(self._sides[row])
-        return self._pixels[row, : 3 * side**2].reshape(side, side, 3).copy() if side else None
+        shape = (side, side, self.channels) if self.channels > 1 else (side, side)
+        return self._pixels[row, : self.channels * side**2].reshape(shape).copy() if side else None
 
     def put(self, row: int, pixels: np.ndarray) -> None:
-        """Store the pixels of a row, uint8 S S 3 with S <= side."""
+        """Store the pixels of a row, uint8 S S C with S <= side."""
         side = len(pixels)
-        self._pixels[row, : 3 * side**2] = pixels.reshape(-1)
+        self._pixels[row, : self.channels * side**2] = pixels.reshape(-1)
         self._sides[row] = side
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PixelCache, (self.rows, self.side)
+        return PixelCache, (self.rows, self.side, self.channels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from training.data.transforms import (
     apply_geometry,
     byte_tensor,
     decoded,
+    load_upright,
     open_image,
     require_size,
     to_tensor,
@@ -44,6 +45,7 @@ class PosterDataConfig(DataConfig):
     """Source of the posters, and how they are augmented in training."""
 
     help_group = "Data"
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb",)
 
     photometric_augmentation: float = option(0.0, on_resume="warn", at_least=0)
     """Strength of random brightness, contrast, tint, blur, noise and JPEG artefacts on training posters; 0 disables
@@ -114,7 +116,7 @@ class PosterDataset(ImageDataset):
         geometry = self._crop(poster, key)
         maps = {}
         for name in MAP_COLUMNS:
-            stored = decoded(row, name, open_image)
+            stored = decoded(row, name, load_upright)
             require_size(stored, poster.size, name)
             cut = apply_geometry(stored.convert("L"), geometry, resolution, "nearest")
             maps[name] = byte_tensor(cut)

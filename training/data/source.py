@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class DataConfig(Options):
     """Source of the images, its columns, and how images are cropped."""
 
     help_group = "Data"
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb", "rgba", "l")
+    """Values of `image_mode` that a command can train with"""
 
     dataset_name: str | None = option(None, content="data", essential=True, replaces=["train_data_dir"])
     """Training data: a Hub id, or a local folder or file (images, Parquet, JSON, or written by save_to_disk)"""
@@ -83,6 +85,10 @@ class DataConfig(Options):
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     resolution: int = option(64, at_least=8, essential=True)
     """Size of the square training images in pixels; images are cropped to a square and resized to it"""
+    image_mode: Literal["rgb", "rgba", "l"] = option("rgb")
+    """What images are trained as: rgb (three channels; transparent images on white), rgba (four channels, with
+    transparency) or l (grey, one channel); others than rgb work in train_autoencoder.py, train_latent_diffusion.py and
+    precompute_latents.py"""
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each
     epoch"""
@@ -110,6 +116,11 @@ class DataConfig(Options):
             raise UserError(
                 f"both dataset_name ({self.dataset_name}) and train_data_dir ({self.train_data_dir}) are given; "
                 "keep one"
+            )
+        if self.image_mode not in self.image_modes:
+            raise UserError(
+                f"--image_mode {self.image_mode} works only in train_autoencoder.py, train_latent_diffusion.py and "
+                "precompute_latents.py, because the networks of this command take colour images; leave it out"
             )
         columns = self.conditioning_image_column
         if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
@@ -253,7 +264,8 @@ def transform_fingerprint(config: DataConfig) -> str:
     """
     crop = "center" if config.center_crop else "random"
     crop += f"-{config.crop_scale:g}" if config.crop_scale < 1 else ""
-    return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}"
+    mode = f" {config.image_mode}" if config.image_mode != "rgb" else ""
+    return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}{mode}"
 
 
 def undecoded_images(dataset: Dataset, column: str, flag: str, config: DataConfig) -> Dataset:

@@ -1,4 +1,4 @@
-"""Conversion of any image file to a square RGB tensor: decoding, cropping and flipping (Pillow and NumPy).
+"""Conversion of any image file to a square tensor: decoding, cropping and flipping (Pillow and NumPy).
 
 H W source pixels, R training resolution. Everything random here (crop, flip, choice of a caption) is a pure function of
 the sample's key, so that the order of calls, the number of workers and resuming change nothing.
@@ -6,6 +6,7 @@ the sample's key, so that the order of calls, the number of workers and resuming
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipelines.common.pixels import to_rgb
+from pipelines.common.pixels import image_channels, require_finite, to_mode, to_rgb, turned, upright
 from pipelines.tools.files import open_image_file
 from training.core.draws import mix
 
@@ -26,8 +27,9 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Increase it whenever this file produces other pixels than before: older latent caches are then refused.
-TRANSFORM_VERSION = 1
-ORIENTATION = 0x0112  # the EXIF tag
+TRANSFORM_VERSION = 2
+CHANNELS = {"rgb": 3, "rgba": 4, "l": 1}  # of the images of each `--image_mode`
+_CONVERSIONS = {mode: functools.partial(to_mode, mode=mode.upper()) for mode in ("rgba", "l")}
 
 
 class BrokenImage(Exception):
@@ -128,20 +130,40 @@ def open_image(source: Any) -> Image.Image:
 
 
 def load_rgb(source: Any) -> Image.Image:
-    """Decode `source` (see `open_image`) into an upright 8-bit RGB image.
+    """Decode `source` (see `open_image`) into an upright 8-bit RGB image, in sRGB.
 
-    EXIF orientation is applied, transparent pixels are blended with white, 16-bit and float images are scaled to 8
-    bits, palette and CMYK images are converted, and the first frame of an animation is used.
+    EXIF orientation is applied, colours are converted from an embedded profile to sRGB, transparent pixels are blended
+    with white, 16-bit and float images are scaled to 8 bits, palette and CMYK images are converted, and the first frame
+    of an animation is used.
+
+    Raises:
+        BrokenImage: the image cannot be decoded completely, or has pixels that are not finite.
+    """
+    return _loaded(source, to_rgb)
+
+
+def load_mode(mode: str) -> Callable[[Any], Image.Image]:
+    """Return the function that decodes a source as `load_rgb` does, into an image of `--image_mode`.
+
+    Args:
+        mode: "rgb", "rgba" (transparency is kept) or "l" (grey).
+    """
+    return load_rgb if mode == "rgb" else functools.partial(_loaded, convert=_CONVERSIONS[mode])
+
+
+def load_upright(source: Any) -> Image.Image:
+    """Decode `source` (see `open_image`) into an upright image whose pixels keep their values, such as class ids.
 
     Raises:
         BrokenImage: the image cannot be decoded completely.
     """
+    return _loaded(source, upright)
+
+
+def _loaded(source: Any, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     image = open_image(source)
     try:
-        image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:  # `exif_transpose` copies an upright image
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
+        return convert(image)
     except Exception as error:  # Pillow's decoders raise many types for damaged files, from struct.error to IndexError
         raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
 
@@ -152,23 +174,28 @@ def verify_image(source: Any) -> tuple[int, int]:
     `Image.verify` does not notice a truncated JPEG; decoding at an eighth of the size still reads every byte.
 
     Raises:
-        BrokenImage: the image cannot be decoded completely.
+        BrokenImage: the image cannot be decoded completely, or has pixels that are not finite.
     """
     image = open_image(source)
+    full_size = image.size
     try:
-        size = upright_size(image)
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-        image.load()
+        size = upright_size(image, full_size)
+        require_finite(image)
     except Exception as error:  # as in load_rgb
         raise BrokenImage(f"the image is damaged ({_first_line(error)})") from error
     return size
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) of an opened image after its EXIF orientation is applied."""
-    width, height = image.size
-    turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+def upright_size(image: Image.Image, full_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Decode an opened image, and return the (width, height) that it has after `upright`.
+
+    Args:
+        full_size: the size that it was opened with, if it is decoded at a smaller one (`Image.draft`).
+    """
+    image.load()  # only then is it known which decoders have turned the image themselves
+    width, height = full_size or image.size
+    return (height, width) if turned(image) > 4 else (width, height)
 
 
 def decoded(row: Mapping[str, Any], column: str, read: Callable[[Any], Image.Image] = load_rgb) -> Image.Image:
@@ -201,12 +228,15 @@ def byte_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Convert an RGB image of H × W pixels to a float32 tensor 3 H W in [-1, 1]."""
-    return from_bytes(byte_tensor(image))
+    """Convert an image of H × W pixels to a float32 tensor C H W in [-1, 1]: C is 3 (RGB), 1 (grey), or 4.
+
+    The colours of an RGBA image are blended with white; `pipelines.common.pixels` says why.
+    """
+    return from_bytes(byte_tensor(image) if image.mode == "RGB" else image_channels(image))
 
 
 def from_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert the pixels of an 8-bit image, uint8 3 H W, to float32 in [-1, 1]."""
+    """Convert the pixels of an 8-bit image, uint8 C H W, to float32 in [-1, 1]."""
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(2 / 255).sub_(1)
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.common.pixels import to_rgb
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_on_device
@@ -63,7 +64,7 @@ def measure_adherence(
     if generator.takes_images:
         found |= reconstruction_metrics(images, data)
     if generator.takes_captions and data.has_briefs and is_legible(images[0].size):
-        found |= measure_posters(images, *_briefs_and_images(len(images), data))
+        found |= measure_posters([to_rgb(image) for image in images], *_briefs_and_images(len(images), data))
     if generator.takes_captions and config.scorer:
         captions = [item["caption"] for batch in _batches(len(images)) for item in data.items(batch)]
         found |= caption_score(images, captions, config.scorer, device)
@@ -78,18 +79,23 @@ def reconstruction_metrics(images: Sequence[Image.Image], data: EvaluationData) 
     """Compute the mean PSNR (dB) and SSIM of reconstructions and their originals."""
     values: dict[str, list[float]] = {"psnr": [], "ssim": []}
     for batch in _batches(len(images)):
-        originals = torch.stack([item["pixel_values"] for item in data.items(batch)])
+        originals = torch.stack([_in_rgb(item["pixel_values"]) for item in data.items(batch)])
         restored = pixels_of([images[number] for number in batch])
         values["psnr"] += psnr(restored, originals).tolist()
         values["ssim"] += ssim(restored, originals).tolist()
     return {name: sum(some) / len(some) for name, some in values.items()}
 
 
+def _in_rgb(pixels: Tensor) -> Tensor:
+    """Return the channels of an image (C H W) as RGB, on white if it is transparent."""
+    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+
+
 def caption_score(
     images: Sequence[Image.Image], captions: Sequence[str], scorer: str, device: str | None
 ) -> dict[str, float]:
     """Compute the mean cosine of images and their captions, and of images and captions of other images (shuffled)."""
-    similarity = _scorer(scorer, device)(images, captions)
+    similarity = _scorer(scorer, device)([to_rgb(image) for image in images], captions)
     metrics = alignment_metrics(similarity, same_pairs(captions))
     return {f"caption_{name}": value for name, value in metrics.items() if math.isfinite(value)}
 
@@ -164,7 +170,7 @@ def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows) -> dict[st
     read = reader(list(images))
     target = np.array([[row[name] for name in GRAMMAR] for row in posters])
     grammar = np.array([[numbers[name] for name in GRAMMAR] for numbers in read.grammar])
-    pixels = [np.asarray(image.convert("RGB")) for image in images]
+    pixels = [np.asarray(to_rgb(image)) for image in images]
     outside = [features[1] < 0.5 for features in read.features]
     distances = [[palette_distance(p, o, row["palette"]) for row in posters] for p, o in zip(pixels, outside)]
     return cycle_metrics(

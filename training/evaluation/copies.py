@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.common.latents import image_channels_of
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.previews import save_png
@@ -187,11 +188,13 @@ def latent_space(generator: ImageGenerator | None) -> dict[str, Encoder]:
     if vae is None:
         return {}
 
+    channels = image_channels_of(vae)
+
     @torch.inference_mode()
     def encode(images: Images) -> Tensor:
         parts = []
         for start in range(0, len(images), VAE_BATCH):
-            latents = vae.encode(pixels_of(images[start : start + VAE_BATCH]).to(vae.device, vae.dtype))
+            latents = vae.encode(pixels_of(images[start : start + VAE_BATCH], channels).to(vae.device, vae.dtype))
             mode = latents.latent_dist.mode() if hasattr(latents, "latent_dist") else latents.latents
             parts.append(mode.flatten(1).float().cpu())
         return torch.cat(parts)

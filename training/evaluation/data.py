@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pipelines.common.latents import image_channels_of
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
 from pipelines.tools.private import expand_home
@@ -39,6 +40,7 @@ from training.data.images import (
     transform_fingerprint,
 )
 from training.data.records import cache_file
+from training.data.transforms import CHANNELS
 from training.metrics.features import FeatureExtractor
 from training.metrics.generators import ImageGenerator, native_resolution
 from training.metrics.images import to_pil
@@ -300,6 +302,9 @@ def _data_config(
     resolution = native_resolution(generator.pipeline) if generator is not None else None
     if config.resolution is None and resolution is not None:
         chosen["resolution"] = resolution
+    if generator is not None and generator.takes_images:
+        modes = {channels: mode for mode, channels in CHANNELS.items()}
+        chosen["image_mode"] = modes[image_channels_of(generator.pipeline.vae)]
     if generator is not None and stretches:
         chosen["image_fit"] = generator.pipeline.config.image_fit
     # Real images are cropped at their centre and not mirrored, so that the same images are the same in any run.

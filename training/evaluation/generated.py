@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError, located
 from pipelines.tools.files import image_suffixes, read_image
 from training.core.exchange import Exchange
@@ -61,7 +62,7 @@ def images_in(folder: str, at_most: int) -> list[Image.Image]:
         raise UserError(
             f"--images {located(folder)}: {len(files)} images were found there; give a folder with at least 4"
         )
-    return [read_image(file).convert("RGB") for file in files[:at_most]]
+    return [to_rgb(read_image(file)) for file in files[:at_most]]
 
 
 def measure(

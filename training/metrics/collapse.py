@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from pipelines.common.pixels import to_rgb
+
 THUMBNAIL = 32
 # Variation below this fraction of that of the training images counts as collapsed.
 FAR_BELOW = 0.25
@@ -114,9 +116,6 @@ def _thumbnails(images: Sequence[Image.Image]) -> np.ndarray:
     """Convert N images to thumbnails N D in [0, 1]; transparent images are blended with white."""
     rows = []
     for image in images:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        small = to_rgb(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         rows.append(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
     return np.stack(rows)

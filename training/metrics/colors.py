@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from pipelines.common.pixels import to_rgb
+
 QUANTILES = np.linspace(0.005, 0.995, 100)
 PIXELS = 32
 _TO_XYZ = np.array(
@@ -20,7 +22,7 @@ _WHITE = _TO_XYZ.sum(axis=1)
 
 def lab(image: Image.Image) -> np.ndarray:
     """Return the L*a*b* values of an sRGB image, reduced to 32 × 32 pixels: 1024 × 3 (IEC 61966-2-1, CIE 15)."""
-    small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BOX)
+    small = to_rgb(image).resize((PIXELS, PIXELS), Image.Resampling.BOX)
     encoded = np.asarray(small, dtype=np.float64).reshape(-1, 3) / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _TO_XYZ.T / _WHITE

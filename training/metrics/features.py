@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError, one_line
 
 DEFAULT_EXTRACTOR = "efficientnet-lite0"
@@ -77,7 +78,7 @@ class FeatureExtractor:
     def _resized(self, image: Image.Image) -> Tensor:
         """3 R R, normalized. Pillow's resampling is antialiased, which the metric needs (Parmar et al. 2022)."""
         size = (self.resolution, self.resolution)
-        array = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        array = np.asarray(to_rgb(image).resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return torch.from_numpy((array - mean) / std).permute(2, 0, 1)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines.common.pixels import MODES, straight, to_rgb
 from pipelines.tools.cli import UserError
 from pipelines.tools.guides import guidance_arguments, guidance_facts
 from training.core.options import Options, option
@@ -86,7 +87,7 @@ class ImageGenerator:
     def __call__(
         self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
     ) -> list[Image.Image]:
-        """Generate one RGB image for each item; image number i uses seed + i.
+        """Generate one image for each item (RGB, RGBA or grey); image number i uses seed + i.
 
         Args:
             poll: called after each sampling step; it may raise to stop.
@@ -101,7 +102,7 @@ class ImageGenerator:
                 images = self.pipeline(**self.arguments(items), **options, generator=generators).images
         except ValueError as error:  # of check_inputs: a class that the model does not know, for example
             raise UserError(f"the {self.kind} does not take these data: {error}") from None
-        return [image.convert("RGB") for image in images]
+        return [_of_known_mode(image) for image in images]
 
     @property
     def given(self) -> str:
@@ -216,7 +217,7 @@ class DrawingModel(ImageGenerator):
     ) -> list[Image.Image]:
         with _unknown_words_unnamed():
             images = self.pipeline.draw([item["caption"] for item in items]).images
-        return [image.convert("RGB") for image in images]
+        return [_of_known_mode(image) for image in images]
 
     @property
     def invents(self) -> bool:
@@ -244,10 +245,15 @@ class Reconstructor(ImageGenerator):
         self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
     ) -> list[Image.Image]:
         pixels = torch.stack([item["pixel_values"] for item in items])
-        return [image.convert("RGB") for image in self.pipeline((pixels + 1) / 2).images]
+        return [_of_known_mode(image) for image in self.pipeline((straight(pixels) + 1) / 2).images]
 
     def facts(self) -> dict[str, Any]:
         return {"from": "images"}
+
+
+def _of_known_mode(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, unless it is grey or transparent; those who measure it convert it as they need it."""
+    return image if image.mode in MODES.values() else to_rgb(image)
 
 
 def _polled(poll: Callable[[], None], *step: Any) -> dict[str, Any]:

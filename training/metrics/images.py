@@ -1,17 +1,18 @@
 """Similarity of images (PSNR and SSIM), and conversion of tensors to images; pure functions.
 
-images: B 3 H W in [-1, 1].
+images: B C H W in [-1, 1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from pipelines.common.pixels import MODES, image_channels, straight, to_mode
 
 WINDOW = 11
 WINDOW_SIGMA = 1.5
@@ -52,12 +53,16 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Convert one image, 3 H W in [-1, 1], to a Pillow image; values outside this range are clamped."""
-    pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    """Convert one image, C H W in [-1, 1], to a Pillow image; values outside this range are clamped.
+
+    It is RGB, grey for one channel, and RGBA for four, of which the colours are blended with white.
+    """
+    pixels = ((straight(image.detach().float().clamp(-1, 1)) + 1) * 127.5).round().to(torch.uint8)
+    channels_last = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(channels_last[..., 0] if len(pixels) == 1 else channels_last)
 
 
-def pixels_of(images: Sequence[Image.Image]) -> Tensor:
-    """Convert images of equal size to a tensor: N 3 R R in [-1, 1]"""
-    arrays = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+def pixels_of(images: Sequence[Image.Image], channels: int = 3) -> Tensor:
+    """Convert images of equal size to a tensor as networks take it: N C R R in [-1, 1], with C 1 (grey), 3 or 4."""
+    pixels = [image_channels(to_mode(image, MODES[channels])) for image in images]
+    return torch.stack(pixels).float() / 127.5 - 1

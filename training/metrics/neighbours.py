@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.common.pixels import to_rgb
+
 NEIGHBOURS = 50
 # Training images per block of the search: with 10,000 queries, a block of distances takes 160 MB.
 BLOCK = 4096
@@ -127,7 +129,7 @@ def pixel_search(small: Tensor, own_rows: Tensor | None = None) -> NeighbourSear
 def thumbnails(images: Sequence[Image.Image]) -> Tensor:
     """Return images as small RGB vectors: m 3072, uint8, so that a million of them take 3 GB."""
     size = (THUMBNAIL, THUMBNAIL)
-    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)) for image in images]
+    arrays = [np.asarray(to_rgb(image).resize(size, Image.Resampling.BOX)) for image in images]
     return torch.from_numpy(np.stack(arrays)).flatten(1)
 
 

@@ -23,7 +23,7 @@ from training.data.companions import SegmentationMask
 from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, LabelMap, load_label_map
 from training.data.source import DataConfig, load_all_splits, named_split, require_column, undecoded_images
-from training.data.transforms import BrokenImage, open_image
+from training.data.transforms import BrokenImage, load_upright
 from training.metrics.images import psnr, to_pil
 from training.models.autoencoder import AutoencoderOutput
 from training.objectives.segmentation import IGNORE_INDEX, class_areas, mean_iou, pixel_accuracy
@@ -106,7 +106,7 @@ def count_mask_classes(config: DataConfig) -> int:
     for _, values in chunks(masks, evenly_spaced(len(masks), COUNTED_MASKS)):
         for source in values[column]:
             try:
-                (mask,) = read_as.load({column: source}, open_image(source).size)
+                (mask,) = read_as.load({column: source}, load_upright(source).size)
             except (BadSample, BrokenImage) as error:
                 problem = str(error)  # the later check of all rows names the row
             else:

@@ -90,10 +90,15 @@ class LatentBase(ControlBase):
     """A LatentDiffusionPipeline as base model."""
 
     def __init__(self, pipeline: Any, resolution: int):
-        from pipelines.common.latents import latent_shape
+        from pipelines.common.latents import image_channels_of, latent_shape
 
         super().__init__(pipeline)
         self.downsampling = pipeline.vae_scale_factor
+        if (channels := image_channels_of(pipeline.vae)) != 3:
+            raise UserError(
+                f"the base model generates images with {channels} channels, and a ControlNet steers only models of RGB "
+                "images; choose one that was trained with --image_mode rgb"
+            )
         try:
             self.input_shape = latent_shape(pipeline.vae, resolution, resolution)
         except ValueError as error:

@@ -10,7 +10,9 @@ import torch
 
 from pipelines.tools.checkpoint_links import follow_links_or_name
 from pipelines.tools.cli import UserError, cause, located
+from pipelines.tools.commands import command
 from pipelines.tools.weights import weights_variant
+from training.data.transforms import CHANNELS
 
 # Where the VAE may be in a folder or repository: in the folder itself, in a pipeline, or in a training run.
 _SUBFOLDERS = (None, "vae", "pipeline/vae")
@@ -19,23 +21,25 @@ PIXELS = "pixels"
 _OWN_CLASSES = {"MultiHeadAutoencoderKL": "multi_head_autoencoder", "PixelAutoencoder": "pixel_autoencoder"}
 
 
-def load_vae(name_or_path: str) -> torch.nn.Module:
+def load_vae(name_or_path: str, image_mode: str = "rgb") -> torch.nn.Module:
     """Load a VAE for a diffusion pipeline: in float32, in eval mode, frozen, and without heads.
 
     Args:
         name_or_path: a VAE folder or Hub id (any autoencoder class of Diffusers, or `MultiHeadAutoencoderKL`), a
             pipeline with a `vae`, or the run folder of an autoencoder; or "pixels", for the identity.
+        image_mode: "rgb", "rgba" or "l", the images that it encodes.
 
     Raises:
-        UserError: it does not exist, is not a VAE, or has damaged weights.
+        UserError: it does not exist, is not a VAE, or has damaged weights, or encodes other images than `image_mode`.
     """
     if name_or_path == PIXELS:
         from pipelines.models.pixel_autoencoder import PixelAutoencoder
 
-        return PixelAutoencoder().eval()
+        return PixelAutoencoder(latent_channels=CHANNELS[image_mode]).eval()
     name_or_path = follow_links_or_name(name_or_path)
     config, subfolder = _find_config(name_or_path)
     vae_class = _class_of(config, name_or_path)
+    _check_channels(config, name_or_path, image_mode)
     folder = Path(name_or_path).expanduser()
     local = folder.is_dir()
     variant = weights_variant(folder / (subfolder or "")) if local else None
@@ -52,6 +56,19 @@ def load_vae(name_or_path: str) -> torch.nn.Module:
     if hasattr(vae, "autoencoder"):
         vae = vae.autoencoder()
     return vae.eval().requires_grad_(False)
+
+
+def _check_channels(config: dict[str, Any], name: str, image_mode: str) -> None:
+    """Raise UserError if a VAE with this config encodes other images than `image_mode`."""
+    pixels = "PixelAutoencoder" in (config.get("_class_name") or ())  # the name, or [module, name]
+    channels = config.get("latent_channels" if pixels else "in_channels", 3)
+    if channels != CHANNELS[image_mode]:
+        modes = {number: mode for mode, number in CHANNELS.items()}
+        raise UserError(
+            f"the VAE '{name}' encodes images with {channels} channels ({modes.get(channels, 'of another kind')}), but "
+            f"--image_mode {image_mode} has {CHANNELS[image_mode]}; train one with "
+            f"`{command('training/train_autoencoder.py')} --image_mode {image_mode}`, or choose another --image_mode"
+        )
 
 
 def _find_config(name_or_path: str) -> tuple[dict[str, Any], str | None]:

@@ -17,16 +17,17 @@ from training.objectives.functional import hinge_discriminator_loss
 
 
 class PatchDiscriminator(nn.Module):
-    """Maps images B 3 H W in [-1, 1] to one score per patch, B 1 h w; above 0 means real.
+    """Maps images B C H W in [-1, 1] to one score per patch, B 1 h w; above 0 means real.
 
     Args:
         channels: channels of the first layer; they double with each layer, up to eight times this number.
         layers: number of downsamplings by 2.
+        image_channels: channels of the images.
     """
 
-    def __init__(self, channels: int = 32, layers: int = 3):
+    def __init__(self, channels: int = 32, layers: int = 3, image_channels: int = 3):
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for layer in range(1, layers):
             wider = channels * min(2**layer, 8)

@@ -259,5 +259,5 @@ def _latent_shape(run: Completion) -> tuple[int, int]:
     from pipelines.common.latents import latent_shape
     from training.models.vae_loading import load_vae
 
-    channels, height, _ = latent_shape(load_vae(config.vae), config.resolution, config.resolution)
+    channels, height, _ = latent_shape(load_vae(config.vae, config.image_mode), config.resolution, config.resolution)
     return height, channels

@@ -62,6 +62,8 @@ class Completion:
         self.time: Time | None = None
         self.collection: Collection = look_at(config, config.seed)
         self.folder: Path = collection_folder(config.source, write=_is_first() and config.trains)
+        if config.image_mode != "rgb":  # what is made of colour images is of no use
+            self.folder /= config.image_mode
         self.prepare: dict[str, str] = {}
         self.lines: list[str] = self.collection.lines()
         self.trainings: list[estimate.Training] = []

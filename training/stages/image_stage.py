@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ logger = logging.getLogger("halftone")
 @dataclass
 class ImageStageConfig(RunConfig, DataConfig):
     """Flags of every stage that trains on images."""
+
+    image_modes: ClassVar[tuple[str, ...]] = ("rgb",)
 
     init_from: str | None = option(None, on_resume="warn")
     """Initialize the trained model (in train_controlnet.py, the ControlNet) from another run, checkpoint or pipeline
