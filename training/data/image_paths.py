@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError, printable
+from training.data.archives import unpacked_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,10 +54,10 @@ def _folders(source: str) -> tuple[str, ...]:
 
 
 def _unpacked() -> tuple[str, ...]:
-    """Return the folder in which `datasets` unpacks archives."""
+    """Return the folders in which `datasets`, and `training.data.archives`, unpack archives."""
     import datasets
 
-    return (str(datasets.config.EXTRACTED_DATASETS_PATH),)
+    return str(datasets.config.EXTRACTED_DATASETS_PATH), str(unpacked_folder())
 
 
 def _with_separator(folders: Iterable[str]) -> Iterable[str]:

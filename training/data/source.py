@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
+from training.data.archives import is_archive, unpacked
 from training.data.folder_account import FolderAccount
 from training.data.folder_captions import CaptionSource
 from training.data.folder_layout import METADATA_NAMES
@@ -65,7 +66,8 @@ class DataConfig(Options):
     """Captions of a folder of images: auto reads a table (such as metadata.csv) or text files beside the images;
     file_name and folder_name take the names of the files or of their folders as captions"""
     label_column: str = option("label")
-    """Column with the class labels: class names, or numbers from 0"""
+    """Column with the class labels, one for each row: texts, whole numbers (each number is the name of a class, so that
+    the years 1985 to 2020 are 36 classes), or true and false"""
     mask_column: str = option("mask")
     """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images; used only
     by the segmentation head of train_autoencoder.py, precompute_latents.py and check_dataset.py"""
@@ -199,8 +201,10 @@ def _open_source(
     account = None
     try:
         state = files_state(path) if local else None
+        archive = path if path.is_file() and is_archive(path) else None
+        path = unpacked(path) if archive else path
         if state and path.is_dir() and not _is_saved(path) and (imagefolder or _is_image_folder(path)):
-            loaded, account = open_image_folder(path, captions, state)
+            loaded, account = open_image_folder(path, captions, state, shown=archive or path)
         elif captions != "auto":
             raise UserError(
                 f"--caption_source is {captions}, but {name} is not a folder of images; name the column of its "
@@ -353,13 +357,19 @@ def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
 def _is_image_folder(path: Path) -> bool:
     """Return whether a folder is one of images, and not of tables that hold images."""
     names = [name for _, _, files in os.walk(path) for name in files if not name.startswith(".")]
-    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names)
-    images = sum(suffixes[suffix] for suffix in image_suffixes())
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in _without_descriptions(names))
+    images = sum(suffixes[suffix] for suffix in image_suffixes()) + sum(map(is_archive, names))
     if set(METADATA_NAMES).intersection(names):
         return True
     if suffixes[".parquet"] or suffixes[".arrow"] or _readme_defines_splits(path):
         return False
     return images > sum(suffixes[suffix] for suffix in (".json", ".jsonl", ".csv"))
+
+
+def _without_descriptions(names: Sequence[str]) -> list[str]:
+    """Return the names without those of files that describe an archive: 00000_stats.json beside 00000.tar."""
+    shards = tuple(name.partition(".")[0] for name in names if is_archive(name))
+    return [name for name in names if is_archive(name) or not name.startswith(shards)] if shards else list(names)
 
 
 def _readme_defines_splits(path: Path) -> bool:
