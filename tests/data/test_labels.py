@@ -47,7 +47,7 @@ def parquet(file: Path, labels: list, kind: pyarrow.DataType | None = None) -> D
         (YEARS[::-1] * 2, pyarrow.int64(), [str(year) for year in YEARS]),
         ([0, 3, 1], pyarrow.int32(), ["0", "1", "3"]),
         ([0, 10_000_000], pyarrow.int64(), ["0", "10000000"]),
-        ([-1, 2, 1], pyarrow.int8(), ["-1", "1", "2"]),
+        ([-1, 2, -3], pyarrow.int8(), ["-3", "-1", "2"]),
         ([200, 3], pyarrow.uint8(), ["3", "200"]),
         ([1985.0, None, float("nan"), 7.0], pyarrow.float64(), ["7", "1985"]),
         ([2.0, 1.0], pyarrow.float32(), ["1", "2"]),

@@ -11,6 +11,7 @@ import functools
 import gzip
 import lzma
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -85,18 +86,31 @@ def with_archives_unpacked(root: Path, state: str) -> Path:
 
     def make(folder: Path) -> None:
         for file in _files_below(root):
-            target = folder / file
-            target.parent.mkdir(parents=True, exist_ok=True)
             if is_archive(file):
-                target.mkdir()
-                _unpack(root / file, target)
-                continue
-            try:
-                target.symlink_to(os.path.realpath(root / file))
-            except OSError:  # Windows allows links only to some users
-                shutil.copy2(root / file, target)
+                (folder / file).mkdir(parents=True)
+                _unpack(root / file, folder / file)
+            else:
+                _link(root / file, folder / file)
 
     return _made(root, state, make)
+
+
+def linked_folder(root: Path, state: str) -> Path:
+    """Return a folder with links to all files of `root`, whose own path has no unusual characters."""
+
+    def make(folder: Path) -> None:
+        for file in _files_below(root):
+            _link(root / file, folder / file)
+
+    return _made(root, state, make)
+
+
+def _link(file: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        link.symlink_to(os.path.realpath(file))
+    except OSError:  # Windows allows links only to some users
+        shutil.copy2(file, link)
 
 
 def _files_below(root: Path) -> Iterator[str]:
@@ -113,7 +127,8 @@ def _made(source: Path, state: str, make: Callable[[Path], None]) -> Path:
     """Return the folder for this state of a source; it is made beside its place and renamed when it is complete."""
     from filelock import FileLock
 
-    target = unpacked_folder() / f"{source.name}-{state[:16]}"
+    name = re.sub(r"[^\w.-]", "_", source.name)[:80]  # without characters of patterns, which `datasets` would expand
+    target = unpacked_folder() / f"{name}-{state[:16]}"
     if target.is_dir():
         return target
     try:

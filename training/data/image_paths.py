@@ -6,6 +6,7 @@ of this machine, which would then appear in samples or in a dataset that is made
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,16 +35,24 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
     for chunk in dataset.data.column(column).chunks:
         paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
         for path in paths.drop_null().to_pylist():
+            if "://" in path.rpartition(_ARCHIVE)[2]:
+                raise UserError(
+                    f"column '{column}' of {source} has the URL {printable(path)[:200]}; images are not downloaded: "
+                    "download them, for example with img2dataset, and write the paths of the files into the column"
+                )
             if not _is_inside(path, folders):
                 raise UserError(
-                    f"column '{column}' of {source} names the file {printable(path)}, which is not in the dataset's "
-                    "own folder and is therefore not read; move the images into the folder, or store them in the column"
+                    f"column '{column}' of {source} names the file {printable(path)[:200]}, which is not in the "
+                    "dataset's own folder and is therefore not read; move the images into the folder, or store them in "
+                    "the column"
                 )
 
 
 def _folders(source: str) -> tuple[str, ...]:
     """Return the folders whose files belong to the dataset, each with a separator at its end."""
     path = Path(source).expanduser()
+    if glob.has_magic(source) and not path.exists():  # a pattern of files: the folder before its first part with a *
+        path = next((folder for folder in path.parents if not glob.has_magic(str(folder))), path)
     if path.exists():
         own = path if path.is_dir() else path.parent
         return tuple(_with_separator((os.path.abspath(own), os.path.realpath(own), *_unpacked())))

@@ -122,6 +122,8 @@ def _named_values(column: str, kind: str, values: Iterable[Any], recorded: Seque
             f"column '{column}' holds {kind} with values such as {fractions[0]:g}, which are measurements, not "
             "classes; choose another with --label_column"
         )
+    if sum(value < 0 for value in distinct) == 1:
+        distinct.discard(-1)  # alone below 0, it usually says that a row has no label
     return {value: str(int(value)) for value in distinct}
 
 
