@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.tools.cli import UserError
+from tests.conftest import ROOT
 from tests.data.test_image_folder import account_of, classes_of, config_of, draw
 from training.core.draws import SampleKey
 from training.data import archives
@@ -217,6 +221,23 @@ def test_an_encrypted_archive_is_refused(tmp_path):
     archive.write_bytes(content)
     with pytest.raises(UserError, match="is encrypted; unpack it"):
         load_split(config_of(archive), "train", 0)
+
+
+def test_a_pattern_of_archives_is_refused(tmp_path):
+    packed(draw(tmp_path / "pics", "1.png"), "a.zip")
+    with pytest.raises(UserError, match="a.zip is an archive, but a pattern can name only tables; give the folder"):
+        load_split(config_of(tmp_path, train_data_dir=None, dataset_name=str(tmp_path / "*.zip")), "train", 0)
+
+
+def test_the_process_ends_with_status_2_and_one_message(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"no archive")
+    command = [sys.executable, "data_scripts/check_dataset.py", "--train_data_dir", str(tmp_path / "a.zip")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the archive {tmp_path / 'a.zip'} cannot be read")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_an_archive_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):

@@ -161,13 +161,16 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         opened = _zip_members(archive) if archive.name.lower().endswith(".zip") else _tar_members(archive)
+        made: set[Path] = set()
         for member in opened:
             path = _safe_path(archive, member)
             if path is None:
                 continue
             _require_space(archive, member, folder)
             target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.parent not in made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.add(target.parent)
             with member.open() as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
     except _DAMAGED as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import image_suffixes
-from training.data.archives import linked_folder
+from training.data.archives import is_archive, linked_folder
 from training.data.caption_tables import read_table, separator_of
 from training.data.column_types import with_typed_images
 from training.data.records import cache_file, files_state
@@ -71,6 +71,10 @@ def _load_files(files: Sequence[Path], split: str) -> Dataset:
     """Open files of one format as one split; relative paths in their rows begin at the folder of their file."""
     import datasets
 
+    if any(map(is_archive, files)):
+        raise UserError(
+            f"{files[0]} is an archive, but a pattern can name only tables; give the folder of the archives"
+        )
     loaders = {_FILE_LOADERS.get(file.suffix.lower()): file for file in files}
     if None in loaders:
         file, known = loaders[None], ", ".join(_FILE_LOADERS)
