@@ -225,12 +225,13 @@ def test_an_encrypted_archive_is_refused(tmp_path):
 
 def test_a_pattern_of_archives_is_refused(tmp_path):
     packed(draw(tmp_path / "pics", "1.png"), "a.zip")
-    with pytest.raises(UserError, match="a.zip is an archive, but a pattern can name only tables; give the folder"):
+    with pytest.raises(UserError, match="a.zip is an archive, but a pattern names only tables; give the folder"):
         load_split(config_of(tmp_path, train_data_dir=None, dataset_name=str(tmp_path / "*.zip")), "train", 0)
 
 
 def test_the_process_ends_with_status_2_and_one_message(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "data_scripts/check_dataset.py", "--train_data_dir", str(tmp_path / "a.zip")]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}

@@ -72,9 +72,7 @@ def _load_files(files: Sequence[Path], split: str) -> Dataset:
     import datasets
 
     if any(map(is_archive, files)):
-        raise UserError(
-            f"{files[0]} is an archive, but a pattern can name only tables; give the folder of the archives"
-        )
+        raise UserError(f"{files[0]} is an archive, but a pattern names only tables; give the folder of the archives")
     loaders = {_FILE_LOADERS.get(file.suffix.lower()): file for file in files}
     if None in loaders:
         file, known = loaders[None], ", ".join(_FILE_LOADERS)
