@@ -90,7 +90,7 @@ def test_every_file_of_an_archive_is_accounted_for(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
 def test_archives_in_a_folder(tmp_path, suffix):
-    """Images of the same name in two archives are two images, and archives are no classes."""
+    """Images of the same name in two archives are two images, and the names of archives are not classes."""
     folder = with_texts(tmp_path / "pics", "loose.png")
     for number in range(2):
         packed(with_texts(folder / "part", "same.png", f"{number}.png"), f"part{number}.{suffix}")
@@ -231,7 +231,6 @@ def test_a_pattern_of_archives_is_refused(tmp_path):
 
 def test_the_process_ends_with_status_2_and_one_message(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "data_scripts/check_dataset.py", "--train_data_dir", str(tmp_path / "a.zip")]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
