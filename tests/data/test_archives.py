@@ -12,6 +12,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -221,6 +223,17 @@ def test_an_encrypted_archive_is_refused(tmp_path):
     archive.write_bytes(content)
     with pytest.raises(UserError, match="is encrypted; unpack it"):
         load_split(config_of(archive), "train", 0)
+
+
+def test_an_archive_of_tables(tmp_path):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    images = [{"bytes": image_bytes(shade), "path": None} for shade in range(2)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": ["a", "b"]}), folder / "a.parquet")
+    archive = packed(folder, "tables.zip")
+    assert captions_of(archive, train_data_dir=None, dataset_name=str(archive)) == ["a", "b"]
+    with pytest.raises(UserError, match=r"tables.zip contains no images .*give it as --dataset_name"):
+        captions_of(archive)
 
 
 def test_a_pattern_of_archives_is_refused(tmp_path):

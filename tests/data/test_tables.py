@@ -127,6 +127,16 @@ def test_paths_with_unusual_characters(tmp_path, name, form):
     assert read(path.parent if form == "folder" else path) == ROWS
 
 
+@pytest.mark.parametrize("name", ["a [b]", "a#b", "100%", "a::b", "with space"])
+def test_folders_of_images_with_unusual_characters(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for row, content in enumerate(IMAGES):
+        (folder / f"{row} {name}.png").write_bytes(content)
+        (folder / f"{row} {name}.txt").write_text(TEXTS[row])
+    assert read(folder, dataset_name=None, train_data_dir=str(folder)) == ROWS
+
+
 def test_a_pattern_names_several_files(tmp_path, monkeypatch):
     for part in range(2):
         write(tmp_path / f"data/part-{part}.parquet", image=images(), text=TEXTS)

@@ -49,7 +49,7 @@ def open_image_folder(path: Path, source: CaptionSource, state: str, shown: Path
         return known
     root = with_archives_unpacked(Path(os.path.abspath(path)), state)
     files = files_of(root)
-    _require_images(root, files)
+    _require_images(root, files, shown)
     rows = rows_of(root, files, source)
     layout = _layout(root, files, rows)
     tables = {name: _write(key, name, table) for name, table in _tables(root, rows, layout).items()}
@@ -96,7 +96,7 @@ def _write(key: Sequence[Any], split: str, table: pyarrow.Table) -> Path:
     return file
 
 
-def _require_images(root: Path, files: FolderFiles) -> None:
+def _require_images(root: Path, files: FolderFiles, shown: Path) -> None:
     if files.images:
         return
     unread = list(unread_images(root, files))
@@ -104,7 +104,9 @@ def _require_images(root: Path, files: FolderFiles) -> None:
     fix = next((entry.fix for entry in unread), "give another folder with --train_data_dir or --dataset_name")
     if any(name.endswith(".parquet") for name in files.tables):
         fix = "if the images are in its Parquet files, give it as --dataset_name instead of --train_data_dir"
-    raise UserError(f"the folder {root} contains no images that can be read{there}; {fix}")
+    raise UserError(
+        f"{'the folder ' if shown.is_dir() else ''}{shown} contains no images that can be read{there}; {fix}"
+    )
 
 
 def _layout(root: Path, files: FolderFiles, rows: FolderRows) -> Layout:

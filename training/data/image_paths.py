@@ -75,5 +75,5 @@ def _with_separator(folders: Iterable[str]) -> Iterable[str]:
 
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
     """Return whether the file, or the archive that it is in (zip://a.png::/data/x.zip), is in one of the folders."""
-    file = path.rpartition(_ARCHIVE)[2]
+    file = path.rpartition(_ARCHIVE)[2] if "://" in path else path  # the name of a folder may contain ::
     return "://" not in file and os.path.abspath(file).startswith(folders)
