@@ -14,6 +14,7 @@ from pipelines.common.conditions import class_ids
 from pipelines.tools.cli import UserError
 from training.core.draws import SampleKey
 from training.data import source
+from training.data.classes import column_classes
 from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split
 
 YEARS = list(range(1985, 2021))
@@ -122,6 +123,15 @@ def test_missing_labels_are_listed_by_row_and_can_be_skipped(tmp_path, capsys):
     config.on_bad_sample = "skip"
     rows = ImageDataset(load_split(config, "train", 0), config, labels=True, label_map=load_label_map(config))
     assert [rows[SampleKey(i, 0)]["label"] for i in range(4)] == [0, 1, 1, 0]
+
+
+def test_whole_floats_are_classes_to_balance_by():
+    classes = column_classes(datasets.Dataset.from_dict({"year": [2020.0, 1985.0, 2020.0]}), "year")
+    assert (classes.ids.tolist(), classes.names) == ([1, 0, 1], ["1985", "2020"])
+    with pytest.raises(UserError, match="1 of 2 rows have no class in column 'year'"):
+        column_classes(datasets.Dataset.from_dict({"year": [2020.0, float("nan")]}), "year")
+    with pytest.raises(UserError, match="holds fractions, not classes"):
+        column_classes(datasets.Dataset.from_dict({"year": [2020.5, 1985.0]}), "year")
 
 
 def test_a_label_of_no_class_is_named_with_the_classes(tmp_path):

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas
 import pyarrow
@@ -105,6 +106,15 @@ def test_tables_of_pandas(tmp_path):
     frame["image"] = [{"bytes": content, "path": None} for content in IMAGES]
     frame.to_parquet(tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet") == [("red", "1985"), ("green", "2020"), ("blue", "1990")]
+
+
+def test_the_column_of_images_is_named_if_it_has_another_name(tmp_path):
+    rows = datasets.Dataset.from_dict({"photo": images().to_pylist(), "text": TEXTS})
+    rows.cast_column("photo", datasets.Image()).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match=r"no column 'image' \(column 'photo' has images\).* --image_column"):
+        read(tmp_path / "a.parquet")
+    config = config_of(tmp_path / "a.parquet", image_column="photo")
+    assert len(ImageDataset(load_split(config, "train", 0), config)) == 3
 
 
 def test_a_table_without_an_image_column_names_the_columns(tmp_path):

@@ -226,8 +226,10 @@ def require_column(dataset: Dataset, name: str, flag: str) -> None:
         UserError: the column does not exist; the message names the most similar column and all that exist.
     """
     if name not in dataset.column_names:
+        images = [column for column, kind in dataset.features.items() if type(kind).__name__ == "Image"]
+        hint = f" (column '{images[0]}' has images)" if flag == "image_column" and len(images) == 1 else ""
         raise UserError(
-            f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}; "
+            f"the dataset has no column '{name}'{hint or nearest(name, dataset.column_names)}; "
             f"its columns are {', '.join(dataset.column_names)}: choose one with --{flag}"
         )
 
