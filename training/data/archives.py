@@ -42,7 +42,7 @@ class Member(NamedTuple):
     size: int
     is_plain: bool
     """Whether it is neither a link nor a device"""
-    open: Callable[[], IO[bytes]]
+    opened: Callable[[], IO[bytes]]
 
 
 def is_archive(name: str | Path) -> bool:
@@ -171,7 +171,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             if target.parent not in made:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 made.add(target.parent)
-            with member.open() as source, target.open("wb") as file:
+            with member.opened() as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
     except _DAMAGED as error:
         raise UserError(
@@ -193,7 +193,7 @@ def _zip_members(archive: Path) -> Iterator[Member]:
 
 
 def _tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive, "r:*") as opened:
+    with tarfile.open(archive, encoding="utf-8") as opened:
         for info in opened:
             if not info.isdir():
                 yield Member(info.name, info.size, info.isreg(), functools.partial(_regular, opened, info))

@@ -30,7 +30,7 @@ def column_classes(dataset: Dataset, column: str) -> RowClasses:
     if kind.startswith("float"):  # of pandas, which writes whole numbers so if some of them are missing
         values = [None if value is None or value != value else value for value in values]
         if any(not value.is_integer() for value in values if value is not None):
-            raise UserError(f"column '{column}' holds fractions, not classes; choose another with --balance_by")
+            raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --balance_by")
         values = [None if value is None else int(value) for value in values]
     known = range(len(declared)) if declared else sorted({value for value in values if value not in (None, "")})
     id_of = {value: i for i, value in enumerate(known)}
