@@ -72,7 +72,7 @@ class FusionControlNetPipeline(ControlledMixin, LatentDiffusionPipeline):
             control_image (*optional*): One control image for all images, or one for each prompt, as a tensor or PIL
                 images (see `control_images.control_tensor`). With several ControlNets, a list with the control of each.
                 By default, the base model generates without control.
-            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids or class names.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Names, or ids unless names are numbers.
             prompt_embeds (`torch.Tensor`, *optional*): Result of `encode_prompt` (`B L D`), instead of prompts.
             controlnet_conditioning_scale (`float` or `list[float]`, defaults to 1.0): Strength of the ControlNet; 0
                 disables it. Several ControlNets share one value or have one each, here and in the next two arguments.

@@ -167,7 +167,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
 
         Args:
             prompt, negative_prompt (`str` or `list[str]`, *optional*): What to include (paired with labels), or not.
-            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Class ids, or names of `id2label`.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Names, or ids unless names are numbers.
             height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
             num_inference_steps (`int`, defaults to 25): The number of denoising steps.
             guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.

@@ -170,7 +170,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
     add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
-    add("--class_label", nargs="+", action="extend", help="Class ids or names; each gives a row")
+    add(
+        "--class_label",
+        nargs="+",
+        action="extend",
+        help="Class names, or ids where names are not numbers; each gives a row",
+    )
     add(
         "--brief",
         nargs="+",
@@ -348,7 +353,7 @@ def generate(
         steering = _steering(options, [row_controls[row] for row in rows]) if row_controls else {}
         if takes_briefs(pipeline):
             return {"briefs": [row_briefs[row] if row_briefs else {} for row in rows], **steering}
-        captions = _captions(options, rows, count)
+        captions = _captions(pipeline, options, rows, count)
         # With neither prompt nor label, the number of controls determines the number of images.
         return captions | steering | ({"num_images_per_prompt": 1} if steering else {})
 
@@ -391,10 +396,12 @@ def _steering(options: argparse.Namespace, controls: Controls) -> dict[str, Any]
     return {"control_image": batches if len(batches) > 1 else batches[0], **strengths}
 
 
-def _captions(options: argparse.Namespace, rows: Sequence[int], count: int) -> dict[str, Any]:
+def _captions(pipeline: Any, options: argparse.Namespace, rows: Sequence[int], count: int) -> dict[str, Any]:
     """Return a pipeline's prompts and class labels for images of these rows, out of `count` rows."""
     prompts = _per_row(options.prompt, count)
-    labels = _per_row([int(x) if x.isdecimal() else x for x in options.class_label or []] or None, count)
+    names = (pipeline.config.get("id2label") or {}).values()
+    given = [int(x) if x.isdecimal() and x not in names else x for x in options.class_label or []]
+    labels = _per_row(given or None, count)
     return {
         "prompt": prompts and [prompts[row] for row in rows],
         "class_labels": labels and [labels[row] for row in rows],

@@ -49,6 +49,7 @@ from training.objectives.perceptual import PerceptualLoss
 from training.objectives.segmentation import segmentation_cross_entropy
 from training.recipes.completion import complete_autoencoder
 from training.recipes.options import RecipeConfig
+from training.stages.class_names import recorded_class_names
 from training.stages.image_stage import ImageStage, ImageStageConfig
 
 PRESET = "configs/experiments/autoencoder/quickstart.yaml"
@@ -216,7 +217,7 @@ class AutoencoderStage(ImageStage):
 
     def __init__(self, config: Config, context: StageContext):
         super().__init__(config, context)
-        self.heads = Heads.of(config)
+        self.heads = Heads.of(config, recorded_class_names(config, context))
         columns = {"captions": False, **self.heads.data_arguments()}
         self.open_data(functools.partial(ImageDataset, config=config, **columns))
         torch.manual_seed(config.seed)

@@ -44,6 +44,7 @@ from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_leve
 from training.objectives.functional import mse_per_sample
 from training.recipes.completion import complete_latent_diffusion
 from training.recipes.options import RecipeConfig
+from training.stages.class_names import recorded_class_names
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 
@@ -231,7 +232,8 @@ class LatentDiffusionStage(GeneratingStage):
         """Open the images and return the names of the classes; none without labels."""
         config = self.config
         columns = {"captions": config.with_captions, "caption_tokens": self.tokens, "labels": config.with_labels}
-        label_map = load_label_map(config) if config.with_labels else None  # of all splits: one may lack a class
+        recorded = recorded_class_names(config, self.context)
+        label_map = load_label_map(config, recorded) if config.with_labels else None
         self.open_data(functools.partial(ImageDataset, config=config, label_map=label_map, **columns))
         return self.training_set.id2label
 

@@ -5,7 +5,8 @@ This file is shipped inside published pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,23 +50,35 @@ def is_empty(prompt: Any) -> bool:
     return prompt is None or (len(entries) > 0 and all(isinstance(text, str) and text == "" for text in entries))
 
 
+def whole_numbers(names: Iterable[str]) -> dict[int, str]:
+    """Return the class name of each number if all class names are whole numbers; otherwise an empty dict."""
+    known = sorted(names, key=len, reverse=True)  # of "7" and "07", which are the same number, 7 names the first
+    if not all(re.fullmatch("-?[0-9]{1,18}", name) for name in known):
+        return {}
+    return {int(name): name for name in known}
+
+
 def class_ids(class_labels: Any, id2label: Mapping[str, str], classes: int) -> list[int]:
     """Convert class labels, given as ids or names, to class ids.
+
+    Where all class names are whole numbers, such as years, an integer is a name and never an id.
 
     Raises:
         ValueError: a name is unknown, an id is out of range, or a label is neither.
     """
     ids_by_name = {name: int(id_) for id_, name in id2label.items()}
+    numbers = whole_numbers(ids_by_name)
     ids = []
     for label in as_list(class_labels):
-        if isinstance(label, str) and label not in ids_by_name:
+        if not (isinstance(label, str) or is_integer(label)):
+            raise ValueError(f"`class_labels` must be class ids or class names, but has {label!r}")
+        name = label if isinstance(label, str) else numbers.get(int(label)) if numbers else None
+        if (numbers or isinstance(label, str)) and name not in ids_by_name:
             names = ", ".join(list(ids_by_name)[:20]) or "unnamed; pass class ids"
             raise ValueError(
                 f"`class_labels` has {label!r}, which is not a class of this model; its classes are {names}"
             )
-        if not (isinstance(label, str) or is_integer(label)):
-            raise ValueError(f"`class_labels` must be class ids or class names, but has {label!r}")
-        id_ = ids_by_name[label] if isinstance(label, str) else int(label)
+        id_ = int(label) if name is None else ids_by_name[name]
         if not 0 <= id_ < classes:
             raise ValueError(f"`class_labels` must be from 0 to {classes - 1}, but has {id_}")
         ids.append(id_)

@@ -23,7 +23,7 @@ from training.core.draws import SampleKey
 from training.data import source as data_source
 from training.data.checks import require_clean, scan
 from training.data.fingerprints import dataset_fingerprint
-from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split
+from training.data.images import DataConfig, ImageDataset, load_label_map, load_split
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import apply_geometry, crop_geometry, flips, load_rgb, to_tensor, verify_image
 
@@ -311,22 +311,6 @@ def test_class_names_are_numbered_in_order(folder: Path):
     for i in range(len(dataset)):
         item = dataset[SampleKey(i, 0)]
         assert item["label"] == int(item["caption"].split()[-1]) % 2
-
-
-@pytest.mark.parametrize(("values", "classes"), [([0, 3, 1], 4), ([True, False, True], 2)])
-def test_numbers_are_their_own_ids(values: list, classes: int):
-    names = LabelMap.of(datasets.Dataset.from_dict({"label": values}), "label")
-    assert len(names) == classes
-    assert [names.id_of(v) for v in values] == [int(v) for v in values]
-    assert names.id_of(classes) is None
-    assert names.id_of(-1) is None
-    assert names.id_of(None) is None
-
-
-@pytest.mark.parametrize("values", [[0, 10_000_000], [0.5, 1.5]])
-def test_columns_without_classes_are_refused(values: list):
-    with pytest.raises(UserError, match="--label_column|another column"):
-        LabelMap.of(datasets.Dataset.from_dict({"label": values}), "label")
 
 
 def damage(folder: Path) -> None:

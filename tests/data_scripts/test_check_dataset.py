@@ -86,7 +86,7 @@ def test_labels_out_of_range_and_images_in_two_splits(tmp_path: Path, capsys: py
     assert check_dataset.main(["--dataset_name", str(tmp_path), "--resolution", "16"]) == 2
     output = capsys.readouterr().out
     assert "train row 2, column 'label': label -1 is not one of the 2 classes" in output
-    assert "validation row 1, column 'label': label 7 is not one of the 2 classes (0 to 1)" in output
+    assert "validation row 1, column 'label': label 7 is not one of the 2 classes (0, 1)" in output
     assert "1 images are in both train and validation (rows 2 = 0)" in output
     assert check_dataset.main(["--dataset_name", str(tmp_path), "--splits", "[validation]"]) == 2
 

@@ -24,9 +24,14 @@ def column_classes(dataset: Dataset, column: str) -> RowClasses:
     feature: Any = dataset.features[column]
     declared = getattr(feature, "names", None)
     kind = str(getattr(feature, "dtype", feature))
-    if not declared and not kind.startswith(("string", "large_string", "bool", "int", "uint")):
+    if not declared and not kind.startswith(("string", "large_string", "bool", "int", "uint", "float")):
         raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --balance_by")
     values = list(column_values(dataset, column))
+    if kind.startswith("float"):  # of pandas, which writes whole numbers so if some of them are missing
+        values = [None if value is None or value != value else value for value in values]
+        if any(not value.is_integer() for value in values if value is not None):
+            raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --balance_by")
+        values = [None if value is None else int(value) for value in values]
     known = range(len(declared)) if declared else sorted({value for value in values if value not in (None, "")})
     id_of = {value: i for i, value in enumerate(known)}
     without = sum(value not in id_of for value in values)

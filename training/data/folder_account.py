@@ -122,7 +122,7 @@ def account_of(root: Path, files: FolderFiles, rows: FolderRows, layout: Layout)
     account.left_out += _images_in_no_row(files, rows)
     account.left_out += unread_images(root, files)
     used = set(rows.used)
-    unread = [name for name in (*files.texts, *files.tables, *files.json) if name not in used]
+    unread = [name for name in (*files.texts, *files.tables, *files.json, *files.labels) if name not in used]
     beside, importable = _like_captions(root, unread, files.images)
     like_captions = sorted([*beside, *importable])
     account.left_out += _unread_captions(root, like_captions, importable, rows)
@@ -153,8 +153,8 @@ def unread_images(root: Path, files: FolderFiles) -> Iterator[LeftOut]:
     if files.misnamed:
         fix = "give them the extension of their format, such as .png or .jpg"
         yield LeftOut.of(files.misnamed, "images without the extension of an image", fix)
-    if archives := [name for name in files.archives if not name.lower().endswith(".zip")]:
-        yield LeftOut.of(archives, "archives", "unpack them if they contain images")
+    if files.archives:
+        yield LeftOut.of(files.archives, "archives", "unpack them if they contain images")
     if sheets := [name for name in files.other if os.path.splitext(name)[1].lower() in _SPREADSHEETS]:
         yield LeftOut.of(sheets, "spreadsheets", "if they hold captions, save them as CSV")
     if files.links:

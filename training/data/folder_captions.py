@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
+from training.core.files import read_json_object
+from training.data.archives import is_archive
 from training.data.caption_tables import (
     FILE_COLUMNS,
     ImageNames,
@@ -83,35 +85,59 @@ def rows_of(root: Path, files: FolderFiles, source: CaptionSource) -> FolderRows
             )
         rows = _rows_of_tables(root, tables, ImageNames(files.images), metadata=False)
     else:
-        rows = _rows_with_texts(root, files.images, texts)
+        rows = _rows_with_texts(root, files, texts)
     if source != "auto":
         return _named(rows, source, root)
     return rows
 
 
-def _rows_with_texts(root: Path, images: Sequence[str], texts: dict[str, str]) -> FolderRows:
+def _rows_with_texts(root: Path, files: FolderFiles, texts: dict[str, str]) -> FolderRows:
+    """Return the rows of images that have their captions and labels in files of the same name, or none."""
     import pyarrow
 
-    rows = FolderRows(list(images), pyarrow.table({}))
-    if not texts:
-        return rows
-    read = {name: " ".join(read_text(root / name).split()) for name in sorted(set(texts.values()))}
-    captions = [read[texts[image]] if image in texts else None for image in images]
-    rows = rows.with_column("text", pyarrow.array(captions, pyarrow.string()))
-    rows.captions, rows.used = "text files beside the images", list(read)
+    rows = FolderRows(list(files.images), pyarrow.table({}))
+    if texts:
+        rows = _with_values(rows, "text", texts, {name: _words_in(root / name) for name in texts.values()})
+        rows.captions = "text files beside the images"
+    elif objects := _beside(files.images, files.json, (".json",)):
+        read = {name: read_json_object(root / name) or {} for name in objects.values()}
+        columns = caption_columns(sorted({key for value in read.values() for key in value}))
+        if column := "text" if "text" in columns else columns[0] if len(columns) == 1 else None:
+            captions = {name: value.get(column) for name, value in read.items()}
+            rows = _with_values(rows, "text", objects, {k: v for k, v in captions.items() if isinstance(v, str)})
+            rows.captions = f"{column} in JSON files beside the images"
+    if labels := _beside(files.images, files.labels, (".cls",)):
+        rows = _with_values(rows, "label", labels, {name: _words_in(root / name) or None for name in labels.values()})
     return rows
 
 
+def _with_values(rows: FolderRows, column: str, beside: dict[str, str], values: Mapping[str, str | None]) -> FolderRows:
+    """Return the rows with the value of the file beside each image; None for an image without one."""
+    import pyarrow
+
+    of_rows = [values.get(beside.get(image or "", "")) for image in rows.images]
+    rows = rows.with_column(column, pyarrow.array(of_rows, pyarrow.string()))
+    rows.used += sorted(set(beside.values()))
+    return rows
+
+
+def _words_in(path: Path) -> str:
+    return " ".join(read_text(path).split())
+
+
 def _texts_beside(files: FolderFiles) -> dict[str, str]:
-    """Return the text file of each image that has one; empty if less than half of the images have one."""
-    texts = set(files.texts)
+    return _beside(files.images, files.texts, CAPTION_SUFFIXES)
+
+
+def _beside(images: Sequence[str], others: Sequence[str], suffixes: Sequence[str]) -> dict[str, str]:
+    """Return the file of the same name of each image that has one; empty if less than half of the images have one."""
+    known = set(others)
     found = {}
-    for image in files.images:
-        for name in (f"{os.path.splitext(image)[0]}{suffix}" for suffix in CAPTION_SUFFIXES):
-            if name in texts:
-                found[image] = name
-                break
-    return found if len(found) >= _ENOUGH * len(files.images) else {}
+    for image in images:
+        names = (f"{os.path.splitext(image)[0]}{suffix}" for suffix in suffixes)
+        if (name := next((name for name in names if name in known), None)) is not None:
+            found[image] = name
+    return found if len(found) >= _ENOUGH * len(images) else {}
 
 
 def _caption_tables(root: Path, files: FolderFiles) -> list[str]:
@@ -242,15 +268,21 @@ def _named(rows: FolderRows, source: CaptionSource, root: Path) -> FolderRows:
     captions = []
     for image in rows.images:
         path = PurePosixPath(image or "")
-        if source == "folder_name" and image is not None and not path.parent.name:
+        if source == "folder_name" and image is not None and not _folder_name(path):
             raise UserError(
                 f"--caption_source folder_name takes the name of the folder of each image, but {image} is in {root} "
                 "itself; move it into a folder"
             )
-        captions.append(words_of(path.stem if source == "file_name" else path.parent.name) or None)
+        captions.append(words_of(path.stem if source == "file_name" else _folder_name(path)) or None)
     named = rows.with_column("text", pyarrow.array(captions, pyarrow.string()))
     named.captions = "names of the files" if source == "file_name" else "names of the folders"
     return named
+
+
+def _folder_name(path: PurePosixPath) -> str:
+    """Return the name of the folder of a file; of an unpacked archive, without the extension."""
+    name = path.parent.name
+    return name.partition(".")[0] if is_archive(name) else name
 
 
 def words_of(name: str) -> str:

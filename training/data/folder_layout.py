@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import image_suffixes
+from training.data.archives import is_archive
 from training.data.caption_tables import TABLE_SUFFIXES
 
 SPLIT_NAMES = {
@@ -29,7 +30,7 @@ SPLIT_NAMES = {
 """Name of a folder, in lower case -> its split. These are the names that `datasets` recognizes."""
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_SUFFIXES = (".txt", ".caption")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 UNREADABLE_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".avif", ".jxl", ".psd", ".psb", ".eps", ".ps", ".ai", ".svg", ".pdf", ".ico", ".cur"),
     *(".icns", ".dds", ".exr", ".hdr", ".xcf", ".kra", ".pcx", ".sgi", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"),
@@ -48,7 +49,10 @@ class FolderFiles:
     texts: list[str] = field(default_factory=list)
     """Text files that may be captions"""
     json: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    """Files of WebDataset with the class of the image of the same name"""
     archives: list[str] = field(default_factory=list)
+    """Archives that are not unpacked"""
     unreadable: list[str] = field(default_factory=list)
     """Images in formats that are not read"""
     misnamed: list[str] = field(default_factory=list)
@@ -87,7 +91,7 @@ def files_of(root: Path) -> FolderFiles:
     _check_names(root, files.images)
     files.misnamed = [path for path in files.other if _begins_like_an_image(root / path)]
     files.other = sorted(set(files.other).difference(files.misnamed))
-    for names in (files.images, files.tables, files.texts, files.json, files.archives, files.unreadable):
+    for names in (files.images, files.tables, files.texts, files.json, files.labels, files.archives, files.unreadable):
         names.sort()
     return files
 
@@ -96,6 +100,7 @@ def _kinds() -> dict[str, str]:
     """Return the field of `FolderFiles` for each extension."""
     kinds = dict.fromkeys(UNREADABLE_SUFFIXES, "unreadable") | dict.fromkeys(ARCHIVE_SUFFIXES, "archives")
     kinds |= dict.fromkeys(TABLE_SUFFIXES, "tables") | dict.fromkeys(CAPTION_SUFFIXES, "texts") | {".json": "json"}
+    kinds[".cls"] = "labels"
     return kinds | dict.fromkeys(image_suffixes(), "images")
 
 
@@ -146,8 +151,15 @@ class Layout:
 
 
 def folders_of(path: str) -> tuple[str, ...]:
-    """Return the folders of a path, from the outermost: ("train", "cat") for train/cat/0.png."""
-    return PurePosixPath(path).parts[:-1]
+    """Return the folders of a path, from the outermost: ("train", "cat") for train/cat/0.png.
+
+    An unpacked archive is a folder only if it has the name of a split: train.zip is one, but not the shard 00001.tar.
+    """
+    parts = PurePosixPath(path).parts[:-1]
+    if not any(map(is_archive, parts)):
+        return parts
+    names = (part.partition(".")[0] if is_archive(part) else part for part in parts)
+    return tuple(name for name, part in zip(names, parts, strict=True) if name == part or name.lower() in SPLIT_NAMES)
 
 
 def layout_of(images: Sequence[str], root: str) -> Layout:

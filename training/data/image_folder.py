@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import image_suffixes
 from training.core.files import write_atomically
+from training.data.archives import is_unpacked, with_archives_unpacked
 from training.data.folder_account import FolderAccount, account_of, unread_images
 from training.data.folder_captions import CaptionSource, FolderRows, rows_of
 from training.data.folder_layout import FolderFiles, Layout, files_of, layout_of
@@ -24,17 +25,18 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset, DatasetDict
 
-_VERSION = 1
+_VERSION = 2
 """Increased whenever the same files may become other rows than before."""
 _SPLITS = ("train", "validation", "test")
 
 
-def open_image_folder(path: Path, source: CaptionSource, state: str) -> tuple[DatasetDict, FolderAccount]:
+def open_image_folder(path: Path, source: CaptionSource, state: str, shown: Path) -> tuple[DatasetDict, FolderAccount]:
     """Open a folder of images.
 
     Args:
         source: where captions come from (see `DataConfig.caption_source`).
-        state: `files_state` of the folder.
+        state: `files_state` of the folder, or of the archive that it was unpacked from.
+        shown: that folder or archive, for the account.
 
     Raises:
         UserError: the folder contains no images that can be read, or it can be read in several ways.
@@ -45,17 +47,20 @@ def open_image_folder(path: Path, source: CaptionSource, state: str) -> tuple[Da
     known = _recorded(key)
     if known is not None:
         return known
-    root = Path(os.path.abspath(path))
+    root = with_archives_unpacked(Path(os.path.abspath(path)), state)
     files = files_of(root)
-    if any(name.lower().endswith(".zip") for name in files.archives):
-        return _open_with_archives(root, files, source)
-    _require_images(root, files)
+    _require_images(root, files, shown)
     rows = rows_of(root, files, source)
     layout = _layout(root, files, rows)
     tables = {name: _write(key, name, table) for name, table in _tables(root, rows, layout).items()}
     opened = datasets.DatasetDict({name: _opened([file]) for name, file in tables.items()})
     account = account_of(root, files, rows, layout)
-    write_record("imagefolder", key, {"tables": {n: [str(f)] for n, f in tables.items()}, "account": account.to_json()})
+    if is_unpacked(root):
+        account.folder = os.path.abspath(shown)
+        account.remarks.append(f"Archives are unpacked in {root}")
+    files_of_tables = {name: [str(file)] for name, file in tables.items()}
+    record = {"root": str(root), "tables": files_of_tables, "account": account.to_json()}
+    write_record("imagefolder", key, record)
     return opened, account
 
 
@@ -64,6 +69,8 @@ def _recorded(key: Sequence[Any]) -> tuple[DatasetDict, FolderAccount] | None:
 
     record = read_record("imagefolder", key)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one is made again
+        if not Path(record["root"]).is_dir():  # unpacked archives that were deleted
+            return None
         tables = {name: _opened(files) for name, files in record["tables"].items()}
         return datasets.DatasetDict(tables), FolderAccount.from_json(record["account"])
     return None
@@ -89,23 +96,7 @@ def _write(key: Sequence[Any], split: str, table: pyarrow.Table) -> Path:
     return file
 
 
-def _open_with_archives(root: Path, files: FolderFiles, source: CaptionSource) -> tuple[DatasetDict, FolderAccount]:
-    """Open a folder with zip archives, whose images `datasets` reads, as one training split."""
-    import datasets
-
-    if source != "auto":
-        raise UserError(f"--caption_source is {source}, but {root} contains zip archives; unpack them")
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(root), data_files={"train": ["**"]})
-    account = FolderAccount(str(root), files.number, {name: len(split) for name, split in loaded.items()})
-    archives = [name for name in files.archives if name.lower().endswith(".zip")]
-    account.remarks.append(
-        f"{', '.join(archives[:3])} and the other files are read by the library datasets as one split; to see an "
-        "account of every file, unpack the archives"
-    )
-    return loaded, account
-
-
-def _require_images(root: Path, files: FolderFiles) -> None:
+def _require_images(root: Path, files: FolderFiles, shown: Path) -> None:
     if files.images:
         return
     unread = list(unread_images(root, files))
@@ -113,7 +104,9 @@ def _require_images(root: Path, files: FolderFiles) -> None:
     fix = next((entry.fix for entry in unread), "give another folder with --train_data_dir or --dataset_name")
     if any(name.endswith(".parquet") for name in files.tables):
         fix = "if the images are in its Parquet files, give it as --dataset_name instead of --train_data_dir"
-    raise UserError(f"the folder {root} contains no images that can be read{there}; {fix}")
+    raise UserError(
+        f"{'the folder ' if shown.is_dir() else ''}{shown} contains no images that can be read{there}; {fix}"
+    )
 
 
 def _layout(root: Path, files: FolderFiles, rows: FolderRows) -> Layout:

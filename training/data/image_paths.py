@@ -6,12 +6,14 @@ of this machine, which would then appear in samples or in a dataset that is made
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError, printable
+from training.data.archives import unpacked_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,16 +35,24 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
     for chunk in dataset.data.column(column).chunks:
         paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
         for path in paths.drop_null().to_pylist():
+            if path.startswith(("http://", "https://")):
+                raise UserError(
+                    f"column '{column}' of {source} has the URL {printable(path)[:200]}; images are not downloaded: "
+                    "download them, for example with img2dataset, and write the paths of the files into the column"
+                )
             if not _is_inside(path, folders):
                 raise UserError(
-                    f"column '{column}' of {source} names the file {printable(path)}, which is not in the dataset's "
-                    "own folder and is therefore not read; move the images into the folder, or store them in the column"
+                    f"column '{column}' of {source} names the file {printable(path)[:200]}, which is not in the "
+                    "dataset's own folder and is therefore not read; move the images into the folder, or store them in "
+                    "the column"
                 )
 
 
 def _folders(source: str) -> tuple[str, ...]:
     """Return the folders whose files belong to the dataset, each with a separator at its end."""
     path = Path(source).expanduser()
+    if glob.has_magic(source) and not path.exists():  # a pattern of files: the folder before its first part with a *
+        path = next((folder for folder in path.parents if not glob.has_magic(str(folder))), path)
     if path.exists():
         own = path if path.is_dir() else path.parent
         return tuple(_with_separator((os.path.abspath(own), os.path.realpath(own), *_unpacked())))
@@ -53,10 +63,10 @@ def _folders(source: str) -> tuple[str, ...]:
 
 
 def _unpacked() -> tuple[str, ...]:
-    """Return the folder in which `datasets` unpacks archives."""
+    """Return the folders in which `datasets`, and `training.data.archives`, unpack archives."""
     import datasets
 
-    return (str(datasets.config.EXTRACTED_DATASETS_PATH),)
+    return str(datasets.config.EXTRACTED_DATASETS_PATH), str(unpacked_folder())
 
 
 def _with_separator(folders: Iterable[str]) -> Iterable[str]:
@@ -65,5 +75,5 @@ def _with_separator(folders: Iterable[str]) -> Iterable[str]:
 
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
     """Return whether the file, or the archive that it is in (zip://a.png::/data/x.zip), is in one of the folders."""
-    file = path.rpartition(_ARCHIVE)[2]
+    file = path.rpartition(_ARCHIVE)[2] if "://" in path else path  # the name of a folder may contain ::
     return "://" not in file and os.path.abspath(file).startswith(folders)

@@ -22,13 +22,12 @@ from training.core.draws import SampleKey
 from training.data.caption_text import caption_problem, cleaned_caption
 from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
+from training.data.labels import LabelMap, label_problem, load_label_map
 from training.data.pixel_cache import PixelCache
 from training.data.source import (
     DataConfig,
-    column_values,
     load_all_splits,
     load_split,
-    named_split,
     require_column,
     row_id,
     stored_rows_key,
@@ -71,10 +70,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# If there are more possible ids (0 to the largest one) than this times the number of distinct ids, the column does not
-# hold class ids but, for example, row numbers.
-_SPARSE_LABELS = 100
-
 
 class WorkerError(UserError):
     """An error about the data that may be raised in a loader worker."""
@@ -86,50 +81,6 @@ class WorkerError(UserError):
 
 class BadRow(WorkerError):
     """A row that cannot be used and stops training, because `on_bad_sample` is "error"."""
-
-
-class LabelMap:
-    """Mapping from the values of the label column (class names or numbers) to ids from 0, and back to names."""
-
-    def __init__(self, names: Sequence[str], numeric: bool):
-        self.names = list(names)
-        self._ids = None if numeric else {name: i for i, name in enumerate(self.names)}
-
-    @classmethod
-    def of(cls, dataset: Dataset, column: str) -> LabelMap:
-        """Read the classes from the column's type, or from its distinct values (sorted) if the type has no names.
-
-        Raises:
-            UserError: the column does not exist or does not hold classes.
-        """
-        require_column(dataset, column, "label_column")
-        feature: Any = dataset.features[column]
-        if getattr(feature, "names", None):
-            return cls(feature.names, numeric=True)
-        kind = getattr(feature, "dtype", str(feature))
-        if kind not in ("string", "large_string", "bool") and "int" not in kind:
-            raise UserError(f"column '{column}' holds {kind}, not classes; choose another with --label_column")
-        values = [value for value in set(column_values(dataset, column)) if value is not None and value != ""]
-        if kind in ("string", "large_string"):
-            return cls(sorted(values), numeric=False)
-        largest = max((int(value) for value in values), default=-1)
-        if largest + 1 > _SPARSE_LABELS * max(1, len(values)):
-            raise UserError(
-                f"column '{column}' has {len(values)} distinct numbers up to {largest}, which are not class ids; "
-                "number the classes from 0, or store their names, or choose another column with --label_column"
-            )
-        return cls([str(i) for i in range(largest + 1)], numeric=True)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def id_of(self, value: Any) -> int | None:
-        """Return the id of a stored value, or None if it is not a known class."""
-        if value is None:
-            return None
-        if self._ids is not None:
-            return self._ids.get(value)
-        return int(value) if 0 <= int(value) < len(self.names) else None
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -337,11 +288,8 @@ class ImageDataset(torch.utils.data.Dataset):
         value = row[self.config.label_column]
         label = self.label_map.id_of(value) if self.label_map else None
         if label is None:
-            classes = f"0 to {len(self.label_map or ()) - 1}"
-            raise BadSample(
-                self.config.label_column,
-                f"label {value!r} is not one of the {len(self.label_map or ())} classes ({classes})",
-            )
+            names = self.label_map.names if self.label_map else ()
+            raise BadSample(self.config.label_column, label_problem(value, names))
         return label
 
     def quick_problems(self, row: dict[str, Any]) -> list[BadSample]:
@@ -422,16 +370,6 @@ def decoded_rows(dataset: Dataset, config: DataConfig, at_most: int) -> list[dic
             except BadSample as bad:
                 raise UserError(f"row {number} of {config.source}, column '{name}': {bad}; fix or remove it") from None
     return rows
-
-
-def load_label_map(config: DataConfig) -> LabelMap:
-    """Read the classes from the whole stored training split, including rows that are held out or beyond
-    `max_train_samples`.
-
-    Raises:
-        UserError: the data or the column do not exist, or the column does not hold classes.
-    """
-    return LabelMap.of(named_split(config, load_all_splits(config), config.train_split), config.label_column)
 
 
 def collate_items(items: Sequence[dict[str, Any]], caption_tokens: CaptionTokens | None = None) -> dict[str, Any]:

@@ -32,12 +32,12 @@ def write_record(kind: str, key: Any, value: Any) -> None:
         write_json(file, value)
 
 
-def files_state(path: Path) -> str:
-    """Return a hash of the names, sizes and modification times of a file, or of all files in a folder."""
+def files_state(path: Path, *others: Path) -> str:
+    """Return a hash of the names, sizes and modification times of files, or of all files in a folder."""
     entries: list[tuple[str, int, int]] = []
     folders = [str(path)] if path.is_dir() else []
     if not folders:
-        entries.append(_entry(str(path), path.stat()))
+        entries += [_entry(str(file), file.stat()) for file in (path, *others)]
     while folders:
         with os.scandir(folders.pop()) as found:
             for entry in found:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -21,26 +20,20 @@ from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
+from training.data.archives import is_archive, unpacked
+from training.data.column_types import may_hold_images
 from training.data.folder_account import FolderAccount
 from training.data.folder_captions import CaptionSource
 from training.data.folder_layout import METADATA_NAMES
 from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
 from training.data.records import files_state, rows_key
+from training.data.table_files import is_saved, load_local, matching_files, readme_defines_splits
 from training.data.transforms import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-_FILE_LOADERS = {
-    ".parquet": "parquet",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".txt": "text",
-    ".arrow": "arrow",
-}
-_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "manifest.json")
 _ROWS_PER_READ = 10_000
 
 
@@ -67,7 +60,8 @@ class DataConfig(Options):
     """Captions of a folder of images: auto reads a table (such as metadata.csv) or text files beside the images;
     file_name and folder_name take the names of the files or of their folders as captions"""
     label_column: str = option("label")
-    """Column with the class labels: class names, or numbers from 0"""
+    """Column with the class labels, one for each row: texts, whole numbers (each number is the name of a class, so that
+    the years 1985 to 2020 are 36 classes), or true and false"""
     mask_column: str = option("mask")
     """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images; used only
     by the segmentation head of train_autoencoder.py, precompute_latents.py and check_dataset.py"""
@@ -203,22 +197,27 @@ def _open_source(
     import datasets
 
     path = Path(base, os.path.expanduser(name))
-    local = path.exists()
+    files = [] if path.exists() else matching_files(path)
+    local = path.exists() or bool(files)
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
     if not local and (imagefolder or _looks_local(name)):
         raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
     try:
-        state = files_state(path) if local else None
-        if state and path.is_dir() and not _is_saved(path) and (imagefolder or _is_image_folder(path)):
-            loaded, account = open_image_folder(path, captions, state)
+        state = files_state(*(files or [path])) if local else None
+        archive = path if path.is_file() and is_archive(path) else None
+        path = unpacked(path) if archive else path
+        if state and path.is_dir() and not is_saved(path) and (imagefolder or _is_image_folder(path)):
+            loaded, account = open_image_folder(path, captions, state, shown=archive or path)
         elif captions != "auto":
             raise UserError(
                 f"--caption_source is {captions}, but {name} is not a folder of images; name the column of its "
                 "captions with --caption_column, or remove --caption_source"
             )
+        elif local:
+            loaded = load_local(files or path, config_name, only_split)
         else:
-            loaded = _load_local(path, config_name, only_split) if local else datasets.load_dataset(name, config_name)
+            loaded = datasets.load_dataset(name, config_name)
     except (
         OSError,
         ValueError,
@@ -238,8 +237,10 @@ def require_column(dataset: Dataset, name: str, flag: str) -> None:
         UserError: the column does not exist; the message names the most similar column and all that exist.
     """
     if name not in dataset.column_names:
+        images = [column for column, kind in dataset.features.items() if type(kind).__name__ == "Image"]
+        hint = f" (column '{images[0]}' has images)" if flag == "image_column" and len(images) == 1 else ""
         raise UserError(
-            f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}; "
+            f"the dataset has no column '{name}'{hint or nearest(name, dataset.column_names)}; "
             f"its columns are {', '.join(dataset.column_names)}: choose one with --{flag}"
         )
 
@@ -281,12 +282,7 @@ def undecoded_images(dataset: Dataset, column: str, flag: str, config: DataConfi
     import datasets
 
     feature: Any = dataset.features[column]
-    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in (
-        "string",
-        "large_string",
-        "binary",
-        "large_binary",
-    ):
+    if not may_hold_images(feature):
         images = [name for name, other in dataset.features.items() if isinstance(other, datasets.Image)]
         hint = f"; column '{images[0]}' does" if images else ""
         raise UserError(f"column '{column}' holds {feature}, not images{hint}: choose one with --{flag}")
@@ -323,90 +319,22 @@ def _hold_out(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset,
     return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
 
 
-def _load_local(path: Path, config_name: str | None, only_split: str) -> Dataset | DatasetDict:
-    """Open a file, a folder of tables, or a folder written by `save_to_disk`."""
-    import datasets
-
-    if path.is_file():
-        loader = _FILE_LOADERS.get(path.suffix)
-        if loader is None:
-            known = ", ".join(_FILE_LOADERS)
-            raise UserError(
-                f"{path} has {f'the extension {path.suffix}' if path.suffix else 'no extension'}; a dataset is a "
-                f"folder, or a file with one of the extensions {known}"
-            )
-        return datasets.load_dataset(loader, data_files={only_split: str(path)})
-    if _is_saved(path):
-        return datasets.load_from_disk(path)
-    _require_every_file(path, config_name)
-    return datasets.load_dataset(str(path), config_name, cache_dir=_cache_of_these_files(path, config_name))
-
-
-def _is_saved(path: Path) -> bool:
-    """Return whether a folder was written by `save_to_disk`."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _cache_of_these_files(path: Path, config_name: str | None) -> str | None:
-    """Return a cache folder for the current files of a dataset that has a README.md, or None for the usual folder.
-
-    `datasets` (observed in 5.2) identifies such a dataset by its path alone, and would return the old rows for new
-    files.
-    """
-    import datasets
-    from datasets.fingerprint import Hasher
-
-    if not (path / "README.md").is_file():
-        return None
-    files = datasets.load_dataset_builder(str(path), config_name).config.data_files
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"files-{Hasher.hash(files)}")
-
-
 def _is_image_folder(path: Path) -> bool:
     """Return whether a folder is one of images, and not of tables that hold images."""
     names = [name for _, _, files in os.walk(path) for name in files if not name.startswith(".")]
-    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names)
-    images = sum(suffixes[suffix] for suffix in image_suffixes())
+    suffixes = Counter(os.path.splitext(name)[1].lower() for name in _without_descriptions(names))
+    images = sum(suffixes[suffix] for suffix in image_suffixes()) + sum(map(is_archive, names))
     if set(METADATA_NAMES).intersection(names):
         return True
-    if suffixes[".parquet"] or suffixes[".arrow"] or _readme_defines_splits(path):
+    if suffixes[".parquet"] or suffixes[".arrow"] or readme_defines_splits(path):
         return False
     return images > sum(suffixes[suffix] for suffix in (".json", ".jsonl", ".csv"))
 
 
-def _readme_defines_splits(path: Path) -> bool:
-    """Return whether the README.md of a dataset says which files belong to which split."""
-    readme = path / "README.md"
-    if not readme.is_file():
-        return False
-    front, dashes, _ = readme.read_text(encoding="utf-8", errors="replace").partition("\n---")
-    return bool(dashes) and front.startswith("---") and "\nconfigs:" in front
-
-
-def _require_every_file(path: Path, config_name: str | None) -> None:
-    """Raise UserError if `datasets` would read some of the tables in a folder and leave out others."""
-    import datasets
-
-    if config_name or _readme_defines_splits(path):
-        return
-    found = datasets.load_dataset_builder(str(path)).config.data_files or {}
-    read = {os.path.realpath(file) for files in found.values() for file in files}
-    suffixes = {os.path.splitext(file)[1].lower() for file in read}
-    hidden = re.compile(r"(^|/)(\.|__)")
-    every = [
-        os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if name not in _NOT_DATA
-    ]
-    every = [file for file in every if not hidden.search(os.path.relpath(file, path).replace(os.sep, "/"))]
-    data = suffixes.intersection({*_FILE_LOADERS, *image_suffixes()})
-    tables = [file for file in every if os.path.splitext(file)[1].lower() in data]
-    missing = sorted(os.path.relpath(file, path) for file in tables if os.path.realpath(file) not in read)
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise UserError(
-            f"{len(missing):,} of {len(tables):,} {'/'.join(sorted(data))} files in {path} are in no split "
-            f"({shown}), because names of other files or folders are those of splits ({', '.join(map(str, found))}); "
-            "rename those, or give every file the name of a split, or move these files out of the folder"
-        )
+def _without_descriptions(names: Sequence[str]) -> list[str]:
+    """Return the names without those of files that describe an archive: 00000_stats.json beside 00000.tar."""
+    shards = tuple(name.partition(".")[0] for name in names if is_archive(name))
+    return [name for name in names if is_archive(name) or not name.startswith(shards)] if shards else list(names)
 
 
 def _looks_local(name: str) -> bool:

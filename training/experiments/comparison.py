@@ -242,9 +242,8 @@ def _conditions(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> 
     if pipeline.tokenizer is not None:
         arguments["prompt"] = titles = list(prompts)
     if names := pipeline.config.get("id2label"):
-        labels = [i % len(names) for i in range(len(seeds))]
-        arguments["class_labels"] = labels
-        named = [names[str(label)] for label in labels]
+        named = [names[str(i % len(names))] for i in range(len(seeds))]
+        arguments["class_labels"] = named
         titles = [f"{title} [{name}]" for title, name in zip(titles, named)] if "prompt" in arguments else named
     return arguments or {"num_images_per_prompt": len(seeds)}, titles
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines.common.pixels import MODES, straight, to_rgb
+from pipelines.common.conditions import whole_numbers
 from pipelines.tools.cli import UserError
 from pipelines.tools.guides import guidance_arguments, guidance_facts
 from training.core.options import Options, option
@@ -175,8 +176,10 @@ class ConditionalGenerator(ImageGenerator):
         if self.takes_labels:
             # Names where the model has some: other data may number the same classes in another way.
             known = (self.pipeline.config.get("id2label") or {}).values()
+            numbers = whole_numbers(map(str, known))  # an integer would be one of these names
             arguments["class_labels"] = [
-                item["label_name"] if item.get("label_name") in known else int(item["label"]) for item in items
+                item["label_name"] if numbers or item.get("label_name") in known else int(item["label"])
+                for item in items
             ]
         if not arguments and self._count is not None:
             arguments[self._count] = len(items)

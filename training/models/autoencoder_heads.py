@@ -136,8 +136,11 @@ class Heads:
     """Names of the image classes; None without a classification head."""
 
     @classmethod
-    def of(cls, config: Any) -> Heads:
+    def of(cls, config: Any, recorded: Sequence[str] = ()) -> Heads:
         """Create the heads that `config` (a HeadsConfig and DataConfig) names.
+
+        Args:
+            recorded: names of the image classes of the model whose weights are loaded (see `LabelMap.of`).
 
         Raises:
             UserError: a column is missing in the data, or its values are not classes.
@@ -146,7 +149,7 @@ class Heads:
         if "segmentation" in config.heads:
             number = config.num_mask_classes or len(config.mask_class_names) or count_mask_classes(config)
             mask_classes = list(config.mask_class_names) or [f"class {id_}" for id_ in range(number)]
-        label_map = load_label_map(config) if "classification" in config.heads else None
+        label_map = load_label_map(config, recorded) if "classification" in config.heads else None
         if label_map is not None and len(label_map) < 2:
             raise UserError(
                 f"column '{config.label_column}' has {len(label_map)} class, but classification needs at least two; "

@@ -43,7 +43,8 @@ def pipeline_conditions(
     Args:
         count: number of images if there is neither a text nor a label.
         texts: prompts; None for a model without captions.
-        labels: class ids, one for each text; None for a model without classes.
+        labels: class ids, one for each text; None for a model without classes. The pipeline gets their names, because
+            an integer is a name where all names are whole numbers.
         id2label: names of the classes; a class without a name is shown by its id.
     """
     if texts is None and labels is None:
@@ -51,7 +52,7 @@ def pipeline_conditions(
     conditions: dict[str, Any] = {}
     names = [id2label.get(label, f"class {label}") for label in labels or ()]
     if labels is not None:
-        conditions["class_labels"] = list(labels)
+        conditions["class_labels"] = [id2label.get(label, label) for label in labels]
     if texts is None:
         return conditions, names
     captions = list(texts)

@@ -110,7 +110,7 @@ class LatentBase(ControlBase):
 
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
         names = [self.pipeline.config.id2label[key] for key in sorted(self.pipeline.config.id2label or {}, key=int)]
-        labels = load_label_map(config) if self.unet.config.num_class_embeds else None
+        labels = load_label_map(config, names) if self.unet.config.num_class_embeds else None
         # A class id is a position in these names, so other names or another order would be other classes.
         if labels is not None and names and labels.names != names:
             raise UserError(

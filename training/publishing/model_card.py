@@ -16,6 +16,7 @@ from typing import Any
 
 from pipelines.common.class_colors import class_color
 from pipelines.common.compatibility import OLDEST_VERSIONS
+from pipelines.common.conditions import whole_numbers
 from pipelines.common.poster_domain import hex_color
 from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.credentials import mask_credentials
@@ -33,6 +34,7 @@ from training.publishing.public import cell, clean, fenced, folder_name, literal
 
 TEMPLATES = shipped_path("model_cards")
 CARD_NAME = "README.md"
+_CLASSES_SHOWN = 1000
 # The values that the Hub accepts as `license`; any other licence is published as "other", with its name.
 HUB_LICENSES = frozenset(
     """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -141,8 +143,22 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation": evaluation_facts(record.get("evaluation")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
         "classes": [literal(name) for name in record.get("classes") or []],
+        **_class_facts(folder),
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
         "halftone": own_version(),
+    }
+
+
+def _class_facts(folder: Path) -> dict[str, Any]:
+    """Return the first class, as code, and the ids and names of all classes that a pipeline generates."""
+    id2label = _model_index(folder).get("id2label") or {}
+    names = [clean(str(id2label[id_])) for id_ in sorted(id2label, key=int)]
+    first = next(iter(names), "0")
+    is_code = not names or whole_numbers(names)
+    return {
+        "example_class": first if is_code else json.dumps(first, ensure_ascii=False),
+        "class_ids": [f"{id_}: {literal(name)}" for id_, name in enumerate(names[:_CLASSES_SHOWN])],
+        "classes_hidden": max(0, len(names) - _CLASSES_SHOWN),
     }
 
 

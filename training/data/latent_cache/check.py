@@ -68,7 +68,8 @@ def _transform_differences(cache: LatentCache, config: DataConfig) -> list[str]:
 
 def _dataset_differences(cache: LatentCache, config: DataConfig) -> list[str]:
     differences = []
-    label_map = load_label_map(config) if cache.id2label else None
+    names = list(cache.id2label.values())
+    label_map = load_label_map(config, names) if names else None
     # The fingerprint includes the cached masks, whether or not this run uses masks.
     config = replace(config, mask_column=cache.mask_column or config.mask_column)
     for name, split in cache.manifest["splits"].items():
