@@ -150,12 +150,15 @@ def _read_ahead(
         except BrokenImage as error:
             return str(error)
 
+    def read_all(names: Sequence[str]) -> dict[str, Image.Image | str]:
+        return {name: read(name) for name in names}
+
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(lambda: {name: read(name) for name in batches[0]})
+        following = pool.submit(read_all, batches[0])
         for number, batch in enumerate(batches):
             images = following.result()
             if number + 1 < len(batches):
-                following = pool.submit(lambda names=batches[number + 1]: {name: read(name) for name in names})
+                following = pool.submit(read_all, batches[number + 1])
             yield batch, images
 
 

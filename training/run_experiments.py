@@ -184,13 +184,12 @@ def _variant_of(file: str, stage: str, flags: Sequence[str], variant: Variant) -
 
 def _set_groups(experiments: Sequence[Experiment]) -> None:
     """Let W&B show the runs of one setting, or else of the series, as a group, unless the user names one."""
-    series = common_folder(experiments).resolve().name
     for experiment in experiments:
         config = experiment.config
         if config.wandb_group is None and "wandb" in parse_report_to(config.report_to):
-            config.wandb_group = (experiment.setting or series)[: WANDB_LIMITS["wandb_group"]] or None
-            if config.wandb_group:
-                experiment.flags = [*experiment.flags, f"--wandb_group={config.wandb_group}"]
+            group = experiment.setting or common_folder(experiments).resolve().name or "experiments"
+            config.wandb_group = group[: WANDB_LIMITS["wandb_group"]]
+            experiment.flags = [*experiment.flags, f"--wandb_group={config.wandb_group}"]
 
 
 def _over_seeds(experiments: Sequence[Experiment], table: Table) -> tuple[str, str] | None:

@@ -41,7 +41,7 @@ class Journal:
         if changed:
             raise UserError(
                 f"the captions in {file} were begun with other settings ({', '.join(changed)}); give the same again, "
-                "or delete this file to begin anew"
+                "or delete this file to begin again"
             )
         for line in lines[1:]:
             self.captions |= line.get("captions", {})

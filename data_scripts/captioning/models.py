@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Captioner = Callable[[Sequence["Image.Image"]], list[str]]
 USUAL_NEW_TOKENS = 50
-# Models whose caption begins with the prompt; others answer it, and the prompt is no part of the caption.
+# Models whose caption begins with the prompt. Others answer it, and their caption does not contain it.
 _CONTINUING = ("blip", "git", "vision-encoder-decoder")
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, TypeError, KeyError, AttributeError)
 
@@ -90,6 +90,9 @@ class _TransformersCaptioner:
         except _LOADING_ERRORS as error:
             raise UserError(f"--model {name} cannot be loaded ({one_line(error, 300)}); name another") from error
         self._model = model.to(device).eval()
+        for part in (model, getattr(model, "text_decoder", None)):  # BLIP generates with a model in it
+            if getattr(part, "generation_config", None) is not None:
+                part.generation_config.max_length = None  # `max_new_tokens` is given instead
         self._tokenizer.padding_side = "left"  # a padded text would end before its caption begins
         self._is_chat = bool(getattr(self._processor, "chat_template", None))
         if self._is_chat and not prompt:

@@ -143,16 +143,14 @@ def _complete(root: Path, table: CaptionTable, captions: Mapping[str, str], adde
     rows = {
         number: captions[image]
         for number, (image, text) in enumerate(zip(table.images, table.captions))
-        if image in captions and _is_empty(text)
+        if image is not None and image in captions and _is_empty(text)
     }
     if not rows and not added:
         return
     path = root / table.name
     folder = str(PurePosixPath(table.name).parent)
     new = {str(PurePosixPath(image).relative_to(folder)): text for image, text in added.items()}
-    suffix = path.suffix.lower()
-    completed = {".jsonl": _complete_lines, ".parquet": _complete_parquet}.get(suffix, _complete_csv)
-    content = completed(path, table, rows, new)
+    content = _FORMATS.get(path.suffix.lower(), _complete_csv)(path, table, rows, new)
     _keep(root, table.name)
     write_atomically(path, content)
 
@@ -231,8 +229,13 @@ def _complete_parquet(path: Path, table: CaptionTable, rows: Mapping[int, str], 
     return buffer.getvalue()
 
 
+_Complete = Callable[[Path, CaptionTable, Mapping[int, str], Mapping[str, str]], "str | bytes"]
+_FORMATS: dict[str, _Complete] = {".jsonl": _complete_lines, ".parquet": _complete_parquet}
+"""By extension, what returns the content of a completed table"""
+
+
 def _require_rows(path: Path, lines: Sequence[Any], table: CaptionTable) -> None:
-    """Raise UserError unless the rows can be told apart as `read_table` does."""
+    """Raise UserError unless the file has one line for each row of the table."""
     if len(lines) != len(table.images):
         raise UserError(
             f"{path} cannot be completed: it has {len(lines):,} lines for {len(table.images):,} rows; save it as "

@@ -387,8 +387,11 @@ def test_a_file_replaces_the_other_source_of_its_base(tmp_path):
             r"A.yaml is a base of itself \(.*A.yaml → .*B.yaml → .*A.yaml\)",
         ),
         ({"A": "base: A.yaml\n"}, "A.yaml is a base of itself"),
-        ({"A": "base: C.yaml\n"}, "`base` in .*A.yaml names C.yaml, but there is no file .*/C.yaml' and no preset"),
-        ({"A": "base: autoencoder/emoji_65\n"}, "no preset of this name; write the path relative to A.yaml"),
+        (
+            {"A": "base: C.yaml\n"},
+            "`base` in .*A.yaml names C.yaml, but neither the file .*/C.yaml' nor a preset of this name",
+        ),
+        ({"A": "base: autoencoder/emoji_65\n"}, "nor a preset of this name exists; write the path relative to A.yaml"),
         ({"A": "base: {x: 1}\n"}, "`base` in .*A.yaml is {'x': 1}; give the name of a file, or a list"),
         ({"A": "base: [3]\n"}, r"`base` in .*A.yaml is \[3\]; give"),
         ({"A": "base: B.yaml\n", "B": "learning_rat: 1\n"}, "unknown key 'learning_rat'.*did you mean 'learning_rate'"),
