@@ -55,10 +55,8 @@ def parse_config(
             missing file, a file that is not UTF-8, a token in the arguments or in the file, or an error from the
             class's own `validate()`.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or (["--config", preset] if preset else [])
     refuse_hub_token(words)
-    if preset and not words:
-        words = ["--config", preset]
     parser = _parser(config_class, description, preset)
     if any(word in ("-h", "--help", HELP_ALL) for word in words):
         print(help_text(parser, config_class, everything=HELP_ALL in words), end="")
@@ -71,8 +69,7 @@ def parse_config(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
             given = frozenset(parser.parse_args(words, defaults=False).keys())
-            namespace = parser.parse_args(words)
-            values = parser.instantiate(namespace)
+            values = parser.instantiate(parser.parse_args(words))
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
         known = known_names(config_class)
         raise UserError(_of_another_script(words, known) or _explain(str(error), known)) from None

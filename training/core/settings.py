@@ -94,8 +94,8 @@ def _base(name: str, file: Path) -> Path:
         return find_shipped(name, [PRESETS])
     except UserError:
         raise UserError(
-            f"`{BASE}` in {file} names {name}, but neither the file {located(own)} nor a preset of this name exists; write "
-            f"the path relative to {file.name}"
+            f"`{BASE}` in {file} names {name}, but neither the file {located(own)} nor a preset of this name exists; "
+            f"write the path relative to {file.name}"
         ) from None
 
 
