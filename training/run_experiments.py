@@ -3,8 +3,10 @@
     python training/run_experiments.py configs/experiments/latent_diffusion/ablation/capacity_*.yaml
     python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml --print_commands
     python training/run_experiments.py configs/experiments/latent_diffusion/ablation/*.yaml -- --max_train_steps 20
+    python training/run_experiments.py autoencoder/emoji_64 --sweep learning_rate=1e-4,5e-4 --seeds 3 --dry_run
 
-Each experiment runs in a process of its own, as if a user had started it. The arguments after -- are passed to all of
+Each experiment runs in a process of its own, as if a user had started it. With --sweep, each file becomes one run for
+each combination of values; with --seeds, for each random seed as well. The arguments after -- are passed to all of
 them. Finished experiments are skipped and interrupted ones are resumed; if one fails, the others still run. Run the
 same command again to complete a series. The exit status is 1 if an experiment or its upload failed; if the series was
 stopped by a signal, it is the status of that signal (see docs/runs.md).
@@ -32,9 +34,12 @@ from training.core.parsing import parse_config
 from training.engine.prepare import run_script
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
-from training.experiments.comparison import Samples, comparison_table, draw_samples, write_comparison
+from training.experiments.comparison import Samples, Table, comparison_table, draw_samples, write_comparison
 from training.experiments.registry import config_class, script_path, stage_of
+from training.experiments.seeds import seeds_csv, seeds_markdown, seeds_table
+from training.experiments.sweeps import Sweep, Variant, parse_sweeps, variants
 from training.publishing.hub import UPLOAD_FAILED_STATUS, Publisher
+from training.reporting.tracking import WANDB_LIMITS, parse_report_to
 from training.run.folder import RunFolder
 
 
@@ -47,6 +52,8 @@ class Experiment:
     stage: str
     config: RunConfig
     flags: list[str]
+    setting: str = ""
+    """Name of what the runs with other seeds share; empty without --seeds"""
 
     @property
     def folder(self) -> RunFolder:
@@ -62,7 +69,7 @@ class Experiment:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    experiments = plan(options.configs, options.flags)
+    experiments = plan(options.configs, options.flags, parse_sweeps(options.sweep), options.seeds)
     if options.print_commands:
         for experiment in experiments:
             done = "  # finished" if is_finished(experiment) else ""
@@ -73,11 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = run_series(experiments, stop)
         runs = {experiment.name: (experiment.stage, experiment.folder, experiment.config) for experiment in experiments}
         table = comparison_table(runs, outcomes)
-        written = write_comparison(folder, table, None)
+        seeds = _over_seeds(experiments, table)
+        written = write_comparison(folder, table, None, seeds)
         with contextlib.suppress(Interrupted):
             stop.check()
             image = draw_samples(runs, Samples(options.prompt, options.num_samples, options.seed), stop.check)
-            written = write_comparison(folder, table, image)
+            written = write_comparison(folder, table, image, seeds)
         print("\n".join(["", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), *map(str, written)]))
         if stop.requested is not None:
             print("the series was stopped; run the same command again to resume it")
@@ -92,6 +100,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Options(__doc__)
     add = parser.add_argument
     add("configs", nargs="+", help="YAML config files of any training script; patterns with * are expanded")
+    add(
+        "--sweep", action="append", default=[], metavar="OPTION=VALUE,VALUE",
+        help="Values of an option, of which each becomes a run; several --sweep run all combinations",
+    )  # fmt: skip
+    add("--seeds", type=int, metavar="N", help="Train each with N random seeds: that of the config and the next ones")
     add("--print_commands", "--dry_run", action="store_true", help="Print the commands without running them")
     add("--output_dir", help="Folder for comparison.csv, .md and .png (default: nearest folder with all run folders)")
     add("--prompt", nargs="+", help="Prompts of the samples (default: preview prompts of the first run that has any)")
@@ -101,36 +114,91 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.flags = words[cut + 1 :]
     if options.num_samples < 1:
         raise UserError(f"--num_samples is {options.num_samples}; it must be at least 1")
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; it must be at least 1")
     return options
 
 
-def plan(configs: Sequence[str], flags: Sequence[str]) -> list[Experiment]:
+def plan(
+    configs: Sequence[str], flags: Sequence[str], sweeps: Sequence[Sweep] = (), seeds: int | None = None
+) -> list[Experiment]:
     """Return the experiments of these files; all of them are checked before the first one starts.
 
+    Args:
+        flags: flags of all experiments.
+        sweeps: options whose values are combined; each combination is an experiment.
+        seeds: number of seeds of each experiment; None keeps the seed of the file.
+
     Raises:
-        UserError: if a file does not exist or is invalid, or if two files write to the same run folder.
+        UserError: if a file does not exist or is invalid, or if two experiments write to the same run folder.
     """
     experiments: list[Experiment] = []
+    combined = variants(sweeps, seeds)
     for file in _expanded(configs):
         try:
             stage = stage_of(file)
-            config = parse_config(config_class(stage), ["--config", file, *flags])
+            if sweeps or seeds is not None:
+                experiments += [_variant_of(file, stage, flags, variant) for variant in combined]
+            else:
+                config = parse_config(config_class(stage), ["--config", file, *flags])
+                experiments.append(Experiment(Path(file).stem, file, stage, config, list(flags)))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-        experiments.append(Experiment(Path(file).stem, file, stage, config, list(flags)))
-    folders: dict[Path, str] = {}
+    folders: dict[Path, Experiment] = {}
     for experiment in experiments:
         path = experiment.folder.path.resolve()
         if path in folders:
+            one, other = folders[path], experiment
+            both = (one.file, other.file) if one.file != other.file else (one.name, other.name)
             raise UserError(
-                f"{folders[path]} and {experiment.file} have the same output_dir {experiment.config.output_dir}; "
+                f"{both[0]} and {both[1]} have the same output_dir {experiment.config.output_dir}; "
                 "give each experiment its own output_dir"
             )
-        folders[path] = experiment.file
+        folders[path] = experiment
     if len({experiment.name for experiment in experiments}) < len(experiments):
         for experiment in experiments:
             experiment.name = f"{Path(experiment.file).parent.name}/{experiment.name}"
+            experiment.setting = experiment.setting and f"{Path(experiment.file).parent.name}/{experiment.setting}"
+    _set_groups(experiments)
     return experiments
+
+
+def _variant_of(file: str, stage: str, flags: Sequence[str], variant: Variant) -> Experiment:
+    """Return the experiment of a file with the values and the seed of a variant, in a run folder of its own."""
+    words = [*flags, *variant.flags]
+    config = parse_config(config_class(stage), ["--config", file, *words])
+    seed = config.seed + (variant.repetition or 0)
+    own = [f"--seed={seed}"] if variant.repetition is not None else []
+    folder = Path(f"{config.output_dir}_sweep", variant.folder(seed))
+    words += [*own, f"--output_dir={folder}"]
+    name = f"{Path(file).stem} {variant.setting}".strip()
+    return Experiment(
+        f"{name}, seed {seed}" if own else name,
+        file,
+        stage,
+        parse_config(config_class(stage), ["--config", file, *words]),
+        words,
+        name if own else "",
+    )
+
+
+def _set_groups(experiments: Sequence[Experiment]) -> None:
+    """Let W&B show the runs of one setting, or else of the series, as a group, unless the user names one."""
+    for experiment in experiments:
+        config = experiment.config
+        if config.wandb_group is None and "wandb" in parse_report_to(config.report_to):
+            group = experiment.setting or common_folder(experiments).resolve().name or "experiments"
+            config.wandb_group = group[: WANDB_LIMITS["wandb_group"]]
+            experiment.flags = [*experiment.flags, f"--wandb_group={config.wandb_group}"]
+
+
+def _over_seeds(experiments: Sequence[Experiment], table: Table) -> tuple[str, str] | None:
+    """Return the metrics over the seeds of each setting as Markdown and as CSV; None without --seeds."""
+    settings = {experiment.name: experiment.setting for experiment in experiments if experiment.setting}
+    if not settings:
+        return None
+    summary = seeds_table(table, settings)
+    return seeds_markdown(summary), seeds_csv(summary)
 
 
 def run_series(experiments: Sequence[Experiment], stop: StopSignal) -> dict[str, str]:

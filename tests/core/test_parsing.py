@@ -270,7 +270,7 @@ def test_help_explains_files_lists_and_booleans(capsys):
     output = " ".join(help_of(capsys, description="A command.", preset="configs/experiments/stage/tiny.yaml").split())
     assert "A command. Lists are written as a,b (an empty one: none)" in output
     assert "A boolean flag without a value means true. --print_config shows all settings." in output
-    assert "or the name of a preset; flags override it" in output
+    assert "or names of presets; later ones override earlier ones, and flags override both" in output
     assert "Without any arguments, stage/tiny is used" in output
     assert "YAML file with the --model.* options below, without this prefix" in output
     assert "preset" not in " ".join(help_of(capsys, Plain).split())
@@ -312,3 +312,111 @@ def test_a_config_written_and_read_again_is_the_same(tmp_path):
     config = parse("--seed", "5", "--model.dropout", "0.25")
     again = parse("--config", yaml_file(tmp_path, yaml.safe_dump(config.to_dict())))
     assert again.to_dict() == config.to_dict()
+
+
+# --- several files, and files with a base ----------------------------------------------------------------------------
+
+
+def files(tmp_path, **texts: str) -> dict[str, str]:
+    """Write files, by their names without .yaml, in which __ is a folder, and return their paths."""
+    paths = {}
+    for name, text in texts.items():
+        path = tmp_path / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        paths[name] = str(path)
+    return paths
+
+
+A = "seed: 1\nlearning_rate: 1.0e-3\nmodel: {dropout: 0.5, block_out_channels: [4]}\nnames: [x]\nprepare: {a: b.py}\n"
+B = "seed: 2\nmodel:\n  block_out_channels: [8, 8]\nprepare: {c: d.py}\n"
+
+
+@pytest.mark.parametrize("form", ["--config A --config B", "--config A B", "--config=A --config=B", "base", "list"])
+def test_later_files_override_earlier_ones(tmp_path, form):
+    paths = files(tmp_path, A=A, B=B, base=f"base: A.yaml\n{B}", list="base: [A.yaml, B.yaml]\n")
+    typed = form if "--" in form else f"--config {form}"
+    words = [re.sub(r"\b(A|B|base|list)$", lambda name: paths[name[1]], word) for word in typed.split()]
+    config = parse(*words, "--train_batch_size", "3")
+    assert (config.seed, config.learning_rate, config.train_batch_size, config.names) == (2, 1e-3, 3, ["x"])
+    assert config.model == Model([8, 8], 0.5)
+    assert config.prepare == {"c": "d.py"}  # a single value, as in a flag
+    assert parse(*words, "--seed", "9").seed == 9
+
+
+def test_the_nearest_file_wins_and_bases_are_relative_to_the_file_that_names_them(tmp_path):
+    paths = files(
+        tmp_path,
+        common__root="seed: 1\nlearning_rate: 1.0e-3\nshare: root\n",
+        common__left="base: root.yaml\nseed: 2\nshare: left\n",
+        common__right="base: [root.yaml]\nshare: right\n",
+        mine="share: mine\nbase: [common/left.yaml, common/right.yaml]\n",
+        other="base: common/left.yaml\n",
+        last="base: [common/right.yaml, common/left.yaml]\n",
+    )
+    assert (parse("--config", paths["mine"]).share, parse("--config", paths["mine"]).learning_rate) == ("mine", 1e-3)
+    assert (parse("--config", paths["other"]).share, parse("--config", paths["other"]).seed) == ("left", 2)
+    assert parse("--config", paths["mine"]).seed == 1  # of right's base, which comes after left
+    assert parse("--config", paths["last"]).seed == 2
+
+
+def test_a_base_may_be_a_preset_and_the_saved_config_has_none(tmp_path):
+    paths = files(tmp_path, mine="base: autoencoder/emoji_64\nlearning_rate: 0.125\n")
+    config = parse_config(train_autoencoder.Config, ["--config", paths["mine"]])
+    preset = parse_config(train_autoencoder.Config, ["--config", "autoencoder/emoji_64"])
+    assert {**preset.to_dict(), "learning_rate": 0.125} == config.to_dict()
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert "base" not in config.to_dict()
+    assert parse_config(train_autoencoder.Config, ["--config", str(tmp_path / "saved.yaml")]) == config
+
+
+def test_a_file_replaces_the_other_source_of_its_base(tmp_path):
+    paths = files(tmp_path, A="dataset_name: posters\n", B="base: A.yaml\ntrain_data_dir: mine\n")
+    for words in (["--config", paths["B"]], ["--config", paths["A"], paths["B"]]):
+        config = parse_config(train_autoencoder.Config, words)
+        assert (config.dataset_name, config.train_data_dir) == (None, "mine")
+    config = parse_config(train_autoencoder.Config, ["--config", paths["B"], paths["A"]])
+    assert (config.dataset_name, config.train_data_dir) == ("posters", None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            {"A": "base: B.yaml\n", "B": "base: A.yaml\n"},
+            r"A.yaml is a base of itself \(.*A.yaml → .*B.yaml → .*A.yaml\)",
+        ),
+        ({"A": "base: A.yaml\n"}, "A.yaml is a base of itself"),
+        (
+            {"A": "base: C.yaml\n"},
+            "`base` in .*A.yaml names C.yaml, but neither the file .*/C.yaml' nor a preset of this name",
+        ),
+        ({"A": "base: autoencoder/emoji_65\n"}, "nor a preset of this name exists; write the path relative to A.yaml"),
+        ({"A": "base: {x: 1}\n"}, "`base` in .*A.yaml is {'x': 1}; give the name of a file, or a list"),
+        ({"A": "base: [3]\n"}, r"`base` in .*A.yaml is \[3\]; give"),
+        ({"A": "base: B.yaml\n", "B": "learning_rat: 1\n"}, "unknown key 'learning_rat'.*did you mean 'learning_rate'"),
+        ({"A": "base: B.yaml\n", "B": "seed: [\n"}, "B.yaml cannot be used"),
+        ({"A": "base: B.yaml\n", "B": "hub_token: hf_abcdefghij\n"}, "hub_token in .*B.yaml is not accepted"),
+        ({"A": "base: B.yaml\n", "B": "seed: fast\n"}, "--seed.*fast"),
+    ],
+)
+def test_bases_that_cannot_be_used(tmp_path, texts, message):
+    with pytest.raises(UserError, match=message):
+        parse("--config", files(tmp_path, **texts)["A"])
+
+
+def test_a_missing_second_file_and_other_words_after_files(tmp_path):
+    paths = files(tmp_path, A=A)
+    with pytest.raises(UserError, match="found no file .*nowhere.yaml"):
+        parse("--config", paths["A"], "nowhere.yaml")
+    with pytest.raises(UserError, match="'more' has no flag before it"):
+        parse("--config", paths["A"], "more")
+    with pytest.raises(UserError, match="'b.yaml' has no flag before it; did you mean --config b.yaml"):
+        parse("--config", paths["A"], "--seed", "3", "b.yaml")
+
+
+def test_a_base_belongs_to_configs_and_not_to_files_of_a_group(tmp_path):
+    paths = files(tmp_path, group="dropout: 0.5\n", mine="base: group.yaml\n")
+    assert parse("--model", paths["group"]).model.dropout == 0.5
+    with pytest.raises(UserError, match="base"):
+        parse("--model", paths["mine"])

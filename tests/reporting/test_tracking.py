@@ -19,7 +19,7 @@ from pipelines.tools.cli import UserError
 from tests.support.wandb_files import wandb_history, wandb_records
 from training.reporting.backends import Backend, flatten_config, plain
 from training.reporting.recorder import MOST_WAITING
-from training.reporting.tracking import Trackers, parse_report_to, start_trackers
+from training.reporting.tracking import TrackerConfig, Trackers, parse_report_to, start_trackers, wandb_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -158,6 +158,34 @@ def test_wandb_without_a_login_records_offline_in_the_run_folder_and_continues_w
     assert len(list(run_dir.glob("wandb/*/files/media/images/samples/*.png"))) >= 1
     metrics = [r.metric for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "metric"]
     assert any(m.step_metric == "step" for m in metrics)
+
+
+@pytest.mark.usefixtures("no_wandb_login")
+def test_group_tags_and_entity_are_recorded_by_wandb(tmp_path):
+    config = TrackerConfig(wandb_group="wide, 3 seeds", wandb_tags=["emoji", "64 px"], wandb_entity="a-team")
+    common = {"project": "p", "run_name": "r", "config": {}, "notify": [].append}
+    for name, options in (("set", wandb_options(vars(config))), ("unset", wandb_options(vars(TrackerConfig())))):
+        start_trackers(["wandb"], run_dir=tmp_path / name, wandb=options, **common).finish()
+    runs = {
+        name: [r.run for r in wandb_records(tmp_path / name) if r.WhichOneof("record_type") == "run"][0]
+        for name in ("set", "unset")
+    }
+    assert (runs["set"].run_group, list(runs["set"].tags)) == ("wide, 3 seeds", ["emoji", "64 px"])
+    assert runs["set"].entity == "a-team"
+    assert (runs["unset"].run_group, list(runs["unset"].tags), runs["unset"].entity) == ("", [], "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wandb_tags": ["a", "b" * 65]}, "--wandb_tags: 'b+' has 65 characters; W&B takes 1 to 64"),
+        ({"wandb_tags": [""]}, "--wandb_tags: '' has 0 characters"),
+        ({"wandb_group": "g" * 129}, "--wandb_group: 'g+' has 129 characters; W&B takes 1 to 128"),
+    ],
+)
+def test_groups_and_tags_that_wandb_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        TrackerConfig(**options).validate()
 
 
 @pytest.mark.usefixtures("no_wandb_login")

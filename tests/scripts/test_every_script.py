@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tests.scripts.test_train_layout import COMMON as LAYOUT
 from tests.scripts.test_train_layout import TINY_ABSTRACTOR, TINY_ENCODER
 from tests.support.hub_server import HubServer, hub  # noqa: F401  (a fixture)
 from tests.support.runs import ROOT, environment
+from tests.support.tiny_captioners import save_blip
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +54,11 @@ COMMANDS: list[tuple[str, Sequence[str], str]] = [
         "data_scripts/import_captions.py",
         ("scans.json", "--image_dir", "scans", "--output_dir", "data/scans"),
         "data/scans/metadata.jsonl",
+    ),
+    (
+        "data_scripts/caption_images.py",
+        ("--train_data_dir", "pictures", "--model", "captioner", "--max_new_tokens", "6"),
+        "pictures/metadata.jsonl",
     ),
     (
         "data_scripts/check_dataset.py",
@@ -129,8 +136,10 @@ COMMANDS: list[tuple[str, Sequence[str], str]] = [
 def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "scans").mkdir()
+    save_blip(folder / "captioner")
     for number in range(4):
         Image.linear_gradient("L").rotate(90 * (number % 3)).convert("RGB").save(folder / "scans" / f"{number}.png")
+    shutil.copytree(folder / "scans", folder / "pictures")
     lines = [{"file_name": f"{number}.png", "caption": f"scan {number}"} for number in range(4)]
     (folder / "scans.json").write_text(json.dumps(lines), encoding="utf-8")
     return folder

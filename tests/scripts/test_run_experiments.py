@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from tests.support.runs import ROOT, command, environment, launch
+from tests.support.wandb_files import wandb_records
 from training.core.parsing import parse_config
 from training.experiments.registry import config_class
 
@@ -104,3 +106,26 @@ def test_a_stop_reaches_the_run_and_the_same_command_resumes(tmp_path, configs):
     assert f"at step {stopped_at}" in done.stdout + done.stderr
     assert {row["steps"] for row in table(tmp_path / "runs").values()} == {str(stopped_at + 2)}
     assert (tmp_path / "runs/comparison.png").is_file()
+
+
+def test_a_sweep_with_seeds_is_trained_compared_and_continued(tmp_path, configs):
+    words = [configs[0], "--sweep", "learning_rate=1e-3,2e-3", "--num_samples", "1"]
+    flags = ["--", "--max_train_steps", "2", "--report_to", "wandb"]
+    done = launch(SCRIPT, *words, "--seeds", "2", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/base_sweep"
+    runs = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert runs == [f"learning_rate_{rate}_seed_{seed}" for rate in ("1e-3", "2e-3") for seed in (0, 1)]
+    with (folder / "comparison_seeds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["learning_rate"], row["n"]) for row in rows] == [("0.001", "2"), ("0.002", "2")]
+    losses = [float(row["val_loss"]) for row in table(folder).values()]
+    assert [float(row["val_loss_mean"]) for row in rows] == [
+        pytest.approx(statistics.fmean(losses[:2])), pytest.approx(statistics.fmean(losses[2:])),
+    ]  # fmt: skip
+    assert float(rows[0]["val_loss_std"]) == pytest.approx(statistics.stdev(losses[:2]))
+    assert "±" in (folder / "comparison.md").read_text()
+    started = [r.run for r in wandb_records(folder / runs[0]) if r.WhichOneof("record_type") == "run"]
+    assert started[0].run_group == "base learning_rate=1e-3"
+    done = launch(SCRIPT, *words, "--seeds", "3", "--dry_run", *flags, cwd=tmp_path)
+    assert [line.endswith("# finished") for line in done.stdout.splitlines()] == [True, True, False] * 2

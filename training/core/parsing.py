@@ -9,7 +9,7 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -23,7 +23,7 @@ from pipelines.tools.private import expand_home
 from pipelines.tools.resources import PRESETS, find_file
 from training.core.help import HELP_ALL, alternatives, help_text
 from training.core.options import Options
-from training.core.settings import read_settings
+from training.core.settings import BASE, read_settings, settings_chain
 
 Config = TypeVar("Config", bound=Options)
 
@@ -37,6 +37,9 @@ def parse_config(
     complete: Callable[[Config, frozenset[str]], None] | None = None,
 ) -> Config:
     """Parse `--config run.yaml` and flags, which override the file, into a validated `config_class`.
+
+    Of several files, later ones override earlier ones. A file may name others, with whose settings it begins, under the
+    key `base` (see `settings_chain`).
 
     Args:
         config_class: a dataclass of options. The docstring under a field is its help text; the fields of a group are
@@ -52,24 +55,21 @@ def parse_config(
             missing file, a file that is not UTF-8, a token in the arguments or in the file, or an error from the
             class's own `validate()`.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or (["--config", preset] if preset else [])
     refuse_hub_token(words)
-    if preset and not words:
-        words = ["--config", preset]
     parser = _parser(config_class, description, preset)
     if any(word in ("-h", "--help", HELP_ALL) for word in words):
         print(help_text(parser, config_class, everything=HELP_ALL in words), end="")
         sys.exit(0)
     _refuse_unknown_flags(words, parser)
-    words = list(_with_brackets(words, parser))
+    words = list(_with_each_config(_with_brackets(words, parser)))
     printed = "--print_config" in words
     words = [word for word in words if word != "--print_config"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=DeprecationWarning)
             given = frozenset(parser.parse_args(words, defaults=False).keys())
-            namespace = parser.parse_args(words)
-            values = parser.instantiate(namespace)
+            values = parser.instantiate(parser.parse_args(words))
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
         known = known_names(config_class)
         raise UserError(_of_another_script(words, known) or _explain(str(error), known)) from None
@@ -117,10 +117,15 @@ _FORMER = {"auto_settings": "--recipe auto or --recipe none"}
 
 
 class _ConfigFile(jsonargparse.ActionConfigFile):
-    """`--config`: a YAML file, or the name of a preset that comes with the code."""
+    """`--config`: a YAML file, or the name of a preset that comes with the code. Its bases are applied before it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_file(values)), option_string)
+        for path, settings in settings_chain(find_file(values)):
+            for name in settings:
+                for replaced in set(parser.replaces.get(name, ())) - settings.keys():
+                    cfg[replaced] = None  # an earlier file says the same in another way
+            parser.config_files.add(str(path))
+            super().__call__(parser, cfg, str(path), option_string)
 
 
 def without_hub_token(settings: dict[str, Any], file: Any) -> dict[str, Any]:
@@ -140,10 +145,19 @@ def without_hub_token(settings: dict[str, Any], file: Any) -> dict[str, Any]:
 class _Parser(jsonargparse.ArgumentParser):
     """Reads `--config` files as UTF-8 and without tokens; jsonargparse reads them in the encoding of the locale."""
 
+    replaces: Mapping[str, Sequence[str]] = {}
+    """Options whose value in an earlier file is dropped, by the option that says the same in another way"""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.config_files: set[str] = set()
+
     def parse_path(self, path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
         settings, text = read_settings(path), read_text(path)
-        if {"hub_token", *_FORMER} & {*settings}:
-            text = yaml.safe_dump(without_hub_token(settings, path))
+        based = BASE in settings and str(path) in self.config_files
+        if based or {"hub_token", *_FORMER} & {*settings}:
+            kept = {name: value for name, value in settings.items() if not (based and name == BASE)}
+            text = yaml.safe_dump(without_hub_token(kept, path))
         return self.parse_string(text, path, *arguments, **options)
 
 
@@ -167,6 +181,8 @@ def _parser(config_class: type, description: str | None, preset: str) -> jsonarg
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    fields = dataclasses.fields(config_class)
+    parser.replaces = {field.name: field.metadata.get("replaces", ()) for field in fields}
     parser.add_argument("--config", action=_ConfigFile, help=_config_help(preset))
     parser.add_class_arguments(config_class, as_group=False)
     groups = {action.dest.rpartition(".")[0] for action in parser._actions}
@@ -190,11 +206,11 @@ def _notation(parser: jsonargparse.ArgumentParser) -> str:
 
 def _config_help(preset: str) -> str:
     if not preset:
-        return "YAML file with any of these options; flags override it"
+        return "YAML files with any of these options; later ones override earlier ones, and flags override both"
     name = preset.removeprefix(f"{PRESETS}/").removesuffix(".yaml")
     return (
-        f"YAML file with any of these options, or the name of a preset; flags override it. Without any arguments, "
-        f"{name} is used"
+        f"YAML files with any of these options, or names of presets; later ones override earlier ones, and flags "
+        f"override both. Without any arguments, {name} is used"
     )
 
 
@@ -259,6 +275,26 @@ def _with_brackets(words: Sequence[str], parser: jsonargparse.ArgumentParser) ->
         else:
             yield word
         flag = word
+
+
+def _with_each_config(words: Iterable[str]) -> Iterator[str]:
+    """Yield the words with a flag before each file: `--config a.yaml b.yaml` is `--config a.yaml --config b.yaml`."""
+    in_files, flag = False, ""
+    for word in words:
+        if in_files and flag != "--config" and not word.startswith("-") and _names_config(word):
+            yield "--config"
+        elif flag != "--config":
+            in_files = word.partition("=")[0] == "--config"
+        yield word
+        flag = word
+
+
+def _names_config(word: str) -> bool:
+    if Path(word).suffix in (".yaml", ".yml"):
+        return True  # if it does not exist, the message says so
+    with suppress(UserError):
+        return find_file(word).suffix in (".yaml", ".yml")
+    return False
 
 
 def _in_brackets(text: str, empty: str) -> str:

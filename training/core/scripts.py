@@ -15,7 +15,7 @@ from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.commands import command
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names
-from training.core.settings import read_settings
+from training.core.settings import read_merged_settings
 
 FOLDER = Path(__file__).resolve().parent.parent
 PREFIX = "train_"
@@ -60,7 +60,7 @@ def file_of_another_script(file: str, known: list[str]) -> str | None:
 
     None if all keys are known here, or no script knows all of them.
     """
-    keys = dotted(read_settings(find_file(file)))
+    keys = dotted(read_merged_settings(find_file(file)))
     if all(key in known for key in keys):
         return None
     scripts = [f"training/{PREFIX}{stage}.py" for stage, missing in unknown_keys(keys).items() if not missing]

@@ -1,4 +1,7 @@
-"""Reading YAML files of settings: each problem with the file itself gives one message with the same words."""
+"""Reading YAML files of settings, and those that they name as their base.
+
+Each problem with a file itself gives one message with the same words.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import yaml
 
 from pipelines.tools.cli import UserError, located, one_line
 from pipelines.tools.files import read_text
+from pipelines.tools.resources import PRESETS, find_shipped
 
+BASE = "base"
+"""Key of a config file that names the files whose settings it begins with"""
 _MOST_VALUES = 100_000
 
 
@@ -35,6 +41,62 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise _unusable(path, "it does not consist of named settings")
     return values
+
+
+def settings_chain(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Return a config file and those that it begins with, each with its own settings, without the key `base`.
+
+    The last file is `path` itself. Settings of later files replace those of earlier ones: the nearest file wins, and of
+    several bases the last one.
+
+    Args:
+        above: the files that led to this one.
+
+    Raises:
+        UserError: a file cannot be read (see `read_settings`), does not exist, or is a base of itself.
+    """
+    path = Path(path)
+    if path.resolve() in [file.resolve() for file in above]:
+        circle = " → ".join(str(file) for file in (*above, path))
+        raise UserError(f"the config file {path} is a base of itself ({circle}); remove one of these `{BASE}` keys")
+    settings = read_settings(path)
+    names = settings.pop(BASE, None)
+    bases = [names] if isinstance(names, str) else names or []
+    if not isinstance(bases, list) or not all(isinstance(name, str) and name for name in bases):
+        raise UserError(f"`{BASE}` in {path} is {one_line(names, 100)}; give the name of a file, or a list of names")
+    chain = [file for name in bases for file in settings_chain(_base(name, path), (*above, path))]
+    return [*chain, (path, settings)]
+
+
+def read_merged_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a config file together with those of its bases. Raises UserError."""
+    merged: dict[str, Any] = {}
+    for _, settings in settings_chain(path):
+        merged = _merged(merged, settings)
+    return merged
+
+
+def _merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of which those of a group are merged; `prepare` is a single value."""
+    merged = earlier | later
+    for name in earlier.keys() & later.keys():
+        if name != "prepare" and isinstance(earlier[name], dict) and isinstance(later[name], dict):
+            merged[name] = _merged(earlier[name], later[name])
+    return merged
+
+
+def _base(name: str, file: Path) -> Path:
+    """Return the file that `base` names: relative to the file that names it, or a preset."""
+    own = file.parent / Path(name).expanduser()
+    if own.is_file():
+        return own
+    try:
+        return find_shipped(name, [PRESETS])
+    except UserError:
+        raise UserError(
+            f"`{BASE}` in {file} names {name}, but neither the file {located(own)} nor a preset of this name exists; "
+            f"write the path relative to {file.name}"
+        ) from None
 
 
 class _Loader(yaml.SafeLoader):

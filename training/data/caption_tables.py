@@ -58,12 +58,12 @@ def read_table(path: Path, texts: Sequence[str | None] = ()) -> pyarrow.Table:
     if not content.strip():
         raise UserError(f"{path} is empty; write one line for each image, or delete it")
     if path.suffix.lower() not in (".jsonl", ".parquet"):
-        return _read_csv(path, _decoded(path, content), texts)
+        return _read_csv(path, decoded(path, content), texts)
     try:
         if path.suffix.lower() == ".parquet":
             return pyarrow.parquet.read_table(path)
         options = pyarrow.json.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1))
-        return pyarrow.json.read_json(io.BytesIO(_decoded(path, content).encode()), read_options=options)
+        return pyarrow.json.read_json(io.BytesIO(decoded(path, content).encode()), read_options=options)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         form = "Parquet" if path.suffix.lower() == ".parquet" else "JSON Lines, one object in each line"
         raise UserError(f"{path} cannot be read as {form} ({one_line(error, 200)}); write it again") from None
@@ -75,7 +75,7 @@ def header_of(path: Path) -> list[str]:
         if path.suffix.lower() in (".csv", ".tsv", ".txt"):
             with path.open("rb") as file:
                 start = file.read(65_536)
-            text = _decoded(path, start, errors="replace")
+            text = decoded(path, start, errors="replace")
             return next(csv.reader(text.splitlines(), delimiter=separator_of(path, text)), [])
         return read_table(path).column_names
     except (OSError, UserError, csv.Error):
@@ -113,7 +113,8 @@ def caption_columns(columns: Iterable[str]) -> list[str]:
     return [column for column in columns if plain_name(column) in CAPTION_COLUMNS]
 
 
-def _decoded(path: Path, content: bytes, errors: str = "strict") -> str:
+def decoded(path: Path, content: bytes, errors: str = "strict") -> str:
+    """Return the text of a table in UTF-8 or UTF-16, without its byte order mark. Raises UserError."""
     encoding = next((name for mark, name in _ENCODINGS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(encoding, errors)

@@ -290,3 +290,50 @@ def words_of(name: str) -> str:
     text = re.sub(r"\s*\(\d+\)$", "", name)
     text = " ".join(re.sub(r"[_\-.+]+", " ", text).split())
     return re.sub(r"(?:\s+\d+)+$", "", text)
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """A table of a folder that is read, with what a script needs to complete its captions.
+
+    Attributes:
+        name: path relative to the folder.
+        file_column: the column with the names of the images.
+        caption_column: the column with the captions; `text` if the table has none yet.
+        images: path of the image of each row, relative to the folder; None for a row that names none.
+        captions: caption, list of captions, or None, of each row.
+    """
+
+    name: str
+    file_column: str
+    caption_column: str
+    images: list[str | None]
+    captions: list[Any]
+
+
+def tables_read(root: Path, files: FolderFiles, caption_column: str | None = None) -> list[CaptionTable]:
+    """Return the tables that `rows_of` reads; empty if the captions are in text files, or if there are none.
+
+    Args:
+        caption_column: the column with the captions; None is the one with a usual header.
+
+    Raises:
+        UserError: a table cannot be read, or several of its columns may hold the captions.
+    """
+    metadata = [name for name in files.tables if PurePosixPath(name).name in METADATA_NAMES]
+    names, found = ImageNames(files.images), []
+    for name in metadata or _caption_tables(root, files):
+        table = read_table(root / name, [caption_column])
+        usual = caption_columns(table.column_names)
+        if caption_column is None and len(usual) > 1 and "text" not in usual:
+            raise UserError(f"{root / name} has captions in {', '.join(usual)}; choose one with --caption_column")
+        captions = caption_column or ("text" if "text" in usual or not usual else usual[0])
+        column = _file_column(table, names, _folder(name), anywhere=not metadata)
+        if column is None:
+            raise UserError(f"{root / name} has no column with the names of the images; call it file_name")
+        anywhere = not metadata
+        images = [names.find(value, _folder(name), anywhere=anywhere) for value in table[column].to_pylist()]
+        present = captions in table.column_names
+        values = table[captions].to_pylist() if present else [None] * table.num_rows
+        found.append(CaptionTable(name, column, captions, images, values))
+    return found

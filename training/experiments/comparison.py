@@ -141,15 +141,27 @@ def _rows_of(runs: Runs, samples: Samples, poll: Callable[[], None]) -> Image:
     return image_grid(images, columns=samples.count, row_titles=list(runs), column_titles=titles)
 
 
-def write_comparison(folder: Path, table: Table, image: Image | None) -> list[Path]:
-    """Write comparison.csv, comparison.md and, if there is an image, comparison.png; returns the paths."""
+def write_comparison(
+    folder: Path, table: Table, image: Image | None, seeds: tuple[str, str] | None = None
+) -> list[Path]:
+    """Write comparison.csv, comparison.md and, if there is an image, comparison.png; returns the paths.
+
+    Args:
+        seeds: the metrics over several seeds, as Markdown, which is placed above the table of all runs, and as CSV,
+            which becomes comparison_seeds.csv.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.csv", folder / f"{NAME}.md"]
     write_atomically(written[0], table_csv(table))
+    if seeds is not None:
+        written.append(folder / f"{NAME}_seeds.csv")
+        write_atomically(written[-1], seeds[1])
     image_file = folder / f"{NAME}.png"
     if image is not None:
         written.append(save_png(image, image_file))
-    write_atomically(written[1], table_markdown(table, image_file.name if image_file.is_file() else None))
+    write_atomically(
+        written[1], table_markdown(table, image_file.name if image_file.is_file() else None, seeds and seeds[0])
+    )
     return written
 
 
@@ -161,9 +173,11 @@ def table_csv(table: Table) -> str:
     return buffer.getvalue()
 
 
-def table_markdown(table: Table, image_name: str | None) -> str:
-    cells = [[_cell(row.get(column)) for column in table.columns] for row in table.rows]
-    lines = ["# Comparison", "", f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
+def table_markdown(table: Table, image_name: str | None, summary: str | None = None) -> str:
+    cells = [[cell(row.get(column)) for column in table.columns] for row in table.rows]
+    above = ["## Over seeds", "", summary.rstrip(), "", "## Runs", ""] if summary else []
+    header = [f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
+    lines = ["# Comparison", "", *above, *header]
     lines += [f"| {' | '.join(row)} |" for row in cells]
     reasons = [key for key in table.differing if key in MEANING_OF_LOSS]
     if reasons and any("loss" in column for column in table.columns):
@@ -273,7 +287,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) or {}
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as it is written into a table of Markdown."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

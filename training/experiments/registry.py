@@ -10,7 +10,7 @@ from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names, without_hub_token
 from training.core.scripts import FOLDER, PREFIX, dotted, script_module, unknown_keys
-from training.core.settings import read_settings
+from training.core.settings import read_merged_settings
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig
 
@@ -31,12 +31,12 @@ def stage_class(stage: str) -> type[Stage]:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read the settings of a YAML file: a file of the user's, or one that comes with Halftone.
+    """Read the settings of a YAML file, and of its bases: a file of the user's, or one that comes with Halftone.
 
     Raises:
         UserError: if the file does not exist, is not UTF-8, does not contain a mapping, or contains a token.
     """
-    values = read_settings(find_file(path))
+    values = read_merged_settings(find_file(path))
     return without_hub_token(values, path)
 
 

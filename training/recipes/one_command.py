@@ -27,7 +27,8 @@ from training.run.folder import RunFolder
 
 # Options of the data, and of every training, that are passed on to the commands that make the inputs.
 DATA = tuple(DataConfig.__dataclass_fields__)
-SHARED = ("seed", "report_to", "tracker_project_name", "cpu_threads", "mixed_precision", "dataloader_num_workers")
+TRACKERS = ("report_to", "tracker_project_name", "wandb_group", "wandb_tags", "wandb_entity")
+SHARED = ("seed", *TRACKERS, "cpu_threads", "mixed_precision", "dataloader_num_workers")
 # What may change when a run is resumed; all other decisions stay as the run was started with them.
 _FREE = ("max_train_steps",)
 # What a run that begins with the weights of another one has from it: the networks, and what they were trained with.

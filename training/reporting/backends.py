@@ -55,8 +55,20 @@ class WandB(Backend):
     name = "wandb"
 
     def __init__(
-        self, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any], run_id: str, notify: Notify
+        self,
+        project: str,
+        run_name: str,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        run_id: str,
+        notify: Notify,
+        shown: Mapping[str, Any],
     ):
+        """Start a run.
+
+        Args:
+            shown: where W&B shows the run: its `group`, `tags` and `entity`, as far as they are set.
+        """
         import wandb
         from accelerate.tracking import WandBTracker
 
@@ -70,6 +82,7 @@ class WandB(Backend):
             "resume": "allow" if mode == "online" else None,  # offline, W&B only warns that it has no effect
             "dir": str(run_dir),
             "config": plain(config),
+            **shown,
         }
         quiet = {"silent": True, **_private_settings()}  # silent: without its banner of ten lines
         logging.getLogger("wandb").addFilter(_without_private_in_log)

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.tools.cli import UserError, cause
 from training.reporting.backends import Notify, numbers
 from training.reporting.groups import QUALITY
-from training.reporting.tracking import parse_report_to, start_trackers
+from training.reporting.tracking import parse_report_to, start_trackers, wandb_options
 from training.run.checkpoint import newest
 from training.run.folder import RunFolder
 from training.run.state import RunState
@@ -49,6 +49,7 @@ def _report(run: Path, results: Mapping[str, Any], report_to: str | Sequence[str
             run_name=folder.name,
             run_dir=folder.path,
             config=settings,
+            wandb=wandb_options(settings),
             previous_id=state.tracker_id,
             notify=notify,
         )

@@ -24,7 +24,7 @@ from training.reporting.advice import Course, advice, too_long
 from training.reporting.curves import draw_training_curves
 from training.reporting.groups import NOISE_LEVELS, group_of
 from training.reporting.sessions import MOST_EPOCHS, REPORT, STRIP, grid_name, progress_strip, session_report
-from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers
+from training.reporting.tracking import TrackerConfig, parse_report_to, start_trackers, wandb_options
 from training.run.folder import RunFolder
 from training.run.metrics_log import EpochLoss, MetricsLog, read_metrics
 from training.run.state import EpochSummary, RunState
@@ -77,6 +77,7 @@ class Reporter:
             run_name=folder.name,
             run_dir=folder.path,
             config=settings,
+            wandb=wandb_options(vars(config)),
             previous_id=state.tracker_id,
             first_step=last_row + 1,
             notify=logger.info,

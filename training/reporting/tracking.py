@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 KNOWN_TRACKERS = ("wandb", "tensorboard", "trackio")
+WANDB_LIMITS = {"wandb_group": 128, "wandb_tags": 64}
+"""Largest number of characters that W&B accepts"""
 # How long a complete run waits for its trackers, and one that was asked to stop, which should end within two seconds.
 FINISH_SECONDS, STOPPING_SECONDS = 30.0, 1.5
 
@@ -52,9 +54,21 @@ class TrackerConfig(Options):
     is a login, a key or WANDB_MODE)"""
     tracker_project_name: str = option("halftone", on_resume="free")
     """Name of the project in the trackers"""
+    wandb_group: str | None = option(None, on_resume="free")
+    """Group of the run in W&B, such as the runs of one setting with several seeds; run_experiments.py sets it"""
+    wandb_tags: list[str] = option([], on_resume="free")
+    """Tags of the run in W&B"""
+    wandb_entity: str | None = option(None, on_resume="free")
+    """User or team in W&B that the run belongs to; if unset, WANDB_ENTITY, or the default of your account"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
+        for flag, texts in (("wandb_group", [self.wandb_group or ""]), ("wandb_tags", self.wandb_tags)):
+            for text in texts:
+                if len(text) > WANDB_LIMITS[flag] or (flag == "wandb_tags" and not text.strip()):
+                    raise UserError(
+                        f"--{prefix}{flag}: '{text}' has {len(text)} characters; W&B takes 1 to {WANDB_LIMITS[flag]}"
+                    )
         if not is_automatic(self.report_to):  # what it means is determined when the trackers start
             parse_report_to(self.report_to)
 
@@ -121,6 +135,12 @@ def explain_automatic(trackers: Sequence[str], folder: Path) -> str:
     )
 
 
+def wandb_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the group, tags and entity of the settings of a run, as far as they are set, by their names in W&B."""
+    named = {name: settings.get(f"wandb_{name}") for name in ("group", "tags", "entity")}
+    return {name: value for name, value in named.items() if value}
+
+
 def start_trackers(
     names: Sequence[str],
     *,
@@ -128,6 +148,7 @@ def start_trackers(
     run_name: str,
     run_dir: Path,
     config: Mapping[str, Any],
+    wandb: Mapping[str, Any] | None = None,
     previous_id: str | None = None,
     first_step: int = 0,
     notify: Notify = tqdm.write,
@@ -141,6 +162,7 @@ def start_trackers(
         run_dir: the run folder; the files of W&B and TensorBoard are written to `wandb/` and `tensorboard/` in it.
         config: the resolved config; it may contain lists, nested dicts, None and paths. Access tokens in it
             and in `run_name` are masked.
+        wandb: where W&B shows the run (see `wandb_options`).
         previous_id: `Trackers.run_id` of the run that is resumed; None starts a new run.
         first_step: the first step that will be logged; TensorBoard hides what an earlier session wrote from there on.
         notify: function that shows a line to the user (by default `tqdm.write`, which keeps progress bars intact).
@@ -153,7 +175,7 @@ def start_trackers(
         return trackers
     run_id = previous_id or uuid.uuid4().hex[:8]
     starts: dict[str, Callable[[], Backend]] = {
-        "wandb": lambda: WandB(project, run_name, run_dir, config, run_id, notify),
+        "wandb": lambda: WandB(project, run_name, run_dir, config, run_id, notify, without_private(dict(wandb or {}))),
         "tensorboard": lambda: TensorBoard(run_dir, config, first_step),
         "trackio": lambda: Trackio(project, run_name, config, run_id, previous_id is not None, notify),
     }
