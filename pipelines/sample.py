@@ -171,10 +171,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
     add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
     add(
-        "--class_label",
-        nargs="+",
-        action="extend",
-        help="Class names, or ids where names are not numbers; each gives a row",
+        "--class_label", nargs="+", action="extend", help="Class names (ids unless names are numbers); each gives a row"
     )
     add(
         "--brief",
