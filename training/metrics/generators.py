@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.common.pixels import MODES, straight, to_rgb
 from pipelines.common.conditions import whole_numbers
+from pipelines.common.pixels import MODES, straight, to_rgb
 from pipelines.tools.cli import UserError
 from pipelines.tools.guides import guidance_arguments, guidance_facts
 from training.core.options import Options, option
