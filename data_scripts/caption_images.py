@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from data_scripts.captioning.journal import Journal
 from data_scripts.captioning.models import Captioner, load_captioner
-from data_scripts.captioning.writing import OWN_FOLDER, Missing, missing_captions
+from data_scripts.captioning.writing import OWN_FOLDER, Missing, delete_leftovers, missing_captions
 from pipelines.tools.cli import UserError, entry_point, located, printable
 from pipelines.tools.grids import image_grid
 from pipelines.tools.private import without_private
@@ -93,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(CaptionConfig, argv, description=__doc__)
     root = Path(config.train_data_dir).resolve()
     with _writing(root), lock_of(root, f"another process is captioning {root}; wait until it has ended"):
-        missing = missing_captions(root, config.caption_column, config.add_rows)
         file = root / OWN_FOLDER / JOURNAL
+        if file.is_file():  # an earlier process was stopped
+            delete_leftovers(root)
+        missing = missing_captions(root, config.caption_column, config.add_rows)
         if missing.images or file.is_file():
             journal = Journal(file, config.settings)
             _caption(config, root, missing, journal)

@@ -91,8 +91,9 @@ class _TransformersCaptioner:
             raise UserError(f"--model {name} cannot be loaded ({one_line(error, 300)}); name another") from error
         self._model = model.to(device).eval()
         for part in (model, getattr(model, "text_decoder", None)):  # BLIP generates with a model in it
-            if getattr(part, "generation_config", None) is not None:
-                part.generation_config.max_length = None  # `max_new_tokens` is given instead
+            generation = getattr(part, "generation_config", None)
+            if generation is not None:
+                generation.max_length = None  # `max_new_tokens` is given instead
         self._tokenizer.padding_side = "left"  # a padded text would end before its caption begins
         self._is_chat = bool(getattr(self._processor, "chat_template", None))
         if self._is_chat and not prompt:

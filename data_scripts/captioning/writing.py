@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
+from pipelines.tools.replacing import WRITING
 from training.core.files import write_atomically
 from training.data.caption_tables import decoded, separator_of
 from training.data.folder_captions import CaptionTable, rows_of, tables_read
@@ -76,6 +78,13 @@ def missing_captions(root: Path, caption_column: str | None, add_rows: bool) -> 
         write_atomically(root / METADATA, "\n".join(lines) + "\n")
 
     return Missing(files.images, METADATA, write)
+
+
+def delete_leftovers(root: Path) -> None:
+    """Delete the temporary files that a killed process has left in a folder; no other process may be writing there."""
+    for path in root.rglob(f"{WRITING}*"):
+        if re.fullmatch(rf"{re.escape(WRITING)}\d+-.+", path.name) and path.is_file():
+            path.unlink()
 
 
 # --- text files ------------------------------------------------------------------------------------------------------

@@ -342,6 +342,7 @@ def test_a_killed_process_is_resumed_and_ends_as_if_undisturbed(models, tmp_path
     killed(folder, models["git"], 2, tmp_path / "first.txt")
     with (folder / JOURNAL).open("ab") as file:
         file.write(b'{"captions": {"09.png": "half of a li')
+    (folder / ".writing-123-metadata.jsonl").write_text("half of a table")
     killed(folder, models["git"], 6, tmp_path / "second.txt")
     assert caption(folder, models["git"], "--max_new_tokens", "20") == 0
     assert contents(folder) == contents(tmp_path / "undisturbed")
