@@ -83,6 +83,9 @@ class DataConfig(Options):
     """Fraction of the training split held out for validation if the dataset has no validation split; 0 disables it"""
     resolution: int = option(64, at_least=8, essential=True)
     """Size of the square training images in pixels; images are cropped to a square and resized to it"""
+    aspect_buckets: bool = option(False)
+    """Train on images that are not square: in a few sizes of about --resolution squared pixels, chosen by the aspect
+    ratios of the images; each image is cropped to the nearest size, and a batch has images of one size"""
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each
     epoch"""

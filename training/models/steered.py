@@ -124,7 +124,7 @@ class LatentBase(ControlBase):
         )
 
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
-        return batch_latents(self.pipeline.vae, batch, draws, self.input_shape)
+        return batch_latents(self.pipeline.vae, batch, draws)
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
         if self.empty_ids is not None:

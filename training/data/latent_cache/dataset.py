@@ -226,6 +226,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         masks: bool = False,
         config: DataConfig | None = None,
     ):
+        self.resolution = cache.resolution
         self.name, self.masks, self.config = split, masks, config
         self.path, self.label_column, self.seed = cache.path, cache.label_column, cache.manifest["seed"]
         self.id2label = cache.id2label
@@ -241,6 +242,13 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         # One byte per shard, shared with the loader workers: each shard is verified once per session, when it is first
         # read. To verify the whole cache before the first step would delay it by minutes.
         self._intact = torch.zeros(len(self._files), dtype=torch.uint8).share_memory_()
+
+    batch_groups: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (height, width) of the encoded images in pixels."""
+        return ((self.resolution, self.resolution),)
 
     def __len__(self) -> int:
         return self._rows
