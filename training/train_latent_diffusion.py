@@ -234,18 +234,23 @@ class LatentDiffusionStage(GeneratingStage):
         config = self.config
         columns = {"captions": config.with_captions, "caption_tokens": self.tokens, "labels": config.with_labels}
         label_map = load_label_map(config) if config.with_labels else None  # of all splits: one may lack a class
+        self.open_data(functools.partial(ImageDataset, config=config, label_map=label_map, **columns), *self._sides())
+        return self.training_set.id2label
+
+    def _sides(self) -> tuple[int, int]:
+        """Return the number of pixels of which the sides of images must be multiples, and the smallest multiple."""
         from pipelines.common.latents import downsampling_factor
 
-        divisor, least_cells = divisor_of_sides(config)
-        dataset = functools.partial(ImageDataset, config=config, label_map=label_map, **columns)
-        self.open_data(dataset, downsampling_factor(self.vae) * divisor, least_cells)
-        return self.training_set.id2label
+        divisor, least = divisor_of_sides(self.config)
+        return downsampling_factor(self.vae) * divisor, least
 
     def _open_cache(self, path: str) -> dict[int, str]:
         """Open the cached latents and return the names of the classes; none without labels."""
         config, cache = self.config, LatentCache(path)
         self.cache = cache
         check_cache(cache, self.vae, config.vae, config)
+        divisor, least_cells = self._sides()
+        cache.require_sides(divisor, divisor * least_cells)
         cache.require(captions=config.with_captions, labels=config.with_labels)
         tokens = self.tokens
         self.training_set = cache.split("train", random_flip=config.random_flip, config=config, caption_tokens=tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_scripts import train_tokenizer
+from data_scripts import precompute_latents, train_tokenizer
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
@@ -138,3 +138,40 @@ def test_an_autoencoder_of_rectangles_reconstructs_rectangles(tmp_path, folder):
 def test_what_does_not_fit_is_refused(words, more, message, tmp_path, capsys):
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", words, *more)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory, folder) -> tuple[str, ...]:
+    """Flags of a U-Net on latents of rectangles; the autoencoder is trained on squares."""
+    runs = tmp_path_factory.mktemp("latents")
+    forget_accelerate()
+    data = ("--train_data_dir", str(folder))
+    vae = (*COMMON, *AUTOENCODER, *data, "--aspect_buckets", "false", "--num_train_epochs", "1")
+    assert train_autoencoder.main([*vae, "--output_dir", str(runs / "vae")]) == 0
+    return (*data, "--vae", str(runs / "vae"))
+
+
+UNET = (
+    *("--model.block_out_channels", "[16,32]", "--model.norm_num_groups", "8", "--model.attention_head_dim", "8"),
+    *("--model.layers_per_block", "1", "--condition_on", "[]", "--num_previews", "2", "--preview_inference_steps", "2"),
+)
+
+
+def test_latents_of_rectangles_are_those_that_are_encoded_in_each_step(tmp_path, latents):
+    """A cache with several shards for each size gives the same run as the images themselves."""
+    cache = tmp_path / "cache"
+    flags = (*latents, "--resolution", "32", "--aspect_buckets", "true", "--bucket_images", "4", "--shard_rows", "4")
+    assert not precompute_latents.main([*flags, "--output_dir", str(cache)])
+    words = (*COMMON, *UNET, *latents, "--max_train_steps", "6", "--validation_steps", "3")
+    images = train(tmp_path / "images", words)
+    cached = train(tmp_path / "cached", words, "--latent_cache", str(cache))
+    assert relative_difference(cached, images) < 1e-5
+    assert float(rows(cached)[-1]["val_loss"]) == pytest.approx(float(rows(images)[-1]["val_loss"]), rel=1e-4)
+    pipeline = load_pipeline(cached)
+    assert pipeline.unet.config.sample_size == [20, 14]
+    assert pipeline(num_inference_steps=2).images[0].size == (28, 40)
+    with pytest.raises(UserError, match=r"to-aspect-bucket', this run has"):
+        train(tmp_path / "squares", words, "--latent_cache", str(cache), "--aspect_buckets", "false")
+    with pytest.raises(UserError, match=r"multiples of 8 and at least 32; make it again with --bucket_divisor 8"):
+        deeper = ("--model.block_out_channels", "[16,16,32]", "--model.attention_levels", "[]")
+        train(tmp_path / "deeper", words, "--latent_cache", str(cache), *deeper)

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -102,7 +102,11 @@ class InBuckets:
 
     def size_of(self, index: int) -> Size:
         """Return (height, width) of the sample of a row."""
-        return self.sizes[0 if self.batch_groups is None else int(self.batch_groups[index])]
+        return self.sizes[self.place_of_size(index)]
+
+    def place_of_size(self, index: int) -> int:
+        """Return the place in `sizes` of the size of a row."""
+        return 0 if self.batch_groups is None else int(self.batch_groups[index])
 
     def next_index(self, index: int) -> int:
         """Return the next row with samples of the same size; the first one after the last one."""
@@ -153,6 +157,16 @@ def make_buckets(images: Sequence[Size], rule: BucketRule) -> AspectBuckets:
         # Its images go to the nearest of the remaining buckets, one bucket at a time: two small neighbours may
         # together be large enough.
         del sizes[smallest]
+
+
+def sort_into_buckets(
+    datasets: Sequence[Any], rule: BucketRule, poll: Callable[[], None] = lambda: None
+) -> AspectBuckets:
+    """Make buckets for the images of the first dataset, and put the images of all datasets into them."""
+    buckets = make_buckets(datasets[0].image_sizes(poll), rule)
+    for data in datasets:
+        data.put_in_buckets(buckets, poll)
+    return buckets
 
 
 def _nearest(images: Sequence[Size], buckets: Sequence[Size]) -> list[int]:

@@ -215,7 +215,7 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
 
     def put_in_buckets(self, buckets: AspectBuckets, poll: Callable[[], None] = lambda: None) -> None:
         """Give each sample the size of the bucket with the nearest aspect ratio; call it before any row is read."""
-        self.take_buckets(buckets, self.image_sizes(poll))
+        self.take_buckets(buckets, self.image_sizes(poll) if len(buckets.sizes) > 1 else ())
         self._kept = self._new_cache()
 
     def image_sizes(self, poll: Callable[[], None] = lambda: None) -> list[tuple[int, int]]:

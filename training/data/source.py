@@ -256,6 +256,7 @@ def transform_fingerprint(config: DataConfig) -> str:
     """
     crop = "center" if config.center_crop else "random"
     crop += f"-{config.crop_scale:g}" if config.crop_scale < 1 else ""
+    crop += "-to-aspect-bucket" if config.aspect_buckets else ""
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}"
 
 

@@ -33,8 +33,6 @@ class ControlBase(ABC):
 
     downsampling: int
     """Pixels per cell of the U-Net's input, along a side"""
-    input_shape: tuple[int, int, int]
-    """C, h, w of the U-Net's input"""
 
     def __init__(self, pipeline: Any):
         self.pipeline, self.unet = pipeline, pipeline.unet
@@ -95,7 +93,7 @@ class LatentBase(ControlBase):
         super().__init__(pipeline)
         self.downsampling = pipeline.vae_scale_factor
         try:
-            self.input_shape = latent_shape(pipeline.vae, resolution, resolution)
+            latent_shape(pipeline.vae, resolution, resolution)  # called for its check alone
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model's VAE: {error}") from None
         self.caption_tokens = self.empty_ids = None
@@ -168,7 +166,6 @@ class PosterBase(ControlBase):
             pipeline._size(resolution, resolution)  # called for its check alone
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model: {error}") from None
-        self.input_shape = (3, resolution, resolution)
 
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
         return BriefedPosters(rows, config, control=control, augment=augment)

@@ -17,7 +17,7 @@ from training.core.checks import SMALLEST_MAP
 from training.core.draws import SampleKey
 from training.core.options import Options, option
 from training.core.stage import Batch, Stage, StageContext
-from training.data.aspect_buckets import BucketRule, make_buckets
+from training.data.aspect_buckets import BucketRule, sort_into_buckets
 from training.data.checks import require_clean
 from training.data.fingerprints import dataset_fingerprint
 from training.data.latent_cache.dataset import LatentCacheDataset
@@ -113,11 +113,9 @@ class ImageStage(Stage):
         config, poll = self.config, self.context.poll
         batch = config.train_batch_size * config.gradient_accumulation_steps * self.context.num_processes
         rule = BucketRule(config.resolution, divisor, batch, least_cells)
-        images = self.training_set.image_sizes(poll)
-        buckets = make_buckets(images, rule)
-        for data in filter(None, (self.training_set, self.validation_set)):
-            data.put_in_buckets(buckets, poll)
-        logger.info("aspect buckets (height × width) of the training images:\n%s", buckets.table(images))
+        buckets = sort_into_buckets([*filter(None, (self.training_set, self.validation_set))], rule, poll)
+        counts = buckets.table(self.training_set.image_sizes(poll))
+        logger.info("aspect buckets (height × width) of the training images:\n%s", counts)
 
     @property
     def image_size(self) -> tuple[int, int]:
