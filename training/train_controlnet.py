@@ -160,13 +160,12 @@ class ControlNetStage(GeneratingStage):
         self.base = load_base(config.base_model, config.resolution)
         columns = config.conditioning_image_column
         control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
-        if config.aspect_buckets and not isinstance(self.base, LatentBase):
+        if config.aspect_buckets and not self.base.takes_aspect_buckets:
             raise UserError(
-                f"--aspect_buckets true: --base_model {config.base_model} draws posters, whose briefs describe squares; "
-                "leave the flag out, or give a run of train_latent_diffusion.py"
+                f"--aspect_buckets true: --base_model {config.base_model} draws posters from briefs, which describe "
+                "squares; leave the flag out, or give a run of train_latent_diffusion.py"
             )
-        divisor = self.base.downsampling * 2 ** (len(self.base.unet.config.block_out_channels) - 1)
-        self.open_data(functools.partial(self.base.dataset, config=config, control=control), divisor)
+        self.open_data(functools.partial(self.base.dataset, config=config, control=control), self.base.divisor)
         self.reader = None
         if config.reader:
             self.reader = ControlReader(config.reader, control.kind, control.names, control.channels)

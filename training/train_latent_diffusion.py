@@ -256,6 +256,8 @@ class LatentDiffusionStage(GeneratingStage):
         self.training_set = cache.split("train", random_flip=config.random_flip, config=config, caption_tokens=tokens)
         if "validation" in cache.splits:
             self.validation_set = cache.split("validation", caption_tokens=tokens)
+        if config.aspect_buckets:
+            self.tell_sizes()
         return cache.id2label if config.with_labels else {}
 
     def inputs(self) -> dict[str, str]:

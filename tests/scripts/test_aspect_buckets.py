@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from data_scripts import precompute_latents, train_tokenizer
 from pipelines.tools.cli import UserError
@@ -13,11 +14,17 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.rectangles import draw_rectangles
 from tests.support.runs import ROOT, assert_same_state, launch, relative_difference, rows, sigterm_in_step
-from training import train_autoencoder, train_latent_diffusion
+from training import train_autoencoder, train_controlnet, train_latent_diffusion
+from training.core.draws import SampleKey
 from training.core.layout import BatchLayout
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
+from training.data.aspect_buckets import AspectBuckets
+from training.data.companions import control_of
+from training.data.images import DataConfig, ImageDataset, load_split
 from training.engine.loading import MicroBatches
+from training.evaluation.data import EvaluationDataConfig, open_evaluation_data, run_settings
+from training.metrics.generators import SamplingConfig, generator_of, native_size
 
 UPRIGHT, WIDE, SQUARE = (60, 90), (90, 60), (64, 64)
 SIZES = [UPRIGHT] * 11 + [WIDE] * 6 + [SQUARE] * 5 + [(200, 50)] * 2
@@ -170,8 +177,58 @@ def test_latents_of_rectangles_are_those_that_are_encoded_in_each_step(tmp_path,
     pipeline = load_pipeline(cached)
     assert pipeline.unet.config.sample_size == [20, 14]
     assert pipeline(num_inference_steps=2).images[0].size == (28, 40)
-    with pytest.raises(UserError, match=r"to-aspect-bucket', this run has"):
+    with pytest.raises(UserError, match=r"center-to-aspect-bucket-crop lanczos', this run has"):
         train(tmp_path / "squares", words, "--latent_cache", str(cache), "--aspect_buckets", "false")
+    deeper = ("--model.block_out_channels", "[16,16,32]", "--model.attention_levels", "[]")
     with pytest.raises(UserError, match=r"multiples of 8 and at least 32; make it again with --bucket_divisor 8"):
-        deeper = ("--model.block_out_channels", "[16,16,32]", "--model.attention_levels", "[]")
         train(tmp_path / "deeper", words, "--latent_cache", str(cache), *deeper)
+
+
+def test_a_controlnet_of_rectangles(tmp_path, latents, folder):
+    """Masks are cropped with their images, and previews and measurements have the size of their masks."""
+    base = train(tmp_path / "base", (*COMMON, *UNET, *latents, "--max_train_steps", "2"))
+    flags = [*COMMON, *latents[:2], "--base_model", str(base), "--max_train_steps", "4", "--validation_steps", "2"]
+    flags += ["--num_previews", "2", "--preview_inference_steps", "2", "--memorization_epochs", "1"]
+    flags += ["--evaluation_images", "8", "--evaluation_inference_steps", "2", "--output_dir", str(tmp_path / "run")]
+    forget_accelerate()
+    assert train_controlnet.main(flags) == 0
+    last = rows(tmp_path / "run")[-1]
+    assert last["val_loss_shuffled_control"]
+    assert last["eval_copy_rate"]
+    pipeline = load_pipeline(tmp_path / "run")
+    control = Image.open(folder / "000_control.png").convert("RGB").resize((28, 40))
+    assert pipeline(control_image=control, height=40, width=28, num_inference_steps=2).images[0].size == (28, 40)
+
+
+def test_masks_are_cropped_with_their_rectangles(folder):
+    config = DataConfig(train_data_dir=str(folder), validation_fraction=0.0, resolution=32, center_crop=False)
+    control = control_of("conditioning_image", 0)
+    data = ImageDataset(load_split(config, "train", 0), config, captions=False, control=control)
+    data.put_in_buckets(AspectBuckets(((40, 28), (28, 40))))
+    for row in range(len(SIZES)):
+        item = data[SampleKey(row, row)]
+        disc = (item["pixel_values"].amax(0) + 1) / 2 > 0.6
+        assert item["conditioning_pixel_values"].shape == item["pixel_values"].shape
+        assert ((item["conditioning_pixel_values"][0] > 0.5) == disc).float().mean() > 0.97
+
+
+def test_a_run_and_an_evaluation_measure_images_of_the_default_size(tmp_path, words):
+    """Generated and real images have the size that the pipeline draws by default."""
+    measured = ("--max_train_steps", "4", "--evaluation_steps", "4", "--memorization_epochs", "1")
+    some = ("--evaluation_images", "8", "--evaluation_inference_steps", "2", "--evaluation_extractor_resolution", "32")
+    run = train(tmp_path / "run", words, *measured, *some, "--validation_fraction", "0.4")
+    assert rows(run)[-1]["eval_copy_rate"]
+    pipeline = load_pipeline(run)
+    height, width = native_size(pipeline)
+    assert height != width
+    generator = generator_of(pipeline, SamplingConfig())
+    data = open_evaluation_data(EvaluationDataConfig(), run_settings(str(run)), generator)
+    for real in data.splits.values():
+        assert {image.size for image in real.images(range(len(real)))} == {(width, height)}
+
+
+def test_a_dry_run_shows_the_sizes(tmp_path, words, capsys):
+    train(tmp_path / "run", words, "--dry_run", "true")
+    printed = capsys.readouterr()
+    assert "40×28: 10 images" in printed.out + printed.err
+    assert "23 images, 7 steps per epoch" in printed.out

@@ -17,7 +17,10 @@ from pipelines.tools.cli import entry_point
 
 
 def draw_rectangles(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
-    """Draw an image of each (width, height): a bright disc, in the colour of its caption, on a dark gradient."""
+    """Draw an image of each (width, height): a disc in the colour of its caption on a dark gradient.
+
+    The control image is the disc in white on black.
+    """
     folder.mkdir(parents=True)
     lines = []
     for row, (width, height) in enumerate(sizes):
@@ -27,8 +30,10 @@ def draw_rectangles(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
         disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < radius**2
         pixels[disc, row % 3] = 230
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{row:03}.png")
+        Image.fromarray((255 * disc).astype(np.uint8)).save(folder / f"{row:03}_control.png")
         caption = f"a {('red', 'green', 'blue')[row % 3]} disc"
-        lines.append(json.dumps({"file_name": f"{row:03}.png", "text": caption}))
+        names = {"file_name": f"{row:03}.png", "conditioning_image_file_name": f"{row:03}_control.png"}
+        lines.append(json.dumps({**names, "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 

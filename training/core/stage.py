@@ -128,6 +128,9 @@ class Stage(ABC):
     conditions: Sequence[str] = ()
     """What images are generated from, in words for messages: captions, classes, briefs, control images."""
 
+    data_notes: Sequence[str] = ()
+    """Sentences about the training data for a dry run."""
+
     def __init__(self, context: StageContext):
         self.context = context
 

@@ -78,11 +78,6 @@ class AspectBuckets:
         known |= dict(zip(readable, _nearest(readable, self.sizes), strict=True))
         return torch.tensor([known[size] for size in images], dtype=torch.int64)
 
-    def table(self, images: Sequence[Size]) -> str:
-        """Describe how many of these images (see `nearest`) each size has, in one line for each size."""
-        counts = torch.bincount(self.nearest(images), minlength=len(self.sizes)).tolist()
-        return "\n".join(f"  {h}×{w}: {count:,} images" for (h, w), count in zip(self.sizes, counts, strict=True))
-
 
 class InBuckets:
     """Adds the sizes of the samples to a dataset.
@@ -94,6 +89,9 @@ class InBuckets:
 
     sizes: tuple[Size, ...]
     batch_groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def take_buckets(self, buckets: AspectBuckets, images: Sequence[Size]) -> None:
         """Set the sizes for images of these sizes (width, height), one for each row."""
@@ -108,10 +106,16 @@ class InBuckets:
         """Return the place in `sizes` of the size of a row."""
         return 0 if self.batch_groups is None else int(self.batch_groups[index])
 
+    def table_of_sizes(self) -> str:
+        """Describe how many rows have each size, in one line for each size."""
+        groups = torch.zeros(len(self), dtype=torch.int64) if self.batch_groups is None else self.batch_groups
+        counts = torch.bincount(groups, minlength=len(self.sizes)).tolist()
+        return "\n".join(f"  {h}×{w}: {count:,} images" for (h, w), count in zip(self.sizes, counts, strict=True))
+
     def next_index(self, index: int) -> int:
         """Return the next row with samples of the same size; the first one after the last one."""
         if self.batch_groups is None:
-            return (index + 1) % len(self)  # type: ignore[arg-type]  # a dataset has a length
+            return (index + 1) % len(self)
         rows = (self.batch_groups == self.batch_groups[index]).nonzero().flatten()
         return int(rows[int((rows <= index).sum()) % len(rows)])
 

@@ -49,6 +49,7 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
         f"{len(data)} images, {spe} steps per epoch with a global batch of {layout.global_batch_size} images, "
         f"{total} steps in total"
     )
+    lines += stage.data_notes
     balanced_strata(data, config)  # for its checks and its log line
     state_bytes = 0
     activations = 0

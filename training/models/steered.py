@@ -33,6 +33,8 @@ class ControlBase(ABC):
 
     downsampling: int
     """Pixels per cell of the U-Net's input, along a side"""
+    takes_aspect_buckets = True
+    """Whether its images may be other than squares"""
 
     def __init__(self, pipeline: Any):
         self.pipeline, self.unet = pipeline, pipeline.unet
@@ -58,6 +60,11 @@ class ControlBase(ABC):
         Raises:
             UserError: the data does not suit the base model.
         """
+
+    @property
+    def divisor(self) -> int:
+        """Number of pixels of which the sides of images must be multiples."""
+        return self.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @abstractmethod
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
@@ -159,6 +166,7 @@ class PosterBase(ControlBase):
     """A PosterDecoderPipeline as base model, which works on pixels."""
 
     downsampling = 1
+    takes_aspect_buckets = False
 
     def __init__(self, pipeline: Any, resolution: int):
         super().__init__(pipeline)

@@ -113,9 +113,14 @@ class ImageStage(Stage):
         config, poll = self.config, self.context.poll
         batch = config.train_batch_size * config.gradient_accumulation_steps * self.context.num_processes
         rule = BucketRule(config.resolution, divisor, batch, least_cells)
-        buckets = sort_into_buckets([*filter(None, (self.training_set, self.validation_set))], rule, poll)
-        counts = buckets.table(self.training_set.image_sizes(poll))
-        logger.info("aspect buckets (height × width) of the training images:\n%s", counts)
+        sort_into_buckets([*filter(None, (self.training_set, self.validation_set))], rule, poll)
+        self.tell_sizes()
+
+    def tell_sizes(self) -> None:
+        """Log how many training images each aspect bucket has, and note it for a dry run."""
+        table = self.training_set.table_of_sizes()
+        self.data_notes = [f"aspect buckets (height × width) of the training images:\n{table}"]
+        logger.info("%s", self.data_notes[0])
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from pipelines.tools.private import expand_home
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.core.made_folders import cache_problem
+from training.data.aspect_buckets import InBuckets
 from training.data.classes import column_classes
 from training.data.images import DataConfig, collate_items, load_split
 from training.data.latent_cache.format import (
@@ -225,7 +226,7 @@ class Samples(Sequence[dict[str, Any]]):
         }
 
 
-class LatentCacheDataset(torch.utils.data.Dataset):
+class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
     """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: like `ImageDataset`, with the VAE's
     posterior moments instead of pixels.
 
