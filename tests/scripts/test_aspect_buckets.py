@@ -232,3 +232,12 @@ def test_a_dry_run_shows_the_sizes(tmp_path, words, capsys):
     printed = capsys.readouterr()
     assert "40×28: 10 images" in printed.out + printed.err
     assert "23 images, 7 steps per epoch" in printed.out
+
+
+def test_images_that_are_not_square_are_noticed(tmp_path, words, folder):
+    squares = ("--max_train_steps", "1", "--aspect_buckets", "false")
+    train(tmp_path / "run", words, *squares)
+    assert "% of their pixels are cut off; --aspect_buckets true" in (tmp_path / "run/run.log").read_text()
+    other = draw_rectangles(tmp_path / "squares", [(64, 60)] * 8)
+    train(tmp_path / "other", words, *squares, "--train_data_dir", str(other))
+    assert "cut off" not in (tmp_path / "other/run.log").read_text()

@@ -183,6 +183,12 @@ def _nearest(images: Sequence[Size], buckets: Sequence[Size]) -> list[int]:
     return np.abs(ratios[:, None] - of_buckets[None]).round(9).argmin(1).tolist()
 
 
+def share_cut_off(images: Sequence[Size]) -> float:
+    """Return the mean share of the pixels of images of these sizes (width, height) that a square crop leaves out."""
+    shares = [1 - min(size) / max(size) for size in images if size != UNREADABLE]
+    return sum(shares) / max(1, len(shares))
+
+
 def image_sizes(rows: Dataset, column: str, key: str | None, poll: Callable[[], None] = lambda: None) -> list[Size]:
     """Return (width, height) of the upright image of each row, read from the headers of the files.
 

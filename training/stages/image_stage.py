@@ -17,9 +17,9 @@ from training.core.checks import SMALLEST_MAP
 from training.core.draws import SampleKey
 from training.core.options import Options, option
 from training.core.stage import Batch, Stage, StageContext
-from training.data.aspect_buckets import BucketRule, sort_into_buckets
+from training.data.aspect_buckets import BucketRule, image_sizes, share_cut_off, sort_into_buckets
 from training.data.checks import require_clean
-from training.data.fingerprints import dataset_fingerprint
+from training.data.fingerprints import dataset_fingerprint, evenly_spaced
 from training.data.latent_cache.dataset import LatentCacheDataset
 from training.data.source import DataConfig, folder_account, load_split
 from training.engine.run_config import RunConfig
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger("halftone")
+
+# Number of images whose sizes are read to see whether they are square, and the share of the pixels that may be cut off
+# without a word: that of images of 5:4.
+LOOKED_AT = 64
+MUCH_CUT_OFF = 0.2
 
 
 @dataclass
@@ -107,6 +112,20 @@ class ImageStage(Stage):
             require_clean(data, tell=logger.info, poll=self.context.poll)
         if config.aspect_buckets:
             self._make_buckets(divisor, least_cells)
+        elif self.takes_aspect_buckets:
+            self._suggest_buckets()
+
+    def _suggest_buckets(self) -> None:
+        """Name the flag for images that are not square, if much of them is cut off."""
+        data = self.training_set
+        rows = data.dataset.select(evenly_spaced(len(data), LOOKED_AT))
+        share = share_cut_off(image_sizes(rows, self.config.image_column, key=None, poll=self.context.poll))
+        if share >= MUCH_CUT_OFF:
+            logger.info(
+                "the images are not square, and %.0f %% of their pixels are cut off; --aspect_buckets true trains on "
+                "images of their own aspect ratios",
+                100 * share,
+            )
 
     def _make_buckets(self, divisor: int, least_cells: int) -> None:
         """Sort the images into aspect buckets, which are made from the ratios of the training images."""
