@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from data_scripts import precompute_latents, train_tokenizer
@@ -69,7 +70,7 @@ def train(folder: Path, words, *more: str) -> Path:
 def test_a_model_of_upright_images_draws_upright_images(tmp_path, words, capsys):
     """Two thirds of the width, and again after loading; other sizes can be asked for."""
     run = train(tmp_path / "run", words, "--num_train_epochs", "2")
-    pipeline = load_pipeline(run)
+    pipeline = DiffusionPipeline.from_pretrained(run / "pipeline", trust_remote_code=True)
     assert pipeline.transformer.config.sample_size == [40, 28]
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(["a red disc", "a blue disc"], num_inference_steps=2).images
@@ -175,7 +176,8 @@ def test_latents_of_rectangles_are_those_that_are_encoded_in_each_step(tmp_path,
     assert relative_difference(cached, images) < 1e-5
     assert float(rows(cached)[-1]["val_loss"]) == pytest.approx(float(rows(images)[-1]["val_loss"]), rel=1e-4)
     pipeline = load_pipeline(cached)
-    assert pipeline.unet.config.sample_size == [20, 14]
+    stock = UNet2DConditionModel.from_pretrained(cached / "pipeline/unet")
+    assert stock.config.sample_size == pipeline.unet.config.sample_size == [20, 14]
     assert pipeline(num_inference_steps=2).images[0].size == (28, 40)
     with pytest.raises(UserError, match=r"center-to-aspect-bucket-crop lanczos', this run has"):
         train(tmp_path / "squares", words, "--latent_cache", str(cache), "--aspect_buckets", "false")

@@ -255,7 +255,7 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
         self._rows = cache.manifest["splits"][split]["rows"]
         self._shard_rows = cache.manifest["shard_rows"]
         groups = cache.manifest["splits"][split].get("buckets")
-        # As in `ImageDataset`, a batch is of rows of one group; with one size, there are no groups.
+        # As in `ImageDataset`, a batch is of rows of one group, unless all rows have one size.
         self.batch_groups = torch.tensor(groups) if groups is not None and len(self.sizes) > 1 else None
         self._shards_and_places = None if self.batch_groups is None else self._placed(self.batch_groups)
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
