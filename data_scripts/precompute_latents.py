@@ -7,7 +7,7 @@ themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py ...) 
 run the same command again to resume after the last complete shard.
 """
 
-# B batch, R resolution, V variants (as is, mirrored), C h w latents (see training/data/latent_cache/format.py).
+# B batch, H W pixels, V variants (as is, mirrored), C h w latents (see training/data/latent_cache/format.py).
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ import torch
 from torch import nn
 
 from data_scripts.dataset_folder import making_cache
-from pipelines.common.latents import latent_shape, posterior_moments
+from data_scripts.latent_work import SplitWork, differences_of, foreign_shards
+from pipelines.common.latents import downsampling_factor, latent_shape, posterior_moments
 from pipelines.tools.cli import UserError, entry_point, keep_running_without_output, printable
 from pipelines.tools.devices import get_device
 from pipelines.tools.private import without_private
 from pipelines.tools.progress import Progress
 from training.core.draws import SampleKey
-from training.core.files import read_json_object, write_json
+from training.core.files import write_json
 from training.core.options import option
 from training.core.parsing import parse_config
+from training.data.aspect_buckets import BucketRule, sort_into_buckets
 from training.data.checks import require_clean
 from training.data.companions import SegmentationMask
 from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4, "float16": 2}
 _FREE_SPACE_MARGIN = 1.05
 _ROWS_PER_CLASS = 2
+UNET_DOWNSAMPLING = 2
 
 
 @dataclass
@@ -108,6 +111,12 @@ class PrecomputeConfig(DataConfig):
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
     process_timeout: float = option(600.0, at_least=10)
     """With several processes: number of seconds after which a process that no longer responds ends the others"""
+    bucket_divisor: int = option(0, at_least=0)
+    """With --aspect_buckets true: number of pixels of which the sides are multiples; for a U-Net, the downsampling of
+    the VAE times that of the U-Net. 0 uses that of a U-Net with two levels"""
+    bucket_images: int = option(16, at_least=1)
+    """With --aspect_buckets true: sizes with fewer training images join the nearest one; a usual value is the global
+    batch size of the training"""
     overwrite: bool = False
     """Replace a cache that was made with other data or settings"""
 
@@ -125,20 +134,6 @@ class PrecomputeConfig(DataConfig):
                 f"{random}, but each image is encoded only once, so its random crop would never change; "
                 "cache with --center_crop true and --crop_scale 1, or train without a cache"
             )
-
-
-@dataclass
-class SplitWork:
-    """One split to encode."""
-
-    name: str
-    images: ImageDataset
-    fingerprint: str
-    request: str
-    """Hash of everything that determines the bytes of a shard; a shard with another hash is encoded again."""
-
-    def shards(self, shard_rows: int) -> int:
-        return -(-len(self.images) // shard_rows)
 
 
 class Encoder:
@@ -162,15 +157,16 @@ class Encoder:
 
     def missing(self, work: SplitWork) -> list[int]:
         """Return the shards of this process that are missing or incomplete; existing shards are read to verify them."""
-        mine = range(self.rank, work.shards(self.config.shard_rows), self.world_size)
+        mine = range(self.rank, len(work.shards(self.config.shard_rows)), self.world_size)
         return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
 
     def make(self, work: SplitWork, numbers: Sequence[int], progress: Progress) -> None:
         """Encode and write shards `numbers`."""
-        batches = self._batches(work, numbers)
+        shards = work.shards(self.config.shard_rows)
+        batches = self._batches(work, [shards[number] for number in numbers])
         for number in numbers:
             columns: dict[str, list] = {}
-            while sum(map(len, columns.get("index", []))) < len(self.rows(work, number)):
+            while sum(map(len, columns.get("index", []))) < len(shards[number]):
                 batch = next(batches)
                 for name, value in self._encode(batch).items():
                     columns.setdefault(name, []).append(value)
@@ -182,16 +178,11 @@ class Encoder:
                 tensors["mask"] = tensors["mask"].to(torch.uint8)
             write_shard(self.file(work.name, number), tensors, captions if work.images.captions else None, work.request)
 
-    def rows(self, work: SplitWork, number: int) -> range:
-        start = number * self.config.shard_rows
-        return range(start, min(start + self.config.shard_rows, len(work.images)))
-
-    def _batches(self, work: SplitWork, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _batches(self, work: SplitWork, shards: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
         """Return batches that do not cross shards: a shard's bytes must not depend on which process encodes it."""
         size = self.config.encode_batch_size
         keys = []
-        for number in numbers:
-            rows = self.rows(work, number)
+        for rows in shards:
             keys += [[SampleKey(i, 0) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
         workers = chosen_workers(self.config.dataloader_num_workers, work.images, self.device)
         loader = torch.utils.data.DataLoader(
@@ -208,7 +199,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Replace the images (B 3 R R) by `mean` and `logvar` (B V C h w)."""
+        """Replace the images (B 3 H W) by `mean` and `logvar` (B V C h w)."""
         images = batch.pop("pixel_values").to(self.device)
         variants = [images, images.flip(-1)] if self.config.random_flip else [images]
         with self._autocast():
@@ -262,7 +253,8 @@ def precompute(config: PrecomputeConfig) -> None:
             encoder.tell(printable(account.line()))
         for work in works:
             require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
-        images = sum(len(encoder.rows(work, n)) for work in works for n in todo[work.name])
+        shards = {work.name: work.shards(config.shard_rows) for work in works}
+        images = sum(len(shards[name][n]) for name, numbers in todo.items() for n in numbers)
         _check_disk(config, images, facts)
         share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
         size = f"{config.resolution} px to latents of {_times(shape)}"
@@ -293,12 +285,13 @@ def _plan(
         name: open_images(config, name, config.seed, captions=captions, label_map=label_map, masks=masks)
         for name in config.splits
     }
+    buckets = _buckets(config, images.values(), vae) if config.aspect_buckets else None
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "vae": {"name": config.vae, "fingerprint": vae_fingerprint(vae)},
         "transform": transform_fingerprint(config),
         "resolution": config.resolution,
-        "latent_shape": list(shape),
+        "latent_shape": list(latent_shape(vae, *buckets["sizes"][0]) if buckets else shape),
         "storage_dtype": config.storage_dtype,
         "mixed_precision": config.mixed_precision,
         "flips": config.random_flip,
@@ -307,6 +300,7 @@ def _plan(
         "captions": captions,
         "label_names": label_map.names if label_map else [],
         # Recorded only if they differ from the defaults, so that caches made before these entries existed stay valid.
+        **({"aspect_buckets": buckets} if buckets else {}),
         **({"mask_column": config.mask_column} if masks else {}),
         **({"label_column": config.label_column} if label_map and config.label_column != "label" else {}),
     }
@@ -319,6 +313,13 @@ def _plan(
             request = hashlib.sha256(json.dumps([decisive, name, fingerprint]).encode()).hexdigest()
             works.append(SplitWork(name, dataset, fingerprint, request))
     return facts, works
+
+
+def _buckets(config: PrecomputeConfig, images: Iterable[ImageDataset], vae: nn.Module) -> dict[str, Any]:
+    """Sort the images into aspect buckets, and return the manifest's entry about them."""
+    divisor = config.bucket_divisor or UNET_DOWNSAMPLING * downsampling_factor(vae)
+    buckets = sort_into_buckets(list(images), BucketRule(config.resolution, divisor, config.bucket_images))
+    return {"sizes": [list(size) for size in buckets.sizes], "divisor": divisor, "images": config.bucket_images}
 
 
 def _labels(config: PrecomputeConfig, stored: Dataset) -> LabelMap | None:
@@ -354,7 +355,7 @@ def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
-    differences = _differences(manifest, facts, works) if manifest else _foreign_shards(folder, works)
+    differences = differences_of(manifest, facts, works) if manifest else foreign_shards(folder, works)
     if not differences:
         return
     if not config.overwrite:
@@ -363,37 +364,6 @@ def _make_room(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[
             "choose another --output_dir, or replace them with --overwrite true"
         )
     (folder / MANIFEST).unlink(missing_ok=True)
-
-
-def _differences(manifest: dict[str, Any], facts: dict[str, Any], works: Sequence[SplitWork]) -> list[str]:
-    differences: list[str] = []
-    if manifest["vae"]["fingerprint"] != facts["vae"]["fingerprint"]:
-        there, here = manifest["vae"], facts["vae"]
-        differences.append(
-            f"VAE {there['name']} ({there['fingerprint'][:12]}) there, {here['name']} ({here['fingerprint'][:12]}) here"
-        )
-    for name in {**manifest, **facts}:
-        there, here = manifest.get(name), facts.get(name)
-        if name not in ("vae", "splits") and there != here:
-            differences.append(f"{name} differ" if name == "label_names" else f"{name} {there} there, {here} here")
-    for work in works:
-        there = manifest["splits"].get(work.name)
-        if there and there["dataset"] != work.fingerprint:
-            differences.append(
-                f"dataset of split '{work.name}' {there['dataset'][:12]} there, {work.fingerprint[:12]} here"
-            )
-        elif there and there["request"] != work.request and not differences:
-            differences.append(f"split '{work.name}' was made with another --on_bad_sample")
-    return differences
-
-
-def _foreign_shards(folder: Path, works: Sequence[SplitWork]) -> list[str]:
-    for work in works:
-        for note in sorted((folder / work.name).glob("shard-*.json")):
-            content = read_json_object(note)
-            if content is not None and content.get("request") != work.request:  # a damaged note is made again
-                return [f"{note.with_suffix('.safetensors')} was made with another VAE, dataset, transform or flags"]
-    return []
 
 
 def _check_disk(config: PrecomputeConfig, images: int, facts: dict[str, Any]) -> None:
@@ -416,13 +386,15 @@ def _finish(config: PrecomputeConfig, facts: dict[str, Any], works: Sequence[Spl
     splits: dict[str, dict[str, Any]] = {}
     for work in works:
         notes = []
-        for number in range(work.shards(config.shard_rows)):
+        for number in range(len(work.shards(config.shard_rows))):
             note = complete_shard(folder / work.name / shard_name(number), work.request, verify=False)
             if note is None:
                 return False
             notes.append(note)
         rows = len(work.images)
         splits[work.name] = {"rows": rows, "dataset": work.fingerprint, "request": work.request, "shards": notes}
+        if config.aspect_buckets:
+            splits[work.name]["buckets"] = [work.images.place_of_size(row) for row in range(rows)]
     before = (read_manifest(folder) or {"splits": {}})["splits"]
     write_json(folder / MANIFEST, without_private({**facts, "splits": {**before, **splits}}))
     for work in works:

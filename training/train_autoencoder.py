@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipelines.common.latents import sample_posterior
 from pipelines.tools.cli import UserError, entry_point
-from training.core.batches import fetch
+from training.core.batches import fetch, uniform_batches
 from training.core.draws import Draws, SampleKey
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -214,19 +214,24 @@ class AutoencoderStage(ImageStage):
     name = "autoencoder"
     card_template = "autoencoder.md.jinja"
     best_metric, best_is_lower = "val_psnr", False
+    takes_aspect_buckets = True
 
     def __init__(self, config: Config, context: StageContext):
         super().__init__(config, context)
         self.heads = Heads.of(config, recorded_class_names(config, context))
         columns = {"captions": False, **self.heads.data_arguments()}
-        self.open_data(functools.partial(ImageDataset, config=config, **columns))
+        # Losses of half the side need latents with an even number of cells.
+        divisor = config.model.downsampling * (2 if config.scale_equivariance else 1)
+        self.open_data(functools.partial(ImageDataset, config=config, **columns), divisor)
         torch.manual_seed(config.seed)
         channels = CHANNELS[config.image_mode]
         heads = self.heads.model_arguments()
         self.autoencoder = build_autoencoder(config.model, config.resolution, channels, **heads)
         # The linear shortcuts start as the best linear autoencoder of these images; the networks learn the rest.
-        some = [SampleKey(i, 0) for i in range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self.training_set)))]
-        start_from_principal_components(self.autoencoder, fetch(self.training_set, some)["pixel_values"])
+        some = range(min(PRINCIPAL_COMPONENTS_IMAGES, len(self.training_set)))
+        batches = uniform_batches(self.training_set, some, len(some))
+        images = (fetch(self.training_set, [SampleKey(i, 0) for i in rows])["pixel_values"] for rows in batches)
+        start_from_principal_components(self.autoencoder, images)
         self.ema_of = {"vae": self.autoencoder}  # the name of this component in the pipeline
         self.take_initial_weights(self.ema_of)
         perceptual = PerceptualLoss(config.perceptual_backbone or "") if config.perceptual_weight else None

@@ -150,6 +150,8 @@ class ControlNetStage(GeneratingStage):
     name = "ControlNet"
     card_template = "controlnet.md.jinja"
     conditions = ("control images",)
+    takes_aspect_buckets = True
+    draws_one_size = False
 
     def __init__(self, config: Config, context: StageContext):
         from pipelines.models.fusion_controlnet import FusionControlNetModel
@@ -158,7 +160,12 @@ class ControlNetStage(GeneratingStage):
         self.base = load_base(config.base_model, config.resolution)
         columns = config.conditioning_image_column
         control = control_of(columns, config.conditioning_classes, config.conditioning_image_mode)
-        self.open_data(functools.partial(self.base.dataset, config=config, control=control))
+        if config.aspect_buckets and not self.base.takes_aspect_buckets:
+            raise UserError(
+                f"--aspect_buckets true: --base_model {config.base_model} draws posters from briefs, which describe "
+                "squares; leave the flag out, or give a run of train_latent_diffusion.py"
+            )
+        self.open_data(functools.partial(self.base.dataset, config=config, control=control), self.base.divisor)
         self.reader = None
         if config.reader:
             self.reader = ControlReader(config.reader, control.kind, control.names, control.channels)
@@ -227,13 +234,14 @@ class ControlNetStage(GeneratingStage):
 
     def _generate(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
         """Generate images with the controls of these samples, from fixed seeds."""
-        resolution = self.config.resolution  # the base model may have been trained at another resolution
+        controls = batch["conditioning_pixel_values"][list(rows)]
+        height, width = controls.shape[-2:]  # the base model may have been trained at another resolution
         return self.sample(
             self.pipeline(),
             seeds=[self.config.seed + int(batch["index"][row]) for row in rows],
-            control_image=batch["conditioning_pixel_values"][list(rows)],
-            height=resolution,
-            width=resolution,
+            control_image=controls,
+            height=height,
+            width=width,
             output_type=output_type,
             **conditions,
         )

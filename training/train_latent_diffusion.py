@@ -35,7 +35,7 @@ from training.models.attention import attention_kernel
 from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
 from training.models.conditioning import caption_and_class, pipeline_conditions
-from training.models.denoiser import build_denoiser
+from training.models.denoiser import build_denoiser, divisor_of_sides
 from training.models.text_encoder import TextEncoderConfig, build_text
 from training.models.transformer import TransformerConfig
 from training.models.unet import UNetConfig
@@ -109,6 +109,11 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
                 f"captions need --tokenizer (make one with {command('data_scripts/train_tokenizer.py')}) "
                 "or --pretrained_text_encoder; to train without captions, use --condition_on '[]'"
             )
+        if self.caption_prior.hidden_size and self.aspect_buckets:
+            raise UserError(
+                f"--caption_prior.hidden_size {self.caption_prior.hidden_size} predicts latents of one size, but "
+                "--aspect_buckets true trains on several; set one of them to 0 or false"
+            )
         if self.caption_prior.hidden_size and not self.with_captions:
             raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
 
@@ -129,7 +134,6 @@ class LatentDiffusionPhase(Phase):
     """Denoising loss on latents, with the condition dropped for some samples.
 
     Args:
-        latent_shape: C, h, w.
         text_encoder: trained jointly, unless `config` names a pretrained one; None for a model without captions.
         empty_ids: token ids of the empty caption, 1 L; required with a text encoder.
         caption_prior: trained jointly; None for a model without a caption prior.
@@ -143,13 +147,12 @@ class LatentDiffusionPhase(Phase):
         denoiser: nn.Module,
         diffusion: Diffusion,
         vae: nn.Module,
-        latent_shape: tuple[int, int, int],
         text_encoder: nn.Module | None = None,
         empty_ids: Tensor | None = None,
         caption_prior: nn.Module | None = None,
     ):
         super().__init__()
-        self.config, self.diffusion, self.latent_shape = config, diffusion, latent_shape
+        self.config, self.diffusion = config, diffusion
         setattr(self, config.denoiser, denoiser)  # under the name that it has in the pipeline
         if config.pretrained_text_encoder and text_encoder is not None:
             self.borrow(text_encoder=text_encoder)
@@ -165,7 +168,7 @@ class LatentDiffusionPhase(Phase):
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Return the scaled latents of a batch. B C h w."""
-        return batch_latents(self.vae, batch, draws, self.latent_shape)
+        return batch_latents(self.vae, batch, draws)
 
     def losses(
         self, batch: Batch, draws: Draws, dropout: float, sampling: str | None = None
@@ -194,6 +197,7 @@ class LatentDiffusionPhase(Phase):
 class LatentDiffusionStage(GeneratingStage):
     name = "latent diffusion"
     card_template = "latent_diffusion.md.jinja"
+    takes_aspect_buckets = True
 
     def __init__(self, config: Config, context: StageContext):
         from pipelines.common.latents import latent_shape
@@ -207,10 +211,10 @@ class LatentDiffusionStage(GeneratingStage):
         names = (config.tokenizer, config.pretrained_text_encoder) if config.with_captions else (None, None)
         self.tokens, self.text_encoder = build_text(config.text_encoder, *names)
         self.id2label = self._open_cache(config.latent_cache) if config.latent_cache else self._open_images()
-        shape = latent_shape(self.vae, config.resolution, config.resolution)
+        shape = latent_shape(self.vae, *self.image_size)
         text_width = self.text_encoder.config.hidden_size if self.text_encoder else None
         with_prior = config.caption_prior.hidden_size > 0
-        sizes = (*shape[:2], text_width, len(self.id2label), with_prior * shape[0])
+        sizes = (shape[0], shape[1:], text_width, len(self.id2label), with_prior * shape[0])
         denoiser = build_denoiser(config, *sizes)
         self.diffusion = Diffusion(config)
         self.conditions = [CONDITION_NAMES[name] for name in config.condition_on]
@@ -219,7 +223,7 @@ class LatentDiffusionStage(GeneratingStage):
         prior = build_caption_prior(config.caption_prior, text_width or 0, shape) if with_prior else None
         empty_ids = self.tokens([""])["input_ids"] if self.tokens else None
         self.phase = LatentDiffusionPhase(
-            config, denoiser, self.diffusion, self.vae, shape, self.text_encoder, empty_ids, prior
+            config, denoiser, self.diffusion, self.vae, self.text_encoder, empty_ids, prior
         )
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.frozen = [self.vae, self.text_encoder] if config.pretrained_text_encoder and self.tokens else [self.vae]
@@ -234,19 +238,30 @@ class LatentDiffusionStage(GeneratingStage):
         columns = {"captions": config.with_captions, "caption_tokens": self.tokens, "labels": config.with_labels}
         recorded = recorded_class_names(config, self.context)
         label_map = load_label_map(config, recorded) if config.with_labels else None
-        self.open_data(functools.partial(ImageDataset, config=config, label_map=label_map, **columns))
+        self.open_data(functools.partial(ImageDataset, config=config, label_map=label_map, **columns), *self._sides())
         return self.training_set.id2label
+
+    def _sides(self) -> tuple[int, int]:
+        """Return the number of pixels of which the sides of images must be multiples, and the smallest multiple."""
+        from pipelines.common.latents import downsampling_factor
+
+        divisor, least = divisor_of_sides(self.config)
+        return downsampling_factor(self.vae) * divisor, least
 
     def _open_cache(self, path: str) -> dict[int, str]:
         """Open the cached latents and return the names of the classes; none without labels."""
         config, cache = self.config, LatentCache(path)
         self.cache = cache
         check_cache(cache, self.vae, config.vae, config)
+        divisor, least_cells = self._sides()
+        cache.require_sides(divisor, divisor * least_cells)
         cache.require(captions=config.with_captions, labels=config.with_labels)
         tokens = self.tokens
         self.training_set = cache.split("train", random_flip=config.random_flip, config=config, caption_tokens=tokens)
         if "validation" in cache.splits:
             self.validation_set = cache.split("validation", caption_tokens=tokens)
+        if config.aspect_buckets:
+            self.tell_sizes()
         return cache.id2label if config.with_labels else {}
 
     def inputs(self) -> dict[str, str]:
@@ -272,8 +287,9 @@ class LatentDiffusionStage(GeneratingStage):
             labels = [i % len(self.id2label) for i in range(len(texts or labels))]
         conditions, captions = pipeline_conditions(config.num_previews, texts, labels, self.id2label)
         seeds = [config.seed + i for i in range(len(captions))]
-        images = self.sample(self.pipeline(), seeds=seeds, **conditions)
-        references = batch_images(self.vae, batch, draws, self.phase.latent_shape)
+        references = batch_images(self.vae, batch, draws)
+        height, width = references.shape[-2:]
+        images = self.sample(self.pipeline(), seeds=seeds, height=height, width=width, **conditions)
         return Previews(images, captions, [to_pil(image) for image in references])
 
     def usage(self, model: str) -> str:

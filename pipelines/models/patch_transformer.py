@@ -146,7 +146,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
     """A transformer on patches, with the arguments of Diffusers' UNet2DConditionModel.
 
     Args:
-        sample_size: side of the inputs that the model is trained on; other sizes can be generated, less well.
+        sample_size: side of the inputs that the model is trained on, or (height, width); other sizes can be generated,
+            less well.
         in_channels: channels of the input; if there are more than `out_channels`, the first ones are the noisy sample.
         out_channels: channels of the output.
         patch_size: side p of a patch.
@@ -172,7 +173,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 64,
+        sample_size: Union[int, tuple] = 64,
         in_channels: int = 3,
         out_channels: int = 3,
         patch_size: int = 8,

@@ -223,7 +223,7 @@ def test_to_tensor_is_exact_at_the_ends():
 
 def test_geometry_crops_the_centre_and_does_not_change_images_that_fit():
     geometry = crop_geometry((41, 20), center_crop=True, random_flip=False, key=3)
-    assert geometry == (11, 0, 20, False)
+    assert geometry == (11, 0, 20, 20, False)
     square = gradient(16, 16)
     same = apply_geometry(square, crop_geometry((16, 16), center_crop=True, random_flip=False, key=0), 16, "lanczos")
     assert same.tobytes() == square.tobytes()

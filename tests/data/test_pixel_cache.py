@@ -68,9 +68,9 @@ def test_smaller_crops_lie_inside_the_central_square_and_need_no_file(folder: Pa
     (folder / "3.png").unlink()
     for key in range(20):
         crop = crop_geometry((32, 32), center_crop=True, random_flip=False, key=key, crop_scale=0.5)
-        assert 16 <= crop.side <= 32
-        assert 0 <= crop.left <= 32 - crop.side
-        assert 0 <= crop.top <= 32 - crop.side
+        assert 16 <= crop.width == crop.height <= 32
+        assert 0 <= crop.left <= 32 - crop.width
+        assert 0 <= crop.top <= 32 - crop.width
         expected = to_tensor(apply_geometry(square, crop, 16, "lanczos"))
         assert torch.equal(data[SampleKey(3, key)]["pixel_values"], expected)
 
@@ -107,7 +107,7 @@ def test_without_augmentation_the_whole_square_is_seen(folder: Path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_processes_share_the_memory():
-    cache = PixelCache(3, 4)
+    cache = PixelCache(3, 16)
     if (child := os.fork()) == 0:
         cache.put(1, np.full((4, 4, 3), 7, np.uint8))
         os._exit(0)
@@ -115,17 +115,17 @@ def test_forked_processes_share_the_memory():
     assert cache.get(0) is None
     assert cache.get(1).shape == (4, 4, 3)
     assert (cache.get(1) == 7).all()
-    cache.put(2, np.full((3, 3, 3), 5, np.uint8))
-    assert cache.get(2).shape == (3, 3, 3)
+    cache.put(2, np.full((2, 8, 3), 5, np.uint8))
+    assert cache.get(2).shape == (2, 8, 3)
     assert (cache.get(2) == 5).all()
 
 
 def test_a_copy_in_another_process_begins_empty():
-    cache = PixelCache(3, 4)
+    cache = PixelCache(3, 16)
     cache.put(1, np.full((4, 4, 3), 7, np.uint8))
     assert pickle.loads(pickle.dumps(cache)).get(1) is None
 
 
 def test_a_collection_that_is_too_large_is_not_cached():
-    assert PixelCache.of(10**9, 256) is None
-    assert PixelCache.of(100, 64) is not None
+    assert PixelCache.of(10**9, 256**2) is None
+    assert PixelCache.of(100, 64**2) is not None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from training.core.draws import mix
-from training.core.layout import BatchLayout
+from training.core.layout import BatchLayout, steps_per_epoch
 from training.engine.sampler import StepSampler
 
 
@@ -56,3 +57,40 @@ def test_seeds_are_the_same_on_every_machine():
     assert mix(0, "a") != mix(0, "b")
     assert 0 <= mix(123, "x") < 2**63
     assert mix(7, "sample", 3, 2) == 1702382469133503317
+
+
+GROUPS = torch.tensor([0] * 21 + [1] * 8 + [2] * 3)
+
+
+def batches_of(sampler: StepSampler, epoch: int) -> list[list[int]]:
+    steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+    return [[key.index for key in sampler.keys(step, 0)] for step in steps]
+
+
+def test_every_row_is_in_every_epoch_and_a_batch_is_of_one_group():
+    sampler = StepSampler(len(GROUPS), BatchLayout(8), 1, groups=GROUPS)
+    assert sampler.steps_per_epoch == steps_per_epoch(len(GROUPS), BatchLayout(8), GROUPS) == 3 + 1 + 1
+    drawn = torch.zeros(len(GROUPS), dtype=torch.int64)
+    orders = set()
+    for epoch in range(40):
+        batches = batches_of(sampler, epoch)
+        assert all(len(GROUPS[batch].unique()) == 1 for batch in batches)
+        assert {row for batch in batches for row in batch} == set(range(len(GROUPS)))
+        drawn += torch.bincount(torch.tensor(batches).flatten(), minlength=len(GROUPS))
+        orders.add(tuple(int(GROUPS[batch[0]]) for batch in batches))
+    for group in range(3):  # those that fill the last batch take turns
+        assert drawn[group == GROUPS].max() - drawn[group == GROUPS].min() <= 1
+    assert len(orders) > 10  # the groups are mixed, in another order in each epoch
+
+
+@pytest.mark.parametrize("layout", [(4, 2, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1), (2, 1, 4)])
+def test_grouped_batches_are_the_same_for_any_split_and_start(layout):
+    batch, processes, accumulation = layout
+    whole = StepSampler(len(GROUPS), BatchLayout(8), 1, groups=GROUPS)
+    for step in (11, 3, 12, 4):  # any order: nothing is remembered
+        keys = []
+        for micro_batch in range(accumulation):
+            for rank in range(processes):
+                part = BatchLayout(batch, processes, accumulation, rank)
+                keys += StepSampler(len(GROUPS), part, 1, groups=GROUPS).keys(step, micro_batch)
+        assert keys == whole.keys(step, 0)

@@ -97,8 +97,8 @@ def test_images_that_training_keeps_in_memory_are_not_decoded_again(diffusion_fl
     config = train_latent_diffusion.parse_config(train_latent_diffusion.Config, words)
     stage = train_latent_diffusion.LatentDiffusionStage(config, StageContext())
     training, held_out = stage._real
-    assert training.data._squares is stage.training_set._squares is not None
-    assert held_out.data._squares is stage.validation_set._squares
+    assert training.data._kept is stage.training_set._kept is not None
+    assert held_out.data._kept is stage.validation_set._kept
     own = plain_images(load_split(config, "train", config.seed), config)
     expected = RealImages("train", own, config.evaluation_real_images)
     assert training.images(range(4)) == expected.images(range(4))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from pipelines.tools.cli import UserError
 from training.core.options import Options, option
 
@@ -45,9 +48,16 @@ class BatchLayout:
         return range(start, start + self.train_batch_size)
 
 
-def steps_per_epoch(num_samples: int, layout: BatchLayout) -> int:
-    """Return the number of complete global batches in the data. Raises UserError when it is 0."""
+def steps_per_epoch(num_samples: int, layout: BatchLayout, groups: Tensor | None = None) -> int:
+    """Return the number of global batches in an epoch. Raises UserError when the data are fewer than one batch.
+
+    Args:
+        groups: the group of each row if the rows of a global batch must be of one group. All rows of each group are
+            then drawn, and the last batch of a group is filled; without groups, only complete batches are counted.
+    """
     steps = num_samples // layout.global_batch_size
+    if steps and groups is not None:
+        steps = sum(-(-count // layout.global_batch_size) for count in torch.bincount(groups).tolist())
     if steps == 0:
         raise UserError(
             f"a batch of {layout.global_batch_size} images (--train_batch_size {layout.train_batch_size} × "

@@ -30,7 +30,8 @@ class MapDataset(Protocol):
     It may also implement `__getitems__(list[SampleKey])` (called once per batch; it returns a sequence of items),
     `collate(items) -> Batch`, and, for `--balance_by`, `classes(column) -> RowClasses`: the class of each row. An
     attribute `decodes_images` that is true tells that making items takes so long that other processes should do it
-    beside a fast device.
+    beside a fast device. An attribute `batch_groups` (N, int64; None for no groups) is the group of each row: only
+    items of rows of one group can be collated, as they have the same shapes.
     """
 
     def __len__(self) -> int: ...
@@ -82,6 +83,8 @@ class StageContext:
     """Whether the stage will be trained, rather than only validated or described."""
     poll: Callable[[], None] = _never_interrupt
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
+    num_processes: int = 1
+    """Number of processes that train together."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ class Stage(ABC):
     """Training loss of a model that has learned nothing, if it is known."""
     conditions: Sequence[str] = ()
     """What images are generated from, in words for messages: captions, classes, briefs, control images."""
+
+    data_notes: Sequence[str] = ()
+    """Sentences about the training data for a dry run."""
 
     def __init__(self, context: StageContext):
         self.context = context

@@ -1,6 +1,6 @@
 """Training data: a split as a map-style dataset of tensors.
 
-B batch, R resolution. Rows are decoded when they are requested.
+B batch, H W pixels of a sample. Rows are decoded when they are requested.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
+from training.data.aspect_buckets import AspectBuckets, InBuckets, image_sizes, kept_size
 from training.data.caption_text import caption_problem, cleaned_caption
 from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
@@ -83,12 +84,12 @@ class BadRow(WorkerError):
     """A row that cannot be used and stops training, because `on_bad_sample` is "error"."""
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(InBuckets, torch.utils.data.Dataset):
     """Rows of a split as `{"pixel_values", "caption", "label", "mask", "conditioning_pixel_values", "index"}`.
 
-    `pixel_values` is float32 C R R in [-1, 1], with the channels of `--image_mode`, and `index` is the row that was
+    `pixel_values` is float32 C H W in [-1, 1], with the channels of `--image_mode`, and `index` is the row that was
     used. If requested, items also have
-    `caption` (str), `label` (int), `mask` (int64 R R of class ids) and `conditioning_pixel_values` (float32 C R R in
+    `caption` (str), `label` (int), `mask` (int64 H W of class ids) and `conditioning_pixel_values` (float32 C H W in
     [0, 1]). Crop, flip and the choice among several captions are functions of `SampleKey.key` alone; masks and control
     images are cropped and flipped with their image. `collate` makes a batch of items and tokenizes their captions.
 
@@ -146,13 +147,11 @@ class ImageDataset(torch.utils.data.Dataset):
             self.companions["conditioning_pixel_values"] = control
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
-        # The largest square is kept at a size from which the smallest crop has all of its pixels.
-        self._square_side = math.ceil(config.resolution / self.crop_scale)
-        # A square at a random place needs the whole image, and companions are cropped with it.
-        self._from_central_square = self.center_crop and not self.companions
-        self._squares = None
-        if self._from_central_square:
-            self._squares = PixelCache.of(len(dataset), self._square_side, CHANNELS[config.image_mode])
+        self.sizes = ((config.resolution, config.resolution),)
+        self._kept_scale = self.crop_scale
+        # A crop at a random place needs the whole image, and companions are cropped with it.
+        self._from_center = self.center_crop and not self.companions
+        self._kept = self._new_cache()
         # One byte per row, shared with the loader workers, so that each bad row is logged once and never read again.
         self._bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
@@ -168,11 +167,25 @@ class ImageDataset(torch.utils.data.Dataset):
             dataset = undecoded_images(dataset, column, flag, self.config)
         return dataset
 
+    def put_in_buckets(self, buckets: AspectBuckets, poll: Callable[[], None] = lambda: None) -> None:
+        """Give each sample the size of the bucket with the nearest aspect ratio; call it before any row is read."""
+        self.take_buckets(buckets, self.image_sizes(poll) if len(buckets.sizes) > 1 else ())
+        self._kept = self._new_cache()
+
+    def image_sizes(self, poll: Callable[[], None] = lambda: None) -> list[tuple[int, int]]:
+        """Return (width, height) of each row's upright image."""
+        return image_sizes(self.dataset, self.config.image_column, self.stored_rows_key, poll)
+
+    def _new_cache(self) -> PixelCache | None:
+        most = max(math.prod(kept_size(size, self._kept_scale)) for size in self.sizes)
+        channels = CHANNELS[self.config.image_mode]
+        return PixelCache.of(len(self.dataset), most, channels) if self._from_center else None
+
     def without_augmentation(self) -> Self:
         """Return the same rows as a dataset that crops at the centre and does not flip; it shares decoded images."""
         plain = copy.copy(self)
         plain.center_crop, plain.random_flip, plain.crop_scale = True, False, 1.0
-        plain._from_central_square = not self.companions
+        plain._from_center = not self.companions
         return plain
 
     @property
@@ -207,7 +220,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch: pixel_values B C R R, label and index int64 B, caption a list of B, input_ids int64 B L."""
+        """Return a batch: pixel_values B C H W, label and index int64 B, caption a list of B, input_ids int64 B L."""
         return collate_items(items, self.caption_tokens)
 
     def item(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
@@ -227,45 +240,43 @@ class ImageDataset(torch.utils.data.Dataset):
         return item
 
     def _images(self, row: dict[str, Any], key: SampleKey) -> dict[str, torch.Tensor]:
-        """Return the row's image, mask and control image, all cropped at the same place to R × R pixels."""
-        mode, resolution = self.config.image_interpolation_mode, self.config.resolution
-        if self._from_central_square:
-            square = self._central_square(row, key.index)
-            return {"pixel_values": to_tensor(apply_geometry(square, self._crop(square, key), resolution, mode))}
+        """Return the row's image, mask and control image, all cropped at the same place to H × W pixels."""
+        mode, size = self.config.image_interpolation_mode, self.size_of(key.index)
+        if self._from_center:
+            center = self._center(row, key.index)
+            return {"pixel_values": to_tensor(apply_geometry(center, self._crop(center, key, size), size, mode))}
         image = self._decoded(row)
-        place = self._crop(image, key)
-        tensors = {"pixel_values": to_tensor(apply_geometry(image, place, resolution, mode))}
+        place = self._crop(image, key, size)
+        tensors = {"pixel_values": to_tensor(apply_geometry(image, place, size, mode))}
         for name, companion in self.companions.items():
             stored = companion.load(row, image.size)
-            cut = [apply_geometry(one, place, resolution, companion.resampling or mode) for one in stored]
+            cut = [apply_geometry(one, place, size, companion.resampling or mode) for one in stored]
             tensors[name] = companion.tensor(cut)
         return tensors
 
     def _decoded(self, row: dict[str, Any]) -> Image.Image:
         return decoded(row, self.config.image_column, load_mode(self.config.image_mode))
 
-    def _crop(self, image: Image.Image, key: SampleKey) -> CropGeometry:
-        return crop_geometry(
-            image.size,
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-            key=key.key,
-            crop_scale=self.crop_scale,
-        )
+    def _crop(self, image: Image.Image, key: SampleKey, shape: tuple[int, int] = (1, 1)) -> CropGeometry:
+        how: dict[str, Any] = {
+            "center_crop": self.center_crop,
+            "random_flip": self.random_flip,
+            "crop_scale": self.crop_scale,
+        }
+        return crop_geometry(image.size, key=key.key, shape=shape, **how)
 
-    def _central_square(self, row: dict[str, Any], index: int) -> Image.Image:
-        """Return the central square of the row's image, reduced if it is large; decoded only if it is not cached."""
-        pixels = self._squares.get(index) if self._squares is not None else None
+    def _center(self, row: dict[str, Any], index: int) -> Image.Image:
+        """Return the row's largest central crop, reduced if it is large; decoded only if it is not cached."""
+        pixels = self._kept.get(index) if self._kept is not None else None
         if pixels is not None:
             return Image.fromarray(pixels)
-        image = self._decoded(row)
-        place = crop_geometry(image.size, center_crop=True, random_flip=False, key=0)
-        resolution = self.config.resolution
-        side = resolution if self._square_side == resolution else min(self._square_side, place.side)
-        square = apply_geometry(image, place, side, self.config.image_interpolation_mode)
-        if self._squares is not None:
-            self._squares.put(index, np.array(square))
-        return square
+        image, size = self._decoded(row), self.size_of(index)
+        place = crop_geometry(image.size, center_crop=True, random_flip=False, key=0, shape=size)
+        kept = kept_size(size, self._kept_scale, (place.height, place.width))
+        center = apply_geometry(image, place, kept, self.config.image_interpolation_mode)
+        if self._kept is not None:
+            self._kept.put(index, np.array(center))
+        return center
 
     def caption_of(self, row: dict[str, Any]) -> str | list[str]:
         """Return the row's caption, or its captions if it has several, without control characters.
@@ -329,7 +340,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return f"row {row_id(self.dataset, index)}" + (f" ({path})" if path else "")
 
     def _item_or_replacement(self, row: dict[str, Any], key: SampleKey) -> dict[str, Any]:
-        """Return the row's item, or with `on_bad_sample skip` that of the next good row: a function of the index."""
+        """Return the row's item, or with `on_bad_sample skip` that of the next good row (of the same size)."""
         index = key.index
         for _ in range(len(self)):
             if not self._bad[index]:
@@ -337,7 +348,7 @@ class ImageDataset(torch.utils.data.Dataset):
                     return self.item(row, SampleKey(index, key.key))
                 except BadSample as bad:
                     self._report(index, bad)
-            index = (index + 1) % len(self)
+            index = self.next_index(index)
             row = self.dataset[index]
         raise UserError(f"none of the {len(self)} rows can be used; {CHECK} lists what is wrong with them")
 

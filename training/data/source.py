@@ -83,6 +83,9 @@ class DataConfig(Options):
     """What images are trained as: rgb (three channels; transparent images on white), rgba (four channels, with
     transparency) or l (grey, one channel); others than rgb work in train_autoencoder.py, train_latent_diffusion.py and
     precompute_latents.py"""
+    aspect_buckets: bool = option(False)
+    """Train on images that are not square: in a few sizes of about --resolution squared pixels, chosen by the aspect
+    ratios of the images; each image is cropped to the nearest size, and a batch has images of one size"""
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each
     epoch"""
@@ -265,6 +268,7 @@ def transform_fingerprint(config: DataConfig) -> str:
     """
     crop = "center" if config.center_crop else "random"
     crop += f"-{config.crop_scale:g}" if config.crop_scale < 1 else ""
+    crop += "-to-aspect-bucket" if config.aspect_buckets else ""
     mode = f" {config.image_mode}" if config.image_mode != "rgb" else ""
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}{mode}"
 

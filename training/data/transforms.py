@@ -1,6 +1,6 @@
-"""Conversion of any image file to a square tensor: decoding, cropping and flipping (Pillow and NumPy).
+"""Conversion of any image file to a tensor of a given size: decoding, cropping and flipping (Pillow and NumPy).
 
-H W source pixels, R training resolution. Everything random here (crop, flip, choice of a caption) is a pure function of
+H W pixels, R training resolution. Everything random here (crop, flip, choice of a caption) is a pure function of
 the sample's key, so that the order of calls, the number of workers and resuming change nothing.
 """
 
@@ -49,7 +49,8 @@ class CropGeometry(NamedTuple):
 
     left: int
     top: int
-    side: int
+    width: int
+    height: int
     flip: bool
 
 
@@ -71,37 +72,59 @@ def pick_caption(captions: str | list[str], key: int) -> str:
 
 
 def crop_geometry(
-    size: tuple[int, int], *, center_crop: bool, random_flip: bool, key: int, crop_scale: float = 1.0
+    size: tuple[int, int],
+    *,
+    center_crop: bool,
+    random_flip: bool,
+    key: int,
+    crop_scale: float = 1.0,
+    shape: tuple[int, int] = (1, 1),
 ) -> CropGeometry:
-    """Return a square crop of an image of `size` (width, height).
+    """Return a crop of an image of `size` (width, height) with the aspect ratio of `shape` (height, width).
 
-    It is the largest square, central or at a place chosen by `key`. With `crop_scale` below 1 it is a smaller square
-    anywhere inside that one, whose side is drawn uniformly from [crop_scale, 1] of the largest.
+    It is the largest such rectangle, central or at a place chosen by `key`. With `crop_scale` below 1 it is a smaller
+    one anywhere inside that one, whose sides are drawn uniformly from [crop_scale, 1] of those of the largest.
     """
     width, height = size
-    largest = min(width, height)
+    wide, high = _largest(size, shape)
     # Whole pixels: an offset of half a pixel would blur images that need no resizing.
     across = 0.5 if center_crop else uniform(key, "crop_x")
     down = 0.5 if center_crop else uniform(key, "crop_y")
-    left = min(int(across * (width - largest + 1)), width - largest)
-    top = min(int(down * (height - largest + 1)), height - largest)
-    side = largest
+    left = min(int(across * (width - wide + 1)), width - wide)
+    top = min(int(down * (height - high + 1)), height - high)
     if crop_scale < 1:
-        side = max(1, round(largest * (crop_scale + (1 - crop_scale) * uniform(key, "crop_side"))))
-        left += min(int(uniform(key, "crop_inner_x") * (largest - side + 1)), largest - side)
-        top += min(int(uniform(key, "crop_inner_y") * (largest - side + 1)), largest - side)
-    return CropGeometry(left, top, side, random_flip and flips(key))
+        share = crop_scale + (1 - crop_scale) * uniform(key, "crop_side")
+        inner_wide, inner_high = max(1, round(wide * share)), max(1, round(high * share))
+        left += min(int(uniform(key, "crop_inner_x") * (wide - inner_wide + 1)), wide - inner_wide)
+        top += min(int(uniform(key, "crop_inner_y") * (high - inner_high + 1)), high - inner_high)
+        wide, high = inner_wide, inner_high
+    return CropGeometry(left, top, wide, high, random_flip and flips(key))
 
 
-def apply_geometry(image: Image.Image, geometry: CropGeometry, resolution: int, resampling: str) -> Image.Image:
-    """Crop, resize to `resolution` × `resolution` and flip. Masks need `resampling="nearest"`."""
-    left, top, side, flip = geometry
-    box = (left, top, left + side, top + side)
-    if side == resolution:
-        image = image.crop(box) if image.size != (side, side) else image
+def _largest(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """Return width and height of the largest rectangle in `size` (width, height) with the ratio of `shape` (H, W)."""
+    (width, height), (rows, columns) = size, shape
+    if width * rows > height * columns:
+        return min(width, max(1, round(height * columns / rows))), height
+    return width, min(height, max(1, round(width * rows / columns)))
+
+
+def apply_geometry(
+    image: Image.Image, geometry: CropGeometry, size: int | tuple[int, int], resampling: str
+) -> Image.Image:
+    """Crop, resize to `size` and flip. Masks need `resampling="nearest"`.
+
+    Args:
+        size: the side of a square, or (height, width).
+    """
+    left, top, wide, high, flip = geometry
+    box = (left, top, left + wide, top + high)
+    height, width = (size, size) if isinstance(size, int) else size
+    if (wide, high) == (width, height):
+        image = image.crop(box) if image.size != (wide, high) else image
     else:
         # One call crops and resizes, without an intermediate image.
-        image = image.resize((resolution, resolution), RESAMPLING[resampling], box=box)
+        image = image.resize((width, height), RESAMPLING[resampling], box=box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 

@@ -53,6 +53,11 @@ def balanced_strata(data: Any, config: BalanceConfig) -> Strata | None:
     column, power = config.balance_by, config.balance_power
     if not column:
         return None
+    if getattr(data, "batch_groups", None) is not None:
+        raise UserError(
+            f"--balance_by {column} and --aspect_buckets true cannot be combined: both decide which rows are in a "
+            "batch; leave one of them out"
+        )
     if not hasattr(data, "classes"):
         raise UserError(f"--balance_by {column}: {type(data).__name__} has no columns; leave the flag out")
     classes: RowClasses = data.classes(column)

@@ -42,13 +42,14 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     """Return steps per epoch, parameter counts, feature maps per resolution and memory."""
     data = stage.train_data()
     layout = BatchLayout(config.train_batch_size, num_processes, config.gradient_accumulation_steps)
-    spe = steps_per_epoch(len(data), layout)
+    spe = steps_per_epoch(len(data), layout, getattr(data, "batch_groups", None))
     total = config.total_steps(spe)
     lines = list(config.announcements)
     lines.append(
         f"{len(data)} images, {spe} steps per epoch with a global batch of {layout.global_batch_size} images, "
         f"{total} steps in total"
     )
+    lines += stage.data_notes
     balanced_strata(data, config)  # for its checks and its log line
     state_bytes = 0
     activations = 0

@@ -81,7 +81,8 @@ class MicroBatches:
         return [key.index for micro_batch in micro_batches for key in sampler.keys(step, micro_batch)]
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
-        return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata)
+        groups = getattr(self.data, "batch_groups", None)
+        return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata, groups)
 
 
 def chosen_workers(chosen: int | Literal["auto"], data: MapDataset, device: torch.device) -> int:

@@ -4,7 +4,7 @@ Nothing here has a state to save. A run that is resumed, or distributed over ano
 same samples in each step.
 
     B  micro-batch size on one process        G  global batch size = B × processes × accumulation
-    N  rows of the dataset                    K  groups of rows (classes)
+    N  rows of the dataset                    K  groups of rows (classes, or aspect buckets)
 """
 
 from __future__ import annotations
@@ -83,17 +83,44 @@ class StratifiedDraw:
 
     def _turns(self, group: int, start: int, count: int) -> Tensor:
         """Return `count` rows of a group, beginning with draw number `start` (from 0, over all epochs) of the group."""
+        return _in_turn(self._rows[group], start, count, self.seed, "turn", group)
+
+
+class GroupedBatches:
+    """Epochs in which each global batch has rows of one group; each epoch is a function of (seed, epoch) alone.
+
+    Every row is in every epoch. The last batch of a group is filled with further rows of this group, which take turns
+    from epoch to epoch: after any number of epochs, the numbers of draws of two rows of a group differ by at most 1. A
+    seeded permutation of the batches mixes the groups.
+
+    Args:
+        groups: N, int64, the group of each row.
+    """
+
+    def __init__(self, groups: Tensor, batch_size: int, seed: int):
+        self.batch_size, self.seed = batch_size, seed
+        self._rows = [(groups == group).nonzero().flatten() for group in groups.unique().tolist()]
+        self.steps_per_epoch = sum(-(-len(rows) // batch_size) for rows in self._rows)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the rows of an epoch in the order of training. steps_per_epoch · G, int64."""
+        batches = torch.cat([self._drawn(group, epoch) for group in range(len(self._rows))]).view(-1, self.batch_size)
+        return batches[_permutation(len(batches), self.seed, "batches", epoch)].flatten()
+
+    def _drawn(self, group: int, epoch: int) -> Tensor:
+        """Return all rows of a group in the order of the epoch, and those that fill its last batch."""
         rows = self._rows[group]
-        first, stop = start // len(rows), -(-(start + count) // len(rows))
-        turns = [rows[_permutation(len(rows), self.seed, "turn", group, turn)] for turn in range(first, stop)]
-        return torch.cat([rows[:0], *turns])[start - first * len(rows) :][:count]
+        missing = -len(rows) % self.batch_size
+        fill = _in_turn(rows, epoch * missing, missing, self.seed, "fill", group)
+        return torch.cat([rows[_permutation(len(rows), self.seed, "order", epoch, group)], fill])
 
 
 class StepSampler(Sampler[list[SampleKey]]):
     """Yields the keys of each micro-batch of this process, for the steps `start_step <= step < stop_step`.
 
     An epoch is a seeded permutation of the dataset, of `num_samples // G` steps; the remainder is dropped. With
-    `strata` an epoch has the same number of steps, and `StratifiedDraw` draws exactly the rows for these steps.
+    `strata` an epoch has the same number of steps, and `StratifiedDraw` draws exactly the rows for these steps. With
+    `groups` (N, int64) the rows of a global batch are of one group, and an epoch is one of `GroupedBatches`.
     """
 
     def __init__(
@@ -104,6 +131,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         start_step: int = 0,
         stop_step: int = 0,
         strata: Strata | None = None,
+        groups: Tensor | None = None,
     ):
         self.num_samples = num_samples
         self.layout = layout
@@ -112,7 +140,12 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.stop_step = stop_step
         self.steps_per_epoch = num_samples // layout.global_batch_size
         size = self.steps_per_epoch * layout.global_batch_size
-        self._draw = StratifiedDraw(strata, size, seed) if strata is not None else None
+        self._draw: StratifiedDraw | GroupedBatches | None = None
+        if groups is not None:
+            self._draw = GroupedBatches(groups, layout.global_batch_size, seed)
+            self.steps_per_epoch = self._draw.steps_per_epoch
+        elif strata is not None:
+            self._draw = StratifiedDraw(strata, size, seed)
         self._epoch = -1
         self._order: list[int] = []
 
@@ -140,6 +173,13 @@ class StepSampler(Sampler[list[SampleKey]]):
         if self._draw is not None:
             return self._draw.order(epoch)
         return _permutation(self.num_samples, self.seed, "order", epoch)
+
+
+def _in_turn(rows: Tensor, start: int, count: int, *seed: int | str) -> Tensor:
+    """Return entries `start` to `start + count - 1` of an endless sequence of seeded permutations of `rows`."""
+    first, stop = start // len(rows), -(-(start + count) // len(rows))
+    turns = [rows[_permutation(len(rows), *seed, turn)] for turn in range(first, stop)]
+    return torch.cat([rows[:0], *turns])[start - first * len(rows) :][:count]
 
 
 def _permutation(size: int, *seed: int | str) -> Tensor:

@@ -99,7 +99,13 @@ def _session(
     # Nothing here needs to be saved, although it may take long (data, compilation, a Hub or a tracker that is silent).
     with stop.at_once():
         resuming = folder.has_checkpoint()
-        context = StageContext(accelerator.device, resuming=resuming, trains=config.trains, poll=stop.check)
+        context = StageContext(
+            accelerator.device,
+            resuming=resuming,
+            trains=config.trains,
+            poll=stop.check,
+            num_processes=accelerator.num_processes,
+        )
         stage = build_stage(config, context)
         freeze_parameters(stage, config.freeze_parameters)
         if config.dry_run:

@@ -52,7 +52,7 @@ class Training:
             accelerator.process_index,
         )
         self.num_images = len(data)
-        self.steps_per_epoch = steps_per_epoch(len(data), self.layout)
+        self.steps_per_epoch = steps_per_epoch(len(data), self.layout, getattr(data, "batch_groups", None))
         self.batches = MicroBatches(
             data,
             self.layout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from training.core.batches import fetch, to_device
+from training.core.batches import fetch, to_device, uniform_batches
 from training.core.draws import Draws, SampleKey, mix
 from training.core.stage import Stage
 from training.engine.ema import EMA
@@ -75,13 +76,10 @@ def validate(
     if data is None:
         return {}
     rows = range(accelerator.process_index, len(data), accelerator.num_processes)
-    if max_batches is not None:
-        rows = rows[: max_batches * batch_size]
     sums: dict[str, float] = {}
     with interrupted_together(accelerator):
-        for start in range(0, len(rows), batch_size):
+        for share in itertools.islice(uniform_batches(data, rows, batch_size), max_batches):
             poll()
-            share = rows[start : start + batch_size]
             keys = [SampleKey(row, mix(seed, "validation", row)) for row in share]
             batch = to_device(fetch(data, keys), accelerator.device)
             with accelerator.autocast():

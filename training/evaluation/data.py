@@ -26,6 +26,7 @@ from training.core.draws import SampleKey
 from training.core.exchange import Exchange
 from training.core.files import write_atomically
 from training.core.options import Options, option
+from training.data.aspect_buckets import AspectBuckets
 from training.data.briefs import BriefedPosters
 from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of
 from training.data.companions import control_of
@@ -42,7 +43,7 @@ from training.data.images import (
 from training.data.records import cache_file
 from training.data.transforms import CHANNELS
 from training.metrics.features import FeatureExtractor
-from training.metrics.generators import ImageGenerator, native_resolution
+from training.metrics.generators import ImageGenerator, native_size
 from training.metrics.images import to_pil
 
 BATCH = 64
@@ -76,7 +77,7 @@ class EvaluationDataConfig(Options):
 
 
 class RealImages:
-    """The images of some rows, as they are trained on: cropped to a square and resized.
+    """The images of some rows, as they are trained on: cropped to a square or another rectangle, and resized.
 
     Args:
         name: what results call these images.
@@ -110,6 +111,8 @@ class RealImages:
     def fingerprint(self) -> str:
         """Hash of the images, the rows that are used, and how the images are cropped and resized."""
         content = [dataset_fingerprint(self.data), transform_fingerprint(self.data.config), str(self.rows)]
+        if self.data.config.aspect_buckets:
+            content.append(str(self.data.sizes))
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def features(
@@ -212,10 +215,20 @@ def conditions_of(data: Any, numbers: Sequence[int]) -> list[dict[str, Any]]:
     return items
 
 
-def plain_images(rows: Any, config: DataConfig) -> ImageDataset:
-    """Open rows for their images alone, cropped or stretched as in training, but always in the same way."""
+def plain_images(rows: Any, config: DataConfig, buckets: AspectBuckets | None = None) -> ImageDataset:
+    """Open rows for their images alone, cropped or stretched as in training, but always in the same way.
+
+    Args:
+        buckets: sizes of the images; None for squares.
+    """
     kind = CaptionedImages if isinstance(config, CaptionDataConfig) else ImageDataset
-    return kind(rows, config, captions=False, augment=False)
+    return _sized(kind(rows, config, captions=False, augment=False), buckets)
+
+
+def _sized(data: ImageDataset, buckets: AspectBuckets | None) -> ImageDataset:
+    if buckets is not None:
+        data.put_in_buckets(buckets)
+    return data
 
 
 def folder_of_run(model: str) -> Path | None:
@@ -244,31 +257,44 @@ def open_evaluation_data(
         UserError: the data do not exist, or lack what the model needs.
     """
     data = _data_config(config, settings, generator)
+    buckets = _one_size(config, data, generator)
     seed = int(settings.get("seed") or 0)
     opened = load_split(data, config.split, seed)
     if not len(opened):
         raise UserError(f"no images of {data.source} are held out; give another --split, for example train")
-    splits = {config.split: RealImages(config.split, plain_images(opened, data), config.max_real_images)}
+    splits = {config.split: RealImages(config.split, plain_images(opened, data, buckets), config.max_real_images)}
     training = conditions = None
     if config.split == "train" or data.train_split in load_all_splits(data):
         rows = load_split(data, "train", seed)
-        trained, conditions = plain_images(rows, data), _conditions(rows, data, generator)
+        trained, conditions = plain_images(rows, data, buckets), _conditions(rows, data, generator, buckets)
         splits = {"train": RealImages("train", trained, config.max_real_images), **splits}
         training = RealImages("train", trained, config.max_training_images)
-    held_out = splits[config.split] if config.split != "train" else _held_out(data, seed, config.max_real_images)
-    return EvaluationData(_conditions(opened, data, generator), opened, splits, training, conditions, held_out)
+    held_out = (
+        splits[config.split] if config.split != "train" else _held_out(data, seed, config.max_real_images, buckets)
+    )
+    given = _conditions(opened, data, generator, buckets)
+    return EvaluationData(given, opened, splits, training, conditions, held_out)
 
 
-def _held_out(data: DataConfig, seed: int, at_most: int) -> RealImages | None:
+def _one_size(config: EvaluationDataConfig, data: DataConfig, generator: ImageGenerator | None) -> AspectBuckets | None:
+    """Return the default size of a model that was trained in aspect buckets: it is evaluated in this size alone, and
+    real images are cropped to it."""
+    size = native_size(generator.pipeline) if generator is not None and data.aspect_buckets else None
+    return AspectBuckets((size,)) if size is not None and config.resolution is None else None
+
+
+def _held_out(data: DataConfig, seed: int, at_most: int, buckets: AspectBuckets | None) -> RealImages | None:
     """Return the validation images, or None if the data have none."""
     try:
         rows = load_split(data, "validation", seed)
     except UserError:  # a run on other data held images out under another name
         return None
-    return RealImages("validation", plain_images(rows, data), at_most) if len(rows) else None
+    return RealImages("validation", plain_images(rows, data, buckets), at_most) if len(rows) else None
 
 
-def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -> ImageDataset:
+def _conditions(
+    rows: Any, data: DataConfig, generator: ImageGenerator | None, buckets: AspectBuckets | None
+) -> ImageDataset:
     if generator is None:
         return plain_images(rows, data)
     if generator.takes_briefs:
@@ -277,7 +303,7 @@ def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -
     if generator.takes_controls:
         control = control_of(data.conditioning_image_column, *_control_kind(generator))
     kind = CaptionedImages if isinstance(data, CaptionDataConfig) else ImageDataset
-    return kind(
+    opened = kind(
         rows,
         data,
         captions=generator.takes_captions,
@@ -286,6 +312,7 @@ def _conditions(rows: Any, data: DataConfig, generator: ImageGenerator | None) -
         control=control,
         augment=False,
     )
+    return _sized(opened, buckets)
 
 
 def _data_config(
@@ -299,9 +326,9 @@ def _data_config(
         chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
     given = {name: getattr(config, name, None) for name in known if name != "dataset_name"}
     chosen |= {name: value for name, value in given.items() if value is not None}
-    resolution = native_resolution(generator.pipeline) if generator is not None else None
-    if config.resolution is None and resolution is not None:
-        chosen["resolution"] = resolution
+    size = native_size(generator.pipeline) if generator is not None else None
+    if config.resolution is None and size is not None:
+        chosen["resolution"] = size[0]
     if generator is not None and generator.takes_images:
         modes = {channels: mode for mode, channels in CHANNELS.items()}
         chosen["image_mode"] = modes[image_channels_of(generator.pipeline.vae)]

@@ -193,9 +193,23 @@ class ControlledGenerator(ImageGenerator):
     takes_controls = True
     scale = 1.0
 
+    def __call__(
+        self, items: Sequence[Item], numbers: Sequence[int], poll: Callable[[], None] | None = None
+    ) -> list[Image.Image]:
+        """Generate each image in the size of its control image, those of one size together."""
+        sizes = [item["conditioning_pixel_values"].shape[-2:] for item in items]
+        images: dict[int, Image.Image] = {}
+        for size in dict.fromkeys(sizes):
+            own = [place for place, other in enumerate(sizes) if other == size]
+            some = [items[place] for place in own], [numbers[place] for place in own]
+            images |= dict(zip(own, super().__call__(*some, poll), strict=True))
+        return [images[place] for place in range(len(items))]
+
     def arguments(self, items: Sequence[Item]) -> dict[str, Any]:
         controls = torch.stack([item["conditioning_pixel_values"] for item in items])
-        return {"control_image": controls, "controlnet_conditioning_scale": self.scale}
+        height, width = controls.shape[-2:]
+        size = {"height": height, "width": width}
+        return {"control_image": controls, "controlnet_conditioning_scale": self.scale, **size}
 
 
 class BriefGenerator(ImageGenerator):
@@ -293,15 +307,15 @@ def generator_of(pipeline: Any, config: SamplingConfig) -> ImageGenerator:
     return ConditionalGenerator(pipeline, config)
 
 
-def native_resolution(pipeline: Any) -> int | None:
-    """Return the width and height in pixels that a pipeline generates by default; None if it is not known."""
+def native_size(pipeline: Any) -> tuple[int, int] | None:
+    """Return (height, width) in pixels of the images that a pipeline generates by default; None if it is not known."""
     for name, scaled in (("model", False), ("unet", True), ("transformer", True), ("vae", False)):
         module = getattr(pipeline, name, None)
         size = getattr(getattr(module, "config", None), "sample_size", None)
-        if isinstance(size, (list, tuple)):
-            size = size[0]
-        if isinstance(size, int) and size > 0:
-            return size * (getattr(pipeline, "vae_scale_factor", 1) if scaled else 1)
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+            factor = getattr(pipeline, "vae_scale_factor", 1) if scaled else 1
+            return sides[0] * factor, sides[1] * factor
     return None
 
 

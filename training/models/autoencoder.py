@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.tools.cli import UserError
-from training.core.batches import fetch
+from training.core.batches import fetch, uniform_batches
 from training.core.checks import SMALLEST_MAP, check_deepest_feature_map, check_multiples
 from training.core.draws import SampleKey
 from training.core.options import Options, option
@@ -61,9 +61,14 @@ class AutoencoderModelConfig(Options):
             resolution, self.patch_size, len(self.block_out_channels), "--model.block_out_channels"
         )
 
+    @property
+    def downsampling(self) -> int:
+        """Number of pixels per latent cell along a side."""
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
     def check_halved_latents(self, resolution: int, flag: str) -> None:
         """Raise UserError for `flag` if latents of images of `resolution` pixels cannot be decoded at half size."""
-        factor = self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        factor = self.downsampling
         side, least = resolution // factor, 2 * SMALLEST_MAP
         if side % 2 or side < least:
             raise UserError(
@@ -131,8 +136,8 @@ def narrow_posterior(autoencoder: Any) -> Any:
 
 
 @torch.no_grad()
-def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
-    """Initialize the linear shortcuts to the best linear autoencoder of `images` (N C H W), in closed form.
+def start_from_principal_components(autoencoder: Any, batches: Iterable[Tensor]) -> None:
+    """Initialize the linear shortcuts to the best linear autoencoder of some images, in closed form.
 
     This saves training: 21.3 dB after 150 steps of 8 images were measured, against 17.9 dB after 300 steps with
     shortcuts that start as usual. The networks beside the shortcuts start small and learn the rest.
@@ -140,15 +145,17 @@ def start_from_principal_components(autoencoder: Any, images: Tensor) -> None:
     The latents start as the principal components of image patches under a random rotation. All channels have about
     the same variance, but each component keeps its own, so that a diffusion model learns the components with large
     variance first, as it does with pixels. A model without shortcuts is left unchanged.
+
+    Args:
+        batches: images in batches of any sizes, N C H W each.
     """
     if not getattr(autoencoder.config, "linear_shortcut", False):
         return
-    factor, channels, colors = (
-        autoencoder.spatial_compression_ratio,
-        autoencoder.config.latent_channels,
-        images.shape[1],
+    factor, channels = autoencoder.spatial_compression_ratio, autoencoder.config.latent_channels
+    colors = autoencoder.config.in_channels
+    patches = torch.cat(
+        [F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double() for images in batches]
     )
-    patches = F.pixel_unshuffle(images, factor).movedim(1, -1).flatten(0, -2).double()
     mean = patches.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(patches.T))  # in ascending order
     variances, directions = variances.flip(0)[:channels].clamp(min=1e-8), directions.flip(1)[:, :channels].T
@@ -227,9 +234,9 @@ def measure_latents(
     count = 0
     total = squares = torch.zeros(1, dtype=torch.float64)
     rows = min(len(data), num_images)
-    for start in range(0, rows, STATISTICS_BATCH):
+    for some in uniform_batches(data, range(rows), STATISTICS_BATCH):
         poll()
-        keys = [SampleKey(i, 0) for i in range(start, min(start + STATISTICS_BATCH, rows))]
+        keys = [SampleKey(i, 0) for i in some]
         latents = latents_of(autoencoder.encode(fetch(data, keys)["pixel_values"].to(device)))
         values = latents.cpu().double().movedim(1, 0).flatten(1)
         count += values.shape[1]

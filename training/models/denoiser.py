@@ -6,8 +6,12 @@ from typing import Literal, Protocol
 
 from torch import nn
 
+from training.core.checks import SMALLEST_MAP
 from training.models.transformer import TransformerConfig, build_transformer
 from training.models.unet import UNetConfig, build_unet
+
+LEAST_PATCHES = 2
+"""Smallest number of patches along a side of a transformer's input."""
 
 
 class DenoiserConfig(Protocol):
@@ -22,10 +26,17 @@ class DenoiserConfig(Protocol):
     def least_noise_level(self) -> float: ...
 
 
+def divisor_of_sides(config: DenoiserConfig) -> tuple[int, int]:
+    """Return the number of which the sides of the network's input must be multiples, and the smallest multiple."""
+    if config.denoiser == "transformer":
+        return config.transformer.patch_size, LEAST_PATCHES
+    return 2 ** (len(config.model.block_out_channels) - 1), SMALLEST_MAP
+
+
 def build_denoiser(
     config: DenoiserConfig,
     channels: int,
-    size: int,
+    size: int | tuple[int, int],
     text_width: int | None,
     num_classes: int,
     condition_channels: int = 0,

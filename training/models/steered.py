@@ -33,8 +33,8 @@ class ControlBase(ABC):
 
     downsampling: int
     """Pixels per cell of the U-Net's input, along a side"""
-    input_shape: tuple[int, int, int]
-    """C, h, w of the U-Net's input"""
+    takes_aspect_buckets = True
+    """Whether its images may be other than squares"""
 
     def __init__(self, pipeline: Any):
         self.pipeline, self.unet = pipeline, pipeline.unet
@@ -60,6 +60,11 @@ class ControlBase(ABC):
         Raises:
             UserError: the data does not suit the base model.
         """
+
+    @property
+    def divisor(self) -> int:
+        """Number of pixels of which the sides of images must be multiples."""
+        return self.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @abstractmethod
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
@@ -100,7 +105,7 @@ class LatentBase(ControlBase):
                 "images; choose one that was trained with --image_mode rgb"
             )
         try:
-            self.input_shape = latent_shape(pipeline.vae, resolution, resolution)
+            latent_shape(pipeline.vae, resolution, resolution)  # called for its check alone
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model's VAE: {error}") from None
         self.caption_tokens = self.empty_ids = None
@@ -129,7 +134,7 @@ class LatentBase(ControlBase):
         )
 
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
-        return batch_latents(self.pipeline.vae, batch, draws, self.input_shape)
+        return batch_latents(self.pipeline.vae, batch, draws)
 
     def condition(self, batch: Batch, dropped: Tensor) -> dict[str, Any]:
         if self.empty_ids is not None:
@@ -166,6 +171,7 @@ class PosterBase(ControlBase):
     """A PosterDecoderPipeline as base model, which works on pixels."""
 
     downsampling = 1
+    takes_aspect_buckets = False
 
     def __init__(self, pipeline: Any, resolution: int):
         super().__init__(pipeline)
@@ -173,7 +179,6 @@ class PosterBase(ControlBase):
             pipeline._size(resolution, resolution)  # called for its check alone
         except ValueError as error:
             raise UserError(f"--resolution {resolution} does not suit the base model: {error}") from None
-        self.input_shape = (3, resolution, resolution)
 
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:
         return BriefedPosters(rows, config, control=control, augment=augment)

@@ -9,6 +9,7 @@ from torch import nn
 from pipelines.tools.cli import UserError
 from training.core.checks import check_multiple
 from training.core.options import Options, option
+from training.models.sizes import both_sides, sample_size
 
 MOST_RESTART_LEVEL = 0.5
 
@@ -49,16 +50,18 @@ class TransformerConfig(Options):
 def build_transformer(
     config: TransformerConfig,
     channels: int,
-    size: int,
+    size: int | tuple[int, int],
     text_width: int | None,
     num_classes: int,
     condition_channels: int = 0,
     num_train_timesteps: int = 1000,
     least_noise_level: float = 0.0,
 ) -> nn.Module:
-    """Build a transformer with new weights for samples of `channels` × `size` × `size`.
+    """Build a transformer with new weights.
 
     Args:
+        channels: channels of the samples.
+        size: side of the samples in cells, or (height, width).
         text_width: width of the text condition; None for a model without text.
         num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
         condition_channels: channels that are concatenated to the noisy samples.
@@ -69,12 +72,13 @@ def build_transformer(
     """
     from pipelines.models.patch_transformer import PatchTransformer2DModel
 
-    if size % config.patch_size:
-        raise UserError(
-            f"--transformer.patch_size {config.patch_size} must divide the side of the samples, which is {size}"
-        )
+    for side in both_sides(size):
+        if side % config.patch_size:
+            raise UserError(
+                f"--transformer.patch_size {config.patch_size} must divide the side of the samples, which is {side}"
+            )
     return PatchTransformer2DModel(
-        sample_size=size,
+        sample_size=sample_size(size),
         in_channels=channels + condition_channels,
         out_channels=channels,
         patch_size=config.patch_size,

@@ -14,6 +14,7 @@ from torch import nn
 from pipelines.tools.cli import UserError
 from training.core.checks import check_deepest_feature_map, check_multiples
 from training.core.options import Options, option
+from training.models.sizes import both_sides, sample_size
 
 
 @dataclass
@@ -89,14 +90,16 @@ def feature_map_sides(config: _UNetShape, resolution: int) -> list[int]:
 def build_unet(
     config: UNetConfig,
     channels: int,
-    size: int,
+    size: int | tuple[int, int],
     text_width: int | None,
     num_classes: int,
     condition_channels: int = 0,
 ) -> nn.Module:
-    """Build a U-Net with new weights for latents of `channels` × `size` × `size`.
+    """Build a U-Net with new weights.
 
     Args:
+        channels: channels of the latents.
+        size: side of the latents in cells, or (height, width).
         text_width: width of the text condition; None builds a U-Net without text, which has only self-attention.
         num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
         condition_channels: channels that are concatenated to the noisy latents.
@@ -105,14 +108,15 @@ def build_unet(
         UserError: the latents are too small for the number of levels.
     """
     levels = len(config.block_out_channels)
-    check_deepest_feature_map(size, 1, levels, "--model.block_out_channels", "side of the latents")
+    for side in both_sides(size):
+        check_deepest_feature_map(side, 1, levels, "--model.block_out_channels", "side of the latents")
     attends = [level in config.attention_levels for level in range(levels)]
     return _stock_unet(
         config,
         attends,
         middle_attends=bool(text_width),
         text_width=text_width,
-        sample_size=size,
+        sample_size=sample_size(size),
         in_channels=channels + condition_channels,
         out_channels=channels,
         num_class_embeds=num_classes + 1 if num_classes else None,

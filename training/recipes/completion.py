@@ -82,7 +82,8 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
     if not config.vae:
         config.vae = str(_autoencoder(run))
     began_without_cache = not run.saved.get("latent_cache", "unknown")
-    varies = not config.center_crop or config.crop_scale < 1  # a cache would keep one crop of each image
+    # A cache would keep one crop of each image, and one choice of aspect buckets.
+    varies = not config.center_crop or config.crop_scale < 1 or config.aspect_buckets
     if config.vae != PIXELS and not config.latent_cache and not varies and not began_without_cache:
         config.latent_cache = str(_latents(run, suffix))
     cells, channels = _latent_shape(run)

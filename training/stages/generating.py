@@ -17,6 +17,7 @@ from pipelines.tools.cli import UserError
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.stage import Evaluation, StageContext
+from training.data.aspect_buckets import AspectBuckets
 from training.data.images import ImageDataset
 from training.data.source import load_split
 from training.evaluation.data import BATCH, RealImages, conditions_of, plain_images
@@ -61,6 +62,8 @@ class RunEvaluationConfig(Options):
 class GeneratingStage(ImageStage):
     """A stage whose pipeline generates images for rows of the data."""
 
+    draws_one_size = True
+    """Whether images are generated in the default size of the pipeline, and not in that of their control images."""
     _real_features: Tensor | None = None
     _floor: Mapping[str, Any] = {}
 
@@ -175,12 +178,15 @@ class GeneratingStage(ImageStage):
     def _real(self) -> list[RealImages]:
         """Training images and held-out ones, up to `evaluation_real_images` of each."""
         config = self.config
-        found = []
+        found: list[RealImages] = []
+        buckets = None
+        if config.aspect_buckets:  # real images are compared in the sizes of generated ones
+            buckets = AspectBuckets((self.image_size,) if self.draws_one_size else self.training_set.sizes)
         for name, own in (("train", self.training_set), ("validation", self.validation_set)):
-            if isinstance(own, ImageDataset) and own.crop_scale == 1:
+            if isinstance(own, ImageDataset) and own.crop_scale == 1 and buckets is None:
                 data = own.without_augmentation()  # images that training keeps in memory are not decoded again
             elif len(rows := load_split(config, name, config.seed)):
-                data = plain_images(rows, config)
+                data = plain_images(rows, config, buckets)
             else:
                 continue
             found.append(RealImages(name, data, config.evaluation_real_images))

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipelines.tools.cli import printable
+from pipelines.tools.cli import UserError, printable
 from training.core.batches import fetch, to_device
+from training.core.checks import SMALLEST_MAP
 from training.core.draws import SampleKey
 from training.core.options import Options, option
 from training.core.stage import Batch, Stage, StageContext
+from training.data.aspect_buckets import BucketRule, image_sizes, share_cut_off, sort_into_buckets
 from training.data.checks import require_clean
-from training.data.fingerprints import dataset_fingerprint
+from training.data.fingerprints import dataset_fingerprint, evenly_spaced
 from training.data.latent_cache.dataset import LatentCacheDataset
 from training.data.source import DataConfig, folder_account, load_split
 from training.engine.run_config import RunConfig
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger("halftone")
+
+# Number of images whose sizes are read to see whether they are square, and the share of the pixels that may be cut off
+# without a word: that of images of 5:4.
+LOOKED_AT = 64
+MUCH_CUT_OFF = 0.2
 
 
 @dataclass
@@ -71,18 +78,28 @@ class ImageStage(Stage):
     Attributes:
         training_set: the training data, set by `open_data`.
         validation_set: the held-out data, set by `open_data`; None where no data are held out.
+        takes_aspect_buckets: whether the stage can train on images that are not square.
     """
 
     config: Any
+    takes_aspect_buckets = False
     training_set: Any
     validation_set: Any = None
 
     def __init__(self, config: ImageStageConfig, context: StageContext):
         super().__init__(context)
         self.config = config
+        if config.aspect_buckets and not self.takes_aspect_buckets:
+            raise UserError(
+                f"--aspect_buckets true: the stage '{self.name}' trains on square images only; leave the flag out"
+            )
 
-    def open_data(self, dataset: OpenDataset) -> None:
+    def open_data(self, dataset: OpenDataset, divisor: int = 1, least_cells: int = SMALLEST_MAP) -> None:
         """Open the training and the held-out rows, and check that all of them can be used.
+
+        Args:
+            divisor: number of pixels of which the sides of aspect buckets must be multiples.
+            least_cells: no side of an aspect bucket is shorter than this many times `divisor`.
 
         Raises:
             UserError: if the data do not exist, or if some rows cannot be used.
@@ -95,6 +112,41 @@ class ImageStage(Stage):
             logger.info("%s", printable(account.line()))
         for data in filter(None, (self.training_set, self.validation_set)):
             require_clean(data, tell=logger.info, poll=self.context.poll)
+        if config.aspect_buckets:
+            self._make_buckets(divisor, least_cells)
+        elif self.takes_aspect_buckets:
+            self._suggest_buckets()
+
+    def _suggest_buckets(self) -> None:
+        """Name the flag for images that are not square, if much of them is cut off."""
+        data = self.training_set
+        rows = data.dataset.select(evenly_spaced(len(data), LOOKED_AT))
+        share = share_cut_off(image_sizes(rows, self.config.image_column, key=None, poll=self.context.poll))
+        if share >= MUCH_CUT_OFF:
+            logger.info(
+                "the images are not square, and %.0f %% of their pixels are cut off; --aspect_buckets true trains on "
+                "images of their own aspect ratios",
+                100 * share,
+            )
+
+    def _make_buckets(self, divisor: int, least_cells: int) -> None:
+        """Sort the images into aspect buckets, which are made from the ratios of the training images."""
+        config, poll = self.config, self.context.poll
+        batch = config.train_batch_size * config.gradient_accumulation_steps * self.context.num_processes
+        rule = BucketRule(config.resolution, divisor, batch, least_cells)
+        sort_into_buckets([*filter(None, (self.training_set, self.validation_set))], rule, poll)
+        self.tell_sizes()
+
+    def tell_sizes(self) -> None:
+        """Log how many training images each aspect bucket has, and note it for a dry run."""
+        table = self.training_set.table_of_sizes()
+        self.data_notes = [f"aspect buckets (height × width) of the training images:\n{table}"]
+        logger.info("%s", self.data_notes[0])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model generates by default: those of most training images."""
+        return self.training_set.sizes[0]
 
     def train_data(self) -> Any:
         return self.training_set
@@ -123,9 +175,13 @@ class ImageStage(Stage):
         """Return the mean loss, also by noise level if it was measured; stages with more metrics override this."""
         return {"val_loss": sums["loss"] / sums["count"], **noise_level_metrics(sums)}
 
-    def shown_rows(self, most: int) -> range:
-        """Return the rows that previews show: the first `most` rows of `shown_data`."""
-        return range(min(most, len(self.shown_data)))
+    def shown_rows(self, most: int) -> Sequence[int]:
+        """Return the rows that previews show: the first `most` rows of `shown_data`; in aspect buckets, the first ones
+        of the size of most images in `shown_data`."""
+        groups = getattr(self.shown_data, "batch_groups", None)
+        if groups is None:
+            return range(min(most, len(self.shown_data)))
+        return (groups == torch.bincount(groups).argmax()).nonzero().flatten()[:most].tolist()
 
     def shown_batch(self, rows: Sequence[int]) -> Batch:
         """Return these rows of `shown_data` as a batch on the device."""

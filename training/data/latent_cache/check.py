@@ -96,6 +96,8 @@ def _rebuild_command(cache: LatentCache, config: DataConfig, vae_name: str) -> s
     given = {
         field.name: (getattr(config, field.name), getattr(DataConfig(), field.name)) for field in fields(DataConfig)
     }
+    if config.aspect_buckets and "aspect_buckets" in cache.manifest:
+        given |= {f"bucket_{name}": (cache.manifest["aspect_buckets"][name], None) for name in ("divisor", "images")}
     given["seed"] = (cache.manifest["seed"], 0)
     given["storage_dtype"] = (cache.manifest["storage_dtype"], "float32")
     for name, (value, default) in given.items():

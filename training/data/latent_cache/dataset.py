@@ -1,6 +1,6 @@
 """A complete latent cache, opened for reading, and its splits as map-style datasets.
 
-C latent channels, h w latent cells, R resolution (see format.py).
+C latent channels, h w latent cells, H W pixels (see format.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipelines.tools.private import expand_home
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.core.made_folders import cache_problem
+from training.data.aspect_buckets import InBuckets
 from training.data.classes import column_classes
 from training.data.images import DataConfig, collate_items, load_split
 from training.data.latent_cache.format import (
@@ -30,6 +31,7 @@ from training.data.latent_cache.format import (
     read_manifest,
     read_shard,
     require_intact,
+    rows_of_shards,
 )
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips, pick_caption
@@ -74,6 +76,23 @@ class LatentCache:
     def resolution(self) -> int:
         """Width and height of the encoded images in pixels."""
         return self.manifest["resolution"]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (height, width) of the encoded images in pixels, that of most images first."""
+        if "aspect_buckets" not in self.manifest:
+            return ((self.resolution, self.resolution),)
+        return tuple((height, width) for height, width in self.manifest["aspect_buckets"]["sizes"])
+
+    def require_sides(self, divisor: int, least: int) -> None:
+        """Raise UserError unless the sides in pixels are multiples of `divisor` and at least `least`."""
+        for size in self.sizes if "aspect_buckets" in self.manifest else ():
+            if min(size) < least or size[0] % divisor or size[1] % divisor:
+                raise UserError(
+                    f"the latent cache '{self.path}' has images of {size[0]}×{size[1]} pixels, but this network needs "
+                    f"sides that are multiples of {divisor} and at least {least}; make it again with --bucket_divisor "
+                    f"{divisor} --overwrite true"
+                )
 
     @property
     def vae_name(self) -> str:
@@ -207,12 +226,12 @@ class Samples(Sequence[dict[str, Any]]):
         }
 
 
-class LatentCacheDataset(torch.utils.data.Dataset):
+class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
     """Rows of a split as `{"mean", "logvar", "caption", "label", "mask", "index"}`: like `ImageDataset`, with the VAE's
     posterior moments instead of pixels.
 
     `mean` and `logvar` are float32 C h w in raw VAE units; `logvar` is absent for a VAE without a posterior. `caption`
-    and `label` are present if the cache has them, and `mask` (int64 R R of class ids) if requested. Flips and the
+    and `label` are present if the cache has them, and `mask` (int64 H W of class ids) if requested. Flips and the
     choice among several captions are functions of `SampleKey.key`.
     """
 
@@ -226,6 +245,7 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         masks: bool = False,
         config: DataConfig | None = None,
     ):
+        self.sizes = cache.sizes
         self.name, self.masks, self.config = split, masks, config
         self.path, self.label_column, self.seed = cache.path, cache.label_column, cache.manifest["seed"]
         self.id2label = cache.id2label
@@ -234,6 +254,10 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         self.random_flip = random_flip
         self._rows = cache.manifest["splits"][split]["rows"]
         self._shard_rows = cache.manifest["shard_rows"]
+        groups = cache.manifest["splits"][split].get("buckets")
+        # As in `ImageDataset`, a batch is of rows of one group, unless all rows have one size.
+        self.batch_groups = torch.tensor(groups) if groups is not None and len(self.sizes) > 1 else None
+        self._shards_and_places = None if self.batch_groups is None else self._placed(self.batch_groups)
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
         self.source_fingerprint: str = cache.manifest["splits"][split]["dataset"]
         self._sha256 = [shard["sha256"] for shard in cache.manifest["splits"][split]["shards"]]
@@ -251,7 +275,10 @@ class LatentCacheDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys: Sequence[SampleKey]) -> Samples:
         variants = torch.tensor([int(self.random_flip and flips(key.key)) for key in keys])
         index = torch.tensor([key.index for key in keys])
-        numbers, rows = index // self._shard_rows, index % self._shard_rows
+        if self._shards_and_places is None:
+            numbers, rows = index // self._shard_rows, index % self._shard_rows
+        else:
+            numbers, rows = self._shards_and_places[:, index]
         places = [(number, (numbers == number).nonzero().flatten()) for number in numbers.unique().tolist()]
         shares = [Share(self._shard(number), there, rows[there], variants[there]) for number, there in places]
         columns: dict[str, Any] = {}
@@ -265,6 +292,13 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         if self.masks:
             columns["mask"] = _column(shares, _masks)
         return Samples({**columns, "index": index})
+
+    def _placed(self, groups: Tensor) -> Tensor:
+        """Return the shard of each row, and its place there. 2 N, int64."""
+        placed = torch.empty(2, len(groups), dtype=torch.int64)
+        for number, rows in enumerate(rows_of_shards(len(groups), groups, self._shard_rows)):
+            placed[:, list(rows)] = torch.stack([torch.full((len(rows),), number), torch.arange(len(rows))])
+        return placed
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a shard. Raises DamagedShard if its content is not what was written."""

@@ -1,12 +1,14 @@
 """The files of a latent cache: memory-mapped shards of posterior moments, captions, labels and masks.
 
-N rows, V variants (1, or 2 with the mirrored image), C latent channels, h w latent cells, R resolution. `mean` and
+N rows, V variants (1, or 2 with the mirrored image), C latent channels, h w latent cells, H W pixels. `mean` and
 `logvar` are in the VAE's raw units; each training step draws noise and scales latents according to the VAE's config.
 
     PATH/cache.json                            source of the cache, and the size and SHA-256 of every shard
-    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; mask N R R (uint8, mirrored only
+    PATH/<split>/shard-00000.safetensors       mean, logvar N V C h w; label, row N; mask N H W (uint8, mirrored only
                                                when it is read); captions (UTF-8) and their offsets
     PATH/<split>/shard-00000.json              marks the shard of the same name as complete
+
+With aspect buckets, all rows of a shard are of one size; cache.json has the sizes, and the bucket of each row.
 """
 
 from __future__ import annotations
@@ -47,6 +49,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished cache; None if the cache is not finished, or the manifest is damaged."""
     manifest = read_json_object(folder / MANIFEST)
     return manifest if manifest is not None and manifest.keys() >= MANIFEST_KEYS else None
+
+
+def rows_of_shards(rows: int, groups: Tensor | None, shard_rows: int) -> list[Sequence[int]]:
+    """Return the rows in each shard, up to `shard_rows`: in their order, or in that of their groups (N) if there are
+    some, with the rows of one group in a shard."""
+    if groups is None:
+        return [range(start, min(start + shard_rows, rows)) for start in range(0, rows, shard_rows)]
+    own = [(groups == group).nonzero().flatten().tolist() for group in groups.unique().tolist()]
+    return [group[start : start + shard_rows] for group in own for start in range(0, len(group), shard_rows)]
 
 
 def shard_name(number: int) -> str:
