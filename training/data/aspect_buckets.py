@@ -22,7 +22,7 @@ from torch import Tensor
 from pipelines.tools.cli import UserError
 from training.core.checks import SMALLEST_MAP
 from training.data.records import read_record, write_record
-from training.data.transforms import BrokenImage, open_image, upright_size
+from training.data.transforms import BrokenImage, verify_image
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -190,7 +190,7 @@ def share_cut_off(images: Sequence[Size]) -> float:
 
 
 def image_sizes(rows: Dataset, column: str, key: str | None, poll: Callable[[], None] = lambda: None) -> list[Size]:
-    """Return (width, height) of the upright image of each row, read from the headers of the files.
+    """Return (width, height) of the upright image of each row, which is decoded for it, as cheaply as possible.
 
     Args:
         rows: with undecoded images in `column`.
@@ -212,7 +212,7 @@ def image_sizes(rows: Dataset, column: str, key: str | None, poll: Callable[[], 
 def _size_of(source: object) -> Size:
     """Return the size of an image; `UNREADABLE` for a damaged one, about which the checks of the data say more."""
     try:
-        size = upright_size(open_image(source))
-    except (BrokenImage, OSError, ValueError, SyntaxError):
+        size = verify_image(source)
+    except BrokenImage:
         return UNREADABLE
     return size if math.prod(size) else UNREADABLE
