@@ -300,8 +300,9 @@ def _remarks(report: SplitReport, config: CheckConfig, label_map: LabelMap | Non
     if small:
         yield f"{report.name}: {small:,} images are below {config.resolution} px (--resolution) and will be enlarged."
     uneven = sum(width != height for width, height in report.sizes)
-    if uneven:
-        yield f"{report.name}: {uneven:,} images are not square; their longer side will be cropped (--center_crop)."
+    if uneven and not config.aspect_buckets:
+        done = "they will be padded" if config.pad_to_square else "their longer side will be cropped (--center_crop)"
+        yield f"{report.name}: {uneven:,} images are not square; {done}."
     if report.duplicates:
         pairs = ", ".join(f"{row} = {first}" for row, first in report.duplicates[:_DUPLICATES_SHOWN])
         more = ", …" if len(report.duplicates) > _DUPLICATES_SHOWN else ""

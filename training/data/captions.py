@@ -72,6 +72,8 @@ class CaptionDataConfig(DataConfig):
         super().validate(prefix)
         smallest = smallest_vocabulary(self.tokenizer_model)
         check_bounds(f"{prefix}vocab_size", self.vocab_size, at_least=smallest)
+        if self.image_fit == "stretch" and self.pad_to_square:
+            raise UserError("--pad_to_square and --image_fit stretch both keep whole images; leave one of them out")
         if self.image_fit == "stretch" and self.crop_scale < 1:
             raise UserError(
                 f"--crop_scale {self.crop_scale:g} cuts out squares, but --image_fit stretch keeps whole images; use "

@@ -46,6 +46,7 @@ from training.data.transforms import (
     decoded,
     load_mode,
     load_upright,
+    padded_to_square,
     pick_caption,
     to_tensor,
     verify_image,
@@ -145,6 +146,11 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
             self.companions["mask"] = SegmentationMask(config.mask_column, num_mask_classes)
         if control is not None:
             self.companions["conditioning_pixel_values"] = control
+        if config.pad_to_square and self.companions:
+            raise UserError(
+                "--pad_to_square true pads images, but not their masks and control images; leave it out, so that all "
+                "of them are cropped alike"
+            )
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
         self.sizes = ((config.resolution, config.resolution),)
@@ -255,7 +261,8 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
         return tensors
 
     def _decoded(self, row: dict[str, Any]) -> Image.Image:
-        return decoded(row, self.config.image_column, load_mode(self.config.image_mode))
+        image = decoded(row, self.config.image_column, load_mode(self.config.image_mode))
+        return padded_to_square(image) if self.config.pad_to_square else image
 
     def _crop(self, image: Image.Image, key: SampleKey, shape: tuple[int, int] = (1, 1)) -> CropGeometry:
         how: dict[str, Any] = {

@@ -86,6 +86,9 @@ class DataConfig(Options):
     aspect_buckets: bool = option(False)
     """Train on images that are not square: in a few sizes of about --resolution squared pixels, chosen by the aspect
     ratios of the images; each image is cropped to the nearest size, and a batch has images of one size"""
+    pad_to_square: bool = option(False)
+    """Keep whole images: those that are not square are padded with white (with transparency if --image_mode is rgba)
+    instead of cropped"""
     center_crop: bool = option(True)
     """Crop images that are not square at their centre; false crops them at a random place, which changes in each
     epoch"""
@@ -119,6 +122,8 @@ class DataConfig(Options):
                 f"--image_mode {self.image_mode} works only in train_autoencoder.py, train_latent_diffusion.py and "
                 "precompute_latents.py, because the networks of this command take colour images; leave it out"
             )
+        if self.pad_to_square and self.aspect_buckets:
+            raise UserError("--pad_to_square and --aspect_buckets both keep whole images; set one of them to false")
         columns = self.conditioning_image_column
         if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
             raise UserError(
@@ -268,7 +273,7 @@ def transform_fingerprint(config: DataConfig) -> str:
     """
     crop = "center" if config.center_crop else "random"
     crop += f"-{config.crop_scale:g}" if config.crop_scale < 1 else ""
-    crop += "-to-aspect-bucket" if config.aspect_buckets else ""
+    crop += "-to-aspect-bucket" if config.aspect_buckets else "-of-padded" if config.pad_to_square else ""
     mode = f" {config.image_mode}" if config.image_mode != "rgb" else ""
     return f"v{TRANSFORM_VERSION} {config.resolution}px {crop}-crop {config.image_interpolation_mode}{mode}"
 

@@ -128,6 +128,17 @@ def apply_geometry(
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
+def padded_to_square(image: Image.Image) -> Image.Image:
+    """Return an RGB, RGBA or grey image in the middle of a white square; one with alpha on transparent white."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    white = {"L": 255, "RGBA": (255, 255, 255, 0)}.get(image.mode, (255, 255, 255))
+    square = Image.new(image.mode, (side, side), white)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def open_image(source: Any) -> Image.Image:
     """Open an image without decoding it.
 

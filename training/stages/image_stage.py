@@ -114,7 +114,7 @@ class ImageStage(Stage):
             require_clean(data, tell=logger.info, poll=self.context.poll)
         if config.aspect_buckets:
             self._make_buckets(divisor, least_cells)
-        elif self.takes_aspect_buckets:
+        elif self.takes_aspect_buckets and not config.pad_to_square:
             self._suggest_buckets()
 
     def _suggest_buckets(self) -> None:
