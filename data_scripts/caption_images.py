@@ -64,7 +64,7 @@ class CaptionConfig(Options):
     contact_sheet_images: int = option(24, at_least=0)
     """Number of captioned images on the contact sheet; 0 makes none"""
     device: str | None = None
-    """Device for the model: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
+    """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
 
     def validate(self, prefix: str = "") -> None:
         """Raise UserError if a required flag is missing, or the folder does not exist."""

@@ -171,7 +171,8 @@ def test_commands_are_printed_as_one_would_type_them(tmp_path, capsys):
     assert run_experiments.main([*files, "--print_commands", "--", "--seed", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[1].endswith(f"training/train_latent_diffusion.py --config {files[1]} --seed 3")
+    # The runs of a series are one group in W&B, named after their folder.
+    assert lines[1].endswith(f"training/train_latent_diffusion.py --config {files[1]} --seed 3 --wandb_group=runs")
     assert run_experiments.main([*files, "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("# finished")
 

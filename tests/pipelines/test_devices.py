@@ -82,6 +82,7 @@ def words(command: str, folder: Path) -> list[str]:
     return {
         "sample": ["--model", model, "--prompt", "a", "--output", str(folder / "grid.png")],
         "caption": [image, "--model", model],
+        "caption_images": ["--train_data_dir", str(folder / "images"), "--model", model],
         "analyze": [image, "--model", model, "--output_dir", str(folder / "report")],
         "make_controls": ["--kind", "layout", "--encoder", model, "--train_data_dir", str(folder / "images")]
         + ["--output_dir", str(folder / "controls")],
