@@ -286,6 +286,20 @@ def test_the_right_vae_and_data_are_accepted(data: Path, vae_folder: Path, cache
     check_cache(cache, load_vae(str(vae_folder)), str(vae_folder), config_of(tmp_path / "moved", random_flip=False))
 
 
+def test_a_cache_from_before_colour_profiles_is_used_with_a_warning(
+    data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path, caplog
+):
+    older = Path(shutil.copytree(cache_folder, tmp_path / "cache"))
+    manifest = older / "cache.json"
+    manifest.write_text(manifest.read_text().replace('"v2 16px', '"v1 16px'))
+    vae = load_vae(str(vae_folder))
+    check_cache(LatentCache(older), vae, "v", config_of(data))
+    assert "did not convert embedded colour profiles" in caplog.text
+    manifest.write_text(manifest.read_text().replace('"v1 16px', '"v0 16px'))
+    with pytest.raises(UserError, match="transform: the cache has 'v0 16px"):
+        check_cache(LatentCache(older), vae, "v", config_of(data))
+
+
 def test_another_vae_transform_or_dataset_is_refused(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
     vae, cache = load_vae(str(vae_folder)), LatentCache(cache_folder)
     other = load_vae(str(vae_folder))

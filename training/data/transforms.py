@@ -28,6 +28,8 @@ RESAMPLING = {
 }
 # Increase it whenever this file produces other pixels than before: older latent caches are then refused.
 TRANSFORM_VERSION = 2
+# Versions whose pixels differ only where an image has a colour profile; their latent caches are used, with a warning.
+WITHOUT_PROFILES = frozenset({1})
 CHANNELS = {"rgb": 3, "rgba": 4, "l": 1}  # of the images of each `--image_mode`
 _CONVERSIONS = {mode: functools.partial(to_mode, mode=mode.upper()) for mode in ("rgba", "l")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from dataclasses import fields, replace
 
@@ -12,7 +13,10 @@ from training.data.fingerprints import dataset_fingerprint, vae_fingerprint
 from training.data.images import DataConfig, ImageDataset, LabelMap, load_label_map, load_split, transform_fingerprint
 from training.data.latent_cache.dataset import LatentCache
 from training.data.latent_cache.format import MAKER
+from training.data.transforms import WITHOUT_PROFILES
 from training.objectives.segmentation import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 
 def check_cache(cache: LatentCache, vae: torch.nn.Module, vae_name: str, config: DataConfig | None = None) -> None:
@@ -59,7 +63,14 @@ def _vae_differences(cache: LatentCache, vae: torch.nn.Module, vae_name: str) ->
 def _transform_differences(cache: LatentCache, config: DataConfig) -> list[str]:
     differences = []
     there, here = cache.manifest["transform"], transform_fingerprint(config)
-    if here != there:
+    version, _, rest = there.partition(" ")
+    if version in {f"v{number}" for number in WITHOUT_PROFILES} and rest == here.partition(" ")[2]:
+        logger.warning(
+            "the latent cache '%s' was made by an earlier version, which did not convert embedded colour profiles to "
+            "sRGB; if images have one, a new cache has truer colours",
+            cache.path,
+        )
+    elif here != there:
         differences.append(f"transform: the cache has '{there}', this run has '{here}'")
     if config.random_flip and not cache.has_flips:
         differences.append("transform: the cache has no mirrored images, this run uses --random_flip")
