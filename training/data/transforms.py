@@ -135,8 +135,7 @@ def padded_to_square(image: Image.Image) -> Image.Image:
     side = max(image.size)
     if image.width == image.height:
         return image
-    white = {"L": 255, "RGBA": (255, 255, 255, 0)}.get(image.mode, (255, 255, 255))
-    square = Image.new(image.mode, (side, side), white)
+    square = Image.new(image.mode, (side, side), "#ffffff00" if image.mode == "RGBA" else "white")
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
