@@ -17,13 +17,12 @@ from typing import Any
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.private import expand_home, without_private
-from training.core.files import flush_tree, recover_folder, replacing_folder, write_json
+from training.core.files import FULL_DISK, flush_tree, recover_folder, replacing_folder, write_json
 from training.core.locks import FolderLock
 from training.core.made_folders import MANIFEST, dataset_problem, lock_of, read_manifest
 from training.engine.signals import StopSignal, started_by
 
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # How libraries written in Rust report a full disk.
 _DISK_FULL_TEXT = f"os error {errno.ENOSPC}"
 PARENT_POLL_SECONDS = 0.5
@@ -164,7 +163,7 @@ def _explained_errors(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in _DISK_FULL or _DISK_FULL_TEXT in str(error):
+        if number in FULL_DISK or _DISK_FULL_TEXT in str(error):
             raise UserError(
                 f"the disk of {folder} is full ({_free_bytes(folder) / 1e6:,.1f} MB are free); make room, or choose "
                 "another --output_dir. Nothing incomplete was left"

@@ -202,7 +202,7 @@ def test_tables_of_paths(folder, name, content):
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("form", ["parquet", "struct", "jsonl"])
 def test_paths_in_parquet_and_json(folder, form, absolute, tmp_path_factory, monkeypatch):
-    """Relative paths begin at the folder of the file that names them, whatever the current folder is."""
+    """A relative path in a table is resolved against the folder of that table, not against the current folder."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     paths = [str(folder / path if absolute else path) for path in (f"pics/{row} [x] #1 50%.png" for row in range(3))]
     if form == "jsonl":

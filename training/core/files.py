@@ -8,6 +8,7 @@ that is presented as finished is written by these functions.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -20,6 +21,8 @@ from typing import IO, Any
 from pipelines.tools.replacing import WRITING, fsync_file, fsync_folder, replacing, rust_errors_as_os_errors
 
 REPLACED = ".replaced-"
+FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Error numbers of a full disk, and of a quota that is used up"""
 # Names of temporary files, `.writing-PID-name` and, in earlier versions, `.name.tmpPID`.
 _TEMPORARY_FILE = re.compile(rf"{re.escape(WRITING)}\d+-.+|\..+\.tmp\d+")
 

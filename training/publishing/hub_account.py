@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import threading
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from pipelines.tools.cli import UserError, cause, one_line
 from pipelines.tools.credentials import remember_credential
+from training.core.files import FULL_DISK
 
 T = TypeVar("T")
 
@@ -22,7 +22,6 @@ CHECK_SECONDS = 60.0  # after this time without an answer, the Hub counts as unr
 # The client waits for an answer without a limit. A request that takes this long is given up, and the upload is retried.
 REQUEST_SECONDS = 300.0
 POLL_SECONDS = 0.1
-FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def read_token(path: str) -> str:
