@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ from training.data.briefs import BriefedPosters, drop_fields
 from training.engine.session import train
 from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
+from training.models.denoiser import build_pixel_denoiser, check_prediction
 from training.models.posters import BriefEncoderConfig
-from training.models.unet import PixelUNetConfig, build_pixel_unet
+from training.models.transformer import TransformerConfig
+from training.models.unet import PixelUNetConfig
 from training.objectives.diffusion import Diffusion, DiffusionConfig, noise_level_sums
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
@@ -43,16 +46,23 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, ImageStageConf
 
     output_dir: str = option("runs/posters/decoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
+    denoiser: Literal["unet", "transformer"] = option("unet")
+    """The network that denoises: a U-Net (--model), or a transformer on patches (--transformer), which learns more in a
+    short time on a CPU, and which no ControlNet can steer"""
     model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""
+    transformer: TransformerConfig = option(TransformerConfig)
+    """The transformer, with --denoiser transformer"""
     brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
-    """The encoder of the design brief, trained jointly with the U-Net"""
+    """The encoder of the design brief, trained jointly with the network that denoises"""
     field_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
     """Average fraction of a brief's fields dropped in training; most briefs lose few or none, some lose most"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        self.model.check_resolution(self.resolution)
+        if self.denoiser == "unet":
+            self.model.check_resolution(self.resolution)
+        check_prediction(self)
 
 
 class PosterDecoderPhase(Phase):
@@ -60,18 +70,24 @@ class PosterDecoderPhase(Phase):
 
     name = "decoder"
 
-    def __init__(self, config: Config, unet: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
+    def __init__(self, config: Config, denoiser: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
         super().__init__()
-        self.unet, self.brief_encoder = unet, brief_encoder
+        setattr(self, config.denoiser, denoiser)  # under the name that it has in the pipeline
+        self.brief_encoder = brief_encoder
         self.config, self.diffusion = config, diffusion
         self.most_tokens = max((side**2 for side in config.model.attention_resolutions), default=0)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self, self.config.denoiser)
 
     def losses(self, batch: Batch, draws: Draws, brief: dict[str, Tensor], sampling: str | None = None) -> Tensor:
         """Compute the loss of each sample. B."""
         noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
         tokens, vector = self.brief_encoder(**brief)
         with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
-            prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
+            condition = {"encoder_hidden_states": tokens, "class_labels": vector}
+            prediction = self.denoiser(noisy.x_t, noisy.timesteps, **condition).sample
         return noisy.loss(prediction)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,15 +107,14 @@ class PosterDecoderStage(GeneratingStage):
         self.open_data(functools.partial(BriefedPosters, config=config))
         torch.manual_seed(config.seed)
         widths = config.brief_encoder.token_width, config.brief_encoder.global_width
-        self.unet = build_pixel_unet(config.model, config.resolution, *widths)
+        denoiser = build_pixel_denoiser(config, config.resolution, *widths)
         self.brief_encoder = DesignBriefEncoder(*widths)
         self.diffusion = Diffusion(config)
         # Known only where the target is the noise; for other targets it depends on the variance of the posters.
         self.trivial_loss = self.diffusion.trivial_loss if config.prediction_type == "epsilon" else None
-        self.ema_of = {"unet": self.unet, "brief_encoder": self.brief_encoder}
+        self.phase = PosterDecoderPhase(config, denoiser, self.brief_encoder, self.diffusion)
+        self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.take_initial_weights(self.ema_of)
-        self.phase = PosterDecoderPhase(config, self.unet, self.brief_encoder, self.diffusion)
-        self.phases = [self.phase]
 
     def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         losses = self.phase.losses(batch, draws, batch["brief"], sampling="uniform")
@@ -120,7 +135,9 @@ class PosterDecoderStage(GeneratingStage):
         from pipelines.poster_decoder import PosterDecoderPipeline
 
         return PosterDecoderPipeline(
-            unet=self.unet, scheduler=sampling_scheduler(self.diffusion.scheduler), brief_encoder=self.brief_encoder
+            **{"unet": None, self.config.denoiser: self.phase.denoiser},
+            scheduler=sampling_scheduler(self.diffusion.scheduler),
+            brief_encoder=self.brief_encoder,
         )
 
 
