@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from training.core.checks import SMALLEST_MAP
+from training.data.aspect_buckets import BucketRule
 from training.models.autoencoder import AutoencoderModelConfig
 from training.models.unet import UNetConfig
 from training.recipes.collection import Collection
@@ -46,6 +48,10 @@ def test_latents_have_at_most_16_cells_and_the_networks_fit_them(resolution, cel
     assert cells % 2 ** (len(widths) - 1) == 0
     assert cells / 2 ** (len(widths) - 1) >= 4  # the smallest feature map that the U-Net takes
     assert cells / 2 ** min(attention) <= 16
+    shapes = settings_for("latent_diffusion", MANY, device="cpu", resolution=resolution, cells=cells, rectangles=True)
+    levels = len(shapes["model.block_out_channels"])
+    if cells > SMALLEST_MAP:  # otherwise only squares are large enough for a U-Net
+        BucketRule(resolution, resolution // cells * 2 ** (levels - 1)).require_rectangles()
 
 
 def test_attention_follows_the_levels_that_are_given():

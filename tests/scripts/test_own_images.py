@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER
-from tests.support.runs import launch
+from tests.support.runs import ROOT, launch
 
 FORMATS = ("png", "jpg", "webp", "bmp", "tif", "gif")
 
@@ -30,3 +30,29 @@ def test_classes_of_mixed_formats_one_of_which_has_the_name_of_a_split(tmp_path:
     )
     assert "Left out: images in formats that are not read: 1 (python data_scripts/check_dataset.py lists them)" in line
     assert "notes" not in line
+
+
+def test_a_run_does_not_lie_in_the_folder_of_its_collection(tmp_path: Path):
+    """`--output_dir runs/pics` for a folder `pics` is an error before anything is made; a folder in it is not."""
+    (tmp_path / "pics").mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 64), (20 * i, 0, 0)).save(tmp_path / "pics" / f"{i}.png")
+    script, data = ROOT / "training/train_latent_diffusion.py", ("--train_data_dir", "pics")
+    refused = launch(script, *data, "--output_dir", "runs/pics/", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "name a folder in it, such as --output_dir runs/pics/my_run" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    planned = launch(script, *data, "--output_dir", "runs/pics/my_run", "--dry_run", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+
+
+def test_a_network_that_takes_only_squares_is_refused_before_its_autoencoder_is_trained(tmp_path: Path):
+    (tmp_path / "pics").mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 96), (20 * i, 0, 0)).save(tmp_path / "pics" / f"{i}.png")
+    flags = ("--train_data_dir", "pics", "--aspect_buckets", "true", "--denoiser", "unet", "--dry_run")
+    script = ROOT / "training/train_latent_diffusion.py"
+    refused = launch(script, *flags, "--model.block_out_channels", "[32,64]", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "at --resolution 64 all images would be squares" in refused.stderr
+    assert launch(script, *flags, cwd=tmp_path).returncode == 0

@@ -17,7 +17,9 @@ from pipelines.tools.devices import get_device
 from pipelines.tools.private import expand_home
 from training.core.files import read_json_object
 from training.core.made_folders import incomplete
+from training.data.aspect_buckets import BucketRule
 from training.models.autoencoder import AutoencoderModelConfig
+from training.models.denoiser import divisor_of_sides
 from training.models.vae_loading import PIXELS
 from training.recipes import estimate, settings
 from training.recipes.one_command import DATA, SHARED, Completion, set_option
@@ -94,7 +96,13 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         images, shape = run.collection.images, (channels, cells)
         return estimate.diffusion("latent diffusion", config, run.steps, shape, classes, images)
 
-    run.own_settings(training=training, cells=cells, widths=widths, transformer=config.denoiser == "transformer")
+    situation = {"cells": cells, "widths": widths, "rectangles": config.aspect_buckets}
+    run.own_settings(training=training, transformer=config.denoiser == "transformer", **situation)
+    if config.aspect_buckets:  # known before the autoencoder is trained
+        divisor, least_cells = divisor_of_sides(config)
+        BucketRule(
+            config.resolution, config.resolution // cells * divisor, least_cells=least_cells
+        ).require_rectangles()
     run.finish()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.tools.cli import UserError
 from pipelines.tools.devices import bf16_products_are_faster, get_device
 from training.core.made_folders import incomplete
 from training.core.options import Options
@@ -62,12 +63,24 @@ class Completion:
         self.settings_without_time: dict[str, Any] = {}
         self.time: Time | None = None
         self.collection: Collection = look_at(config, config.seed)
+        self._check_output_dir(collection_folder(config.source, write=False))
         self.folder: Path = collection_folder(config.source, write=_is_first() and config.trains)
         if config.image_mode != "rgb":  # what is made of colour images is of no use
             self.folder /= config.image_mode
         self.prepare: dict[str, str] = {}
         self.lines: list[str] = self.collection.lines()
         self.trainings: list[estimate.Training] = []
+
+    def _check_output_dir(self, folder: Path) -> None:
+        """Raise UserError if a new run would lie in the folder of the collection, among the inputs of all its runs."""
+        chosen = Path(os.path.expanduser(self.config.output_dir))
+        if "output_dir" not in self.given or os.path.abspath(chosen) != os.path.abspath(folder):
+            return
+        if not RunFolder(chosen).is_run():
+            raise UserError(
+                f"--output_dir {self.config.output_dir} is the folder for everything that belongs to these images; "
+                f"name a folder in it, such as --output_dir {folder / 'my_run'}, or leave the flag out"
+            )
 
     def decide(self, name: str, value: Any) -> None:
         """Set an option that is not given."""

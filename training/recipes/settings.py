@@ -79,6 +79,7 @@ def settings_for(
     resolution: int,
     cells: int = 0,
     widths: Sequence[int] = (),
+    rectangles: bool = False,
     transformer: bool = False,
     fast_bf16: bool = False,
     num_processes: int = 1,
@@ -91,6 +92,7 @@ def settings_for(
         resolution: side of the images in pixels.
         cells: side of the latents, or of the images for a model of pixels; for latent diffusion.
         widths: channels of the levels of the network, if they are given.
+        rectangles: whether some images are not square (`--aspect_buckets`), with shorter sides down to half of `cells`.
         transformer: whether the diffusion model is a transformer.
         fast_bf16: whether the CPU multiplies matrices faster in bfloat16.
         num_processes: number of processes that divide a batch among themselves.
@@ -115,7 +117,7 @@ def settings_for(
             found |= {"crop_scale": 0.5, "random_flip": True}
     elif stage == DIFFUSION:
         found |= _diffusion(collection)
-        found |= _transformer(cells) if transformer else _unet(cells, widths, large=large)
+        found |= _transformer(cells) if transformer else _unet(cells // 2 if rectangles else cells, widths, large=large)
         if transformer and fast_bf16 and device == "cpu":
             found["mixed_precision"] = "bf16"
         if collection.images <= MOST_SEARCHED:
