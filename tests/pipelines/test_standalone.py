@@ -254,6 +254,8 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
         "sampling",
         "schedulers",
         "standalone",
+        "starting_image",
+        "starting_point",
         "words",
     ]
     index = json.loads((here / "ours" / "model_index.json").read_text())
