@@ -128,6 +128,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
     settings = run_settings(config.model)
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)
+    config.check_filling(generator)
     data = open_evaluation_data(config, settings, generator)
     if generator is None:
         images = images_in(str(config.images), config.num_images)

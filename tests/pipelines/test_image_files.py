@@ -34,7 +34,7 @@ def files(tmp_path, monkeypatch) -> Path:
     upper_half(16).save("large.png")
     Image.new("L", (8, 8)).save("empty.png")
     noise_image(16).resize((16, 8)).save("wide.png")
-    Path("words.png").write_text("hello")
+    Path("words.png").write_text("hello", encoding="utf-8")
     return tmp_path
 
 
@@ -74,8 +74,9 @@ def test_an_image_of_other_proportions_is_stretched_with_a_message(model, files,
 
 def test_posters_start_from_an_image_as_well(decoder, files):
     noise_image(16).save("poster.png")
-    main(["--model", str(decoder), "--style", "swiss", "--num_images", "1", "--num_inference_steps", "2", "--scale", "1",
-          "--image", "poster.png", "--mask_image", "large.png", "--output", "images/"])  # fmt: skip
+    common = ["--model", str(decoder), "--style", "swiss", "--num_images", "1", "--num_inference_steps", "2"]
+    masked = ["--image", "poster.png", "--mask_image", "large.png"]
+    main([*common, *masked, "--scale", "1", "--output", "images/"])
     (written,) = Path("images").iterdir()
     assert np.array_equal(np.asarray(Image.open(written))[8:], np.asarray(Image.open("poster.png"))[8:])
 

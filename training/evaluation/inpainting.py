@@ -37,6 +37,17 @@ class InpaintingConfig(Options):
     jump_n_sample: int = option(1, at_least=1)
     """How many times each step is taken while a part is filled, see sample.py; more may fit better and takes longer"""
 
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if 0 < self.inpaint_images < 4:
+            raise UserError(f"--inpaint_images must be 0 or at least 4, but is {self.inpaint_images}")
+
+    def check_filling(self, generator: ImageGenerator | None) -> None:
+        """Raise a UserError if parts are to be filled, and the model (None for a folder of images) cannot do it."""
+        if self.inpaint_images and (generator is None or not generator.fills):
+            what = "a folder of images" if generator is None else f"this {generator.kind}"
+            raise UserError(f"--inpaint_images: {what} cannot fill a part of an image; leave it out")
+
 
 def measure_inpainting(
     generator: ImageGenerator,
@@ -57,15 +68,8 @@ def measure_inpainting(
 
     Returns:
         The metrics, and what the real images reach (`inpaint_boundary_error`, `inpaint_kid`).
-
-    Raises:
-        UserError: the model does not take images, or there are fewer than 4 of them.
     """
     count = config.inpaint_images
-    if not generator.fills:
-        raise UserError(f"--inpaint_images: a {generator.kind} cannot fill a part of an image; leave it out")
-    if count < 4:
-        raise UserError(f"--inpaint_images must be 0 or at least 4, but is {count}")
     real, filled = [], []
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))
