@@ -88,7 +88,7 @@ BAD = [
     (["--image", "photo.png", "--strength", "2"], "`strength` must be from 0 .* but is 2.0"),
     (["--image", "photo.png", "--mask_image", "large.png"], "`mask_image` must have the size of `image`, 8×8 pixels"),
     (["--image", "photo.png", "--mask_image", "empty.png"], "`mask_image` is empty"),
-    (["--image", "none.png", "--strength", "0.5"], "--image none.png: No such file or directory"),
+    (["--image", "none.png", "--strength", "0.5"], "--image none.png cannot be read as an image .No such file"),
     (["--image", "words.png", "--strength", "0.5"], "--image words.png.*cannot identify image file"),
     (["--image", "photo.png", "--mask_image", "words.png"], "--mask_image words.png.*cannot identify image file"),
     (["--image", "photo.png", "--strength", "half"], "--strength: invalid float value: 'half'"),

@@ -77,7 +77,8 @@ def measure_inpainting(
         originals = [to_pil(item["pixel_values"]) for item in items]
         masks = [mask_of(rectangle, image.size) for rectangle, image in zip(_rectangles(originals, start), originals)]
         real += originals
-        filled += generator.fill(items, numbers, originals, masks, config.jump_n_sample, poll)
+        made = generator.fill(items, numbers, originals, masks, config.jump_n_sample, poll)
+        filled += [image.resize(own.size) for image, own in zip(made, originals)]  # with another --resolution
     rectangles = _rectangles(real)
     pasted = [images[(number + 1) % len(images)] for number in range(count)]
     shown = {
