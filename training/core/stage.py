@@ -118,7 +118,8 @@ class Stage(ABC):
     ema_of: Mapping[str, nn.Module] = {}
     """Modules with EMA weights, which validation, previews and the pipeline use."""
     frozen: Sequence[nn.Module] = ()
-    """Modules that no phase trains; the loop freezes them and moves them to the device."""
+    """Modules that no phase trains; the loop freezes them and moves them to the device. The parameters of a phase in
+    them, such as those of an adapter, stay trainable."""
     best_metric: str = "val_loss"
     """Validation metric that the `best` checkpoint and early stopping depend on."""
     best_is_lower: bool = True

@@ -67,8 +67,12 @@ class Training:
             most_warmup=MOST_WARMUP,
             draws_version=NEWEST,
         )
+        trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
         for module in stage.frozen:
-            module.requires_grad_(False).eval().to(accelerator.device)
+            # A frozen model may have an adapter, whose parameters a phase trains.
+            for parameter in module.parameters():
+                parameter.requires_grad_(parameter.requires_grad and parameter in trained)
+            module.eval().to(accelerator.device)
         self.runners = [
             PhaseRunner(
                 phase,
