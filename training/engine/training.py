@@ -114,7 +114,7 @@ class Training:
         """
         # The pipeline is a function of the weights: a resumed run has nothing else to make it from.
         with nullcontext() if held is None else self._weights_of(held), evaluating(self.modules, self.ema):
-            self.stage.pipeline().save_pretrained(folder / "pipeline")
+            self.stage.save_pipeline(folder / "pipeline")
         save_contents(self.contents() if held is None else held, folder)
 
     @contextmanager
