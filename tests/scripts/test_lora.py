@@ -26,7 +26,7 @@ from training import push_to_hub, train_latent_diffusion
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
-PROMPT = "a minimalist poster, blue on cream, one picture"
+PROMPT = "a minimalist poster, blue on cream"
 FILE = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = ("--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-2", "--num_train_epochs", "2")
