@@ -19,7 +19,8 @@ from training.core.parsing import parse_config
 from training.engine.launch import threads_per_process
 from training.models.unet import build_pixel_unet
 from training.objectives.diffusion import Diffusion
-from training.train_decoder import Config, PosterDecoderPhase
+from training.stages.decoding import PosterDecoderPhase
+from training.train_decoder import Config
 
 
 @dataclass

@@ -85,6 +85,8 @@ class StageContext:
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
     num_processes: int = 1
     """Number of processes that train together."""
+    exchange: Exchange = Exchange()
+    """Exchange between these processes, for the work that `finish` shares among them."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,11 @@ class Stage(ABC):
     frozen: Sequence[nn.Module] = ()
     """Modules that no phase trains; the loop freezes them and moves them to the device."""
     best_metric: str = "val_loss"
-    """Validation metric that the `best` checkpoint and early stopping depend on."""
+    """Metric that the `best` checkpoint and early stopping depend on, of the validation or of `evaluate` (`eval_…`)."""
     best_is_lower: bool = True
     """Whether a lower value of `best_metric` is better."""
+    exports_best: bool = False
+    """Whether a complete run exports its best weights, rather than its last ones."""
     trivial_loss: float | None = None
     """Training loss of a model that has learned nothing, if it is known."""
     conditions: Sequence[str] = ()

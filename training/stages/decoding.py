@@ -1,0 +1,92 @@
+"""What the stages that train the poster decoder share: the denoising loss, the previews and the pipeline.
+
+B batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipelines.tools.commands import command_with
+from training.core.draws import Draws
+from training.core.options import Options, option
+from training.core.previews import Previews
+from training.core.stage import Batch, Phase
+from training.data.briefs import drop_fields
+from training.metrics.images import to_pil
+from training.models.attention import attention_kernel, most_attention_tokens
+from training.objectives.diffusion import Diffusion, noise_level_sums
+from training.stages.generating import GeneratingStage
+from training.stages.image_stage import loss_sums
+
+
+@dataclass
+class FieldDropoutConfig(Options):
+    """How sparse the briefs of the training are."""
+
+    field_dropout: float = option(0.1, on_resume="warn", at_least=0, at_most=1, usual="0.1")
+    """Average fraction of a brief's fields dropped in training; most briefs lose few or none, some lose most"""
+
+
+class PosterDecoderPhase(Phase):
+    """Denoising loss on pixels, with some fields of the briefs dropped.
+
+    Args:
+        config: has `field_dropout`, `cfg_dropout` and `gradient_checkpointing`.
+    """
+
+    name = "decoder"
+
+    def __init__(self, config: Any, unet: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
+        super().__init__()
+        self.unet, self.brief_encoder = unet, brief_encoder
+        self.config, self.diffusion = config, diffusion
+        self.most_tokens = most_attention_tokens(unet)
+
+    def losses(self, batch: Batch, draws: Draws, brief: dict[str, Tensor], sampling: str | None = None) -> Tensor:
+        """Compute the loss of each sample. B."""
+        noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
+        tokens, vector = self.brief_encoder(**brief)
+        with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
+            prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
+        return noisy.loss(prediction)
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        brief = drop_fields(batch["brief"], draws, self.config.field_dropout, self.config.cfg_dropout)
+        return self.losses(batch, draws, brief).mean(), {}
+
+
+class DecodingStage(GeneratingStage):
+    """A stage that trains a poster decoder. A subclass sets `unet`, `brief_encoder`, `diffusion` and `phase`."""
+
+    card_template = "poster_decoder.md.jinja"
+    conditions = ("briefs",)
+    unet: Any
+    brief_encoder: Any
+    diffusion: Diffusion
+    phase: PosterDecoderPhase
+
+    def validation_step(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        losses = self.phase.losses(batch, draws, batch["brief"], sampling="uniform")
+        return loss_sums(losses) | noise_level_sums(losses, draws)
+
+    def previews(self) -> Previews:
+        rows = self.shown_rows(self.config.num_previews)
+        briefs = [self.shown_data.brief(row) for row in rows]
+        images = self.sample(self.pipeline(), briefs, seeds=[self.config.seed + row for row in rows])
+        references = [to_pil(image) for image in self.shown_batch(rows)["pixel_values"]]
+        return Previews(images, [brief.describe() for brief in briefs], references)
+
+    def usage(self, model: str) -> str:
+        return command_with("pipelines/sample.py", {"model": model, "brief": "random", "output": "grid.png"})
+
+    def pipeline(self) -> Any:
+        from pipelines.common.schedulers import sampling_scheduler
+        from pipelines.poster_decoder import PosterDecoderPipeline
+
+        return PosterDecoderPipeline(
+            unet=self.unet, scheduler=sampling_scheduler(self.diffusion.scheduler), brief_encoder=self.brief_encoder
+        )
