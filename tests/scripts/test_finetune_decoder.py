@@ -350,7 +350,7 @@ def test_settings_that_make_no_sense(capfd, flags, tmp_path, more, words):
 def test_posters_without_their_grammar_are_refused(capfd, flags, posters, tmp_path):
     import datasets
 
-    data = datasets.load_from_disk(str(posters))
+    data = datasets.load_dataset(str(posters))
     data.remove_columns(list(GRAMMAR)).save_to_disk(str(tmp_path / "old"))
     message = bad(capfd, flags, tmp_path, "--dataset_name", str(tmp_path / "old"))
     assert "is not a poster dataset: it has no column balance" in message

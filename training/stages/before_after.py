@@ -81,6 +81,9 @@ class BeforeAfterStage(DecodingStage):
             self._measured_before(exchange)
         return super().evaluation_seconds(exchange, distances=distances, copies=copies)
 
+    def conclusions(self, rows: Sequence[Mapping[str, str]], steps_per_epoch: int) -> list[str]:
+        return []  # those of other stages are about a model that approaches real images; the report is about this one
+
     def finish(self) -> None:
         """Measure the decoder before and after on briefs that neither training nor the choice of a checkpoint used."""
         exchange, data = self.context.exchange, self._report_data()
