@@ -36,7 +36,12 @@ class PosterControlNetPipeline(ControlledMixin, PosterDecoderPipeline):
         brief_encoder: ModelMixin,
         controlnet: ModelMixin,
         prediction_type: Optional[str] = None,
+        transformer: Optional[ModelMixin] = None,
     ):
+        if unet is None or transformer is not None:
+            raise ValueError(
+                "the base model has a `transformer`, but a ControlNet steers a U-Net; pass a base with one"
+            )
         super().__init__(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder, prediction_type=prediction_type)
         self.set_controlnet(controlnet)
 

@@ -44,33 +44,45 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     `pipeline._guidance_scale`, and `pipeline._interrupt = True` to end sampling.
 
     Args:
-        unet (`UNet2DConditionModel`): Denoises images, given the timestep, the tokens and the global vector of a brief.
+        unet (`UNet2DConditionModel`): Denoises images, given the timestep, the tokens and the global vector of a
+            brief; None for a model that has a `transformer` instead.
         scheduler (`SchedulerMixin`): Scheduler for the prediction type; `set_scheduler("ddim")` selects another.
         brief_encoder (`ModelMixin`): Encodes briefs to tokens (`B L D`) and global vectors (`B E`).
         prediction_type (`str`, *optional*): What the U-Net predicts: `"epsilon"`, `"v_prediction"`, `"sample"` or
             `"flow_prediction"`. Defaults to the prediction type of the scheduler.
+        transformer (`ModelMixin`, *optional*): A transformer with the arguments of the U-Net, in its place.
 
     Raises:
-        ValueError: If the prediction type is unknown.
+        ValueError: If the prediction type is unknown, or if there is not one network that denoises.
     """
 
-    model_cpu_offload_seq = "brief_encoder->unet"
+    model_cpu_offload_seq = "brief_encoder->unet->transformer"
+    _optional_components = ["unet", "transformer"]
     _callback_tensor_inputs = ["images", "prompt_embeds"]
     scheduler: Any
+    transformer: Any = None
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: Optional[UNet2DConditionModel],
         scheduler: SchedulerMixin,
         brief_encoder: ModelMixin,
         prediction_type: Optional[str] = None,
+        transformer: Optional[ModelMixin] = None,
     ):
         super().__init__()
+        if (unet is None) == (transformer is None):
+            raise ValueError("pass either `unet` or `transformer`, the network that denoises")
         prediction_type = known_prediction_type(prediction_type, scheduler)
-        self.register_modules(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder)
+        self.register_modules(unet=unet, scheduler=scheduler, brief_encoder=brief_encoder, transformer=transformer)
         self.register_to_config(prediction_type=prediction_type)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._own_scheduler = scheduler
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that denoises: the U-Net or the transformer."""
+        return self.unet if self.transformer is None else self.transformer
 
     @torch.no_grad()
     def __call__(
@@ -162,7 +174,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         self, briefs: Sequence[DesignBrief], device: torch.device | str | None = None, guided: bool = False,
         repeats: int = 1,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Encode briefs to tokens (`B L D`) and global vectors (`B E`), in the U-Net's dtype.
+        """Encode briefs to tokens (`B L D`) and global vectors (`B E`), in the denoiser's dtype.
 
         Each brief is repeated `repeats` times. With guidance the batch has twice the size, and the empty briefs come
         first.
@@ -170,14 +182,14 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         empty = [DesignBrief()] * len(briefs) if guided else []
         tensors = brief_tensors([*empty, *briefs], device or self._execution_device)
         encoded = self.brief_encoder(**tensors)
-        tokens, global_vectors = (part.to(self.unet.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
+        tokens, global_vectors = (part.to(self.denoiser.dtype).repeat_interleave(repeats, dim=0) for part in encoded)
         return tokens, global_vectors
 
     def _denoise(self, noise: Tensor, tokens: Tensor, global_vectors: Tensor, options: SamplingOptions) -> Tensor:
         """Denoise standard normal noise to images (B 3 H W, in [-1, 1]); with guidance, conditions have size 2B."""
 
         def predict(x: Tensor, timestep: Any, tokens: Tensor) -> Tensor:
-            return self.unet(
+            return self.denoiser(
                 x,
                 timestep,
                 encoder_hidden_states=tokens,
@@ -189,12 +201,13 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         height, width = self._given_or_trained_size(height, width)
-        step = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        config = self.denoiser.config
+        is_unet = self.transformer is None
+        step = 2 ** (len(config.block_out_channels) - 1) if is_unet else config.patch_size
+        reason = "the U-Net's total downsampling" if is_unet else "the transformer's patch size"
         for name, value in (("height", height), ("width", width)):
             if value < step or value % step:
-                raise ValueError(
-                    f"`{name}` must be a multiple of {step} (the U-Net's total downsampling), but is {value!r}"
-                )
+                raise ValueError(f"`{name}` must be a multiple of {step} ({reason}), but is {value!r}")
         return height, width
 
 

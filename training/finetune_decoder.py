@@ -33,7 +33,6 @@ from training.data.briefs import BriefedPosters
 from training.data.fingerprints import module_fingerprint
 from training.data.posters import require_poster_columns
 from training.engine.session import train
-from training.models.attention import attention_kernel
 from training.models.reader import PosterReader, check_independent, load_reader
 from training.objectives.cycle import counts_loss, grammar_loss, palette_loss
 from training.objectives.diffusion import Diffusion, ObjectiveConfig, diffusion_of_pipeline
@@ -119,9 +118,15 @@ class FinetuningPhase(PosterDecoderPhase):
     """
 
     def __init__(
-        self, config: Config, unet: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion, reader: PosterReader
+        self,
+        config: Config,
+        kind: str,
+        denoiser: nn.Module,
+        brief_encoder: nn.Module,
+        diffusion: Diffusion,
+        reader: PosterReader,
     ):
-        super().__init__(config, unet, brief_encoder, diffusion)
+        super().__init__(config, kind, denoiser, brief_encoder, diffusion)
         self.borrow(reader=reader)
         self.levels = noise_levels(diffusion, config.sampling_steps)
 
@@ -133,9 +138,7 @@ class FinetuningPhase(PosterDecoderPhase):
         def predict(x_t: Tensor, timestep: float) -> Tensor:
             model_input = x_t if scale is None else torch.cat([x_t, x_t])
             timesteps = model_input.new_full((len(model_input),), timestep)
-            with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
-                output = self.unet(model_input, timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
-            return guided(output.float(), scale)
+            return guided(self.predict(model_input, timesteps, tokens, vector).float(), scale)
 
         prediction_type = self.diffusion.config.prediction_type
         posters = unrolled(predict, noise, self.levels, prediction_type, self.config.gradient_steps)
@@ -180,13 +183,13 @@ class FinetuningStage(BeforeAfterStage):
             check_independent(self.judge, self.reader, str(config.judge))
         self.open_data(functools.partial(BriefedPosters, config=config))
         require_poster_columns(self.training_set.dataset, GRAMMAR, str(config.source))
-        self.unet, self.brief_encoder = decoder.unet, decoder.brief_encoder
-        self.ema_of = {"unet": self.unet, "brief_encoder": self.brief_encoder}
+        kind = "unet" if decoder.transformer is None else "transformer"
+        self.diffusion = diffusion_of_pipeline(decoder, config)
+        networks = decoder.denoiser, decoder.brief_encoder
+        self.phase = FinetuningPhase(config, kind, *networks, self.diffusion, self.reader)
+        self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.original = nn.ModuleDict({name: copy.deepcopy(module) for name, module in self.ema_of.items()})
         self.take_initial_weights(self.ema_of)
-        self.diffusion = diffusion_of_pipeline(decoder, config)
-        self.phase = FinetuningPhase(config, self.unet, self.brief_encoder, self.diffusion, self.reader)
-        self.phases = [self.phase]
         self.frozen = [self.original, self.reader, *([self.judge] if self.judge is not None else [])]
 
     def inputs(self) -> dict[str, str]:
@@ -208,7 +211,7 @@ def load_decoder(path: str, resolution: int) -> Any:
         raise UserError(
             f"--decoder {path} is a {type(pipeline).__name__}, not a poster decoder; give a run of train_decoder.py"
         )
-    if (side := pipeline.unet.config.sample_size) != resolution:
+    if (side := pipeline.denoiser.config.sample_size) != resolution:
         raise UserError(
             f"--decoder {path} generates posters of {side} px, but --resolution is {resolution}; set "
             f"--resolution {side}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,8 +21,10 @@ from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.data.briefs import BriefedPosters
 from training.engine.session import train
+from training.models.denoiser import build_pixel_denoiser, check_prediction
 from training.models.posters import BriefEncoderConfig
-from training.models.unet import PixelUNetConfig, build_pixel_unet
+from training.models.transformer import TransformerConfig
+from training.models.unet import PixelUNetConfig
 from training.objectives.diffusion import Diffusion, DiffusionConfig
 from training.stages.decoding import DecodingStage, FieldDropoutConfig, PosterDecoderPhase
 from training.stages.generating import RunEvaluationConfig
@@ -36,14 +39,21 @@ class Config(FieldDropoutConfig, DiffusionConfig, PreviewConfig, RunEvaluationCo
 
     output_dir: str = option("runs/posters/decoder", on_resume="free", essential=True)
     """Output folder of the run: checkpoints, metrics.csv, previews and the final pipeline; a run in it is resumed"""
+    denoiser: Literal["unet", "transformer"] = option("unet")
+    """The network that denoises: a U-Net (--model), or a transformer on patches (--transformer), which learns more in a
+    short time on a CPU, and which no ControlNet can steer"""
     model: PixelUNetConfig = option(PixelUNetConfig)
     """The U-Net"""
+    transformer: TransformerConfig = option(TransformerConfig)
+    """The transformer, with --denoiser transformer"""
     brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
-    """The encoder of the design brief, trained jointly with the U-Net"""
+    """The encoder of the design brief, trained jointly with the network that denoises"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
-        self.model.check_resolution(self.resolution)
+        if self.denoiser == "unet":
+            self.model.check_resolution(self.resolution)
+        check_prediction(self)
 
 
 class PosterDecoderStage(DecodingStage):
@@ -56,15 +66,14 @@ class PosterDecoderStage(DecodingStage):
         self.open_data(functools.partial(BriefedPosters, config=config))
         torch.manual_seed(config.seed)
         widths = config.brief_encoder.token_width, config.brief_encoder.global_width
-        self.unet = build_pixel_unet(config.model, config.resolution, *widths)
-        self.brief_encoder = DesignBriefEncoder(*widths)
+        denoiser = build_pixel_denoiser(config, config.resolution, *widths)
+        brief_encoder = DesignBriefEncoder(*widths)
         self.diffusion = Diffusion(config)
         # Known only where the target is the noise; for other targets it depends on the variance of the posters.
         self.trivial_loss = self.diffusion.trivial_loss if config.prediction_type == "epsilon" else None
-        self.ema_of = {"unet": self.unet, "brief_encoder": self.brief_encoder}
+        self.phase = PosterDecoderPhase(config, config.denoiser, denoiser, brief_encoder, self.diffusion)
+        self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.take_initial_weights(self.ema_of)
-        self.phase = PosterDecoderPhase(config, self.unet, self.brief_encoder, self.diffusion)
-        self.phases = [self.phase]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,7 +35,7 @@ from training.models.attention import attention_kernel
 from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
 from training.models.conditioning import caption_and_class, pipeline_conditions
-from training.models.denoiser import build_denoiser, divisor_of_sides
+from training.models.denoiser import build_denoiser, check_prediction, divisor_of_sides
 from training.models.text_encoder import TextEncoderConfig, build_text
 from training.models.transformer import TransformerConfig
 from training.models.unet import UNetConfig
@@ -99,11 +99,7 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
                 "--vae is not set; give a Hub id such as stabilityai/sdxl-vae, a folder, or a run of "
                 "train_autoencoder.py; or give --train_data_dir without --config, and an autoencoder is trained"
             )
-        if self.denoiser == "transformer" and self.transformer.predicts_sample and not self.predicts_flow:
-            raise UserError(
-                f"--transformer.predicts_sample true requires --prediction_type flow_prediction, which is "
-                f"{self.prediction_type}; set one of them"
-            )
+        check_prediction(self)
         if self.with_captions and not (self.tokenizer or self.pretrained_text_encoder):
             raise UserError(
                 f"captions need --tokenizer (make one with {command('data_scripts/train_tokenizer.py')}) "
@@ -116,10 +112,6 @@ class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, 
             )
         if self.caption_prior.hidden_size and not self.with_captions:
             raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
-
-    @property
-    def predicts_flow(self) -> bool:
-        return self.prediction_type == "flow_prediction"
 
     @property
     def with_captions(self) -> bool:

@@ -157,6 +157,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         bottleneck_size: width through which the values of a patch enter; 0 connects them directly.
         cross_attention_dim: width E of the text condition; None for a model without text.
         num_class_embeds: number of classes, including the null class; None for a model without classes.
+        class_embed_type: "projection" for a model whose `class_labels` are vectors, as in UNet2DConditionModel.
+        projection_class_embeddings_input_dim: width of these vectors.
         predicts_sample: whether the network predicts the clean sample, from which the returned flow is computed.
             Without it, the network predicts what is returned.
         num_train_timesteps: timestep of pure noise.
@@ -189,6 +191,8 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
         conv_width: int = 64,
         least_noise_level: float = 0.0,
         restart_levels: Sequence[float] = (),
+        class_embed_type: Optional[str] = None,
+        projection_class_embeddings_input_dim: Optional[int] = None,
     ):
         super().__init__()
         if conv_layers and patch_size % 2:
@@ -207,7 +211,11 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
             )
         self.time_features = Timesteps(TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_FEATURES, width)
-        self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds else None
+        self.class_embedding: Optional[nn.Module] = None
+        if class_embed_type == "projection":
+            self.class_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, width)
+        elif num_class_embeds:
+            self.class_embedding = nn.Embedding(num_class_embeds, width)
         self.text_weights = nn.Linear(cross_attention_dim, 1, bias=False) if cross_attention_dim else None
         self.text_embedding = TimestepEmbedding(cross_attention_dim, width) if cross_attention_dim else None
         self.blocks = nn.ModuleList(
@@ -235,7 +243,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin):
             sample: B C H W, noisy; H and W are multiples of the patch side.
             timestep: B or a number; from 0 for a clean sample to `num_train_timesteps` for noise.
             encoder_hidden_states: B L E; required by a model with text.
-            class_labels: B; required by a model with classes.
+            class_labels: B, or B V for vectors of width V; required by a model with classes or with vectors.
 
         Returns:
             The prediction, B C H W, in the dtype of `sample`.

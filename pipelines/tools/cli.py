@@ -245,9 +245,11 @@ def _exit(status: int) -> NoReturn:
     A process that was asked to stop ends at once. Threads of Gloo sometimes abort the shutdown although all work is
     done and saved ("terminate called without an active exception"). Libraries of trackers wait in it for their server.
     """
-    # All is done and said: a Ctrl-C within the shutdown of the interpreter would print a traceback.
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # All is done and said: a Ctrl-C within the shutdown of the interpreter would print a traceback. So would PyTorch,
+    # which answers the death of a loader process with an exception in whatever code runs at that moment.
+    for number in (signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT)):  # Windows has no SIGCHLD
+        with contextlib.suppress(ValueError):
+            signal.signal(number, signal.SIG_DFL)
     # Loader processes ignore SIGTERM, which multiprocessing would send to them before it waits for their end.
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -11,6 +11,7 @@ from data_scripts.import_captions import main as import_captions
 from pipelines.caption import main as caption
 from pipelines.sample import main as sample
 from pipelines.tools.cli import UserError, located
+from tests.support.runs import launch
 from training import evaluate, train_autoencoder, train_decoder, train_latent_diffusion
 from training.core.parsing import parse_config
 
@@ -79,3 +80,26 @@ def test_a_missing_path_is_absolute_in_the_message(what, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         main(words)
     assert os.path.join(tmp_path, path) in str(caught.value)
+
+
+LOADING = """
+import atexit, time
+from torch.utils.data import DataLoader
+from pipelines.tools.cli import entry_point
+
+def main():
+    global batches
+    batches = iter(DataLoader(range(100), num_workers=2))
+    next(batches)
+    atexit.register(time.sleep, 1)  # the death of the loader processes is noticed while Python code runs
+
+if __name__ == "__main__":
+    entry_point(main)
+"""
+
+
+def test_loader_processes_end_without_a_traceback(tmp_path):
+    """PyTorch raises an error when a loader process is killed, as those that are still at work are in the end."""
+    (tmp_path / "loading.py").write_text(LOADING)
+    done = launch(tmp_path / "loading.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -26,6 +26,7 @@ from pipelines.common.schedulers import (
     training_scheduler,
 )
 from pipelines.models.design_brief_encoder import DesignBriefEncoder
+from pipelines.models.patch_transformer import PatchTransformer2DModel
 from pipelines.poster_decoder import PosterDecoderPipeline, as_briefs
 from pipelines.tools.loading import load_pipeline
 from tests.support.environments import environment_without_halftone
@@ -45,6 +46,24 @@ def tiny_decoder(prediction_type: str = "v_prediction", **options) -> PosterDeco
         unet=build_pixel_unet(config, SIDE, 8, 6).eval(),
         scheduler=sampling_scheduler(training_scheduler(prediction_type)),
         brief_encoder=DesignBriefEncoder(token_width=8, global_width=6).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_transformer_decoder() -> PosterDecoderPipeline:
+    torch.manual_seed(0)
+    shape = {"patch_size": 4, "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "bottleneck_size": 4}
+    network = PatchTransformer2DModel(
+        SIDE, **shape, cross_attention_dim=8, class_embed_type="projection", projection_class_embeddings_input_dim=6
+    )
+    for layer in (network.patch_out, network.modulation_out, network.blocks[0].modulation):
+        torch.nn.init.normal_(layer.weight, std=0.1)  # they begin at zero, and the brief would change nothing
+    pipeline = PosterDecoderPipeline(
+        unet=None,
+        scheduler=sampling_scheduler(training_scheduler("flow_prediction")),
+        brief_encoder=DesignBriefEncoder(token_width=8, global_width=6).eval(),
+        transformer=network.eval(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

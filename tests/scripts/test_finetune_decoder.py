@@ -244,7 +244,7 @@ def test_the_gradient_steps_bound_the_gradient(flags):
         noise = Draws(0, 0, range(4)).normal("generated", (3, 32, 32))
         posters[steps] = stage.phase.generate(batch["brief"], noise)
         stage.phase.cycle_losses(posters[steps], batch["brief"])["grammar"].backward()
-        gradients[steps] = stage.unet.conv_in.weight.grad.clone()
+        gradients[steps] = stage.phase.unet.conv_in.weight.grad.clone()
     assert torch.equal(posters["1"], posters["3"])
     assert not torch.allclose(gradients["1"], gradients["2"])
     assert not torch.allclose(gradients["2"], gradients["3"])

@@ -118,6 +118,54 @@ def test_every_parameter_trains(tmp_path, flags, attention):
     assert any("attn2" in key for key in first) == (attention != "[]")
 
 
+TRANSFORMER = (
+    *("--denoiser", "transformer", "--transformer.hidden_size", "16", "--transformer.num_layers", "1"),
+    *("--transformer.num_attention_heads", "2", "--transformer.bottleneck_size", "4", "--transformer.conv_layers", "1"),
+    *("--prediction_type", "flow_prediction", "--timestep_sampling", "logit_normal", "--logit_mean", "0.8"),
+)
+
+
+def test_a_transformer_denoises_in_the_place_of_the_unet(tmp_path, flags):
+    """It trains, follows its brief, is resumed with the same bits, and draws as remote code."""
+    more = (*TRANSFORMER, "--learning_rate", "1e-2", "--field_dropout", "0.5", "--weight_decay", "0")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train(whole, flags, *more, "--num_train_epochs", "2") == 0
+    for _ in range(2):
+        assert train(halves, flags, *more, "--extra_epochs", "1") == 0
+    assert_same_state(halves, whole)
+    state = load_tensors(whole / "checkpoints/latest/phase_decoder.safetensors")
+    assert {key.split(".")[0] for key in state} == {"transformer", "brief_encoder"}
+    ours = generate(load_pipeline(whole))
+    theirs = generate(DiffusionPipeline.from_pretrained(whole / "pipeline", trust_remote_code=True))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours, generate(load_pipeline(whole), {"style": "pop"}, guidance_scale=5.0))
+    with pytest.raises(ValueError, match="multiple of 8 \\(the transformer's patch size\\), but is 36"):
+        generate(load_pipeline(whole), height=36)
+
+
+def test_the_vector_of_a_brief_reaches_the_transformer(flags):
+    """Not only the tokens: the network's prediction changes with the vector alone."""
+    torch.manual_seed(0)
+    network = stage_of(flags, *TRANSFORMER).phase.denoiser
+    torch.nn.init.normal_(network.modulation_out.weight)
+    torch.nn.init.normal_(network.convolutions.last.weight)
+    x, tokens = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 16)
+    one, other = (network(x, 500, tokens, torch.full((1, 16), value)).sample for value in (0.0, 1.0))
+    assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--prediction_type", "v_prediction"), "requires --prediction_type flow_prediction, which is v_prediction"),
+        (("--transformer.patch_size", "12"), "--transformer.patch_size 12 must divide the side of the samples"),
+    ],
+)
+def test_a_transformer_that_cannot_be_trained(flags, more, message):
+    with pytest.raises(UserError, match=message):
+        stage_of(flags, *TRANSFORMER, *more)
+
+
 # --- sessions
 
 

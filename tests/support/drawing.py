@@ -19,6 +19,7 @@ GENERATING = {  # a condition for each kind of pipeline that denoises
     "unconditional": {},
     "controlnet": {"prompt": PROMPT, "control_image": torch.ones(2, 8, 8)},
     "poster_decoder": {"briefs": BRIEF},
+    "poster_transformer": {"briefs": BRIEF},
     "poster_controlnet": {"briefs": BRIEF, "control_image": torch.ones(2, 16, 16)},
 }
 GUIDED = [name for name in GENERATING if name != "unconditional"]

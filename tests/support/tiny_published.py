@@ -14,7 +14,7 @@ from pipelines.common.schedulers import training_scheduler
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models.multi_head_autoencoder import MultiHeadAutoencoderKL
 from tests.pipelines.test_layout_analysis import tiny_pipeline as tiny_layout_pipeline
-from tests.pipelines.test_poster_decoder import tiny_decoder
+from tests.pipelines.test_poster_decoder import tiny_decoder, tiny_transformer_decoder
 from tests.support.tiny_captions import tiny_caption_pipeline
 from tests.support.tiny_controlnets import PICTURE, controlled, tiny_controlled, tiny_controlled_decoder, tiny_net
 from tests.support.tiny_models import TEXT_WIDTH, TWO_LEVELS, tiny_pipeline, tiny_unet, tiny_vae
@@ -53,6 +53,7 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "controlnet": lambda: tiny_controlled("film"),
     "two_controlnets": with_two_controlnets,
     "poster_decoder": tiny_decoder,
+    "poster_transformer": tiny_transformer_decoder,
     "poster_controlnet": lambda: tiny_controlled_decoder("gated"),
     "image_caption": tiny_caption_pipeline,
     "layout_encoder": lambda: tiny_layout_pipeline(abstractor=False),

@@ -56,6 +56,7 @@ def build_transformer(
     condition_channels: int = 0,
     num_train_timesteps: int = 1000,
     least_noise_level: float = 0.0,
+    vector_width: int | None = None,
 ) -> nn.Module:
     """Build a transformer with new weights.
 
@@ -66,6 +67,7 @@ def build_transformer(
         num_classes: number of classes; 0 for none. A last class is added, which stands for "no class".
         condition_channels: channels that are concatenated to the noisy samples.
         least_noise_level: noise level below which the training has hardly any samples.
+        vector_width: width of the vectors that are passed as `class_labels`, in a model without classes.
 
     Raises:
         UserError: the side is not a multiple of the patch side.
@@ -88,6 +90,8 @@ def build_transformer(
         bottleneck_size=config.bottleneck_size,
         cross_attention_dim=text_width,
         num_class_embeds=num_classes + 1 if num_classes else None,
+        class_embed_type="projection" if vector_width else None,
+        projection_class_embeddings_input_dim=vector_width,
         predicts_sample=config.predicts_sample,
         num_train_timesteps=num_train_timesteps,
         conv_layers=config.conv_layers,

@@ -62,7 +62,7 @@ class BeforeAfterStage(DecodingStage):
     """A stage that trains a trained decoder further, measured by readers. A subclass sets the attributes.
 
     Attributes:
-        original: the decoder before, `unet` and `brief_encoder`, frozen.
+        original: the decoder before, its network and its brief encoder by their names in the pipeline, frozen.
         reader: reads generated posters during training.
         judge: reads them in the report only; None for none.
     """
@@ -103,7 +103,7 @@ class BeforeAfterStage(DecodingStage):
     def pipeline_of(self, modules: Mapping[str, nn.Module]) -> Any:
         """Return the pipeline of a decoder with these modules, which samples as that of this stage."""
         pipeline = self.pipeline()
-        return type(pipeline)(scheduler=pipeline.scheduler, **modules)
+        return type(pipeline)(**{"unet": None, **modules}, scheduler=pipeline.scheduler)
 
     def _conditions(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return held-out rows alone: a decoder is measured by briefs that it was not trained on."""

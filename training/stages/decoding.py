@@ -5,6 +5,7 @@ B batch.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +37,34 @@ class PosterDecoderPhase(Phase):
 
     Args:
         config: has `field_dropout`, `cfg_dropout` and `gradient_checkpointing`.
+        kind: name of the network that denoises, as in the pipeline: unet or transformer.
     """
 
     name = "decoder"
 
-    def __init__(self, config: Any, unet: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
+    def __init__(self, config: Any, kind: str, denoiser: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
         super().__init__()
-        self.unet, self.brief_encoder = unet, brief_encoder
-        self.config, self.diffusion = config, diffusion
-        self.most_tokens = most_attention_tokens(unet)
+        setattr(self, kind, denoiser)
+        self.brief_encoder = brief_encoder
+        self.config, self.kind, self.diffusion = config, kind, diffusion
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self, self.kind)
+
+    def predict(self, x_t: Tensor, timesteps: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
+        """Return the prediction of the network for noisy posters and encoded briefs. B 3 H W."""
+        kernel: AbstractContextManager = nullcontext()
+        if self.kind == "unet":
+            kernel = attention_kernel(most_attention_tokens(self.denoiser), self.config.gradient_checkpointing)
+        with kernel:
+            return self.denoiser(x_t, timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
 
     def losses(self, batch: Batch, draws: Draws, brief: dict[str, Tensor], sampling: str | None = None) -> Tensor:
         """Compute the loss of each sample. B."""
         noisy = self.diffusion.corrupt(batch["pixel_values"], draws, sampling=sampling)
         tokens, vector = self.brief_encoder(**brief)
-        with attention_kernel(self.most_tokens, self.config.gradient_checkpointing):
-            prediction = self.unet(noisy.x_t, noisy.timesteps, encoder_hidden_states=tokens, class_labels=vector).sample
-        return noisy.loss(prediction)
+        return noisy.loss(self.predict(noisy.x_t, noisy.timesteps, tokens, vector))
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         brief = drop_fields(batch["brief"], draws, self.config.field_dropout, self.config.cfg_dropout)
@@ -60,12 +72,10 @@ class PosterDecoderPhase(Phase):
 
 
 class DecodingStage(GeneratingStage):
-    """A stage that trains a poster decoder. A subclass sets `unet`, `brief_encoder`, `diffusion` and `phase`."""
+    """A stage that trains a poster decoder. A subclass sets `diffusion` and `phase`."""
 
     card_template = "poster_decoder.md.jinja"
     conditions = ("briefs",)
-    unet: Any
-    brief_encoder: Any
     diffusion: Diffusion
     phase: PosterDecoderPhase
 
@@ -88,5 +98,7 @@ class DecodingStage(GeneratingStage):
         from pipelines.poster_decoder import PosterDecoderPipeline
 
         return PosterDecoderPipeline(
-            unet=self.unet, scheduler=sampling_scheduler(self.diffusion.scheduler), brief_encoder=self.brief_encoder
+            **{"unet": None, self.phase.kind: self.phase.denoiser},
+            scheduler=sampling_scheduler(self.diffusion.scheduler),
+            brief_encoder=self.phase.brief_encoder,
         )
