@@ -67,11 +67,11 @@ class PosterDecoderStage(DecodingStage):
         torch.manual_seed(config.seed)
         widths = config.brief_encoder.token_width, config.brief_encoder.global_width
         denoiser = build_pixel_denoiser(config, config.resolution, *widths)
-        brief_encoder = DesignBriefEncoder(*widths)
+        self.brief_encoder = DesignBriefEncoder(*widths)
         self.diffusion = Diffusion(config)
         # Known only where the target is the noise; for other targets it depends on the variance of the posters.
         self.trivial_loss = self.diffusion.trivial_loss if config.prediction_type == "epsilon" else None
-        self.phase = PosterDecoderPhase(config, config.denoiser, denoiser, brief_encoder, self.diffusion)
+        self.phase = PosterDecoderPhase(config, config.denoiser, denoiser, self.brief_encoder, self.diffusion)
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.take_initial_weights(self.ema_of)
 
