@@ -24,6 +24,7 @@ from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is
 from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
 from .common.guidance import WHOLE_INTERVAL, check_autoguidance, denoiser_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
+from .common.lora import LoRAMixin
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 from .common.words import warn_of_unknown_words
@@ -45,7 +46,7 @@ def null_class(denoiser: Any) -> int | None:
     return None if classes is None else int(classes) - 1
 
 
-class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
+class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Pipeline for generating images from prompts, class labels, both, or neither, with latent diffusion.
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), both predicted in one batch.

@@ -19,13 +19,14 @@ from .common.checks import check_steps
 from .common.design_brief import DesignBrief, brief_tensors
 from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
 from .common.guidance import WHOLE_INTERVAL
+from .common.lora import LoRAMixin
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 
 Brief = DesignBrief | Mapping[str, Any]
 
 
-class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
+class PosterDecoderPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMixin, DiffusionPipeline):
     """Pipeline for generating posters from design briefs with pixel-space diffusion.
 
     Classifier-free guidance (Ho and Salimans 2022) is uncond + scale * (cond - uncond), where uncond is the prediction

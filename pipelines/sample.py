@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.common.poster_domain import COLORS, MAX_PICTURES, MAX_TEXT_BLOCKS, STYLES
 from pipelines.common.words import warn_of_unknown_words
+from pipelines.tools.adapters import add_lora_options, load_adapters, lora_texts
 from pipelines.tools.cli import Options, UserError, entry_point, printable
 from pipelines.tools.commands import command
 from pipelines.tools.control_files import STEERING, add_control_options, controls_of, open_controls
@@ -119,6 +120,7 @@ def _settings(pipeline: Any, options: argparse.Namespace) -> dict[str, str]:
     settings = {"model": model_name(options.model)}
     if options.checkpoint:
         settings["checkpoint"] = Path(options.checkpoint).name
+    settings |= lora_texts(options)
     if not makes_pairs(pipeline):
         settings |= guidance_texts(options)
         settings |= {"negative_prompt": options.negative_prompt} if options.negative_prompt else {}
@@ -195,6 +197,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
     add_guidance_options(parser)
+    add_lora_options(parser)
     add("--seed", type=int, default=0, help="Random seed; column k uses seed + k (default: 0)")
     add("--height", type=int, help="Height of the images in pixels (default: the training size)")
     add("--width", type=int, help="Width of the images in pixels (default: the training size)")
@@ -422,6 +425,7 @@ def _load(options: argparse.Namespace) -> Any:
     )
     if not hasattr(pipeline, "set_scheduler"):
         raise UserError(f"--model {options.model} is a {type(pipeline).__name__}, which does not generate images")
+    load_adapters(pipeline, options)
     if options.scheduler:
         try:
             pipeline.set_scheduler(options.scheduler)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
 from training.models.conditioning import caption_and_class, pipeline_conditions
 from training.models.denoiser import build_denoiser, check_prediction, divisor_of_sides
+from training.models.lora import LoRAAdapter
 from training.models.text_encoder import TextEncoderConfig, build_text
 from training.models.transformer import TransformerConfig
 from training.models.unet import UNetConfig
@@ -47,6 +49,7 @@ from training.recipes.options import RecipeConfig
 from training.stages.class_names import recorded_class_names
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
+from training.stages.lora import LoRAStageConfig, LoRATraining
 
 PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 
@@ -55,7 +58,7 @@ CONDITION_NAMES = {"caption": "captions", "label": "classes"}
 
 
 @dataclass
-class Config(DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
+class Config(LoRAStageConfig, DiffusionConfig, PreviewConfig, RunEvaluationConfig, RecipeConfig, ImageStageConfig):
     """Flags of train_latent_diffusion.py."""
 
     image_modes = DataConfig.image_modes
@@ -129,6 +132,7 @@ class LatentDiffusionPhase(Phase):
         text_encoder: trained jointly, unless `config` names a pretrained one; None for a model without captions.
         empty_ids: token ids of the empty caption, 1 L; required with a text encoder.
         caption_prior: trained jointly; None for a model without a caption prior.
+        adapter: trained instead of the models, which are frozen.
     """
 
     name = "diffusion"
@@ -142,15 +146,20 @@ class LatentDiffusionPhase(Phase):
         text_encoder: nn.Module | None = None,
         empty_ids: Tensor | None = None,
         caption_prior: nn.Module | None = None,
+        adapter: LoRAAdapter | None = None,
     ):
         super().__init__()
         self.config, self.diffusion = config, diffusion
-        setattr(self, config.denoiser, denoiser)  # under the name that it has in the pipeline
-        if config.pretrained_text_encoder and text_encoder is not None:
-            self.borrow(text_encoder=text_encoder)
-        else:
-            self.text_encoder = text_encoder
-        self.caption_prior = caption_prior
+        # The denoiser has the name that it has in the pipeline.
+        models = {config.denoiser: denoiser, "text_encoder": text_encoder, "caption_prior": caption_prior}
+        borrowed = set(models) if adapter else {"text_encoder"} if config.pretrained_text_encoder else set()
+        for name, model in models.items():
+            if name in borrowed:
+                self.borrow(**{name: model})
+            else:
+                setattr(self, name, model)
+        if adapter is not None:
+            self.adapter = adapter
         self.borrow(vae=vae)
         self.register_buffer("empty_ids", empty_ids, persistent=False)
 
@@ -214,15 +223,28 @@ class LatentDiffusionStage(GeneratingStage):
         self.trivial_loss = trivial and trivial + with_prior * config.caption_prior.weight
         prior = build_caption_prior(config.caption_prior, text_width or 0, shape) if with_prior else None
         empty_ids = self.tokens([""])["input_ids"] if self.tokens else None
+        self.lora = self._lora(denoiser, prior) if config.lora_rank else None
+        adapter = None if self.lora is None else self.lora.adapter
         self.phase = LatentDiffusionPhase(
-            config, denoiser, self.diffusion, self.vae, self.text_encoder, empty_ids, prior
+            config, denoiser, self.diffusion, self.vae, self.text_encoder, empty_ids, prior, adapter
         )
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.frozen = [self.vae, self.text_encoder] if config.pretrained_text_encoder and self.tokens else [self.vae]
-        self.take_initial_weights(self.ema_of)
+        if self.lora is None:
+            self.take_initial_weights(self.ema_of)
+        else:
+            self.frozen, self.data_notes = [*self.frozen, *self.lora.models.values()], [self.lora.adapter.describe()]
         if with_prior and context.trains and not (context.resuming or config.init_from):
             samples = regression_samples(self.training_set, self.phase.latents, config.caption_prior, config.seed)
             warm_up(prior, self.text_encoder, *samples, config.caption_prior, config.seed)
+
+    def _lora(self, denoiser: nn.Module, prior: nn.Module | None) -> LoRATraining:
+        """Load the base model of a LoRA adapter, and add the adapter to its denoiser."""
+        config = self.config
+        models = {config.denoiser: denoiser, "caption_prior": prior}
+        if not config.pretrained_text_encoder:
+            models["text_encoder"] = self.text_encoder
+        return LoRATraining(config, {k: model for k, model in models.items() if model is not None}, [config.denoiser])
 
     def _open_images(self) -> dict[int, str]:
         """Open the images and return the names of the classes; none without labels."""
@@ -258,6 +280,8 @@ class LatentDiffusionStage(GeneratingStage):
 
     def inputs(self) -> dict[str, str]:
         found = {**super().inputs(), "vae": vae_fingerprint(self.vae)}
+        if self.lora is not None:
+            found["base_model"] = self.lora.fingerprint
         if self.cache is not None:
             found["latent_cache"] = self.cache.fingerprint
         if self.tokens is not None:
@@ -298,9 +322,10 @@ class LatentDiffusionStage(GeneratingStage):
         from pipelines.latent_diffusion import LatentDiffusionPipeline
 
         tokens = self.tokens
+        denoiser = self.phase.denoiser if self.lora is None else self.lora.fused(self.config.denoiser)
         return LatentDiffusionPipeline(
             vae=self.vae,
-            **{"unet": None, self.config.denoiser: self.phase.denoiser},
+            **{"unet": None, self.config.denoiser: denoiser},
             scheduler=sampling_scheduler(self.diffusion.scheduler),
             text_encoder=self.text_encoder,
             tokenizer=tokens.tokenizer if tokens else None,
@@ -308,6 +333,14 @@ class LatentDiffusionStage(GeneratingStage):
             max_text_length=tokens.max_length if tokens else None,
             caption_prior=self.phase.caption_prior,
         )
+
+    def save_pipeline(self, folder: Path) -> None:
+        super().save_pipeline(folder)
+        if self.lora is not None:
+            self.lora.save(folder)
+
+    def card_facts(self) -> dict[str, Any]:
+        return super().card_facts() if self.lora is None else {**super().card_facts(), **self.lora.card_facts()}
 
 
 def main(argv: list[str] | None = None) -> int:

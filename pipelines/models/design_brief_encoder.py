@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
 
@@ -25,7 +26,7 @@ def fourier_features(x: Tensor, num_frequencies: int) -> Tensor:
     return torch.cat([x[..., None], angles.sin(), angles.cos()], -1)
 
 
-class DesignBriefEncoder(ModelMixin, ConfigMixin):
+class DesignBriefEncoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Encode brief tensors as tokens and a global vector. Each field has a learned null token for absent values.
 
     Args:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,7 +143,7 @@ class PatchConvolutions(nn.Module):
             return F.pixel_shuffle(self.last(hidden.to(self.last.weight.dtype)), 2)
 
 
-class PatchTransformer2DModel(ModelMixin, ConfigMixin):
+class PatchTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A transformer on patches, with the arguments of Diffusers' UNet2DConditionModel.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -120,7 +121,8 @@ class Stage(ABC):
     ema_of: Mapping[str, nn.Module] = {}
     """Modules with EMA weights, which validation, previews and the pipeline use."""
     frozen: Sequence[nn.Module] = ()
-    """Modules that no phase trains; the loop freezes them and moves them to the device."""
+    """Modules that no phase trains; the loop freezes them and moves them to the device. The parameters of a phase in
+    them, such as those of an adapter, stay trainable."""
     best_metric: str = "val_loss"
     """Metric that the `best` checkpoint and early stopping depend on, of the validation or of `evaluate` (`eval_…`)."""
     best_is_lower: bool = True
@@ -183,6 +185,10 @@ class Stage(ABC):
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
         """Return the public pipeline with the current weights of the modules."""
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Save the public pipeline into `folder`; a stage may add files, such as those of an adapter alone."""
+        self.pipeline().save_pretrained(folder)
 
     def usage(self, model: str) -> str | None:
         """Return a command that shows what the exported model does, such as one that generates images; None if there

@@ -67,8 +67,12 @@ class Training:
             most_warmup=MOST_WARMUP,
             draws_version=NEWEST,
         )
+        trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
         for module in stage.frozen:
-            module.requires_grad_(False).eval().to(accelerator.device)
+            # A frozen model may have an adapter, whose parameters a phase trains.
+            for parameter in module.parameters():
+                parameter.requires_grad_(parameter.requires_grad and parameter in trained)
+            module.eval().to(accelerator.device)
         self.runners = [
             PhaseRunner(
                 phase,
@@ -110,7 +114,7 @@ class Training:
         """
         # The pipeline is a function of the weights: a resumed run has nothing else to make it from.
         with nullcontext() if held is None else self._weights_of(held), evaluating(self.modules, self.ema):
-            self.stage.pipeline().save_pretrained(folder / "pipeline")
+            self.stage.save_pipeline(folder / "pipeline")
         save_contents(self.contents() if held is None else held, folder)
 
     @contextmanager

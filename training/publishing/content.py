@@ -25,6 +25,9 @@ HUB_STRATEGIES = {
     "checkpoint": "as every_save, and the newest checkpoint (optimizer state included) as last-checkpoint/",
     "all_checkpoints": "as checkpoint, and every checkpoint under checkpoints/",
 }
+# The folder in a pipeline that contains a LoRA adapter alone. It is uploaded instead of the pipeline, which has the
+# weights of the base model as well.
+ADAPTER_FOLDER = "lora"
 LAST_CHECKPOINT, CHECKPOINTS = "last-checkpoint", "checkpoints"
 # Folders in last-checkpoint/, which are not part of the checkpoint itself: files of the run folder that a resumed run
 # continues, and the best checkpoint, unless it is the last one.
@@ -82,7 +85,8 @@ def checkpoint_contents(folder: RunFolder, saved: Path, strategy: str) -> Iterat
 
 
 def pipeline_content(pipeline: Path, message: str, model_id: str) -> Content:
-    """Return the final pipeline, whose model card names the repository."""
+    """Return the final pipeline, or its adapter alone if it has one; the model card names the repository."""
+    pipeline = published_part(pipeline)
     files = _files(pipeline, leave_out=TRAINING_STATE)
     written = {}
     if CARD_NAME in files:
@@ -94,10 +98,16 @@ def pipeline_content(pipeline: Path, message: str, model_id: str) -> Content:
 
 
 def pipeline_of_checkpoint(saved: Path) -> Iterator[Content]:
-    """Yield the pipeline in a checkpoint, if it has one."""
+    """Yield the pipeline in a checkpoint, if it has one, or its adapter alone."""
     if (saved / "pipeline").is_dir():
-        files = _files(saved / "pipeline", leave_out=TRAINING_STATE)
-        yield Content("", saved / "pipeline", saved.name, f"{manifest_digest(saved)} pipeline", fixed=files)
+        part = published_part(saved / "pipeline")
+        files = _files(part, leave_out=TRAINING_STATE)
+        yield Content("", part, saved.name, f"{manifest_digest(saved)} pipeline", fixed=files)
+
+
+def published_part(pipeline: Path) -> Path:
+    """Return the folder that is uploaded: the adapter alone if the pipeline has one, and the pipeline otherwise."""
+    return adapter if (adapter := pipeline / ADAPTER_FOLDER).is_dir() else pipeline
 
 
 def last_checkpoint(folder: RunFolder, saved: Path) -> Content:

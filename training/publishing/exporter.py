@@ -14,11 +14,11 @@ from pipelines.tools.cli import printable
 from training.core.files import replacing_folder
 from training.core.previews import save_png
 from training.core.stage import Stage
-from training.publishing.card_update import digest_of
+from training.publishing.card_update import published_parts, write_cards
 from training.publishing.energy import estimated_energy
 from training.publishing.evaluation_facts import read_evaluation
 from training.publishing.hub import Publisher
-from training.publishing.model_card import check_card, write_model_card
+from training.publishing.model_card import check_card
 from training.run.folder import RunFolder
 
 logger = logging.getLogger("halftone")
@@ -67,15 +67,16 @@ class Exporter:
         """
         self.folder.create_again()
         with replacing_folder(self.folder.pipeline) as temporary:
-            self.stage.pipeline().save_pretrained(temporary)
+            self.stage.save_pipeline(temporary)
             record = self._full_record(record)
             previews = self.stage.previews()
             if previews is not None:
-                save_png(previews.grid(), temporary / "samples.png")
+                for folder in published_parts(temporary):
+                    save_png(previews.grid(), folder / "samples.png")
                 record |= {"samples_file": "samples.png", "prompts": previews.captions}
             evaluation = read_evaluation(self.folder.path, record.get("steps"))
-            card = write_model_card(temporary, self.stage.card_template, {**record, "evaluation": evaluation})
-            record |= {"card": {"template": self.stage.card_template, "sha256": digest_of(card)}}
+            record |= {"card": {"template": self.stage.card_template}}
+            record |= {"card": write_cards(temporary, {**record, "evaluation": evaluation})}
             self.folder.delete_record()
         self.folder.save_record(record)
         self._say_what_is_where(previews is not None)

@@ -143,6 +143,7 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "best": _best(record.get("best") or {}),
         "evaluation": evaluation_facts(record.get("evaluation")),
         "mask_classes": mask_legend(record.get("mask_classes") or []),
+        "adapter": _adapter(record.get("adapter") or {}),
         "classes": [literal(name) for name in record.get("classes") or []],
         **_class_facts(folder),
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
@@ -161,6 +162,16 @@ def _class_facts(folder: Path) -> dict[str, Any]:
         "class_ids": [f"{id_}: {literal(name)}" for id_, name in enumerate(names[:_CLASSES_SHOWN])],
         "classes_hidden": max(0, len(names) - _CLASSES_SHOWN),
     }
+
+
+def _adapter(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card says about a LoRA adapter and its base model; empty for a model without one."""
+    if not adapter:
+        return {}
+    name, base_id = folder_name(str(adapter["base"]).removesuffix("/pipeline")), adapter.get("base_model_id") or ""
+    share = 100 * adapter["parameters"] / adapter["model_parameters"]
+    base_id = base_id if HUB_ID.fullmatch(base_id) else ""
+    return {**adapter, "base_name": base_id or literal(name), "base_model_id": base_id, "share": share}
 
 
 def mask_legend(names: Sequence[str]) -> list[tuple[int, str, str]]:
@@ -207,6 +218,10 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
         "pipeline_tag": task,
         "datasets": [record["dataset"]] if is_hub_dataset(record.get("dataset"), record.get("config")) else None,
     }
+    base = _adapter(record.get("adapter") or {})
+    if base and not _model_index(folder):  # the adapter alone, not the pipeline that includes it
+        facts["tags"].append("lora")
+        facts |= {"base_model": base["base_model_id"], "base_model_relation": base["base_model_id"] and "adapter"}
     license_name = clean(public_value(record.get("license") or ""))
     if license_name and license_name.lower() in HUB_LICENSES:
         facts["license"] = license_name.lower()

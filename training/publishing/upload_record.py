@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pipelines.tools.checkpoint_links import follow_links
 from training.core.files import read_json_object, write_json
 
 FILE = "hub.json"
@@ -53,3 +55,19 @@ class UploadRecord:
             repositories = self.repositories()
             if repositories.pop(repository, None) is not None:
                 write_json(self.file, {"repositories": repositories})
+
+
+def published_as(model: str) -> str | None:
+    """Return the name on the Hub (`user/name`) of a model; None if it was not uploaded.
+
+    Args:
+        model: a run, a pipeline folder or a checkpoint, which has the name under which its run was uploaded, or a name
+            on the Hub itself.
+    """
+    folder = follow_links(model)
+    if not folder.exists():
+        return model
+    for run in (folder, *folder.resolve().parents[:3]):
+        for repository in UploadRecord(run).repositories():
+            return urlsplit(repository).path.strip("/")
+    return None
