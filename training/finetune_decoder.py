@@ -16,6 +16,7 @@ import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from training.data.briefs import BriefedPosters
 from training.data.fingerprints import module_fingerprint
 from training.data.posters import require_poster_columns
 from training.engine.session import train
+from training.models.lora import LoRAAdapter, LoRAConfig
 from training.models.reader import PosterReader, check_independent, load_reader
 from training.objectives.cycle import counts_loss, grammar_loss, palette_loss
 from training.objectives.diffusion import Diffusion, ObjectiveConfig, diffusion_of_pipeline
@@ -41,6 +43,7 @@ from training.stages.before_after import BeforeAfterConfig, BeforeAfterStage
 from training.stages.decoding import FieldDropoutConfig, PosterDecoderPhase
 from training.stages.generating import RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig
+from training.stages.lora import LoRATraining
 
 PRESET = "configs/experiments/posters/finetune_plain_64.yaml"
 FIRST_GRAMMAR = NUMBERS.index(GRAMMAR[0])
@@ -49,7 +52,13 @@ IMAGE_MASK = 1  # channel of the features that a layout encoder predicts
 
 @dataclass
 class Config(
-    BeforeAfterConfig, FieldDropoutConfig, ObjectiveConfig, PreviewConfig, RunEvaluationConfig, ImageStageConfig
+    LoRAConfig,
+    BeforeAfterConfig,
+    FieldDropoutConfig,
+    ObjectiveConfig,
+    PreviewConfig,
+    RunEvaluationConfig,
+    ImageStageConfig,
 ):
     """Flags of finetune_decoder.py."""
 
@@ -64,6 +73,9 @@ class Config(
     judge: str | None = option(None, on_resume="free", essential=True)
     """Second reader, trained with another seed, whose gradient is never used: it measures the decoder before and after;
     if unset, the report has the measurements of --reader only, which are too good"""
+    lora_rank: int = option(0, at_least=0, usual="8")
+    """Train a LoRA adapter of this rank for the network of --decoder that denoises, whose own weights stay as they are;
+    0 trains all weights"""
     sampling_steps: int = option(8, on_resume="warn", at_least=1)
     """Number of sampling steps of the posters that the reader reads in training"""
     gradient_steps: int = option(1, on_resume="warn", at_least=1)
@@ -93,6 +105,8 @@ class Config(
         for name, command in (("decoder", "train_decoder.py"), ("reader", "train_abstractor.py with --encoder")):
             if not getattr(self, name):
                 raise UserError(f"--{name} is not set; give a run of {command}")
+        if self.init_from:
+            raise UserError(f"--init_from {self.init_from}: training starts from --decoder; leave this flag out")
         if self.gradient_steps > self.sampling_steps:
             raise UserError(
                 f"--gradient_steps {self.gradient_steps} is larger than --sampling_steps {self.sampling_steps}; lower "
@@ -125,8 +139,9 @@ class FinetuningPhase(PosterDecoderPhase):
         brief_encoder: nn.Module,
         diffusion: Diffusion,
         reader: PosterReader,
+        adapter: LoRAAdapter | None = None,
     ):
-        super().__init__(config, kind, denoiser, brief_encoder, diffusion)
+        super().__init__(config, kind, denoiser, brief_encoder, diffusion, adapter)
         self.borrow(reader=reader)
         self.levels = noise_levels(diffusion, config.sampling_steps)
 
@@ -185,12 +200,27 @@ class FinetuningStage(BeforeAfterStage):
         require_poster_columns(self.training_set.dataset, GRAMMAR, str(config.source))
         kind = "unet" if decoder.transformer is None else "transformer"
         self.diffusion = diffusion_of_pipeline(decoder, config)
-        networks = decoder.denoiser, decoder.brief_encoder
-        self.phase = FinetuningPhase(config, kind, *networks, self.diffusion, self.reader)
+        networks = {kind: decoder.denoiser, "brief_encoder": decoder.brief_encoder}
+        self.original = nn.ModuleDict({name: copy.deepcopy(module) for name, module in networks.items()})
+        self.lora = LoRATraining(config, networks, [kind], config.decoder) if config.lora_rank else None
+        adapter = None if self.lora is None else self.lora.adapter
+        self.phase = FinetuningPhase(config, kind, *networks.values(), self.diffusion, self.reader, adapter)
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
-        self.original = nn.ModuleDict({name: copy.deepcopy(module) for name, module in self.ema_of.items()})
-        self.take_initial_weights(self.ema_of)
         self.frozen = [self.original, self.reader, *([self.judge] if self.judge is not None else [])]
+        if self.lora is not None:
+            self.frozen, self.data_notes = [*self.frozen, *networks.values()], [self.lora.adapter.describe()]
+
+    def networks(self) -> dict[str, Any]:
+        own = super().networks()
+        return own if self.lora is None else {name: self.lora.fused(name) for name in own}
+
+    def save_pipeline(self, folder: Path) -> None:
+        super().save_pipeline(folder)
+        if self.lora is not None:
+            self.lora.save(folder)
+
+    def card_facts(self) -> dict[str, Any]:
+        return super().card_facts() if self.lora is None else {**super().card_facts(), **self.lora.card_facts()}
 
     def inputs(self) -> dict[str, str]:
         modules = {"decoder": self.original, "reader": self.reader}

@@ -205,6 +205,33 @@ def test_a_killed_run_resumes_to_the_same_run(tmp_path, launched, flags):
     assert_same_state(run, launched)
 
 
+# --- an adapter
+
+
+def test_an_adapter_leaves_the_decoder_as_it_is_and_resumes(tmp_path, models, flags, monkeypatch):
+    """Checkpoints contain the adapter alone; the exported network differs only in the layers that it changes."""
+    pytest.importorskip("peft")
+    words = [*flags, "--lora_rank", "2", "--learning_rate", "1e-2"]
+    forget_accelerate()
+    assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    trained = load_tensors(tmp_path / "whole/checkpoints/latest/phase_decoder.safetensors")
+    assert all(name.startswith("adapter.unet.") and ".lora_" in name for name in trained)
+    original = load_tensors(models["decoder"] / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    exported = load_tensors(tmp_path / "whole/pipeline/unet/diffusion_pytorch_model.safetensors")
+    changed = {name for name in original if not torch.equal(original[name], exported[name])}
+    assert exported.keys() == original.keys()
+    assert changed == {
+        name.removeprefix("adapter.unet.").replace(".lora_A", "") for name in trained if ".lora_A." in name
+    }
+    assert (tmp_path / "whole/pipeline/lora/pytorch_lora_weights.safetensors").is_file()
+    forget_accelerate()
+    with sigterm_in_step(1, finetune_decoder.FinetuningPhase, monkeypatch):
+        assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "run")]) != 0
+    forget_accelerate()
+    assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+
+
 # --- limits
 
 
@@ -338,6 +365,7 @@ def test_a_reader_of_another_resolution_is_refused(capfd, flags, posters, tmp_pa
     [
         (("--reader", ""), "--reader is not set; give a run of train_abstractor.py"),
         (("--decoder", ""), "--decoder is not set; give a run of train_decoder.py"),
+        (("--init_from", "runs/x"), "--init_from runs/x: training starts from --decoder"),
         (("--gradient_steps", "4"), "--gradient_steps 4 is larger than --sampling_steps 3"),
         (("--evaluation_steps", "0"), "the best checkpoint is chosen by measurements"),
         (("--grammar_weight", "0", "--palette_weight", "0", "--counts_weight", "0"), "nothing would be learned"),

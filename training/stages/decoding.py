@@ -38,14 +38,30 @@ class PosterDecoderPhase(Phase):
     Args:
         config: has `field_dropout`, `cfg_dropout` and `gradient_checkpointing`.
         kind: name of the network that denoises, as in the pipeline: unet or transformer.
+        adapter: trained instead of the networks, which are frozen.
     """
 
     name = "decoder"
 
-    def __init__(self, config: Any, kind: str, denoiser: nn.Module, brief_encoder: nn.Module, diffusion: Diffusion):
+    brief_encoder: nn.Module
+
+    def __init__(
+        self,
+        config: Any,
+        kind: str,
+        denoiser: nn.Module,
+        brief_encoder: nn.Module,
+        diffusion: Diffusion,
+        adapter: nn.Module | None = None,
+    ):
         super().__init__()
-        setattr(self, kind, denoiser)
-        self.brief_encoder = brief_encoder
+        networks = {kind: denoiser, "brief_encoder": brief_encoder}
+        if adapter is not None:
+            self.adapter = adapter
+            self.borrow(**networks)
+        else:
+            for name, network in networks.items():
+                setattr(self, name, network)
         self.config, self.kind, self.diffusion = config, kind, diffusion
 
     @property
@@ -93,12 +109,14 @@ class DecodingStage(GeneratingStage):
     def usage(self, model: str) -> str:
         return command_with("pipelines/sample.py", {"model": model, "brief": "random", "output": "grid.png"})
 
+    def networks(self) -> dict[str, Any]:
+        """Return the networks of the pipeline by their names in it, with their current weights."""
+        return {self.phase.kind: self.phase.denoiser, "brief_encoder": self.phase.brief_encoder}
+
     def pipeline(self) -> Any:
         from pipelines.common.schedulers import sampling_scheduler
         from pipelines.poster_decoder import PosterDecoderPipeline
 
         return PosterDecoderPipeline(
-            **{"unet": None, self.phase.kind: self.phase.denoiser},
-            scheduler=sampling_scheduler(self.diffusion.scheduler),
-            brief_encoder=self.phase.brief_encoder,
+            **{"unet": None, **self.networks()}, scheduler=sampling_scheduler(self.diffusion.scheduler)
         )
