@@ -86,8 +86,8 @@ class StageContext:
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
     num_processes: int = 1
     """Number of processes that train together."""
-    exchange: Exchange = Exchange()
-    """Exchange between these processes, for the work that `finish` shares among them."""
+    is_main_process: bool = True
+    """Whether this process writes the files of the run."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
 from training.engine.choices import kept_precision, settle_choices
 from training.engine.expectations import course, warnings_at_start
-from training.engine.launch import close_process_group_at_exit, exchange_of, on_main, start_accelerator
+from training.engine.launch import close_process_group_at_exit, on_main, start_accelerator
 from training.engine.loop import Loop
 from training.engine.prepare import make_missing
 from training.engine.ranks import RankWatch
@@ -105,7 +105,7 @@ def _session(
             trains=config.trains,
             poll=stop.check,
             num_processes=accelerator.num_processes,
-            exchange=exchange_of(accelerator),
+            is_main_process=accelerator.is_main_process,
         )
         stage = build_stage(config, context)
         freeze_parameters(stage, config.freeze_parameters)

@@ -85,15 +85,19 @@ class BeforeAfterStage(DecodingStage):
         return []  # those of other stages are about a model that approaches real images; the report is about this one
 
     def finish(self) -> None:
-        """Measure the decoder before and after on briefs that neither training nor the choice of a checkpoint used."""
-        exchange, data = self.context.exchange, self._report_data()
+        """Measure the decoder before and after on briefs that neither training nor the choice of a checkpoint used.
+
+        The main process does it alone: one that is interrupted here would never reach an exchange of all of them.
+        """
+        if not self.context.is_main_process:
+            return
+        exchange, data = Exchange(), self._report_data()
         pipelines = {"before": self.pipeline_of(self.original), "after": self.pipeline()}
         posters = {name: self._posters(pipeline, data, exchange) for name, pipeline in pipelines.items()}
         measured = {name: self._measurements(own, data, exchange) for name, own in posters.items()}
         measured["real"] = self._of_real_posters(data, exchange)
         self._report = {**measured, "facts": self._facts(data, measured)}
-        if exchange.is_main:
-            self._write_report(self._report, posters, data)
+        self._write_report(self._report, posters, data)
 
     def card_facts(self) -> dict[str, Any]:
         if self._report is None:
