@@ -204,7 +204,8 @@ class FinetuningStage(BeforeAfterStage):
         self.original = nn.ModuleDict({name: copy.deepcopy(module) for name, module in networks.items()})
         self.lora = LoRATraining(config, networks, [kind], config.decoder) if config.lora_rank else None
         adapter = None if self.lora is None else self.lora.adapter
-        self.phase = FinetuningPhase(config, kind, *networks.values(), self.diffusion, self.reader, adapter)
+        own = decoder.denoiser, decoder.brief_encoder
+        self.phase = FinetuningPhase(config, kind, *own, self.diffusion, self.reader, adapter)
         self.phases, self.ema_of = [self.phase], dict(self.phase.named_children())
         self.frozen = [self.original, self.reader, *([self.judge] if self.judge is not None else [])]
         if self.lora is not None:
