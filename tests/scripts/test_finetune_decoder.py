@@ -17,6 +17,7 @@ from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
+from tests.scripts.test_train_decoder import TRANSFORMER
 from tests.scripts.test_train_layout import COMMON as LAYOUT
 from tests.scripts.test_train_layout import TINY_ABSTRACTOR, TINY_ENCODER
 from tests.support.runs import ROOT, assert_same_state, launch, rows, sigterm_in_step
@@ -203,6 +204,22 @@ def test_a_killed_run_resumes_to_the_same_run(tmp_path, launched, flags):
     done = launch(SCRIPT, *words)
     assert done.returncode == 0, done.stderr
     assert_same_state(run, launched)
+
+
+# --- a transformer
+
+
+def test_a_decoder_with_a_transformer_is_fine_tuned(tmp_path, posters, flags):
+    data = ("--dataset_name", str(posters))
+    decoder = made(train_decoder, tmp_path / "decoder", *TINY_DECODER, *TRANSFORMER, *data)
+    words = ["--decoder", str(decoder), "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")]
+    forget_accelerate()
+    assert finetune_decoder.main([*flags, *words]) == 0
+    exported, original = load_pipeline(tmp_path / "run"), load_pipeline(decoder)
+    assert exported.unet is None
+    pairs = zip(exported.transformer.parameters(), original.transformer.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    assert (tmp_path / "run/finetuning.md").is_file()
 
 
 # --- an adapter
