@@ -1,4 +1,5 @@
-# make quickstart [MINUTES=10] | doctor | test | test-faults | lint | bench: each target first installs the project into .venv.
+# make quickstart [MINUTES=10] | doctor | test | test-faults | lint | docs | bench: each target first installs the
+# project into .venv.
 # PYTHON sets the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.halftone-installed
 # One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
 PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: setup doctor quickstart quickstart-tiny test test-slow test-long test-faults lint bench clean
+.PHONY: setup doctor quickstart quickstart-tiny test test-slow test-long test-faults lint docs bench clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,10 @@ lint: $(STAMP)
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+
+# The documentation site, in site/. A warning, such as a link without a target, is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(RUN)/mkdocs build --strict --quiet
 
 # Ten minutes on two cores: writes docs/benchmarks.md. BENCH has flags such as --only '[loop]'.
 bench: $(STAMP)
