@@ -47,7 +47,7 @@ class LoRAMixin(LoraBaseMixin):
 
         Raises:
             ImportError: PEFT is not installed.
-            ValueError: there is no adapter, it was made for another network, or the name is in use.
+            ValueError: the adapter is missing, it was made for another network, or the name is in use.
         """
         require_peft()
         source = pretrained_model_name_or_path_or_dict
@@ -123,7 +123,7 @@ def require_peft() -> None:
 
 
 def _read(source: Any, weight_name: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], dict | None]:
-    """Return the tensors of an adapter, and its rank, alpha and layers. Raises a ValueError if there is none."""
+    """Return the tensors of an adapter, and its rank, alpha and layers. Raises a ValueError if it is missing."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     if isinstance(source, (str, os.PathLike)):

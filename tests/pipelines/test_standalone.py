@@ -249,6 +249,7 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
         "guidance",
         "latent_diffusion",
         "latents",
+        "lora",
         "multi_head_autoencoder",
         "pixels",
         "sampling",

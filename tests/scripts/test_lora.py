@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from pipelines import sample
+from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
 from tests.conftest import forget_accelerate
 from tests.support.hub_server import hub  # noqa: F401  (a fixture)
@@ -22,7 +26,7 @@ from training import push_to_hub, train_latent_diffusion
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/train_latent_diffusion.py"
-PROMPT = "a minimalist poster, blue on cream, one picture"
+PROMPT = "a minimalist poster, blue on cream"
 FILE = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = ("--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-2", "--num_train_epochs", "2")
@@ -130,8 +134,6 @@ def test_a_moved_base_resumes_and_another_base_is_refused(tmp_path, run, flags, 
     assert train(*flags, *more, "--init_from", str(tmp_path / "moved")) == 0
     assert rows(tmp_path / "run")[-1]["step"] == "12"
     file = tmp_path / "moved/pipeline" / UNET
-    from safetensors.torch import save_file
-
     changed = load_tensors(file)
     changed["conv_in.bias"] = changed["conv_in.bias"] + 1
     save_file(changed, file)
@@ -154,15 +156,13 @@ def test_a_moved_base_resumes_and_another_base_is_refused(tmp_path, run, flags, 
     ],
 )
 def test_flags_that_do_not_fit_are_one_message(tmp_path, flags, changes, words, capsys):
-    from pipelines.tools.cli import UserError
-
     with pytest.raises(UserError) as error:
         train(*flags, "--output_dir", str(tmp_path / "run"), *changes)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_sample_draws_with_an_adapter_and_its_scale_and_refuses_that_of_another_network(tmp_path, run, base):
-    sample, images = ROOT / "pipelines/sample.py", {}
+    images = {}
     common = ("--prompt", PROMPT, "--num_images", "1", "--num_inference_steps", "2", "--scale", "1", "--no_titles")
     cases = {
         "base": (base,),
@@ -170,12 +170,9 @@ def test_sample_draws_with_an_adapter_and_its_scale_and_refuses_that_of_another_
         "half": (base, "--lora", str(run / "pipeline/lora"), "--lora_scale", "0.5"),
         "run": (run,),
     }
-    from PIL import Image
-
     for name, (model, *more) in cases.items():
         file = tmp_path / f"{name}.png"
-        done = launch(sample, "--model", str(model), *common, *more, "--output", str(file))
-        assert done.returncode == 0, done.stderr
+        assert not sample.main(["--model", str(model), *common, *more, "--output", str(file)])
         images[name] = np.asarray(Image.open(file).convert("RGB")).astype(int)
     assert np.abs(images["lora"] - images["run"]).max() <= 1
     assert np.abs(images["lora"] - images["base"]).max() > 1
@@ -183,7 +180,8 @@ def test_sample_draws_with_an_adapter_and_its_scale_and_refuses_that_of_another_
     assert np.abs(images["half"] - images["lora"]).max() > 0
     assert Image.open(tmp_path / "half.png").text["lora_scale"] == "0.5"
     tiny_pipeline().save_pretrained(tmp_path / "other")
-    done = launch(sample, "--model", str(tmp_path / "other"), *common, "--lora", str(run))
+    script = ROOT / "pipelines/sample.py"
+    done = launch(script, "--model", str(tmp_path / "other"), *common, "--lora", str(run))
     assert done.returncode == 2
     assert "made for another network" in done.stderr
     assert "Traceback" not in done.stderr

@@ -142,7 +142,7 @@ class LoRAAdapter(nn.Module):
             flag: the flag that `folder` comes from, for error messages.
 
         Raises:
-            UserError: there is no adapter, or it has other layers or another rank.
+            UserError: the adapter is missing, or has other layers or another rank.
         """
         file = folder / WEIGHTS_FILE
         if not file.is_file():

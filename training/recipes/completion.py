@@ -70,7 +70,7 @@ def complete_latent_diffusion(config: Any, given: frozenset[str]) -> None:
         if run.origin.get(name) and name not in given:
             setattr(config, name, expand_home(run.origin[name]))
     name = f"latent_diffusion_{config.resolution}{_suffix(run)}_{_kind(config.condition_on)}"
-    name = f"{name}_finetuned" if config.init_from else name
+    name = f"{name}_{'lora' if config.lora_rank else 'finetuned'}" if config.init_from else name
     config.denoiser = _denoiser(run, name)
     run.decide_output_dir(str(run.folder / _free_name(run, name, config.denoiser)))
     suffix = _suffix(run)

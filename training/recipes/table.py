@@ -65,6 +65,8 @@ def _network(run: Completion) -> Iterator[Row]:
     name = "transformer" if is_transformer else "U-Net"
     network = f"{name} on {'pixels' if on_pixels else 'latents'}"
     yield _row(run, "network", "denoiser", run.why_denoiser, network)
+    if config.lora_rank:
+        yield "adapter", f"LoRA of rank {config.lora_rank}", f"trained instead of the weights of {config.init_from}"
     if on_pixels:
         yield "autoencoder", "none", "given" if "vae" in run.given else "the network works on pixels"
     else:
