@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from importlib import import_module
 
 import pytest
 import yaml
@@ -14,6 +13,7 @@ from tests.conftest import ROOT
 from training import train_autoencoder, train_latent_diffusion
 from training.core.options import Options, option
 from training.core.parsing import known_names, parse_config
+from training.core.scripts import script_module, stage_names
 from training.engine.run_config import RunConfig
 
 
@@ -277,7 +277,7 @@ def test_help_explains_files_lists_and_booleans(capsys):
     assert "Lists" not in help_of(capsys, Plain)
 
 
-STAGES = [import_module(f"training.{path.stem}") for path in sorted((ROOT / "training").glob("train_*.py"))]
+STAGES = [script_module(name) for name in stage_names()]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)

@@ -10,7 +10,7 @@ import yaml
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from training.core.parsing import parse_config
-from training.core.scripts import stage_names
+from training.core.scripts import script_name, stage_names
 from training.experiments.registry import config_class, read_config_file, stage_class, stage_of
 from training.models.unet import UNetConfig
 
@@ -25,6 +25,7 @@ EXPECTED = {
     "posters/encoder_tiny.yaml": "encoder",
     "posters/abstractor_small.yaml": "abstractor",
     "posters/decoder_64.yaml": "decoder",
+    "posters/finetune_plain_64.yaml": "finetune_decoder",
 }
 
 
@@ -43,7 +44,7 @@ def test_every_experiment_belongs_to_one_script(path):
 
 def test_every_script_has_its_config_and_its_stage():
     for name in stage_names():
-        assert config_class(name).__module__ == stage_class(name).__module__ == f"training.train_{name}"
+        assert config_class(name).__module__ == stage_class(name).__module__ == f"training.{script_name(name)}"
 
 
 def test_the_config_of_a_run_needs_no_name(tmp_path):

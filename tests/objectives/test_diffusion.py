@@ -83,7 +83,7 @@ def test_the_last_level_is_pure_noise_only_with_zero_snr(beta_schedule):
                 prediction_type="v_prediction", beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr
             )
         )
-        alpha, sigma, timesteps = diffusion._noise_levels(torch.tensor([1 - 1e-7]))
+        alpha, sigma, timesteps = diffusion.noise_levels(torch.tensor([1 - 1e-7]))
         assert timesteps.item() == STEPS - 1
         if zero_snr:
             assert (alpha.item(), sigma.item()) == pytest.approx((0, 1), abs=1e-6)
@@ -205,7 +205,7 @@ def test_min_snr_weights_follow_the_levels(prediction_type):
     config = DiffusionConfig(prediction_type=prediction_type, snr_gamma=5.0)
     diffusion = Diffusion(config)
     noisy = diffusion.corrupt(X_0, DRAWS, sampling="uniform")
-    alpha, sigma, _ = diffusion._noise_levels(DRAWS.uniform("time"))
+    alpha, sigma, _ = diffusion.noise_levels(DRAWS.uniform("time"))
     snr = (alpha.double() / sigma.double()) ** 2
     expected = {
         "epsilon": snr.clamp(max=5) / snr,

@@ -23,6 +23,7 @@ CONFIGS = {
     "training/train_latent_diffusion.py": "Config",
     "training/train_controlnet.py": "Config",
     "training/train_decoder.py": "Config",
+    "training/finetune_decoder.py": "Config",
     "training/train_image_caption.py": "Config",
     "training/evaluate.py": "EvaluationConfig",
 }

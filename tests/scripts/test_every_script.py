@@ -28,12 +28,13 @@ from tests.support.tiny_captioners import save_blip
 
 pytestmark = pytest.mark.slow
 
-# Scripts that start many others, and take minutes: the tests that run them.
+# Scripts that start many others, and take minutes, or that need models of their own: the tests that run them.
 ELSEWHERE = {
     "training/quickstart.py": "tests/scripts/test_quickstart.py",
     "training/evaluate.py": "tests/scripts/test_evaluate.py",
     "training/doctor.py": "tests/scripts/test_doctor.py",
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
+    "training/finetune_decoder.py": "tests/scripts/test_finetune_decoder.py",
     "training/benchmarks/run.py": "tests/benchmarks/test_benchmarks.py",
 }
 # No test runs commands that need other machines or an account: srun and sbatch (a cluster), torchrun and accelerate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
+from tests.scripts.test_finetune_decoder import TINY as TINY_FINETUNING
 from tests.scripts.test_train_controlnet import MASKS
 from tests.scripts.test_train_controlnet import TINY as TINY_CONTROLNET
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
@@ -18,6 +18,7 @@ from tests.scripts.test_train_image_caption import TINY as TINY_CAPTIONS
 from tests.scripts.test_train_layout import COMMON as LAYOUT
 from tests.scripts.test_train_layout import TINY_ABSTRACTOR, TINY_ENCODER
 from tests.support.no_waiting import no_waiting
+from training.core.scripts import script_module
 from training.engine.loop import Loop
 
 STEPS = 3
@@ -35,10 +36,10 @@ LABELLED = (
 
 
 def run(script: str, folder: Path, *flags: str) -> Path:
-    """Train a few steps with `train_<script>.py`."""
+    """Train a few steps of a stage."""
     forget_accelerate()
     ending = ("--max_train_steps", str(STEPS), "--output_dir", str(folder), "--preview_epochs", "0")
-    assert importlib.import_module(f"training.train_{script}").main([*flags, *ending]) == 0
+    assert script_module(script).main([*flags, *ending]) == 0
     return folder
 
 
@@ -47,6 +48,9 @@ def made(posters, tokenizer, autoencoder, tmp_path_factory) -> dict[str, Path]:
     """What the stages below are trained on: models of other stages."""
     folder, data = tmp_path_factory.mktemp("made"), ("--dataset_name", str(posters))
     inputs = ("--tokenizer", str(tokenizer), "--vae", str(autoencoder))
+    small = (*data, "--resolution", "32")  # that of the decoder
+    encoder = run("encoder", folder / "encoder_32", *LAYOUT, *TINY_ENCODER, *small)
+    reads = ("--encoder", str(encoder))
     return {
         "posters": posters,
         "tokenizer": tokenizer,
@@ -54,6 +58,7 @@ def made(posters, tokenizer, autoencoder, tmp_path_factory) -> dict[str, Path]:
         "latent": run("latent_diffusion", folder / "latent", *COMMON, *TINY_DIFFUSION, *data, *inputs),
         "decoder": run("decoder", folder / "decoder", *TINY_DECODER, *data),
         "encoder": run("encoder", folder / "encoder", *LAYOUT, *TINY_ENCODER, *data),
+        "reader": run("abstractor", folder / "reader", *LAYOUT, *TINY_ABSTRACTOR, *reads, *small),
     }
 
 
@@ -70,6 +75,7 @@ CASES = {
         *("--fusion_mode", "cross_attention", "--resolution", "32"),
     ),
     "decoder": ("decoder", *TINY_DECODER, "--noise_candidates", "2"),
+    "fine-tuning": ("finetune_decoder", *TINY_FINETUNING, "--decoder", "{decoder}", "--reader", "{reader}"),
     "image caption": ("image_caption", *TINY_CAPTIONS, "--prior.start", "0"),
     "encoder": ("encoder", *LAYOUT, *TINY_ENCODER),
     "abstractor": ("abstractor", *LAYOUT, *TINY_ABSTRACTOR, "--encoder", "{encoder}"),

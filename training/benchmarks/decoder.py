@@ -19,7 +19,8 @@ from training.core.parsing import parse_config
 from training.engine.launch import threads_per_process
 from training.models.unet import build_pixel_unet
 from training.objectives.diffusion import Diffusion
-from training.train_decoder import Config, PosterDecoderPhase
+from training.stages.decoding import PosterDecoderPhase
+from training.train_decoder import Config
 
 
 @dataclass
@@ -41,7 +42,7 @@ def peak_of_a_step(batch_size: int) -> float:
     config = Config(resolution=256, output_dir="unused")
     widths = config.brief_encoder.token_width, config.brief_encoder.global_width
     unet, brief_encoder = build_pixel_unet(config.model, config.resolution, *widths), DesignBriefEncoder(*widths)
-    phase = PosterDecoderPhase(config, unet, brief_encoder, Diffusion(config))
+    phase = PosterDecoderPhase(config, "unet", unet, brief_encoder, Diffusion(config))
     optimizer = torch.optim.AdamW(phase.parameters(), fused=True)
     for parameter in phase.parameters():
         parameter.grad = torch.zeros_like(parameter)

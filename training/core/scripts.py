@@ -19,11 +19,19 @@ from training.core.settings import read_merged_settings
 
 FOLDER = Path(__file__).resolve().parent.parent
 PREFIX = "train_"
+# A script with another prefix trains further what a stage has trained; its stage has the whole name of the script.
+OTHER_PREFIXES = ("finetune_",)
 
 
 def stage_names() -> list[str]:
-    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on."""
-    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
+    """Return the names of all stages: `autoencoder` for train_autoencoder.py, `finetune_decoder`, and so on."""
+    files = [path for prefix in (PREFIX, *OTHER_PREFIXES) for path in FOLDER.glob(f"{prefix}*.py")]
+    return sorted(path.stem.removeprefix(PREFIX) for path in files)
+
+
+def script_name(stage: str) -> str:
+    """Return the name of a stage's script, without `.py`."""
+    return stage if stage.startswith(OTHER_PREFIXES) else f"{PREFIX}{stage}"
 
 
 def script_module(stage: str) -> ModuleType:
@@ -35,7 +43,7 @@ def script_module(stage: str) -> ModuleType:
     name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
     if name not in known:
         raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
-    return importlib.import_module(f"training.{PREFIX}{name}")
+    return importlib.import_module(f"training.{script_name(name)}")
 
 
 def unknown_keys(keys: list[str]) -> dict[str, list[str]]:
@@ -63,7 +71,7 @@ def file_of_another_script(file: str, known: list[str]) -> str | None:
     keys = dotted(read_merged_settings(find_file(file)))
     if all(key in known for key in keys):
         return None
-    scripts = [f"training/{PREFIX}{stage}.py" for stage, missing in unknown_keys(keys).items() if not missing]
+    scripts = [f"training/{script_name(stage)}.py" for stage, missing in unknown_keys(keys).items() if not missing]
     if not scripts:
         return None
     names = " or ".join(Path(script).name for script in scripts)

@@ -86,6 +86,8 @@ class StageContext:
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
     num_processes: int = 1
     """Number of processes that train together."""
+    is_main_process: bool = True
+    """Whether this process writes the files of the run."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,11 @@ class Stage(ABC):
     """Modules that no phase trains; the loop freezes them and moves them to the device. The parameters of a phase in
     them, such as those of an adapter, stay trainable."""
     best_metric: str = "val_loss"
-    """Validation metric that the `best` checkpoint and early stopping depend on."""
+    """Metric that the `best` checkpoint and early stopping depend on, of the validation or of `evaluate` (`eval_…`)."""
     best_is_lower: bool = True
     """Whether a lower value of `best_metric` is better."""
+    exports_best: bool = False
+    """Whether a complete run exports its best weights, rather than its last ones."""
     trivial_loss: float | None = None
     """Training loss of a model that has learned nothing, if it is known."""
     conditions: Sequence[str] = ()

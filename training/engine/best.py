@@ -45,7 +45,7 @@ def best_metric(stage: Stage, config: EarlyStoppingConfig, cadence: Cadence) -> 
     chosen = config.best_metric
     generates = generates_images(stage)
     if chosen == "auto":
-        if not (cadence.evaluates and generates):
+        if not (cadence.evaluates and generates) or stage.best_metric.startswith("eval_"):
             return BestMetric(stage.best_metric, stage.best_is_lower)
         chosen = "kid"
     if chosen.startswith("val_"):

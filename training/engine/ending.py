@@ -79,7 +79,8 @@ def finish(
         with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
             best = linked_checkpoint(folder.checkpoints, "best")
             # Without a finite validation metric, `best` is only the first checkpoint.
-            if training.state.stopped_early and training.state.best_value is not None and best is not None:
+            of_best = training.state.stopped_early or training.stage.exports_best
+            if of_best and training.state.best_value is not None and best is not None:
                 training.load_best(best)
             training.stage.finish()
             # No barrier here: an interrupted process would never reach it. `interrupted_together` is the barrier.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +27,14 @@ def attention_kernel(tokens: int, gradient_checkpointing: bool = False) -> Abstr
     if gradient_checkpointing or has_accelerator_device() or tokens > PLAIN_ATTENTION_TOKENS:
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def most_attention_tokens(unet: Any) -> int:
+    """Return the number of cells of the largest feature map of a U-Net for squares that has attention, or 0."""
+    config = unet.config
+    sides = [config.sample_size // 2**level for level in range(len(config.down_block_types))]
+    attends = ["CrossAttn" in kind for kind in config.down_block_types]
+    return max((side**2 for side, own in zip(sides, attends, strict=True) if own), default=0)
 
 
 @contextmanager

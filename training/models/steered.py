@@ -9,7 +9,6 @@ B batch, C channels, h w cells of the U-Net's input (latents or pixels).
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from training.data.images import DataConfig, ImageDataset, load_label_map
 from training.data.tokenization import CaptionTokens
 from training.models.batch_latents import batch_latents
 from training.models.conditioning import caption_and_class, pipeline_conditions
-from training.objectives.diffusion import Diffusion, DiffusionConfig, ObjectiveConfig, noise_schedule_of_pipeline
+from training.objectives.diffusion import Diffusion, ObjectiveConfig, diffusion_of_pipeline
 
 
 class ControlBase(ABC):
@@ -45,13 +44,8 @@ class ControlBase(ABC):
             module.requires_grad_(False).eval()
 
     def objective(self, config: ObjectiveConfig) -> Diffusion:
-        """Return the objective in `config` on the noise schedule of the base model.
-
-        The U-Net knows only the noise schedule and prediction type that it was trained with.
-        """
-        flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(ObjectiveConfig)}
-        schedule = dataclasses.asdict(noise_schedule_of_pipeline(self.pipeline))
-        return Diffusion(DiffusionConfig(**schedule, **flags))
+        """Return the objective in `config` on the noise schedule of the base model."""
+        return diffusion_of_pipeline(self.pipeline, config)
 
     @abstractmethod
     def dataset(self, rows: Any, config: DataConfig, control: Any, *, augment: bool) -> ImageDataset:

@@ -5,6 +5,7 @@ x_0: B C h w, clean latents or pixels; timesteps: B, as they are passed to the U
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,15 @@ def noise_schedule_of_pipeline(pipeline: Any) -> NoiseScheduleConfig:
     )
 
 
+def diffusion_of_pipeline(pipeline: Any, config: ObjectiveConfig) -> Diffusion:
+    """Return the objective in `config` on the noise schedule of a trained model.
+
+    The model knows only the noise schedule and prediction type that it was trained with.
+    """
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(ObjectiveConfig)}
+    return Diffusion(DiffusionConfig(**dataclasses.asdict(noise_schedule_of_pipeline(pipeline)), **flags))
+
+
 class Diffusion:
     """Adds noise to batches, and holds the scheduler that pipelines sample with."""
 
@@ -154,7 +164,7 @@ class Diffusion:
             config.logit_mean,
             config.logit_std,
         )
-        alpha, sigma, timesteps = self._noise_levels(times)
+        alpha, sigma, timesteps = self.noise_levels(times)
         weight = torch.ones_like(sigma)
         if config.snr_gamma:
             weight = functional.min_snr_weight(config.prediction_type, alpha, sigma, config.snr_gamma)
@@ -181,8 +191,8 @@ class Diffusion:
             others = functional.offset_noise(others, offset.unsqueeze(1), strength)
         return functional.nearest_noise(x_0, torch.cat([noise.unsqueeze(1), others], 1))
 
-    def _noise_levels(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return alpha, sigma and the timesteps for the U-Net, from times in [0, 1)."""
+    def noise_levels(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return alpha, sigma and the timesteps for the U-Net, from times in [0, 1]. Each has the shape of `times`."""
         total = self.config.num_train_timesteps
         if self._alphas_cumprod is None:
             sigma = functional.shift_times(times, self.config.flow_shift)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from training.data.images import ImageDataset
 from training.data.source import load_split
 from training.evaluation.data import BATCH, RealImages, conditions_of, plain_images
 from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
-from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
+from training.metrics.generators import ImageGenerator, Item, SamplingConfig, generator_of
 from training.metrics.memorization import TOLERANCE, CopyReport, compare_pixels, thumbnails
 from training.metrics.quality import measure_distances, measure_floor
 from training.reporting.sufficiency import is_it_enough
@@ -64,6 +64,8 @@ class GeneratingStage(ImageStage):
 
     draws_one_size = True
     """Whether images are generated in the default size of the pipeline, and not in that of their control images."""
+    shown_distances: Sequence[str] = SHOWN
+    """Which distances of generated images from real ones are logged."""
     _real_features: Tensor | None = None
     _floor: Mapping[str, Any] = {}
 
@@ -121,6 +123,12 @@ class GeneratingStage(ImageStage):
         return Evaluation(metrics, may_be_best, warnings)
 
     def _evaluated_images(self, exchange: Exchange, count: int) -> list[Image.Image]:
+        return self._images_of(self.pipeline(), self._conditions, exchange, count)
+
+    def _images_of(
+        self, pipeline: Any, conditions: Callable[[Sequence[int]], Sequence[Item]], exchange: Exchange, count: int
+    ) -> list[Image.Image]:
+        """Generate images with a pipeline, for the rows that `conditions` returns for their numbers."""
         config = self.config
         guidance = config.evaluation_guidance_scale
         sampling = SamplingConfig(
@@ -128,11 +136,11 @@ class GeneratingStage(ImageStage):
             guidance_scale=config.preview_guidance_scale if guidance is None else guidance,
             seed=config.seed,
         )
-        generator: ImageGenerator = generator_of(self.pipeline(), sampling)
+        generator: ImageGenerator = generator_of(pipeline, sampling)
 
         def some(numbers: Sequence[int]) -> list[Image.Image]:
             self.context.poll()
-            return generator(self._conditions(numbers), numbers, self.context.poll)
+            return generator(conditions(numbers), numbers, self.context.poll)
 
         return exchange.map(some, count, config.train_batch_size)
 
@@ -153,7 +161,7 @@ class GeneratingStage(ImageStage):
         features = torch.stack(exchange.map(some, len(images), BATCH))
         real = self._measure_real_images(exchange)
         found = exchange.on_main(lambda: measure_distances(real, features).values)
-        metrics = {f"eval_{name}": found[name] for name in SHOWN if name in found}
+        metrics = {f"eval_{name}": found[name] for name in self.shown_distances if name in found}
         return metrics | ({"eval_kid_floor": self._floor["kid"]["mean"]} if "kid" in self._floor else {})
 
     def _measure_real_images(self, exchange: Exchange) -> Tensor:

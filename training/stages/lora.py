@@ -52,14 +52,15 @@ class LoRATraining:
     Args:
         models: the models by their names in the pipeline, with any weights; they get those of `--init_from`.
         adapted: names of the models that get an adapter; the others are only frozen.
+        base: run, checkpoint, pipeline folder or Hub id of the base model; if unset, `--init_from`.
 
     Raises:
-        UserError: `--init_from` lacks a model, or has one of another architecture.
+        UserError: the base model lacks a model, or has one of another architecture.
     """
 
-    def __init__(self, config: Any, models: Mapping[str, nn.Module], adapted: Sequence[str]):
-        self.models, self.base = dict(models), config.init_from
-        load_initial_weights(config.init_from, self.models)
+    def __init__(self, config: Any, models: Mapping[str, nn.Module], adapted: Sequence[str], base: str | None = None):
+        self.models, self.base = dict(models), base or config.init_from
+        load_initial_weights(self.base, self.models)
         self.fingerprint = module_fingerprint(*self.models.values())
         for model in self.models.values():
             model.requires_grad_(False)
