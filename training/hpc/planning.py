@@ -24,8 +24,13 @@ from training.run_experiments import Experiment
 MAKE_INPUTS = "training/hpc/make_inputs.py"
 
 
-def job_of_command(words: Sequence[str], name: str, site: Site, waits_for: Sequence[Waiting]) -> Job:
+def job_of_command(
+    words: Sequence[str], name: str, site: Site, waits_for: Sequence[Waiting], *, asks_for_several: bool = False
+) -> Job:
     """Return the job of one command: a script of this project and its flags.
+
+    Args:
+        asks_for_several: whether the flags of the submission, rather than the site, ask for several processes.
 
     Raises:
         UserError: the command does not start with a script of this project, its flags are wrong (those of a training),
@@ -34,10 +39,10 @@ def job_of_command(words: Sequence[str], name: str, site: Site, waits_for: Seque
     script = _own_script(words[0])
     place = script.relative_to(CODE).as_posix()
     if not is_launched(place):
-        if site.nodes * site.processes > 1:
+        if asks_for_several:
             raise UserError(
-                f"{place} is a single process, and the job asks for {site.nodes * site.processes}; add --nodes 1 "
-                "--gpus_per_node 1"
+                f"{place} is a single process, and the job asks for {site.nodes * site.processes}; "
+                "leave out --nodes, --gpus_per_node and --processes_per_node"
             )
         site = site.of_one_process()
     run = _run_folder(script.stem.removeprefix("train_"), words[1:]) if script.stem.startswith("train_") else ""

@@ -21,6 +21,7 @@ from training.core.files import read_json_object, write_json
 from training.run.folder import RunFolder
 
 MOST_WITHOUT_PROGRESS = 10
+GIVEN_UP_STATUS = 1
 _NEVER = (0, USER_ERROR_STATUS, INTERRUPTED_STATUS)
 
 
@@ -39,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(counter, {"without_progress": count + (not advanced), "checkpoint": newest})
     if options.status != 0:
         print(f"exit status {options.status}: {reason}", file=sys.stderr)
-    return REQUEUE_STATUS if again else options.status
+    if again:
+        return REQUEUE_STATUS
+    return GIVEN_UP_STATUS if options.status == REQUEUE_STATUS else options.status
 
 
 def decide(status: int, folder: RunFolder | None, advanced: bool) -> tuple[bool, str]:

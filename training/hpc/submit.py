@@ -119,7 +119,9 @@ def planned_jobs(options: argparse.Namespace, site: Site) -> list[Job]:
     """Return the jobs of a command line; everything is checked before the first one is submitted. Raises UserError."""
     waits_for = waiting_for(options.after, site.log_dir)
     if not options.array:
-        return [job_of_command(options.command, options.name or "", site, waits_for)]
+        numbers = (options.nodes, options.gpus_per_node, options.processes_per_node)
+        several = any(number is not None and number > 1 for number in numbers)
+        return [job_of_command(options.command, options.name or "", site, waits_for, asks_for_several=several)]
     experiments = plan(options.array, options.command, parse_sweeps(options.sweep), options.seeds)
     name = options.name or common_folder(experiments).resolve().name
     return jobs_of_experiments(experiments, name, site, waits_for, options.command, options.max_running)
