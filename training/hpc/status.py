@@ -39,7 +39,7 @@ def progress_of(folder: RunFolder) -> Progress:
     state = (read_json_object(checkpoints[0] / STATE_FILE) or {}) if checkpoints else {}
     rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
     loss = next((float(row["loss"]) for row in reversed(rows) if row.get("loss")), None)
-    steps = [int(row["step"]) for row in rows[-1:]] + [state["step"]] * isinstance(state.get("step"), int)
+    steps = [int(row["step"]) for row in rows[-1:]] + [state["step"] for _ in checkpoints[:1] if "step" in state]
     return Progress(max(steps, default=None), state.get("goal_steps"), loss, is_complete(folder))
 
 
