@@ -30,7 +30,10 @@ def test_the_script_is_short():
 
 
 def write(folder: Path, stage: str, name: str, flags: tuple[str, ...], **settings: object) -> None:
-    values = parse_config(config_class(stage), [*COMMON, *flags, "--max_train_steps", "2"]).to_dict()
+    needed = [
+        f"--{key}={settings[key]}" for key in ("dataset_name", "vae", "tokenizer", "base_model") if key in settings
+    ]
+    values = parse_config(config_class(stage), [*COMMON, *flags, *needed, "--max_train_steps", "2"]).to_dict()
     text = yaml.safe_dump({**values, **settings, "validation_epochs": 0, "preview_epochs": 0}, sort_keys=False)
     (folder / f"sweep/{name}.yaml").write_text(text)
 

@@ -227,8 +227,8 @@ def _check_parallelism() -> None:
         if asked == kind or os.environ.get(variable, "").lower() == "true":
             raise UserError(
                 f"the Accelerate config asks for {name}, and training is data parallel (DDP) only; "
-                "use configs/accelerate/multi_gpu.yaml, or multi_node.yaml for several machines. If a GPU has too little "
-                "memory, add --gradient_checkpointing true, or a smaller --train_batch_size with "
+                "use configs/accelerate/multi_gpu.yaml, or multi_node.yaml for several machines. If a GPU has too "
+                "little memory, add --gradient_checkpointing true, or a smaller --train_batch_size with "
                 "--gradient_accumulation_steps"
             )
 
