@@ -12,6 +12,8 @@ import yaml
 from tests.support.runs import ROOT, assert_same_state, launch
 from training.core.parsing import parse_config
 from training.experiments.registry import config_class
+from training.hpc.requeue import newest_checkpoint
+from training.run.folder import RunFolder
 from training.run.metrics_log import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -84,6 +86,26 @@ def test_a_cancelled_job_and_one_with_a_wrong_setting_are_not_requeued(cluster, 
     assert (failed["JobState"], failed["ExitCode"], failed["Restarts"]) == ("FAILED", "2:0", "0"), cluster.output()
     assert cluster.slurm.wait(waiting)["JobState"] == "CANCELLED"  # it would wait for ever
     assert (cluster.slurm.job(cancelled)["JobState"], cluster.slurm.job(cancelled)["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_the_signal_of_slurm_itself_comes_before_the_time_limit(cluster, training_flags):
+    """A run without end, and a limit of two minutes: it saves, is requeued and resumes, and never reaches the limit."""
+    flags = (*training_flags, "--max_train_steps", "1000000", "--output_dir", "runs/endless")
+    job = cluster.submit("--name", "endless", "--time", "00:02:00", "--", TRAIN, *flags)["endless"]
+    deadline = time.monotonic() + 200
+    while cluster.slurm.job(job)["Restarts"] == "0":
+        assert time.monotonic() < deadline, cluster.output()
+        time.sleep(0.5)
+    saved = newest_checkpoint(RunFolder(cluster.folder / "runs/endless"))
+    assert saved
+    cluster.slurm.wait(job, "RUNNING")
+    step = int(saved.removeprefix("step-"))
+    wait_for_steps(cluster.folder / "runs/endless", step + 2)
+    cluster.slurm.ask("scancel", job)
+    cluster.slurm.wait(job)
+    output = cluster.output()
+    assert "exit status 75: the job was asked to stop and is requeued" in output
+    assert "DUE TO TIME LIMIT" not in output
 
 
 def write_experiments(folder: Path, flags: tuple[str, ...]) -> None:

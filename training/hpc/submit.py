@@ -57,53 +57,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = Options(__doc__)
-    add = parser.add_argument
-    add(
-        "--site", metavar="FILE", help=f"YAML file with the settings of the cluster (default: ${SITE_VARIABLE}, if set)"
-    )
-    add("--scheduler", choices=SCHEDULERS, help="Scheduler of the cluster (default: that of the site, or slurm)")
-    add("--nodes", type=int, metavar="N", help="Number of nodes of each training (default: that of the site, or 1)")
-    add("--gpus_per_node", type=int, metavar="N", help="Number of GPUs on each node; 0 for none (default: 1)")
-    add(
-        "--processes_per_node",
-        type=int,
-        metavar="N",
-        help="Number of processes on each node (default: one for each GPU)",
-    )
-    add("--time", metavar="HH:MM:SS", help="Time limit; a longer run is requeued and resumed (default: 04:00:00)")
-    add("--partition", help="Partition of Slurm, or queue of LSF")
-    add("--account", help="Account of Slurm, or project of LSF")
-    add("--log_dir", help="Folder for the output of jobs and the list of jobs (default: runs/hpc)")
-    add(
-        "--name",
-        help="Name of the jobs, for --after and --status (default: that of the script, or of the folder of runs)",
-    )
-    add(
-        "--array",
-        nargs="+",
-        metavar="CONFIG",
-        help="Experiments: YAML files or patterns; arguments after -- are their flags",
-    )
-    add(
-        "--sweep", action="append", default=[], metavar="OPTION=VALUE,VALUE",
-        help="With --array: values of an option, of which each becomes a task; several --sweep run all combinations",
-    )  # fmt: skip
-    add("--seeds", type=int, metavar="N", help="With --array: train each with N random seeds")
-    add(
-        "--max_running",
-        type=int,
-        default=0,
-        metavar="N",
-        help="With --array: number of tasks that run at the same time",
-    )
-    add("--after", nargs="+", default=[], metavar="JOB", help="Wait until these jobs have succeeded: names or ids")
-    add("--dry_run", action="store_true", help="Print the script, which sbatch and `bsub <` take, and submit nothing")
-    add(
-        "--status",
-        nargs="*",
-        metavar="NAME",
-        help="List the submitted jobs, or those of these names, with step and loss",
-    )
+    _add_options_of_site(parser)
+    _add_options_of_jobs(parser)
     options = parser.parse(words[:cut])
     options.command = words[cut + 1 :]
     if options.status is None and not (options.array or options.command):
@@ -113,6 +68,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.max_running < 0 or (options.seeds is not None and options.seeds < 1):
         raise UserError(f"--max_running is {options.max_running} and --seeds is {options.seeds}; give positive numbers")
     return options
+
+
+def _add_options_of_site(parser: Options) -> None:
+    add = parser.add_argument
+    site_help = f"YAML file with the settings of the cluster (default: ${SITE_VARIABLE}, if set)"
+    processes_help = "Number of processes on each node (default: one for each GPU)"
+    add("--site", metavar="FILE", help=site_help)
+    add("--scheduler", choices=SCHEDULERS, help="Scheduler of the cluster (default: that of the site, or slurm)")
+    add("--nodes", type=int, metavar="N", help="Number of nodes of each training (default: that of the site, or 1)")
+    add("--gpus_per_node", type=int, metavar="N", help="Number of GPUs on each node; 0 for none (default: 1)")
+    add("--processes_per_node", type=int, metavar="N", help=processes_help)
+    add("--time", metavar="HH:MM:SS", help="Time limit; a longer run is requeued and resumed (default: 04:00:00)")
+    add("--partition", help="Partition of Slurm, or queue of LSF")
+    add("--account", help="Account of Slurm, or project of LSF")
+    add("--log_dir", help="Folder for the output of jobs and the list of jobs (default: runs/hpc)")
+
+
+def _add_options_of_jobs(parser: Options) -> None:
+    add = parser.add_argument
+    name_help = "Name of the jobs, for --after and --status (default: that of the script, or of the folder of runs)"
+    array_help = "Experiments: YAML files or patterns; arguments after -- are their flags"
+    status_help = "List the submitted jobs, or those of these names, with step and loss"
+    running_help = "With --array: number of tasks that run at the same time"
+    add("--name", help=name_help)
+    add("--array", nargs="+", metavar="CONFIG", help=array_help)
+    add(
+        "--sweep", action="append", default=[], metavar="OPTION=VALUE,VALUE",
+        help="With --array: values of an option, of which each becomes a task; several --sweep run all combinations",
+    )  # fmt: skip
+    add("--seeds", type=int, metavar="N", help="With --array: train each with N random seeds")
+    add("--max_running", type=int, default=0, metavar="N", help=running_help)
+    add("--after", nargs="+", default=[], metavar="JOB", help="Wait until these jobs have succeeded: names or ids")
+    add("--dry_run", action="store_true", help="Print the script, which sbatch and `bsub <` take, and submit nothing")
+    add("--status", nargs="*", metavar="NAME", help=status_help)
 
 
 def planned_jobs(options: argparse.Namespace, site: Site) -> list[Job]:
