@@ -223,6 +223,7 @@ def test_the_scripts_of_the_series_submit_all_of_their_experiments(elsewhere, sc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags):
     """The script runs without LSF, which would set these variables and send the signal to the whole job."""
     flags = (*training_flags, "--max_train_steps", "100")
