@@ -12,6 +12,6 @@ FILES = {"halftone_trainer.configs": "configs", "halftone_trainer.model_cards": 
 setup(
     packages=[*find_packages(include=[*CODE, *(f"{package}.*" for package in CODE)]), *FILES],
     package_dir=FILES,
-    package_data={"halftone_trainer.configs": ["**/*.yaml"], "halftone_trainer.model_cards": ["*.jinja"]},
+    package_data={"halftone_trainer.configs": ["**/*.yaml", "**/*.jinja"], "halftone_trainer.model_cards": ["*.jinja"]},
     include_package_data=False,
 )

@@ -30,6 +30,11 @@ def subcommand(script: str) -> str:
     return _SUBCOMMANDS[beginning] + name.removeprefix(beginning)
 
 
+def is_launched(script: str) -> bool:
+    """Return whether a script, given by its path in the repository, can run as several processes."""
+    return script.startswith(_LAUNCHED)
+
+
 def command(script: str, *, checkout: bool = IS_CHECKOUT) -> str:
     """Return the command that starts a script, for messages.
 
@@ -40,7 +45,7 @@ def command(script: str, *, checkout: bool = IS_CHECKOUT) -> str:
     path, *flags = script.split(" ", 1)
     if not checkout:
         return " ".join([PROGRAM, subcommand(path), *flags])
-    launcher = "accelerate launch" if path.startswith(_LAUNCHED) else "python"
+    launcher = "accelerate launch" if is_launched(path) else "python"
     return " ".join([launcher, path, *flags])
 
 

@@ -86,6 +86,45 @@ def test_fewer_processes_than_requested_are_an_error(monkeypatch, tmp_path, comm
         start_accelerator(RunConfig())
 
 
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_parallelism_that_would_not_come_is_an_error(monkeypatch, tmp_path, kind):
+    """By the variable that the launcher sets, and by its config file, which `--cpu` makes it ignore."""
+    expected = (
+        r"the Accelerate config asks for .*, and training is data parallel.* use configs/accelerate/multi_gpu.yaml"
+    )
+    with monkeypatch.context() as launched:
+        launched.setenv(f"ACCELERATE_USE_{kind}", "true")
+        with pytest.raises(UserError, match=expected):
+            start_accelerator(RunConfig())
+    config = tmp_path / "a.yaml"
+    config.write_text(f"distributed_type: {kind}\nnum_processes: 1\n")
+    words = ["accelerate", "launch", "--cpu", "--config_file", str(config), "x.py"]
+    monkeypatch.setattr(launch, "launcher_command", lambda: words)
+    with pytest.raises(UserError, match=expected):
+        start_accelerator(RunConfig())
+
+
+def test_a_script_under_a_deepspeed_config_ends_with_status_2():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/support/toy.py")], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "ACCELERATE_USE_DEEPSPEED": "true", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the Accelerate config asks for DeepSpeed")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.name)
+def test_each_shipped_config_says_when_to_use_it_and_is_known_to_accelerate(file):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert len([line for line in lines if not line.startswith("#")]) <= 10
+    config = ClusterConfig.from_yaml_file(str(file))
+    assert config.num_processes >= config.num_machines
+
+
 def test_a_rank_that_trains_alone_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="asked for 2 processes and started 1"):

@@ -6,6 +6,8 @@ import contextlib
 import os
 import pty
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -86,3 +88,22 @@ def test_nothing_is_lost(tmp_path, processes, whole, action):
     assert b"Signals.SIGKILL" not in terminal.output
     toy(folder, *FLAGS, processes=processes)
     assert_same_state(folder, whole)
+
+
+def test_two_machines_with_the_shipped_config(tmp_path):
+    """Both are this one; each starts one of the two processes, as the launcher would on machines of a network."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    config = ("--config_file", "configs/accelerate/multi_node.yaml", "--mixed_precision", "no")
+    network = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    words = [accelerate, "launch", *config, *network]
+    flags = [str(TOY), "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--cpu_threads", "1", *FLAGS]
+    machines = [
+        subprocess.Popen([*words, "--machine_rank", rank, *flags], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)))
+        for rank in ("0", "1")
+    ]
+    assert [machine.wait(180) for machine in machines] == [0, 0]
+    toy(tmp_path / "other", *FLAGS, processes=2)
+    assert_same_state(tmp_path / "run", tmp_path / "other")

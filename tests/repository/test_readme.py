@@ -160,6 +160,8 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         assert (ROOT / words[3]).is_file()
     elif words[:3] == ["python", "-m", "tests.faults"]:
         assert words[3:] == ["--list"]
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
     elif words[:2] == ["halftone", "path"]:
         assert find_shipped(words[2], [PRESETS]).is_file()
     elif (started := script_and_flags(words)) is None:

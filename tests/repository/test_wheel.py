@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
 NEEDED_TO_BUILD = (*PACKAGES, "configs", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+KINDS = (".yaml", ".jinja")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 WITHOUT_NETWORK = ("--no-deps", "--no-index", "--no-build-isolation")
 
@@ -122,7 +123,8 @@ def diffusion(run, workplace, diffusion_flags) -> Path:
 def test_it_contains_every_module_preset_and_template(wheel):
     contained = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
-    files = {*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "model_cards").rglob("*.jinja")}
+    shipped = [*(ROOT / "configs").rglob("*"), *(ROOT / "model_cards").rglob("*")]
+    files = {file for file in shipped if file.suffix in KINDS}
     assert len(files) > 50
     assert contained == code | {f"halftone_trainer/{file.relative_to(ROOT).as_posix()}" for file in files}
 

@@ -36,6 +36,14 @@ PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
+# What an Accelerate config can ask for and the loop does not do: its `distributed_type`, the variable that the launcher
+# sets for it, and its name.
+_UNSUPPORTED = (
+    ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+    ("FSDP", "ACCELERATE_USE_FSDP", "FSDP"),
+    ("MEGATRON_LM", "ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+)
+
 # Parameters of mallopt(3): the free memory above which the heap is trimmed, and the size from which a block is mapped
 # separately and returned to the system when it is freed.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -74,7 +82,8 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
             saved, it is that of the Accelerate config.
 
     Raises:
-        UserError: fp16 on a CPU, or a launcher that started another number of processes than requested.
+        UserError: fp16 on a CPU, or a launcher that was asked for another number of processes than it started, or for
+            another kind of parallelism than DDP.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -87,6 +96,7 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
             "--mixed_precision fp16 needs a GPU, and this run is on a CPU; use bf16 or no "
             "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
         )
+    _check_parallelism()
     accelerator = Accelerator(
         # Without cpu=True, Accelerate ignores torchrun on CPUs: each rank would train alone.
         cpu=not has_accelerator_device(),
@@ -206,20 +216,46 @@ def _check_world_size(started: int) -> None:
             )
 
 
+def _check_parallelism() -> None:
+    """Raise UserError if the launcher was asked for another kind of parallelism than DDP.
+
+    On CPUs, Accelerate would train with DDP instead, without a word. On GPUs, it would shard the weights, which the
+    loop saves, samples from and averages as whole tensors.
+    """
+    asked = str(_launch_config(launcher_command()).get("distributed_type", "")).upper()
+    for kind, variable, name in _UNSUPPORTED:
+        if asked == kind or os.environ.get(variable, "").lower() == "true":
+            raise UserError(
+                f"the Accelerate config asks for {name}, and training is data parallel (DDP) only; "
+                "use configs/accelerate/multi_gpu.yaml, or multi_node.yaml for several machines. If a GPU has too "
+                "little memory, add --gradient_checkpointing true, or a smaller --train_batch_size with "
+                "--gradient_accumulation_steps"
+            )
+
+
 def _requested_processes(command: list[str]) -> int | None:
     """Return the number of processes in an `accelerate launch` command or its config file; None if unknown."""
-    if not any("accelerate" in word for word in command[:6]):
+    if not _is_accelerate(command):
         return None  # torchrun always starts the requested number
     for position, word in enumerate(command):
         if word.startswith(("--num_processes=", "--num-processes=")):
             return _as_int(word.split("=", 1)[1])
         if word in ("--num_processes", "--num-processes") and position + 1 < len(command):
             return _as_int(command[position + 1])
-    if "--config_file" in command[:-1]:
+    return _as_int(_launch_config(command).get("num_processes"))
+
+
+def _launch_config(command: list[str]) -> dict[str, Any]:
+    """Return the settings of the config file that an `accelerate launch` command names; empty if it names none."""
+    if _is_accelerate(command) and "--config_file" in command[:-1]:
         path = Path(command[command.index("--config_file") + 1])
         if path.is_file():
-            return _as_int((yaml.safe_load(read_text(path)) or {}).get("num_processes"))
-    return None
+            return yaml.safe_load(read_text(path)) or {}
+    return {}
+
+
+def _is_accelerate(command: list[str]) -> bool:
+    return any("accelerate" in word for word in command[:6])
 
 
 def _as_int(value: Any) -> int | None:
