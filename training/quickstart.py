@@ -1,7 +1,7 @@
 """Make posters, train on them, and generate new ones from prompts: about ten minutes on two CPU cores.
 
-Every stage is a command of its own, which is printed. Run the quickstart again to resume it. Both trainings measure how
-fast this machine is before they begin, and train fewer steps where the full recipe would take longer than --minutes.
+Every stage is a command of its own, which is printed. Run the quickstart again to resume it. The training measures how
+fast this machine is before it begins, and trains fewer steps where the full recipe would take longer than --minutes.
 """
 
 from __future__ import annotations
@@ -31,35 +31,29 @@ from training.engine.signals import STARTED_BY
 from training.engine.speed import SPEED_FILE
 
 START = "make quickstart" if IS_CHECKOUT else typed("training/quickstart.py")
-RUN, LATENTS = Path("runs/quickstart"), "data/posters_64_latents"
+RUN, MODEL = Path("runs/quickstart"), "latent_diffusion"
 CONFIG = "configs/experiments/latent_diffusion/quickstart.yaml"
-AUTOENCODER, DIFFUSION, EVALUATION = "train_autoencoder", "train_latent_diffusion", "evaluate"
+DIFFUSION, EVALUATION = "train_latent_diffusion", "evaluate"
 TITLES = {
     "make_posters": "drawing 2,000 posters with captions",
     "train_tokenizer": "building a tokenizer from the captions",
-    AUTOENCODER: "training an autoencoder, which turns posters into latents and back",
-    "precompute_latents": "encoding the posters once",
-    DIFFUSION: "training latent diffusion, which turns captions into posters",
+    DIFFUSION: "training a diffusion model, which turns captions into posters",
     EVALUATION: "generating posters for captions that were not trained on, and comparing them with real ones",
 }
 TINY = {
     "make_posters": "--num_posters 300",
-    AUTOENCODER: "--max_train_steps 30 --report_to none",
     DIFFUSION: "--max_train_steps 30 --train_batch_size 16 --report_to none",
     EVALUATION: "--num_images 24 --num_inference_steps 5 --grid_rows 3 --extractor_resolution 64",
 }
-# The part of the remaining time that the autoencoder trains, as in the full recipe.
-AUTOENCODER_SHARE = 1 / 3
-# What comes after the diffusion model's training: starting two processes, and the evaluation, which takes as long as
-# about this many training steps of the autoencoder.
-STARTING_SECONDS, EVALUATION_STEPS = 15.0, 400
+# What comes beside the training: starting two processes, and the evaluation, which takes this part of the time that is
+# left to both (as long as about 700 of the 3,000 training steps of the full recipe).
+STARTING_SECONDS, EVALUATION_SHARE = 15.0, 0.2
 # What the full recipe reaches; see docs/LOG.md.
 GOALS = {
     "background_color_share": (0.98, "posters with the background colour of their prompt"),
     "palette_share_ratio": (0.9, "pixels in the colours of the prompt, relative to real posters"),
     "title_position_share": (0.9, "posters with the title where the prompt puts it"),
     "picture_count_share": (0.7, "posters with the right number of pictures"),
-    "autoencoder_psnr": (26.0, "dB, PSNR of the autoencoder on posters that it was not trained on"),
 }
 
 
@@ -100,17 +94,22 @@ class Plan:
             plan.minutes, plan.seconds = float(plan.minutes), {k: float(v) for k, v in plan.seconds.items()}
         except (TypeError, ValueError, AttributeError):
             raise UserError(f"{cls.FILE} is damaged; delete it, and the quickstart decides again") from None
+        if "train_autoencoder" in plan.training_minutes:
+            raise UserError(
+                f"{RUN} was begun by an earlier version, which trained a U-Net with an autoencoder. Move it, for "
+                f"example to {RUN}_unet, and start again; its model works there as before"
+            )
         if plan.tiny != tiny:
             raise UserError(
                 f"{RUN} belongs to a quickstart {'with' if plan.tiny else 'without'} --tiny, whose results would be "
-                f"used; delete or move them first: rm -r {RUN} data/posters_64 data/posters_64_tokenizer {LATENTS}"
+                f"used; delete or move them first: rm -r {RUN} data/posters_64 data/posters_64_tokenizer"
             )
         if not plan.training_minutes:
             plan.minutes = minutes
         elif plan.minutes != minutes:
             print(
                 f"{RUN} was begun with --minutes {plan.minutes:g}, which stays. For another number of minutes, delete "
-                f"or move {RUN} and {LATENTS}, and start again"
+                f"or move {RUN}, and start again"
             )
         return plan
 
@@ -122,18 +121,10 @@ class Plan:
         """Return the minutes that a training script may take; decided when it first starts."""
         if script not in self.training_minutes:
             remaining = 60 * self.minutes - sum(self.seconds.values()) - STARTING_SECONDS
-            if script == AUTOENCODER:
-                remaining *= AUTOENCODER_SHARE
-            elif speed := speed_of("autoencoder"):
-                remaining -= EVALUATION_STEPS * sum(speed["seconds"]["phases"].values())
+            remaining *= 1 - EVALUATION_SHARE
             self.training_minutes[script] = round(max(remaining, 1) / 60, 2)
             self.save()
         return self.training_minutes[script]
-
-
-def speed_of(run: str) -> dict[str, Any] | None:
-    """Return what a training run of the quickstart measured and decided; None if it was not fitted to a time."""
-    return read_json_object(RUN / run / SPEED_FILE)
 
 
 def stages(tiny: bool) -> list[tuple[str, str | None]]:
@@ -143,7 +134,7 @@ def stages(tiny: bool) -> list[tuple[str, str | None]]:
     plan += [
         (f"training/train_latent_diffusion.py --config {CONFIG}", None),
         (
-            f"training/evaluate.py --model {RUN}/latent_diffusion --dataset_name data/posters_64 --split test "
+            f"training/evaluate.py --model {RUN}/{MODEL} --dataset_name data/posters_64 --split test "
             "--guidance_scale 1.75 --num_inference_steps 20 --num_images 256 --max_real_images 512 "
             f"--extractor_resolution 128 --copy_spaces [pixels] --replay_images 50 --grid {RUN}/grid.png",
             None,
@@ -175,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(QuickstartConfig, argv, description=__doc__)
     plan, commands = Plan.open(config.minutes, config.tiny), stages(config.tiny)
     print(
-        f"The quickstart takes about {plan.minutes:g} minutes. Both trainings measure the speed of this machine first, "
-        "say how long the full recipe would take, and train fewer steps where the time is too short for it.",
+        f"The quickstart takes at most about {plan.minutes:g} minutes. The training measures the speed of this machine "
+        "first, says how long the full recipe would take, and trains fewer steps where the time is too short for it.",
         flush=True,
     )
     for number, (command, done) in enumerate(commands, 1):
@@ -184,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if done and incomplete(done, command.split()[0]) is None:
             print(f"\n[{number}/{len(commands)}] {TITLES[script]}: already done ({done})", flush=True)
             continue
-        if script in (AUTOENCODER, DIFFUSION):
+        if script == DIFFUSION:
             command += f" --max_train_minutes {plan.minutes_for(script):g}"
         print(f"\n[{number}/{len(commands)}] {TITLES[script]}\n      {typed(command)}", flush=True)
         seconds = run_stage(command)
@@ -197,23 +188,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summarize(plan: Plan) -> dict[str, Any]:
     """Collect the metrics of all stages, and say which goals of the full recipe were reached."""
-    records = [
-        json.loads((RUN / name / "record.json").read_text(encoding="utf-8"))
-        for name in ("autoencoder", "latent_diffusion")
-    ]
-    autoencoder, diffusion = records
-    evaluation = json.loads((RUN / "latent_diffusion/evaluation.json").read_text(encoding="utf-8"))
-    metrics = {
-        **evaluation["metrics"],
-        "autoencoder_psnr": autoencoder["metrics"]["val_psnr"],
-        "autoencoder_ssim": autoencoder["metrics"]["val_ssim"],
-        "diffusion_val_loss": diffusion["metrics"]["val_loss"],
-    }
+    diffusion = json.loads((RUN / MODEL / "record.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((RUN / MODEL / "evaluation.json").read_text(encoding="utf-8"))
+    metrics = {**evaluation["metrics"], "diffusion_val_loss": diffusion["metrics"]["val_loss"]}
     recipe = full_recipe(plan)
     return {
         **metrics,
         "evaluation": {name: value for name, value in evaluation.items() if name != "metrics"},
-        "autoencoder_steps": autoencoder["steps"],
         "diffusion_steps": diffusion["steps"],
         "cpu_cores": os.cpu_count(),
         "minutes": plan.minutes,
@@ -226,18 +207,18 @@ def summarize(plan: Plan) -> dict[str, Any]:
 
 def full_recipe(plan: Plan) -> dict[str, Any]:
     """Say how much of the full recipe was trained, how long all of it takes here, and by which commands."""
-    speeds = [speed for name in ("autoencoder", "latent_diffusion") if (speed := speed_of(name))]
-    rest = sum(seconds for script, seconds in plan.seconds.items() if script not in (AUTOENCODER, DIFFUSION))
-    seconds = rest + sum(speed["all_steps_estimated_seconds"] for speed in speeds)
+    speed = read_json_object(RUN / MODEL / SPEED_FILE) or {}  # absent if the training was not fitted to a time
+    rest = sum(seconds for script, seconds in plan.seconds.items() if script != DIFFUSION)
+    seconds = rest + speed.get("all_steps_estimated_seconds", 0.0)
     minutes = round(seconds / 60 + 1)
     new = f"make quickstart MINUTES={minutes}" if IS_CHECKOUT else f"{START} --minutes {minutes}"
     longer = f"training/train_latent_diffusion.py --config {CONFIG}"
     return {
-        "complete": all(speed["steps"] >= speed["all_steps"] for speed in speeds),
-        "steps": [speed["all_steps"] for speed in speeds],
+        "complete": speed.get("steps", 0) >= speed.get("all_steps", 0),
+        "steps": speed.get("all_steps", 0),
         "estimated_minutes_here": minutes,
         "train_on": typed(longer),
-        "from_the_beginning": f"rm -r {RUN} {LATENTS} && {new}",
+        "from_the_beginning": f"rm -r {RUN} && {new}",
     }
 
 
@@ -246,9 +227,9 @@ def _judge(name: str, value: float, recipe: dict[str, Any]) -> dict[str, Any]:
     goal, _ = GOALS[name]
     verdict: dict[str, Any] = {"goal": goal, "reached": value >= goal}
     if value < goal and not recipe["complete"]:
-        # A diffusion model belongs to the latents of its autoencoder: a better autoencoder means starting again.
-        command = recipe["from_the_beginning" if name.startswith("autoencoder_") else "train_on"]
-        verdict["note"] = f"this machine cannot train the full recipe in the given minutes; train on with: {command}"
+        verdict["note"] = (
+            f"this machine cannot train the full recipe in the given minutes; train on with: {recipe['train_on']}"
+        )
     return verdict
 
 
@@ -268,13 +249,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
     )
     if not recipe["complete"]:
         print(
-            f"\nIn {summary['minutes']:g} minutes this machine trained {summary['autoencoder_steps']} steps of the "
-            f"autoencoder and {summary['diffusion_steps']} of the diffusion model; the full recipe has "
-            f"{' and '.join(map(str, recipe['steps']))}, which takes about {recipe['estimated_minutes_here']} minutes "
-            f"here: {recipe['from_the_beginning']}"
+            f"\nIn {summary['minutes']:g} minutes this machine trained {summary['diffusion_steps']} steps; the full "
+            f"recipe has {recipe['steps']}, which takes about {recipe['estimated_minutes_here']} minutes here: "
+            f"{recipe['from_the_beginning']}"
         )
     more = (
-        f"pipelines/sample.py --model {RUN}/latent_diffusion "
+        f"pipelines/sample.py --model {RUN}/{MODEL} "
         '--prompt "a minimalist poster, blue on cream, one picture, title at the top" '
         "--guidance_scale 1.75 --output more.png"
     )

@@ -49,6 +49,10 @@ class Config(FieldDropoutConfig, DiffusionConfig, PreviewConfig, RunEvaluationCo
     brief_encoder: BriefEncoderConfig = option(BriefEncoderConfig)
     """The encoder of the design brief, trained jointly with the network that denoises"""
 
+    @property
+    def consists_of_products(self) -> bool:
+        return self.denoiser == "transformer"
+
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)
         if self.denoiser == "unet":

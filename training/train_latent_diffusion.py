@@ -117,6 +117,10 @@ class Config(LoRAStageConfig, DiffusionConfig, PreviewConfig, RunEvaluationConfi
             raise UserError("--caption_prior.hidden_size needs captions; set it to 0, or add caption to --condition_on")
 
     @property
+    def consists_of_products(self) -> bool:
+        return self.denoiser == "transformer"
+
+    @property
     def with_captions(self) -> bool:
         return "caption" in self.condition_on
 

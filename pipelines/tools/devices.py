@@ -65,17 +65,22 @@ def has_accelerator_device() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def bf16_is_faster() -> bool:
+def bf16_is_faster(*, products: bool = False) -> bool:
     """Return whether bfloat16 is faster than float32 on the default device.
 
     On a CPU that takes matrix units (AMX). Those that only have the vector instructions of AVX-512 for it can be slower
-    in bfloat16: the quickstart's steps took 1.4 times as long on one of them (docs/LOG.md).
+    in bfloat16: the steps of a U-Net took 1.4 times as long on one of them. A network of large products of matrices
+    is several times as fast with these instructions as well (docs/LOG.md).
+
+    Args:
+        products: whether the network consists of such products, as a transformer does.
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.backends.mps.is_available() and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    instructions = ["_is_amx_tile_supported", *(["_is_avx512_bf16_supported"] if products else [])]
+    return not torch.backends.mps.is_available() and any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
 def bf16_products_are_faster() -> bool:

@@ -30,25 +30,25 @@ def log(folder: Path) -> str:
 
 def test_the_precision_that_was_chosen_is_saved(tmp_path):
     assert run(tmp_path, "--max_train_steps", "1") == 0
-    assert settings(tmp_path)["mixed_precision"] == automatic_precision()
+    assert settings(tmp_path)["mixed_precision"] == automatic_precision(RunConfig())
 
 
 @pytest.mark.parametrize("launched", ["fp16", "bf16"])
 def test_the_precision_of_the_accelerate_config_is_used(monkeypatch, launched):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    assert automatic_precision() == launched
+    assert automatic_precision(RunConfig()) == launched
 
 
 def test_the_no_that_the_launcher_always_sets_is_not_a_choice(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    without = automatic_precision()
+    without = automatic_precision(RunConfig())
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert automatic_precision() == without
+    assert automatic_precision(RunConfig()) == without
 
 
 def test_a_resumed_run_keeps_its_precision_and_says_so_on_another_device(tmp_path):
     """A run in the precision that this device would not choose is what a run from another device looks like."""
-    usual = automatic_precision()
+    usual = automatic_precision(RunConfig())
     other = "no" if usual == "bf16" else "bf16"
     flags = ("--max_train_steps", "4", *EVERY_STEP)
     run(tmp_path / "whole", *flags, "--mixed_precision", other)
@@ -71,7 +71,7 @@ def test_a_precision_given_by_hand_replaces_that_of_the_run(tmp_path):
 def test_a_new_run_in_place_of_an_old_one_chooses_again(tmp_path):
     run(tmp_path / "run", "--max_train_steps", "1", "--mixed_precision", "bf16", "--validation_steps", "3")
     run(tmp_path / "run", "--max_train_steps", "1", "--overwrite", "true")
-    assert settings(tmp_path / "run")["mixed_precision"] == automatic_precision()
+    assert settings(tmp_path / "run")["mixed_precision"] == automatic_precision(RunConfig())
     assert settings(tmp_path / "run")["validation_steps"] is None
 
 

@@ -15,7 +15,7 @@ from pipelines.tools.resources import shipped_path
 from training.benchmarks.children import in_child, run_scripts, usable_cores
 from training.core.options import Options, option
 
-QUICKSTART = shipped_path("configs/experiments/latent_diffusion/quickstart.yaml")
+QUICKSTART = shipped_path("configs/experiments/latent_diffusion/quickstart_unet.yaml")
 QUICKSTART_AUTOENCODER = "configs/experiments/autoencoder/quickstart.yaml"
 PHOTO_SIDE = 512
 PARTS = (

@@ -39,13 +39,13 @@ def settle_choices(config: RunConfig, folder: RunFolder, accelerator: Accelerato
     left_open = config.mixed_precision == AUTO
     config.keep(saved)
     if left_open:
-        _warn_of_precision(saved, accelerator.mixed_precision)
+        _warn_of_precision(config, saved, accelerator.mixed_precision)
         config.mixed_precision = accelerator.mixed_precision
 
 
-def _warn_of_precision(saved: Mapping[str, Any], used: str) -> None:
+def _warn_of_precision(config: RunConfig, saved: Mapping[str, Any], used: str) -> None:
     """Warn if a run would use another precision had it been started on this device, or cannot keep its own."""
-    kept, usual = saved.get(_PRECISION), automatic_precision()
+    kept, usual = saved.get(_PRECISION), automatic_precision(config)
     if kept in (None, AUTO):  # earlier versions did not save what it was
         return
     if kept != used:  # its settings came from the Hub, after the precision of this process had been set

@@ -64,14 +64,19 @@ class LaunchConfig(Options):
     process_timeout: float = option(600.0, on_resume="free", at_least=10)
     """With several processes: number of seconds after which a process that no longer responds ends the run"""
 
+    @property
+    def consists_of_products(self) -> bool:
+        """Whether almost all work of the networks are products of large matrices, as in a transformer."""
+        return False
 
-def automatic_precision() -> str:
+
+def automatic_precision(config: LaunchConfig) -> str:
     """Return the precision that `--mixed_precision auto` means in this process: no, fp16 or bf16."""
     # `accelerate launch` always sets the variable; its "no" may only mean that nobody chose a precision.
     launched = os.environ.get(_LAUNCHED_PRECISION, "no")
     if launched != "no":
         return launched
-    return "bf16" if bf16_is_faster() else "no"
+    return "bf16" if bf16_is_faster(products=config.consists_of_products) else "no"
 
 
 def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelerator:
@@ -90,7 +95,7 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
     chosen = kept if config.mixed_precision == AUTO else config.mixed_precision
     precision = chosen or os.environ.get(_LAUNCHED_PRECISION, "no")
     if precision == AUTO:
-        precision = automatic_precision()
+        precision = automatic_precision(config)
     if precision == "fp16" and not has_accelerator_device():
         raise UserError(
             "--mixed_precision fp16 needs a GPU, and this run is on a CPU; use bf16 or no "
