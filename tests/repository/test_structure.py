@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from training.core.scripts import script_path, stage_names
 
 PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -132,8 +133,10 @@ def test_pipelines_import_few_libraries():
 
 
 def test_training_scripts_do_not_import_each_other():
-    for path in (ROOT / "training").glob("train_*.py"):
-        others = re.findall(r"^\s*(?:from|import)\s+(?:training)?\.?(train_\w+)", path.read_text(), re.MULTILINE)
+    for path in map(script_path, stage_names()):
+        others = re.findall(
+            r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|distill)_\w+)", path.read_text(), re.MULTILINE
+        )
         assert others == [], path.name
 
 
@@ -148,7 +151,7 @@ def test_scaling_factors_are_read_from_configs():
 def test_slow_libraries_are_imported_where_they_are_used():
     """Importing a training script imports no slow library, so `--help` and errors appear within two seconds."""
     slow = {"diffusers", "transformers", "datasets", "wandb", "matplotlib", "huggingface_hub", "accelerate"}
-    for script in sorted((ROOT / "training").glob("train_*.py")):
+    for script in map(script_path, stage_names()):
         code = f"import sys; sys.path.insert(0, '.'); import training.{script.stem}; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert slow & {name.split(".")[0] for name in done.stdout.split()} == set(), script.name

@@ -18,12 +18,22 @@ from training.core.parsing import known_names
 from training.core.settings import read_merged_settings
 
 FOLDER = Path(__file__).resolve().parent.parent
-PREFIX = "train_"
+PREFIX, OTHER_PREFIX = "train_", "distill_"
 
 
 def stage_names() -> list[str]:
-    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on."""
-    return sorted(path.stem.removeprefix(PREFIX) for path in FOLDER.glob(f"{PREFIX}*.py"))
+    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on.
+
+    A script that trains what another one has trained already has the name of its file:
+    `distill_latent_diffusion`.
+    """
+    scripts = [*FOLDER.glob(f"{PREFIX}*.py"), *FOLDER.glob(f"{OTHER_PREFIX}*.py")]
+    return sorted(path.stem.removeprefix(PREFIX) for path in scripts)
+
+
+def script_path(stage: str) -> Path:
+    """Return the training script of a stage."""
+    return FOLDER / f"{'' if stage.startswith(OTHER_PREFIX) else PREFIX}{stage}.py"
 
 
 def script_module(stage: str) -> ModuleType:
@@ -35,7 +45,7 @@ def script_module(stage: str) -> ModuleType:
     name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
     if name not in known:
         raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
-    return importlib.import_module(f"training.{PREFIX}{name}")
+    return importlib.import_module(f"training.{script_path(name).stem}")
 
 
 def unknown_keys(keys: list[str]) -> dict[str, list[str]]:
@@ -63,7 +73,7 @@ def file_of_another_script(file: str, known: list[str]) -> str | None:
     keys = dotted(read_merged_settings(find_file(file)))
     if all(key in known for key in keys):
         return None
-    scripts = [f"training/{PREFIX}{stage}.py" for stage, missing in unknown_keys(keys).items() if not missing]
+    scripts = [f"training/{script_path(stage).name}" for stage, missing in unknown_keys(keys).items() if not missing]
     if not scripts:
         return None
     names = " or ".join(Path(script).name for script in scripts)

@@ -131,6 +131,8 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "size": _size(record.get("resolution")),
         "num_train_images": record.get("num_train_images"),
         "init_from": literal(config.get("init_from", "")),
+        "distilled": _model_index(folder).get("distilled"),
+        "teacher": literal(config.get("teacher", "")),
         "from_scratch": bool(config) and not config.get("init_from"),
         "pretrained_text_encoder": literal(config.get("pretrained_text_encoder", "")),
         "data": _data(record, config),
