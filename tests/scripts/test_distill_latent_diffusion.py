@@ -28,7 +28,7 @@ from training.objectives.few_steps import euler
 from training.run.checkpoint import load_tensors
 
 SCRIPT = ROOT / "training/distill_latent_diffusion.py"
-PROMPT = "a minimalist poster, blue on cream, one picture"
+PROMPT = "a minimalist poster, blue on cream, title at the top"
 TINY = (
     *("--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
     *("--lr_warmup_steps", "0", "--num_previews", "2", "--num_steps", "3", "--guidance_scale", "2"),
@@ -167,7 +167,7 @@ def test_evaluate_compares_the_student_with_its_teacher(tmp_path, launched, teac
 
 
 def test_the_student_learns_the_samples_of_its_teacher(flags):
-    """Of four images: the distance of its samples from those of the teacher, for the same noise, falls."""
+    """The distance of its samples from those of the teacher falls, for the same four captions and noise."""
     stage = stage_of(flags)
     batch, draws = fetch(stage.train_data(), [SampleKey(i, 0) for i in range(4)]), Draws(0, 0, range(4))
 
