@@ -36,7 +36,7 @@ from training.models.teacher import Condition, Teacher, joined, load_teacher
 from training.objectives.few_steps import advance, euler, few_step_scheduler, noise_levels
 from training.objectives.functional import mse_per_sample
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
-from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
+from training.stages.image_stage import ImageStageConfig, OpenDataset, PreviewConfig, loss_sums
 
 PRESET = "configs/experiments/latent_diffusion/distill_quickstart.yaml"
 MOST_STEPS = 8
@@ -147,17 +147,10 @@ class DistillationStage(GeneratingStage):
         super().__init__(config, context)
         self.teacher = load_teacher(config.teacher, config.guidance_scale, config.gradient_checkpointing)
         self.teacher.check_images(config.teacher, config)
-        labels = self.teacher.label_map(config.teacher, config)
-        columns = {
-            "captions": self.teacher.tokens is not None,
-            "caption_tokens": self.teacher.tokens,
-            "labels": labels is not None,
-        }
-        self.open_data(
-            functools.partial(ImageDataset, config=config, label_map=labels, **columns), self.teacher.divisor
-        )
+        self.open_data(self._dataset(), self.teacher.divisor)
         self.teacher.check_captions(config.teacher, self.training_set)
-        self.conditions = [name for name, taken in (("captions", columns["captions"]), ("classes", labels)) if taken]
+        taken = {"captions": self.teacher.tokens is not None, "classes": self.teacher.takes_labels}
+        self.conditions = [name for name, is_taken in taken.items() if is_taken]
         student = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
         if student.config.get("restart_levels"):
             student.register_to_config(restart_levels=())  # it learns samples that the teacher has finished so
@@ -167,6 +160,18 @@ class DistillationStage(GeneratingStage):
         self.phases, self.ema_of = [self.phase], {self.teacher.kind: student}
         self.frozen = self.teacher.modules
         self.take_initial_weights(self.ema_of)
+
+    def _dataset(self) -> OpenDataset:
+        """Return the function that opens rows with the condition of the teacher. Raises UserError."""
+        tokens, labels = self.teacher.tokens, self.teacher.label_map(self.config.teacher, self.config)
+        return functools.partial(
+            ImageDataset,
+            config=self.config,
+            captions=tokens is not None,
+            caption_tokens=tokens,
+            labels=labels is not None,
+            label_map=labels,
+        )
 
     def inputs(self) -> dict[str, str]:
         found = {**super().inputs(), "teacher": module_fingerprint(*self.teacher.modules)}
