@@ -93,6 +93,8 @@ class DistillationPhase(Phase):
         super().__init__()
         self.config, self.teacher, self.levels = config, teacher, levels
         setattr(self, teacher.kind, student)  # under the name that it has in the pipeline
+        # Kept on the device: a copy per step would wait for it.
+        self.register_buffer("starts", torch.tensor(levels[:-1]), persistent=False)
 
     @property
     def student(self) -> nn.Module:
@@ -129,8 +131,8 @@ class DistillationPhase(Phase):
         """
         steps = list(zip(pairwise(states), pairwise(self.levels), strict=True))
         targets = torch.cat([(after - before) / (end - start) for (before, after), (start, end) in steps])
-        levels = torch.tensor(self.levels[:-1], device=targets.device).repeat_interleave(len(states[0]))
-        flow = self.teacher.flow(self.student, torch.cat(states[:-1]), levels, joined([condition] * len(steps)))
+        starts = self.starts.repeat_interleave(len(states[0]))
+        flow = self.teacher.flow(self.student, torch.cat(states[:-1]), starts, joined([condition] * len(steps)))
         return mse_per_sample(flow, targets).unflatten(0, (len(steps), -1)).mean(0)
 
     def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
+from tests.scripts.test_distill_latent_diffusion import TINY as TINY_STUDENT
 from tests.scripts.test_train_controlnet import MASKS
 from tests.scripts.test_train_controlnet import TINY as TINY_CONTROLNET
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
@@ -18,6 +18,7 @@ from tests.scripts.test_train_image_caption import TINY as TINY_CAPTIONS
 from tests.scripts.test_train_layout import COMMON as LAYOUT
 from tests.scripts.test_train_layout import TINY_ABSTRACTOR, TINY_ENCODER
 from tests.support.no_waiting import no_waiting
+from training.core.scripts import script_module
 from training.engine.loop import Loop
 
 STEPS = 3
@@ -35,10 +36,10 @@ LABELLED = (
 
 
 def run(script: str, folder: Path, *flags: str) -> Path:
-    """Train a few steps with `train_<script>.py`."""
+    """Train a few steps of a stage."""
     forget_accelerate()
     ending = ("--max_train_steps", str(STEPS), "--output_dir", str(folder), "--preview_epochs", "0")
-    assert importlib.import_module(f"training.train_{script}").main([*flags, *ending]) == 0
+    assert script_module(script).main([*flags, *ending]) == 0
     return folder
 
 
@@ -61,6 +62,7 @@ LATENT = (*COMMON, *TINY_DIFFUSION, "--vae", "{vae}")
 CASES = {
     "latent diffusion": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}"),
     "latent diffusion of classes": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}", *LABELLED),
+    "distillation": ("distill_latent_diffusion", *COMMON, *TINY_STUDENT, "--teacher", "{latent}"),
     "autoencoder": ("autoencoder", *COMMON, *TINY_AUTOENCODER, *HEADS),
     "controlnet": (
         *("controlnet", *COMMON, *TINY_CONTROLNET, *MASKS, "--base_model", "{latent}", "--noise_candidates", "2"),

@@ -138,7 +138,7 @@ class Teacher:
         """
         from pipelines.latent_diffusion import concat_condition
 
-        levels = torch.as_tensor(level, dtype=torch.float32, device=x.device).expand(len(x))
+        levels = level if isinstance(level, Tensor) else torch.full((len(x),), level, device=x.device)
         arguments = {name: value for name, value in condition.items() if name != "prior"}
         model_input = concat_condition(x, condition["prior"])
         with attention_kernel(x[0, 0].numel(), gradient_checkpointing=self.recomputes):
