@@ -63,6 +63,8 @@ class Config(PreviewConfig, RunEvaluationConfig, ImageStageConfig):
     """Not used: a student has no guidance"""
     preview_inference_steps: int = option(0, on_resume="free", at_least=0)
     """Number of inference steps for previews; 0 for --num_steps"""
+    evaluation_guidance_scale: float | None = option(None, on_resume="warn", at_least=0, at_most=1)
+    """Not used: a student has no guidance"""
     evaluation_inference_steps: int = option(0, on_resume="warn", at_least=0)
     """Number of sampling steps for the images that are measured during the run; 0 for --num_steps"""
     preview_prompts: list[str] | None = option(None, on_resume="free", essential=True)
