@@ -154,8 +154,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -175,8 +174,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Names, or ids unless names are numbers.
             height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
             num_inference_steps (`int`, *optional*): Number of steps. Defaults to 25, or to that of a distilled model.
-            guidance_scale (`float`, *optional*): Scale of classifier-free guidance; 1 and below disables it. Defaults
-                to 2.5, or to 1 for a distilled model.
+            guidance_scale (`float`, *optional*): Classifier-free guidance, from 1. Defaults to 2.5; 1 if distilled.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
             generator (`int`, `torch.Generator` or a list, *optional*): Seed or generator, or one for each image.
             latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from.
