@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .common.captions import encode_captions, max_caption_length, tokenize_captions
 from .common.checks import OUTPUT_TYPES, check_embeds, check_steps, check_tensor
 from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is_empty, is_text, length, reads_text
+from .common.distilled import check_distilled, check_not_guided_twice, given_or_default
 from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
 from .common.guidance import WHOLE_INTERVAL, check_autoguidance, denoiser_of
 from .common.latents import decode_latents, downsampling_factor, latent_shape
@@ -92,6 +93,7 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
         caption_prior (`ModelMixin`, *optional*): Predicts latents from the text condition. The network takes them as
             additional input channels, so it has twice as many.
         transformer (`ModelMixin`, *optional*): A transformer with the arguments of the U-Net, in its place.
+        distilled (`dict`, *optional*): How a model that was distilled to few steps samples, see `common/distilled.py`.
 
     Raises:
         ValueError: If the components do not match.
@@ -116,6 +118,7 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
         max_text_length: Optional[int] = None,
         caption_prior: Optional[ModelMixin] = None,
         transformer: Optional[ModelMixin] = None,
+        distilled: Optional[dict] = None,
     ):
         super().__init__()
         if (unet is None) == (transformer is None):
@@ -139,6 +142,8 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
             id2label={str(id_): str(name) for id_, name in (id2label or {}).items()} or None,
             max_text_length=max_text_length,
         )
+        if distilled is not None:
+            self.register_to_config(distilled=check_distilled(distilled))
         self.vae_scale_factor = downsampling_factor(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._own_scheduler = scheduler
@@ -157,6 +162,10 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
         height: int | None = None, width: int | None = None,
         num_inference_steps: int = 25, guidance_scale: float = 2.5, num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -172,8 +181,8 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
             prompt, negative_prompt (`str` or `list[str]`, *optional*): What to include (paired with labels), or not.
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*): Names, or ids unless names are numbers.
             height, width (`int`, *optional*): Size in pixels of the generated images. Defaults to the training size.
-            num_inference_steps (`int`, defaults to 25): The number of denoising steps.
-            guidance_scale (`float`, defaults to 2.5): Scale of classifier-free guidance; 1 and below disables it.
+            num_inference_steps (`int`, *optional*): Number of steps. Defaults to 25, or to that of a distilled model.
+            guidance_scale (`float`, *optional*): Classifier-free guidance, from 1. Defaults to 2.5; 1 if distilled.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
             generator (`int`, `torch.Generator` or a list, *optional*): Seed or generator, or one for each image.
             latents (`torch.Tensor`, *optional*): Standard normal noise (`B C h w`) to start from.
@@ -193,6 +202,7 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
             ValueError: If an argument is invalid; the message quotes it.
         """
         inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        num_inference_steps, guidance_scale = given_or_default(self, num_inference_steps, guidance_scale)
         self.check_inputs(
             prompt, class_labels, negative_prompt, guidance_scale, num_inference_steps, num_images_per_prompt,
             output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
@@ -237,6 +247,7 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
             num_images_per_prompt, guidance_scale, generator, output_type, callback_on_step_end,
             callback_on_step_end_tensor_inputs, guidance_interval,
         )  # fmt: skip
+        check_not_guided_twice(self, guidance_scale)
         check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
         self._size(height, width)
         changes_prompts = is_stock(callback_on_step_end) and "prompt_embeds" in callback_on_step_end_tensor_inputs

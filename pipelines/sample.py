@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.common.distilled import given_or_default
 from pipelines.common.poster_domain import COLORS, MAX_PICTURES, MAX_TEXT_BLOCKS, STYLES
 from pipelines.common.words import warn_of_unknown_words
 from pipelines.tools.adapters import add_lora_options, load_adapters, lora_texts
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     briefs = read_briefs(options)
     control_files = open_controls(options.control_image or [])
     pipeline = _load(options)
+    options.num_inference_steps, options.guidance_scale = given_or_default(
+        pipeline, options.num_inference_steps, options.guidance_scale
+    )
     _check_conditions(pipeline, options)
     if getattr(pipeline, "tokenizer", None) is not None:
         warn_of_unknown_words(pipeline.tokenizer, [*(options.prompt or []), options.negative_prompt or ""])
@@ -197,7 +201,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--scheduler",
         help="Sampler: ddim, ddpm, dpm, dpm_sde, euler, euler_ancestral, unipc, heun or lms (default: the model's)",
     )
-    add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
+    add("--num_inference_steps", type=int, help="Number of sampling steps (default: 25, or that of a distilled model)")
     add_guidance_options(parser)
     add_image_options(parser)
     add_lora_options(parser)

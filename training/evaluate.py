@@ -4,6 +4,7 @@
     accelerate launch training/evaluate.py --model runs/image_caption/emoji_64 --split train
     accelerate launch training/evaluate.py --model some/pipeline --dataset_name my_images --num_images 1000
     accelerate launch training/evaluate.py --images my_generated_images --dataset_name my_images
+    accelerate launch training/evaluate.py --model runs/quickstart/distilled --compare_with TEACHER
 
 It finds out what the model is. Data and split are those of the run unless others are given. The results are printed and
 written to evaluation.json in the folder of the run, into its model card and into the trackers that recorded it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,10 @@ class EvaluationConfig(
     --model; a table compares them"""
     images: str | None = option(None)
     """Folder of images to evaluate instead of a model"""
+    compare_with: str = option("")
+    """Teacher of a distilled --model, which is measured in the same run, with the same captions and noise; the speed of
+    both is measured as well. --num_inference_steps and --guidance_scale are then those of the teacher, as a distilled
+    model has its own"""
     device: str | None = option(None)
     """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     trust_remote_code: bool = option(False)
@@ -97,6 +103,8 @@ class EvaluationConfig(
             raise UserError(
                 "--output, --grid, --copies_sheet and --keep_images are for a single --model; use --table with --models"
             )
+        if self.compare_with and not self.model:
+            raise UserError("--compare_with needs --model, with a model that was distilled from it")
         if self.keep_images and self.images:
             raise UserError("--keep_images is for images that a --model generates, and --images are kept already")
         kept = Path(self.keep_images) if self.keep_images else None
@@ -115,8 +123,13 @@ class EvaluationConfig(
         return run / EVALUATION_FILE if run else None
 
 
-def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvaluationConfig, exchange: Exchange | None = None, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Evaluate a model or a folder of images; with several processes, every one of them calls this.
+
+    Args:
+        settings: the settings of a run whose data are used; None for those of the model's run.
 
     Returns:
         What was evaluated and how, `metrics`, `floor` (real images against real images), `copies` and `verdict`.
@@ -125,7 +138,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
         UserError: the model or the data do not exist, or the model generates nothing that can be measured.
     """
     exchange = exchange or Exchange()
-    settings = run_settings(config.model)
+    settings = run_settings(config.model) if settings is None else settings
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)
     config.check_filling(generator)
@@ -133,8 +146,11 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
     if generator is None:
         images = images_in(str(config.images), config.num_images)
     else:
+        started = time.perf_counter()
         images = generate(generator, data, config, exchange)
+        seconds = time.perf_counter() - started
     results = _facts(config, generator, data, extractor, len(images))
+    results |= {"images_per_second": len(images) / seconds} if generator is not None else {}
     results |= measure(images, data.splits, extractor, exchange)
     sets = generate_sets(generator, images, data, config, config.batch_size, exchange)
 
@@ -166,6 +182,13 @@ def _generator(config: EvaluationConfig) -> ImageGenerator:
     from pipelines.tools.loading import load_on_device
 
     pipeline = load_on_device(config.model, config.device, trust_remote_code=config.trust_remote_code)
+    if config.compare_with:
+        if not pipeline.config.get("distilled"):
+            raise UserError(
+                f"--compare_with is for a model that was distilled, but --model {config.model} was not; use --models "
+                "'[A, B]' to compare other models"
+            )
+        config = dataclasses.replace(config, num_inference_steps=None, guidance_scale=None)
     return generator_of(pipeline, config)
 
 
@@ -224,6 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
+    if config.compare_with:
+        _compare_with_teacher(config, exchange)
+        return
     compared: dict[str, dict[str, Any]] = {}
     for model in config.models or [config.model]:
         one = dataclasses.replace(config, model=model, models=[])
@@ -236,6 +262,36 @@ def _evaluate_all(config: EvaluationConfig, exchange: Exchange) -> None:
         print(f"\n{comparison_table(compared)}", end="")
         if config.table:
             write_atomically(config.table, without_private(comparison_table(compared)))
+
+
+def _compare_with_teacher(config: EvaluationConfig, exchange: Exchange) -> None:
+    """Evaluate a distilled model and its teacher on the same captions, with the same noise, and print both."""
+    results = evaluate(config, exchange)
+    own_files: dict[str, Any] = {"compare_with": "", "keep_images": None, "grid": None, "copies_sheet": None}
+    teacher = dataclasses.replace(config, model=config.compare_with, **own_files)
+    others = evaluate(teacher, exchange, run_settings(config.model))
+    if not exchange.is_main:
+        return
+    for one in (results, others):
+        print("\n".join(summary(one)), end="\n\n")
+    speeds = [{"images_per_second": one["images_per_second"]} for one in (results, others)]
+    both = {one["model"]: speed | one["metrics"] for speed, one in zip(speeds, (results, others), strict=True)}
+    print(comparison_table(both), end="")
+    if config.table:
+        write_atomically(config.table, without_private(comparison_table(both)))
+    facts = ("model", "sampling", "images_per_second", "metrics")
+    _save(config, {**results, "compared_with": {name: others[name] for name in facts}})
+    print("\n" + compared_in_words(results, others))
+
+
+def compared_in_words(results: Mapping[str, Any], others: Mapping[str, Any]) -> str:
+    """Return in a sentence how close a distilled model is to its teacher, and how much faster."""
+    own, its = (one["images_per_second"] for one in (results, others))
+    text = f"{own:.3g} images/s against {its:.3g} of the teacher ({own / its:.1f} times as fast)"
+    kids = [one["metrics"].get("kid") for one in (results, others)]
+    if None not in kids and kids[1] > 0:
+        text += f"; KID {kids[0]:.4g} against {kids[1]:.4g} ({kids[0] / kids[1] - 1:+.1%})"
+    return text
 
 
 def _save(config: EvaluationConfig, results: dict[str, Any]) -> None:

@@ -31,11 +31,12 @@ from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.resources import find_file, shipped_path
 from training.core.files import read_json_object
 from training.core.parsing import parse_config
+from training.core.scripts import script_path
 from training.engine.prepare import run_script
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.experiments.comparison import Samples, Table, comparison_table, draw_samples, write_comparison
-from training.experiments.registry import config_class, script_path, stage_of
+from training.experiments.registry import config_class, stage_of
 from training.experiments.seeds import seeds_csv, seeds_markdown, seeds_table
 from training.experiments.sweeps import Sweep, Variant, parse_sweeps, variants
 from training.publishing.hub import UPLOAD_FAILED_STATUS, Publisher

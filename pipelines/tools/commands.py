@@ -20,7 +20,7 @@ _SUBCOMMANDS = {
     "pipelines/": "",
     "data_scripts/": "data ",
 }
-_LAUNCHED = ("training/train_", "training/evaluate", "data_scripts/precompute_latents")
+_LAUNCHED = ("training/train_", "training/distill_", "training/evaluate", "data_scripts/precompute_latents")
 
 
 def subcommand(script: str) -> str:

@@ -27,7 +27,8 @@ SCALE_HELP = "Scale of the guidance by --guide; 1 disables it (default: 2)"
 def add_guidance_options(parser: argparse.ArgumentParser) -> None:
     """Add --guidance_scale, --guidance_interval, --guide and --autoguidance_scale."""
     add = parser.add_argument
-    add("--guidance_scale", type=float, default=2.5, help="Classifier-free guidance; 1 disables it (default: 2.5)")
+    scale_help = "Classifier-free guidance; 1 disables it (default: 2.5, or 1 for a distilled model)"
+    add("--guidance_scale", type=float, help=scale_help)
     add("--guidance_interval", type=interval, help=INTERVAL_HELP)
     add("--guide", help=GUIDE_HELP)
     add("--autoguidance_scale", type=float, help=SCALE_HELP)

@@ -11,6 +11,7 @@ from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
 from training.core.parsing import parse_config
 from training.core.scripts import script_name, stage_names
+from training.core.scripts import script_path, stage_names
 from training.experiments.registry import config_class, read_config_file, stage_class, stage_of
 from training.models.unet import UNetConfig
 
@@ -22,6 +23,7 @@ EXPECTED = {
     "latent_diffusion/quickstart.yaml": "latent_diffusion",
     "latent_diffusion/ablation/capacity_unet128_d4.yaml": "latent_diffusion",
     "latent_diffusion/ablation/inputs/autoencoder.yaml": "autoencoder",
+    "latent_diffusion/distill_quickstart.yaml": "distill_latent_diffusion",
     "posters/encoder_tiny.yaml": "encoder",
     "posters/abstractor_small.yaml": "abstractor",
     "posters/decoder_64.yaml": "decoder",
@@ -39,12 +41,15 @@ def test_every_experiment_belongs_to_one_script(path):
     assert stage_of(path) in stage_names()
     folder = path.relative_to(EXPERIMENTS).parts[0]
     elsewhere = path.parent.name == "inputs" or path.stem == "stage3_controlnet"  # an input of another series
-    assert folder not in stage_names() or elsewhere or stage_of(path) == folder
+    distilled = f"distill_{folder}" if path.stem.startswith("distill_") else folder
+    assert folder not in stage_names() or elsewhere or stage_of(path) == distilled
 
 
 def test_every_script_has_its_config_and_its_stage():
     for name in stage_names():
         assert config_class(name).__module__ == stage_class(name).__module__ == f"training.{script_name(name)}"
+        module = f"training.{script_path(name).stem}"
+        assert config_class(name).__module__ == stage_class(name).__module__ == module
 
 
 def test_the_config_of_a_run_needs_no_name(tmp_path):

@@ -245,6 +245,7 @@ def test_every_shipped_file_has_a_hash_of_its_content_in_its_name(outside):
         "checks",
         "compatibility",
         "conditions",
+        "distilled",
         "generation",
         "guidance",
         "latent_diffusion",

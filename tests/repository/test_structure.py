@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from training.core.scripts import stage_names
 from training.experiments.registry import script_path
+from training.core.scripts import script_path, stage_names
 
 PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -137,6 +138,10 @@ def test_training_scripts_do_not_import_each_other():
     pattern = r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|finetune)_\w+)"
     for path in map(script_path, stage_names()):
         others = re.findall(pattern, path.read_text(), re.MULTILINE)
+    for path in map(script_path, stage_names()):
+        others = re.findall(
+            r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|distill)_\w+)", path.read_text(), re.MULTILINE
+        )
         assert others == [], path.name
 
 

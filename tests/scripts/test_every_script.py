@@ -16,6 +16,7 @@ from data_scripts.make_emoji import find_font
 from halftone_trainer.__main__ import find_scripts
 from pipelines.tools.cli import UserError
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
+from tests.scripts.test_distill_latent_diffusion import TINY as TINY_STUDENT
 from tests.scripts.test_train_controlnet import MASKS
 from tests.scripts.test_train_controlnet import TINY as TINY_CONTROLNET
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
@@ -97,6 +98,11 @@ COMMANDS: list[tuple[str, Sequence[str], str]] = [
             *("--output_dir", "runs/controlnet"),
         ),
         "runs/controlnet/pipeline/README.md",
+    ),
+    (
+        "training/distill_latent_diffusion.py",
+        (*COMMON, *TINY_STUDENT, *DATA, *SHORT, "--teacher", "runs/diffusion", "--output_dir", "runs/distilled"),
+        "runs/distilled/pipeline/README.md",
     ),
     (
         "training/train_encoder.py",

@@ -11,6 +11,7 @@ import torch
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
 from tests.scripts.test_finetune_decoder import TINY as TINY_FINETUNING
+from tests.scripts.test_distill_latent_diffusion import TINY as TINY_STUDENT
 from tests.scripts.test_train_controlnet import MASKS
 from tests.scripts.test_train_controlnet import TINY as TINY_CONTROLNET
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER
@@ -66,6 +67,7 @@ LATENT = (*COMMON, *TINY_DIFFUSION, "--vae", "{vae}")
 CASES = {
     "latent diffusion": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}"),
     "latent diffusion of classes": ("latent_diffusion", *LATENT, "--tokenizer", "{tokenizer}", *LABELLED),
+    "distillation": ("distill_latent_diffusion", *COMMON, *TINY_STUDENT, "--teacher", "{latent}"),
     "autoencoder": ("autoencoder", *COMMON, *TINY_AUTOENCODER, *HEADS),
     "controlnet": (
         *("controlnet", *COMMON, *TINY_CONTROLNET, *MASKS, "--base_model", "{latent}", "--noise_candidates", "2"),

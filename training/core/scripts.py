@@ -32,6 +32,22 @@ def stage_names() -> list[str]:
 def script_name(stage: str) -> str:
     """Return the name of a stage's script, without `.py`."""
     return stage if stage.startswith(OTHER_PREFIXES) else f"{PREFIX}{stage}"
+PREFIX, OTHER_PREFIX = "train_", "distill_"
+
+
+def stage_names() -> list[str]:
+    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on.
+
+    A script that trains what another one has trained already has the name of its file:
+    `distill_latent_diffusion`.
+    """
+    scripts = [*FOLDER.glob(f"{PREFIX}*.py"), *FOLDER.glob(f"{OTHER_PREFIX}*.py")]
+    return sorted(path.stem.removeprefix(PREFIX) for path in scripts)
+
+
+def script_path(stage: str) -> Path:
+    """Return the training script of a stage."""
+    return FOLDER / f"{'' if stage.startswith(OTHER_PREFIX) else PREFIX}{stage}.py"
 
 
 def script_module(stage: str) -> ModuleType:
@@ -44,6 +60,7 @@ def script_module(stage: str) -> ModuleType:
     if name not in known:
         raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
     return importlib.import_module(f"training.{script_name(name)}")
+    return importlib.import_module(f"training.{script_path(name).stem}")
 
 
 def unknown_keys(keys: list[str]) -> dict[str, list[str]]:
@@ -72,6 +89,7 @@ def file_of_another_script(file: str, known: list[str]) -> str | None:
     if all(key in known for key in keys):
         return None
     scripts = [f"training/{script_name(stage)}.py" for stage, missing in unknown_keys(keys).items() if not missing]
+    scripts = [f"training/{script_path(stage).name}" for stage, missing in unknown_keys(keys).items() if not missing]
     if not scripts:
         return None
     names = " or ".join(Path(script).name for script in scripts)

@@ -10,6 +10,7 @@ from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names, without_hub_token
 from training.core.scripts import FOLDER, dotted, script_module, script_name, unknown_keys
+from training.core.scripts import dotted, script_module, unknown_keys
 from training.core.settings import read_merged_settings
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig

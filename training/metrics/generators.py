@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines.common.conditions import whole_numbers
+from pipelines.common.distilled import sampling_defaults
 from pipelines.common.pixels import MODES, straight, to_rgb
 from pipelines.tools.cli import UserError
 from pipelines.tools.guides import guidance_arguments, guidance_facts
@@ -181,6 +182,8 @@ class ImageGenerator:
         if chosen is not None:
             return chosen
         default = self._parameters[name].default if name in self._parameters else None
+        if default is None and hasattr(self.pipeline, "_own_scheduler"):  # a pipeline of Halftone
+            default = getattr(sampling_defaults(self.pipeline), name)
         return default if isinstance(default, (int, float)) else None
 
 

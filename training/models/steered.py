@@ -221,6 +221,11 @@ def load_base(path: str, resolution: int) -> ControlBase:
                     f"--base_model {path} denoises with a transformer, but a ControlNet steers a U-Net; give a base "
                     "model that was trained with --denoiser unet"
                 )
+            if distilled := pipeline.config.get("distilled"):
+                raise UserError(
+                    f"--base_model {path} was distilled to {distilled['num_inference_steps']} steps, and knows no "
+                    "other noise levels, which a ControlNet needs; give the model that it was distilled from"
+                )
             return base(pipeline, resolution)
     raise UserError(
         f"--base_model {path} is a {type(pipeline).__name__}, which a ControlNet cannot steer; give a run of "
