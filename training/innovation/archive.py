@@ -131,9 +131,20 @@ class PosterArchive:
 
 
 def require_ribs() -> str:
-    """Return the version of pyribs. Raises UserError if it is not installed."""
+    """Import pyribs, and return its version. Raises UserError if it is not installed.
+
+    Numba does not compile its two functions: that takes seven seconds at each start, and they are NumPy's own on a few
+    numbers.
+    """
     try:
-        import ribs
+        import numba
+
+        compiles, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 1
+        try:
+            import ribs
+            import ribs.emitters
+        finally:
+            numba.config.DISABLE_JIT = compiles
     except ImportError:
         raise UserError(
             f"the search needs pyribs, which is not installed: {install_command('innovate', 'ribs')}"
@@ -149,7 +160,7 @@ def _emitters(grid: GridArchive, settings: ArchiveSettings) -> list[Any]:
 
         def __init__(self, archive: GridArchive, batch_size: int, seed: int):
             super().__init__(
-                archive, solution_dim=archive.solution_dim, bounds=None, lower_bounds=0.0, upper_bounds=1.0
+                archive, solution_dim=archive.solution_dim, bounds=None, lower_bounds=None, upper_bounds=None
             )
             self._shape = batch_size, archive.solution_dim
             self._rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from pipelines.tools.grids import image_grid
 
 COLORS = ("#3b6fb6", "#d1495b", "#2e7d32", "#6d597a")
 MOST_IN_WALL = 20
-LABELS = 5
+WALL_CELL = 96  # pixels
 
 
 def seen_elites(elites: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], Mapping[str, Any]]:
@@ -49,9 +49,9 @@ def draw_heat_map(elites: Sequence[Mapping[str, Any]], cells: int, measures: Seq
 def draw_wall(
     elites: Sequence[Mapping[str, Any]], poster: Callable[[int], Image.Image], cells: int, measures: Sequence[str]
 ) -> Image.Image:
-    """Draw the posters in their cells, with the values of the measures at the left and at the top.
+    """Draw the posters in their cells, with the lower bounds of the cells at the left and at the top.
 
-    Of a finer grid, cells are joined to at most `MOST_IN_WALL` along each side, which show their best poster.
+    Rows and columns without posters are left out at the edges. Of a finer grid, cells are joined to at most `MOST_IN_WALL` along each side, which show their best poster.
 
     Args:
         poster: returns the poster of an evaluation.
@@ -63,19 +63,21 @@ def draw_wall(
         if place not in best or elite["quality"] > best[place]["quality"]:
             best[place] = elite
     images = {place: poster(elite["evaluation"]) for place, elite in best.items()}
-    size = next(iter(images.values())).size if images else (64, 64)
-    blank = Image.new("RGB", size, "white")
-    rows = [[images.get((column, row), blank) for column in range(side)] for row in reversed(range(side))]
-    values = [f"{(place + 0.5) / side:.2g}" for place in range(side)]
-    names = [name.replace("_", " ") for name in measures[:2]]
-    columns = [f"{names[0]} {values[0]}", *values[1:]]
+    blank = Image.new("RGB", next(iter(images.values())).size if images else (64, 64), "white")
+    columns, rows = _occupied([place[0] for place in images]), _occupied([place[1] for place in images])[::-1]
+    across, up = (name.replace("_", " ") for name in measures[:2])
     return image_grid(
-        [image for row in rows for image in row],
-        columns=side,
-        column_titles=columns,
-        row_titles=[f"{names[1]} {values[-1]}", *reversed(values[:-1])],
-        cell=size[0],
+        [images.get((column, row), blank) for row in rows for column in columns],
+        columns=len(columns),
+        column_titles=[f"{across} {column / side:.2f}" for column in columns],
+        row_titles=[f"{up} {row / side:.2f}" for row in rows],
+        cell=WALL_CELL,
     )
+
+
+def _occupied(places: Sequence[int]) -> list[int]:
+    """Return the places from the first to the last one that has a poster."""
+    return list(range(min(places), max(places) + 1)) if places else [0]
 
 
 def draw_comparison(courses: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Image.Image:
