@@ -163,9 +163,10 @@ def open_studio(config: Config, poll: Callable[[], None]) -> Studio:
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     # Noise k is that of seed k, so that all searches choose between the same noises.
     sampling = SamplingConfig(**{**{name: getattr(config, name) for name in names}, "seed": 0})
-    generator = generator_of(load_on_device(config.model, config.device), sampling)
-    if not generator.takes_briefs:
-        raise UserError(f"--model {config.model} is a {generator.kind}; give a run of train_decoder.py")
+    decoder = load_on_device(config.model, config.device)
+    if not hasattr(decoder, "brief_encoder") or hasattr(decoder, "controlnet"):
+        raise UserError(f"--model {config.model} is a {type(decoder).__name__}; give a run of train_decoder.py")
+    generator = generator_of(decoder, sampling)
     reader = load_reader(config.reader, config.device)
     copies = None
     if config.check_copies:

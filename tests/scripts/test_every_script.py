@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 ELSEWHERE = {
     "training/quickstart.py": "tests/scripts/test_quickstart.py",
     "training/evaluate.py": "tests/scripts/test_evaluate.py",
+    "training/innovate.py": "tests/scripts/test_innovate.py",
     "training/doctor.py": "tests/scripts/test_doctor.py",
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
     "training/benchmarks/run.py": "tests/benchmarks/test_benchmarks.py",

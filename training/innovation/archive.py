@@ -2,7 +2,7 @@
 
 N proposals, n dimensions of the space, m measures. All random numbers come from the seed, and pyribs is deterministic:
 the same answers to the same proposals lead to the same state. So a search that is resumed proposes again what it
-proposed before, and is told the recorded answers; no state of pyribs is saved.
+proposed before, and gets the recorded answers; no state of pyribs is saved.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def export(search: Search, count: int, folder: Path) -> int:
     """
     elites = search.archive.elites()[:count]
     if not elites:
-        raise UserError(f"there is no poster to export: the archive in {search.folder.path} is empty")
+        raise UserError(f"the archive in {search.folder.path} is empty, so that nothing can be exported; search longer")
     if folder.exists() and any(folder.iterdir()) and not (folder / METADATA).is_file():
         raise UserError(f"{folder} is not empty and holds no exported posters; choose another --export_dir")
     with replacing_folder(folder) as partial:
