@@ -132,7 +132,9 @@ def stopped(folder: Path, flags, number: int) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["kill", "term", "int"]
+    ("number", "status"),
+    [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)],
+    ids=["kill", "term", "int"],
 )
 def test_a_search_that_is_killed_or_stopped_resumes_as_if_undisturbed(launched, flags, tmp_path, number, status):
     done = stopped(tmp_path / "search", flags, number)

@@ -105,7 +105,7 @@ class PosterArchive:
         """
         data: Mapping[str, np.ndarray] = self.grid.data(return_type="dict")
         order = np.lexsort((data["evaluation"], -data["objective"]))
-        cells = self.grid.int_to_grid_index(data["index"]) if len(order) else []
+        cells: Any = self.grid.int_to_grid_index(data["index"]) if len(order) else []
         return [
             {
                 "quality": float(data["objective"][row]),
@@ -139,12 +139,12 @@ def require_ribs() -> str:
     try:
         import numba
 
-        compiles, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, 1
+        settings: Any = numba.config
+        compiles, settings.DISABLE_JIT = settings.DISABLE_JIT, 1
         try:
             import ribs
-            import ribs.emitters
         finally:
-            numba.config.DISABLE_JIT = compiles
+            settings.DISABLE_JIT = compiles
     except ImportError:
         raise UserError(
             f"the search needs pyribs, which is not installed: {install_command('innovate', 'ribs')}"
@@ -162,7 +162,7 @@ def _emitters(grid: GridArchive, settings: ArchiveSettings) -> list[Any]:
             super().__init__(
                 archive, solution_dim=archive.solution_dim, bounds=None, lower_bounds=None, upper_bounds=None
             )
-            self._shape = batch_size, archive.solution_dim
+            self._shape = batch_size, settings.dimensions
             self._rng = np.random.default_rng(seed)
 
         def ask(self) -> np.ndarray:

@@ -51,7 +51,8 @@ def draw_wall(
 ) -> Image.Image:
     """Draw the posters in their cells, with the lower bounds of the cells at the left and at the top.
 
-    Rows and columns without posters are left out at the edges. Of a finer grid, cells are joined to at most `MOST_IN_WALL` along each side, which show their best poster.
+    Rows and columns without posters are left out at the edges. Of a finer grid, cells are joined to at most
+    `MOST_IN_WALL` along each side, which show their best poster.
 
     Args:
         poster: returns the poster of an evaluation.
