@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.progress import Progress
-from training.core.files import read_json_object, write_atomically, write_json
+from training.core.files import FULL_DISK, read_json_object, write_atomically, write_json
 from training.core.options import Options
 from training.core.previews import save_png
 from training.innovation.archive import ArchiveSettings, PosterArchive, require_ribs
@@ -153,12 +153,14 @@ class Search:
 
 
 @contextmanager
-def opened_search(config: Options, output_dir: str, overwrite: bool, studio: Studio, settings: ArchiveSettings):
+def opened_search(
+    config: Options, output_dir: str, overwrite: bool, studio: Studio, settings: ArchiveSettings
+) -> Iterator[Search]:
     """Yield the search in a folder, begun or restored, while this process holds the lock of the folder.
 
     Raises:
         UserError: another process searches there, the folder holds something else, or settings or models differ from
-            those of the search in it.
+            those of the search in it, or the disk is full.
     """
     folder = RunFolder(output_dir)
     if overwrite and (aside := folder.set_aside()) is not None:
@@ -183,6 +185,12 @@ def opened_search(config: Options, output_dir: str, overwrite: bool, studio: Stu
         search = Search(folder, studio, settings)
         search.restore()
         yield search
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(
+            f"the disk of {folder.path} is full; make room, and run the same command again to resume the search"
+        ) from error
     finally:
         folder.release()
 
