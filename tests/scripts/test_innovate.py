@@ -121,13 +121,13 @@ def stopped(folder: Path, flags, number: int) -> subprocess.CompletedProcess:
     """Start a search, send it a signal after its second batch, and return how it ended."""
     words = command(SCRIPT, *flags, "--output_dir", str(folder), "--evaluations", "4000")
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while len(list(folder.glob("batches/*.npz"))) < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
