@@ -122,15 +122,19 @@ def stopped(folder: Path, flags, number: int) -> subprocess.CompletedProcess:
     words = command(SCRIPT, *flags, "--output_dir", str(folder), "--evaluations", "4000")
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 400
-    while len(list(folder.glob("batches/*.npz"))) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=150)
+    try:
+        while len(list(folder.glob("batches/*.npz"))) < 2:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=150)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 130)],
