@@ -65,9 +65,9 @@ class Config(SamplingConfig):
     """Number of posters to evaluate in all sessions, rounded up to whole batches"""
     time_budget: str | None = option(None, on_resume="free", essential=True)
     """Time for this session, such as 30m, 1h30m or overnight; if unset, unlimited"""
-    emitter: str = option("cma_me", choices=EMITTERS, essential=True)
-    """What proposes points: cma_me adapts its steps to what improves the archive, gaussian varies the posters in it
-    (MAP-Elites), random draws briefs at random (the baseline)"""
+    emitter: str = option("gaussian", choices=EMITTERS, essential=True)
+    """What proposes points: gaussian varies the posters in the archive (MAP-Elites), cma_me adapts its steps to what
+    improves the archive, random draws briefs at random (the baseline)"""
     num_emitters: int = option(2, at_least=1)
     """Number of emitters that a batch is divided among"""
     batch_size: int = option(40, at_least=4)

@@ -192,7 +192,7 @@ def test_a_dry_run_says_what_the_search_will_be_and_writes_nothing(flags, tmp_pa
 
 
 def test_a_comparison_has_a_random_search_for_each_seed(flags, tmp_path, capsys):
-    words = ("--compare", "--num_seeds", "2", "--evaluations", "16")
+    words = ("--compare", "--emitter", "cma_me", "--num_seeds", "2", "--evaluations", "16")
     assert search(tmp_path / "all", flags, *words) == 0
     names = {path.name for path in (tmp_path / "all").iterdir()}
     searches = {f"{emitter}_seed_{seed}" for emitter in ("cma_me", "random") for seed in (0, 1)}
