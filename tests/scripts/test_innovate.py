@@ -25,7 +25,7 @@ from tests.support.tiny_published import PUBLISHED
 from training import innovate, train_decoder
 
 SCRIPT = ROOT / "training/innovate.py"
-SMALL = ("--batch_size", "8", "--num_inference_steps", "2", "--noises", "4", "--cells", "20")
+SMALL = ("--emitter", "cma_me", "--batch_size", "8", "--num_inference_steps", "2", "--noises", "4", "--cells", "20")
 FORTY = ("--evaluations", "40")
 
 
