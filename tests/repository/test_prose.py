@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_TURNS = 25  # the rest are prompts, test data and pictures on posters
 # A poster has pictures on it, and a brief says how many: there the word is the name of a thing.
 OF_POSTERS = re.compile(
-    r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/metrics/(posters|cycle)|"
+    r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/(metrics/(posters|cycle)|innovation/)|"
     r"pipelines/(common/(poster_domain|design_brief|layout_pictures)|analyze|layout_analysis)|"
     r"model_cards/(layout_encoder|grammar_abstractor|poster_decoder)|"
-    r"docs/(design/)?(data|decoder|encoder|abstractor|controlnet)|tests/(data_scripts|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
+    r"docs/(design/)?(data|decoder|encoder|abstractor|innovation|controlnet)|tests/(data_scripts|innovation|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
 )
 TURNS = {
     "picture": r"\bpictures?\b",

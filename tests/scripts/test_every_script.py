@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 ELSEWHERE = {
     "training/quickstart.py": "tests/scripts/test_quickstart.py",
     "training/evaluate.py": "tests/scripts/test_evaluate.py",
+    "training/innovate.py": "tests/scripts/test_innovate.py",
     "training/doctor.py": "tests/scripts/test_doctor.py",
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
     "training/finetune_decoder.py": "tests/scripts/test_finetune_decoder.py",

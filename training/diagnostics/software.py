@@ -30,7 +30,12 @@ MODULES = {
     "transformers": "transformers.modeling_utils",
 }
 MOST_NAMED = 3
-EXTRAS = {"cuda": "the optimizer adamw_8bit", "controls": "edges as control images", "dev": "the tests and linters"}
+EXTRAS = {
+    "cuda": "the optimizer adamw_8bit",
+    "controls": "edges as control images",
+    "innovate": "the search for new designs",
+    "dev": "the tests and linters",
+}
 _MARK = "imported "
 _IMPORT = f"""
 import importlib, json, sys

@@ -107,12 +107,18 @@ def brief_metrics(
 
     The values for real posters show the errors of the reader alone.
     """
-    reader = load_on_device(reader_path, device)
-    if getattr(reader, "encoder", None) is None or getattr(reader, "abstractor", None) is None:
-        raise UserError(f"--reader {reader_path} cannot read posters; give a train_abstractor.py run with --encoder")
+    reader = load_reader(reader_path, device)
     rows, real = _briefs_and_images(len(images), data)
     metrics = _cycle(images, reader, rows)
     return metrics | {f"real_{name}": value for name, value in _cycle(real, reader, rows).items()}
+
+
+def load_reader(path: str, device: str | None) -> Any:
+    """Load a pipeline that reads the grammar of posters. Raises UserError if it is something else."""
+    reader = load_on_device(path, device)
+    if getattr(reader, "encoder", None) is None or getattr(reader, "abstractor", None) is None:
+        raise UserError(f"--reader {path} cannot read posters; give a train_abstractor.py run with --encoder")
+    return reader
 
 
 def control_adherence(
