@@ -33,7 +33,8 @@ class Part:
         network: takes tensors by the names of its inputs; returns a tensor, or a tuple of tensors.
         example: (batch size, units added to each size) → inputs by name.
         outputs: names of the outputs.
-        axes: the axes of each input that may vary, except the batch, which is axis 0 of every input.
+        axes: the axes of each input that may vary, except the batch, which is axis 0.
+        without_batch: inputs of which axis 0 is something else, and does not vary.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Part:
     example: Callable[[int, int], dict[str, Tensor]]
     outputs: tuple[str, ...]
     axes: Mapping[str, Axes] = field(default_factory=dict)
+    without_batch: tuple[str, ...] = ()
 
 
 def parts_of(pipeline: Any) -> list[Part]:
@@ -201,7 +203,9 @@ def denoiser_part(pipeline: Any) -> list[Part]:
     """Return the U-Net or transformer of a pipeline that generates images."""
     network, wrapper = pipeline.denoiser, _Denoiser(pipeline.denoiser)
     name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
-    return [Part(name, wrapper, _denoiser_example(pipeline), ("prediction",), {"sample": _sides(denoiser_step(network))})]
+    return [
+        Part(name, wrapper, _denoiser_example(pipeline), ("prediction",), {"sample": _sides(denoiser_step(network))})
+    ]
 
 
 def denoiser_step(network: Any) -> int:
@@ -267,7 +271,7 @@ def steered_part(pipeline: Any) -> list[Part]:
     step = denoiser_step(network)
     axes = {"sample": _sides(step), **{f"controls_{i}": _sides(step * n.downsampling) for i, n in enumerate(nets)}}
     wrapper = _SteeredDenoiser(network, pipeline.controlnet)
-    return [Part("steered_unet", wrapper, example, ("prediction",), axes)]
+    return [Part("steered_unet", wrapper, example, ("prediction",), axes, ("conditioning_scales",))]
 
 
 def vae_parts(pipeline: Any) -> list[Part]:
@@ -343,9 +347,7 @@ def layout_encoder_part(pipeline: Any) -> list[Part]:
         side = encoder.config.sample_size // encoder.divisor * encoder.divisor + units * encoder.divisor
         return {"pixel_values": torch.rand(batch, 3, side, side) * 2 - 1}
 
-    return [
-        Part("encoder", _LayoutEncoder(encoder), example, LAYOUT_MAPS, {"pixel_values": _sides(encoder.divisor)})
-    ]
+    return [Part("encoder", _LayoutEncoder(encoder), example, LAYOUT_MAPS, {"pixel_values": _sides(encoder.divisor)})]
 
 
 def abstractor_part(pipeline: Any) -> list[Part]:
