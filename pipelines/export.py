@@ -91,7 +91,7 @@ def _export_part(part: Part, reference: Part, folder: Path, options: argparse.Na
     print(f"{part.name:<20}{size:<10}{difference:>20.1e}", flush=True)
     if not difference <= options.tolerance:  # also if it is not a number
         raise UserError(
-            f"part '{part.name}' differs from PyTorch by {difference:.2g}, and --tolerance is {options.tolerance:g}, so "
+            f"part '{part.name}' differs from PyTorch by {difference:.2g}, and --tolerance is {options.tolerance:g}; "
             "nothing was written; use --dtype fp32, another --opset, or a larger --tolerance"
         )
     inputs = {one.name: {"shape": one.shape, "type": one.type} for one in session.get_inputs()}
