@@ -35,11 +35,14 @@ STEPS = 4
 
 
 def pixels(channels: int = 3, classes: int | None = 2, **options: Any) -> LatentDiffusionPipeline:
-    """Make a pipeline with a transformer on pixels, whose flow is about as large as that of a trained one."""
+    """Make a pipeline with a transformer on pixels, whose predictions are about as large as those of a trained one."""
     network = tiny_transformer(
         in_channels=channels, out_channels=channels, cross_attention_dim=TEXT_WIDTH, num_layers=1,
         num_class_embeds=None if classes is None else classes + 1, **options,
     )  # fmt: skip
+    last = network.patch_out if network.convolutions is None else network.convolutions.last
+    with torch.no_grad():
+        last.weight *= 0.02
     pipeline = LatentDiffusionPipeline(
         vae=PixelAutoencoder(latent_channels=channels, scaling_factor=1.5),
         unet=None,
