@@ -37,19 +37,22 @@ BENCHMARK_STEPS = 10
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     options = parse_arguments(argv)
-    output = Path(options.output).expanduser()
+    output = Path(os.path.abspath(Path(options.output).expanduser()))
     _check_packages()
     _check_output(output)
     pipeline, reference = _load(options)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=WRITING, dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        export(pipeline, reference, folder, options)
-        if output.is_dir():
-            output.rmdir()  # it is empty
-        os.replace(folder, output)
-    print(f"exported: {output}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=WRITING, dir=output.parent) as temporary:
+            folder = Path(temporary) / output.name
+            folder.mkdir()
+            export(pipeline, reference, folder, options)
+            if output.is_dir():
+                output.rmdir()  # it is empty
+            os.replace(folder, output)
+    except OSError as error:
+        raise UserError(f"--output {options.output} cannot be written ({error}); choose another folder") from error
+    print(f"exported: {options.output}")
     if options.benchmark == "true":
         benchmark(reference, output)
     return None

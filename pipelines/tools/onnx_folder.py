@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,22 @@ def write_description(pipeline: Any, folder: Path, parts: Mapping[str, Any], set
         _write_noise_schedule(pipeline, folder)
         shutil.copyfile(Path(__file__).with_name(RUNNER), folder / RUNNER)
     else:
-        description["config"] = {name: _plain(value) for name, value in pipeline.config.items() if _is_setting(value)}
+        description["config"] = component_configs(pipeline)
     tokenizer = getattr(pipeline, "tokenizer", None)
     if tokenizer is not None:
         write_tokenizer(tokenizer, pipeline.config.get("max_text_length"), folder / TOKENIZER)
-    text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def component_configs(pipeline: Any) -> dict[str, Any]:
+    """Return the config of every component, by its name, without what Diffusers keeps there for itself."""
+    configs = {name: getattr(component, "config", None) for name, component in pipeline.components.items()}
+    return {
+        name: {key: value for key, value in config.items() if not key.startswith("_")}
+        for name, config in configs.items()
+        if isinstance(config, Mapping)
+    }
 
 
 def latent_diffusion_config(pipeline: Any) -> dict[str, Any]:
@@ -149,16 +159,3 @@ def write_tokenizer(tokenizer: Any, length: int | None, path: Path) -> None:
 
 def _denoiser_name(pipeline: Any) -> str:
     return "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
-
-
-def _is_setting(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, Mapping, Sequence)) and not _is_component(value)
-
-
-def _is_component(value: Any) -> bool:
-    """Whether a value of a pipeline's config is the library and the class of a component."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, (list, tuple)) else value
