@@ -67,7 +67,8 @@ def _dimensions(part: Part, inputs: dict[str, Any], varying: bool) -> dict[str, 
             return {}
         result = {0: batch}
         for axis, (dimension, multiple) in part.axes.get(name, {}).items() if varying else ():
-            size = named.setdefault(dimension, torch.export.Dim(dimension, min=1, max=LARGEST_SIZE))
+            largest = part.largest.get(dimension, LARGEST_SIZE)
+            size = named.setdefault(dimension, torch.export.Dim(dimension, min=1, max=largest))
             result[axis] = size if multiple == 1 else multiple * size
         return result
 

@@ -35,6 +35,7 @@ class Part:
         outputs: names of the outputs.
         axes: the axes of each input that may vary, except the batch, which is axis 0.
         without_batch: inputs of which axis 0 is something else, and does not vary.
+        largest: the largest size of a dimension, by its name, if the network has a limit.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     outputs: tuple[str, ...]
     axes: Mapping[str, Axes] = field(default_factory=dict)
     without_batch: tuple[str, ...] = ()
+    largest: Mapping[str, int] = field(default_factory=dict)
 
 
 def parts_of(pipeline: Any) -> list[Part]:
@@ -383,17 +385,18 @@ def image_caption_parts(pipeline: Any) -> list[Part]:
         return {"latents": torch.randn(batch, config.latent_size)}
 
     moments, length = ("mean", "logvar"), {1: ("length", 1)}
-    text_axes = {"input_ids": length, "attention_mask": length}
+    text_axes, most = {"input_ids": length, "attention_mask": length}, {"length": config.max_length}
     return [
         Part("image_encoder", _ImageEncoder(model), images, moments),
         Part("image_decoder", _ImageDecoder(model), latents, ("images",)),
-        Part("caption_encoder", _CaptionEncoder(model), captions, moments, text_axes),
+        Part("caption_encoder", _CaptionEncoder(model), captions, moments, text_axes, largest=most),
         Part(
             "caption_decoder",
             _CaptionDecoder(model),
             lambda batch, units: {**latents(batch, units), **ids(batch, units)},
             ("logits",),
             {"input_ids": length},
+            largest=most,
         ),
     ]
 
