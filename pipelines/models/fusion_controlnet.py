@@ -180,7 +180,7 @@ class FusionControlNetModel(ControlNetModel):
         arguments = {name: condition.get(name) for name in known}
         skips, middle = self(sample, timestep, controlnet_cond=control.to(sample.dtype), return_dict=False, **arguments)
         times = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
-        times = times.to(sample.device).reshape(-1).expand(len(sample))
+        times = times.to(sample.device).reshape(-1).expand(sample.shape[0])
         return TrunkFeatures([*skips, middle], self.time_embedding(self.time_proj(times).to(sample.dtype)))
 
     def fuse(self, place: int, h: Tensor, features: TrunkFeatures, scale: float = 1.0) -> Tensor:
@@ -307,14 +307,15 @@ class _SteeredCall:
         self.running = []
         for number, (net, control) in enumerate(zip(self.nets, self.controls, strict=True)):
             expected = tuple(side * net.downsampling for side in sample.shape[-2:])
-            if tuple(control.shape[-2:]) != expected or len(sample) % len(control):
+            if tuple(control.shape[-2:]) != expected or sample.shape[0] % control.shape[0]:
                 raise ValueError(
                     f"the control must be {expected[0]}×{expected[1]} pixels for each of {len(sample)} inputs, but has "
                     f"shape {tuple(control.shape)}; resize it, or pass one control for each input"
                 )
             scale = self.scale_of(number, timestep)
-            if scale:
-                control = control.to(sample.device).repeat(len(sample) // len(control), 1, 1, 1)
+            # A tensor is an input of an exported graph, which has no value yet.
+            if isinstance(scale, Tensor) or scale:
+                control = control.to(sample.device).repeat(sample.shape[0] // control.shape[0], 1, 1, 1)
                 self.running.append((net, net.features(sample, timestep, control, given), scale))
 
     def _fused(self, place: int, h: Tensor) -> Tensor:

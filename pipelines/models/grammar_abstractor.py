@@ -103,7 +103,7 @@ class GrammarAbstractorModel(ModelMixin, ConfigMixin):
             features = F.interpolate(features, size=(side, side), mode="area")
         place = torch.linspace(-1, 1, side, device=features.device, dtype=features.dtype)
         down, across = torch.meshgrid(place, place, indexing="ij")
-        places = torch.stack([down, across]).expand(len(features), -1, -1, -1)
+        places = torch.stack([down, across]).expand(features.shape[0], -1, -1, -1)
         hidden = self.reader(self.body(torch.cat([features, places], 1)))
         standardized = self.grammar(hidden).float()
         return GrammarAbstractorOutput(

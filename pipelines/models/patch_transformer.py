@@ -71,7 +71,8 @@ class PatchAttention(nn.Module):
             text_k, text_v = self._heads(self.to_text_kv(text), 2)
             k, v = torch.cat([k, text_k], dim=2), torch.cat([v, text_v], dim=2)
         q, k = normalized(q), normalized(k)
-        if q.device.type == "cpu" and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
+        few = not torch.compiler.is_exporting() and k.shape[2] <= PLAIN_ATTENTION_TOKENS  # one graph has all sizes
+        if q.device.type == "cpu" and few:
             # For few patches, the backward pass of PyTorch's fused kernel for CPUs takes several times as long.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             attended = scores.softmax(dim=-1).to(v.dtype) @ v
@@ -249,7 +250,7 @@ class PatchTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Returns:
             The prediction, B C H W, in the dtype of `sample`.
         """
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         condition = self._condition(timesteps, encoder_hidden_states, class_labels)
         rows, columns = (side // self.config.patch_size for side in sample.shape[-2:])
         hidden = self.patch_in(self._to_patches(sample, rows, columns))
@@ -304,7 +305,7 @@ def positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
     frequencies = 0.5 * 100.0 ** -(torch.arange(quarter, device=like.device) / quarter)
     angles = []
     for count in (rows, columns):
-        places = torch.arange(count, device=like.device) - (count - 1) / 2
+        places = torch.arange(1 - count, count, 2, device=like.device) / 2
         angles.append(places[:, None] * frequencies * torch.pi)
     features = torch.cat(
         [

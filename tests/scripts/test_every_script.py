@@ -136,6 +136,11 @@ COMMANDS: list[tuple[str, Sequence[str], str]] = [
         "captions.jsonl",
     ),
     ("pipelines/analyze.py", ("scans/0.png", "--model", "runs/abstractor", "--output_dir", "report"), "report"),
+    (
+        "pipelines/export.py",
+        ("--model", "runs/diffusion", "--format", "onnx", "--output", "exported"),
+        "exported/onnx_latent_diffusion.py",
+    ),
     ("training/push_to_hub.py", ("runs/diffusion", "--hub_model_id", "diffusion"), "runs/diffusion/hub.json"),
 ]
 
