@@ -24,21 +24,11 @@ from .common.conditions import as_list, broadcast, broadcast_rows, class_ids, is
 from .common.distilled import check_distilled, check_not_guided_twice, given_or_default
 from .common.generation import SamplingOptions, UNetSamplingMixin, is_stock, known_prediction_type, tensor_inputs_of
 from .common.guidance import WHOLE_INTERVAL, check_autoguidance, denoiser_of
-from .common.latents import decode_latents, downsampling_factor, latent_shape
+from .common.latents import concat_condition, decode_latents, downsampling_factor, latent_shape
 from .common.lora import LoRAMixin
 from .common.sampling import generator_per_image, initial_noise
 from .common.standalone import StandalonePipelineMixin
 from .common.words import warn_of_unknown_words
-
-
-def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
-    """Concatenate noisy latents (B C h w) and the caption prior's predicted latents to the network's input (B 2C h w).
-
-    For a model without a caption prior, `expected` is None and the noisy latents are returned. No gradient flows into
-    `expected`: the prior is trained by regression alone, so it predicts the mean of the latents and does not adapt to
-    the denoiser.
-    """
-    return noisy if expected is None else torch.cat([noisy, expected.detach().to(noisy.dtype)], dim=1)
 
 
 def null_class(denoiser: Any) -> int | None:
@@ -160,12 +150,8 @@ class LatentDiffusionPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMi
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None,
-        num_inference_steps: int = 25, guidance_scale: float = 2.5, num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None, num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
-        num_inference_steps: int | None = None, guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),

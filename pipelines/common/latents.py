@@ -199,3 +199,13 @@ def _running_precision(vae: nn.Module, device: torch.device) -> Iterator[torch.d
     finally:
         if upcast:
             vae.to(dtype=dtype)
+
+
+def concat_condition(noisy: Tensor, expected: Tensor | None) -> Tensor:
+    """Concatenate noisy latents (B C h w) and the caption prior's predicted latents to the network's input (B 2C h w).
+
+    For a model without a caption prior, `expected` is None and the noisy latents are returned. No gradient flows into
+    `expected`: the prior is trained by regression alone, so it predicts the mean of the latents and does not adapt to
+    the denoiser.
+    """
+    return noisy if expected is None else torch.cat([noisy, expected.detach().to(noisy.dtype)], dim=1)

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from training.core.scripts import stage_names
-from training.experiments.registry import script_path
 from training.core.scripts import script_path, stage_names
 
 PACKAGES = ("pipelines", "training", "data_scripts", "halftone_trainer")
@@ -126,8 +124,7 @@ def test_pipelines_import_few_libraries():
         "psutil",
         "tqdm",
     }
-    optional = {"peft", "pillow_heif"}
-    optional = {"pillow_heif", "onnxruntime", "tokenizers"}
+    optional = {"peft", "pillow_heif", "onnxruntime", "tokenizers"}
     allowed = needed | optional | sys.stdlib_module_names
     for path in (ROOT / "pipelines").rglob("*.py"):
         # Only scripts may import `pipelines` by name: a file that is run as a script cannot use relative imports.
@@ -136,13 +133,9 @@ def test_pipelines_import_few_libraries():
 
 
 def test_training_scripts_do_not_import_each_other():
-    pattern = r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|finetune)_\w+)"
+    pattern = r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|distill|finetune)_\w+)"
     for path in map(script_path, stage_names()):
         others = re.findall(pattern, path.read_text(), re.MULTILINE)
-    for path in map(script_path, stage_names()):
-        others = re.findall(
-            r"^\s*(?:from|import)\s+(?:training)?\.?((?:train|distill)_\w+)", path.read_text(), re.MULTILINE
-        )
         assert others == [], path.name
 
 

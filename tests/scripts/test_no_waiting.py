@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import forget_accelerate
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
-from tests.scripts.test_finetune_decoder import TINY as TINY_FINETUNING
 from tests.scripts.test_distill_latent_diffusion import TINY as TINY_STUDENT
+from tests.scripts.test_finetune_decoder import TINY as TINY_FINETUNING
 from tests.scripts.test_train_controlnet import MASKS
 from tests.scripts.test_train_controlnet import TINY as TINY_CONTROLNET
 from tests.scripts.test_train_decoder import TINY as TINY_DECODER

@@ -19,8 +19,8 @@ from training.core.settings import read_merged_settings
 
 FOLDER = Path(__file__).resolve().parent.parent
 PREFIX = "train_"
-# A script with another prefix trains further what a stage has trained; its stage has the whole name of the script.
-OTHER_PREFIXES = ("finetune_",)
+OTHER_PREFIXES = ("distill_", "finetune_")
+"""A script that trains further what a stage has trained; the name of its stage is the whole name of the script."""
 
 
 def stage_names() -> list[str]:
@@ -29,25 +29,9 @@ def stage_names() -> list[str]:
     return sorted(path.stem.removeprefix(PREFIX) for path in files)
 
 
-def script_name(stage: str) -> str:
-    """Return the name of a stage's script, without `.py`."""
-    return stage if stage.startswith(OTHER_PREFIXES) else f"{PREFIX}{stage}"
-PREFIX, OTHER_PREFIX = "train_", "distill_"
-
-
-def stage_names() -> list[str]:
-    """Return the names of all stages: `autoencoder` for train_autoencoder.py, and so on.
-
-    A script that trains what another one has trained already has the name of its file:
-    `distill_latent_diffusion`.
-    """
-    scripts = [*FOLDER.glob(f"{PREFIX}*.py"), *FOLDER.glob(f"{OTHER_PREFIX}*.py")]
-    return sorted(path.stem.removeprefix(PREFIX) for path in scripts)
-
-
 def script_path(stage: str) -> Path:
     """Return the training script of a stage."""
-    return FOLDER / f"{'' if stage.startswith(OTHER_PREFIX) else PREFIX}{stage}.py"
+    return FOLDER / f"{'' if stage.startswith(OTHER_PREFIXES) else PREFIX}{stage}.py"
 
 
 def script_module(stage: str) -> ModuleType:
@@ -59,7 +43,6 @@ def script_module(stage: str) -> ModuleType:
     name, known = Path(stage).stem.removeprefix(PREFIX), stage_names()
     if name not in known:
         raise UserError(f"unknown stage '{stage}'{nearest(name, known)}; choose from {', '.join(known)}")
-    return importlib.import_module(f"training.{script_name(name)}")
     return importlib.import_module(f"training.{script_path(name).stem}")
 
 
@@ -88,7 +71,6 @@ def file_of_another_script(file: str, known: list[str]) -> str | None:
     keys = dotted(read_merged_settings(find_file(file)))
     if all(key in known for key in keys):
         return None
-    scripts = [f"training/{script_name(stage)}.py" for stage, missing in unknown_keys(keys).items() if not missing]
     scripts = [f"training/{script_path(stage).name}" for stage, missing in unknown_keys(keys).items() if not missing]
     if not scripts:
         return None

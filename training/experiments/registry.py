@@ -9,15 +9,10 @@ from typing import Any
 from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.resources import find_file
 from training.core.parsing import known_names, without_hub_token
-from training.core.scripts import FOLDER, dotted, script_module, script_name, unknown_keys
 from training.core.scripts import dotted, script_module, unknown_keys
 from training.core.settings import read_merged_settings
 from training.core.stage import Stage
 from training.engine.run_config import RunConfig
-
-
-def script_path(stage: str) -> Path:
-    return FOLDER / f"{script_name(stage)}.py"
 
 
 def config_class(stage: str) -> type[RunConfig]:
