@@ -2,7 +2,6 @@
 
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a minimalist poster" --output grid.png
     python pipelines/sample.py --model runs/posters/decoder_64 --brief configs/briefs/swiss.yaml --output session_1.png
-    python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
     python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
     python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
     python pipelines/sample.py --model runs/my_images/latent_diffusion_64_caption --image photo.png --strength 0.6
