@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas
+import polars
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -95,6 +96,25 @@ def test_texts_of_every_type_are_captions_and_labels(tmp_path, texts):
     assert read(write(tmp_path / "a.parquet", image=images(), text=texts)) == ROWS
     labelled = write(tmp_path / "b.parquet", image=images(), text=texts, label=texts)
     assert read(labelled) == list(zip(TEXTS, TEXTS, strict=True))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "uncompressed"])
+def test_tables_of_polars(tmp_path, compression):
+    """Parquet as polars writes it: images as structs, as bytes and as paths; classes as categories and as years."""
+    folder = tmp_path / "polars"
+    folder.mkdir()
+    for i, content in enumerate(IMAGES):
+        (folder / f"{i}.png").write_bytes(content)
+    structs = [{"bytes": content, "path": None} for content in IMAGES]
+    for kind, column in (("structs", structs), ("bytes", IMAGES), ("paths", [f"{i}.png" for i in range(3)])):
+        file = folder / f"{kind}.parquet"
+        polars.DataFrame({"image": column, "text": TEXTS}).write_parquet(file, compression=compression)
+        assert read(file) == ROWS, kind
+    frame = polars.DataFrame({"image": IMAGES, "text": TEXTS, "label": ["x", "y", "x"]})
+    frame.with_columns(polars.col("label").cast(polars.Categorical)).write_parquet(tmp_path / "categories.parquet")
+    assert read(tmp_path / "categories.parquet") == list(zip(TEXTS, "xyx", strict=True))
+    frame.with_columns(polars.Series("label", [1985, 2020, 1985])).write_parquet(tmp_path / "years.parquet")
+    assert read(tmp_path / "years.parquet") == list(zip(TEXTS, ["1985", "2020", "1985"], strict=True))
 
 
 def test_tables_of_pandas(tmp_path):
