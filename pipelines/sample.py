@@ -189,12 +189,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     _add_brief_fields(parser)
     add_control_options(parser)
-    add(
-        "--pairs",
-        type=int,
-        help="Number of image–caption pairs to generate unconditionally (only for models that generate both image and "
-        "caption)",
-    )
+    add("--pairs", type=int, help="Number of image–caption pairs to generate (only for models that generate both)")
     add("--num_images", type=int, default=NUM_IMAGES, help=f"Number of images per row (default: {NUM_IMAGES})")
     add(
         "--scheduler",

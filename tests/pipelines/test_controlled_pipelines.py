@@ -450,9 +450,10 @@ def test_every_source_file_is_shipped(kind: str, tmp_path):
     pipeline.save_pretrained(tmp_path)
     stems = {path.stem.rsplit("_", 1)[0] for path in tmp_path.rglob("*.py")}
     shared = {"checks", "control_images", "controlled", "fusion_controlnet", "generation", "sampling", "schedulers"}
-    of_latent = {"captions", "fusion_controlnet_pipeline", "latent_diffusion", "latents", "words"}
+    of_latent = {"captions", "distilled", "fusion_controlnet_pipeline", "latent_diffusion", "words"}
     of_decoder = {"poster_controlnet_pipeline", "poster_decoder", "poster_domain", "design_brief"}
-    shared |= {"compatibility", "conditions", "guidance", "pixels", "standalone"}
+    shared |= {"compatibility", "conditions", "guidance", "latents", "lora", "pixels", "standalone"}
+    shared |= {"starting_image", "starting_point"}
     assert stems == shared | (of_latent if kind == "latent" else of_decoder | {"design_brief_encoder"})
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)

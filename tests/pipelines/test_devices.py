@@ -88,17 +88,22 @@ def words(command: str, folder: Path) -> list[str]:
         + ["--output_dir", str(folder / "controls")],
         "precompute_latents": ["--vae", model, "--dataset_name", "any", "--output_dir", str(folder / "cache")],
         "evaluate": ["--model", model],
+        "innovate": ["--model", model, "--reader", model, "--output_dir", str(folder / "search")],
         "captions": ["--side", "memory", "--preset", "emoji_64", "--output", str(folder / "figures.json")],
     }[command]
 
 
 def commands_with_models() -> list[Path]:
-    """Return all commands that load a model, except those of the training loop, where Accelerate selects the device."""
+    """Return all commands that load a model and choose a device.
+
+    In the training loop, Accelerate chooses it, and an export is compared with its model on the CPU.
+    """
     texts = {path: path.read_text() for path in SOURCES}
     return [
         path
         for path, text in texts.items()
-        if "__main__" in text and LOADS_A_MODEL.search(text) and "from training.engine.session import" not in text
+        if "__main__" in text and LOADS_A_MODEL.search(text) and path.stem != "export"
+        if "from training.engine.session import" not in text
     ]
 
 

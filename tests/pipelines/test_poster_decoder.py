@@ -249,6 +249,7 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
         "generation",
         "guidance",
         "latents",
+        "lora",
         "pixels",
         "sampling",
         "schedulers",
