@@ -68,6 +68,11 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
     The tensors that it returns in a dictionary replace the current ones. It may set `pipeline._guidance_scale`, and
     `pipeline._interrupt = True` to end sampling. The callbacks of Diffusers for Stable Diffusion work as well.
 
+    With an `image` (PIL, or a tensor in [0, 1], resized to the size to generate) and a `strength`, sampling starts from
+    it with the noise of that share of the steps: 0 gives the round trip of the VAE, 1 an image without it. With a
+    `mask_image` of its size, only the white part is filled (`strength` is then 1 by default); each step is taken
+    `jump_n_sample` times (RePaint: Lugmayr et al. 2022), and `paste_back` keeps all other pixels as they are.
+
     With `output_type` `"np"` and `"pt"`, images are in [0, 1]; `"latent"` gives scaled latents (`B C h w`). A model of
     grey images generates images of mode L (1 channel), one of transparent images RGBA (4, not premultiplied).
 
@@ -149,19 +154,16 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 2.5,
-        num_images_per_prompt: int = 1,
-        generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: Tensor | None = None,
+        num_inference_steps: int = 25, guidance_scale: float = 2.5, num_images_per_prompt: int = 1,
+        generator: int | torch.Generator | Sequence[torch.Generator] | None = None, latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
         timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
-        guidance_interval: Sequence[float] = WHOLE_INTERVAL,
-        guidance_model: Any = None,
-        autoguidance_scale: float = 2.0,
+        guidance_interval: Sequence[float] = WHOLE_INTERVAL, guidance_model: Any = None,
+        autoguidance_scale: float = 2.0, image: Any = None, mask_image: Any = None, strength: float | None = None,
+        jump_n_sample: int | None = None, paste_back: bool = False,
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
 
@@ -181,6 +183,7 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
             guidance_interval (`tuple`, defaults to (0, 1)): Noise levels (low, high) with guidance, see the class.
             guidance_model, autoguidance_scale (defaults to 2.0): Earlier version that guides, see the class.
+            image, strength, mask_image, jump_n_sample, paste_back: Image to start from, or to fill, see the class.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated images; a tuple of one element without `return_dict`.
@@ -194,6 +197,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             output_type, inputs, height, width, generator, callback_on_step_end, prompt_embeds,
             negative_prompt_embeds, timesteps, sigmas, guidance_interval, guidance_model, autoguidance_scale,
         )  # fmt: skip
+        start = self._starting_image(image, mask_image, strength, jump_n_sample, paste_back, height, width,
+                                     num_images_per_prompt, output_type)  # fmt: skip
         count, text, labels, guide = self._encoded(
             prompt, class_labels, prompt_embeds, negative_prompt, negative_prompt_embeds, int(num_images_per_prompt),
             guidance_model, guidance_scale if guidance_model is None else autoguidance_scale,
@@ -201,8 +206,8 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
         generators = generator_per_image(generator, count)
         noise = self._initial_latents(latents, count, height, width, generators)
         schedule = check_steps(self.scheduler, num_inference_steps, timesteps, sigmas)
-        options = SamplingOptions(schedule, generators, callback_on_step_end, inputs, guidance_interval)
-        return self._finished(self._denoise(noise, text, labels, options, guide), output_type, return_dict)
+        options = SamplingOptions(schedule, generators, callback_on_step_end, inputs, guidance_interval, start)
+        return self._finished(self._denoise(noise, text, labels, options, guide), output_type, return_dict, start)
 
     def check_inputs(
         self,
@@ -371,10 +376,11 @@ class LatentDiffusionPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffus
             return latents.to(device=self._execution_device, dtype=torch.float32)
         return initial_noise((num_images, *shape), generators, self._execution_device)
 
-    def _finished(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        return super()._finished(
-            images if output_type == "latent" else decode_latents(self.vae, images), output_type, return_dict
-        )
+    def _finished(
+        self, images: Tensor, output_type: str, return_dict: bool, start: Any = None
+    ) -> ImagePipelineOutput | tuple:
+        decoded = images if output_type == "latent" else decode_latents(self.vae, images)
+        return super()._finished(decoded, output_type, return_dict, start)
 
     def _encoded(
         self, prompt: Any, class_labels: Any, embeds: Any, negative: Any, negative_embeds: Any, repeats: int,

@@ -43,6 +43,11 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
     the tokens of the briefs). The tensors that it returns in a dictionary replace the current ones. It may set
     `pipeline._guidance_scale`, and `pipeline._interrupt = True` to end sampling.
 
+    With an `image` (PIL, or a tensor in [0, 1], resized to the size to generate) and a `strength`, sampling starts from
+    it with the noise of that share of the steps: 0 gives the image itself, 1 a poster without it. With a `mask_image`
+    of its size, only the white part is filled (`strength` is then 1 by default); each step is taken `jump_n_sample`
+    times (RePaint: Lugmayr et al. 2022), and `paste_back` keeps all other pixels as they are in the file.
+
     Args:
         unet (`UNet2DConditionModel`): Denoises images, given the timestep, the tokens and the global vector of a
             brief; None for a model that has a `transformer` instead.
@@ -89,16 +94,15 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
         self,
         briefs: Brief | Sequence[Brief] | None = None,
         height: int | None = None, width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 2.0,
-        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50, guidance_scale: float = 2.0, num_images_per_prompt: int = 1,
         generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("images",),
         timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
         guidance_interval: Sequence[float] = WHOLE_INTERVAL,
+        image: Any = None, mask_image: Any = None, strength: float | None = None,
+        jump_n_sample: int | None = None, paste_back: bool = False,
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Generate `num_images_per_prompt` posters for each brief, in that order.
 
@@ -117,6 +121,7 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
             callback_on_step_end, callback_on_step_end_tensor_inputs: Callback after each step, see the class.
             timesteps, sigmas (`list`, *optional*): Custom schedule, from high to low, if the scheduler takes it.
             guidance_interval (`tuple`, defaults to (0, 1)): Noise levels (low, high) with guidance, see the class.
+            image, strength, mask_image, jump_n_sample, paste_back: Poster to start from, or to fill, see the class.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: The generated posters; a tuple of one element without `return_dict`.
@@ -130,20 +135,21 @@ class PosterDecoderPipeline(UNetSamplingMixin, StandalonePipelineMixin, Diffusio
             guidance_scale, generator, callback_on_step_end, timesteps, sigmas, guidance_interval,
         )  # fmt: skip
         height, width = self._size(height, width)
-        device = self._execution_device
+        start = self._starting_image(
+            image, mask_image, strength, jump_n_sample, paste_back, height, width, num_images_per_prompt, output_type
+        )
         design_briefs = as_briefs(briefs)
         self._begin(guidance_scale, any(brief.to_dict() for brief in design_briefs))
-        tokens, global_vectors = self.encode_briefs(
-            design_briefs, device, self.do_classifier_free_guidance, int(num_images_per_prompt)
-        )
-        num_images = len(design_briefs) * int(num_images_per_prompt)
+        device, repeats = self._execution_device, int(num_images_per_prompt)
+        tokens, vectors = self.encode_briefs(design_briefs, device, self.do_classifier_free_guidance, repeats)
+        num_images = len(design_briefs) * repeats
         generators = generator_per_image(generator, num_images)
         noise = initial_noise((num_images, 3, height, width), generators, device)
         options = SamplingOptions(
             check_steps(self.scheduler, num_inference_steps, timesteps, sigmas), generators,
-            callback_on_step_end, callback_tensor_inputs, guidance_interval,
+            callback_on_step_end, callback_tensor_inputs, guidance_interval, start,
         )  # fmt: skip
-        return self._finished(self._denoise(noise, tokens, global_vectors, options), output_type, return_dict)
+        return self._finished(self._denoise(noise, tokens, vectors, options), output_type, return_dict, start)
 
     def check_inputs(
         self,

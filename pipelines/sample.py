@@ -5,6 +5,7 @@
     python pipelines/sample.py --model runs/posters/decoder_64 --style swiss --palette '#d33,#fff' --pictures 2
     python pipelines/sample.py --model runs/controlnet/add --control_image text_mask.png image_mask.png
     python pipelines/sample.py --model runs/image_caption/emoji_64 --pairs 8 --output pairs.png
+    python pipelines/sample.py --model runs/my_images/latent_diffusion_64_caption --image photo.png --strength 0.6
     python pipelines/sample.py --model runs/quickstart/latent_diffusion --prompt "a bold poster" --output images/
 
 Latent diffusion models take prompts or class labels, poster models take design briefs, and models with a ControlNet
@@ -34,6 +35,7 @@ from pipelines.tools.devices import DEVICE_HELP
 from pipelines.tools.generated import Generated, check_image_output, model_name, save
 from pipelines.tools.grids import control_to_pil, image_grid
 from pipelines.tools.guides import GUIDANCE_OPTIONS, add_guidance_options, guidance_arguments, guidance_texts
+from pipelines.tools.image_files import IMAGE_OPTIONS, add_image_options, image_arguments, image_facts
 from pipelines.tools.pairs import draw_prompts, generate_pairs, makes_pairs
 from pipelines.tools.resources import BRIEFS, find_file
 
@@ -120,7 +122,7 @@ def _settings(pipeline: Any, options: argparse.Namespace) -> dict[str, str]:
     if options.checkpoint:
         settings["checkpoint"] = Path(options.checkpoint).name
     if not makes_pairs(pipeline):
-        settings |= guidance_texts(options)
+        settings |= guidance_texts(options) | image_facts(options)
         settings |= {"negative_prompt": options.negative_prompt} if options.negative_prompt else {}
     if not makes_pairs(pipeline) or options.pairs is not None:
         settings["num_inference_steps"] = str(options.num_inference_steps)
@@ -195,6 +197,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--num_inference_steps", type=int, default=25, help="Number of sampling steps (default: 25)")
     add_guidance_options(parser)
+    add_image_options(parser)
     add("--seed", type=int, default=0, help="Random seed; column k uses seed + k (default: 0)")
     add("--height", type=int, help="Height of the images in pixels (default: the training size)")
     add("--width", type=int, help="Width of the images in pixels (default: the training size)")
@@ -311,7 +314,7 @@ def _check_pair_options(pipeline: Any, options: argparse.Namespace) -> None:
             "--prompt to draw a caption"
         )
     foreign = ("class_label", "negative_prompt", "height", "width", "brief", *BRIEF_FIELDS, "control_image", *STEERING)
-    foreign += GUIDANCE_OPTIONS
+    foreign += GUIDANCE_OPTIONS + IMAGE_OPTIONS
     given = [name for name in foreign if getattr(options, name) is not None]
     if options.pairs is not None and options.num_images != NUM_IMAGES:
         given.append("num_images")
@@ -343,7 +346,7 @@ def generate(
     count = _row_count(options, briefs, controls or [])
     cells = [(row, column) for row in range(count) for column in range(options.num_images)]
     row_briefs, row_controls = _per_row(list(briefs), count), _per_row(controls or [], count)
-    guidance = guidance_arguments(pipeline, options)
+    further = guidance_arguments(pipeline, options) | image_arguments(pipeline, options)
     images: list[Image] = []
 
     def conditions(rows: Sequence[int]) -> dict[str, Any]:
@@ -363,7 +366,7 @@ def generate(
                 width=options.width,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
-                **guidance,
+                **further,
                 generator=[torch.Generator().manual_seed(options.seed + column) for _, column in batch],
             ).images
         except ValueError as error:

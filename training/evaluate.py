@@ -43,6 +43,7 @@ from training.evaluation.data import (
     run_settings,
 )
 from training.evaluation.generated import QualityConfig, generate, images_in, measure
+from training.evaluation.inpainting import InpaintingConfig, measure_inpainting
 from training.evaluation.sheets import sample_grid
 from training.metrics.features import FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, SamplingConfig, generator_of
@@ -54,8 +55,9 @@ from training.reporting.tracking import parse_report_to
 
 @dataclass
 class EvaluationConfig(
-    CaptionOptions, AdherenceConfig, SamplingConfig, CopyOptions, QualityConfig, EvaluationDataConfig, LaunchConfig
-):
+    CaptionOptions, AdherenceConfig, InpaintingConfig, SamplingConfig, CopyOptions, QualityConfig, EvaluationDataConfig,
+    LaunchConfig,
+):  # fmt: skip
     """Flags of evaluate.py."""
 
     model: str = option("")
@@ -126,6 +128,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
     settings = run_settings(config.model)
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)
+    config.check_filling(generator)
     data = open_evaluation_data(config, settings, generator)
     if generator is None:
         images = images_in(str(config.images), config.num_images)
@@ -139,6 +142,10 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
         adherence = {} if generator is None else measure_adherence(generator, images, data, config, config.device)
         if generator is not None and captions.is_captioner(generator.pipeline):
             adherence |= captions.measure_captions(generator.pipeline, settings, config)
+        reached: dict[str, float] = {}
+        if generator is not None and config.inpaint_images:
+            measured, reached = measure_inpainting(generator, images, data, extractor, config, config.batch_size)
+            adherence |= measured
         if config.grid:
             save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
         if config.keep_images:
@@ -150,7 +157,7 @@ def evaluate(config: EvaluationConfig, exchange: Exchange | None = None) -> dict
             file = config.output_file
             sheet = str(file.with_name("copies.png")) if file is not None else None
             copies = measure_copies(sets, data, spaces, config.copies_sheet, sheet)
-        return {"metrics": results["metrics"] | adherence, **copies}
+        return {"metrics": results["metrics"] | adherence, "real": results["real"] | reached, **copies}
 
     return results | exchange.on_main(rest)
 

@@ -26,9 +26,11 @@ from .checks import (
     check_tensor,
 )
 from .guidance import WHOLE_INTERVAL, check_guidance_interval, guided_timesteps
+from .latents import image_channels_of
 from .pixels import straight
 from .sampling import denoise, guided, restarted
 from .schedulers import PREDICTION_TYPES, check_scheduler, make_scheduler, noise_schedule_of, prediction_type_of
+from .starting_image import StartingImage, starting_image
 
 
 def known_prediction_type(prediction_type: str | None, scheduler: Any) -> str:
@@ -72,6 +74,8 @@ class SamplingOptions(NamedTuple):
     callback_tensor_inputs: Sequence[str]
     guidance_interval: Sequence[float] = WHOLE_INTERVAL
     """Noise levels with guidance, see `guided_timesteps`."""
+    start: StartingImage | None = None
+    """Images to start from; None for pure noise."""
 
 
 class Conditions:
@@ -145,6 +149,7 @@ class UNetSamplingMixin(SamplersByName):
     _conditioned = False
     _autoguided = False
     _num_timesteps = 0
+    _size: Any
 
     @property
     def denoiser(self) -> Any:
@@ -216,6 +221,18 @@ class UNetSamplingMixin(SamplersByName):
             raise ValueError("the model's config has no `sample_size`, so `height` and `width` must be given")
         return int(cells[0] * factor if height is None else height), int(cells[1] * factor if width is None else width)
 
+    def _starting_image(
+        self, image: Any, mask_image: Any, strength: Any, jump_n_sample: Any, paste_back: Any, height: Any, width: Any,
+        repeats: int, output_type: str,
+    ) -> StartingImage | None:  # fmt: skip
+        """Return the checked images to start from, in the size to generate; None if none is given, see there."""
+        vae = getattr(self, "vae", None)
+        channels = int(self.denoiser.config.out_channels) if vae is None else image_channels_of(vae)
+        return starting_image(
+            image, mask_image, strength, jump_n_sample, paste_back, channels=channels,
+            size=self._size(height, width), repeats=repeats, output_type=output_type,
+        )  # fmt: skip
+
     def _begin(self, guidance_scale: Any, conditioned: bool, autoguided: bool = False) -> None:
         """Reset what a callback may read and change."""
         self._guidance_scale, self._interrupt = float(guidance_scale), False
@@ -242,6 +259,7 @@ class UNetSamplingMixin(SamplersByName):
         conditions = Conditions(tensors, len(noise))
         prepared: dict[int, tuple] = {}  # by the number of rows
         guided_at_start = self.do_classifier_free_guidance
+        start = options.start and options.start.point(getattr(self, "vae", None), noise, self.config.prediction_type)
         in_interval = guided_timesteps(self._own_scheduler, self.config.prediction_type, options.guidance_interval)
 
         def guided_prediction(x: Tensor, timestep: Any, may_guide: bool = True) -> Tensor:
@@ -263,6 +281,7 @@ class UNetSamplingMixin(SamplersByName):
             return guided(prediction, scale)
 
         def after_step(step: int, timestep: Any, x: Tensor) -> tuple[Tensor, bool]:
+            self._num_timesteps = len(self.scheduler.timesteps) - (start.first if start else 0)
             x, replaced = self._called_back(options, conditions, step, timestep, x)
             if replaced:
                 prepared.clear()
@@ -271,17 +290,17 @@ class UNetSamplingMixin(SamplersByName):
         config = self.denoiser.config
         x = denoise(
             self.scheduler, guided_prediction, noise, options.steps, options.generators, self.progress_bar, after_step,
-            float(config.get("least_noise_level") or 0.0),
+            float(config.get("least_noise_level") or 0.0), start,
         )  # fmt: skip
         levels = () if self._interrupt else config.get("restart_levels") or ()
+        trained = self._own_scheduler.config.num_train_timesteps
         predict_plainly = partial(guided_prediction, may_guide=False)
-        return restarted(x, levels, predict_plainly, self._own_scheduler.config.num_train_timesteps, options.generators)
+        return restarted(x, levels, predict_plainly, trained, options.generators, start)
 
     def _called_back(
         self, options: SamplingOptions, conditions: Conditions, step: int, timestep: Any, x: Tensor
     ) -> tuple[Tensor, bool]:
         """Call the callback after a step; return the samples, and whether it has replaced a condition."""
-        self._num_timesteps = len(self.scheduler.timesteps)
         if options.callback is None:
             return x, False
         name = self._callback_tensor_inputs[0]
@@ -293,10 +312,14 @@ class UNetSamplingMixin(SamplersByName):
         check_tensor(name, replaced.get(name, x), x.shape)
         return replaced.get(name, x), conditions.replace(replaced)
 
-    def _finished(self, images: Any, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+    def _finished(
+        self, images: Any, output_type: str, return_dict: bool, start: StartingImage | None = None
+    ) -> ImagePipelineOutput | tuple:
         """Return the result of a call for `images` (B C H W in [-1, 1]); output type "latent" leaves them unchanged."""
         if output_type != "latent":
-            images = self.image_processor.postprocess(straight(images), output_type=output_type)
+            images = straight(images)
+            images = images if start is None else start.pasted(images)
+            images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

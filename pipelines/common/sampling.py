@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -25,6 +26,7 @@ def denoise(
     progress_bar: Any,
     after_step: Callable[[int, Any, Tensor], tuple[Tensor, bool]],
     least_noise_level: float = 0.0,
+    start: Any = None,
 ) -> Tensor:
     """Turn standard normal noise into samples (B C h w), in float32 throughout.
 
@@ -37,27 +39,48 @@ def denoise(
         after_step: (step from 0, timestep, x) → x, possibly replaced, and whether to stop after this step.
         least_noise_level: for flow matching, the lowest noise level at which the model is called, if there is a higher
             one in the schedule. From there, the last step leads to the clean sample that it predicts.
+        start: a `StartingPoint` instead of pure noise, see starting_point.py. Steps are counted from its first one.
     """
     scheduler.set_timesteps(**steps, device=noise.device)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_arguments = {"generator": generators} if takes_generator else {}
+    x, first = noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
     count, last_level = len(scheduler.timesteps), None
     if least_noise_level:
         count, last_level = steps_above(scheduler, least_noise_level)
-    with progress_bar(total=count) as bar:
-        for step, timestep in enumerate(scheduler.timesteps[:count]):
-            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-            prediction = predict(scaled, timestep)
+    if start is not None:
+        x = start.begin(scheduler, count)
+        first = start.first
+
+    def predicted(x: Tensor, timestep: Any) -> tuple[Tensor, Tensor]:
+        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        return scaled, predict(scaled, timestep)
+
+    with progress_bar(total=count - first) as bar:
+        for step, timestep in enumerate(scheduler.timesteps[first:count], start=first):
+            if start is not None:
+                draw = partial(initial_noise, x.shape, generators, x.device)
+                x = start.resampled(scheduler, step, x, partial(predicted, timestep=timestep), draw)
+            prediction = predicted(x, timestep)[1]
             if step == count - 1 and last_level is not None:
                 x = x - last_level * prediction  # x_t - sigma * flow = x_0
             else:
-                x = scheduler.step(prediction, timestep, x, return_dict=False, **step_arguments)[0]
-            x, ended = after_step(step, timestep, x)
+                fresh = start is not None and start.resamples
+                arguments = _step_arguments(scheduler, generators, 0 if fresh else step - first)
+                x = scheduler.step(prediction, timestep, x, return_dict=False, **arguments)[0]
+            x = x if start is None else start.kept(step, x)
+            x, ended = after_step(step - first, timestep, x)
             bar.update()
             if ended:
                 break
     return x
+
+
+def _step_arguments(scheduler: Any, generators: list[torch.Generator] | None, taken: int) -> dict[str, Any]:
+    """Return those further arguments of `scheduler.step` that it has, after `taken` steps of the same trajectory."""
+    parameters = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": generators} if "generator" in parameters else {}
+    if "order" in parameters:  # LMS counts on the predictions of all steps before, also of those that were not taken
+        arguments["order"] = min(parameters["order"].default, taken + 1)
+    return arguments
 
 
 def steps_above(scheduler: Any, level: float) -> tuple[int, float | None]:
@@ -76,6 +99,7 @@ def restarted(
     predict: Callable[[Tensor, Tensor], Tensor],
     num_train_timesteps: int,
     generators: list[torch.Generator] | None,
+    start: Any = None,
 ) -> Tensor:
     """Denoise finished samples of flow matching again, from one low noise level after the other.
 
@@ -88,13 +112,17 @@ def restarted(
         levels: noise levels in (0, 1), in their order.
         predict: (x_t, timestep) → the flow.
         generators: one generator per image; None uses the global generator.
+        start: the `StartingPoint` of the samples, if any. Levels above its own would change more than was asked for.
     """
     for level in levels:
+        if start is not None and level > start.noise_level:
+            continue
         noise = initial_noise(x.shape, generators, x.device)
         timestep = torch.tensor(level * num_train_timesteps, device=x.device)
         noisy = [(1 - level) * x + level * sign * noise for sign in (1, -1)]
         clean = [each - level * predict(each, timestep) for each in noisy]
         x = (clean[0] + clean[1]) / 2
+        x = x if start is None else start.kept(start.last, x)
     return x
 
 

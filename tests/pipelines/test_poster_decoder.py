@@ -248,10 +248,13 @@ def test_saved_and_loaded_with_our_own_classes(tmp_path, attention):
         "conditions",
         "generation",
         "guidance",
+        "latents",
         "pixels",
         "sampling",
         "schedulers",
         "standalone",
+        "starting_image",
+        "starting_point",
     ]
     assert names == sorted([*of_decoder, *shared])
     assert not list((tmp_path / "unet").glob("*.py")), "the U-Net is a class of Diffusers"

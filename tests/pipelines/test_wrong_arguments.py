@@ -50,6 +50,7 @@ PASSED_ON = (
     "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "height", "width",
     "num_inference_steps", "num_images_per_prompt", "guidance_scale", "generator", "output_type", "timesteps", "sigmas",
     "callback_on_step_end", "callback_on_step_end_tensor_inputs", "guidance_interval",
+    "image", "mask_image", "strength", "jump_n_sample", "paste_back",
 )  # fmt: skip
 NOT_CHECKED = ("return_dict", "overlays")  # only their truth counts
 

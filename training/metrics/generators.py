@@ -93,14 +93,45 @@ class ImageGenerator:
         Args:
             poll: called after each sampling step; it may raise to stop.
         """
+        return self._generated(items, numbers, poll)
+
+    @property
+    def fills(self) -> bool:
+        """Whether the pipeline can fill a part of an image."""
+        return "mask_image" in self._parameters and "strength" in self._parameters
+
+    def fill(
+        self,
+        items: Sequence[Item],
+        numbers: Sequence[int],
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        jump_n_sample: int,
+        poll: Callable[[], None] | None = None,
+    ) -> list[Image.Image]:
+        """Fill the white part of the mask of each image, for the condition of its row; pixels elsewhere are kept.
+
+        All images have the size that the pipeline generates. The other arguments are those of a call.
+        """
+        given = {"image": list(images), "mask_image": list(masks), "jump_n_sample": jump_n_sample, "paste_back": True}
+        return self._generated(items, numbers, poll, given)
+
+    def _generated(
+        self,
+        items: Sequence[Item],
+        numbers: Sequence[int],
+        poll: Callable[[], None] | None,
+        further: Mapping[str, Any] | None = None,
+    ) -> list[Image.Image]:
         options = self._options()
         if poll is not None and self._takes("callback_on_step_end"):
             options["callback_on_step_end"] = functools.partial(_polled, poll)
         seeds = [self.config.seed + number for number in numbers]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options |= {"generator": generators, **(further or {})}
         try:
             with _unknown_words_unnamed():
-                images = self.pipeline(**self.arguments(items), **options, generator=generators).images
+                images = self.pipeline(**self.arguments(items), **options).images
         except ValueError as error:  # of check_inputs: a class that the model does not know, for example
             raise UserError(f"the {self.kind} does not take these data: {error}") from None
         return [_of_known_mode(image) for image in images]
