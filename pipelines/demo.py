@@ -80,7 +80,7 @@ def _serve(options: argparse.Namespace, runs: Path | None, recipe: Any, folder: 
     """Load the models, open the page, and wait until the process is asked to stop. Raises UserError."""
     import torch
 
-    from pipelines.studio.app import CSS, FONTS, NAMES, Studio
+    from pipelines.studio.app import CSS, FONTS, MUTED, NAMES, Studio
     from pipelines.studio.bounds import UPLOAD_MB
     from pipelines.studio.models import load_models
 
@@ -90,10 +90,11 @@ def _serve(options: argparse.Namespace, runs: Path | None, recipe: Any, folder: 
     page = Studio(models, runs, folder, recipe).build()
     import gradio as gr
 
+    theme = gr.themes.Base(**FONTS).set(**MUTED)
     try:
         _, address, _ = page.launch(
             server_name=options.host, server_port=options.port or _free_port(options.host), share=False, quiet=True,
-            prevent_thread_lock=True, max_file_size=f"{UPLOAD_MB}mb", theme=gr.themes.Base(**FONTS), css=CSS, js=NAMES,
+            prevent_thread_lock=True, max_file_size=f"{UPLOAD_MB}mb", theme=theme, css=CSS, js=NAMES,
             footer_links=[], ssr_mode=False, favicon_path=None,
         )  # fmt: skip
     except OSError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 from ..tools.cli import UserError
 from ..tools.layout_report import describe, sheet
 from .bounds import plainly
-from .components import Picture
+from .components import picture
 from .generating import MODELS
 from .models import Model
 
@@ -32,7 +32,7 @@ def add_analysis_tab(model: Model, examples: list[str]) -> None:
         facts = describe(poster, reading, Path("poster"))
         return sheet(poster, reading, facts), rows_of(facts)
 
-    image = Picture("Poster to analyse")
+    image = picture("Poster to analyse")
     gr.Examples([[file] for file in examples], [image], label="Example posters")
     button = gr.Button("Analyse", variant="primary")
     report = gr.Image(label="Report", format="png", interactive=False, buttons=["download", "fullscreen"])

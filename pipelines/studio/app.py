@@ -29,6 +29,8 @@ CSS = """
 .gradio-container { max-width: 1500px !important; }
 .grid-wrap img, .image-frame img { image-rendering: auto; }
 """
+MUTED = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
+"""Gradio's own grey of explanations is too light to read."""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Fonts of the system: the page loads none from elsewhere."""
 
@@ -40,7 +42,9 @@ NAMES = """
     || (e.labels && e.labels.length && e.labels[0].innerText.trim()) || e.innerText.trim();
   const name = () => {
     for (const e of document.querySelectorAll("button, input, textarea, select, [role=listbox]")) {
+      if (e.dataset.named && e.innerText.trim()) { e.removeAttribute("aria-label"); delete e.dataset.named; }
       if (named(e)) continue;
+      e.dataset.named = "true";
       const block = e.closest(".block");
       const label = block && block.querySelector("[data-testid=block-label], [data-testid=block-info], label, .label");
       const kind = e.tagName === "BUTTON" ? "button" : (e.type || "input");

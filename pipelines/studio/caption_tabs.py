@@ -11,10 +11,9 @@ from ..tools.cli import UserError
 from ..tools.generated import Generated
 from ..tools.repeating import Recipe
 from .bounds import MOST_IMAGES, MOST_PROMPT_CHARACTERS, MOST_SEED, MOST_STEPS, plainly, text_of, whole
-from .components import Picture
+from .components import picture
 from .generating import MODELS, Files, Outputs
 from .models import Model
-from .parts import example_prompts
 
 MOST_BEAMS = 8
 
@@ -30,7 +29,7 @@ def add_caption_tab(model: Model, examples: list[str]) -> None:
 
     with gr.Row():
         with gr.Column():
-            image = Picture("Image to caption")
+            image = picture("Image to caption")
             gr.Examples([[file] for file in examples], [image], label="Example images")
             beams = gr.Slider(1, MOST_BEAMS, 1, step=1, label="Beams", info="1 takes the most likely word each time")
             button = gr.Button("Caption", variant="primary")
@@ -46,8 +45,8 @@ class DrawTab:
         with gr.Row():
             with gr.Column():
                 self.prompt = gr.Textbox(label="Caption to draw", max_length=MOST_PROMPT_CHARACTERS)
-                prompts = example_prompts(model.pipeline.tokenizer)
-                gr.Examples([[prompt] for prompt in prompts], [self.prompt], label="Example captions")
+                if model.prompts:
+                    gr.Examples([[prompt] for prompt in model.prompts], [self.prompt], label="Example captions")
                 self.count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Number of images")
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
                 button = gr.Button("Draw", variant="primary")

@@ -14,18 +14,13 @@ from .bounds import message_of, upload
 
 CANVAS_SIDE = 512
 """Longer side of a canvas in pixels; what is painted is scaled to the size of the model."""
-FILES = ["image"]
 
 
-class Picture(gr.Image):
-    """An image that somebody uploads. It arrives as an RGB image, or as a message that says what is wrong with it."""
+def picture(label: str) -> gr.Image:
+    """Return a component for an uploaded image. It arrives as an RGB image, or as a message that says what is wrong."""
+    component = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=320)
 
-    is_template = True  # the page shows it as its base class
-
-    def __init__(self, label: str, **options: Any):
-        super().__init__(label=label, type="filepath", sources=["upload", "clipboard"], height=320, **options)
-
-    def preprocess(self, payload: Any) -> Any:
+    def checked(payload: Any) -> Image.Image | None:
         if payload is None:
             return None
         try:
@@ -33,18 +28,18 @@ class Picture(gr.Image):
         except UserError as error:
             raise message_of(error) from error
 
+    # A subclass would do as well, but Gradio writes a .pyi file beside the source of each subclass.
+    component.preprocess = checked  # type: ignore[method-assign, assignment]
+    return component
 
-class Canvas(gr.ImageEditor):
-    """A canvas to paint on with a brush; it has no upload of its own, because its background is checked elsewhere."""
 
-    is_template = True
-
-    def __init__(self, label: str, colors: Sequence[str], value: Any = None, **options: Any):
-        brush = gr.Brush(default_size=24, colors=list(colors), default_color=colors[0], color_mode="fixed")
-        super().__init__(
-            value, label=label, type="pil", format="png", sources=(), transforms=(), layers=False, brush=brush,
-            eraser=gr.Eraser(default_size=24), canvas_size=(CANVAS_SIDE, CANVAS_SIDE), height=620, **options,
-        )  # fmt: skip
+def canvas(label: str, colors: Sequence[str], value: Any = None) -> gr.ImageEditor:
+    """Return a canvas to paint on. It has no upload of its own, because uploaded images are checked by `picture`."""
+    brush = gr.Brush(default_size=24, colors=list(colors), default_color=colors[0], color_mode="fixed")
+    return gr.ImageEditor(
+        value, label=label, type="pil", format="png", sources=(), transforms=(), layers=False, brush=brush,
+        eraser=gr.Eraser(default_size=24), canvas_size=(CANVAS_SIDE, CANVAS_SIDE), height=620,
+    )  # fmt: skip
 
 
 def on_canvas(image: Image.Image, size: tuple[int, int]) -> Image.Image:

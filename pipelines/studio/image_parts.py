@@ -17,7 +17,7 @@ from ..tools.cli import UserError
 from ..tools.control_files import ControlFile, controls_of
 from ..tools.repeating import Recipe
 from .bounds import in_range, plainly, whole
-from .components import Canvas, Picture, blank, on_canvas, painted, strokes
+from .components import blank, canvas, on_canvas, painted, picture, strokes
 from .models import Model
 from .parts import KEPT, Made, Part
 
@@ -29,7 +29,7 @@ class StartingImage(Part):
     """An image that is changed, and how much of it."""
 
     def __init__(self, examples: Sequence[str]):
-        self.image = Picture("Image to change")
+        self.image = picture("Image to change")
         gr.Examples([[file] for file in examples], [self.image], label="Example images")
         self.strength = gr.Slider(
             0, 1, 0.6, step=0.01, label="Strength", info="0 keeps the image, 1 generates another one"
@@ -53,10 +53,10 @@ class FilledPart(Part):
 
     def __init__(self, model: Model, examples: Sequence[str]):
         self.model = model
-        self.image = Picture("Image to fill")
+        self.image = picture("Image to fill")
         gr.Examples([[file] for file in examples], [self.image], label="Example images")
-        self.canvas = Canvas("Paint the part to fill", [WHITE])
-        self.mask = Picture("Mask instead of painting (white is filled)")
+        self.canvas = canvas("Paint the part to fill", [WHITE])
+        self.mask = picture("Mask instead of painting (white is filled)")
         self.paste_back = gr.Checkbox(True, label="Keep all other pixels exactly")
         self.jumps = gr.Slider(
             1, MOST_JUMPS, 1, step=1, label="Repetitions of each step", info="More fit better, and take longer"
@@ -68,14 +68,14 @@ class FilledPart(Part):
         return None if image is None else as_value(on_canvas(image, self.model.size()))
 
     def made(self, values: Sequence[Any], count: int) -> Made:
-        image, canvas, mask, paste_back, jumps = values
+        image, drawing, mask, paste_back, jumps = values
         if image is None:
             raise UserError("no image is chosen; upload the image to fill first")
         image = on_canvas(image, self.model.size())
         if mask is not None:
             mask_image = on_canvas(mask, self.model.size()).convert("L")
         else:
-            layer = strokes(canvas)
+            layer = strokes(drawing)
             if layer is None:
                 raise UserError("nothing is painted on the canvas; paint the part to fill with the brush")
             mask_image = layer.getchannel("A").resize(image.size).point(lambda value: 255 if value > 127 else 0)
@@ -121,17 +121,17 @@ class Controls(Part):
 
     def _add_canvas(self, label: str, config: Any, examples: Sequence[str]) -> None:
         size, colors = self.model.size(), _colors(config)
-        canvas = Canvas(f"Draw: {label}", _brushes(config, colors), as_value(blank(size, colors[0])))
+        drawing = canvas(f"Draw: {label}", _brushes(config, colors), as_value(blank(size, colors[0])))
         if config.control_kind == "classes":
             gr.Markdown(_legend(config, colors))
         with gr.Accordion(f"Upload instead of drawing: {label}", open=False):
-            uploaded = Picture(f"Upload: {label}")
+            uploaded = picture(f"Upload: {label}")
             gr.Examples([[file] for file in examples], [uploaded], label=f"Example images: {label}")
             gr.Button(f"Empty the canvas: {label}", size="sm").click(
-                functools.partial(as_value, blank(size, colors[0])), None, canvas, queue=False
+                functools.partial(as_value, blank(size, colors[0])), None, drawing, queue=False
             )
-        uploaded.change(plainly(functools.partial(self._shown, config.control_kind)), uploaded, canvas, queue=False)
-        self.components.append(canvas)
+        uploaded.change(plainly(functools.partial(self._shown, config.control_kind)), uploaded, drawing, queue=False)
+        self.components.append(drawing)
         self.canvases += 1
 
     def _shown(self, kind: str, image: Image.Image | None) -> Any:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..tools.cli import UserError
 from ..tools.generated import model_name
-from ..tools.loading import load_on_device
+from ..tools.loading import find_pipeline, load_on_device
 from ..tools.pairs import makes_pairs
+
+MOST_EXAMPLES = 6
 
 
 @dataclass
@@ -21,6 +26,8 @@ class Model:
 
     name: str
     pipeline: Any
+    prompts: list[str] = field(default_factory=list)
+    """Prompts that serve as examples"""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -106,7 +113,7 @@ def load_models(
         name, others = model_name(path), {model.name for model in models}
         while name in others:
             name += "'"
-        model = Model(name, pipeline)
+        model = Model(name, pipeline, example_prompts(find_pipeline(path), getattr(pipeline, "tokenizer", None)))
         if not (model.generates or model.makes_pairs or model.reads_posters):
             raise UserError(
                 f"--model {path} is a {type(pipeline).__name__}, for which the studio has no tab; give a model that "
@@ -116,3 +123,21 @@ def load_models(
             pipeline.set_progress_bar_config(disable=True)
         models.append(model)
     return models
+
+
+def example_prompts(folder: Path, tokenizer: Any) -> list[str]:
+    """Return a few prompts for a model: those of the samples of its run, otherwise words that its tokenizer knows.
+
+    Args:
+        folder: the pipeline; if it is that of a run, the folder above it has record.json.
+        tokenizer: None for a model without text, which has no prompts.
+    """
+    if tokenizer is None:
+        return []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        prompts = json.loads((folder.parent / "record.json").read_text(encoding="utf-8"))["prompts"]
+        if texts := list(dict.fromkeys(text for text in prompts if isinstance(text, str) and text)):
+            return texts[:MOST_EXAMPLES]
+    words = {word.removeprefix("▁").removesuffix("</w>") for word in tokenizer.get_vocab()}
+    known = words - set(tokenizer.all_special_tokens)
+    return sorted(word for word in known if word.isalpha() and word.islower() and len(word) > 2)[:MOST_EXAMPLES]

@@ -78,9 +78,8 @@ class Captions(Part):
         self.components.append(component)
 
     def _add_examples(self) -> None:
-        if self.model.takes_text:
-            prompts = example_prompts(self.model.pipeline.tokenizer)
-            gr.Examples([[prompt] for prompt in prompts], self.components[:1], label="Example prompts")
+        if self.model.takes_text and self.model.prompts:
+            gr.Examples([[prompt] for prompt in self.model.prompts], self.components[:1], label="Example prompts")
         elif self.labels:
             gr.Examples([[label] for label in self.labels[:8]], self.components[-1:], label="Example classes")
 
@@ -104,19 +103,6 @@ class Captions(Part):
         empty = {"class_label": NO_LABEL}
         texts = {name: text for name, text in recipe.texts.items() if name != "class_label" or text in self.labels}
         return [texts.get(name, empty.get(name, "")) for name in self.names]
-
-
-def example_prompts(tokenizer: Any, count: int = 3) -> list[str]:
-    """Return short prompts of words that the tokenizer of a model knows as single tokens."""
-    words = [word.removeprefix("▁").removesuffix("</w>") for word in tokenizer.get_vocab()]
-    special = set(tokenizer.all_special_tokens)
-    known = {word for word in words if word.isalpha() and word.islower() and word not in special}
-    known = {word for word in known if len(word) > 2}
-    # Words that make sense as prompts, if the model knows them; otherwise any.
-    usual = [
-        word for word in ("red", "blue", "poster", "circle", "face", "cat", "house", "tree", "car") if word in known
-    ]
-    return (usual + sorted(known - set(usual), key=lambda word: (-len(word), word)))[:count]
 
 
 class Sampling(Part):

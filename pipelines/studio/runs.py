@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from ..tools.cli import UserError
-from ..tools.files import IMAGE_FORMATS
+from ..tools.files import open_image_file
 
 METRICS = "metrics.csv"
 MOST_RUNS = 500
@@ -144,9 +144,9 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 def open_sample(path: Path) -> Image.Image:
     """Read a sample sheet. Raises UserError if it cannot be read, because it is being written for example."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open_image_file(path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"the sample {path.name} cannot be read; refresh the list") from error
 
 
