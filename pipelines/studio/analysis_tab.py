@@ -11,7 +11,7 @@ from PIL import Image
 from ..tools.cli import UserError
 from ..tools.layout_report import describe, sheet
 from .bounds import plainly
-from .components import picture
+from .components import image_examples, picture
 from .generating import MODELS
 from .models import Model
 
@@ -33,7 +33,7 @@ def add_analysis_tab(model: Model, examples: list[str]) -> None:
         return sheet(poster, reading, facts), rows_of(facts)
 
     image = picture("Poster to analyse")
-    gr.Examples([[file] for file in examples], [image], label="Example posters")
+    image_examples(examples, image, "Example posters")
     button = gr.Button("Analyse", variant="primary")
     report = gr.Image(label="Report", format="png", interactive=False, buttons=["download", "fullscreen"])
     table = gr.Dataframe(headers=["value", "result"], label="Values", interactive=False)

@@ -36,6 +36,7 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 
 # Gradio gives some of its buttons and inputs no name, so a screen reader would say only "button". Each is named after
 # its title, or the label of the component that it is part of.
+# What belongs to an image, a canvas or a list of files becomes a group with the label of the component.
 NAMES = """
 () => {
   const named = (e) => e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || e.title
@@ -49,6 +50,13 @@ NAMES = """
       const label = block && block.querySelector("[data-testid=block-label], [data-testid=block-info], label, .label");
       const kind = e.tagName === "BUTTON" ? "button" : (e.type || "input");
       e.setAttribute("aria-label", ((label && label.innerText.trim()) || "Halftone studio") + ": " + kind);
+    }
+    for (const block of document.querySelectorAll(".block")) {
+      const label = block.querySelector("[data-testid=block-label]");
+      if (!label || block.getAttribute("aria-label") === label.innerText.trim()) continue;
+      block.setAttribute("role", "group");
+      block.setAttribute("aria-label", label.innerText.trim());
+      for (const canvas of block.querySelectorAll("canvas")) canvas.setAttribute("aria-label", label.innerText.trim());
     }
     for (const e of document.querySelectorAll("img:not([alt])")) e.alt = "";
     for (const e of document.querySelectorAll(".status")) e.setAttribute("aria-live", "polite");

@@ -11,7 +11,7 @@ from ..tools.cli import UserError
 from ..tools.generated import Generated
 from ..tools.repeating import Recipe
 from .bounds import MOST_IMAGES, MOST_PROMPT_CHARACTERS, MOST_SEED, MOST_STEPS, plainly, text_of, whole
-from .components import picture
+from .components import image_examples, picture
 from .generating import MODELS, Files, Outputs
 from .models import Model
 
@@ -30,7 +30,7 @@ def add_caption_tab(model: Model, examples: list[str]) -> None:
     with gr.Row():
         with gr.Column():
             image = picture("Image to caption")
-            gr.Examples([[file] for file in examples], [image], label="Example images")
+            image_examples(examples, image, "Example images")
             beams = gr.Slider(1, MOST_BEAMS, 1, step=1, label="Beams", info="1 takes the most likely word each time")
             button = gr.Button("Caption", variant="primary")
         result = gr.Textbox(label="Caption", interactive=False)

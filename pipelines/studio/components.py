@@ -88,6 +88,12 @@ def example_images(folder: Path) -> list[str]:
     return files
 
 
+def image_examples(files: Sequence[str], component: gr.Image, label: str) -> None:
+    """Add buttons that put an example image into a component."""
+    names = [Path(file).stem.capitalize() for file in files]
+    gr.Examples([[file] for file in files], [component], label=label, example_labels=names)
+
+
 def _circle() -> Image.Image:
     image = Image.new("RGB", (256, 256), "white")
     ImageDraw.Draw(image).ellipse((56, 56, 200, 200), fill="#d0202a")

@@ -17,7 +17,7 @@ from ..tools.cli import UserError
 from ..tools.control_files import ControlFile, controls_of
 from ..tools.repeating import Recipe
 from .bounds import in_range, plainly, whole
-from .components import blank, canvas, on_canvas, painted, picture, strokes
+from .components import blank, canvas, image_examples, on_canvas, painted, picture, strokes
 from .models import Model
 from .parts import KEPT, Made, Part
 
@@ -30,7 +30,7 @@ class StartingImage(Part):
 
     def __init__(self, examples: Sequence[str]):
         self.image = picture("Image to change")
-        gr.Examples([[file] for file in examples], [self.image], label="Example images")
+        image_examples(examples, self.image, "Example images")
         self.strength = gr.Slider(
             0, 1, 0.6, step=0.01, label="Strength", info="0 keeps the image, 1 generates another one"
         )
@@ -54,7 +54,7 @@ class FilledPart(Part):
     def __init__(self, model: Model, examples: Sequence[str]):
         self.model = model
         self.image = picture("Image to fill")
-        gr.Examples([[file] for file in examples], [self.image], label="Example images")
+        image_examples(examples, self.image, "Example images")
         self.canvas = canvas("Paint the part to fill", [WHITE])
         self.mask = picture("Mask instead of painting (white is filled)")
         self.paste_back = gr.Checkbox(True, label="Keep all other pixels exactly")
@@ -126,7 +126,7 @@ class Controls(Part):
             gr.Markdown(_legend(config, colors))
         with gr.Accordion(f"Upload instead of drawing: {label}", open=False):
             uploaded = picture(f"Upload: {label}")
-            gr.Examples([[file] for file in examples], [uploaded], label=f"Example images: {label}")
+            image_examples(examples, uploaded, f"Example images: {label}")
             gr.Button(f"Empty the canvas: {label}", size="sm").click(
                 functools.partial(as_value, blank(size, colors[0])), None, drawing, queue=False
             )
