@@ -53,10 +53,9 @@ NAMES = """
     }
     for (const block of document.querySelectorAll(".block")) {
       const label = block.querySelector("[data-testid=block-label]");
-      if (!label || block.getAttribute("aria-label") === label.innerText.trim()) continue;
+      if (!label) continue;
       block.setAttribute("role", "group");
-      block.setAttribute("aria-label", label.innerText.trim());
-      for (const canvas of block.querySelectorAll("canvas")) canvas.setAttribute("aria-label", label.innerText.trim());
+      for (const e of [block, ...block.querySelectorAll("canvas")]) e.setAttribute("aria-label", label.innerText.trim());
     }
     for (const e of document.querySelectorAll("img:not([alt])")) e.alt = "";
     for (const e of document.querySelectorAll(".status")) e.setAttribute("aria-live", "polite");

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import expect, sync_playwright
 
 from pipelines.tools.generated import save_image
 from tests.support.browser import FLAGS, Visitor, find_chromium, studio
@@ -59,7 +57,7 @@ def address(place) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
         yield browser
         browser.close()
@@ -281,7 +279,7 @@ def test_captions_drawings_and_inventions(visitor, picture):
     with Image.open(picture) as image:
         expected = pipeline.caption([image.convert("RGB")])[0]
     result = visitor.page.get_by_role("textbox", name="Caption", exact=True)
-    playwright.expect(result).to_have_value(expected, timeout=60_000)
+    expect(result).to_have_value(expected, timeout=60_000)
     visitor.open("Draw")
     visitor.press("Draw")
     visitor.wait_for_message("the caption is empty")

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio")
-
 from pipelines.studio.runs import Run, find_runs, open_sample
 from pipelines.studio.runs_tab import NONE, RunsTab, curves_of, last_values
 from pipelines.tools.cli import UserError

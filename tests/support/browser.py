@@ -33,11 +33,11 @@ def find_chromium() -> str:
 
 
 @contextmanager
-def studio(*flags: str, cwd: Path = ROOT, program: Sequence[str] = ()) -> Iterator[str]:
+def studio(*flags: str, cwd: Path, program: Sequence[str] = ()) -> Iterator[str]:
     """Context manager that starts the studio on a free port and gives its address; it is stopped by Ctrl-C's signal."""
     command = [*(program or (sys.executable, str(ROOT / "pipelines/demo.py"))), *flags, "--port", "0"]
     variables = environment(**({"PYTHONPATH": str(ROOT)} if not program else {"PYTHONPATH": "", "PYTHONSAFEPATH": ""}))
-    with (cwd / "studio.log").open("w+") if cwd != ROOT else (Path("/dev/null")).open("w") as log:
+    with (cwd / "studio.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
@@ -51,8 +51,6 @@ def studio(*flags: str, cwd: Path = ROOT, program: Sequence[str] = ()) -> Iterat
 
 
 def _tail(log: Any) -> str:
-    if not log.readable():
-        return ""
     log.seek(0)
     return log.read()[-3000:]
 
