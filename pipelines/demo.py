@@ -81,9 +81,10 @@ def _serve(options: argparse.Namespace, runs: Path | None, recipe: Any, folder: 
     import torch
 
     from pipelines.studio.app import CSS, FONTS, MUTED, NAMES, Studio
-    from pipelines.studio.bounds import UPLOAD_MB
+    from pipelines.studio.bounds import UPLOAD_MB, forbid_rare_formats
     from pipelines.studio.models import load_models
 
+    forbid_rare_formats()
     models = load_models(
         options.model, options.device, dtype=getattr(torch, options.dtype), trust_remote_code=options.trust_remote_code
     )

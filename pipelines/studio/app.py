@@ -55,7 +55,8 @@ NAMES = """
       const label = block.querySelector("[data-testid=block-label]");
       if (!label) continue;
       block.setAttribute("role", "group");
-      for (const e of [block, ...block.querySelectorAll("canvas")]) e.setAttribute("aria-label", label.innerText.trim());
+      const text = label.innerText.trim();
+      for (const e of [block, ...block.querySelectorAll("canvas")]) e.setAttribute("aria-label", text);
     }
     for (const e of document.querySelectorAll("img:not([alt])")) e.alt = "";
     for (const e of document.querySelectorAll(".status")) e.setAttribute("aria-live", "polite");

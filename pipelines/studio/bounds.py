@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..common.pixels import to_rgb
 from ..tools.cli import UserError, one_line, printable
-from ..tools.files import read_image
+from ..tools.files import known_formats, open_image_file, read_image
 
 MOST_STEPS = 200
 MOST_IMAGES = 16
@@ -66,13 +66,13 @@ def upload(path: str | Path | None) -> Image.Image:
     if not path:
         raise UserError("no image is chosen; upload one first")
     try:
-        with Image.open(path) as header:
+        with open_image_file(path) as header:
             width, height = header.size
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"the image has far too many pixels; at most {MOST_UPLOAD_PIXELS // 1_000_000} million are allowed"
-        ) from None
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError) as error:
+        if "million" in str(error):  # the limit of all files
+            raise UserError(
+                f"the image has far too many pixels; at most {MOST_UPLOAD_PIXELS // 1_000_000} million are allowed"
+            ) from None
         raise UserError(
             "the file cannot be read as an image; upload a PNG, JPEG or WebP file that another program can open"
         ) from None
@@ -82,6 +82,13 @@ def upload(path: str | Path | None) -> Image.Image:
             "allowed; make it smaller"
         )
     return to_rgb(read_image(Path(path), "the uploaded file"))
+
+
+def forbid_rare_formats() -> None:
+    """Let Pillow open the formats of `known_formats` only in this process: Gradio opens what is painted by itself."""
+    Image.init()
+    known = [name for name in Image.ID if name in known_formats()]
+    Image.ID[:] = known
 
 
 def plainly(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "training/quickstart.py": "tests/scripts/test_quickstart.py",
     "training/evaluate.py": "tests/scripts/test_evaluate.py",
     "training/doctor.py": "tests/scripts/test_doctor.py",
+    "pipelines/demo.py": "tests/pipelines/test_studio.py",
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
     "training/benchmarks/run.py": "tests/benchmarks/test_benchmarks.py",
 }
