@@ -18,19 +18,22 @@ CANVAS_SIDE = 512
 
 def picture(label: str) -> gr.Image:
     """Return a component for an uploaded image. It arrives as an RGB image, or as a message that says what is wrong."""
-    component = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=320)
+    return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=320)
 
-    def checked(payload: Any) -> Image.Image | None:
-        if payload is None:
-            return None
-        try:
-            return upload(payload.path)
-        except UserError as error:
-            raise message_of(error) from error
 
-    # A subclass would do as well, but Gradio writes a .pyi file beside the source of each subclass.
-    component.preprocess = checked  # type: ignore[method-assign, assignment]
-    return component
+def _checked(component: gr.Image, payload: Any) -> Image.Image | None:
+    """Read an uploaded image in the place of Gradio, which would open files of any format and size."""
+    if payload is None:
+        return None
+    try:
+        return upload(payload.path)
+    except UserError as error:
+        raise message_of(error) from error
+
+
+# For the class, because Gradio makes its components again in each session, where an attribute of one component is lost.
+# A subclass is no way either: the examples of Gradio 6 do not work with one, and a .pyi file is written beside it.
+gr.Image.preprocess = _checked  # type: ignore[method-assign, assignment]
 
 
 def canvas(label: str, colors: Sequence[str], value: Any = None) -> gr.ImageEditor:
