@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.support.runs import ROOT, environment
 
-SECONDS = 120
+SECONDS = 240
 """How long a test waits for something to appear: the machine may be busy."""
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 
@@ -100,7 +100,7 @@ class Visitor:
         """Draw a horizontal line through the middle of a canvas with the brush."""
         group = self.group(name)
         group.scroll_into_view_if_needed()
-        group.get_by_role("button", name="Brush").click()
+        group.get_by_role("button", name="Brush", exact=True).click()
         box = group.locator("canvas").first.bounding_box()
         middle = box["y"] + box["height"] / 2
         self.page.mouse.move(box["x"] + box["width"] * 0.4, middle)
@@ -111,7 +111,7 @@ class Visitor:
 
     def wait_for_status(self, pattern: str) -> str:
         """Wait until the line of text of the visible tab matches, and return it."""
-        line = self.page.locator(".status:visible").filter(has_text=re.compile(pattern)).first
+        line = self.page.locator(".status:visible").filter(has_text=re.compile(pattern)).last
         line.wait_for()
         return line.inner_text()
 
