@@ -104,9 +104,7 @@ class GeneratingTab:
     def _add_repeating(self) -> None:
         with gr.Accordion("Repeat an image", open=False):
             file = gr.File(label="PNG file of the studio or of sample.py", file_types=[".png"], height=120)
-            gr.Button("Use its settings", size="sm").click(
-                plainly(self._repeated), file, self.inputs, queue=False, api_name=False
-            )
+            gr.Button("Use its settings", size="sm").click(plainly(self._repeated), file, self.inputs, api_name=False)
 
     def _repeated(self, path: str | None) -> list[Any]:
         if not path:

@@ -61,7 +61,7 @@ class FilledPart(Part):
         self.jumps = gr.Slider(
             1, MOST_JUMPS, 1, step=1, label="Repetitions of each step", info="More fit better, and take longer"
         )
-        self.image.change(plainly(self._shown), self.image, self.canvas, queue=False)
+        self.image.change(plainly(self._shown), self.image, self.canvas)
         self.components = [self.image, self.canvas, self.mask, self.paste_back, self.jumps]
 
     def _shown(self, image: Image.Image | None) -> Any:
@@ -130,7 +130,7 @@ class Controls(Part):
             gr.Button(f"Empty the canvas: {label}", size="sm").click(
                 functools.partial(as_value, blank(size, colors[0])), None, drawing, queue=False
             )
-        uploaded.change(plainly(functools.partial(self._shown, config.control_kind)), uploaded, drawing, queue=False)
+        uploaded.change(plainly(functools.partial(self._shown, config.control_kind)), uploaded, drawing)
         self.components.append(drawing)
         self.canvases += 1
 
@@ -175,7 +175,9 @@ class Controls(Part):
         """Return what is on a canvas as the file that a ControlNet takes."""
         height, width = self.model.size()
         colors = _colors(config)
-        image = painted(value, (height, width), colors[0]).resize((width, height), Image.Resampling.NEAREST)
+        # A thin line must not fall between the pixels of a small model, and classes must not be mixed.
+        resampling = Image.Resampling.NEAREST if config.control_kind == "classes" else Image.Resampling.BOX
+        image = painted(value, (height, width), colors[0]).resize((width, height), resampling)
         if config.control_kind == "classes":
             return ControlFile(name, _class_ids(image, colors))
         return ControlFile(name, image.convert("L") if config.control_kind == "masks" else image)

@@ -138,6 +138,7 @@ def test_text_and_class_give_the_images_of_the_pipeline_with_their_settings(visi
 def test_examples_fill_the_controls_and_a_class_is_enough(visitor):
     visitor.open("labelled", "Class to image")
     visitor.page.get_by_role("button", name="kind 1").first.click()
+    visitor.page.wait_for_timeout(1500)
     visitor.press("Generate")
     visitor.wait_for_status("4 images in")
     image = visitor.download()
