@@ -37,7 +37,9 @@ def add_analysis_tab(model: Model, examples: list[str]) -> None:
     button = gr.Button("Analyse", variant="primary")
     report = gr.Image(label="Report", format="png", interactive=False, buttons=["download", "fullscreen"])
     table = gr.Dataframe(headers=["value", "result"], label="Values", interactive=False)
-    button.click(plainly(analyse), image, [report, table], concurrency_id=MODELS, concurrency_limit=1, api_name=False)
+    button.click(
+        plainly(analyse), image, [report, table], concurrency_id=MODELS, concurrency_limit=1, api_visibility="private"
+    )
 
 
 def rows_of(facts: dict[str, Any]) -> list[list[str]]:

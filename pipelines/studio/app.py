@@ -96,7 +96,7 @@ class Studio:
                 if self.runs is not None:
                     with gr.Tab("Training runs", id="runs") if several else contextlib.nullcontext():
                         for function, inputs, outputs in RunsTab(self.runs).load:
-                            page.load(function, inputs, outputs, api_name=False, show_progress="hidden")
+                            page.load(function, inputs, outputs, api_visibility="private", show_progress="hidden")
         if self.recipe is not None and self.selected is None:
             raise UserError(
                 "--from_png was generated from conditions that none of the models takes; give the model that "

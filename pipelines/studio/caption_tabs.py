@@ -34,7 +34,9 @@ def add_caption_tab(model: Model, examples: list[str]) -> None:
             beams = gr.Slider(1, MOST_BEAMS, 1, step=1, label="Beams", info="1 takes the most likely word each time")
             button = gr.Button("Caption", variant="primary")
         result = gr.Textbox(label="Caption", interactive=False)
-    button.click(plainly(caption), [image, beams], result, concurrency_id=MODELS, concurrency_limit=1, api_name=False)
+    button.click(
+        plainly(caption), [image, beams], result, concurrency_id=MODELS, concurrency_limit=1, api_visibility="private"
+    )
 
 
 class DrawTab:
@@ -54,7 +56,12 @@ class DrawTab:
                 outputs = Outputs("Drawings")
         inputs = [self.prompt, self.count, self.seed]
         button.click(
-            plainly(self._draw), inputs, outputs.components, concurrency_id=MODELS, concurrency_limit=1, api_name=False
+            plainly(self._draw),
+            inputs,
+            outputs.components,
+            concurrency_id=MODELS,
+            concurrency_limit=1,
+            api_visibility="private",
         )
 
     def fill(self, recipe: Recipe) -> None:
@@ -105,5 +112,5 @@ def add_pairs_tab(model: Model, files: Files) -> None:
             outputs = Outputs("Inventions")
     button.click(
         plainly(invent), [count, seed, steps], outputs.components,
-        concurrency_id=MODELS, concurrency_limit=1, api_name=False,
+        concurrency_id=MODELS, concurrency_limit=1, api_visibility="private",
     )  # fmt: skip

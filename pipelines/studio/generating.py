@@ -87,9 +87,11 @@ class GeneratingTab:
                 self.outputs = Outputs(title)
         running = button.click(
             plainly(self._generate), self.inputs, self.outputs.components,
-            concurrency_id=MODELS, concurrency_limit=1, api_name=False, show_progress="minimal",
+            concurrency_id=MODELS, concurrency_limit=1, api_visibility="private", show_progress="minimal",
         )  # fmt: skip
-        stop.click(lambda: "Stopped.", None, self.outputs.status, cancels=[running], queue=False, api_name=False)
+        stop.click(
+            lambda: "Stopped.", None, self.outputs.status, cancels=[running], queue=False, api_visibility="private"
+        )
 
     @property
     def inputs(self) -> list[Any]:
@@ -104,7 +106,9 @@ class GeneratingTab:
     def _add_repeating(self) -> None:
         with gr.Accordion("Repeat an image", open=False):
             file = gr.File(label="PNG file of the studio or of sample.py", file_types=[".png"], height=120)
-            gr.Button("Use its settings", size="sm").click(plainly(self._repeated), file, self.inputs, api_name=False)
+            gr.Button("Use its settings", size="sm").click(
+                plainly(self._repeated), file, self.inputs, api_visibility="private"
+            )
 
     def _repeated(self, path: str | None) -> list[Any]:
         if not path:
@@ -137,7 +141,8 @@ class GeneratingTab:
                     yield event.images, gr.skip(), f"Step {event.step} of {event.steps}."
 
     def _described(self, images: list[Image.Image], seed: int, facts: dict[str, str], sampler: str | None) -> Generated:
-        conditions = {name: facts[name] for name in ("prompt", "class_label", "brief") if name in facts}
+        names = ("prompt", "class_label", "brief")
+        conditions: dict[str, str] = {name: facts[name] for name in names if name in facts}
         settings = {"model": self.model.name, **{name: text for name, text in facts.items() if name not in conditions}}
         settings["scheduler"] = self._scheduler_class(sampler)
         if sampler:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Stopped(Exception):
     """Nobody waits for the images any more."""
 
 
-def generate(model: Model, arguments: dict[str, Any], sampler: str | None = None) -> Iterator[Shown]:
+def generate(model: Model, arguments: dict[str, Any], sampler: str | None = None) -> Generator[Shown, None, None]:
     """Call the pipeline with `arguments`, and yield its images while they are denoised; the last are the final ones.
 
     Closing the iterator ends the generation after its current step.

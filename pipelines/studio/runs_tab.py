@@ -45,18 +45,18 @@ class RunsTab:
         drawing = ([*chosen, metric, logarithmic], [state, curves, last])
         looking = ([*chosen, place], samples)
         draw, look = plainly(self._draw), plainly(self._look)
-        refresh.click(plainly(self._refreshed), chosen, chosen, api_name=False)
+        refresh.click(plainly(self._refreshed), chosen, chosen, api_visibility="private")
         for one in chosen:
-            one.change(plainly(self._metrics_of), [*chosen, metric], metric, api_name=False)
-            one.change(draw, *drawing, api_name=False)
-            one.change(look, *looking, api_name=False)
+            one.change(plainly(self._metrics_of), [*chosen, metric], metric, api_visibility="private")
+            one.change(draw, *drawing, api_visibility="private")
+            one.change(look, *looking, api_visibility="private")
         for one in (metric, logarithmic):
-            one.change(draw, *drawing, api_name=False)
-        place.release(look, *looking, api_name=False)
-        place.change(look, *looking, api_name=False, trigger_mode="always_last", show_progress="hidden")
+            one.change(draw, *drawing, api_visibility="private")
+        place.release(look, *looking, api_visibility="private")
+        place.change(look, *looking, api_visibility="private", trigger_mode="always_last", show_progress="hidden")
         # Only a run that is training changes; `_followed` leaves the others alone.
         timer = gr.Timer(REFRESH_SECONDS)
-        timer.tick(self._followed, *drawing, api_name=False, show_progress="hidden")
+        timer.tick(self._followed, *drawing, api_visibility="private", show_progress="hidden")
         self.load = [(draw, *drawing), (look, *looking)]
 
     def _run(self, name: str | None) -> Run | None:
