@@ -12,7 +12,7 @@ from ..tools.cli import UserError
 from ..tools.layout_report import describe, sheet
 from .bounds import plainly
 from .components import image_examples, picture
-from .generating import MODELS
+from .generating import ON_MODELS
 from .models import Model
 
 MOST_SIDE = 1024
@@ -37,9 +37,7 @@ def add_analysis_tab(model: Model, examples: list[str]) -> None:
     button = gr.Button("Analyse", variant="primary")
     report = gr.Image(label="Report", format="png", interactive=False, buttons=["download", "fullscreen"])
     table = gr.Dataframe(headers=["value", "result"], label="Values", interactive=False)
-    button.click(
-        plainly(analyse), image, [report, table], concurrency_id=MODELS, concurrency_limit=1, api_visibility="private"
-    )
+    button.click(plainly(analyse), image, [report, table], **ON_MODELS)
 
 
 def rows_of(facts: dict[str, Any]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from ..tools.generated import Generated
 from ..tools.repeating import Recipe
 from .bounds import MOST_IMAGES, MOST_PROMPT_CHARACTERS, MOST_SEED, MOST_STEPS, plainly, text_of, whole
 from .components import image_examples, picture
-from .generating import MODELS, Files, Outputs
+from .generating import ON_MODELS, Files, Outputs
 from .models import Model
 
 MOST_BEAMS = 8
@@ -34,9 +34,7 @@ def add_caption_tab(model: Model, examples: list[str]) -> None:
             beams = gr.Slider(1, MOST_BEAMS, 1, step=1, label="Beams", info="1 takes the most likely word each time")
             button = gr.Button("Caption", variant="primary")
         result = gr.Textbox(label="Caption", interactive=False)
-    button.click(
-        plainly(caption), [image, beams], result, concurrency_id=MODELS, concurrency_limit=1, api_visibility="private"
-    )
+    button.click(plainly(caption), [image, beams], result, **ON_MODELS)
 
 
 class DrawTab:
@@ -111,6 +109,5 @@ def add_pairs_tab(model: Model, files: Files) -> None:
         with gr.Column():
             outputs = Outputs("Inventions")
     button.click(
-        plainly(invent), [count, seed, steps], outputs.components,
-        concurrency_id=MODELS, concurrency_limit=1, api_visibility="private",
+        plainly(invent), [count, seed, steps], outputs.components, **ON_MODELS,
     )  # fmt: skip

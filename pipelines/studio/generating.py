@@ -21,8 +21,8 @@ from .models import Model
 from .parts import KEPT, Part, Sampling, divided, filled
 from .running import generate
 
-MODELS = "models"
-"""All events that use a model share one place in the queue, so that they run one after another."""
+ON_MODELS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+"""Options of events that use a model: they share one place in the queue, so that they run one after another."""
 KEPT_SECONDS = 3600
 """How long the files of a generation are kept for downloading."""
 
@@ -87,7 +87,7 @@ class GeneratingTab:
                 self.outputs = Outputs(title)
         running = button.click(
             plainly(self._generate), self.inputs, self.outputs.components,
-            concurrency_id=MODELS, concurrency_limit=1, api_visibility="private", show_progress="minimal",
+            **ON_MODELS, show_progress="minimal",
         )  # fmt: skip
         stop.click(
             lambda: "Stopped.", None, self.outputs.status, cancels=[running], queue=False, api_visibility="private"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .runs import COUNTERS, Run, find_runs, open_sample
 NONE = "no second run"
 REFRESH_SECONDS = 5
 DEFAULT_METRICS = ("val_loss", "loss")
-STYLES = ({"color": "#0072b2"}, {"color": "#d55e00", "linestyle": "--"})  # two runs differ without colours as well
+STYLES = (("#0072b2", "-"), ("#d55e00", "--"))  # two runs differ without colours as well
 
 
 class RunsTab:
@@ -67,7 +68,7 @@ class RunsTab:
                 return run
         raise UserError(f"the run {name} is no longer there; refresh the list of runs")
 
-    def _metric_names(self, names: list[str | None]) -> list[str]:
+    def _metric_names(self, names: Sequence[str | None]) -> list[str]:
         columns: dict[str, None] = {}
         for run in filter(None, map(self._run, names)):
             columns |= dict.fromkeys(map(str, run.metrics().columns))
@@ -129,7 +130,8 @@ def curves_of(runs: list[Run], tables: list[pd.DataFrame], metric: str | None, l
         if metric in table:
             rows = table[["step", metric]].dropna()
             marker = "o" if len(rows) < 30 else None
-            axes.plot(rows["step"], rows[metric], label=run.name, marker=marker, markersize=4, **style)
+            color, line = style
+            axes.plot(rows["step"], rows[metric], line, label=run.name, marker=marker, markersize=4, color=color)
     axes.set_xlabel("step")
     axes.set_ylabel(metric or "")
     axes.grid(alpha=0.3)
@@ -150,5 +152,5 @@ def last_values(tables: list[pd.DataFrame]) -> list[list[str]]:
 
 
 def _last(table: pd.DataFrame, name: str) -> str:
-    values = table[name].dropna() if name in table else []
-    return f"{values.iloc[-1]:.6g}" if len(values) else ""
+    values = table[name].dropna().tolist() if name in table else []
+    return f"{values[-1]:.6g}" if values else ""

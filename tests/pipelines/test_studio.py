@@ -231,16 +231,12 @@ def test_controls_are_drawn_for_each_controlnet(visitor, picture):
     visitor.page.get_by_role("button", name=re.compile("^Upload instead of drawing: control image")).click()
     visitor.upload("Upload: control image (ControlNet 2)", picture)
     visitor.page.wait_for_timeout(3000)
-    visitor.press("Generate")
-    visitor.page.wait_for_timeout(1000)
-    visitor.wait_for_status("1 images in")
+    visitor.generate_others()
     assert visitor.download().tobytes() != drawn.tobytes()
     visitor.page.get_by_role("button", name=re.compile("^Strength of the control")).click()
     for number in (1, 2):
         visitor.set_slider(f"Strength of ControlNet {number}", 0)
-    visitor.press("Generate")
-    visitor.page.wait_for_timeout(1000)
-    visitor.wait_for_status("1 images in")
+    visitor.generate_others()
     plain = pipeline_of("two_controlnets")(generator=seeds(0, 1), guidance_scale=2.5).images[0]
     assert visitor.download().tobytes() == plain.tobytes()
 
@@ -261,9 +257,7 @@ def test_a_brief_is_set_by_hand_by_an_example_and_at_random(visitor):
     for name in ("Random brief", "Random brief", "swiss"):
         visitor.page.get_by_role("button", name=name, exact=True).first.click()
         visitor.page.wait_for_timeout(1500)
-        visitor.press("Generate")
-        visitor.page.wait_for_timeout(1000)
-        visitor.wait_for_status("1 images in")
+        visitor.generate_others()
         briefs.add(visitor.download().text["brief"])
     assert len(briefs) == 3
     assert all("palette #" in brief for brief in briefs)

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from tests.support.runs import ROOT, environment
 
 SECONDS = 240
 """How long a test waits for something to appear: the machine may be busy."""
+DOWNLOADS = "Download: PNG files with all settings"
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 
 
@@ -121,9 +123,17 @@ class Visitor:
         for button in self.page.locator(".toast-close").all():
             button.click()
 
+    def generate_others(self) -> None:
+        """Press the button again, and wait for images that differ from those that are shown."""
+        link = self.group(DOWNLOADS).get_by_role("link").first
+        before = link.get_attribute("href") or ""
+        self.press("Generate")
+        expect(link).not_to_have_attribute("href", before, timeout=1000 * SECONDS)
+        self.wait_for_status("images in")
+
     def download(self, number: int = 0) -> Image.Image:
         """Download one of the PNG files below the gallery, and return it with its metadata."""
-        links = self.group("Download: PNG files with all settings").get_by_role("link")
+        links = self.group(DOWNLOADS).get_by_role("link")
         links.nth(number).wait_for()
         with self.page.expect_download() as waiting:
             links.nth(number).click()
