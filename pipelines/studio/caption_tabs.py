@@ -57,9 +57,7 @@ class DrawTab:
             plainly(self._draw),
             inputs,
             outputs.components,
-            concurrency_id=MODELS,
-            concurrency_limit=1,
-            api_visibility="private",
+            **ON_MODELS,
         )
 
     def fill(self, recipe: Recipe) -> None:
