@@ -6,7 +6,7 @@
 
 The page has the tabs that suit each model: generating from text, class labels or design briefs, changing and filling
 images, drawing controls, captioning, and analysing posters. --runs adds a browser of training runs, which follows runs
-that are training. Only this machine can open the page unless --host names another address; there is no password.
+that are training. Only this machine can open the page unless --host names another address, and it asks for no password.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _serve(options: argparse.Namespace, runs: Path | None, recipe: Any, folder: 
         raise UserError(f"--port {options.port} on {options.host} cannot be used ({error}); choose another") from error
     print(f"The studio is open at {address} (Ctrl-C closes it).", flush=True)
     if options.host not in LOCAL:
-        print("Everybody who can reach this machine can use it: there is no password.", flush=True)
+        print("Everybody who can reach this machine can use it, because it asks for no password.", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()

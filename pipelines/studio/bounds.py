@@ -61,7 +61,7 @@ def upload(path: str | Path | None) -> Image.Image:
     """Read an image that somebody has uploaded, upright and in RGB.
 
     Raises:
-        UserError: There is none, it is no image, it is damaged, or it has too many pixels.
+        UserError: It is missing, damaged, not an image, or has too many pixels.
     """
     if not path:
         raise UserError("no image is chosen; upload one first")

@@ -32,7 +32,7 @@ def _checked(component: gr.Image, payload: Any) -> Image.Image | None:
 
 
 # For the class, because Gradio makes its components again in each session, where an attribute of one component is lost.
-# A subclass is no way either: the examples of Gradio 6 do not work with one, and a .pyi file is written beside it.
+# A subclass does not work either: the examples of Gradio 6 do not work with one, and a .pyi file is written beside it.
 gr.Image.preprocess = _checked  # type: ignore[method-assign, assignment]
 
 

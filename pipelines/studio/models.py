@@ -105,7 +105,7 @@ def load_models(
     """Load the models of `--model`, each with a name of its own.
 
     Raises:
-        UserError: A model cannot be loaded, or there is no tab for it.
+        UserError: A model cannot be loaded, or the studio has no tab for it.
     """
     models: list[Model] = []
     for path in paths:

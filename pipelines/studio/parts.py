@@ -89,7 +89,7 @@ class Captions(Part):
         negative = text_of("the negative prompt", given.get("negative_prompt"))
         label = given.get("class_label") or NO_LABEL
         if label != NO_LABEL and label not in self.labels:
-            raise UserError(f"'{label}' is no class of this model; choose one of {', '.join(self.labels[:20])}")
+            raise UserError(f"'{label}' is not a class of this model; choose one of {', '.join(self.labels[:20])}")
         arguments: dict[str, Any] = {"prompt": [prompt] * count if prompt else None}
         if label != NO_LABEL:
             arguments["class_labels"] = [self.labels.index(label)] * count

@@ -89,7 +89,7 @@ class RunsTab:
     def _draw(self, run: str | None, other: str | None, metric: str | None, logarithmic: bool) -> tuple[Any, Any, Any]:
         runs = [one for one in (self._run(run), self._run(other)) if one is not None]
         if not runs:
-            return "There is no run yet. A run appears with its first row of metrics.", None, []
+            return "The folder contains no run yet. A run appears with its first row of metrics.", None, []
         tables = [one.metrics() for one in runs]
         state = "\n\n".join(one.state() for one in runs)
         return state, curves_of(runs, tables, metric, bool(logarithmic)), last_values(tables)

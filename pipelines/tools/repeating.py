@@ -42,7 +42,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """Return how a PNG file was generated, from its metadata. Of a grid, the first row is read.
 
     Raises:
-        UserError: The file is no image, or has no seed in its metadata.
+        UserError: The file is not an image, or has no seed in its metadata.
     """
     image = read_image(Path(path).expanduser())
     texts = {name: value for name, value in getattr(image, "text", {}).items() if isinstance(value, str)}

@@ -329,7 +329,7 @@ def choose(visitor: Visitor, name: str, choice: str) -> None:
 
 
 def wrong_files(folder: Path) -> dict[str, Path]:
-    """Make files that are no usable image, each with the message that is expected for it."""
+    """Make files that cannot be used as images, each with the message that is expected for it."""
     folder.mkdir(exist_ok=True)
     (folder / "text.png").write_text("this is a text\n" * 100)
     buffer = io.BytesIO()

@@ -127,4 +127,4 @@ def test_two_runs_are_compared_and_a_deleted_one_is_named(runs, tmp_path):
         tab._draw("run", NONE, "loss", False)
     assert tab._refreshed("run", "other/copy")[0]["value"] == "other/copy"
     shutil.rmtree(tmp_path / "runs" / "other")
-    assert tab._draw(None, NONE, None, False)[0].startswith("There is no run yet")
+    assert tab._draw(None, NONE, None, False)[0].startswith("The folder contains no run yet")
