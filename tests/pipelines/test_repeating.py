@@ -90,7 +90,7 @@ def test_every_brief_survives_its_text(style, palette, count, number):
     assert brief_of(brief_text(brief)) == dataclasses.replace(brief)
 
 
-@pytest.mark.parametrize("text", ["style", "energy much", "energy 2", "colour red", "pictures 1.5"])
+@pytest.mark.parametrize("text", ["style", "energy much", "energy 2", "colour red", "text_blocks 1.5"])
 def test_a_damaged_brief_is_named(text):
     with pytest.raises(UserError, match="in the metadata cannot be read"):
         brief_of(text)

@@ -243,14 +243,14 @@ def test_controls_are_drawn_for_each_controlnet(visitor, picture):
 
 def test_a_brief_is_set_by_hand_by_an_example_and_at_random(visitor):
     visitor.open("poster_decoder", "Brief to poster")
-    visitor.set_slider("Pictures", 2)
+    visitor.set_slider("Text blocks", 2)
     visitor.set_slider("Number of images", 1)
     visitor.press("Generate")
     visitor.wait_for_status("1 images in")
     image = visitor.download()
-    assert image.text["brief"] == "pictures 2"
+    assert image.text["brief"] == "text_blocks 2"
     expected = pipeline_of("poster_decoder")(
-        {"pictures": 2}, num_inference_steps=25, guidance_scale=2.5, generator=seeds(0, 1)
+        {"text_blocks": 2}, num_inference_steps=25, guidance_scale=2.5, generator=seeds(0, 1)
     ).images[0]
     assert image.tobytes() == expected.tobytes()
     briefs = set()
