@@ -38,6 +38,7 @@ from pipelines.tools.grids import control_to_pil, image_grid
 from pipelines.tools.guides import GUIDANCE_OPTIONS, add_guidance_options, guidance_arguments, guidance_texts
 from pipelines.tools.image_files import IMAGE_OPTIONS, add_image_options, image_arguments, image_facts
 from pipelines.tools.pairs import draw_prompts, generate_pairs, makes_pairs
+from pipelines.tools.repeating import brief_text
 from pipelines.tools.resources import BRIEFS, find_file
 
 if TYPE_CHECKING:
@@ -132,17 +133,10 @@ def _settings(pipeline: Any, options: argparse.Namespace) -> dict[str, str]:
     if not makes_pairs(pipeline) or options.pairs is not None:
         settings["num_inference_steps"] = str(options.num_inference_steps)
         settings["scheduler"] = type(pipeline.scheduler).__name__
+        settings |= {"sampler": options.scheduler} if options.scheduler else {}
+    settings |= {name: str(getattr(options, name)) for name in ("height", "width") if getattr(options, name)}
     given = {name: getattr(options, name) for name in STEERING if getattr(options, name) is not None}
     return settings | {name: ", ".join(f"{value:g}" for value in values) for name, values in given.items()}
-
-
-def _written(brief: DesignBrief) -> str:
-    """Return the fields of a brief on one line; an empty string for an empty brief."""
-    fields = {
-        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        for name, value in brief.to_dict().items()
-    }
-    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def _conditions(
@@ -154,7 +148,7 @@ def _conditions(
     columns = {
         "prompt": options.prompt,
         "class_label": options.class_label,
-        "brief": [_written(brief) for brief in briefs],
+        "brief": [brief_text(brief) for brief in briefs],
         "control_image": [", ".join(files[start * size : (start + 1) * size]) for start in range(controls)],
     }
     rows = {name: _per_row(list(values), count) for name, values in columns.items() if values}

@@ -51,7 +51,7 @@ def open_image_file(file: str | Path | IO[bytes]) -> Image.Image:
     if limit > (Image.MAX_IMAGE_PIXELS or limit):  # the user allows more than Pillow does
         Image.MAX_IMAGE_PIXELS = limit
     try:
-        image = Image.open(file, formats=_known_formats())
+        image = Image.open(file, formats=known_formats())
     except Image.DecompressionBombError:
         raise ValueError(f"it has too many pixels, and {advice}") from None
     width, height = image.size
@@ -73,12 +73,12 @@ def max_image_pixels() -> int:
 
 def image_suffixes() -> set[str]:
     """Return the file name extensions of the images that can be opened, in lower case with their dot."""
-    formats = _known_formats()
+    formats = known_formats()
     return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 @functools.cache
-def _known_formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
     """Return the `IMAGE_FORMATS` that the installed Pillow was built with, and HEIF if pillow-heif is installed."""
     Image.init()
     known = [name for name in IMAGE_FORMATS if name in Image.OPEN]

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from tests.conftest import ROOT
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
+from tests.support.browser import FLAGS, Visitor, find_chromium, studio
 from tests.support.environments import environment_of
 from tests.support.runs import environment
 
@@ -149,6 +151,27 @@ def test_latent_diffusion_trains_as_a_module_and_samples(run, workplace, diffusi
         "--num_inference_steps", "2", "--output", "grid.png")  # fmt: skip
     with Image.open(workplace / "grid.png") as grid:
         assert grid.width > grid.height >= 64
+
+
+def test_the_studio_shows_a_model(wheel, diffusion, tmp_path):
+    python = environment_of(tmp_path / "venv", *dependencies(), "gradio")
+    pip("--python", python, "install", *WITHOUT_NETWORK, wheel)
+    program = (str(Path(python).with_name("halftone")), "demo")
+    with (
+        studio("--model", str(diffusion), "--runs", str(diffusion.parent), cwd=tmp_path, program=program) as address,
+        sync_playwright() as driver,
+    ):
+        browser = driver.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
+        visitor = Visitor(browser, address)
+        visitor.open(diffusion.name, "Text to image")
+        visitor.write("Prompt", "a poster")
+        visitor.set_slider("Number of images", 1)
+        visitor.press("Generate")
+        visitor.wait_for_status("1 images in")
+        assert visitor.download().text["prompt"] == "a poster"
+        visitor.open("Training runs")
+        visitor.wait_for_status("complete")
+        browser.close()
 
 
 def test_accelerate_launches_the_module_with_a_shipped_config(run, diffusion, diffusion_flags):

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "training/evaluate.py": "tests/scripts/test_evaluate.py",
     "training/innovate.py": "tests/scripts/test_innovate.py",
     "training/doctor.py": "tests/scripts/test_doctor.py",
+    "pipelines/demo.py": "tests/pipelines/test_studio.py",
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
     "training/finetune_decoder.py": "tests/scripts/test_finetune_decoder.py",
     "training/benchmarks/run.py": "tests/benchmarks/test_benchmarks.py",

@@ -1,0 +1,1 @@
+"""The parts of the studio, which `demo.py` opens in a browser."""

@@ -1,0 +1,198 @@
+"""The command of the studio: its flags, and what a browser may send."""
+
+from __future__ import annotations
+
+import io
+import math
+import socket
+import subprocess
+import sys
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from pipelines import demo
+from pipelines.common.design_brief import DesignBrief
+from pipelines.studio.bounds import MOST_PROMPT_CHARACTERS, in_range, message_of, plainly, text_of, upload, whole
+from pipelines.studio.brief_part import Brief
+from pipelines.studio.components import on_canvas, painted, strokes
+from pipelines.studio.models import load_models
+from pipelines.studio.running import generate
+from pipelines.tools.cli import UserError
+from tests.support.runs import ROOT, environment
+from tests.support.tiny_published import PUBLISHED
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("autoencoder", "labelled"):
+        PUBLISHED[name]().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "needs something to show; add --model, --runs, or both"),
+        (["--runs", "missing"], "--runs missing is not a folder"),
+        (["--model", "x", "--port", "70000"], "--port must be from 0 to 65535, but is 70000"),
+        (["--runs", ".", "--from_png", "x.png"], "--from_png has no effect without --model"),
+        (["--model", "x", "--from_png", "missing.png"], "missing.png cannot be read as an image"),
+        (["--modle", "x"], "did you mean 'model'"),
+    ],
+)
+def test_wrong_flags_are_named(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        demo.main(words)
+
+
+def test_it_listens_on_this_machine_only_by_default():
+    assert demo.parse_arguments(["--model", "x"]).host == "127.0.0.1"
+
+
+def test_models_without_a_tab_and_missing_ones_are_named(folder):
+    with pytest.raises(UserError, match="is a AutoencoderPipeline, for which the studio has no tab"):
+        load_models([str(folder / "autoencoder")], "cpu")
+    with pytest.raises(UserError, match="found no pipeline, run or checkpoint"):
+        load_models([str(folder / "missing")], "cpu")
+
+
+def test_two_models_of_the_same_name_are_told_apart(folder):
+    names = [model.name for model in load_models([str(folder / "labelled")] * 2, "cpu")]
+    assert len(set(names)) == 2
+
+
+def test_a_port_in_use_is_a_user_error(folder):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "pipelines/demo.py"), "--model", str(folder / "labelled"), "--port", port],
+            env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+        )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr[-2000:]
+    assert f"--port {port} on 127.0.0.1 cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "3", True, -1, 17])
+def test_numbers_out_of_range_are_refused(value):
+    with pytest.raises(UserError, match="the number of images must be"):
+        whole("the number of images", value, 0, 16)
+    with pytest.raises(UserError):
+        in_range("the number of images", value, 0, 16)
+
+
+def test_numbers_and_texts_in_range_are_kept():
+    assert (whole("steps", 3.0, 1, 5), in_range("scale", 2.5, 1, 5), text_of("the prompt", " a ")) == (3, 2.5, "a")
+    with pytest.raises(UserError, match="must be a whole number; it is 2.5"):
+        whole("the seed", 2.5, 0, 5)
+    with pytest.raises(UserError, match="the prompt has 1,001 characters"):
+        text_of("the prompt", "x" * (MOST_PROMPT_CHARACTERS + 1))
+
+
+def test_an_upload_is_upright_and_in_rgb(tmp_path):
+    image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    image.save(tmp_path / "a.png", exif=exif)
+    read = upload(tmp_path / "a.png")
+    assert (read.mode, read.size, read.getpixel((0, 0))) == ("RGB", (10, 20), (255, 255, 255))
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "huge", "missing", "eps"])
+def test_wrong_uploads_are_refused_in_plain_words(kind, tmp_path):
+    file = tmp_path / "a.png"
+    if kind == "text":
+        file.write_text("text")
+    elif kind == "cut":
+        buffer = io.BytesIO()
+        Image.effect_noise((100, 100), 90).save(buffer, "PNG")
+        file.write_bytes(buffer.getvalue()[:3000])
+    elif kind == "huge":
+        Image.new("1", (20_000, 20_000)).save(file)
+    elif kind == "eps":
+        Image.new("RGB", (8, 8)).save(file, "EPS")
+    message = "too many pixels" if kind == "huge" else "cannot be read as an image"
+    with pytest.raises(UserError, match=message):
+        upload(file)
+    with pytest.raises(UserError, match="no image is chosen"):
+        upload(None)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (UserError("--model x is wrong"), "--model x is wrong"),
+        (MemoryError(), "There is not enough memory for this"),
+        (RuntimeError("CUDA out of memory. Tried"), "There is not enough memory for this"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "A file cannot be read or written (No such file"),
+        (KeyError("x"), "Something went wrong ('x')"),
+    ],
+)
+def test_errors_become_messages(error, text):
+    assert str(message_of(error).message).startswith(text)
+
+    def fails():
+        raise error
+
+    def fails_later():
+        yield 1
+        raise error
+
+    with pytest.raises(gr.Error):
+        plainly(fails)()
+    results = plainly(fails_later)()
+    assert next(results) == 1
+    with pytest.raises(gr.Error):
+        next(results)
+
+
+def test_what_is_painted_covers_the_background():
+    background, layer = Image.new("RGB", (40, 20), "blue"), Image.new("RGBA", (40, 20))
+    assert strokes(None) is None
+    assert strokes({"background": background, "layers": [layer, None]}) is None
+    layer.paste((255, 255, 255, 255), (0, 0, 20, 20))
+    value = {"background": background, "layers": [layer]}
+    assert strokes(value).getbbox() == (0, 0, 20, 20)
+    image = painted(value, (10, 20))
+    assert (image.getpixel((5, 5)), image.getpixel((30, 5))) == ((255, 255, 255), (0, 0, 255))
+    assert painted({"background": None, "layers": []}, (10, 20)).getcolors(1)[0][1] == (0, 0, 0)
+    assert on_canvas(Image.new("RGB", (300, 100)), (64, 32)).size == (256, 512)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_brief_survives_its_controls(seed):
+    with gr.Blocks():
+        part = Brief()
+    brief = DesignBrief.random(seed)
+    assert part.brief(part.values_of(brief)) == brief
+    assert part.brief(part.values_of(DesignBrief())) == DesignBrief()
+    values = part.values_of(DesignBrief(palette=["#102030"]))
+    values[2] = "rgba(16.4, 31.9, 48, 1)"  # as a colour picker writes it
+    assert part.brief(values).palette == ("#102030",)
+    values[2] = "no colour"
+    with pytest.raises(UserError, match="the brief cannot be used: .*is not a colour"):
+        part.brief(values)
+
+
+def test_a_generation_that_nobody_waits_for_ends(folder):
+    (model,) = load_models([str(folder / "labelled")], "cpu")
+    arguments = {"num_inference_steps": 200, "num_images_per_prompt": 16}
+    own = model.pipeline.scheduler
+    shown = generate(model, arguments, "ddim")
+    first = next(shown)
+    assert first.step < 200
+    assert len(first.images) == 16
+    shown.close()
+    with model.used() as pipeline:  # waits for the end of its current step
+        assert pipeline.scheduler is own
+        assert pipeline.num_timesteps == 200
+        assert pipeline.interrupt
+    *_, last = generate(model, {**arguments, "num_inference_steps": 2})
+    assert (last.done, len(last.images)) == (True, 16)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        list(generate(model, {"num_inference_steps": 0}))

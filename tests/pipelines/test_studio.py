@@ -1,0 +1,440 @@
+"""The studio as a person uses it, in a real browser: every tab, wrong inputs, several people at once."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from pipelines.tools.generated import save_image
+from tests.support.browser import FLAGS, Visitor, find_chromium, studio
+from tests.support.tiny_published import PUBLISHED
+from tests.support.toy_runs import run_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TABS = {
+    "captioned_and_labelled": ["Text to image", "Image to image", "Inpainting"],
+    "labelled": ["Class to image", "Image to image", "Inpainting"],
+    "two_controlnets": ["Text to image", "Control", "Image to image", "Inpainting"],
+    "poster_decoder": ["Brief to poster", "Image to image", "Inpainting"],
+    "image_caption": ["Caption", "Draw", "Invent"],
+    "layout_analysis": ["Analyse"],
+}
+TEXT = "captioned_and_labelled"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model of each kind and two training runs."""
+    folder = run_of(tmp_path_factory, ()).parent
+    shutil.copytree(folder / "run", folder / "other")
+    place = folder.parent / "place"
+    place.mkdir()
+    shutil.move(folder, place / "runs")
+    for name in TABS:
+        PUBLISHED[name]().save_pretrained(place / name)
+    for name, color in {"epoch_0001": "red", "epoch_0002": "blue"}.items():
+        Image.new("RGB", (16, 16), color).save(place / "runs/run/samples" / f"{name}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def address(place) -> Iterator[str]:
+    with studio("--model", *TABS, "--runs", "runs", cwd=place) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visitor(browser, address) -> Iterator[Visitor]:
+    visitor = Visitor(browser, address)
+    yield visitor
+    visitor.close()
+    assert visitor.problems == []
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    """An image with another aspect ratio than the models, of noise, so that each of its pixels is recognised."""
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((180, 120), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def pipeline_of(kind: str) -> Any:
+    return PUBLISHED[kind]()
+
+
+def seeds(first: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + number) for number in range(count)]
+
+
+def test_each_model_has_its_tabs_and_every_control_a_name(visitor):
+    """A screen reader says the name; two controls of a tab never have the same one in the same group."""
+    for model, titles in TABS.items():
+        visitor.open(model)
+        shown = visitor.page.locator("[role=tab]:visible").all_inner_texts()
+        assert [title for title in shown if title not in (*TABS, "Training runs")] == titles
+        for title in titles:
+            visitor.open(title)
+            visitor.page.wait_for_timeout(1500)
+            assert unnamed(visitor) == [], (model, title)
+    visitor.open("Training runs")
+    visitor.control("combobox", "Metric").or_(visitor.control("textbox", "Metric")).first.wait_for()
+    assert unnamed(visitor) == []
+
+
+def unnamed(visitor: Visitor) -> list[str]:
+    """Return the visible controls without an accessible name."""
+    return visitor.page.evaluate("""() =>
+      [...document.querySelectorAll("button, input, textarea, select, canvas")]
+        .filter((e) => e.offsetParent !== null)
+        .filter((e) => !(e.getAttribute("aria-label") || e.title || e.innerText.trim()
+          || (e.labels && [...e.labels].some((label) => label.innerText.trim()))))
+        .map((e) => e.outerHTML.slice(0, 200))
+    """)
+
+
+def test_text_and_class_give_the_images_of_the_pipeline_with_their_settings(visitor):
+    visitor.open(TEXT, "Text to image")
+    visitor.write("Prompt", "a red poster")
+    visitor.write("Negative prompt", "blue")
+    visitor.set_slider("Number of images", 2)
+    visitor.set_number("Seed", 5)
+    visitor.press("Generate")
+    visitor.wait_for_status("2 images in")
+    image = visitor.download(1)
+    assert image.text.items() >= {
+        "prompt": "a red poster", "negative_prompt": "blue", "seed": "6", "guidance_scale": "2.5",
+        "num_inference_steps": "25", "model": TEXT, "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "height": str(image.height), "width": str(image.width),
+    }.items()  # fmt: skip
+    expected = pipeline_of(TEXT)(
+        ["a red poster"] * 2, negative_prompt="blue", guidance_scale=2.5, generator=seeds(5, 2)
+    ).images
+    assert image.tobytes() == expected[1].tobytes()
+    assert image.tobytes() != expected[0].tobytes()
+
+
+def test_examples_fill_the_controls_and_a_class_is_enough(visitor):
+    visitor.open("labelled", "Class to image")
+    visitor.page.get_by_role("button", name="kind 1").first.click()
+    visitor.page.wait_for_timeout(1500)
+    visitor.press("Generate")
+    visitor.wait_for_status("4 images in")
+    image = visitor.download()
+    assert image.text["class_label"] == "kind 1"
+    expected = pipeline_of("labelled")(class_labels=1, guidance_scale=2.5, generator=seeds(0, 1)).images[0]
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_images_appear_while_they_are_denoised_and_stop_ends_it(visitor):
+    visitor.open("poster_decoder", "Brief to poster")
+    visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
+    visitor.set_slider("Steps", 200)
+    visitor.set_slider("Number of images", 16)
+    visitor.press("Generate")
+    status = visitor.wait_for_status(r"Step \d+ of 200")
+    assert 0 < int(re.findall(r"\d+", status)[0]) < 200
+    visitor.group("Brief to poster: images").locator("img").first.wait_for()
+    visitor.press("Stop")
+    visitor.wait_for_status("Stopped")
+    visitor.set_slider("Steps", 2)
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+
+
+def test_the_keyboard_is_enough(visitor):
+    visitor.open(TEXT, "Text to image")
+    visitor.control("textbox", "Prompt").focus()
+    visitor.page.keyboard.type("a blue poster")
+    for _ in range(40):
+        visitor.page.keyboard.press("Tab")
+        if visitor.page.evaluate("document.activeElement.innerText") == "Generate":
+            break
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_for_status("4 images in")
+    assert visitor.download().text["prompt"] == "a blue poster"
+
+
+def test_an_image_is_changed(visitor, picture):
+    visitor.open(TEXT, "Image to image")
+    visitor.press("Generate")
+    visitor.wait_for_message("no image is chosen")
+    visitor.upload("Image to change", picture)
+    visitor.set_slider("Strength", 0.4)
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    image = visitor.download()
+    assert image.text["strength"] == "0.4"
+    with Image.open(picture) as start:
+        expected = pipeline_of(TEXT)(
+            image=start.convert("RGB"), strength=0.4, generator=seeds(0, 1), guidance_scale=2.5
+        ).images[0]
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_the_painted_part_of_an_image_is_filled_and_the_rest_is_kept(visitor, picture):
+    visitor.open("poster_decoder", "Inpainting")
+    visitor.upload("Image to fill", picture)
+    visitor.page.wait_for_timeout(3000)
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_message("nothing is painted")
+    visitor.paint("Paint the part to fill")
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    filled = np.asarray(visitor.download()).astype(int)
+    with Image.open(picture) as start:
+        side = min(start.size)
+        left = (start.width - side) // 2
+        middle = start.convert("RGB").crop((left, 0, left + side, side))
+    kept = middle.resize(filled.shape[1::-1], Image.Resampling.LANCZOS)
+    difference = np.abs(filled - np.asarray(kept).astype(int)).max(axis=-1)
+    height, width = difference.shape
+    assert difference[height // 2 - 1 : height // 2 + 1, width // 2].max() > 40
+    # The canvas is an enlarged copy, so kept pixels differ by little from the image in the size of the model.
+    assert np.median(difference[: height // 4]) < np.median(difference[height // 2])
+
+
+def test_controls_are_drawn_for_each_controlnet(visitor, picture):
+    visitor.open("two_controlnets", "Control")
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_message("every canvas is empty")
+    visitor.paint("Draw: text mask (ControlNet 1)")
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    drawn = visitor.download()
+    assert drawn.text["controlnet_conditioning_scale"] == "1, 1"
+    visitor.page.get_by_role("button", name=re.compile("^Upload instead of drawing: control image")).click()
+    visitor.upload("Upload: control image (ControlNet 2)", picture)
+    visitor.page.wait_for_timeout(3000)
+    visitor.generate_others()
+    assert visitor.download().tobytes() != drawn.tobytes()
+    visitor.page.get_by_role("button", name=re.compile("^Strength of the control")).click()
+    for number in (1, 2):
+        visitor.set_slider(f"Strength of ControlNet {number}", 0)
+    visitor.generate_others()
+    plain = pipeline_of("two_controlnets")(generator=seeds(0, 1), guidance_scale=2.5).images[0]
+    assert visitor.download().tobytes() == plain.tobytes()
+
+
+def test_a_brief_is_set_by_hand_by_an_example_and_at_random(visitor):
+    visitor.open("poster_decoder", "Brief to poster")
+    visitor.set_slider("Text blocks", 2)
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    image = visitor.download()
+    assert image.text["brief"] == "text_blocks 2"
+    expected = pipeline_of("poster_decoder")(
+        {"text_blocks": 2}, num_inference_steps=25, guidance_scale=2.5, generator=seeds(0, 1)
+    ).images[0]
+    assert image.tobytes() == expected.tobytes()
+    briefs = set()
+    for name in ("Random brief", "Random brief", "swiss"):
+        visitor.page.get_by_role("button", name=name, exact=True).first.click()
+        visitor.page.wait_for_timeout(1500)
+        visitor.generate_others()
+        briefs.add(visitor.download().text["brief"])
+    assert len(briefs) == 3
+    assert all("palette #" in brief for brief in briefs)
+
+
+def test_captions_drawings_and_inventions(visitor, picture):
+    visitor.open("image_caption", "Caption")
+    visitor.press("Caption")
+    visitor.wait_for_message("no image is chosen")
+    visitor.upload("Image to caption", picture)
+    visitor.page.wait_for_timeout(1500)
+    visitor.press("Caption")
+    pipeline = pipeline_of("image_caption")
+    with Image.open(picture) as image:
+        expected = pipeline.caption([image.convert("RGB")])[0]
+    result = visitor.page.get_by_role("textbox", name="Caption", exact=True)
+    expect(result).to_have_value(expected, timeout=60_000)
+    visitor.open("Draw")
+    visitor.press("Draw")
+    visitor.wait_for_message("the caption is empty")
+    visitor.write("Caption to draw", "a red circle")
+    visitor.press("Draw")
+    visitor.wait_for_status("4 images")
+    drawn = pipeline.draw(["a red circle"] * 4, generator=seeds(0, 4)).images
+    assert visitor.download(3).tobytes() == drawn[3].tobytes()
+    visitor.open("Invent")
+    visitor.press("Invent")
+    pairs = pipeline.sample(4, generator=seeds(0, 4), num_inference_steps=50)
+    image = visitor.download(2)
+    assert image.tobytes() == pairs.images[2].tobytes()
+    assert image.text["caption"] == pairs.captions[2]
+
+
+def test_a_poster_is_analysed(visitor, picture):
+    visitor.open("layout_analysis", "Analyse")
+    visitor.press("Analyse")
+    visitor.wait_for_message("no image is chosen")
+    visitor.page.get_by_role("button", name="Poster", exact=True).first.click()
+    visitor.page.wait_for_timeout(1500)
+    visitor.press("Analyse")
+    visitor.group("Report").locator("img").first.wait_for()
+    visitor.page.get_by_text("grammar symmetry").first.wait_for()
+    visitor.page.get_by_text("colour role shares ink").first.wait_for()
+
+
+def test_runs_are_compared_followed_and_may_disappear(visitor, place):
+    visitor.open("Training runs")
+    visitor.wait_for_status("other: complete")
+    choose(visitor, "Run", "run")
+    visitor.wait_for_status("run: complete")
+    choose(visitor, "Compare with", "other")
+    visitor.wait_for_status("other: complete")
+    visitor.page.get_by_text("run: epoch 0002").first.wait_for()
+    slider = visitor.page.get_by_role("slider", name=re.compile("Samples")).first
+    slider.focus()
+    slider.press("Home")
+    visitor.page.get_by_text("run: epoch 0001").first.wait_for()
+    shutil.rmtree(place / "runs/other")
+    choose(visitor, "Compare with", "no second run")
+    choose(visitor, "Run", "other")
+    visitor.wait_for_message("the run other is no longer there")
+    visitor.press("Refresh the list of runs")
+    visitor.wait_for_status("run: complete")
+
+
+def choose(visitor: Visitor, name: str, choice: str) -> None:
+    visitor.page.get_by_label(name, exact=True).locator("visible=true").first.click()
+    visitor.page.get_by_role("option", name=choice, exact=True).first.click()
+
+
+def wrong_files(folder: Path) -> dict[str, Path]:
+    """Make files that cannot be used as images, each with the message that is expected for it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text.png").write_text("this is a text\n" * 100)
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 80).save(buffer, "PNG")
+    (folder / "damaged.png").write_bytes(buffer.getvalue()[:9000])
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return {
+        "cannot be read as an image": folder / "text.png",
+        "cannot be read as an image ": folder / "damaged.png",
+        "far too many pixels|pixels, and at most": folder / "huge.png",
+    }
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["text", "damaged", "20000x20000"])
+@pytest.mark.parametrize(
+    ("model", "tab", "label", "button"),
+    [
+        (TEXT, "Image to image", "Image to change", "Generate"),
+        ("poster_decoder", "Inpainting", "Image to fill", None),
+        ("layout_analysis", "Analyse", "Poster to analyse", "Analyse"),
+    ],
+)
+def test_a_wrong_upload_is_a_message_and_the_studio_goes_on(
+    browser, address, tmp_path, picture, model, tab, label, button, number
+):
+    """Chromium cannot show these files either, which may be an error in the page; what counts is the message."""
+    message, file = list(wrong_files(tmp_path / "wrong").items())[number]
+    visitor = Visitor(browser, address)
+    visitor.open(model, tab)
+    visitor.upload(label, file)
+    visitor.page.wait_for_timeout(2000)
+    if button is not None:
+        visitor.press(button)
+    visitor.wait_for_message(message.strip())
+    visitor.close()
+    visitor = Visitor(browser, address)
+    visitor.open("labelled")
+    visitor.set_slider("Number of images", 1)
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    visitor.close()
+
+
+def test_wrong_settings_and_a_foreign_png_are_messages(visitor, picture):
+    visitor.open(TEXT, "Text to image")
+    visitor.write("Negative prompt", "blue")
+    visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
+    visitor.set_slider("Guidance scale", 1)
+    visitor.press("Generate")
+    visitor.wait_for_message("negative_prompt. needs a .guidance_scale. above 1")
+    visitor.write("Negative prompt", "")
+    visitor.set_number("Height in pixels", 17)
+    visitor.press("Generate")
+    visitor.wait_for_message("height. must be a multiple of")
+    visitor.set_number("Height in pixels", 100_000)
+    visitor.press("Generate")
+    visitor.wait_for_message("height must be from 1 to")
+    visitor.page.get_by_role("button", name=re.compile("^Repeat an image")).click()
+    visitor.press("Use its settings")
+    visitor.wait_for_message("no PNG file is chosen")
+    visitor.upload("PNG file of the studio or of sample.py", picture)
+    visitor.page.wait_for_timeout(1500)
+    visitor.press("Use its settings")
+    visitor.wait_for_message("has no seed in its metadata")
+
+
+def test_two_people_at_once_get_their_own_images(browser, address):
+    visitors = [Visitor(browser, address) for _ in range(2)]
+    for number, visitor in enumerate(visitors):
+        visitor.open("poster_decoder", "Brief to poster")
+        visitor.set_slider("Number of images", 8)
+        visitor.set_number("Seed", 100 * number)
+    for visitor in visitors:
+        visitor.press("Generate")
+    for number, visitor in enumerate(visitors):
+        visitor.wait_for_status("8 images in")
+        assert visitor.download().text["seed"] == str(100 * number)
+        visitor.close()
+
+
+def test_a_file_on_the_command_line_is_repeated_though_its_model_is_deleted(browser, tmp_path):
+    for name in (TEXT, "poster_decoder"):
+        PUBLISHED[name]().save_pretrained(tmp_path / name)
+    with studio("--model", TEXT, "poster_decoder", cwd=tmp_path) as address:
+        visitor = Visitor(browser, address)
+        visitor.open(TEXT, "Text to image")
+        visitor.write("Prompt", "a red poster")
+        visitor.set_number("Seed", 3)
+        visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
+        visitor.set_slider("Steps", 7)
+        visitor.set_number("Width in pixels", 48)
+        visitor.press("Generate")
+        visitor.wait_for_status("4 images in")
+        image = visitor.download(2)
+        visitor.close()
+    save_image(image, tmp_path / "mine.png", image.text)
+    with studio("--model", "poster_decoder", TEXT, "--from_png", "mine.png", cwd=tmp_path) as address:
+        shutil.rmtree(tmp_path / TEXT)
+        time.sleep(1)
+        visitor = Visitor(browser, address)
+        visitor.open(TEXT)
+        visitor.press("Generate")
+        visitor.wait_for_status("1 images in")
+        again = visitor.download()
+        assert again.size == (48, image.height)
+        assert again.text == image.text
+        assert again.tobytes() == image.tobytes()
+        visitor.close()

@@ -1,0 +1,145 @@
+"""The studio as a person uses it: `pipelines/demo.py` in a process of its own, and a real browser without a screen.
+
+The browser is Chromium of the system (Debian: `apt-get install chromium`), driven by Playwright.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import expect
+
+from tests.support.runs import ROOT, environment
+
+SECONDS = 240
+"""How long a test waits for something to appear: the machine may be busy."""
+DOWNLOADS = "Download: PNG files with all settings"
+FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+
+
+def find_chromium() -> str:
+    """Return the path of Chromium; the test is skipped without it."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    return path
+
+
+@contextmanager
+def studio(*flags: str, cwd: Path, program: Sequence[str] = ()) -> Iterator[str]:
+    """Context manager that starts the studio on a free port and gives its address; it is stopped by Ctrl-C's signal."""
+    command = [*(program or (sys.executable, str(ROOT / "pipelines/demo.py"))), *flags, "--port", "0"]
+    variables = environment(**({"PYTHONPATH": str(ROOT)} if not program else {"PYTHONPATH": "", "PYTHONSAFEPATH": ""}))
+    with (cwd / "studio.log").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            line = next((one for one in process.stdout if "is open at" in one), "")
+            assert line, f"the studio ended with {process.wait(10)}: {_tail(log)}"
+            yield re.findall(r"http://\S+", line)[0]
+            assert process.poll() is None, f"the studio ended: {_tail(log)}"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _tail(log: Any) -> str:
+    log.seek(0)
+    return log.read()[-3000:]
+
+
+class Visitor:
+    """A person with a browser window."""
+
+    def __init__(self, browser: Any, address: str):
+        self.page = browser.new_context(viewport={"width": 1300, "height": 1000}, accept_downloads=True).new_page()
+        self.page.set_default_timeout(SECONDS * 1000)
+        self.problems: list[str] = []
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.goto(address)
+        self.page.get_by_role("heading", name="Halftone studio").wait_for()
+
+    def open(self, *tabs: str) -> None:
+        """Click on tabs, from the outer one to the inner one."""
+        for name in tabs:
+            self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def control(self, role: str, name: str) -> Any:
+        """Return the control with this label, or with a label that begins with it."""
+        return self.page.get_by_role(role, name=re.compile(rf"^{re.escape(name)}")).first
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).first.click()
+
+    def write(self, name: str, text: str) -> None:
+        self.control("textbox", name).fill(text)
+
+    def set_number(self, name: str, value: float) -> None:
+        field = self.control("spinbutton", name)
+        field.fill(str(value))
+        field.press("Tab")
+
+    def set_slider(self, name: str, value: float) -> None:
+        self.set_number(f"number input for {name}", value)
+
+    def group(self, name: str) -> Any:
+        return self.page.get_by_role("group", name=name, exact=True).first
+
+    def upload(self, name: str, file: Path) -> None:
+        """Choose a file for an image or a list of files."""
+        self.group(name).locator("input[type=file]").first.set_input_files(file)
+
+    def paint(self, name: str) -> None:
+        """Draw a horizontal line through the middle of a canvas with the brush."""
+        group = self.group(name)
+        group.scroll_into_view_if_needed()
+        group.get_by_role("button", name="Brush", exact=True).click()
+        box = group.locator("canvas").first.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        self.page.mouse.move(box["x"] + box["width"] * 0.4, middle)
+        self.page.mouse.down()
+        self.page.mouse.move(box["x"] + box["width"] * 0.6, middle, steps=12)
+        self.page.mouse.up()
+        self.page.wait_for_timeout(1500)  # the canvas sends what was painted after a moment
+
+    def wait_for_status(self, pattern: str) -> str:
+        """Wait until the line of text of the visible tab matches, and return it."""
+        line = self.page.locator(".status:visible").filter(has_text=re.compile(pattern)).last
+        line.wait_for()
+        return line.inner_text()
+
+    def wait_for_message(self, text: str) -> None:
+        """Wait for a message in the corner of the page, and close it."""
+        self.page.get_by_text(re.compile(text, re.IGNORECASE)).first.wait_for()
+        for button in self.page.locator(".toast-close").all():
+            button.click()
+
+    def generate_others(self) -> None:
+        """Press the button again, and wait for images that differ from those that are shown."""
+        link = self.group(DOWNLOADS).get_by_role("link").first
+        before = link.get_attribute("href") or ""
+        self.press("Generate")
+        expect(link).not_to_have_attribute("href", before, timeout=1000 * SECONDS)
+        self.wait_for_status("images in")
+
+    def download(self, number: int = 0) -> Image.Image:
+        """Download one of the PNG files below the gallery, and return it with its metadata."""
+        links = self.group(DOWNLOADS).get_by_role("link")
+        links.nth(number).wait_for()
+        with self.page.expect_download() as waiting:
+            links.nth(number).click()
+        with Image.open(waiting.value.path()) as image:
+            image.load()
+            return image
+
+    def close(self) -> None:
+        self.page.context.close()
