@@ -81,7 +81,7 @@ class Studio:
         scheduler = dict(sorted(pipeline.scheduler.config.items()))
         return {
             "decoder": _digest(
-                module_fingerprint(pipeline.unet, pipeline.brief_encoder), json.dumps(scheduler, default=str)
+                module_fingerprint(pipeline.denoiser, pipeline.brief_encoder), json.dumps(scheduler, default=str)
             ),
             "reader": module_fingerprint(self.reader.encoder, self.reader.abstractor),
             "training posters": "" if self.copies is None else self.copies.fingerprint,
