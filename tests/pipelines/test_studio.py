@@ -21,7 +21,7 @@ from tests.support.browser import FLAGS, Visitor, find_chromium, studio
 from tests.support.tiny_published import PUBLISHED
 from tests.support.toy_runs import run_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 TABS = {
     "captioned_and_labelled": ["Text to image", "Image to image", "Inpainting"],
