@@ -80,11 +80,17 @@ def model(tmp_path_factory) -> tuple[LatentDiffusionPipeline, Path]:
     return pipeline, exported(pipeline, tmp_path_factory.mktemp("model"))
 
 
-def assert_same_images(pipeline: Any, folder: Path, torch_only: dict[str, Any] | None = None, **arguments: Any) -> None:
+def assert_same_images(
+    pipeline: Any,
+    folder: Path,
+    torch_only: dict[str, Any] | None = None,
+    scheduler: str | None = None,
+    **arguments: Any,
+) -> None:
     """Both draw the same noise from a seed, so that their images are the same up to rounding."""
     options = {"num_inference_steps": STEPS, "generator": 5, "output_type": "np"} | arguments
     expected = pipeline(**options, **(torch_only or {})).images
-    images = OnnxLatentDiffusionPipeline(folder)(**options)
+    images = OnnxLatentDiffusionPipeline(folder)(**options, scheduler=scheduler)
     assert images.shape == expected.shape
     assert expected.std() > 0.01
     assert np.abs(images - expected).mean() < 0.1 / 255
@@ -231,7 +237,8 @@ def test_images_of_a_u_net_with_a_caption_prior(scheduler, tmp_path):
     pipeline = tiny_pipeline("v_prediction", classes=2, patch_size=4, prior=True)
     folder = exported(pipeline, tmp_path)
     pipeline.set_scheduler(scheduler)
-    assert_same_images(pipeline, folder, prompt=["a", "red"], class_labels=[1, 0], guidance_interval=(0.1, 0.6))
+    conditions = {"prompt": ["a", "red"], "class_labels": [1, 0], "guidance_interval": (0.1, 0.6)}
+    assert_same_images(pipeline, folder, scheduler=scheduler, **conditions)
     larger = OnnxLatentDiffusionPipeline(folder)("a", height=64, width=48, scheduler=scheduler, output_type="np")
     assert larger.shape == (1, 64, 48, 3)
 
@@ -262,6 +269,7 @@ PARTS: dict[str, set[str]] = {
     "controlnet": {"text_encoder", "unet", "steered_unet", *VAE},
     "two_controlnets": {"text_encoder", "unet", "steered_unet", *VAE},
     "poster_decoder": {"brief_encoder", "unet"},
+    "poster_transformer": {"brief_encoder", "transformer"},
     "poster_controlnet": {"brief_encoder", "unet", "steered_unet"},
     "image_caption": {"image_encoder", "image_decoder", "caption_encoder", "caption_decoder", "prior"},
     "layout_encoder": {"encoder"},
