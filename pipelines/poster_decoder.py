@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .common.checks import check_steps
+from .common.checks import check_steps, side_multiple
 from .common.design_brief import DesignBrief, brief_tensors
 from .common.generation import SamplingOptions, UNetSamplingMixin, known_prediction_type, tensor_inputs_of
 from .common.guidance import WHOLE_INTERVAL
@@ -208,10 +208,8 @@ class PosterDecoderPipeline(LoRAMixin, UNetSamplingMixin, StandalonePipelineMixi
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         height, width = self._given_or_trained_size(height, width)
-        config = self.denoiser.config
-        is_unet = self.transformer is None
-        step = 2 ** (len(config.block_out_channels) - 1) if is_unet else config.patch_size
-        reason = "the U-Net's total downsampling" if is_unet else "the transformer's patch size"
+        step = side_multiple(self.denoiser)
+        reason = "the U-Net's total downsampling" if self.transformer is None else "the transformer's patch size"
         for name, value in (("height", height), ("width", width)):
             if value < step or value % step:
                 raise ValueError(f"`{name}` must be a multiple of {step} ({reason}), but is {value!r}")

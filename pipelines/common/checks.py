@@ -26,6 +26,12 @@ def check_output_type(output_type: str, known: Sequence[str] = OUTPUT_TYPES) -> 
         raise ValueError(f"`output_type` must be one of {', '.join(known)}, but is {output_type!r}")
 
 
+def side_multiple(denoiser: Any) -> int:
+    """Return the number of which the sides of the input of a U-Net, or of a transformer on patches, are multiples."""
+    config = denoiser.config
+    return int(config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1))
+
+
 def check_positive_integers(**values: Any) -> None:
     """Raise a ValueError for the first of `values` that is not a positive integer; NumPy integers are integers."""
     for name, value in values.items():

@@ -182,7 +182,7 @@ def _in_mode(name: str, image: Image.Image, mode: str) -> Image.Image:
 
 
 def _resized(images: list[Image.Image] | Tensor, size: tuple[int, int], processor: VaeImageProcessor) -> Tensor:
-    """Resize as Diffusers does: to height and width, whatever the aspect ratio was."""
+    """Return the image in another height and width, as Diffusers resizes: the aspect ratio may change."""
     return processor.preprocess(images, height=size[0], width=size[1])
 
 

@@ -43,7 +43,7 @@ def generate(model: Model, arguments: dict[str, Any], sampler: str | None = None
     Closing the iterator ends the generation after its current step.
 
     Raises:
-        Exception: Whatever the pipeline raises.
+        Exception: every error of the pipeline is raised again here.
     """
     waiting: queue.Queue[Shown | BaseException] = queue.Queue()
     stop = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,9 @@ class RunsTab:
 
     def _followed(self, run: str | None, other: str | None, metric: str | None, logarithmic: bool) -> tuple[Any, ...]:
         """Draw again if one of the runs is training. A run that was deleted is reported when somebody asks for it."""
-        try:
+        with contextlib.suppress(UserError):
             if any(one is not None and one.is_locked() for one in (self._run(run), self._run(other))):
                 return self._draw(run, other, metric, logarithmic)
-        except UserError:
-            pass
         return gr.skip(), gr.skip(), gr.skip()
 
     def _look(self, run: str | None, other: str | None, place: float) -> list[Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.captions import tokenize_captions
+from ..common.checks import side_multiple
 from ..common.latents import downsampling_factor, latent_channels
 from ..common.schedulers import FLOW, make_scheduler, noise_schedule_of
 from ..models.fusion_controlnet import as_nets
 from .cli import UserError
-from .onnx_parts import denoiser_step, trained_cells
+from .onnx_parts import trained_cells
 
 # These names are also in `onnx_latent_diffusion.py`, which runs without this file.
 CONFIG = "onnx_model.json"
@@ -72,7 +73,7 @@ def latent_diffusion_config(pipeline: Any) -> dict[str, Any]:
         "id2label": pipeline.config.id2label,
         "sample_size": list(trained_cells(network)),
         "vae_scale_factor": factor,
-        "size_multiple": factor * denoiser_step(network),
+        "size_multiple": factor * side_multiple(network),
         "latent_channels": latent_channels(vae),
         "latents": latent_scaling(vae),
         "least_noise_level": float(config.get("least_noise_level") or 0.0),

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C channels, h w latent cells, H W pixels, L tokens, D width of the text, E width of a brief.
 
-A part takes and returns float32 (and int64 or bool for ids and masks), whatever the precision of its weights, so that
+A part takes and returns float32 (and int64 or bool for ids and masks) for weights of any precision, so that
 a caller does not have to know it. An axis that may vary is a name and a multiple: sides of an image vary in multiples
 of what the network downsamples by.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import side_multiple
 from ..common.latents import downsampling_factor, image_channels_of, latent_channels
 from ..models.fusion_controlnet import as_nets, steering
 
@@ -206,15 +207,8 @@ def denoiser_part(pipeline: Any) -> list[Part]:
     network, wrapper = pipeline.denoiser, _Denoiser(pipeline.denoiser)
     name = "unet" if getattr(pipeline, "transformer", None) is None else "transformer"
     return [
-        Part(name, wrapper, _denoiser_example(pipeline), ("prediction",), {"sample": _sides(denoiser_step(network))})
+        Part(name, wrapper, _denoiser_example(pipeline), ("prediction",), {"sample": _sides(side_multiple(network))})
     ]
-
-
-def denoiser_step(network: Any) -> int:
-    """Return the number to whose multiples the sides of the inputs of a U-Net or a transformer are limited."""
-    if "down_block_types" in network.config:
-        return 2 ** (len(network.config.block_out_channels) - 1)
-    return int(network.config.patch_size)
 
 
 def _sides(multiple: int = 1) -> Axes:
@@ -224,7 +218,7 @@ def _sides(multiple: int = 1) -> Axes:
 def _denoiser_example(pipeline: Any) -> Callable[[int, int], dict[str, Tensor]]:
     network = pipeline.denoiser
     config = network.config
-    step = denoiser_step(network)
+    step = side_multiple(network)
 
     def example(batch: int, units: int) -> dict[str, Tensor]:
         height, width = (side + units * step for side in trained_cells(network))
@@ -270,7 +264,7 @@ def steered_part(pipeline: Any) -> list[Part]:
         inputs |= given
         return inputs
 
-    step = denoiser_step(network)
+    step = side_multiple(network)
     axes = {"sample": _sides(step), **{f"controls_{i}": _sides(step * n.downsampling) for i, n in enumerate(nets)}}
     wrapper = _SteeredDenoiser(network, pipeline.controlnet)
     return [Part("steered_unet", wrapper, example, ("prediction",), axes, ("conditioning_scales",))]

@@ -66,7 +66,7 @@ class LaunchConfig(Options):
 
     @property
     def consists_of_products(self) -> bool:
-        """Whether almost all work of the networks are products of large matrices, as in a transformer."""
+        """Whether almost all of the work of the networks is products of large matrices, as in a transformer."""
         return False
 
 

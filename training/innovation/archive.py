@@ -156,7 +156,7 @@ def _emitters(grid: GridArchive, settings: ArchiveSettings) -> list[Any]:
     from ribs.emitters import EmitterBase, EvolutionStrategyEmitter, GaussianEmitter
 
     class UniformEmitter(EmitterBase):
-        """Random search: proposes points of the unit cube, whatever the archive contains."""
+        """Random search: proposes points of the unit cube independently of the archive."""
 
         def __init__(self, archive: GridArchive, batch_size: int, seed: int):
             super().__init__(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.common.checks import side_multiple
 from pipelines.tools.cli import UserError
 from training.core.draws import Draws
 from training.core.stage import Batch
@@ -58,7 +59,7 @@ class ControlBase(ABC):
     @property
     def divisor(self) -> int:
         """Number of pixels of which the sides of images must be multiples."""
-        return self.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return self.downsampling * side_multiple(self.unet)
 
     @abstractmethod
     def clean(self, batch: Batch, draws: Draws) -> Tensor:

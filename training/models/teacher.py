@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.common.checks import side_multiple
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_pipeline
 from training.core.draws import Draws, mix
@@ -63,9 +64,7 @@ class Teacher:
     @property
     def divisor(self) -> int:
         """Number of pixels of which the sides of images must be multiples."""
-        config = self.denoiser.config
-        cells = config.patch_size if self.kind == "transformer" else 2 ** (len(config.block_out_channels) - 1)
-        return self.pipeline.vae_scale_factor * cells
+        return self.pipeline.vae_scale_factor * side_multiple(self.denoiser)
 
     @property
     def id2label(self) -> dict[int, str]:
