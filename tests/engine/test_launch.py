@@ -14,6 +14,7 @@ import torch
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import bf16_is_faster
 from tests.conftest import ROOT, forget_accelerate
+from training import train_decoder
 from training.engine import launch
 from training.engine.launch import on_main, start_accelerator, threads_per_process
 from training.engine.run_config import RunConfig
@@ -62,6 +63,15 @@ def test_auto_precision_is_bf16_if_the_cpu_supports_it(monkeypatch, threads, nat
         "bf16" if native else "no"
     )
     forget_accelerate()
+
+
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+def test_auto_precision_depends_on_the_network(monkeypatch, denoiser):
+    """A transformer consists of products of matrices, which more processors compute faster in bfloat16."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(launch, "bf16_is_faster", lambda products: products)
+    config = train_decoder.Config(dataset_name="x", denoiser=denoiser)
+    assert launch.automatic_precision(config) == ("bf16" if denoiser == "transformer" else "no")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or torch.cuda.is_available(), reason="reads /proc/cpuinfo")

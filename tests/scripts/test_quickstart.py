@@ -46,7 +46,7 @@ def test_the_training_leaves_time_for_the_evaluation():
     assert plan.minutes_for(DIFFUSION) == round((600 - 15 - 15) * 0.8 / 60, 2)
 
 
-def test_the_preset_is_trained_in_bfloat16_where_that_is_faster():
+def test_the_preset_leaves_the_precision_to_the_processor():
     config = parse_config(train_latent_diffusion.Config, ["--config", quickstart.CONFIG])
     assert config.consists_of_products
     assert config.mixed_precision == "auto"
