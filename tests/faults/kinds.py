@@ -21,7 +21,7 @@ from tests.faults.table import Rows, trial
 @trial("Killed before a change of the file system")
 def killed_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
-        yield crash_points.disturbed(lab, command, KILL, lab.stride(10))
+        yield crash_points.disturbed(lab, command, KILL, lab.stride(25))
 
 
 @trial("Asked to stop before a change of the file system")

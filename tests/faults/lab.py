@@ -59,6 +59,9 @@ def _command(folder: str, script: str, *words: str, inputs: Sequence[Command] = 
 
 
 _DATA = ("--dataset_name", "posters")
+# A run that is asked to stop writes a checkpoint that an undisturbed one does not have. It is deleted like any other
+# checkpoint as soon as there are more than the limit.
+_TWO_EPOCHS = ("--num_train_epochs", "2", "--checkpoints_total_limit", "1")
 _TOY = (
     "--report_to", "none", "--cpu_threads", "1", "--train_batch_size", "4", "--num_samples", "8", "--logging_steps",
     "1", "--num_train_epochs", "3", "--checkpointing_steps", "2", "--checkpoints_total_limit", "1",
@@ -70,8 +73,7 @@ POSTERS = _command(
 )  # fmt: skip
 TOKENIZER = _command("tokenizer", "data_scripts/train_tokenizer.py", *_DATA, inputs=[POSTERS])
 AUTOENCODER = _command(
-    "vae", "training/train_autoencoder.py", *COMMON, *TINY_AUTOENCODER, *_DATA, "--num_train_epochs", "2",
-    inputs=[POSTERS],
+    "vae", "training/train_autoencoder.py", *COMMON, *TINY_AUTOENCODER, *_DATA, *_TWO_EPOCHS, inputs=[POSTERS],
 )  # fmt: skip
 LATENTS = _command(
     "latents", "data_scripts/precompute_latents.py", *_DATA, "--resolution", "64", "--vae", "vae", "--shard_rows", "4",
@@ -79,7 +81,7 @@ LATENTS = _command(
 )  # fmt: skip
 DIFFUSION = _command(
     "ldm", "training/train_latent_diffusion.py", *COMMON, *TINY_DIFFUSION, *_DATA, "--tokenizer", "tokenizer", "--vae",
-    "vae", "--latent_cache", "latents", "--num_train_epochs", "2", "--preview_epochs", "1",
+    "vae", "--latent_cache", "latents", *_TWO_EPOCHS, "--preview_epochs", "1",
     inputs=[POSTERS, TOKENIZER, AUTOENCODER, LATENTS],
 )  # fmt: skip
 # A run of six steps that prunes, moves `best`, and holds the best checkpoint, of step 3, in memory until that of step 4
