@@ -54,6 +54,17 @@ def saved(name: str, folder: Path) -> Path:
     return folder / name
 
 
+def test_the_progress_of_the_images_is_shown(tmp_path, images, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.tools.progress.SECONDS_BETWEEN_LINES", 0)
+    words = ("--model", str(saved("captioned", tmp_path)), "--dataset_name", str(images), "--num_inference_steps", "1")
+    evaluated(*words, "--output", str(tmp_path / "e.json"), "--replay_images", "8")
+    shown = [line.split(",")[0] for line in capsys.readouterr().err.splitlines() if " of " in line and "%" in line]
+    assert shown == [
+        *("generated 5 of 12 (42%)", "generated 10 of 12 (83%)", "generated 12 of 12 (100%)"),
+        *("for training rows 5 of 8 (62%)", "for training rows 8 of 8 (100%)"),
+    ]
+
+
 @pytest.mark.parametrize("name", ["captioned", "labelled", "captioned_and_labelled", "unconditional"])
 def test_a_diffusion_model(tmp_path, images, name):
     model = saved(name, tmp_path)

@@ -15,6 +15,7 @@ from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.previews import save_png
 from training.evaluation.data import EvaluationData, RealImages
+from training.evaluation.generated import map_shown
 from training.metrics.features import FeatureExtractor
 from training.metrics.generators import DrawingModel, ImageGenerator
 from training.metrics.images import pixels_of
@@ -90,10 +91,10 @@ def generate_sets(
         items = data.training_items([places[number] for number in numbers])
         return model(items, [first + number for number in numbers])
 
-    replayed = exchange.map(replay, len(places), batch_size)
+    replayed = map_shown(exchange, replay, len(places), batch_size, "for training rows")
     invented: list[tuple[Image.Image, str]] = []
     if isinstance(model, DrawingModel) and model.invents:
-        invented = exchange.map(model.invent, min(first, MOST_INVENTED), batch_size)
+        invented = map_shown(exchange, model.invent, min(first, MOST_INVENTED), batch_size, "invented")
     pairs = [image for image, _ in invented], [caption for _, caption in invented]
     return CopySets(images, replayed, places, model.given, *pairs)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError, located
 from pipelines.tools.files import image_suffixes, read_image
+from pipelines.tools.progress import Progress
 from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.evaluation.data import BATCH, EvaluationData, RealImages
@@ -24,6 +25,8 @@ from training.metrics.generators import ImageGenerator
 from training.metrics.quality import measure_distances, measure_floor
 
 COLOR_IMAGES = 512
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,7 +50,24 @@ def generate(
 ) -> list[Image.Image]:
     """Generate `num_images` images, or one for each row if the images do not depend on a seed."""
     count = config.num_images if generator.samples else min(config.num_images, len(data.conditions))
-    return exchange.map(lambda numbers: generator(data.items(numbers), numbers), count, config.batch_size)
+    return map_shown(
+        exchange, lambda numbers: generator(data.items(numbers), numbers), count, config.batch_size, "generated"
+    )
+
+
+def map_shown(
+    exchange: Exchange, function: Callable[[Sequence[int]], Sequence[T]], count: int, batch_size: int, title: str
+) -> list[T]:
+    """Return `exchange.map(function, count, batch_size)`, while the main process shows the progress of its images."""
+    own = len(range(exchange.rank, count, exchange.num_processes))
+    with Progress(own, "image", title, shown=exchange.is_main) as progress:
+
+        def shown(numbers: Sequence[int]) -> Sequence[T]:
+            results = function(numbers)
+            progress.update(len(numbers))
+            return results
+
+        return exchange.map(shown, count, batch_size)
 
 
 def images_in(folder: str, at_most: int) -> list[Image.Image]:

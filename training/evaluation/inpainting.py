@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError
+from pipelines.tools.progress import watched
 from training.core.options import Options, option
 from training.evaluation.data import EvaluationData
 from training.metrics.distances import kernel_distance
@@ -71,7 +72,8 @@ def measure_inpainting(
     """
     count = config.inpaint_images
     real, filled = [], []
-    for start in range(0, count, batch_size):
+    starts = range(0, count, batch_size)
+    for start in watched(starts, len(starts), "batch", "filled, in batches:"):
         numbers = range(start, min(start + batch_size, count))
         items = data.items(numbers)
         originals = [to_pil(item["pixel_values"]) for item in items]
