@@ -35,7 +35,7 @@ def stopped_before_a_change(lab: Lab) -> Rows:
 def full_or_broken_disk(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (FULL_ONCE, BROKEN_ONCE, FULL):
-            yield crash_points.disturbed(lab, command, fault, lab.stride(60))
+            yield crash_points.disturbed(lab, command, fault, lab.stride(100))
 
 
 @trial("Killed at random moments")
