@@ -147,7 +147,8 @@ class StepSampler(Sampler[list[SampleKey]]):
         elif strata is not None:
             self._draw = StratifiedDraw(strata, size, seed)
         self._epoch = -1
-        self._order: list[int] = []
+        # A tensor: a list of a million numbers would take five times the memory.
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.layout.gradient_accumulation_steps
@@ -161,12 +162,13 @@ class StepSampler(Sampler[list[SampleKey]]):
         """Return the keys of this process's batch number `micro_batch` in `step` (both from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = self._rows_of(epoch).tolist()
+            self._order = self._rows_of(epoch)
             self._epoch = epoch
-        first = step_in_epoch * self.layout.global_batch_size
+        first, positions = step_in_epoch * self.layout.global_batch_size, self.layout.positions(micro_batch)
+        rows = self._order[first + positions.start : first + positions.stop].tolist()
         return [
-            SampleKey(self._order[first + position], mix(self.seed, "sample", step, position))
-            for position in self.layout.positions(micro_batch)
+            SampleKey(row, mix(self.seed, "sample", step, position))
+            for row, position in zip(rows, positions, strict=True)
         ]
 
     def _rows_of(self, epoch: int) -> Tensor:
