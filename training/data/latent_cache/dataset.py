@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.private import expand_home
+from training.core.blocks import RowBlocks
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.core.made_folders import cache_problem
@@ -261,6 +262,9 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
         groups = cache.manifest["splits"][split].get("buckets")
         # As in `ImageDataset`, a batch is of rows of one group, unless all rows have one size.
         self.batch_groups = torch.tensor(groups) if groups is not None and len(self.sizes) > 1 else None
+        starts = torch.tensor([*range(0, self._rows, self._shard_rows), self._rows])
+        streamed = config is not None and config.streaming and self.batch_groups is None
+        self.row_blocks = RowBlocks(starts, config.shuffle_buffer) if config and streamed else None
         self._shards_and_places = None if self.batch_groups is None else self._placed(self.batch_groups)
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
         self.source_fingerprint: str = cache.manifest["splits"][split]["dataset"]
