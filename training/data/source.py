@@ -5,11 +5,12 @@ Nothing here scans or maps the rows, so that a million rows open as fast as a hu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -284,6 +285,16 @@ def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
     narrow = dataset.select_columns([column])
     for start in range(0, len(narrow), _ROWS_PER_READ):
         yield from narrow[start : start + _ROWS_PER_READ][column]
+
+
+def distinct_values(dataset: Dataset, column: str) -> Iterable[Any]:
+    """Return the values of a column, each at least once; without a Python object for each row where that is possible."""
+    import pyarrow
+
+    if dataset._indices is None:
+        with contextlib.suppress(pyarrow.ArrowNotImplementedError):
+            return dataset.data.column(column).unique().to_pylist()
+    return column_values(dataset, column)
 
 
 def row_id(dataset: Dataset, index: int) -> int:

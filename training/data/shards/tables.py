@@ -53,8 +53,7 @@ def _table_of_tar(file: Path) -> pyarrow.Table:
                 stem, _, ending = name.name.partition(".")
                 sample = samples.setdefault(str(name.parent / stem), {})
                 _take(sample, opened, info, ending.lower(), str(file))
-            if opened.offset >= file.stat().st_size:
-                raise tarfile.ReadError("it ends without the mark of its end")
+            _require_end(file, opened.offset)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         raise UserError(
             f"the shard {file} cannot be read ({one_line(error, 200)}); it is damaged or incomplete, or compressed: "
@@ -69,6 +68,14 @@ def _table_of_tar(file: Path) -> pyarrow.Table:
     columns[BLOCK_COLUMN] = pyarrow.array([row // BLOCK_ROWS for row in range(len(rows))], pyarrow.int32())
     images = [name for name in names if name not in ("text", "label")]
     return _typed(pyarrow.table(columns), dict.fromkeys(images, datasets.Image()))
+
+
+def _require_end(file: Path, offset: int) -> None:
+    """Raise ReadError unless the mark of the end of a tar file is at `offset`: `tarfile` takes damage for the end."""
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"there is neither a file nor the mark of the end at byte {offset:,}")
 
 
 def _take(sample: dict[str, Any], opened: tarfile.TarFile, info: tarfile.TarInfo, ending: str, file: str) -> None:
