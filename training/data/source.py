@@ -288,7 +288,7 @@ def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
 
 
 def distinct_values(dataset: Dataset, column: str) -> Iterable[Any]:
-    """Return the values of a column, each at least once; without a Python object for each row where that is possible."""
+    """Return the values of a column, each at least once; without a Python object for each row if possible."""
     import pyarrow
 
     if dataset._indices is None:
