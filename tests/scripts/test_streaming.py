@@ -1,4 +1,4 @@
-"""Training on shards as users start it, `--streaming true`: resumed and split runs are the same run, also on latents."""
+"""Training on shards as users start it, `--streaming true`: a resumed or split run is the same run, also on latents."""
 
 from __future__ import annotations
 
