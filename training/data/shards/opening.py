@@ -43,7 +43,7 @@ def open_shards(path: Path, files: Sequence[Path]) -> DatasetDict:
         files: the files, if `path` is a pattern.
 
     Raises:
-        UserError: there are no shards, or one is damaged.
+        UserError: the source has no shards, or one that is damaged.
     """
     import datasets
 

@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 from collections import OrderedDict
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,9 +35,11 @@ def place_in_parquet(file: str, column: str, group: int, row: int) -> str:
     return f"{file}::{column}@{group}/{row}"
 
 
-def is_place(path: str | None) -> bool:
+def is_place(path: Any) -> TypeGuard[str]:
     """Return whether a path is the place of an image in a shard, and not a file."""
-    return path is not None and "::" in path and bool(_IN_TAR.fullmatch(path) or _IN_PARQUET.fullmatch(path))
+    if not isinstance(path, str) or "::" not in path:
+        return False
+    return bool(_IN_TAR.fullmatch(path) or _IN_PARQUET.fullmatch(path))
 
 
 def read_place(path: str) -> bytes:
