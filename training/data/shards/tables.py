@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BLOCK_COLUMN = "__block__"
 """Column with the number of the block of rows within the shard. The rows of a block are read one after another."""
-# Number of images in a row of a tar file that are a block: few enough to mix several shards, and enough to read at once.
+# Number of images in a row of a tar file that are a block: few enough to mix shards, and enough to read at once.
 BLOCK_ROWS = 256
 MOST_BYTES_OF_GROUP = 2**30
 _MOST_BYTES_OF_TEXT = 2**20
