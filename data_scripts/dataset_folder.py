@@ -50,14 +50,26 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def making_cache(folder: Path) -> Iterator[None]:
+def making_cache(folder: Path, job: int = 0, jobs: int = 1) -> Iterator[None]:
     """Write shards to `folder` in this block. Several processes of one launcher may do so, but not two launches.
+
+    Args:
+        job: which of several independent jobs this is, from 0; different jobs may write at the same time.
+        jobs: number of these jobs.
 
     Raises:
         UserError: another process writes to the folder, it cannot be written, or the disk is full.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
-    lock = lock_of(folder, f"another process is making {folder}; wait for it, or choose another --output_dir")
+    locked, what = (
+        (folder, str(folder))
+        if jobs == 1
+        else (
+            folder.with_name(f"{folder.name}.job-{job}-of-{jobs}"),
+            f"the share of job {job} in {folder}",
+        )
+    )
+    lock = lock_of(locked, f"another process is making {what}; wait for it, or choose another --output_dir")
     with _explained_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _taken(lock) if os.environ.get("RANK", "0") == "0" else nullcontext():

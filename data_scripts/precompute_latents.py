@@ -5,6 +5,9 @@
 The cache holds the mean and the log-variance of the latents of each image. Several processes divide the shards among
 themselves (torchrun --nproc-per-node 4 data_scripts/precompute_latents.py ...) and end together. After an interruption,
 run the same command again to resume after the last complete shard.
+
+Jobs that know nothing of each other, such as the tasks of a job array, divide one cache with --num_jobs 8 --job_index I
+(I from 0 to 7). The last one to finish completes the cache; a job that failed is run again.
 """
 
 # B batch, H W pixels, V variants (as is, mirrored), C h w latents (see training/data/latent_cache/format.py).
@@ -111,6 +114,11 @@ class PrecomputeConfig(DataConfig):
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
     process_timeout: float = option(600.0, at_least=10)
     """With several processes: number of seconds after which a process that no longer responds ends the others"""
+    num_jobs: int = option(1, at_least=1)
+    """Number of independent jobs that make this cache together, each started with its own --job_index, on any machines
+    that see the same --output_dir"""
+    job_index: int = option(0, at_least=0)
+    """With --num_jobs: which of the jobs this is, from 0; in a job array of Slurm, $SLURM_ARRAY_TASK_ID"""
     bucket_divisor: int = option(0, at_least=0)
     """With --aspect_buckets true: number of pixels of which the sides are multiples; for a U-Net, the downsampling of
     the VAE times that of the U-Net. 0 uses that of a U-Net with two levels"""
@@ -128,6 +136,11 @@ class PrecomputeConfig(DataConfig):
                 raise UserError(f"--{name} is missing; see --help")
         if not self.splits:
             raise UserError("no splits are given; name at least one, as in --splits '[train, validation]'")
+        if self.job_index >= self.num_jobs:
+            raise UserError(
+                f"--job_index {self.job_index} is not one of --num_jobs {self.num_jobs} jobs; give a number from 0 to "
+                f"{self.num_jobs - 1}"
+            )
         if not self.center_crop or self.crop_scale < 1:
             random = f"crop_scale is {self.crop_scale:g}" if self.center_crop else "center_crop is false"
             raise UserError(
@@ -142,7 +155,9 @@ class Encoder:
     def __init__(self, config: PrecomputeConfig, vae: nn.Module, device: torch.device):
         self.config = config
         # Environment variables instead of Accelerate's state: a process group would only add waiting and timeouts.
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        # The processes of all jobs divide the shards.
+        self.place, self.places = config.job_index * processes + self.rank, config.num_jobs * processes
         self.device = device
         self.vae = vae.to(device)
         self.dtype = getattr(torch, config.storage_dtype)
@@ -157,7 +172,7 @@ class Encoder:
 
     def missing(self, work: SplitWork) -> list[int]:
         """Return the shards of this process that are missing or incomplete; existing shards are read to verify them."""
-        mine = range(self.rank, len(work.shards(self.config.shard_rows)), self.world_size)
+        mine = range(self.place, len(work.shards(self.config.shard_rows)), self.places)
         return [n for n in mine if complete_shard(self.file(work.name, n), work.request, verify=True) is None]
 
     def make(self, work: SplitWork, numbers: Sequence[int], progress: Progress) -> None:
@@ -226,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     config = parse_config(PrecomputeConfig, argv, description=__doc__)
     keep_running_without_output()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    with StopSignal() as stop, making_cache(Path(config.output_dir)):
+    with StopSignal() as stop, making_cache(Path(config.output_dir), config.job_index, config.num_jobs):
         try:
             with RankWatch(rank, processes, stop, patience=config.process_timeout) as watch, stop.at_once():
                 precompute(config)
@@ -252,19 +267,23 @@ def precompute(config: PrecomputeConfig) -> None:
         if (account := folder_account(config)) is not None:
             encoder.tell(printable(account.line()))
         for work in works:
-            require_clean(work.images, shard=(encoder.rank, encoder.world_size), tell=encoder.tell)
+            require_clean(work.images, shard=(encoder.place, encoder.places), tell=encoder.tell)
         shards = {work.name: work.shards(config.shard_rows) for work in works}
         images = sum(len(shards[name][n]) for name, numbers in todo.items() for n in numbers)
         _check_disk(config, images, facts)
-        share = f", process 1 of {encoder.world_size}" if encoder.world_size > 1 else ""
+        share = f", process {encoder.place + 1} of {encoder.places}" if encoder.places > 1 else ""
         size = f"{config.resolution} px to latents of {_times(shape)}"
         encoder.tell(f"Encoding {images:,} images of {size} on {encoder.device}{share}.")
         with Progress(images, "image", "latents", shown=encoder.rank == 0) as progress:
             for work in works:
                 encoder.make(work, todo[work.name], progress)
     if not _finish(config, facts, works):
+        if config.num_jobs > 1:
+            encoder.tell(
+                f"The share of job {config.job_index} is complete; the last job to finish completes the cache."
+            )
         return  # other processes are still encoding; the last one to finish writes the manifest
-    if not any(todo.values()) and encoder.world_size == 1:
+    if not any(todo.values()) and encoder.places == 1:
         print(f"{config.output_dir} is already complete; there is nothing to do.")
     rows = ", ".join(f"{work.name} {len(work.images):,}" for work in works)
     print(f"Latents are in {config.output_dir} ({rows} images, {_times(shape)} each).")

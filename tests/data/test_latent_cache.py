@@ -278,6 +278,20 @@ def test_shards_are_mapped_and_not_loaded(tmp_path: Path):
 # --- matching a run --------------------------------------------------------------------------------------------------
 
 
+def test_few_of_many_shards_are_open_at_once(cache_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    keys = [SampleKey(row, row) for row in torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()]
+    expected = LatentCache(cache_folder).split("train")
+    monkeypatch.setattr("training.data.latent_cache.dataset.MOST_OPEN_SHARDS", 2)
+    dataset = LatentCache(cache_folder).split("train")
+    for start in range(0, ROWS, 8):
+        one, other = (fetch(data, keys[start : start + 8]) for data in (dataset, expected))
+        assert one["caption"] == other["caption"]
+        assert torch.equal(one["mean"], other["mean"])
+    files = {mapped.path for mapped in psutil.Process().memory_maps() if str(cache_folder) in mapped.path}
+    assert len(dataset._open) == 2
+    assert len(files) >= 2  # those of `expected` are open as well
+
+
 def test_the_right_vae_and_data_are_accepted(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
     shutil.copytree(data, tmp_path / "moved")
     cache = LatentCache(cache_folder)
@@ -466,6 +480,35 @@ def test_two_processes_give_the_same_bytes(data: Path, vae_folder: Path, cache_f
     assert process.returncode == 0, output
     assert contents(folder) == contents(cache_folder)
     assert output.count("Latents are in") >= 1
+
+
+def test_independent_jobs_give_the_same_bytes_in_any_order(
+    data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Three jobs, one of which is killed and started again, and two of which run at the same time."""
+    folder = tmp_path / "latents"
+    shares = [flags(data, vae_folder, folder, "--num_jobs", "3", "--job_index", str(job)) for job in range(3)]
+    killed = launch(shares[1])
+    wait_for_shards(folder, 1, killed)
+    killed.kill()
+    killed.communicate()
+    at_the_same_time = launch(shares[2])
+    assert precompute(*shares[0]) == 0
+    assert "The share of job 0 is complete" in capsys.readouterr().out
+    output, _ = at_the_same_time.communicate()
+    assert at_the_same_time.returncode == 0, output
+    assert not (folder / "cache.json").exists()
+    assert precompute(*shares[1]) == 0
+    assert "Latents are in" in capsys.readouterr().out
+    assert contents(folder) == contents(cache_folder)
+
+
+def test_the_same_job_twice_is_refused(data: Path, vae_folder: Path, tmp_path: Path):
+    with (
+        lock_of(tmp_path / "latents.job-1-of-2"),
+        pytest.raises(UserError, match="another process is making the share of job 1"),
+    ):
+        precompute(*flags(data, vae_folder, tmp_path / "latents", "--num_jobs", "2", "--job_index", "1"))
 
 
 def test_a_cache_with_other_settings_is_not_overwritten(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.core.blocks import RowBlocks
 from training.core.draws import mix
 from training.core.layout import BatchLayout, steps_per_epoch
 from training.engine.sampler import StepSampler
@@ -94,3 +95,30 @@ def test_grouped_batches_are_the_same_for_any_split_and_start(layout):
                 part = BatchLayout(batch, processes, accumulation, rank)
                 keys += StepSampler(len(GROUPS), part, 1, groups=GROUPS).keys(step, micro_batch)
         assert keys == whole.keys(step, 0)
+
+
+def windowed(sizes: list[int], window: int, batch: int = 4, seed: int = 0) -> StepSampler:
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return StepSampler(sum(sizes), BatchLayout(batch), seed, blocks=RowBlocks(starts, window))
+
+
+@pytest.mark.parametrize("window", [1, 7, 20, 1000])
+def test_every_row_of_blocks_is_in_every_epoch(window):
+    sampler = windowed([5, 1, 9, 13, 2, 6], window)
+    epochs = [[k.index for step in range(9 * e, 9 * e + 9) for k in sampler.keys(step, 0)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(36)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    later = windowed([5, 1, 9, 13, 2, 6], window)
+    assert [k.index for step in range(13, 27) for k in later.keys(step, 0)] == (epochs[1] + epochs[2])[16:]
+
+
+def test_few_blocks_are_read_at_a_time_and_all_are_mixed():
+    """With windows of 1,000 rows, 1,000 rows in turn are of about ten blocks of 100, which no two epochs combine."""
+    sampler, together = windowed([100] * 1000, 1000, batch=1000), []
+    for step in (0, 50, 100, 150):
+        blocks = {key.index // 100 for key in sampler.keys(step, 0)}
+        assert len(blocks) == 10
+        together.append(blocks)
+    assert len(set.union(*together)) > 30
+    first = [key.index // 100 for key in sampler.keys(0, 0)][:100]
+    assert len(set(first)) == 10  # they are mixed, not one after another

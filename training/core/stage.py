@@ -32,7 +32,8 @@ class MapDataset(Protocol):
     `collate(items) -> Batch`, and, for `--balance_by`, `classes(column) -> RowClasses`: the class of each row. An
     attribute `decodes_images` that is true tells that making items takes so long that other processes should do it
     beside a fast device. An attribute `batch_groups` (N, int64; None for no groups) is the group of each row: only
-    items of rows of one group can be collated, as they have the same shapes.
+    items of rows of one group can be collated, as they have the same shapes. An attribute `row_blocks` (`RowBlocks`;
+    None for no blocks) says which rows are stored together, and makes an epoch read them nearly in turn.
     """
 
     def __len__(self) -> int: ...

@@ -16,6 +16,7 @@ import torch
 
 from training.data.images import ImageDataset
 from training.data.records import read_record, write_record
+from training.data.shards.places import is_place, read_place
 from training.data.source import column_values
 
 # The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
@@ -124,5 +125,7 @@ def encoded_bytes(source: dict[str, Any]) -> bytes:
         return b""
     if source.get("bytes") is not None:
         return source["bytes"]
+    if is_place(source["path"]):
+        return read_place(source["path"])
     path = Path(source["path"] or "")
     return path.read_bytes() if path.is_file() else b""

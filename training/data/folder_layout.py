@@ -7,6 +7,7 @@ folders only if every image is in the folder of a split.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -147,7 +148,12 @@ class Layout:
     def class_of(self, image: str | None) -> str | None:
         """Return the name of the class of an image, or None without one."""
         folders = _without(folders_of(image or ""), self.split_level)
-        return folders[-1] if folders and folders[-1] in self.classes else None
+        return folders[-1] if folders and folders[-1] in self._known_classes else None
+
+    @functools.cached_property
+    def _known_classes(self) -> frozenset[str]:
+        """The classes, to look one up in the same time for any number of them."""
+        return frozenset(self.classes)
 
 
 def folders_of(path: str) -> tuple[str, ...]:
@@ -155,7 +161,12 @@ def folders_of(path: str) -> tuple[str, ...]:
 
     An unpacked archive is a folder only if it has the name of a split: train.zip is one, but not the shard 00001.tar.
     """
-    parts = PurePosixPath(path).parts[:-1]
+    return _folders_of_folder(path.rpartition("/")[0])
+
+
+@functools.lru_cache(maxsize=65_536)  # there are far fewer folders than images
+def _folders_of_folder(folder: str) -> tuple[str, ...]:
+    parts = PurePosixPath(folder).parts
     if not any(map(is_archive, parts)):
         return parts
     names = (part.partition(".")[0] if is_archive(part) else part for part in parts)

@@ -34,6 +34,10 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
     folders = _folders(source)
     for chunk in dataset.data.column(column).chunks:
         paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
+        for folder in folders:  # nearly all, at once: to look at a million paths one by one takes seconds
+            plain = pyarrow.compute.starts_with(paths, folder)
+            plain = pyarrow.compute.and_not(plain, pyarrow.compute.match_substring(paths, ".."))
+            paths = pyarrow.compute.filter(paths, pyarrow.compute.invert(pyarrow.compute.fill_null(plain, False)))
         for path in paths.drop_null().to_pylist():
             if path.startswith(("http://", "https://")):
                 raise UserError(

@@ -25,6 +25,7 @@ from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
 from training.data.labels import LabelMap, label_problem, load_label_map
 from training.data.pixel_cache import PixelCache
+from training.data.shards.opening import row_blocks
 from training.data.source import (
     DataConfig,
     load_all_splits,
@@ -151,6 +152,7 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
                 "--pad_to_square true pads images, but not their masks and control images; leave it out, so that all "
                 "of them are cropped alike"
             )
+        self.row_blocks = row_blocks(dataset, config.shuffle_buffer)
         self.dataset = self._undecoded(dataset, columns)
         self._every_column = dataset
         self.sizes = ((config.resolution, config.resolution),)

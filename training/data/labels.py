@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.common.conditions import whole_numbers
 from pipelines.tools.cli import UserError, one_line
-from training.data.source import DataConfig, column_values, load_all_splits, named_split, require_column
+from training.data.source import DataConfig, distinct_values, load_all_splits, named_split, require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +53,7 @@ class LabelMap:
         else:
             kind = str(getattr(feature, "dtype", feature))
             _require_classes(column, feature, kind)
-            named = _named_values(column, kind, column_values(dataset, column), recorded)
+            named = _named_values(column, kind, distinct_values(dataset, column), recorded)
             if not recorded and kind not in _TEXTS:
                 _require_repetition(column, len(named), len(dataset))
         names = list(recorded) if set(named.values()) <= set(recorded) else _in_order(named.values(), declared)

@@ -5,11 +5,12 @@ Nothing here scans or maps the rows, so that a million rows open as fast as a hu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -28,6 +29,7 @@ from training.data.folder_layout import METADATA_NAMES
 from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
 from training.data.records import files_state, rows_key
+from training.data.shards.opening import block_order, open_shards
 from training.data.table_files import is_saved, load_local, matching_files, readme_defines_splits
 from training.data.transforms import TRANSFORM_VERSION
 
@@ -62,6 +64,12 @@ class DataConfig(Options):
     label_column: str = option("label")
     """Column with the class labels, one for each row: texts, whole numbers (each number is the name of a class, so that
     the years 1985 to 2020 are 36 classes), or true and false"""
+    streaming: bool = option(False)
+    """Read the images where they are: in tar files of WebDataset, or in Parquet files, which are neither unpacked nor
+    copied. Shards are read nearly in turn, in an order that changes in each epoch; with --latent_cache, so are its
+    shards"""
+    shuffle_buffer: int = option(10_000, at_least=1)
+    """With --streaming true: number of rows, of blocks from all over the data, that are shuffled together"""
     mask_column: str = option("mask")
     """Column with segmentation masks (8-bit grey, one class id per pixel) of the same size as the images; used only
     by the segmentation head of train_autoencoder.py, precompute_latents.py and check_dataset.py"""
@@ -124,6 +132,11 @@ class DataConfig(Options):
             )
         if self.pad_to_square and self.aspect_buckets:
             raise UserError("--pad_to_square and --aspect_buckets both keep whole images; set one of them to false")
+        if self.streaming and self.aspect_buckets:
+            raise UserError(
+                "--streaming true and --aspect_buckets true cannot be combined, because the sizes of all images would "
+                "have to be read first; leave one of them out"
+            )
         columns = self.conditioning_image_column
         if self.conditioning_image_mode == "rgb" and not isinstance(columns, str) and len(columns) > 1:
             raise UserError(
@@ -155,7 +168,7 @@ def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
     if held_out:
         dataset = _hold_out(dataset, config, seed)[0]
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
-        order = np.random.default_rng(mix(seed, "max_train_samples")).permutation(len(dataset))
+        order = _random_order(dataset, mix(seed, "max_train_samples"))
         dataset = dataset.select(np.sort(order[: config.max_train_samples]))
     return dataset
 
@@ -192,14 +205,21 @@ class OpenedSource(NamedTuple):
 
 def _opened(config: DataConfig) -> OpenedSource:
     imagefolder = bool(config.train_data_dir)
+    reading = (config.caption_source, config.streaming)
     return _open_source(
-        config.source, os.getcwd(), imagefolder, config.dataset_config_name, config.train_split, config.caption_source
+        config.source, os.getcwd(), imagefolder, config.dataset_config_name, config.train_split, *reading
     )
 
 
 @functools.lru_cache(maxsize=4)
 def _open_source(
-    name: str, base: str, imagefolder: bool, config_name: str | None, only_split: str, captions: CaptionSource
+    name: str,
+    base: str,
+    imagefolder: bool,
+    config_name: str | None,
+    only_split: str,
+    captions: CaptionSource,
+    streaming: bool,
 ) -> OpenedSource:
     """Open a source; `base` is the folder that a relative path begins at."""
     import datasets
@@ -211,8 +231,15 @@ def _open_source(
     if not local and (imagefolder or _looks_local(name)):
         raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
+    if streaming and not local:
+        raise UserError(
+            f"--streaming true reads shards on a disk or a mounted file system, and {name} is not a local path; "
+            "download it, for example with `hf download --repo-type dataset`, and give the folder"
+        )
     try:
         state = files_state(*(files or [path])) if local else None
+        if streaming:
+            return OpenedSource(open_shards(path, files), state, None)
         archive = path if path.is_file() and is_archive(path) else None
         path = unpacked(path) if archive else path
         if state and path.is_dir() and not is_saved(path) and (imagefolder or _is_image_folder(path)):
@@ -258,6 +285,16 @@ def column_values(dataset: Dataset, column: str) -> Iterator[Any]:
     narrow = dataset.select_columns([column])
     for start in range(0, len(narrow), _ROWS_PER_READ):
         yield from narrow[start : start + _ROWS_PER_READ][column]
+
+
+def distinct_values(dataset: Dataset, column: str) -> Iterable[Any]:
+    """Return the values of a column, each at least once; without a Python object for each row if possible."""
+    import pyarrow
+
+    if dataset._indices is None:
+        with contextlib.suppress(pyarrow.ArrowNotImplementedError):
+            return dataset.data.column(column).unique().to_pylist()
+    return column_values(dataset, column)
 
 
 def row_id(dataset: Dataset, index: int) -> int:
@@ -324,8 +361,15 @@ def _hold_out(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset,
     """Return (training rows, held-out rows), both in the order in which they are stored."""
     rows = len(dataset)
     count = min(rows - 1, max(1, round(rows * config.validation_fraction))) if config.validation_fraction else 0
-    order = np.random.default_rng(mix(seed, "validation_fraction")).permutation(rows)
+    order = _random_order(dataset, mix(seed, "validation_fraction"))
     return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+
+
+def _random_order(dataset: Dataset, seed: int) -> np.ndarray:
+    """Return all rows in a random order: of streamed data block by block, so that few rows are in few shards."""
+    generator = np.random.default_rng(seed)
+    order = block_order(dataset, generator)
+    return generator.permutation(len(dataset)) if order is None else order
 
 
 def _is_image_folder(path: Path) -> bool:

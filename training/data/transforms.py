@@ -19,6 +19,7 @@ from PIL import Image
 from pipelines.common.pixels import image_channels, require_finite, to_mode, to_rgb, turned, upright
 from pipelines.tools.files import open_image_file
 from training.core.draws import mix
+from training.data.shards.places import is_place, read_place
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -155,6 +156,8 @@ def open_image(source: Any) -> Image.Image:
         raise BrokenImage("this row has no image")
     data, path = (source.get("bytes"), source.get("path")) if isinstance(source, dict) else (None, source)
     try:
+        if data is None and is_place(path):
+            data = read_place(path)
         if data is not None:
             return open_image_file(io.BytesIO(data))
         if not path or not Path(path).is_file():

@@ -58,6 +58,11 @@ def balanced_strata(data: Any, config: BalanceConfig) -> Strata | None:
             f"--balance_by {column} and --aspect_buckets true cannot be combined: both decide which rows are in a "
             "batch; leave one of them out"
         )
+    if getattr(data, "row_blocks", None) is not None:
+        raise UserError(
+            f"--balance_by {column} and --streaming true cannot be combined: one draws rows from anywhere, and the "
+            "other reads shards nearly in turn; leave one of them out"
+        )
     if not hasattr(data, "classes"):
         raise UserError(f"--balance_by {column}: {type(data).__name__} has no columns; leave the flag out")
     classes: RowClasses = data.classes(column)

@@ -82,7 +82,8 @@ class MicroBatches:
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
         groups = getattr(self.data, "batch_groups", None)
-        return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata, groups)
+        blocks = getattr(self.data, "row_blocks", None)
+        return StepSampler(len(self.data), self.layout, self.seed, start, stop, self.strata, groups, blocks)
 
 
 def chosen_workers(chosen: int | Literal["auto"], data: MapDataset, device: torch.device) -> int:

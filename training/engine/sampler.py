@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from training.core.blocks import RowBlocks
 from training.core.draws import SampleKey, mix
 from training.core.layout import BatchLayout
 
@@ -115,12 +116,55 @@ class GroupedBatches:
         return torch.cat([rows[_permutation(len(rows), self.seed, "order", epoch, group)], fill])
 
 
+class WindowedOrder:
+    """Epochs that read blocks of rows nearly in turn; each epoch is a function of (seed, epoch) alone.
+
+    The blocks are permuted and divided into windows of about `blocks.window` rows, and the rows of a window are
+    permuted. Every row is in every epoch. Only the window in use is in memory, whatever the number of rows.
+    """
+
+    def __init__(self, blocks: RowBlocks, seed: int):
+        self.blocks, self.seed = blocks, seed
+        self._epoch, self._window = -1, -1
+
+    def rows(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the rows at the positions `start <= position < stop` of an epoch."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+        found: list[int] = []
+        while start + len(found) < stop:
+            place = start + len(found)
+            window = int(torch.searchsorted(self._stops, place, right=True))
+            if window != self._window:
+                self._window, self._rows = window, self._rows_of(window)
+            first = int(self._stops[window]) - len(self._rows)
+            found += self._rows[place - first : stop - first].tolist()
+        return found
+
+    def _begin(self, epoch: int) -> None:
+        sizes = self.blocks.starts.diff()
+        self._epoch, self._window = epoch, -1
+        self._order = _permutation(len(sizes), self.seed, "blocks", epoch)
+        stops = sizes[self._order].cumsum(0)
+        windows = (stops - sizes[self._order]) // self.blocks.window
+        _, counts = windows.unique_consecutive(return_counts=True)
+        self._blocks_before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self._stops = stops[self._blocks_before[1:] - 1]
+
+    def _rows_of(self, window: int) -> Tensor:
+        blocks = self._order[self._blocks_before[window] : self._blocks_before[window + 1]]
+        starts = self.blocks.starts
+        rows = torch.cat([torch.arange(int(starts[block]), int(starts[block + 1])) for block in blocks.tolist()])
+        return rows[_permutation(len(rows), self.seed, "window", self._epoch, window)]
+
+
 class StepSampler(Sampler[list[SampleKey]]):
     """Yields the keys of each micro-batch of this process, for the steps `start_step <= step < stop_step`.
 
     An epoch is a seeded permutation of the dataset, of `num_samples // G` steps; the remainder is dropped. With
     `strata` an epoch has the same number of steps, and `StratifiedDraw` draws exactly the rows for these steps. With
-    `groups` (N, int64) the rows of a global batch are of one group, and an epoch is one of `GroupedBatches`.
+    `groups` (N, int64) the rows of a global batch are of one group, and an epoch is one of `GroupedBatches`. With
+    `blocks` alone, an epoch is one of `WindowedOrder`.
     """
 
     def __init__(
@@ -132,6 +176,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         stop_step: int = 0,
         strata: Strata | None = None,
         groups: Tensor | None = None,
+        blocks: RowBlocks | None = None,
     ):
         self.num_samples = num_samples
         self.layout = layout
@@ -146,8 +191,10 @@ class StepSampler(Sampler[list[SampleKey]]):
             self.steps_per_epoch = self._draw.steps_per_epoch
         elif strata is not None:
             self._draw = StratifiedDraw(strata, size, seed)
+        self._windows = WindowedOrder(blocks, seed) if blocks is not None and self._draw is None else None
         self._epoch = -1
-        self._order: list[int] = []
+        # A tensor: a list of a million numbers would take five times the memory.
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.layout.gradient_accumulation_steps
@@ -160,14 +207,20 @@ class StepSampler(Sampler[list[SampleKey]]):
     def keys(self, step: int, micro_batch: int) -> list[SampleKey]:
         """Return the keys of this process's batch number `micro_batch` in `step` (both from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order = self._rows_of(epoch).tolist()
-            self._epoch = epoch
-        first = step_in_epoch * self.layout.global_batch_size
+        first, positions = step_in_epoch * self.layout.global_batch_size, self.layout.positions(micro_batch)
+        rows = self._rows_at(epoch, first + positions.start, first + positions.stop)
         return [
-            SampleKey(self._order[first + position], mix(self.seed, "sample", step, position))
-            for position in self.layout.positions(micro_batch)
+            SampleKey(row, mix(self.seed, "sample", step, position))
+            for row, position in zip(rows, positions, strict=True)
         ]
+
+    def _rows_at(self, epoch: int, start: int, stop: int) -> list[int]:
+        if self._windows is not None:
+            return self._windows.rows(epoch, start, stop)
+        if epoch != self._epoch:
+            self._order = self._rows_of(epoch)
+            self._epoch = epoch
+        return self._order[start:stop].tolist()
 
     def _rows_of(self, epoch: int) -> Tensor:
         if self._draw is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.private import expand_home
+from training.core.blocks import RowBlocks
 from training.core.classes import RowClasses
 from training.core.draws import SampleKey
 from training.core.made_folders import cache_problem
@@ -36,6 +38,9 @@ from training.data.latent_cache.format import (
 from training.data.tokenization import CaptionTokens
 from training.data.transforms import flips, pick_caption
 from training.objectives.segmentation import IGNORE_INDEX
+
+# Linux allows a process about 65,000 mappings, and a mapping has a cost even if no page of it is in memory.
+MOST_OPEN_SHARDS = 8192
 
 
 class LatentCache:
@@ -257,11 +262,14 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
         groups = cache.manifest["splits"][split].get("buckets")
         # As in `ImageDataset`, a batch is of rows of one group, unless all rows have one size.
         self.batch_groups = torch.tensor(groups) if groups is not None and len(self.sizes) > 1 else None
+        starts = torch.tensor([*range(0, self._rows, self._shard_rows), self._rows])
+        streamed = config is not None and config.streaming and self.batch_groups is None
+        self.row_blocks = RowBlocks(starts, config.shuffle_buffer) if config and streamed else None
         self._shards_and_places = None if self.batch_groups is None else self._placed(self.batch_groups)
         self._files = [cache.path / split / shard["file"] for shard in cache.manifest["splits"][split]["shards"]]
         self.source_fingerprint: str = cache.manifest["splits"][split]["dataset"]
         self._sha256 = [shard["sha256"] for shard in cache.manifest["splits"][split]["shards"]]
-        self._open: dict[int, dict[str, Tensor]] = {}
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         # One byte per shard, shared with the loader workers: each shard is verified once per session, when it is first
         # read. To verify the whole cache before the first step would delay it by minutes.
         self._intact = torch.zeros(len(self._files), dtype=torch.uint8).share_memory_()
@@ -297,7 +305,8 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
         """Return the shard of each row, and its place there. 2 N, int64."""
         placed = torch.empty(2, len(groups), dtype=torch.int64)
         for number, rows in enumerate(rows_of_shards(len(groups), groups, self._shard_rows)):
-            placed[:, list(rows)] = torch.stack([torch.full((len(rows),), number), torch.arange(len(rows))])
+            places = torch.as_tensor(rows)
+            placed[0, places], placed[1, places] = number, torch.arange(len(places))
         return placed
 
     def _shard(self, number: int) -> dict[str, Tensor]:
@@ -306,7 +315,10 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
             if not self._intact[number]:
                 require_intact(self._files[number], self._sha256[number])
                 self._intact[number] = 1
+            if len(self._open) >= MOST_OPEN_SHARDS:
+                self._open.popitem(last=False)
             self._open[number] = read_shard(self._files[number])
+        self._open.move_to_end(number)
         return self._open[number]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -334,7 +346,7 @@ class LatentCacheDataset(InBuckets, torch.utils.data.Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # each worker maps the files itself
+        return {**self.__dict__, "_open": OrderedDict()}  # each worker maps the files itself
 
 
 def _column(shares: Sequence[Share], read: Callable[[Share], Tensor]) -> Tensor:

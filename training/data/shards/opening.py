@@ -1,0 +1,171 @@
+"""Data in shards, opened without unpacking or copying an image (`--streaming true`).
+
+The rows of each shard are written once into the cache of `datasets` as a small table, which has captions and classes,
+and the place of each image in its shard. Those tables are mapped, not loaded; the images are read from the shards. So
+the data are opened like any other source, and every row can be read by its number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pipelines.tools.cli import UserError
+from pipelines.tools.files import image_suffixes
+from pipelines.tools.progress import watched
+from training.core.blocks import RowBlocks
+from training.core.files import write_atomically
+from training.data.folder_layout import SPLIT_NAMES
+from training.data.records import cache_file, files_state
+from training.data.shards.tables import BLOCK_COLUMN, BLOCK_ROWS, SUFFIXES, table_of_shard
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, DatasetDict
+
+_VERSION = 1
+"""Increased whenever the same shards may become other rows than before."""
+_ROWS_PER_WRITE = 10_000
+
+
+def open_shards(path: Path, files: Sequence[Path]) -> DatasetDict:
+    """Open shards of WebDataset or of Parquet.
+
+    Args:
+        path: a folder of shards, or a shard.
+        files: the files, if `path` is a pattern.
+
+    Raises:
+        UserError: the source has no shards, or one that is damaged.
+    """
+    import datasets
+
+    root = Path(os.path.abspath(path))
+    shards = sorted(Path(os.path.abspath(file)) for file in files) or _shards_below(root)
+    splits: dict[str, list[Path]] = {}
+    for shard in shards:
+        splits.setdefault(_split_of(shard, root if root.is_dir() else shard.parent), []).append(shard)
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_file(str(_table(splits[name]))) for name in sorted(splits, key=_place_of_split)}
+    )
+
+
+def row_blocks(dataset: Dataset, window: int) -> RowBlocks | None:
+    """Return the blocks of rows of streamed data, or of a selection of their rows in order; None for other data.
+
+    Args:
+        window: number of rows that are shuffled together.
+    """
+    if BLOCK_COLUMN not in dataset.column_names:
+        return None
+    blocks = dataset.data.column(BLOCK_COLUMN).to_numpy()
+    if dataset._indices is not None:  # `datasets` stores a selection of rows here
+        blocks = blocks[dataset._indices.column(0).to_numpy()]
+    starts = np.flatnonzero(np.diff(blocks, prepend=-1, append=-1))
+    return RowBlocks(torch.from_numpy(starts.astype(np.int64)), window)
+
+
+def block_order(dataset: Dataset, generator: np.random.Generator) -> np.ndarray | None:
+    """Return all rows with their blocks in a random order; None for data that are not streamed."""
+    blocks = row_blocks(dataset, 1)
+    if blocks is None:
+        return None
+    spans = blocks.starts.unfold(0, 2, 1)[generator.permutation(len(blocks.starts) - 1)].tolist()
+    return np.concatenate([np.arange(start, stop) for start, stop in spans])
+
+
+def _shards_below(path: Path) -> list[Path]:
+    if path.is_file():
+        shards = [path] if path.suffix.lower() in SUFFIXES else []
+    else:
+        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names if name[0] not in "._"]
+        # img2dataset writes a table of each tar file beside it.
+        of_kinds = ([file for file in found if file.suffix.lower() == suffix] for suffix in SUFFIXES)
+        shards = next((sorted(kind) for kind in of_kinds if kind), [])
+    if not shards:
+        raise UserError(
+            f"--streaming true reads shards (tar files of WebDataset, or Parquet files), and {path} has none; leave "
+            "the flag out for folders of images, other archives and other tables"
+        )
+    return shards
+
+
+def _split_of(shard: Path, root: Path) -> str:
+    """Return the split whose name is a word of the shard's path below `root`; "train" without one."""
+    words = re.split(r"[^a-z]+", shard.relative_to(root).with_suffix("").as_posix().lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+
+
+def _place_of_split(name: str) -> int:
+    return list(dict.fromkeys(SPLIT_NAMES.values())).index(name)
+
+
+def _table(shards: Sequence[Path]) -> Path:
+    """Return the file with the rows of several shards, which is made if a shard has changed since."""
+    key = [_VERSION, BLOCK_ROWS, sorted(image_suffixes())]
+    states = [files_state(shard) for shard in shards]
+    joined = cache_file("shards", [key, states], ".arrow")
+    if joined.is_file():
+        return joined
+    parts = [cache_file("shard", [key, state], ".arrow") for state in states]
+    joined.parent.mkdir(parents=True, exist_ok=True)
+
+    def index(shard: Path, part: Path) -> None:
+        if not part.is_file():
+            _write(part, [table_of_shard(shard)])
+
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        for _ in watched(pool.map(index, shards, parts), len(shards), "shard", "index of the shards"):
+            pass
+    _write(joined, _numbered([_read(part) for part in parts]))
+    return joined
+
+
+def _numbered(tables: Sequence[pyarrow.Table]) -> list[pyarrow.Table]:
+    """Return tables with the same columns, and blocks that are numbered over all of them."""
+    import datasets
+    import pyarrow
+    import pyarrow.compute
+
+    first, numbered = 0, []
+    for table in tables:
+        blocks = pyarrow.compute.add(table.column(BLOCK_COLUMN), pyarrow.scalar(first, pyarrow.int32()))
+        numbered.append(table.set_column(table.column_names.index(BLOCK_COLUMN), BLOCK_COLUMN, blocks))
+        first = blocks[-1].as_py() + 1 if len(blocks) else first
+    try:
+        joined = pyarrow.concat_tables(
+            [table.replace_schema_metadata(None) for table in numbered], promote_options="permissive"
+        )
+    except pyarrow.ArrowException as error:
+        raise UserError(f"the shards have columns of different types ({error}); give shards of one dataset") from None
+    known: dict[str, Any] = {}
+    for table in numbered:
+        known |= datasets.Features.from_arrow_schema(table.schema)
+    features = datasets.Features.from_arrow_schema(joined.schema)
+    typed = {name: known[name] for name in features if isinstance(known[name], datasets.Image | datasets.ClassLabel)}
+    return [joined.cast(datasets.Features(features | typed).arrow_schema)]
+
+
+def _read(file: Path) -> pyarrow.Table:
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+
+
+def _write(file: Path, tables: Sequence[pyarrow.Table]) -> None:
+    """Write tables as `datasets` writes those in its cache."""
+    import pyarrow
+
+    def stream(opened: IO[bytes]) -> None:
+        with pyarrow.ipc.new_stream(opened, tables[0].schema) as writer:
+            for table in tables:
+                writer.write_table(table, max_chunksize=_ROWS_PER_WRITE)
+
+    write_atomically(file, stream)
