@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import TimeoutError, expect
 
 from tests.support.runs import ROOT, environment
 
@@ -28,7 +28,7 @@ FLAGS = (
     "--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
     "--disable-gpu-compositing", "--disable-gpu-rasterization",
 )  # fmt: skip
-SCREEN = {"width": 1000, "height": 700}
+SCREEN = {"width": 1300, "height": 700}
 # Canvases draw themselves 60 times per second, which takes more than a core without a GPU. Five times are enough.
 FEW_FRAMES = """
 window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 200);
@@ -76,6 +76,8 @@ class Visitor:
         self.page.set_default_timeout(SECONDS * 1000)
         self.problems: list[str] = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.fetched: set[str] = set()
+        self.page.on("requestfinished", lambda request: self.fetched.add(request.url))
         self.page.goto(address)
         self.page.get_by_role("heading", name="Halftone studio").wait_for()
 
@@ -142,7 +144,12 @@ class Visitor:
 
     def upload_to_canvas(self, name: str, file: Path) -> None:
         """Choose a file for an image that is copied to a canvas, and wait until the canvas has fetched the copy."""
-        with self.page.expect_response(lambda response: response.url.endswith("/image.png")):
+        known = set(self.fetched)  # a canvas without strokes fetches its old content again for each generation
+
+        def is_copy(request: Any) -> bool:
+            return request.url.endswith("/image.png") and request.url not in known
+
+        with self.page.expect_event("requestfinished", is_copy):
             self.upload_image(name, file)
 
     def paint(self, name: str) -> None:
@@ -160,8 +167,13 @@ class Visitor:
 
     def wait_for_status(self, pattern: str) -> str:
         """Wait until the line of text of the visible tab matches, and return it."""
-        line = self.page.locator(".status:visible").filter(has_text=re.compile(pattern)).last
-        line.wait_for()
+        lines = self.page.locator(".status:visible")
+        line = lines.filter(has_text=re.compile(pattern)).last
+        try:
+            line.wait_for()
+        except TimeoutError:
+            shown = lines.all_inner_texts() + self.page.locator(".toast-body").all_inner_texts()
+            raise AssertionError(f"no status {pattern!r}, but {shown}") from None
         return line.inner_text()
 
     def wait_for_message(self, text: str) -> None:
