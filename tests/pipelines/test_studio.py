@@ -22,7 +22,7 @@ from tests.support.toy_runs import run_of
 from training.core.locks import FolderLock
 
 PNG_FILE = "PNG file of the studio or of sample.py"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 TABS = {
     "captioned_and_labelled": ["Text to image", "Image to image", "Inpainting"],

@@ -71,7 +71,7 @@ def test_both_notebooks_are_tested():
     assert [path.name for path in NOTEBOOKS] == [QUICKSTART, SHARED]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_the_quickstart_draws_trains_and_generates(printed, workplace):
     assert "train 180, validation 10, test 10" in printed
@@ -80,7 +80,7 @@ def test_the_quickstart_draws_trains_and_generates(printed, workplace):
     assert "Traceback" not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2 * TIMEOUT)
 @pytest.mark.usefixtures("printed")
 def test_a_shared_model_is_used_without_halftone(workplace):
