@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import sys
@@ -159,6 +160,12 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", text).replace(r"\<", "&lt;").replace(r"\>", "&gt;")
 
 
+def notebook_as_markdown(text: str) -> str:
+    """Return the cells of a notebook as Markdown; they have no outputs."""
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in sources)
+
+
 def write_pages() -> None:
     """Write the pages into the site that is being built."""
     import mkdocs_gen_files
@@ -172,6 +179,7 @@ def write_pages() -> None:
             page.write(f"## {title}\n\n" + "".join(f"::: {name}\n\n" for name in names))
     for path, name in OUTSIDE.items():
         text = (ROOT / path).read_text(encoding="utf-8")
+        text = notebook_as_markdown(text) if path.endswith(".ipynb") else text
         with mkdocs_gen_files.open(name, "w") as page:
             page.write(with_links_of_the_site(text, path, name))
 

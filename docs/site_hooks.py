@@ -10,8 +10,10 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "configs/experiments/latent_diffusion/ablation/README.md": "ablation.md",
     "configs/experiments/autoencoder/phase1/README.md": "phase1.md",
+    "notebooks/quickstart.ipynb": "notebooks/quickstart.md",
+    "notebooks/use_a_shared_model.ipynb": "notebooks/use_a_shared_model.md",
 }
-"""Markdown files outside docs/ that are pages of the site, and the names of the pages."""
+"""Markdown files and notebooks outside docs/ that are pages of the site, and the names of the pages."""
 LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
 

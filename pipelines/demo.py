@@ -97,6 +97,8 @@ def _serve(options: argparse.Namespace, runs: Path | None, recipe: Any, folder: 
             server_name=options.host, server_port=options.port or _free_port(options.host), share=False, quiet=True,
             prevent_thread_lock=True, max_file_size=f"{UPLOAD_MB}mb", theme=theme, css=CSS, js=NAMES,
             footer_links=[], ssr_mode=False, favicon_path=None,
+            # Gradio would ask its own page for an answer, and give up after three seconds on a busy machine.
+            _frontend=False,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {options.port} on {options.host} cannot be used ({error}); choose another") from error

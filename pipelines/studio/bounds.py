@@ -28,6 +28,8 @@ MOST_SIDE_FACTOR = 2
 """Width and height are at most this factor times the size of the training."""
 UPLOAD_MB = 20
 MOST_UPLOAD_PIXELS = 40_000_000
+MESSAGE_SECONDS = 30
+"""How long a message stays: ten seconds, as Gradio has it, are too short for a screen reader or a slow reader."""
 MOST_WAITING = 16
 """Number of requests in the queue; a further one is refused."""
 
@@ -129,4 +131,7 @@ def message_of(error: Exception) -> gr.Error:
     else:
         text = one_line(printable(error), 600) or type(error).__name__
         text = text if expected else f"something went wrong ({text}); the terminal of the studio shows details"
-    return gr.Error(text[:1].upper() + text[1:], title="Not possible", print_exception=not (expected or out_of_memory))
+    return gr.Error(
+        text[:1].upper() + text[1:], title="Not possible", duration=MESSAGE_SECONDS,
+        print_exception=not (expected or out_of_memory),
+    )  # fmt: skip

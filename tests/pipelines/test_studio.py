@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import TimeoutError, expect, sync_playwright
 
 from pipelines.tools.generated import save_image
-from tests.support.browser import FLAGS, Visitor, find_chromium, studio
+from tests.support.browser import DOWNLOADS, FLAGS, SECONDS, Visitor, find_chromium, studio
 from tests.support.tiny_published import PUBLISHED
 from tests.support.toy_runs import run_of
+from training.core.locks import FolderLock
 
+PNG_FILE = "PNG file of the studio or of sample.py"
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 TABS = {
@@ -32,6 +33,11 @@ TABS = {
     "layout_analysis": ["Analyse"],
 }
 TEXT = "captioned_and_labelled"
+LAST = {
+    "Inpainting": "Paint the part to fill", "Control": "Draw: control image (ControlNet 2)",
+    "Caption": "Image to caption", "Analyse": "Poster to analyse",
+}  # fmt: skip
+"""What a tab shows last while it is opened; other tabs show their files to download last."""
 
 
 @pytest.fixture(scope="module")
@@ -89,29 +95,31 @@ def seeds(first: int, count: int) -> list[torch.Generator]:
 
 
 def test_each_model_has_its_tabs_and_every_control_a_name(visitor):
-    """A screen reader says the name; two controls of a tab never have the same one in the same group."""
+    """A screen reader says the name of a control, and the group that it belongs to."""
     for model, titles in TABS.items():
         visitor.open(model)
         shown = visitor.page.locator("[role=tab]:visible").all_inner_texts()
         assert [title for title in shown if title not in (*TABS, "Training runs")] == titles
         for title in titles:
             visitor.open(title)
-            visitor.page.wait_for_timeout(1500)
-            assert unnamed(visitor) == [], (model, title)
+            visitor.group(LAST.get(title, DOWNLOADS)).wait_for()
+            wait_for_names(visitor)
     visitor.open("Training runs")
-    visitor.control("combobox", "Metric").or_(visitor.control("textbox", "Metric")).first.wait_for()
-    assert unnamed(visitor) == []
+    visitor.field("Metric").wait_for()
+    wait_for_names(visitor)
 
 
-def unnamed(visitor: Visitor) -> list[str]:
-    """Return the visible controls without an accessible name."""
-    return visitor.page.evaluate("""() =>
-      [...document.querySelectorAll("button, input, textarea, select, canvas")]
+def wait_for_names(visitor: Visitor) -> None:
+    """Wait until every visible control has an accessible name."""
+    unnamed = """() => [...document.querySelectorAll("button, input, textarea, select, canvas")]
         .filter((e) => e.offsetParent !== null)
         .filter((e) => !(e.getAttribute("aria-label") || e.title || e.innerText.trim()
           || (e.labels && [...e.labels].some((label) => label.innerText.trim()))))
-        .map((e) => e.outerHTML.slice(0, 200))
-    """)
+        .map((e) => e.outerHTML.slice(0, 200))"""
+    try:
+        visitor.page.wait_for_function(f"() => ({unnamed})().length === 0", timeout=20_000)
+    except TimeoutError:
+        assert visitor.page.evaluate(unnamed) == []
 
 
 def test_text_and_class_give_the_images_of_the_pipeline_with_their_settings(visitor):
@@ -138,7 +146,7 @@ def test_text_and_class_give_the_images_of_the_pipeline_with_their_settings(visi
 def test_examples_fill_the_controls_and_a_class_is_enough(visitor):
     visitor.open("labelled", "Class to image")
     visitor.page.get_by_role("button", name="kind 1").first.click()
-    visitor.page.wait_for_timeout(1500)
+    expect(visitor.field("Class")).to_have_value("kind 1", timeout=1000 * SECONDS)
     visitor.press("Generate")
     visitor.wait_for_status("4 images in")
     image = visitor.download()
@@ -149,7 +157,7 @@ def test_examples_fill_the_controls_and_a_class_is_enough(visitor):
 
 def test_images_appear_while_they_are_denoised_and_stop_ends_it(visitor):
     visitor.open("poster_decoder", "Brief to poster")
-    visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
+    visitor.unfold("Sampling")
     visitor.set_slider("Steps", 200)
     visitor.set_slider("Number of images", 16)
     visitor.press("Generate")
@@ -181,7 +189,7 @@ def test_an_image_is_changed(visitor, picture):
     visitor.open(TEXT, "Image to image")
     visitor.press("Generate")
     visitor.wait_for_message("no image is chosen")
-    visitor.upload("Image to change", picture)
+    visitor.upload_image("Image to change", picture)
     visitor.set_slider("Strength", 0.4)
     visitor.set_slider("Number of images", 1)
     visitor.press("Generate")
@@ -197,8 +205,7 @@ def test_an_image_is_changed(visitor, picture):
 
 def test_the_painted_part_of_an_image_is_filled_and_the_rest_is_kept(visitor, picture):
     visitor.open("poster_decoder", "Inpainting")
-    visitor.upload("Image to fill", picture)
-    visitor.page.wait_for_timeout(3000)
+    visitor.upload_to_canvas("Image to fill", picture)
     visitor.set_slider("Number of images", 1)
     visitor.press("Generate")
     visitor.wait_for_message("nothing is painted")
@@ -228,12 +235,11 @@ def test_controls_are_drawn_for_each_controlnet(visitor, picture):
     visitor.wait_for_status("1 images in")
     drawn = visitor.download()
     assert drawn.text["controlnet_conditioning_scale"] == "1, 1"
-    visitor.page.get_by_role("button", name=re.compile("^Upload instead of drawing: control image")).click()
-    visitor.upload("Upload: control image (ControlNet 2)", picture)
-    visitor.page.wait_for_timeout(3000)
+    visitor.unfold("Upload instead of drawing: control image")
+    visitor.upload_to_canvas("Upload: control image (ControlNet 2)", picture)
     visitor.generate_others()
     assert visitor.download().tobytes() != drawn.tobytes()
-    visitor.page.get_by_role("button", name=re.compile("^Strength of the control")).click()
+    visitor.unfold("Strength of the control")
     for number in (1, 2):
         visitor.set_slider(f"Strength of ControlNet {number}", 0)
     visitor.generate_others()
@@ -255,8 +261,7 @@ def test_a_brief_is_set_by_hand_by_an_example_and_at_random(visitor):
     assert image.tobytes() == expected.tobytes()
     briefs = set()
     for name in ("Random brief", "Random brief", "swiss"):
-        visitor.page.get_by_role("button", name=name, exact=True).first.click()
-        visitor.page.wait_for_timeout(1500)
+        visitor.press_and_wait_for_settings(name)
         visitor.generate_others()
         briefs.add(visitor.download().text["brief"])
     assert len(briefs) == 3
@@ -267,14 +272,13 @@ def test_captions_drawings_and_inventions(visitor, picture):
     visitor.open("image_caption", "Caption")
     visitor.press("Caption")
     visitor.wait_for_message("no image is chosen")
-    visitor.upload("Image to caption", picture)
-    visitor.page.wait_for_timeout(1500)
+    visitor.upload_image("Image to caption", picture)
     visitor.press("Caption")
     pipeline = pipeline_of("image_caption")
     with Image.open(picture) as image:
         expected = pipeline.caption([image.convert("RGB")])[0]
     result = visitor.page.get_by_role("textbox", name="Caption", exact=True)
-    expect(result).to_have_value(expected, timeout=60_000)
+    expect(result).to_have_value(expected, timeout=1000 * SECONDS)
     visitor.open("Draw")
     visitor.press("Draw")
     visitor.wait_for_message("the caption is empty")
@@ -296,7 +300,7 @@ def test_a_poster_is_analysed(visitor, picture):
     visitor.press("Analyse")
     visitor.wait_for_message("no image is chosen")
     visitor.page.get_by_role("button", name="Poster", exact=True).first.click()
-    visitor.page.wait_for_timeout(1500)
+    visitor.group("Poster to analyse").locator("img").first.wait_for()
     visitor.press("Analyse")
     visitor.group("Report").locator("img").first.wait_for()
     visitor.page.get_by_text("grammar symmetry").first.wait_for()
@@ -306,67 +310,63 @@ def test_a_poster_is_analysed(visitor, picture):
 def test_runs_are_compared_followed_and_may_disappear(visitor, place):
     visitor.open("Training runs")
     visitor.wait_for_status("other: complete")
-    choose(visitor, "Run", "run")
+    visitor.choose("Run", "run")
     visitor.wait_for_status("run: complete")
-    choose(visitor, "Compare with", "other")
+    visitor.choose("Compare with", "other")
     visitor.wait_for_status("other: complete")
     visitor.page.get_by_text("run: epoch 0002").first.wait_for()
     slider = visitor.page.get_by_role("slider", name=re.compile("Samples")).first
     slider.focus()
     slider.press("Home")
     visitor.page.get_by_text("run: epoch 0001").first.wait_for()
+    with FolderLock(place / "runs/run/.lock", "another test is training"):
+        visitor.wait_for_status("run: is training now")
+        with (place / "runs/run/metrics.csv").open("a", encoding="utf-8") as table:
+            table.write("4321,5\n")
+        visitor.wait_for_status("step: 4,321")
     shutil.rmtree(place / "runs/other")
-    choose(visitor, "Compare with", "no second run")
-    choose(visitor, "Run", "other")
+    visitor.choose("Compare with", "no second run")
+    visitor.choose("Run", "other")
     visitor.wait_for_message("the run other is no longer there")
     visitor.press("Refresh the list of runs")
     visitor.wait_for_status("run: complete")
 
 
-def choose(visitor: Visitor, name: str, choice: str) -> None:
-    visitor.page.get_by_label(name, exact=True).locator("visible=true").first.click()
-    visitor.page.get_by_role("option", name=choice, exact=True).first.click()
+def text_file(path: Path) -> None:
+    path.write_text("this is a text\n" * 100, encoding="utf-8")
 
 
-def wrong_files(folder: Path) -> dict[str, Path]:
-    """Make files that cannot be used as images, each with the message that is expected for it."""
-    folder.mkdir(exist_ok=True)
-    (folder / "text.png").write_text("this is a text\n" * 100)
+def damaged_file(path: Path) -> None:
     buffer = io.BytesIO()
     Image.effect_noise((200, 200), 80).save(buffer, "PNG")
-    (folder / "damaged.png").write_bytes(buffer.getvalue()[:9000])
-    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
-    return {
-        "cannot be read as an image": folder / "text.png",
-        "cannot be read as an image ": folder / "damaged.png",
-        "far too many pixels|pixels, and at most": folder / "huge.png",
-    }
+    path.write_bytes(buffer.getvalue()[:9000])
 
 
-@pytest.mark.parametrize("number", [0, 1, 2], ids=["text", "damaged", "20000x20000"])
+def huge_file(path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
 @pytest.mark.parametrize(
-    ("model", "tab", "label", "button"),
+    ("model", "tab", "label", "button", "write", "message"),
     [
-        (TEXT, "Image to image", "Image to change", "Generate"),
-        ("poster_decoder", "Inpainting", "Image to fill", None),
-        ("layout_analysis", "Analyse", "Poster to analyse", "Analyse"),
+        (TEXT, "Image to image", "Image to change", "Generate", text_file, "cannot be read as an image"),
+        ("poster_decoder", "Inpainting", "Image to fill", None, damaged_file, "cannot be read as an image"),
+        ("layout_analysis", "Analyse", "Poster to analyse", "Analyse", huge_file, "far too many pixels|, and at most"),
     ],
+    ids=["text", "damaged", "20000x20000"],
 )
 def test_a_wrong_upload_is_a_message_and_the_studio_goes_on(
-    browser, address, tmp_path, picture, model, tab, label, button, number
+    browser, address, tmp_path, model, tab, label, button, write, message
 ):
     """Chromium cannot show these files either, which may be an error in the page; what counts is the message."""
-    message, file = list(wrong_files(tmp_path / "wrong").items())[number]
+    write(tmp_path / "wrong.png")
     visitor = Visitor(browser, address)
     visitor.open(model, tab)
-    visitor.upload(label, file)
-    visitor.page.wait_for_timeout(2000)
+    visitor.upload_image(label, tmp_path / "wrong.png")
     if button is not None:
         visitor.press(button)
-    visitor.wait_for_message(message.strip())
-    visitor.close()
-    visitor = Visitor(browser, address)
-    visitor.open("labelled")
+    visitor.wait_for_message(message)
+    visitor.open("labelled", "Class to image")
     visitor.set_slider("Number of images", 1)
     visitor.press("Generate")
     visitor.wait_for_status("1 images in")
@@ -376,7 +376,7 @@ def test_a_wrong_upload_is_a_message_and_the_studio_goes_on(
 def test_wrong_settings_and_a_foreign_png_are_messages(visitor, picture):
     visitor.open(TEXT, "Text to image")
     visitor.write("Negative prompt", "blue")
-    visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
+    visitor.unfold("Sampling")
     visitor.set_slider("Guidance scale", 1)
     visitor.press("Generate")
     visitor.wait_for_message("negative_prompt. needs a .guidance_scale. above 1")
@@ -387,11 +387,10 @@ def test_wrong_settings_and_a_foreign_png_are_messages(visitor, picture):
     visitor.set_number("Height in pixels", 100_000)
     visitor.press("Generate")
     visitor.wait_for_message("height must be from 1 to")
-    visitor.page.get_by_role("button", name=re.compile("^Repeat an image")).click()
+    visitor.unfold("Repeat an image")
     visitor.press("Use its settings")
     visitor.wait_for_message("no PNG file is chosen")
-    visitor.upload("PNG file of the studio or of sample.py", picture)
-    visitor.page.wait_for_timeout(1500)
+    visitor.upload_file(PNG_FILE, picture)
     visitor.press("Use its settings")
     visitor.wait_for_message("has no seed in its metadata")
 
@@ -410,31 +409,37 @@ def test_two_people_at_once_get_their_own_images(browser, address):
         visitor.close()
 
 
-def test_a_file_on_the_command_line_is_repeated_though_its_model_is_deleted(browser, tmp_path):
-    for name in (TEXT, "poster_decoder"):
-        PUBLISHED[name]().save_pretrained(tmp_path / name)
-    with studio("--model", TEXT, "poster_decoder", cwd=tmp_path) as address:
-        visitor = Visitor(browser, address)
-        visitor.open(TEXT, "Text to image")
-        visitor.write("Prompt", "a red poster")
-        visitor.set_number("Seed", 3)
-        visitor.page.get_by_role("button", name=re.compile("^Sampling")).click()
-        visitor.set_slider("Steps", 7)
-        visitor.set_number("Width in pixels", 48)
-        visitor.press("Generate")
-        visitor.wait_for_status("4 images in")
-        image = visitor.download(2)
-        visitor.close()
+def test_an_image_is_repeated_from_its_file_in_the_page_and_on_the_command_line(browser, address, place, tmp_path):
+    visitor = Visitor(browser, address)
+    visitor.open(TEXT, "Text to image")
+    visitor.write("Prompt", "a red poster")
+    visitor.set_number("Seed", 3)
+    visitor.unfold("Sampling")
+    visitor.set_slider("Steps", 7)
+    visitor.set_number("Width in pixels", 48)
+    visitor.press("Generate")
+    visitor.wait_for_status("4 images in")
+    image = visitor.download(2)
+    visitor.close()
     save_image(image, tmp_path / "mine.png", image.text)
-    with studio("--model", "poster_decoder", TEXT, "--from_png", "mine.png", cwd=tmp_path) as address:
+    visitor = Visitor(browser, address)
+    visitor.open(TEXT, "Text to image")
+    visitor.unfold("Repeat an image")
+    visitor.upload_file(PNG_FILE, tmp_path / "mine.png")
+    visitor.press_and_wait_for_settings("Use its settings")
+    assert_repeated(visitor, image)
+    shutil.copytree(place / TEXT, tmp_path / TEXT)
+    with studio("--model", TEXT, "--from_png", "mine.png", cwd=tmp_path) as other:
         shutil.rmtree(tmp_path / TEXT)
-        time.sleep(1)
-        visitor = Visitor(browser, address)
-        visitor.open(TEXT)
-        visitor.press("Generate")
-        visitor.wait_for_status("1 images in")
-        again = visitor.download()
-        assert again.size == (48, image.height)
-        assert again.text == image.text
-        assert again.tobytes() == image.tobytes()
-        visitor.close()
+        assert_repeated(Visitor(browser, other), image)
+
+
+def assert_repeated(visitor: Visitor, image: Any) -> None:
+    """Generate with the settings that the page has, and compare the pixels and the metadata with those of an image."""
+    visitor.press("Generate")
+    visitor.wait_for_status("1 images in")
+    again = visitor.download()
+    visitor.close()
+    assert again.size == (48, image.height)
+    assert again.text == image.text
+    assert again.tobytes() == image.tobytes()

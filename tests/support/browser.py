@@ -16,14 +16,24 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import TimeoutError, expect
 
 from tests.support.runs import ROOT, environment
 
 SECONDS = 240
 """How long a test waits for something to appear: the machine may be busy."""
 DOWNLOADS = "Download: PNG files with all settings"
-FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+# Without a GPU, only the canvases are drawn by SwiftShader, and the page by Chromium's own code, which is much faster.
+FLAGS = (
+    "--no-sandbox", "--disable-dev-shm-usage", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+    "--disable-gpu-compositing", "--disable-gpu-rasterization",
+)  # fmt: skip
+SCREEN = {"width": 1300, "height": 700}
+# Canvases draw themselves 60 times per second, which takes more than a core without a GPU. Five times are enough.
+FEW_FRAMES = """
+window.requestAnimationFrame = (draw) => setTimeout(() => draw(performance.now()), 200);
+window.cancelAnimationFrame = (number) => clearTimeout(number);
+"""
 
 
 def find_chromium() -> str:
@@ -61,10 +71,13 @@ class Visitor:
     """A person with a browser window."""
 
     def __init__(self, browser: Any, address: str):
-        self.page = browser.new_context(viewport={"width": 1300, "height": 1000}, accept_downloads=True).new_page()
+        self.page = browser.new_context(viewport=SCREEN, reduced_motion="reduce", accept_downloads=True).new_page()
+        self.page.add_init_script(FEW_FRAMES)
         self.page.set_default_timeout(SECONDS * 1000)
         self.problems: list[str] = []
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.fetched: set[str] = set()
+        self.page.on("requestfinished", lambda request: self.fetched.add(request.url))
         self.page.goto(address)
         self.page.get_by_role("heading", name="Halftone studio").wait_for()
 
@@ -91,12 +104,53 @@ class Visitor:
     def set_slider(self, name: str, value: float) -> None:
         self.set_number(f"number input for {name}", value)
 
+    def unfold(self, name: str) -> None:
+        """Open the part of a tab whose title begins with this name."""
+        self.page.get_by_role("button", name=re.compile(f"^{re.escape(name)}")).first.click()
+
+    def field(self, name: str) -> Any:
+        """Return the visible control with exactly this label."""
+        return self.page.get_by_label(name, exact=True).locator("visible=true").first
+
+    def choose(self, name: str, choice: str) -> None:
+        """Choose an entry of a list."""
+        self.field(name).click()
+        self.page.get_by_role("option", name=choice, exact=True).first.click()
+
+    def press_and_wait_for_settings(self, name: str) -> None:
+        """Press a button that changes the values of controls, and wait until they have changed."""
+        values = "[...document.querySelectorAll('input, textarea')].map((control) => control.value).join()"
+        before = self.page.evaluate(values)
+        self.press(name)
+        self.page.wait_for_function(f"(before) => {values} !== before", arg=before)
+
     def group(self, name: str) -> Any:
         return self.page.get_by_role("group", name=name, exact=True).first
 
     def upload(self, name: str, file: Path) -> None:
-        """Choose a file for an image or a list of files."""
-        self.group(name).locator("input[type=file]").first.set_input_files(file)
+        """Choose a file for an image or a list of files, and wait until the studio has it."""
+        with self.page.expect_response(lambda response: "/upload?" in response.url):
+            self.group(name).locator("input[type=file]").first.set_input_files(file)
+
+    def upload_image(self, name: str, file: Path) -> None:
+        """Choose a file for an image, and wait until the page shows it, or tries to."""
+        self.upload(name, file)
+        self.group(name).locator("img").first.wait_for(state="attached")
+
+    def upload_file(self, name: str, file: Path) -> None:
+        """Choose a file for a list of files, and wait until the list has it."""
+        self.upload(name, file)
+        self.group(name).get_by_text(file.stem).first.wait_for()
+
+    def upload_to_canvas(self, name: str, file: Path) -> None:
+        """Choose a file for an image that is copied to a canvas, and wait until the canvas has fetched the copy."""
+        known = set(self.fetched)  # a canvas without strokes fetches its old content again for each generation
+
+        def is_copy(request: Any) -> bool:
+            return request.url.endswith("/image.png") and request.url not in known
+
+        with self.page.expect_event("requestfinished", is_copy):
+            self.upload_image(name, file)
 
     def paint(self, name: str) -> None:
         """Draw a horizontal line through the middle of a canvas with the brush."""
@@ -107,21 +161,26 @@ class Visitor:
         middle = box["y"] + box["height"] / 2
         self.page.mouse.move(box["x"] + box["width"] * 0.4, middle)
         self.page.mouse.down()
-        self.page.mouse.move(box["x"] + box["width"] * 0.6, middle, steps=12)
+        self.page.mouse.move(box["x"] + box["width"] * 0.6, middle, steps=4)
         self.page.mouse.up()
-        self.page.wait_for_timeout(1500)  # the canvas sends what was painted after a moment
+        expect(group.get_by_role("button", name="Undo", exact=True)).to_be_enabled(timeout=1000 * SECONDS)
 
     def wait_for_status(self, pattern: str) -> str:
         """Wait until the line of text of the visible tab matches, and return it."""
-        line = self.page.locator(".status:visible").filter(has_text=re.compile(pattern)).last
-        line.wait_for()
+        lines = self.page.locator(".status:visible")
+        line = lines.filter(has_text=re.compile(pattern)).last
+        try:
+            line.wait_for()
+        except TimeoutError:
+            shown = lines.all_inner_texts() + self.page.locator(".toast-body").all_inner_texts()
+            raise AssertionError(f"no status {pattern!r}, but {shown}") from None
         return line.inner_text()
 
     def wait_for_message(self, text: str) -> None:
         """Wait for a message in the corner of the page, and close it."""
-        self.page.get_by_text(re.compile(text, re.IGNORECASE)).first.wait_for()
-        for button in self.page.locator(".toast-close").all():
-            button.click()
+        self.page.locator(".toast-body").get_by_text(re.compile(text, re.IGNORECASE)).first.wait_for()
+        # In one step inside of the page, because a message may disappear by itself at any time.
+        self.page.evaluate("document.querySelectorAll('.toast-close').forEach((button) => button.click())")
 
     def generate_others(self) -> None:
         """Press the button again, and wait for images that differ from those that are shown."""

@@ -1,0 +1,90 @@
+"""The notebooks run from the first cell to the last, as in Jupyter, and are stored without outputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.runs import ROOT, environment
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+QUICKSTART, SHARED = "quickstart.ipynb", "use_a_shared_model.ipynb"
+TIMEOUT = 900
+FEW_STEPS = ("STEPS = 300", "STEPS = 4")
+PRINTED = "import sys; print(sorted({'training', 'data_scripts', 'halftone_trainer'} & set(sys.modules)))"
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / name, as_version=4)
+
+
+def execute(notebook: nbformat.NotebookNode, workplace: Path) -> str:
+    """Run all cells in a kernel of its own, and return what they print. Raises CellExecutionError."""
+    variables = environment(
+        PYTHONPATH=str(ROOT),
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        WANDB_MODE="disabled",
+    )
+    client = NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(workplace / "notebooks")}})
+    client.execute(env=variables)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the root of the repository, in which what the notebooks make does not remain."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "notebooks").mkdir()
+    for name in ("data_scripts", "training", "pipelines", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def printed(workplace: Path) -> str:
+    """What the quickstart prints, with a few steps of training."""
+    notebook = read(QUICKSTART)
+    sources = "".join(cell.source for cell in notebook.cells)
+    assert FEW_STEPS[0] in sources
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(*FEW_STEPS)
+    return execute(notebook, workplace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_stored_without_outputs(path):
+    notebook = read(path.name)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(code) > 4
+    assert [cell.outputs for cell in code] == [[]] * len(code)
+    assert [cell.execution_count for cell in code] == [None] * len(code)
+
+
+def test_both_notebooks_are_tested():
+    assert [path.name for path in NOTEBOOKS] == [QUICKSTART, SHARED]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2 * TIMEOUT)
+def test_the_quickstart_draws_trains_and_generates(printed, workplace):
+    assert "train 180, validation 10, test 10" in printed
+    assert (workplace / "runs/notebook_posters/latent_diffusion_64_caption/pipeline/model_index.json").is_file()
+    assert (workplace / "runs/notebook_posters/more.png").is_file()
+    assert "Traceback" not in printed
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2 * TIMEOUT)
+@pytest.mark.usefixtures("printed")
+def test_a_shared_model_is_used_without_halftone(workplace):
+    notebook = read(SHARED)
+    notebook.cells.append(nbformat.v4.new_code_cell(PRINTED))
+    assert execute(notebook, workplace).endswith("[]\n")
+    assert (workplace / "notebooks/image.png").is_file()
