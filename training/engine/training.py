@@ -72,12 +72,7 @@ class Training:
             most_warmup=MOST_WARMUP,
             draws_version=NEWEST,
         )
-        trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
-        for module in stage.frozen:
-            # A frozen model may have an adapter, whose parameters a phase trains.
-            for parameter in module.parameters():
-                parameter.requires_grad_(parameter.requires_grad and parameter in trained)
-            module.eval().to(accelerator.device)
+        _freeze(stage, accelerator.device)
         sharded = shards_weights()
         if sharded:
             check_shardable(stage, config, accelerator)
@@ -96,9 +91,8 @@ class Training:
             for i, phase in enumerate(stage.phases)
         ]
         self.shards = self.runners[0].shards
-        self.ema = None
-        if config.use_ema:
-            self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every, self.shards)
+        settings = (config.ema_decay, config.ema_update_every, self.shards)
+        self.ema = EMA(stage.ema_of, *settings) if config.use_ema else None
         # Everything that checkpoints save and restore. Any other state is lost when the process ends.
         self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
         if self.ema is not None:
@@ -277,6 +271,16 @@ class Training:
                 "step": state.best_step,
             },
         }
+
+
+def _freeze(stage: Stage, device: torch.device) -> None:
+    """Freeze the models that no phase trains, and put them on the device."""
+    trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
+    for module in stage.frozen:
+        # A frozen model may have an adapter, whose parameters a phase trains.
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in trained)
+        module.eval().to(device)
 
 
 @torch.no_grad()
