@@ -87,6 +87,11 @@ class Config(
                 "--train_batch_size is 1, but the alignment loss compares a pair with the other pairs of its batch; "
                 f"set --train_batch_size to 2 or more, or --alignment_weight {self.alignment_weight} to 0"
             )
+        if self.alignment_weight and self.auto_batch_size:
+            raise UserError(
+                "--auto_batch_size true would change the alignment loss, which compares a pair with the other pairs of "
+                f"its micro-batch; leave it out, or set --alignment_weight {self.alignment_weight} to 0"
+            )
 
 
 class ImageCaptionStage(GeneratingStage):

@@ -104,3 +104,11 @@ def synchronize(device: torch.device) -> None:
 
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back to a GPU what torch keeps for later, in pieces that may be too small. No-op on the CPU."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

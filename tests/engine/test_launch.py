@@ -97,12 +97,17 @@ def test_fewer_processes_than_requested_are_an_error(monkeypatch, tmp_path, comm
         start_accelerator(RunConfig())
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
-def test_parallelism_that_would_not_come_is_an_error(monkeypatch, tmp_path, kind):
+OTHER_KINDS = (
+    r"the Accelerate config asks for .*, and training is data parallel.* Use configs/accelerate/multi_gpu.yaml"
+)
+FIRST_FSDP = r"FSDP with fsdp_version 1, and only version 2 is supported; use configs/accelerate/fsdp2.yaml"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("DEEPSPEED", OTHER_KINDS), ("MEGATRON_LM", OTHER_KINDS), ("FSDP", FIRST_FSDP)]
+)
+def test_parallelism_that_would_not_come_is_an_error(monkeypatch, tmp_path, kind, expected):
     """By the variable that the launcher sets, and by its config file, which `--cpu` makes it ignore."""
-    expected = (
-        r"the Accelerate config asks for .*, and training is data parallel.* use configs/accelerate/multi_gpu.yaml"
-    )
     with monkeypatch.context() as launched:
         launched.setenv(f"ACCELERATE_USE_{kind}", "true")
         with pytest.raises(UserError, match=expected):
@@ -112,6 +117,19 @@ def test_parallelism_that_would_not_come_is_an_error(monkeypatch, tmp_path, kind
     words = ["accelerate", "launch", "--cpu", "--config_file", str(config), "x.py"]
     monkeypatch.setattr(launch, "launcher_command", lambda: words)
     with pytest.raises(UserError, match=expected):
+        start_accelerator(RunConfig())
+
+
+def test_fsdp2_is_asked_for_by_its_config_and_offloading_is_refused(monkeypatch, tmp_path):
+    assert not launch.shards_weights()
+    config = tmp_path / "a.yaml"
+    words = ["accelerate", "launch", "--config_file", str(config), "x.py"]
+    monkeypatch.setattr(launch, "launcher_command", lambda: words)
+    config.write_text((ROOT / "configs/accelerate/fsdp2.yaml").read_text().replace("num_processes: 8", ""))
+    assert launch.shards_weights()
+    start_accelerator(RunConfig())
+    config.write_text(config.read_text() + "  fsdp_offload_params: true\n")
+    with pytest.raises(UserError, match="fsdp_offload_params, which is not supported"):
         start_accelerator(RunConfig())
 
 

@@ -77,6 +77,15 @@ def test_a_process_that_is_frozen_ends_the_others_after_a_while(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_long_work_of_the_main_process_alone_does_not_end_those_that_wait_for_it(tmp_path):
+    """It makes previews for longer than a process may be silent."""
+    flags = [*FLAGS, "--process_timeout", "10", "--long_part", "previews", "--long_seconds", "14"]
+    processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *flags, "--max_train_steps", "1"])
+    statuses, errors = outcomes(processes, 300)
+    assert statuses == [0, 0], errors
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+
+
 def test_a_signal_to_one_process_before_the_first_step_ends_both(tmp_path):
     """The first step, which takes long, is left at once, and the same command does it again."""
     run, whole = tmp_path / "run", tmp_path / "whole"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
-from pipelines.tools.devices import DEVICE_HELP, get_device, has_accelerator_device
+from pipelines.tools.devices import DEVICE_HELP, get_device, has_accelerator_device, release_cached_memory
 from tests.conftest import ROOT
 
 SOURCES = [p for folder in ("pipelines", "training", "data_scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -153,6 +153,14 @@ def test_every_command_has_the_same_help_for_its_device():
     helps = {path.stem: device_helps(path) for path in commands if device_helps(path)}
     assert set(helps) >= {path.stem for path in commands_with_models()}
     assert {text for texts in helps.values() for text in texts} == {DEVICE_HELP}
+
+
+def test_cached_memory_of_a_mac_is_released(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("mps"))
+    for device in ("mps", "cpu"):
+        release_cached_memory(torch.device(device))
+    assert calls == ["mps"]
 
 
 # They describe devices and choose none: the checks of make doctor, and the power that a device takes.

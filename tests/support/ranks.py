@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.child import Child
 from tests.support.runs import ROOT, environment
 
 
@@ -46,3 +49,36 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str
             assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def fork_ranks(action: Callable[[], int | None], output: Path, count: int, **variables: str) -> tuple[list[int], str]:
+    """Call `action` in `count` forked processes of one run, which saves the seconds of starting interpreters.
+
+    Args:
+        output: file that gets what the first process prints; the others have files beside it.
+        variables: further environment variables of each process.
+
+    Returns:
+        The exit statuses, and everything that the processes printed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", **variables}
+
+    def of_rank(rank: int) -> int | None:
+        os.environ.update(shared, MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+        return action()
+
+    children = [
+        Child(functools.partial(of_rank, rank), output.with_suffix(f".{rank}.txt" if rank else ".txt"))
+        for rank in range(count)
+    ]
+    statuses = [child.wait() for child in children]
+    return statuses, "\n".join(child.text() for child in children)
+
+
+def forked_ranks(action: Callable[[], int], output: Path, count: int, **variables: str) -> None:
+    """Call `action` as `fork_ranks` does; every process must succeed."""
+    statuses, text = fork_ranks(action, output, count, **variables)
+    assert statuses == [0] * count, text

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
@@ -44,6 +45,8 @@ class ToyConfig(RunConfig):
     long_part: str = option("", on_resume="free")
     """A part of the run that takes an hour: data, foreign (data that are opened by foreign code), first_step,
     validation, previews, saving (which takes a second), finish."""
+    long_seconds: float = option(3600.0, on_resume="free")
+    """How long this part takes, if not an hour."""
     signal_at: str = option("", on_resume="free")
     """Where this process sends itself a SIGUSR1: validation, previews or finish."""
     signal_step: int = option(0, on_resume="free")
@@ -51,9 +54,26 @@ class ToyConfig(RunConfig):
     signal_rank: int = option(-1, on_resume="free")
     """Rank of the only process that sends itself signals; -1 means all processes."""
     denoiser_start: int = option(0, on_resume="warn")
+    image_mib: int = option(0, on_resume="free")
+    """Memory in MiB that the forward pass takes for each image of a micro-batch."""
+    image_mib_step: int = option(0, on_resume="free")
+    """The step (from 1) from which on it takes this memory; 0 means always."""
+    free_mib: int = option(0, on_resume="free")
+    """Memory in MiB that the system lets this process allocate after the stage is built; 0 sets no limit."""
+    limited_rank: int = option(-1, on_resume="free")
+    """Rank of the only process with this limit; -1 means all processes."""
 
     def is_signalled(self) -> bool:
         return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
+
+
+def limit_memory(config: ToyConfig) -> None:
+    """Let the system refuse this process more memory than it uses now, beyond `free_mib`."""
+    import resource  # not on Windows
+
+    if config.free_mib and config.limited_rank in (-1, int(os.environ.get("RANK", "0"))):
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + config.free_mib * 2**20, resource.RLIM_INFINITY))
 
 
 def last_long(config: ToyConfig, part: str, poll: Callable[[], None] = lambda: None) -> None:
@@ -65,9 +85,9 @@ def last_long(config: ToyConfig, part: str, poll: Callable[[], None] = lambda: N
         mutex = ctypes.create_string_buffer(64)
         for _ in range(2):  # it waits for itself, and no signal ends the call
             ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    deadline = time.monotonic() + (1 if part == "saving" else 3600)
+    deadline = time.monotonic() + (1 if part == "saving" else config.long_seconds)
     while time.monotonic() < deadline:
-        time.sleep(0.5 if part in ("validation", "previews") else deadline - time.monotonic())
+        time.sleep(0.5 if part in ("validation", "previews") else max(0.0, deadline - time.monotonic()))
         poll()
 
 
@@ -112,6 +132,8 @@ class DenoisePhase(Phase):
 
     def forward(self, batch, draws):
         time.sleep(self.config.slow_seconds)
+        if draws.step >= self.config.image_mib_step - 1:
+            torch.empty(self.config.image_mib * 2**20 * len(batch["image"]), dtype=torch.uint8)
         last_long(self.config, "first_step")
         if draws.step == self.config.signal_step - 1 and self.config.is_signalled():
             signal.raise_signal(signal.SIGTERM)
@@ -171,6 +193,7 @@ class ToyStage(Stage):
             for phase in self.phases:
                 phase.double()
         self.ema_of = {"unet": self.unet}
+        limit_memory(config)
 
     def train_data(self):
         last_long(self.config, "data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class BatchConfig(Options):
     """Number of micro-batches to accumulate before each optimizer step"""
     validation_batch_size: int = option(0, on_resume="free", at_least=0)
     """Batch size for validation; 0 uses --train_batch_size"""
+    auto_batch_size: bool = option(False, on_resume="free")
+    """If the memory of the device is too small for a micro-batch, divide it by two and accumulate twice as many, as
+    often as necessary. The global batch stays the same, and a resumed run begins with the size that fitted"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class BatchLayout:
     @property
     def global_batch_size(self) -> int:
         return self.train_batch_size * self.num_processes * self.gradient_accumulation_steps
+
+    def smaller(self) -> BatchLayout | None:
+        """Return the layout with half the micro-batch and twice the accumulation; None for a micro-batch of one.
+
+        A micro-batch of an odd size is divided by its smallest factor.
+        """
+        size = self.train_batch_size
+        factor = next((n for n in range(2, size + 1) if size % n == 0), None)
+        if factor is None:
+            return None
+        return replace(
+            self,
+            train_batch_size=size // factor,
+            gradient_accumulation_steps=self.gradient_accumulation_steps * factor,
+        )
 
     def positions(self, micro_batch: int) -> range:
         """Return the positions in the global batch of one of this process's micro-batches."""

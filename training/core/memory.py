@@ -1,4 +1,4 @@
-"""The memory that this process uses."""
+"""The memory that this process uses, and errors that say that there is too little of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+# What torch's allocators, oneDNN and the C++ library say; only that of CUDA has an exception of its own.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "std::bad_alloc", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a GPU, a Mac or a CPU does not suffice."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def memory_mib(device: torch.device) -> float | None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
 
 from pipelines.tools.commands import command as typed
 from training.core.batches import fetch
 from training.core.draws import Draws
 from training.core.layout import BatchLayout, steps_per_epoch
-from training.core.stage import Stage
+from training.core.stage import Phase, Stage
 from training.engine import prepare
+from training.engine.activations import measure_activations
 from training.engine.balance import balanced_strata
 from training.engine.sampler import StepSampler
-from training.engine.validation import evaluating
 
 if TYPE_CHECKING:
     from training.engine.run_config import RunConfig
@@ -79,30 +77,12 @@ def report(stage: Stage, config: RunConfig, num_processes: int) -> str:
     return "\n".join([*lines, *_resolved(config)])
 
 
-def _shapes(stage: Stage, phase, data, config, layout) -> tuple[list[str], int]:
+def _shapes(stage: Stage, phase: Phase, data, config, layout) -> tuple[list[str], int]:
     """Run one forward pass with one sample; return lines about its feature maps, and the bytes of its activations."""
-    maps: dict[tuple[int, int], list[int]] = defaultdict(list)
-    total = 0
-
-    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
-        nonlocal total
-        if not isinstance(output, torch.Tensor):
-            return
-        if not any(module.children()):  # a container returns the tensor of its last child, which is counted there
-            total += output.numel() * output.element_size()
-        if output.ndim == 4:
-            maps[tuple(output.shape[-2:])].append(output.shape[1])
-
-    hooks = [module.register_forward_hook(record) for module in phase.modules()]
     key = StepSampler(len(data), layout, config.seed).keys(0, 0)[:1]
-    try:
-        with evaluating([phase], None):
-            phase(fetch(data, key), Draws(config.seed, 0, [0]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    measured = measure_activations(phase, fetch(data, key), Draws(config.seed, 0, [0]))
     lines = [
         f"  {height}×{width}: {min(channels)} to {max(channels)} channels in {len(channels)} feature maps"
-        for (height, width), channels in sorted(maps.items(), reverse=True)
+        for (height, width), channels in sorted(measured.channels.items(), reverse=True)
     ]
-    return lines, total
+    return lines, measured.bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.core.options import Options, option
+from training.engine.sharding import Shards
 from training.run.checkpoint import Contents, load_tensors
 
 EMA_FILE = "ema.safetensors"
@@ -34,23 +35,25 @@ class EMA:
     At step t (from 1) the decay is min(decay, (1 + t) / (10 + t)): the smaller decay at the beginning makes the EMA
     weights forget the initial weights. With `update_every` = k they are updated every k steps with decay**k, which is
     k times cheaper and makes no visible difference for the usual decays.
+
+    Args:
+        shards: of a phase whose weights are divided among the processes; each averages its parts of them.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float, update_every: int = 1):
+    def __init__(
+        self, modules: Mapping[str, nn.Module], decay: float, update_every: int = 1, shards: Shards | None = None
+    ):
         self.decay = decay
         self.update_every = update_every
-        self._modules = dict(modules)
-        self._live = [tensor for _, tensor in self._named_live()]
+        self._shards = shards
+        named = _named_tensors(modules) if shards is None else shards.named_weights(modules)
+        self._named = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+        self._live = list(self._named.values())
         self._average = [tensor.detach().clone() for tensor in self._live]
+        self._places = {id(tensor): i for i, tensor in enumerate(self._live)}
         # Frozen parameters do not change, so they need no average. Buffers may change without a gradient.
         self._moving = [i for i, t in enumerate(self._live) if t.requires_grad or not isinstance(t, nn.Parameter)]
         self.begin_at({})
-
-    def _named_live(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in self._modules.items():
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                if tensor.is_floating_point():
-                    yield f"{prefix}.{name}", tensor
 
     def begin_at(self, first_steps: Mapping[Tensor, int]) -> None:
         """Set the step (from 0) at which each tensor is first trained; its EMA begins there. The default is 0.
@@ -105,29 +108,54 @@ class EMA:
             live.copy_(average)
             average.copy_(held)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        names = [name for name, _ in self._named_live()]
-        return dict(zip(names, self._average, strict=True))
+    def average_of(self, tensor: Tensor) -> Tensor:
+        """Return the EMA of a live tensor, or the tensor itself if it has none."""
+        place = self._places.get(id(tensor))
+        return tensor if place is None else self._average[place]
 
-    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self._named, self._average, strict=True))
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = self.state_dict()
         if own.keys() != state.keys():
             raise KeyError(f"EMA weights of other tensors: {sorted(own.keys() ^ state.keys())[:5]}")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        self._load(own, state)
 
-    def contents(self) -> Contents:
-        """Return what a checkpoint contains of the EMA weights."""
-        return {EMA_FILE: self.state_dict()}
+    @torch.no_grad()
+    def _load(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        for name, tensor in own.items():
+            live = self._named[name]
+            sharded = self._shards is not None and self._shards.has(live)
+            tensor.copy_(self._shards.part_of(live, state[name]) if sharded else state[name])  # type: ignore[union-attr]
+
+    def contents(self, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Contents:
+        """Return what a checkpoint contains of the EMA weights.
+
+        If they are sharded, every process calls it, and `keep` returns what is kept of each whole tensor.
+        """
+        state, shards = self.state_dict(), self._shards
+        if shards is not None:
+            lives = self._named
+            state = {
+                name: keep(shards.whole(lives[name], mean) if shards.has(lives[name]) else mean)
+                for name, mean in state.items()
+            }
+        return {EMA_FILE: state}
 
     def load(self, folder: Path) -> None:
         """Load the EMA weights from a checkpoint's folder."""
         self.load_state_dict(load_tensors(folder / EMA_FILE))
 
     def load_live(self, folder: Path) -> None:
-        """Load the EMA weights from a checkpoint's folder into the modules themselves."""
-        tensors = load_tensors(folder / EMA_FILE)
-        for name, module in self._modules.items():
-            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            module.load_state_dict(own, strict=False)
+        """Load the EMA weights from a checkpoint's folder into the live weights."""
+        self._load(self._named, load_tensors(folder / EMA_FILE))
+
+
+def _named_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of modules, by the names that they have there with a prefix."""
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }

@@ -12,7 +12,7 @@ from training.engine.launch import gather
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
-from training.engine.validation import evaluating, interrupted_together
+from training.engine.validation import interrupted_together
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
@@ -76,7 +76,7 @@ def finish(
     """
     failure = ""
     try:
-        with interrupted_together(accelerator), stop.at_once(), evaluating(training.modules, training.ema):
+        with interrupted_together(accelerator), training.evaluating(), stop.at_once():
             best = linked_checkpoint(folder.checkpoints, "best")
             # Without a finite validation metric, `best` is only the first checkpoint.
             of_best = training.state.stopped_early or training.stage.exports_best

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 AUTO = "auto"
 
-# Previews and exports keep one process busy while the others wait for it. A process that no longer responds is noticed
-# earlier, see ranks.py.
-PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+# Previews, reports and exports keep one process busy while the others wait for it, for as long as it takes. A process
+# that ended or no longer responds is noticed in another way, see ranks.py.
+PROCESS_GROUP_TIMEOUT = timedelta(days=30)
 
 _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -40,9 +40,10 @@ _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 # sets for it, and its name.
 _UNSUPPORTED = (
     ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-    ("FSDP", "ACCELERATE_USE_FSDP", "FSDP"),
     ("MEGATRON_LM", "ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ("PARALLELISM_CONFIG", "ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism_config"),
 )
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 
 # Parameters of mallopt(3): the free memory above which the heap is trimmed, and the size from which a block is mapped
 # separately and returned to the system when it is freed.
@@ -88,7 +89,7 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
 
     Raises:
         UserError: fp16 on a CPU, or a launcher that was asked for another number of processes than it started, or for
-            another kind of parallelism than DDP.
+            another kind of parallelism than DDP and FSDP2.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -102,16 +103,17 @@ def start_accelerator(config: LaunchConfig, kept: str | None = AUTO) -> Accelera
             "(flag --mixed_precision, or mixed_precision in the Accelerate config)"
         )
     _check_parallelism()
-    accelerator = Accelerator(
-        # Without cpu=True, Accelerate ignores torchrun on CPUs: each rank would train alone.
-        cpu=not has_accelerator_device(),
-        mixed_precision=precision,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
-            # Buffers need no broadcast, as no model keeps running statistics that could differ between ranks.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
+    with _without_fsdp():
+        accelerator = Accelerator(
+            # Without cpu=True, Accelerate ignores torchrun on CPUs: each rank would train alone.
+            cpu=not has_accelerator_device(),
+            mixed_precision=precision,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
+                # Buffers need no broadcast, as no model keeps running statistics that could differ between ranks.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
     _check_world_size(accelerator.num_processes)
     if accelerator.device.type == "cpu":
         prepare_cpu(config)
@@ -221,21 +223,64 @@ def _check_world_size(started: int) -> None:
             )
 
 
-def _check_parallelism() -> None:
-    """Raise UserError if the launcher was asked for another kind of parallelism than DDP.
+def shards_weights() -> bool:
+    """Return whether the launcher was asked for FSDP2, which divides the weights among the processes."""
+    return _asks_for("FSDP", _USE_FSDP)
 
-    On CPUs, Accelerate would train with DDP instead, without a word. On GPUs, it would shard the weights, which the
-    loop saves, samples from and averages as whole tensors.
+
+def _asks_for(kind: str, variable: str) -> bool:
+    """Return whether the launcher was asked for a kind of parallelism, by its variable or in its config file.
+
+    `accelerate launch --cpu` ignores what its config file says of it.
     """
     asked = str(_launch_config(launcher_command()).get("distributed_type", "")).upper()
+    return asked == kind or os.environ.get(variable, "").lower() == "true"
+
+
+def _check_parallelism() -> None:
+    """Raise UserError if the launcher was asked for another kind of parallelism than DDP and FSDP2.
+
+    On CPUs, Accelerate would train with DDP instead, without a word. On GPUs, it would shard the weights in ways that
+    the loop does not know.
+    """
     for kind, variable, name in _UNSUPPORTED:
-        if asked == kind or os.environ.get(variable, "").lower() == "true":
+        if _asks_for(kind, variable):
             raise UserError(
-                f"the Accelerate config asks for {name}, and training is data parallel (DDP) only; "
-                "use configs/accelerate/multi_gpu.yaml, or multi_node.yaml for several machines. If a GPU has too "
-                "little memory, add --gradient_checkpointing true, or a smaller --train_batch_size with "
-                "--gradient_accumulation_steps"
+                f"the Accelerate config asks for {name}, and training is data parallel: DDP, or FSDP2 for models that "
+                "are too large for one GPU. Use configs/accelerate/multi_gpu.yaml, multi_node.yaml for several "
+                "machines, or fsdp2.yaml. If a GPU has too little memory, --auto_batch_size true and "
+                "--gradient_checkpointing true need no other config"
             )
+    if not shards_weights():
+        return
+    settings = _launch_config(launcher_command()).get("fsdp_config") or {}
+    version = os.environ.get("FSDP_VERSION") or settings.get("fsdp_version", 1)
+    if str(version) != "2":
+        raise UserError(
+            f"the Accelerate config asks for FSDP with fsdp_version {version}, and only version 2 is supported; use "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    offload = os.environ.get("FSDP_OFFLOAD_PARAMS") or settings.get("fsdp_offload_params", False)
+    if str(offload).lower() == "true":
+        raise UserError(
+            "the Accelerate config asks for fsdp_offload_params, which is not supported; use "
+            "configs/accelerate/fsdp2.yaml"
+        )
+
+
+@contextlib.contextmanager
+def _without_fsdp() -> Iterator[None]:
+    """Hide from Accelerate that FSDP2 was asked for, inside the block.
+
+    It would wrap models and optimizers itself, and only in ways in which nothing else may use them. `sharding.py`
+    shards the weights; Accelerate is responsible for processes, devices and precision, as for DDP.
+    """
+    asked = os.environ.pop(_USE_FSDP, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_USE_FSDP] = asked
 
 
 def _requested_processes(command: list[str]) -> int | None:

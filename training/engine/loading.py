@@ -75,6 +75,11 @@ class MicroBatches:
         batch = fetch(self.data, self._sampler(0, 1).keys(0, 0))
         return to_device(batch, self.device), Draws(self.seed, 0, self.layout.positions(0), self.device)
 
+    def first_sample(self) -> tuple[Batch, Draws]:
+        """Return a micro-batch of the first sample of the run alone, and its random draws."""
+        batch = fetch(self.data, self._sampler(0, 1).keys(0, 0)[:1])
+        return to_device(batch, self.device), Draws(self.seed, 0, self.layout.positions(0)[:1], self.device)
+
     def rows(self, step: int, micro_batches: list[int]) -> list[int]:
         """Return the indices of the dataset rows in the given micro-batches of a step."""
         sampler = self._sampler(0, 1)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from training.core.stage import Batch, Evaluation
+from training.engine.batch_fitting import BatchFitting
 from training.engine.best import best_metric, check_evaluations
 from training.engine.cadence import Cadence, CheckpointClock
 from training.engine.launch import exchange_of, gather
-from training.engine.phase_runner import PhaseRunner
+from training.engine.phase_runner import MemoryFull, PhaseRunner
 from training.engine.profiling import StepProfiler
 from training.engine.run_config import RunConfig
 from training.engine.saving import CheckpointWriter, holds_best
@@ -30,7 +31,7 @@ from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
 from training.engine.step_values import DoneStep, Requests, StepOutcome, StepValues, Waiting
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
-from training.engine.validation import evaluating, interrupted_together, validate
+from training.engine.validation import interrupted_together, validate
 from training.reporting.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ class Loop:
         reporter: Reporter,
         writer: CheckpointWriter,
         stop: StopSignal,
+        fitting: BatchFitting,
     ):
         self.training, self.config, self.accelerator = training, config, accelerator
+        self.fitting = fitting
         self.state, self.stage = training.state, training.stage
         self.reporter, self.writer, self.stop = reporter, writer, stop
         self.cadence = Cadence(config, training.steps_per_epoch, self.state.goal_steps)
@@ -86,12 +89,12 @@ class Loop:
             training.ema.begin_at({p: schedule.first_step for runner, schedule in begins for p in runner.parameters})
         if state.pending_events:
             self.events()
-        steps = training.batches.steps(state.step, state.goal_steps)
+        self._load_batches()
         leaving: AbstractContextManager[None] = self.stop.at_once(FIRST_STEP_PATIENCE)
         with self.reporter.progress(), main_thread_on_its_core(training.device), self._profiler() as profiler:
             while not (state.is_over or self.stop_agreed):
                 with leaving:
-                    self.step(next(steps))
+                    self.step(next(self._steps))
                 leaving = nullcontext()
                 self.events()
                 profiler.step_done()
@@ -101,6 +104,10 @@ class Loop:
         remaining = max(0, self.state.goal_steps - self.state.step)
         return StepProfiler(steps, remaining, self.reporter.folder.path, self.training.device)
 
+    def _load_batches(self) -> None:
+        """Begin to load the batches of the next step and of those after it."""
+        self._steps = self.training.batches.steps(self.state.step, self.state.goal_steps)
+
     def step(self, batches: list[Batch]) -> None:
         """Make one optimizer step of every phase that has begun. `batches` are this process's micro-batches.
 
@@ -108,17 +115,30 @@ class Loop:
         """
         state = self.state
         outcomes: dict[int, StepOutcome] = {}
+        self._batches = batches
         for place, (runner, schedule) in enumerate(zip(self.training.runners, self.schedules, strict=True)):
             if not schedule.has_begun(state.step):
                 continue
             requests = Requests(self.stop.requested is not None, self.clock.is_due(), self.waiting.seconds)
             rate = schedule.learning_rate_at(state.step)
-            outcomes[place] = runner.step(state.step, batches, rate, requests)
+            outcomes[place] = self._step_of(runner, rate, requests)
         if self.training.ema is not None:
             self.training.ema.update(state.step + 1, _all_taken(outcomes.values()))
         self.waiting.add(DoneStep(state.step, self.schedules[0].learning_rate_at(state.step), outcomes))
         state.step_done(self.training.layout.global_batch_size)
         self.reporter.step_done(self.training.layout.global_batch_size)
+
+    def _step_of(self, runner: PhaseRunner, learning_rate: float, requests: Requests) -> StepOutcome:
+        """Make the step of one phase; if the memory runs out, again with smaller micro-batches, or raise UserError."""
+        while True:
+            try:
+                return runner.step(self.state.step, self._batches, learning_rate, requests)
+            except MemoryFull as error:
+                full = error
+            self._batches = []
+            self.fitting.in_step(self.state.step, full)
+            self._load_batches()
+            self._batches = next(self._steps)
 
     def read_values(self) -> None:
         """Read the values of the steps since the last call, and count them in their order.
@@ -196,12 +216,12 @@ class Loop:
 
     def validate(self) -> dict[str, float]:
         """Compute the validation metrics with the EMA weights. Raises Interrupted on every process."""
-        with evaluating(self.training.modules, self.training.ema):
+        with self.training.evaluating():
             metrics = validate(
                 self.stage,
                 self.accelerator,
                 seed=self.config.seed,
-                batch_size=self.config.validation_batch_size or self.config.train_batch_size,
+                batch_size=self.config.validation_batch_size or self.training.layout.train_batch_size,
                 poll=self.stop.check,
             )
         if metrics:
@@ -226,7 +246,7 @@ class Loop:
             return None
         exchange = exchange_of(self.accelerator)
         started = time.monotonic()
-        with evaluating(self.training.modules, self.training.ema):
+        with self.training.evaluating():
             evaluation = self.stage.evaluate(exchange, distances=distances, copies=copies)
         if evaluation is not None:
             self.state.last_evaluation = {**self.state.last_evaluation, **evaluation.metrics}
@@ -239,10 +259,9 @@ class Loop:
 
     def show_previews(self) -> None:
         """Generate and save the previews on the main process. Raises Interrupted on every process."""
-        with interrupted_together(self.accelerator):
+        with interrupted_together(self.accelerator), self.training.evaluating():
             if self.accelerator.is_main_process:
-                with evaluating(self.training.modules, self.training.ema):
-                    previews = self.stage.previews()
+                previews = self.stage.previews()
                 if previews is not None:
                     self.reporter.keep_previews(previews)
 

@@ -1,10 +1,10 @@
-"""Runs one phase: device, DDP, autocast, compilation, gradient accumulation and optimizer."""
+"""Runs one phase: device, DDP or FSDP2, autocast, compilation, gradient accumulation and optimizer."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pipelines.tools.cli import one_line
 from training.core.draws import Draws, mix
 from training.core.layout import BatchLayout
+from training.core.memory import is_out_of_memory
 from training.core.options import option
 from training.core.stage import Batch, Phase
 from training.engine import optimizers
 from training.engine.optimizers import OptimizerConfig
+from training.engine.sharding import Shards
 from training.engine.step_draws import StepDraws
 from training.engine.step_values import Requests, StepOutcome
 from training.run import checkpoint
@@ -38,12 +41,29 @@ class PhaseConfig(OptimizerConfig):
     """Recompute activations in the backward pass, which saves memory and takes more time"""
 
 
+class MemoryFull(Exception):
+    """The memory ran out in the forward or backward pass of a phase; nothing was changed but its gradients.
+
+    It is raised without the error that it is made from, whose traceback would hold the tensors of the attempt.
+
+    Args:
+        reason: the message of the allocator.
+        batch: the shapes of the tensors of the micro-batch.
+    """
+
+    def __init__(self, phase: str, reason: str, batch: str):
+        super().__init__(phase, reason, batch)
+        self.phase, self.reason, self.batch = phase, reason, batch
+
+
 class PhaseRunner:
     """Forward, backward, checks, clipping and optimizer step of one phase.
 
     Args:
         state: the counters of the run; its checkpoint may record an earlier version of the draws.
         prefix: prefix of the names of the phase's metrics; empty for the first phase.
+        sharded: whether each process trains a part of every weight (FSDP2), and not all of them (DDP).
+        frozen: modules that no phase trains, which are never sharded.
     """
 
     def __init__(
@@ -56,6 +76,8 @@ class PhaseRunner:
         seed: int,
         state: RunState,
         prefix: str = "",
+        sharded: bool = False,
+        frozen: Sequence[nn.Module] = (),
     ):
         self.phase = phase
         self.config = config
@@ -67,8 +89,13 @@ class PhaseRunner:
         self._draws = StepDraws(seed, state, layout, accelerator.device, compiled=config.compile)
         if config.gradient_checkpointing:
             _enable_gradient_checkpointing(phase)
-        phase.to(accelerator.device)
-        self.parameters = [p for p in phase.parameters() if p.requires_grad]
+        # A sharded phase may be too large for one device: only its parts are put there.
+        self.shards = Shards(phase, frozen, accelerator) if sharded else None
+        if self.shards is None:
+            phase.to(accelerator.device)
+        # What the optimizer changes: the weights of the phase, or this process's parts of them.
+        own: Iterable[nn.Parameter] = phase.parameters() if self.shards is None else self.shards.parts.values()
+        self.parameters = [p for p in own if p.requires_grad]
         optimizer = optimizers.build_optimizer(config, self.parameters, self.learning_rate)
         if config.compile:
             phase.compile()  # in place, without a wrapper, so that saved names have no `_orig_mod.`
@@ -76,7 +103,7 @@ class PhaseRunner:
         with warnings.catch_warnings():
             # Newer versions of torch rename `broadcast_buffers`, and warn.
             warnings.simplefilter("ignore", category=FutureWarning)
-            self.wrapped = accelerator.prepare_model(phase)
+            self.wrapped = accelerator.prepare_model(phase) if self.shards is None else self.shards.module
         self.optimizer = accelerator.prepare_optimizer(optimizer)
 
     def settle_buckets(self, batch: Batch, draws: Draws) -> None:
@@ -86,12 +113,50 @@ class PhaseRunner:
         resumed run would do this at another step than an uninterrupted one, and their results would differ in the last
         bits (seen with three or more processes).
         """
-        if self.wrapped is self.phase or self.accelerator.num_processes == 1:
+        if self.wrapped is self.phase or self.shards is not None or self.accelerator.num_processes == 1:
             return
         for _ in range(2):
             loss, _ = self.wrapped(batch, draws)
             loss.backward()
         self.optimizer.zero_grad()
+
+    def divide(self, layout: BatchLayout) -> None:
+        """Use another split of the same global batch from the next step on."""
+        self.layout = layout
+        self._draws.divide(layout)
+
+    def try_step(self, batch: Batch, draws: Draws) -> MemoryFull | None:
+        """Run a forward and a backward pass and discard their gradients; return whether the memory ran out.
+
+        No gradients are exchanged, so it may run out on some processes only. A sharded phase cannot be tried in this
+        way, as its weights are exchanged in every pass.
+        """
+        if self.shards is not None:
+            return None
+
+        def attempt() -> None:
+            with self.accelerator.no_sync(self.wrapped):
+                loss, _ = self.wrapped(batch, draws)
+                self.accelerator.backward(loss)
+
+        full = self._within_memory(attempt, batch)
+        self.zero_grad()
+        return full
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.shards is not None:
+            self.shards.zero_grad()
+
+    def _within_memory(self, attempt: Callable[[], None], batch: Batch) -> MemoryFull | None:
+        """Call `attempt`; return whether the memory ran out in it."""
+        try:
+            attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return MemoryFull(self.phase.name, one_line(error, 200), _shapes_of(batch))
+        return None
 
     @property
     def waits(self) -> bool:
@@ -113,10 +178,19 @@ class PhaseRunner:
             step: number of the step (from 0) in the run.
             batches: the micro-batches of this process.
             requests: what this process asks for; the values of the outcome tell what any process asks for.
+
+        Raises:
+            MemoryFull: the memory of this process does not suffice for one of the micro-batches.
         """
         # Before the step, not after it: another phase's backward pass may have left gradients in these parameters.
-        self.optimizer.zero_grad()
-        losses, metrics = self._accumulate(step, batches)
+        self.zero_grad()
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        full = self._within_memory(lambda: self._accumulate(step, batches, losses, metrics), batches[0])
+        if full is not None:
+            raise full
+        if self.shards is not None:
+            self.shards.take_gradients()
         gradient_norm = self._gradient_norm()
         names, row = self._reduce(losses, metrics, gradient_norm, requests)
         outcome = StepOutcome(names, row, torch.isfinite(torch.stack(losses)), True, requests)
@@ -149,9 +223,10 @@ class PhaseRunner:
         if scaler is not None:
             outcome.known[f"{self.prefix}grad_scale"] = scaler.get_scale()
 
-    def _accumulate(self, step: int, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        losses: list[Tensor] = []
-        metrics: dict[str, Tensor] = {}
+    def _accumulate(
+        self, step: int, batches: Sequence[Batch], losses: list[Tensor], metrics: dict[str, Tensor]
+    ) -> None:
+        """Add the gradients of the micro-batches; append their losses, and add up the means of their metrics."""
         for micro_batch, batch in enumerate(batches):
             positions = self.layout.positions(micro_batch)
             # Dropout in models uses the global generator, whose state data loaders and previews change.
@@ -165,14 +240,16 @@ class PhaseRunner:
             losses.append(loss.detach())
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() / len(batches)  # type: ignore[assignment]
-        return losses, metrics
 
     def _gradient_norm(self) -> Tensor:
         """Return the global norm of the gradients, without the scale of fp16."""
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.shards is None:
+            return norm
+        return self.accelerator.reduce(norm.to(self.accelerator.device).square(), reduction="sum").sqrt()
 
     def _reduce(
         self, losses: list[Tensor], metrics: dict[str, Tensor], gradient_norm: Tensor, requests: Requests
@@ -195,31 +272,60 @@ class PhaseRunner:
         """Name of the file with the phase's weights in a checkpoint."""
         return f"phase_{self.phase.name}.safetensors"
 
-    def contents(self) -> checkpoint.Contents:
-        """Return what a checkpoint contains of the phase: its weights, and the state of its optimizer."""
+    def contents(self, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> checkpoint.Contents:
+        """Return what a checkpoint contains of the phase: its weights, and the state of its optimizer.
+
+        If the phase is sharded, every process calls it, and `keep` returns what is kept of each whole tensor.
+        """
         tensors, rest = optimizers.flatten_optimizer(self.optimizer)
+        weights = self.phase.state_dict() if self.shards is None else self.shards.state_dict(keep)
+        if self.shards is not None:
+            whole = self.shards.whole
+            tensors = self._of_optimizer(tensors, lambda part, state: keep(whole(part, state)))
         return {
-            self.weights_file: self.phase.state_dict(),
+            self.weights_file: weights,
             f"optimizer_{self.phase.name}.safetensors": tensors,
             f"optimizer_{self.phase.name}.json": rest,
         }
 
+    def _of_optimizer(
+        self, tensors: dict[str, Tensor], change: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Call `change(part, state)` for the states of a sharded optimizer; numbers such as its step are whole."""
+        return {
+            key: change(self.parameters[int(key.split("/", 1)[0])], state) if state.ndim else state
+            for key, state in tensors.items()
+        }
+
     def load_weights(self, folder: Path) -> None:
         """Load the phase's weights from a checkpoint, without its optimizer."""
-        self.phase.load_state_dict(checkpoint.load_tensors(folder / self.weights_file))
+        (self.phase if self.shards is None else self.shards).load_state_dict(
+            checkpoint.load_tensors(folder / self.weights_file)
+        )
 
     def load(self, folder: Path) -> None:
         self.load_weights(folder)
-        optimizers.unflatten_optimizer(
-            self.optimizer,
-            checkpoint.load_tensors(folder / f"optimizer_{self.phase.name}.safetensors"),
-            checkpoint.load_json(folder / f"optimizer_{self.phase.name}.json"),
-        )
+        tensors = checkpoint.load_tensors(folder / f"optimizer_{self.phase.name}.safetensors")
+        if self.shards is not None:
+            tensors = self._of_optimizer(tensors, self.shards.part_of)
+        rest = checkpoint.load_json(folder / f"optimizer_{self.phase.name}.json")
+        optimizers.unflatten_optimizer(self.optimizer, tensors, rest)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that the phase trains, on all processes together."""
+        return sum(p.numel() for p in self.phase.parameters() if p.requires_grad)
 
     def checkpoint_bytes(self) -> int:
         """Return the size of the phase in a checkpoint: its weights, and two moments for each trained weight."""
         weights = sum(t.numel() * t.element_size() for t in self.phase.state_dict().values())
-        return weights + 2 * sum(p.numel() * p.element_size() for p in self.parameters)
+        return weights + 2 * sum(p.numel() * p.element_size() for p in self.phase.parameters() if p.requires_grad)
+
+
+def _shapes_of(batch: Batch) -> str:
+    """Return the shapes of the images, latents and so on of a micro-batch, such as "image 16×3×64×64"."""
+    shapes = {name: value.shape for name, value in batch.items() if isinstance(value, Tensor) and value.ndim > 1}
+    return ", ".join(f"{name.replace('_', ' ')} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _enable_gradient_checkpointing(phase: Phase) -> None:

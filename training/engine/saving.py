@@ -69,7 +69,8 @@ class CheckpointWriter:
         Raises:
             UserError: on every process, if the weights are not finite.
         """
-        on_main(self.accelerator, self._hold)
+        with self.training.gathered():
+            on_main(self.accelerator, self._hold)
 
     def _hold(self) -> None:
         self._refuse_diverged_weights()
@@ -92,7 +93,8 @@ class CheckpointWriter:
             UserError: on every process, if the weights are not finite, or if `must_succeed` is True and the checkpoint
                 could not be written.
         """
-        return on_main(self.accelerator, lambda: self._write(must_succeed, by_time))
+        with self.training.gathered():
+            return on_main(self.accelerator, lambda: self._write(must_succeed, by_time))
 
     def _write(self, must_succeed: bool, by_time: bool) -> bool:
         state = self.training.state

@@ -13,6 +13,7 @@ from pipelines.tools.cli import keep_running_without_output, printable
 from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
+from training.engine.batch_fitting import BatchFitting, fitted_layout, reporting_full_memory
 from training.engine.choices import kept_precision, settle_choices
 from training.engine.expectations import course, warnings_at_start
 from training.engine.launch import close_process_group_at_exit, on_main, start_accelerator
@@ -113,19 +114,24 @@ def _session(
             return _print_on_main(dry_run.report(stage, config, accelerator.num_processes), accelerator)
         if config.validate_model:
             return _validate_model(stage, config, accelerator, stop)
-        training = Training(stage, config, accelerator)
+        training = Training(stage, config, accelerator, fitted_layout(config, folder, accelerator))
         resumed = restoring.restore(training, config, folder, accelerator)
         if config.validate_only:
             return _validate(training, config, accelerator, stop)
+        fitting = BatchFitting(training, config, accelerator, folder)
+        if not training.state.is_over:
+            fitting.try_a_step()
         if config.max_train_minutes:
-            fit_length(training, config, folder, accelerator, stop, started)
+            with reporting_full_memory(training):
+                fit_length(training, config, folder, accelerator, stop, started)
         if on_main(accelerator, lambda: ending.is_complete(training, folder)):
             if accelerator.is_main_process:
                 restoring.finish_saving(training, folder, config.checkpoints_total_limit)
                 ending.log_complete(training, folder)
             return on_main(accelerator, lambda: ending.push_missing(config, folder))
         prepared = _prepare(training, config, accelerator, folder, resumed)
-    return _train(training, config, accelerator, folder, stop, prepared)
+    with reporting_full_memory(training):
+        return _train(training, config, accelerator, folder, stop, prepared, fitting)
 
 
 def _open(folder: RunFolder, config: RunConfig, accelerator: Accelerator) -> None:
@@ -179,11 +185,12 @@ def _train(
     folder: RunFolder,
     stop: StopSignal,
     prepared: tuple[Exporter, Reporter],
+    fitting: BatchFitting,
 ) -> int:
     """Train a restored run until it is complete or interrupted; return the exit status."""
     exporter, reporter = prepared
     writer = CheckpointWriter(training, folder, exporter, accelerator, keep=config.checkpoints_total_limit)
-    loop = Loop(training, config, accelerator, reporter, writer, stop)
+    loop = Loop(training, config, accelerator, reporter, writer, stop, fitting)
     try:
         loop.run()
     except Interrupted:  # in the first step of this session: there is nothing to save
@@ -218,13 +225,13 @@ def _log_start(training: Training, folder: RunFolder, resumed: str) -> None:
         training.layout.global_batch_size,
         training.trained_parameters / 1e6,
         training.num_processes,
-        training.device.type,
+        training.device.type if training.shards is None else f"{training.device.type} with FSDP2",
     )
 
 
 def _validate(training: Training, config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> int:
     """Print the validation metrics of the restored run, with its EMA weights (`--validate_only`)."""
-    with evaluating(training.modules, training.ema):
+    with training.evaluating():
         _print_validation(training.stage, config, accelerator, stop)
     return 0
 

@@ -28,7 +28,7 @@ from training.engine.signals import Interrupted, StopSignal
 from training.engine.step_values import Requests, read
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
-from training.engine.validation import evaluating, interrupted_together, validate
+from training.engine.validation import interrupted_together, validate
 from training.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -155,11 +155,12 @@ def measure_speed(
     kept = folder.checkpoints / f"{WRITING}speed"
     check_room = functools.partial(check_disk, folder, training.checkpoint_bytes(), config.checkpoints_total_limit)
     on_main(accelerator, check_room)
-    checkpoint = on_main(accelerator, lambda: _seconds(lambda: _write_new(training, kept)))
+    with training.gathered():
+        checkpoint = on_main(accelerator, lambda: _seconds(lambda: _write_new(training, kept)))
     try:
         with interrupted_together(accelerator), main_thread_on_its_core(training.device):
             phases = _time_steps(training, accelerator, stop)
-            with evaluating(training.modules, training.ema):
+            with training.evaluating():
                 validation = _time_validation(training, config, accelerator, stop)
                 evaluation, copies = _time_evaluations(training, config, accelerator)
                 # Last: only the main process may be interrupted here, and the others would wait for it elsewhere.
@@ -222,7 +223,7 @@ def _time_validation(training: Training, config: RunConfig, accelerator: Acceler
     data = training.stage.validation_data()
     if data is None:
         return 0.0
-    batch_size = config.validation_batch_size or config.train_batch_size
+    batch_size = config.validation_batch_size or training.layout.train_batch_size
     batches = math.ceil(len(data) / (batch_size * accelerator.num_processes))
     few = min(VALIDATION_BATCHES, batches)
 

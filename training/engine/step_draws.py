@@ -58,6 +58,11 @@ class StepDraws:
             later, wanted = self._new(step, micro_batch), list(requests)
             self._made[micro_batch] = step, self._worker.submit(self._all_of, later, wanted)
 
+    def divide(self, layout: BatchLayout) -> None:
+        """Use another split of the global batch; what was drawn ahead for the old one is dropped."""
+        self.layout = layout
+        self._made = {}
+
     def _new(self, step: int, micro_batch: int) -> Draws:
         version = self.state.draws_version
         kind = outside_graphs(version) if self.compiled else draws_class(version)

@@ -16,13 +16,14 @@ from training.core.memory import peak_memory_mib
 from training.core.stage import Stage
 from training.engine.balance import balanced_strata
 from training.engine.ema import EMA, EMA_FILE
-from training.engine.launch import device_name
+from training.engine.launch import device_name, shards_weights
 from training.engine.loading import MicroBatches
 from training.engine.phase_runner import PhaseRunner
 from training.engine.run_config import RunConfig
 from training.engine.schedule import MOST_WARMUP
+from training.engine.sharding import check_shardable
 from training.engine.validation import evaluating
-from training.run.checkpoint import Contents, load_json, save_contents
+from training.run.checkpoint import Contents, load_json, load_tensors, save_contents
 from training.run.state import RunState
 
 if TYPE_CHECKING:
@@ -38,14 +39,18 @@ class CheckpointPart(Protocol):
 
 
 class Training:
-    """The stage on its device, with its data, optimizers, EMA weights and counters."""
+    """The stage on its device, with its data, optimizers, EMA weights and counters.
 
-    def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator):
+    Args:
+        layout: the split of the global batch; by default that of the flags.
+    """
+
+    def __init__(self, stage: Stage, config: RunConfig, accelerator: Accelerator, layout: BatchLayout | None = None):
         self.stage = stage
         self.device = accelerator.device
         self.num_processes = accelerator.num_processes
         data = stage.train_data()
-        self.layout = BatchLayout(
+        self.layout = layout or BatchLayout(
             config.train_batch_size,
             accelerator.num_processes,
             config.gradient_accumulation_steps,
@@ -67,12 +72,10 @@ class Training:
             most_warmup=MOST_WARMUP,
             draws_version=NEWEST,
         )
-        trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
-        for module in stage.frozen:
-            # A frozen model may have an adapter, whose parameters a phase trains.
-            for parameter in module.parameters():
-                parameter.requires_grad_(parameter.requires_grad and parameter in trained)
-            module.eval().to(accelerator.device)
+        _freeze(stage, accelerator.device)
+        sharded = shards_weights()
+        if sharded:
+            check_shardable(stage, config, accelerator)
         self.runners = [
             PhaseRunner(
                 phase,
@@ -82,16 +85,22 @@ class Training:
                 seed=config.seed,
                 state=self.state,
                 prefix="" if i == 0 else f"{phase.name}_",
+                sharded=sharded,
+                frozen=stage.frozen,
             )
             for i, phase in enumerate(stage.phases)
         ]
-        self.ema = EMA(stage.ema_of, config.ema_decay, config.ema_update_every) if config.use_ema else None
+        self.shards = self.runners[0].shards
+        settings = (config.ema_decay, config.ema_update_every, self.shards)
+        self.ema = EMA(stage.ema_of, *settings) if config.use_ema else None
         # Everything that checkpoints save and restore. Any other state is lost when the process ends.
         self.checkpoint_parts: list[CheckpointPart] = [self.state, *self.runners]
         if self.ema is not None:
             self.checkpoint_parts.append(self.ema)
         if accelerator.scaler is not None:
             self.checkpoint_parts.append(ScalerPart(accelerator.scaler))
+        self._is_main = accelerator.is_main_process
+        self._gathered: Contents | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -100,10 +109,57 @@ class Training:
 
     @property
     def trained_parameters(self) -> int:
-        return sum(p.numel() for runner in self.runners for p in runner.parameters)
+        return sum(runner.trained_parameters for runner in self.runners)
+
+    def divide_batches(self, layout: BatchLayout) -> None:
+        """Use another split of the same global batch from the next call of `batches.steps` on."""
+        self.layout = self.batches.layout = layout
+        for runner in self.runners:
+            runner.divide(layout)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Give the modules of the stage their EMA weights, eval mode and no gradients inside the block.
+
+        Every process enters it at the same time, because sharded weights are put together for it.
+        """
+        if self.shards is None:
+            with evaluating(self.modules, self.ema):
+                yield
+            return
+        value_of = (lambda tensor: tensor) if self.ema is None else self.ema.average_of
+        with evaluating(self.modules, None), self.shards.filled(value_of):
+            yield
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Put together what a checkpoint contains on the main process, if weights are sharded.
+
+        Every process enters it at the same time. Outside of it, sharded weights cannot be saved.
+        """
+        if self.shards is None:
+            yield
+            return
+        contents: Contents = {}
+        for part in self.checkpoint_parts:
+            if isinstance(part, PhaseRunner | EMA):
+                contents |= part.contents(self._keep)
+            else:
+                contents |= part.contents()
+        self._gathered = contents
+        try:
+            yield
+        finally:
+            self._gathered = None
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """Return a whole tensor in the memory of the main process; the others give it up at once."""
+        return tensor.detach().to("cpu", copy=True) if self._is_main else tensor.new_empty(0)
 
     def contents(self) -> Contents:
         """Return what a checkpoint contains besides the pipeline. The weights are the tensors in use, not copies."""
+        if self._gathered is not None:
+            return self._gathered
         return {name: content for part in self.checkpoint_parts for name, content in part.contents().items()}
 
     def write_files(self, folder: Path, held: Contents | None = None) -> None:
@@ -113,9 +169,28 @@ class Training:
             held: copy of the contents of an earlier step, whose checkpoint is written; None for the current state.
         """
         # The pipeline is a function of the weights: a resumed run has nothing else to make it from.
+        if self.shards is not None:
+            self._write_sharded(folder, held or self.contents())
+            return
         with nullcontext() if held is None else self._weights_of(held), evaluating(self.modules, self.ema):
             self.stage.save_pipeline(folder / "pipeline")
         save_contents(self.contents() if held is None else held, folder)
+
+    def _write_sharded(self, folder: Path, contents: Contents) -> None:
+        assert self.shards is not None
+        with evaluating(self.modules, None), self.shards.filled_with(self._whole_weights(contents)):
+            self.stage.save_pipeline(folder / "pipeline")
+        save_contents(contents, folder)
+
+    def _whole_weights(self, contents: Contents) -> dict[str, Tensor]:
+        """Return the weights of the sharded phase in a checkpoint, by name: its EMA weights, where it has any."""
+        assert self.shards is not None
+        weights = {**contents[self.runners[0].weights_file]}
+        if self.ema is not None:
+            names = {id(part): name for name, part in self.shards.parts.items()}
+            parts = {name: id(part) for name, part in self.shards.named_weights(self.stage.ema_of).items()}
+            weights |= {names[parts[n]]: mean for n, mean in contents[EMA_FILE].items() if parts[n] in names}
+        return weights
 
     @contextmanager
     def _weights_of(self, held: Contents) -> Iterator[None]:
@@ -137,6 +212,11 @@ class Training:
     @torch.no_grad()
     def diverged_modules(self) -> list[str]:
         """Return the names of the phases with weights that are not finite, and "the EMA" if its weights are not."""
+        if self._gathered is not None:
+            files = {runner.phase.name: runner.weights_file for runner in self.runners}
+            files |= {} if self.ema is None else {"the EMA": EMA_FILE}
+            groups = {name: [*self._gathered[file].values()] for name, file in files.items()}
+            return [name for name, tensors in groups.items() if not _all_finite(tensors)]
         groups = {runner.phase.name: [*runner.phase.state_dict().values()] for runner in self.runners}
         if self.ema is not None:
             groups["the EMA"] = [*self.ema.state_dict().values()]
@@ -149,9 +229,17 @@ class Training:
         return size + sum(p.numel() * p.element_size() for m in self.stage.frozen for p in m.parameters())
 
     def load_best(self, checkpoint: Path) -> None:
-        """Load the weights with the best validation metric, to export a run that stopped early."""
+        """Load the weights with the best validation metric, to export a run that stopped early.
+
+        It is called inside `evaluating`.
+        """
         self.state.last_validation = self.state.best_validation or self.state.last_validation
         self.state.last_evaluation = self.state.best_evaluation or self.state.last_evaluation
+        if self.shards is not None:
+            files = [self.runners[0].weights_file, *([EMA_FILE] if self.ema is not None else [])]
+            whole = self._whole_weights({file: load_tensors(checkpoint / file) for file in files})
+            self.shards.fill_with(whole)
+            return
         if self.ema is not None:
             self.ema.load_live(checkpoint)
             return
@@ -183,6 +271,16 @@ class Training:
                 "step": state.best_step,
             },
         }
+
+
+def _freeze(stage: Stage, device: torch.device) -> None:
+    """Freeze the models that no phase trains, and put them on the device."""
+    trained = {parameter for phase in stage.phases for parameter in phase.parameters()}
+    for module in stage.frozen:
+        # A frozen model may have an adapter, whose parameters a phase trains.
+        for parameter in module.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in trained)
+        module.eval().to(device)
 
 
 @torch.no_grad()
