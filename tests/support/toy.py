@@ -121,6 +121,7 @@ class DenoisePhase(Phase):
     def __init__(self, unet: nn.Module, config: ToyConfig):
         super().__init__()
         self.unet, self.config = unet, config
+        self._taken: torch.Tensor | None = None
 
     def first_step(self, total_steps: int) -> int:
         return self.config.denoiser_start
@@ -133,7 +134,7 @@ class DenoisePhase(Phase):
     def forward(self, batch, draws):
         time.sleep(self.config.slow_seconds)
         if draws.step >= self.config.image_mib_step - 1:
-            torch.empty(self.config.image_mib * 2**20 * len(batch["image"]), dtype=torch.uint8)
+            self._take(self.config.image_mib * 2**20 * len(batch["image"]))
         last_long(self.config, "first_step")
         if draws.step == self.config.signal_step - 1 and self.config.is_signalled():
             signal.raise_signal(signal.SIGTERM)
@@ -143,6 +144,13 @@ class DenoisePhase(Phase):
         if self.config.critic:
             loss = loss - 0.1 * self.critic(denoised).mean()
         return loss, metrics
+
+
+    def _take(self, size: int) -> None:
+        """Take memory, and keep it: pieces that come and go might not fit between the others under a narrow limit."""
+        if self._taken is None or len(self._taken) != size:
+            self._taken = None
+            self._taken = torch.empty(size, dtype=torch.uint8)
 
 
 class CriticPhase(Phase):
