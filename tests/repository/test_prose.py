@@ -21,7 +21,7 @@ MOST_TURNS = 25  # the rest are prompts, test data and pictures on posters
 OF_POSTERS = re.compile(
     r"^(data_scripts/(posters|make_posters|controls)|configs/briefs|training/(metrics/(posters|cycle)|innovation/)|"
     r"pipelines/(common/(poster_domain|design_brief|layout_pictures)|analyze|layout_analysis)|"
-    r"model_cards/(layout_encoder|grammar_abstractor|poster_decoder)|"
+    r"model_cards/(trained/|layout_encoder|grammar_abstractor|poster_decoder)|"
     r"docs/(design/)?(data|decoder|encoder|abstractor|innovation|controlnet)|tests/(data_scripts|innovation|metrics/test_(posters|cycle)|pipelines/test_design_brief))"
 )
 TURNS = {
