@@ -145,7 +145,6 @@ class DenoisePhase(Phase):
             loss = loss - 0.1 * self.critic(denoised).mean()
         return loss, metrics
 
-
     def _take(self, size: int) -> None:
         """Take memory, and keep it: pieces that come and go might not fit between the others under a narrow limit."""
         if self._taken is None or len(self._taken) != size:

@@ -194,7 +194,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of the outermost lists of a network that have weights, such as the levels of a U-Net."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield from (block for block in child if any(True for _ in block.parameters()))
+            yield from (block for block in child.children() if any(True for _ in block.parameters()))
         else:
             yield from _blocks(child)
 
