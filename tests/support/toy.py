@@ -67,11 +67,22 @@ class ToyConfig(RunConfig):
         return self.signal_rank in (-1, int(os.environ.get("RANK", "0")))
 
 
+_filling: list[torch.Tensor] = []
+
+
 def limit_memory(config: ToyConfig) -> None:
     """Let the system refuse this process more memory than it uses now, beyond `free_mib`."""
     import resource  # not on Windows
 
     if config.free_mib and config.limited_rank in (-1, int(os.environ.get("RANK", "0"))):
+        used = psutil.Process().memory_info().vms
+        # Blocks that earlier work left free in the heap would not count: fill them first.
+        while True:
+            block = torch.empty(64 * 2**20, dtype=torch.uint8)
+            if psutil.Process().memory_info().vms > used:
+                break
+            _filling.append(block)
+        del block
         used = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (used + config.free_mib * 2**20, resource.RLIM_INFINITY))
 

@@ -68,7 +68,8 @@ def _bytes_at(file: str, offset: int, size: int) -> bytes:
         with open(file, "rb") as opened:
             opened.seek(offset)
             return opened.read(size)
-    return os.pread(_opened(file).fileno(), size, offset)
+    opened = _opened(file)  # a file that nobody refers to is closed, also between the two calls of the next line
+    return os.pread(opened.fileno(), size, offset)
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
