@@ -61,14 +61,9 @@ def making_cache(folder: Path, job: int = 0, jobs: int = 1) -> Iterator[None]:
         UserError: another process writes to the folder, it cannot be written, or the disk is full.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
-    locked, what = (
-        (folder, str(folder))
-        if jobs == 1
-        else (
-            folder.with_name(f"{folder.name}.job-{job}-of-{jobs}"),
-            f"the share of job {job} in {folder}",
-        )
-    )
+    locked, what = folder, str(folder)
+    if jobs > 1:
+        locked, what = folder.with_name(f"{folder.name}.job-{job}-of-{jobs}"), f"the share of job {job} in {folder}"
     lock = lock_of(locked, f"another process is making {what}; wait for it, or choose another --output_dir")
     with _explained_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,11 @@ def test_sixteen_large_images_do_not_take_the_memory_of_sixteen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/hostname", "../secret.png", "secret.png", "file:///etc/hostname", "https://a/b.png"]
+    "path",
+    [
+        *("/etc/hostname", "../secret.png", "secret.png", "file:///etc/hostname", "https://a/b.png"),
+        "secret.tar::/../data/0.png@0+64",  # a place in a shard that, as the path of a file, would be in the dataset
+    ],
 )
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "mask"])
 def test_a_path_out_of_the_dataset_is_refused(tmp_path, path, form):

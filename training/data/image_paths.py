@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.cli import UserError, printable
 from training.data.archives import unpacked_folder
+from training.data.shards.places import shard_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,6 +79,8 @@ def _with_separator(folders: Iterable[str]) -> Iterable[str]:
 
 
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
-    """Return whether the file, or the archive that it is in (zip://a.png::/data/x.zip), is in one of the folders."""
-    file = path.rpartition(_ARCHIVE)[2] if "://" in path else path  # the name of a folder may contain ::
+    """Return whether the file, or the archive or shard that it is in (zip://a.png::/data/x.zip), is in one of the
+    folders."""
+    # The name of a folder may contain ::
+    file = shard_of(path) or (path.rpartition(_ARCHIVE)[2] if "://" in path else path)
     return "://" not in file and os.path.abspath(file).startswith(folders)

@@ -120,7 +120,7 @@ class WindowedOrder:
     """Epochs that read blocks of rows nearly in turn; each epoch is a function of (seed, epoch) alone.
 
     The blocks are permuted and divided into windows of about `blocks.window` rows, and the rows of a window are
-    permuted. Every row is in every epoch. Only the window in use is in memory, whatever the number of rows.
+    permuted. Every row is in every epoch. The row numbers of one window are in memory at a time.
     """
 
     def __init__(self, blocks: RowBlocks, seed: int):

@@ -73,7 +73,7 @@ def measure_inpainting(
     count = config.inpaint_images
     real, filled = [], []
     starts = range(0, count, batch_size)
-    for start in watched(starts, len(starts), "batch", "filled, in batches:"):
+    for start in watched(starts, len(starts), "batch", "filled batches"):
         numbers = range(start, min(start + batch_size, count))
         items = data.items(numbers)
         originals = [to_pil(item["pixel_values"]) for item in items]

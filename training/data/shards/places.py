@@ -37,9 +37,13 @@ def place_in_parquet(file: str, column: str, group: int, row: int) -> str:
 
 def is_place(path: Any) -> TypeGuard[str]:
     """Return whether a path is the place of an image in a shard, and not a file."""
-    if not isinstance(path, str) or "::" not in path:
-        return False
-    return bool(_IN_TAR.fullmatch(path) or _IN_PARQUET.fullmatch(path))
+    return isinstance(path, str) and shard_of(path) is not None
+
+
+def shard_of(path: str) -> str | None:
+    """Return the file of the shard that a place is in; None for a path that is not a place."""
+    found = "::" in path and (_IN_TAR.fullmatch(path) or _IN_PARQUET.fullmatch(path))
+    return found["file"] if found else None
 
 
 def read_place(path: str) -> bytes:

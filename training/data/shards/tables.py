@@ -148,12 +148,12 @@ def _table_of_parquet(file: Path) -> pyarrow.Table:
     blocks = [group for group, size in enumerate(sizes) for _ in range(size)]
     table = table.append_column(BLOCK_COLUMN, pyarrow.array(blocks, pyarrow.int32()))
     kept = {name: feature for name, feature in features.items() if name not in images}
-    is_place = {
+    placed = {
         name: datasets.Image()
         for name in table.column_names
         if table.schema.field(name).type == datasets.Image().pa_type
     }
-    return _typed(table, kept | is_place)
+    return _typed(table, kept | placed)
 
 
 def _holds_encoded_images(feature: Any) -> bool:
