@@ -181,16 +181,16 @@ def test_a_brief_survives_its_controls(seed):
 
 def test_a_generation_that_nobody_waits_for_ends(folder):
     (model,) = load_models([str(folder / "labelled")], "cpu")
-    arguments = {"num_inference_steps": 200, "num_images_per_prompt": 16}
+    arguments = {"num_inference_steps": 1000, "num_images_per_prompt": 16}
     own = model.pipeline.scheduler
     shown = generate(model, arguments, "ddim")
     first = next(shown)
-    assert first.step < 200
+    assert first.step < 1000
     assert len(first.images) == 16
     shown.close()
     with model.used() as pipeline:  # waits for the end of its current step
         assert pipeline.scheduler is own
-        assert pipeline.num_timesteps == 200
+        assert pipeline.num_timesteps == 1000
         assert pipeline.interrupt
     *_, last = generate(model, {**arguments, "num_inference_steps": 2})
     assert (last.done, len(last.images)) == (True, 16)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,15 @@ class Visitor:
         field.press("Tab")
 
     def set_slider(self, name: str, value: float) -> None:
-        self.set_number(f"number input for {name}", value)
+        """Write a value beside a slider until the slider has it: a page that has just appeared may ignore it."""
+        slider = self.control("slider", f"range slider for {name}")
+        deadline = time.monotonic() + SECONDS
+        while True:
+            self.set_number(f"number input for {name}", value)
+            self.page.wait_for_timeout(500)  # of two or three frames
+            if float(slider.input_value()) == value:
+                return
+            assert time.monotonic() < deadline, f"'{name}' has the value {slider.input_value()}, not {value}"
 
     def unfold(self, name: str) -> None:
         """Open the part of a tab whose title begins with this name."""
