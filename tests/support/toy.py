@@ -72,9 +72,9 @@ _filling: list[torch.Tensor] = []
 
 def limit_memory(config: ToyConfig) -> None:
     """Let the system refuse this process more memory than it uses now, beyond `free_mib`."""
-    import resource  # not on Windows
-
     if config.free_mib and config.limited_rank in (-1, int(os.environ.get("RANK", "0"))):
+        import resource  # not on Windows
+
         used = psutil.Process().memory_info().vms
         # Blocks that earlier work left free in the heap would not count: fill them first.
         while True:
