@@ -41,6 +41,8 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str, *, streamin
         for folder in folders:  # nearly all, at once: to look at a million paths one by one takes seconds
             plain = pyarrow.compute.starts_with(paths, folder)
             plain = pyarrow.compute.and_not(plain, pyarrow.compute.match_substring(paths, ".."))
+            if is_remote(folder):  # only places in shards are read there
+                plain = pyarrow.compute.and_(plain, pyarrow.compute.match_substring(paths, _ARCHIVE))
             paths = pyarrow.compute.filter(paths, pyarrow.compute.invert(pyarrow.compute.fill_null(plain, False)))
         for path in paths.drop_null().to_pylist():
             if path.startswith(("http://", "https://")):
