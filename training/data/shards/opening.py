@@ -24,6 +24,8 @@ from training.core.blocks import RowBlocks
 from training.core.files import write_atomically
 from training.data.folder_layout import SPLIT_NAMES
 from training.data.records import cache_file, files_state, remote_files_state
+from training.data.shards.places import shard_of
+from training.data.shards.remote import HUB
 from training.data.shards.sources import REQUESTS_AT_ONCE, SUFFIXES, RemoteShard, remote_shards
 from training.data.shards.tables import BLOCK_COLUMN, BLOCK_ROWS, table_of_shard
 
@@ -141,6 +143,33 @@ def _state_of(shard: RemoteShard) -> tuple[str, int, str]:
     return shard.url, shard.size, shard.version
 
 
+def _content_of(shard: Path | RemoteShard) -> Any:
+    """Return what the table of a shard is made again for. A shard on the Hub keeps it in later commits."""
+    if not isinstance(shard, RemoteShard):
+        return files_state(shard)
+    return [shard.size, shard.version] if shard.url.startswith(HUB) else _state_of(shard)
+
+
+def _at_its_url(table: pyarrow.Table, shard: Path | RemoteShard) -> pyarrow.Table:
+    """Return the table of a shard on the Hub, which may have been made at an earlier commit, with places at its URL."""
+    import datasets
+    import pyarrow.compute
+
+    if not isinstance(shard, RemoteShard) or not shard.url.startswith(HUB):
+        return table
+    for number, (name, feature) in enumerate(datasets.Features.from_arrow_schema(table.schema).items()):
+        if isinstance(feature, datasets.Image):
+            images = table.column(name).combine_chunks()
+            paths = images.field("path").drop_null()
+            made_at = shard_of(paths[0].as_py()) if len(paths) else None
+            if made_at not in (None, shard.url):
+                moved = pyarrow.compute.replace_substring(images.field("path"), made_at, shard.url, max_replacements=1)
+                images = pyarrow.compute.make_struct(images.field("bytes"), moved, field_names=["bytes", "path"])
+                images = images.cast(table.schema.field(number).type)
+                table = table.set_column(number, table.schema.field(number), images)
+    return table
+
+
 def _table(shards: Sequence[Path | RemoteShard]) -> Path:
     """Return the file with the rows of several shards, which is made if a shard has changed since."""
     key = [_VERSION, BLOCK_ROWS, sorted(image_suffixes())]
@@ -148,7 +177,7 @@ def _table(shards: Sequence[Path | RemoteShard]) -> Path:
     joined = cache_file("shards", [key, states], ".arrow")
     if joined.is_file():
         return joined
-    parts = [cache_file("shard", [key, state], ".arrow") for state in states]
+    parts = [cache_file("shard", [key, _content_of(shard)], ".arrow") for shard in shards]
     joined.parent.mkdir(parents=True, exist_ok=True)
 
     def index(shard: Path | RemoteShard, part: Path) -> None:
@@ -165,7 +194,7 @@ def _table(shards: Sequence[Path | RemoteShard]) -> Path:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    _write(joined, _numbered([_read(part) for part in parts]))
+    _write(joined, _numbered([_at_its_url(_read(part), shard) for part, shard in zip(parts, shards, strict=True)]))
     return joined
 
 

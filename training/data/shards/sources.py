@@ -249,7 +249,11 @@ def _on_hub(name: str, config_name: str | None, commit: str) -> list[RemoteShard
     splits: dict[str, Any] = (
         _splits_of(repo, config_name, commit) if path is None else dict.fromkeys(_matching(files, path))
     )
-    known = {file: split for file, split in splits.items() if file in files}
+    known = {file: split for file, split in splits.items() if file in files and suffix_of(file) in SUFFIXES}
+    # `datasets` may take the files that img2dataset writes beside its tar files for the data.
+    beside = all(str(PurePosixPath(file).with_suffix(".tar")) in files for file in known)
+    if path is None and config_name is None and beside:
+        known = {file: splits.get(file) for file in files if suffix_of(file) == ".tar"}
     shards = []
     for file in _of_one_kind(known, name):
         about: Any = files[file]
