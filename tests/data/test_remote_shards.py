@@ -59,6 +59,19 @@ def test_remote_rows_equal_local_ones(tmp_path, server, kind):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
+def test_loader_processes_read_the_same_batches(tmp_path, server, monkeypatch, kind):
+    """They are forked from a process that has connections, threads and images in memory."""
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 4)
+    folder = MAKERS[kind](tmp_path / "shards")
+    far, near = opened(f"{server.url}/{PATTERNS[kind]}", shuffle_buffer=10), opened(folder, shuffle_buffer=10)
+    assert scan(far).complete
+    there = list(micro_batches(far, BatchLayout(5), workers=2).steps(0, 7))
+    for one, other in zip(there, micro_batches(near, BatchLayout(5)).steps(0, 7), strict=True):
+        assert torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
+        assert one[0]["caption"] == other[0]["caption"]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
 def test_an_epoch_receives_each_byte_about_once(tmp_path, server, monkeypatch, kind):
     """Blocks of 40 rows are one range each, with a window of several blocks; no image is written."""
     monkeypatch.setattr(tables, "BLOCK_ROWS", 40)

@@ -49,10 +49,15 @@ class ShardServer:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
-        self._server = _Quiet(("127.0.0.1", 0), _Handler)
+        self.port = 0
+        self.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Answer requests, after `stop` at the same URL."""
+        self._server = _Quiet(("127.0.0.1", self.port), _Handler)
         self._server.shards = self  # type: ignore[attr-defined]
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
