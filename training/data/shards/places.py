@@ -182,7 +182,7 @@ def _column(file: str, name: str, group: int) -> pyarrow.ChunkedArray:
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _parquet(file: str) -> pyarrow.parquet.ParquetFile:
-    return open_parquet(file, state_of(file).size if is_remote(file) else None)
+    return open_parquet(file, state_of(file, patient=True).size if is_remote(file) else None)
 
 
 def open_parquet(file: str, size: int | None = None) -> pyarrow.parquet.ParquetFile:

@@ -67,13 +67,16 @@ def split_version(url: str) -> tuple[str, str | None]:
     return (url[: found.start()], found[1]) if found else (url, None)
 
 
-def state_of(url: str) -> RemoteState:
+def state_of(url: str, *, patient: bool = False) -> RemoteState:
     """Return the size and the version of a remote file, after one request of its first byte.
+
+    Args:
+        patient: whether to wait for minutes for a host that does not answer, as in a training, and not for seconds.
 
     Raises:
         RemoteError: the file does not exist or cannot be read in ranges, or its host does not answer.
     """
-    return _range(url, 0, 1, PAUSES_AT_START)[1]
+    return _range(url, 0, 1, PAUSES if patient else PAUSES_AT_START)[1]
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
