@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
+from typing import ClassVar
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from pipelines.tools.cli import UserError
 from tests.data.test_shards import MAKERS, ROWS, SHARDS, config_of, image_bytes, micro_batches, opened, tar_shard
@@ -290,3 +293,48 @@ def test_paths_in_remote_tables_lead_nowhere_else(tmp_path, server, path):
     config = config_of(f"{server.url}/data/a.parquet", image_column="other")
     with pytest.raises(UserError, match="names the file|has the URL"):
         source.undecoded_images(load_split(config, "train", 0), "other", "image_column", config)
+
+
+def test_a_server_says_how_long_to_wait(tmp_path, server, monkeypatch):
+    slept = []
+    monkeypatch.setattr(remote.time, "sleep", slept.append)
+    MAKERS["tar"](tmp_path / "shards")
+    server.statuses["/00000.tar"] = 429
+    for name, value in (("Retry-After", "7"), ("RateLimit", '"resolvers";r=0;t=55')):
+        server.headers = {name: value}
+        with pytest.raises(UserError, match="status 429, 4 times"):
+            opened(f"{server.url}/00000.tar")
+    assert slept == [7] * 3 + [55] * 3
+
+
+class InMemoryBucket(MemoryFileSystem):
+    """A store that fsspec reads by a protocol, as s3fs does."""
+
+    protocol = "s3"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("s3://").strip("/")
+
+
+def test_shards_in_a_store_of_fsspec(tmp_path, monkeypatch):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    with pytest.raises(UserError, match="s3:// needs the package s3fs; install it with `pip install s3fs`"):
+        opened("s3://bucket/data/{00000..00002}.tar")
+    monkeypatch.setitem(_registry, "s3", InMemoryBucket)
+    bucket = InMemoryBucket()
+    for file in folder.iterdir():
+        bucket.pipe_file(f"bucket/data/{file.name}", file.read_bytes())
+    for name in ("{00000..00002}.tar", "*.tar", ""):
+        far = opened(f"s3://bucket/data/{name}")
+        for one, other in zip(rows(far), rows(opened(folder)), strict=True):
+            assert torch.equal(one["pixel_values"], other["pixel_values"])
+    places.forget()
+    far._kept = None
+    bucket.pipe_file("bucket/data/00002.tar", bytes(99))
+    with pytest.raises(RemoteError, match="s3://bucket/data/00002.tar has changed"):
+        fetch(far, [SampleKey(29, 0)])
+    with pytest.raises(UserError, match="s3://bucket/data/1.tar cannot be read .FileNotFoundError"):
+        opened("s3://bucket/data/1.tar")

@@ -37,6 +37,7 @@ class ShardServer:
         statuses: status by the path that is always answered with it.
         flaky: answer every fifth request with status 503, and cut every fifth one in the middle of its content.
         ranges: whether parts of files are sent.
+        headers: further headers of all answers.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class ShardServer:
     statuses: dict[str, int] = field(default_factory=dict)
     flaky: bool = False
     ranges: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     requests: int = 0
 
@@ -127,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**(headers or {}), **self.shards.headers}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -229,7 +229,7 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
         if self.remote is None or self.row_blocks is None:
             return
         cached = self._kept if self._from_center else None
-        missing = [i for i, key in enumerate(keys) if cached is None or cached.get(key.index) is None]
+        missing = [i for i, key in enumerate(keys) if cached is None or key.index not in cached]
         sources = (columns[name][i] for name in self.image_columns for i in missing)
         prefetch(sources, whole_blocks=self.remote.fits(self.row_blocks.window))
 

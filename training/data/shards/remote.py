@@ -201,8 +201,7 @@ def _require_content(address: str, response: requests.Response) -> None:
     if status == 206:
         return
     if status in _BUSY or status >= 500:
-        asked = response.headers.get("Retry-After", "")
-        raise _Failed(f"the server answers with status {status}", float(asked) if asked.isdigit() else 0.0)
+        raise _Failed(f"the server answers with status {status}", _pause_asked_for(response))
     on_hub = address.startswith("hf://")
     reason = {
         200: "its server does not send parts of files (range requests), which streaming needs; download the shards",
@@ -219,6 +218,13 @@ def _require_content(address: str, response: requests.Response) -> None:
             else (": check the URL, and give user and password for its host in ~/.netrc if it needs them")
         )
     raise RemoteError(f"the shard {printable(address)} cannot be read: {reason}")
+
+
+def _pause_asked_for(response: requests.Response) -> float:
+    """Return for how many seconds a server asks to wait; the Hub says when its limit of requests ends."""
+    found = re.fullmatch(r"\s*(\d+)\s*", response.headers.get("Retry-After", ""))
+    found = found or re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    return float(found[1]) if found else 0.0
 
 
 def _state(address: str, response: requests.Response, start: int) -> RemoteState:
@@ -311,9 +317,11 @@ def _stored(address: str, start: int, stop: int, got: bytearray, version: str | 
         _require_version(address, state, version)
         got[:] = store.cat_file(path, start=start, end=min(stop, state.size))
         return state
-    except (FileNotFoundError, PermissionError) as error:
+    except RemoteError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+            raise _Failed(cause(error)) from None
         raise RemoteError(
             f"the shard {printable(address)} cannot be read ({cause(error)}); check the URL and the login"
         ) from None
-    except (OSError, TimeoutError) as error:
-        raise _Failed(cause(error)) from None

@@ -13,19 +13,16 @@ import fnmatch
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from pipelines.tools.cli import UserError, cause, nearest, printable
 from pipelines.tools.progress import watched
-from training.data.shards.remote import HUB, STORES, is_remote, state_of, store_of, tag_of, version_of
+from training.data.shards.remote import HUB, STORES, is_remote, state_of, store_of, version_of
 from training.data.shards.remote_file import RemoteFile
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 SUFFIXES = (".tar", ".parquet")
 REQUESTS_AT_ONCE = 16
@@ -177,19 +174,19 @@ def _at_urls(name: str) -> list[RemoteShard]:
         )
     if len({suffix_of(url) for url in urls}) > 1:
         raise UserError(f"{shown} names tar files and Parquet files; give one of them")
+    return _with_states(urls)
+
+
+def _with_states(urls: Sequence[str]) -> list[RemoteShard]:
+    """Return shards with their states, for which each of them is asked; the first error ends it."""
 
     def shard(url: str) -> RemoteShard:
         state = state_of(url)
         return RemoteShard(f"{url}#{state.version}", state.size, state.version)
 
-    return in_parallel(shard, urls, "state of the shards")
-
-
-def in_parallel(function: Callable[[T], R], values: Sequence[T], title: str) -> list[R]:
-    """Return the results of a function that waits for a network, in order; the first error ends it."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         try:
-            return list(watched(pool.map(function, values), len(values), "shard", title))
+            return list(watched(pool.map(shard, urls), len(urls), "shard", "state of the shards"))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -200,21 +197,12 @@ def _in_store(name: str) -> list[RemoteShard]:
     protocol = name.partition("://")[0]
     try:
         if "*" in path or "[" in path or "?" in path:
-            found = store.glob(path, detail=True)
-        elif suffix_of(path) in SUFFIXES:
-            found = {file: store.info(file) for file in expanded(path)}
+            found = store.glob(path)
         else:
-            found = store.find(path, detail=True)
+            found = expanded(path) if suffix_of(path) in SUFFIXES else store.find(path)
     except Exception as error:  # each store has errors of its own
         raise UserError(f"{printable(name)} cannot be read ({cause(error)}); check the URL and the login") from None
-    files = {file: about for file, about in found.items() if about.get("type", "file") == "file"}
-    shards = []
-    for file in _of_one_kind(files, name):
-        about = files[file]
-        url = f"{protocol}://{file.lstrip('/')}"
-        version = version_of(about["size"], tag_of(about))
-        shards.append(RemoteShard(f"{url}#{version}", about["size"], version))
-    return shards
+    return _with_states([f"{protocol}://{file.lstrip('/')}" for file in _of_one_kind(found, name)])
 
 
 def _of_one_kind(names: Iterable[str], source: str) -> list[str]:
