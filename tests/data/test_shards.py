@@ -198,6 +198,8 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     (folder / "1.png").write_bytes(image_bytes(1))
     with pytest.raises(UserError, match="reads shards .* has none"):
         opened(folder)
+    with pytest.raises(UserError, match="does not exist; check the path"):
+        opened(Path("missing.tar"))
     with pytest.raises(UserError, match="cannot be read on the Hub"):  # the tests run offline
         opened(Path("somebody/on_the_hub"))
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as archive:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_scripts import check_dataset, precompute_latents
 from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
 from tests.data.test_remote_shards import PATTERNS, restart
@@ -14,7 +15,9 @@ from tests.data.test_shards import MAKERS
 from tests.scripts.test_streaming import FLAGS, train
 from tests.support.runs import assert_same_state, sigterm_in_step
 from tests.support.shard_server import ShardServer, server
+from tests.support.tiny_models import tiny_vae
 from training import train_latent_diffusion
+from training.data.latent_cache.dataset import LatentCache
 from training.data.shards import places, remote, tables
 
 __all__ = ["server"]
@@ -95,3 +98,18 @@ def test_a_resumed_run_is_told_that_a_shard_has_changed(tmp_path, server, monkey
     server.statuses["/00001.tar"] = 404
     with pytest.raises(UserError, match=f"{server.url}/00001.tar cannot be read: it does not exist"):
         interrupted(tmp_path / "run", *far)
+
+
+@pytest.mark.slow
+def test_latents_and_checks_of_remote_images_are_those_of_local_ones(tmp_path, server):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    folder = MAKERS["tar"](tmp_path / "shards")
+    prints = []
+    for name, source in (("near", str(folder)), ("far", f"{server.url}/{PATTERNS['tar']}")):
+        flags = [*("--dataset_name", source), *("--streaming", "true"), *("--resolution", "16")]
+        assert check_dataset.main(flags) == 0
+        flags += [*("--vae", str(tmp_path / "vae")), *("--output_dir", str(tmp_path / name)), *("--shard_rows", "4")]
+        flags += ["--cpu_threads", "1", "--validation_fraction", "0", "--splits", "[train]"]
+        assert precompute_latents.main(flags) == 0
+        prints.append(LatentCache(tmp_path / name).fingerprint)
+    assert prints[0] == prints[1]

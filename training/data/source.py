@@ -31,7 +31,7 @@ from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
 from training.data.records import files_state, rows_key
 from training.data.shards.opening import block_order, open_remote_shards, open_shards
-from training.data.shards.remote import is_remote
+from training.data.shards.remote import HUB, is_remote
 from training.data.shards.sources import commit_of, names_hub
 from training.data.table_files import is_saved, load_local, matching_files, readme_defines_splits
 from training.data.transforms import TRANSFORM_VERSION
@@ -213,7 +213,8 @@ class OpenedSource(NamedTuple):
 def _opened(config: DataConfig) -> OpenedSource:
     """Open the configured source; of a Hub dataset that is streamed, the config gets the commit that is read."""
     name, base = config.source, os.getcwd()
-    if config.streaming and names_hub(name) and not _is_local(name, base):
+    on_hub = name.startswith(HUB) or not (_looks_local(name) or _is_local(name, base))
+    if config.streaming and on_hub and names_hub(name):
         config.dataset_revision = commit_of(name, config.dataset_revision)
     reading = (config.caption_source, config.streaming, config.dataset_revision)
     return _open_source(

@@ -47,7 +47,7 @@ class RemoteShard:
     version: str
     split: str | None = None
 
-    def open(self) -> RemoteFile:
+    def as_file(self) -> RemoteFile:
         """Return the file for reading its headers in turn."""
         return RemoteFile(self.url, self.size, read_ahead=True)
 

@@ -87,7 +87,7 @@ def _table_of_tar(file: Path | RemoteShard) -> pyarrow.Table:
 
 
 def _bytes_in(file: Path | RemoteShard) -> IO[bytes]:
-    return cast("IO[bytes]", file.open()) if isinstance(file, RemoteShard) else file.open("rb")
+    return cast("IO[bytes]", file.as_file()) if isinstance(file, RemoteShard) else file.open("rb")
 
 
 def _put_places(rows: Sequence[dict[str, Any]], images: Sequence[str], file: Path | RemoteShard) -> None:
