@@ -167,15 +167,15 @@ def evaluate(
         if config.keep_images:
             for number, image in enumerate(images):
                 save_png(image, Path(config.keep_images) / f"{number:05d}.png")
-        copies = {}
-        if sets is not None:
-            spaces = copy_encoders(config.copy_spaces, generator, extractor)
-            file = config.output_file
-            sheet = str(file.with_name("copies.png")) if file is not None else None
-            copies = measure_copies(sets, data, spaces, config.copies_sheet, sheet)
-        return {"metrics": results["metrics"] | adherence, "real": results["real"] | reached, **copies}
+        return {"metrics": results["metrics"] | adherence, "real": results["real"] | reached}
 
-    return results | exchange.on_main(rest)
+    results |= exchange.on_main(rest)
+    if sets is not None:
+        spaces = copy_encoders(config.copy_spaces, generator, extractor)
+        file = config.output_file
+        sheet = str(file.with_name("copies.png")) if file is not None else None
+        results |= measure_copies(sets, data, spaces, config.copies_sheet, sheet, exchange)
+    return results
 
 
 def _generator(config: EvaluationConfig) -> ImageGenerator:
