@@ -51,8 +51,9 @@ def measure_adherence(
     data: EvaluationData,
     config: AdherenceConfig,
     device: str | None,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
-    """Compute every measurement that the model and its data allow.
+    """Compute every measurement that the model and its data allow; every process calls it, and all get the result.
 
     Args:
         images: the generated images, in the order of the rows of `data`.

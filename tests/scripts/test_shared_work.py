@@ -1,0 +1,121 @@
+"""Several processes share the search for copies and other measurements, with the results of one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import forget_accelerate
+from tests.support.ranks import forked_ranks
+from tests.support.tiny_models import tiny_vae
+from training.data.images import DataConfig, ImageDataset
+from training.engine.launch import LaunchConfig, exchange_of, start_accelerator
+from training.evaluation.copies import KeptThumbnails, copy_encoders, find_copies
+from training.evaluation.data import RealImages, plain_images
+from training.metrics.features import FeatureExtractor, open_extractor
+from training.metrics.memorization import Similarity
+from training.metrics.neighbours import BLOCK
+from training.metrics.quality import measure_floor
+from training.models.autoencoder import measure_latents
+
+TRAINING, HELD_OUT, GENERATED = 2 * BLOCK + 300, 130, 21
+
+
+def images(count: int, seed: int) -> list[Image.Image]:
+    random = np.random.default_rng(seed)
+    small = [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(count)]
+    return [image.resize((16, 16), Image.Resampling.BICUBIC) for image in small]
+
+
+def opened(count: int, seed: int) -> ImageDataset:
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images(count, seed)}, features=features)
+    return plain_images(rows, DataConfig(resolution=16, image_column="image"))
+
+
+class Recorded(RealImages):
+    """Writes the place of each image that it reads into a file."""
+
+    file: Path
+
+    def images(self, places: Sequence[int]) -> list[Image.Image]:
+        with self.file.open("a") as file:
+            file.writelines(f"{place}\n" for place in places)
+        return super().images(places)
+
+
+def described(similar: Similarity) -> list:
+    found = similar.neighbours
+    digest = hashlib.sha256(found.distances.numpy().tobytes() + found.rows.numpy().tobytes())
+    return [similar.report.to_json(), digest.hexdigest()]
+
+
+def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extractor: FeatureExtractor) -> int:
+    """Search for copies as training/evaluate.py and a run do, and write the results of this process into a folder."""
+    forget_accelerate()
+    exchange = exchange_of(start_accelerator(LaunchConfig(cpu_threads=1)))
+    known = Recorded("train", training, len(training))
+    known.file = folder / f"read_{exchange.rank}.txt"
+    generated = [*images(GENERATED - 4, 2), *known.images(range(4))]
+    known.file.unlink()
+    sets = {"generated": generated, "replayed": generated[5:12]}
+    vae = tiny_vae()
+    measure_latents(vae, training, 140, torch.device("cpu"), lambda: None, exchange)
+    model: Any = SimpleNamespace(pipeline=SimpleNamespace(vae=vae))
+    encoders = copy_encoders(["latents", "features"], model, extractor)
+    few = RealImages("validation", held_out, 40)
+    found = find_copies(sets, known, few, encoders, exchange)
+    read = known.file.read_text().split()
+    kept = KeptThumbnails(known, RealImages("validation", held_out, HELD_OUT), exchange, lambda: None)
+    reports = [kept.report(some, exchange, lambda: None).to_json() for some in (generated, generated[:3], generated)]
+    features = RealImages("train", training, 50).features(extractor, exchange)
+    results = {
+        "copies": {name: [described(similar) for similar in own] for name, own in found.items()},
+        "of a run": reports,
+        "features": hashlib.sha256(features.numpy().tobytes()).hexdigest(),
+        "latents": [vae.config.latents_mean, vae.config.latents_std],
+        "floor": measure_floor(features[:, :5], 20, exchange=exchange),
+    }
+    assert reports[0] == reports[2]
+    (folder / f"results_{exchange.rank}.json").write_text(json.dumps(results))
+    known.file.write_text("\n".join(read))
+    return 0
+
+
+@pytest.mark.slow
+def test_the_copies_that_several_processes_find_are_those_that_one_finds(tmp_path):
+    training, held_out = opened(TRAINING, 0), opened(HELD_OUT, 1)
+    extractor = open_extractor(resolution=32)
+    found = {}
+    for count in (1, 2, 3):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        forget_features()
+        forked_ranks(lambda folder=folder: search(folder, training, held_out, extractor), folder / "output.txt", count)
+        results = [(folder / f"results_{rank}.json").read_text() for rank in range(count)]
+        assert len(set(results)) == 1
+        found[count] = json.loads(results[0])
+        read = [[int(place) for place in (folder / f"read_{rank}.txt").read_text().split()] for rank in range(count)]
+        assert sorted(place for own in read for place in own) == list(range(TRAINING))
+        assert max(map(len, read)) <= -(-3 // count) * BLOCK  # three blocks
+    assert found[2] == found[1]
+    assert found[3] == found[1]
+    pixels = found[1]["copies"]["generated"][0][0]
+    assert (pixels["num_training"], pixels["exact_copies"]) == (TRAINING, 4)
+    assert found[1]["of a run"][0]["exact_copies"] == 4
+
+
+def forget_features() -> None:
+    """Delete the features that an earlier process has stored."""
+    for file in (Path(datasets.config.HF_DATASETS_CACHE) / "halftone").glob("features-*"):
+        file.unlink()
