@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 
 from tests.conftest import forget_accelerate
+from tests.scripts.test_evaluate import FLAGS, images, saved  # noqa: F401  (a fixture)
 from tests.support.ranks import forked_ranks
 from tests.support.tiny_models import tiny_vae
+from training import evaluate
 from training.data.images import DataConfig, ImageDataset
 from training.engine.launch import LaunchConfig, exchange_of, start_accelerator
 from training.evaluation.copies import KeptThumbnails, copy_encoders, find_copies
@@ -31,7 +34,7 @@ from training.models.autoencoder import measure_latents
 TRAINING, HELD_OUT, GENERATED = 2 * BLOCK + 300, 130, 21
 
 
-def images(count: int, seed: int) -> list[Image.Image]:
+def drawn(count: int, seed: int) -> list[Image.Image]:
     random = np.random.default_rng(seed)
     small = [Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(count)]
     return [image.resize((16, 16), Image.Resampling.BICUBIC) for image in small]
@@ -39,7 +42,7 @@ def images(count: int, seed: int) -> list[Image.Image]:
 
 def opened(count: int, seed: int) -> ImageDataset:
     features = datasets.Features({"image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": images(count, seed)}, features=features)
+    rows = datasets.Dataset.from_dict({"image": drawn(count, seed)}, features=features)
     return plain_images(rows, DataConfig(resolution=16, image_column="image"))
 
 
@@ -66,7 +69,7 @@ def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extract
     exchange = exchange_of(start_accelerator(LaunchConfig(cpu_threads=1)))
     known = Recorded("train", training, len(training))
     known.file = folder / f"read_{exchange.rank}.txt"
-    generated = [*images(GENERATED - 4, 2), *known.images(range(4))]
+    generated = [*drawn(GENERATED - 4, 2), *known.images(range(4))]
     known.file.unlink()
     sets = {"generated": generated, "replayed": generated[5:12]}
     vae = tiny_vae()
@@ -113,6 +116,44 @@ def test_the_copies_that_several_processes_find_are_those_that_one_finds(tmp_pat
     pixels = found[1]["copies"]["generated"][0][0]
     assert (pixels["num_training"], pixels["exact_copies"]) == (TRAINING, 4)
     assert found[1]["of a run"][0]["exact_copies"] == 4
+
+
+DIFFUSION = ("--num_inference_steps", "2", "--inpaint_images", "7")
+CONTROLLED = ("--num_inference_steps", "1", "--conditioning_image_column", "[text_mask,image_mask]", "--split", "test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reader", "words"),
+    [("captioned", "", DIFFUSION), ("image_caption", "", ()), ("controlnet", "layout_encoder", CONTROLLED)],
+)
+def test_an_evaluation_by_several_processes_is_that_of_one(tmp_path, images, posters, name, reader, words):
+    model = saved(name, tmp_path)
+    words = (
+        "--model",
+        str(model),
+        "--dataset_name",
+        str(posters if reader else images),
+        "--replay_images",
+        "7",
+        *words,
+    )
+    words += ("--reader", str(saved(reader, tmp_path))) if reader else ()
+    found = []
+    for count in (1, 3):
+        output = tmp_path / f"{count}.json"
+        forget_features()
+        forked_ranks(
+            functools.partial(evaluated_by, [*FLAGS, *words, "--output", str(output)]), tmp_path / "log", count
+        )
+        found.append(json.loads(output.read_text(encoding="utf-8")))
+        found[-1].pop("images_per_second")
+    assert found[1] == found[0]
+
+
+def evaluated_by(words: list[str]) -> int:
+    forget_accelerate()
+    return evaluate.main(words)
 
 
 def forget_features() -> None:
