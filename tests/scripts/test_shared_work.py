@@ -31,7 +31,7 @@ from training.metrics.neighbours import BLOCK
 from training.metrics.quality import measure_floor
 from training.models.autoencoder import measure_latents
 
-TRAINING, HELD_OUT, GENERATED = 2 * BLOCK + 300, 130, 21
+TRAINING, HELD_OUT, GENERATED = 2 * BLOCK + 100, 130, 21
 
 
 def drawn(count: int, seed: int) -> list[Image.Image]:
@@ -75,7 +75,7 @@ def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extract
     vae = tiny_vae()
     measure_latents(vae, training, 140, torch.device("cpu"), lambda: None, exchange)
     model: Any = SimpleNamespace(pipeline=SimpleNamespace(vae=vae))
-    encoders = copy_encoders(["latents", "features"], model, extractor)
+    encoders = copy_encoders(["latents"], model, extractor)
     few = RealImages("validation", held_out, 40)
     found = find_copies(sets, known, few, encoders, exchange)
     read = known.file.read_text().split()
@@ -127,25 +127,17 @@ CONTROLLED = ("--num_inference_steps", "1", "--conditioning_image_column", "[tex
     ("name", "reader", "words"),
     [("captioned", "", DIFFUSION), ("image_caption", "", ()), ("controlnet", "layout_encoder", CONTROLLED)],
 )
-def test_an_evaluation_by_several_processes_is_that_of_one(tmp_path, images, posters, name, reader, words):
+def test_an_evaluation_by_several_processes_is_that_of_one(tmp_path, images, posters, name, reader, words):  # noqa: F811
     model = saved(name, tmp_path)
-    words = (
-        "--model",
-        str(model),
-        "--dataset_name",
-        str(posters if reader else images),
-        "--replay_images",
-        "7",
-        *words,
-    )
+    data = posters if reader else images
+    words = ("--model", str(model), "--dataset_name", str(data), "--replay_images", "7", *words)
     words += ("--reader", str(saved(reader, tmp_path))) if reader else ()
     found = []
     for count in (1, 3):
         output = tmp_path / f"{count}.json"
         forget_features()
-        forked_ranks(
-            functools.partial(evaluated_by, [*FLAGS, *words, "--output", str(output)]), tmp_path / "log", count
-        )
+        action = functools.partial(evaluated_by, [*FLAGS, *words, "--output", str(output)])
+        forked_ranks(action, tmp_path / "log.txt", count)
         found.append(json.loads(output.read_text(encoding="utf-8")))
         found[-1].pop("images_per_second")
     assert found[1] == found[0]
