@@ -21,12 +21,13 @@ from tests.scripts.test_evaluate import FLAGS, images, saved  # noqa: F401  (a f
 from tests.support.ranks import forked_ranks
 from tests.support.tiny_models import tiny_vae
 from training import evaluate
+from training.core.exchange import Exchange
 from training.data.images import DataConfig, ImageDataset
 from training.engine.launch import LaunchConfig, exchange_of, start_accelerator
 from training.evaluation.copies import KeptThumbnails, copy_encoders, find_copies
 from training.evaluation.data import RealImages, plain_images
 from training.metrics.features import FeatureExtractor, open_extractor
-from training.metrics.memorization import Similarity
+from training.metrics.memorization import CopySearch, Similarity, calibration_rows
 from training.metrics.neighbours import BLOCK
 from training.metrics.quality import measure_floor
 from training.models.autoencoder import measure_latents
@@ -63,6 +64,16 @@ def described(similar: Similarity) -> list:
     return [similar.report.to_json(), digest.hexdigest()]
 
 
+def among_themselves(exchange: Exchange) -> Similarity:
+    """Compare vectors with training vectors, whose threshold is set by training vectors: each is not its own copy."""
+    training = torch.randn(TRAINING, 8, generator=torch.Generator().manual_seed(0))
+    rows = calibration_rows(TRAINING)
+    among = CopySearch("latents", {"": training[:9] + 0.01}, training[rows], rows)
+    for block in exchange.share(TRAINING, BLOCK):
+        among.add(training[block.start : block.stop], block.start)
+    return among.results(torch.zeros(len(rows), dtype=torch.bool), exchange)[""]
+
+
 def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extractor: FeatureExtractor) -> int:
     """Search for copies as training/evaluate.py and a run do, and write the results of this process into a folder."""
     forget_accelerate()
@@ -76,15 +87,16 @@ def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extract
     measure_latents(vae, training, 140, torch.device("cpu"), lambda: None, exchange)
     model: Any = SimpleNamespace(pipeline=SimpleNamespace(vae=vae))
     encoders = copy_encoders(["latents"], model, extractor)
-    few = RealImages("validation", held_out, 40)
-    found = find_copies(sets, known, few, encoders, exchange)
+    real = RealImages("validation", held_out, HELD_OUT)
+    found = find_copies(sets, known, real, encoders, exchange)
     read = known.file.read_text().split()
-    kept = KeptThumbnails(known, RealImages("validation", held_out, HELD_OUT), exchange, lambda: None)
+    kept = KeptThumbnails(known, real, exchange, lambda: None)
     reports = [kept.report(some, exchange, lambda: None).to_json() for some in (generated, generated[:3], generated)]
     features = RealImages("train", training, 50).features(extractor, exchange)
     results = {
         "copies": {name: [described(similar) for similar in own] for name, own in found.items()},
         "of a run": reports,
+        "among training images": described(among_themselves(exchange)),
         "features": hashlib.sha256(features.numpy().tobytes()).hexdigest(),
         "latents": [vae.config.latents_mean, vae.config.latents_std],
         "floor": measure_floor(features[:, :5], 20, exchange=exchange),
