@@ -190,7 +190,7 @@ def _briefs_and_images(count: int, data: EvaluationData) -> tuple[Rows, list[Ima
 
 def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows, exchange: Exchange) -> dict[str, float]:
     def read(batch: Sequence[int]) -> list[tuple[list[float], int, list[float]]]:
-        """Return the grammar numbers, the number of pictures, and the distances from all palettes of each poster."""
+        """Return what is read of each poster, and its distances from the palettes of all briefs."""
         own = [images[number] for number in batch]
         output = reader(own)
         return [

@@ -26,12 +26,12 @@ class PosterReading:
 
     Attributes:
         grammar: the grammar numbers, in the order of GRAMMAR.
-        has_its_pictures: whether the number of pictures is that of its brief.
+        counts_agree: whether the count of the reader is that of its brief, see `picture_count_share`.
         palette_distance: mean RGB distance of the poster from the palette of its brief, from 0 to 441.
     """
 
     grammar: Sequence[float]
-    has_its_pictures: bool
+    counts_agree: bool
     palette_distance: float
 
 
@@ -64,7 +64,7 @@ def cycle_scores(
     return {
         "cycle_score": 1 - correlation,
         "grammar_correlation": correlation,
-        "picture_count_share": float(np.mean([reading.has_its_pictures for reading in readings])),
+        "picture_count_share": float(np.mean([reading.counts_agree for reading in readings])),
         "palette_distance": float(np.mean([reading.palette_distance for reading in readings])),
     }
 
