@@ -1,9 +1,10 @@
 """A small Hugging Face Hub on 127.0.0.1, for the real `huggingface_hub` client and Diffusers' `from_pretrained`.
 
-It serves model repos with the branch `main` only: whoami, create, write check, preupload, LFS batch and upload, commit,
-info, tree, and download with ETags and ranges, as the clients 1.x and 2.x use them. Xet, a separate storage protocol
-that the client prefers if `hf_xet` is installed, is not supported: the `hub` fixture disables it
-(`HF_HUB_DISABLE_XET=1`), and the client falls back to LFS.
+It serves repos with the branch `main` only: whoami, create, write check, preupload, LFS batch and upload, commit, info,
+tree, and download with ETags and ranges, as the clients 1.x and 2.x use them. Dataset repos can only be read: a test
+fills them with `add_dataset` and `put`, and their LFS files are sent from a host of another name, as by the Hub. Xet, a
+separate storage protocol that the client prefers if `hf_xet` is installed, is not supported: the `hub` fixture disables
+it (`HF_HUB_DISABLE_XET=1`), and the client falls back to LFS.
 
 To use the fixture in a test file: `from tests.support.hub_server import hub`. `hub.env()` returns the environment
 variables for a subprocess.
@@ -31,7 +32,9 @@ import yaml
 
 WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "o" * 34
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+KINDS = "/api/(?:models|datasets)"
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pt", ".npy")
+LFS_OF_DATASETS = (".tar", ".parquet")
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """A model repo: its commits, oldest first, each with the complete tree as path -> Blob."""
+    """A model or dataset repo: its commits, oldest first, each with the complete tree as path -> Blob."""
 
     private: bool = False
     commits: list[tuple[str, str, dict[str, Blob]]] = field(default_factory=list)  # sha, message, tree
@@ -95,6 +98,7 @@ class HubServer:
         self._server = _QuietServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.storage = f"http://localhost:{self._server.server_address[1]}/storage"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def fail_next(self, count: int, status: int = 500, match: str = "") -> None:
@@ -125,6 +129,11 @@ class HubServer:
         tree = self.repos[repo_id].commits[-1][2]
         return {path: (self.blobs / blob.sha256).read_bytes() for path, blob in tree.items()}
 
+    def add_dataset(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
+        """Create a dataset repo, and return its first commit."""
+        repo = self.repos[repo_id] = Repo(private=private)
+        return repo.commit("files", {path: self.store(content, path) for path, content in files.items()})
+
     def put(self, repo_id: str, path: str, content: bytes | None) -> None:
         """Change a file in a repo, or delete it, in a commit that no client made."""
         repo = self.repos[repo_id]
@@ -132,7 +141,7 @@ class HubServer:
         if content is None:
             del tree[path]
         else:
-            tree[path] = self.store(content)
+            tree[path] = self.store(content, path)
         repo.commit(f"{path} changed", tree)
 
     def messages(self, repo_id: str) -> list[str]:
@@ -146,11 +155,11 @@ class HubServer:
                     return status
         return None
 
-    def store(self, data: bytes) -> Blob:
+    def store(self, data: bytes, path: str = "") -> Blob:
         sha256 = hashlib.sha256(data).hexdigest()
         (self.blobs / sha256).write_bytes(data)
         oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-        return Blob(oid, len(data), sha256, lfs=False)
+        return Blob(oid, len(data), sha256, lfs=path.endswith(LFS_OF_DATASETS))
 
     def readable(self, repo_id: str, user: str | None) -> Repo:
         repo = self.repos.get(repo_id)
@@ -406,6 +415,16 @@ class _Handler(BaseHTTPRequestHandler):
         data = (self.hub.blobs / blob.sha256).read_bytes()
         etag = blob.sha256 if blob.lfs else blob.oid
         headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if path.endswith(LFS_OF_DATASETS) and self.command == "GET":
+            return 302, b"", {**headers, "Location": f"{self.hub.storage}/{blob.sha256}"}
+        return self._content(data, headers)
+
+    def stored(self, sha256: str) -> Answer:
+        if self.headers.get("Authorization"):
+            raise HubError(400, "", "a token was sent to the storage")
+        return self._content((self.hub.blobs / sha256).read_bytes(), {"ETag": f'"{sha256[:32]}"'})
+
+    def _content(self, data: bytes, headers: dict[str, str]) -> Answer:
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if part and self.command == "GET":
             start, end = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
@@ -430,12 +449,13 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
     ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),
-    ("GET", rf"/api/models/{REPO}", _Handler.info),
-    ("GET", rf"/api/models/{REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
-    ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", _Handler.tree),
-    ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
-    ("GET", rf"/api/models/{REPO}/refs", _Handler.refs),
-    ("GET HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("GET", rf"{KINDS}/{REPO}", _Handler.info),
+    ("GET", rf"{KINDS}/{REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", rf"{KINDS}/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", _Handler.tree),
+    ("POST", rf"{KINDS}/{REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
+    ("GET", rf"{KINDS}/{REPO}/refs", _Handler.refs),
+    ("GET HEAD", rf"(?:/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("GET", r"/storage/(?P<sha256>[0-9a-f]{64})", _Handler.stored),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import threading
 import time
@@ -25,12 +26,15 @@ from pipelines.tools.files import max_image_pixels
 from training.data.fingerprints import evenly_spaced
 from training.data.images import BadSample, ImageDataset
 from training.data.records import read_record, write_record
+from training.data.shards.fetching import prefetch
 from training.data.transforms import BrokenImage, open_image, verify_image
 
 CHECK = command("data_scripts/check_dataset.py")
 # Before training, every row of a dataset of up to SCAN_ROWS rows is checked, as far as SCAN_SECONDS allow.
 SCAN_ROWS = 20_000
 SCAN_SECONDS = 10.0
+# Of remote data that do not fit into memory, each image is a request, or a row group of a Parquet file.
+SCAN_REMOTE = 256
 _SHOWN = 10
 _CHUNK_ROWS = 256
 # All images of a chunk are read before a request to stop is heard.
@@ -119,8 +123,11 @@ def _read_rows(
             for problem in dataset.quick_problems({name: column[i] for name, column in values.items()}):
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
+    most = SCAN_REMOTE if dataset.remote is not None and not dataset.remote.fits(len(dataset)) else len(rows)
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
-    for row, problems in checked_images(dataset, shuffled, lambda: time.monotonic() > deadline):
+    for row, problems in checked_images(
+        dataset, shuffled, lambda: time.monotonic() > deadline or report.images_checked >= most
+    ):
         poll()
         report.images_checked += 1
         for problem in problems:
@@ -172,8 +179,12 @@ def checked_images(
 ) -> Iterator[tuple[int, list[BadSample]]]:
     """Yield (row, problems of its images), decoding on all cores, until `stop()` returns True."""
     images = dataset.dataset.select_columns(dataset.image_columns)
+    in_order = bool(len(rows)) and bool((np.diff(rows) == 1).all())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for chunk, values in chunks(images, rows, IMAGE_CHUNK_ROWS):
+            if dataset.remote is not None:
+                whole_blocks = in_order or dataset.remote.fits(len(dataset))
+                prefetch(itertools.chain.from_iterable(values.values()), whole_blocks=whole_blocks)
             records = [{name: column[i] for name, column in values.items()} for i in range(len(chunk))]
             yield from zip(chunk, pool.map(functools.partial(_image_problems, dataset), records), strict=True)
             if stop():

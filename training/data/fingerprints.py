@@ -16,12 +16,15 @@ import torch
 
 from training.data.images import ImageDataset
 from training.data.records import read_record, write_record
+from training.data.shards.fetching import prefetch
 from training.data.shards.places import is_place, read_place
 from training.data.source import column_values
 
 # The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
 # spaced images. A million images of 100 kB would take minutes at each start; 4,096 take a second or two.
 SAMPLED_IMAGES = 4096
+# Each image of a larger remote dataset is a request, or a row group of a Parquet file.
+SAMPLED_REMOTE = 256
 SAMPLED_VALUES = 65_536
 _IMAGES_PER_READ = 64
 # The values in a VAE's config that determine its latents or their scale.
@@ -73,10 +76,13 @@ def _read_fingerprint(dataset: ImageDataset, poll: Callable[[], None]) -> str:
         for value in column_values(dataset.dataset, name):
             digest.update(json.dumps(value).encode())
     images = dataset.dataset.select_columns(names)
-    sampled = evenly_spaced(rows, SAMPLED_IMAGES)
+    few = dataset.remote is not None and rows > SAMPLED_IMAGES
+    sampled = evenly_spaced(rows, SAMPLED_REMOTE if few else SAMPLED_IMAGES)
     for start in range(0, len(sampled), _IMAGES_PER_READ):
         poll()
         columns = images[sampled[start : start + _IMAGES_PER_READ]]
+        if dataset.remote is not None:
+            prefetch((source for name in names for source in columns[name]), whole_blocks=len(sampled) == rows)
         for sources in zip(*(columns[name] for name in names), strict=True):
             for source in sources:
                 digest.update(hashlib.sha256(encoded_bytes(source)).digest())

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from pipelines.tools.cli import UserError, printable
 from training.data.archives import unpacked_folder
 from training.data.shards.places import shard_of
+from training.data.shards.remote import is_remote
+from training.data.shards.sources import remote_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,22 +24,25 @@ if TYPE_CHECKING:
 _ARCHIVE = "::"
 
 
-def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
+def refuse_foreign_paths(dataset: Dataset, column: str, source: str, *, streaming: bool = False) -> None:
     """Raise UserError if an image in `column`, of type `datasets.Image`, is a file outside of the dataset.
 
     Only the rows without bytes are looked at, so that this takes no time for datasets that hold their images.
 
     Args:
-        source: the Hub id, folder or file that the dataset was opened from.
+        source: the Hub id, folder, file or URL that the dataset was opened from.
+        streaming: whether the images are in shards that are read where they are.
     """
     import pyarrow.compute
 
-    folders = _folders(source)
+    folders = _folders(source, streaming)
     for chunk in dataset.data.column(column).chunks:
         paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
         for folder in folders:  # nearly all, at once: to look at a million paths one by one takes seconds
             plain = pyarrow.compute.starts_with(paths, folder)
             plain = pyarrow.compute.and_not(plain, pyarrow.compute.match_substring(paths, ".."))
+            if is_remote(folder):  # only places in shards are read there
+                plain = pyarrow.compute.and_(plain, pyarrow.compute.match_substring(paths, _ARCHIVE))
             paths = pyarrow.compute.filter(paths, pyarrow.compute.invert(pyarrow.compute.fill_null(plain, False)))
         for path in paths.drop_null().to_pylist():
             if path.startswith(("http://", "https://")):
@@ -53,9 +58,12 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str) -> None:
                 )
 
 
-def _folders(source: str) -> tuple[str, ...]:
-    """Return the folders whose files belong to the dataset, each with a separator at its end."""
+def _folders(source: str, streaming: bool) -> tuple[str, ...]:
+    """Return the folders whose files belong to the dataset, each with a separator at its end. A remote source has the
+    beginning of the URLs of its shards."""
     path = Path(source).expanduser()
+    if streaming and not path.exists() and (remote := remote_folder(source)) is not None:
+        return (remote,)
     if glob.has_magic(source) and not path.exists():  # a pattern of files: the folder before its first part with a *
         path = next((folder for folder in path.parents if not glob.has_magic(str(folder))), path)
     if path.exists():
@@ -81,6 +89,8 @@ def _with_separator(folders: Iterable[str]) -> Iterable[str]:
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
     """Return whether the file, or the archive or shard that it is in (zip://a.png::/data/x.zip), is in one of the
     folders."""
+    if is_remote(path):
+        return (shard_of(path) or "").startswith(folders) and ".." not in path
     # The name of a folder may contain ::
     file = shard_of(path) or (path.rpartition(_ARCHIVE)[2] if "://" in path else path)
     return "://" not in file and os.path.abspath(file).startswith(folders)

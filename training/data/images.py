@@ -23,8 +23,10 @@ from training.data.aspect_buckets import AspectBuckets, InBuckets, image_sizes, 
 from training.data.caption_text import caption_problem, cleaned_caption
 from training.data.classes import column_classes
 from training.data.companions import Companion, ControlImage, SegmentationMask
+from training.data.errors import WorkerError
 from training.data.labels import LabelMap, label_problem, load_label_map
 from training.data.pixel_cache import PixelCache
+from training.data.shards.fetching import RemoteReading, prefetch
 from training.data.shards.opening import row_blocks
 from training.data.source import (
     DataConfig,
@@ -72,14 +74,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-class WorkerError(UserError):
-    """An error about the data that may be raised in a loader worker."""
-
-    def __init__(self, message: str):
-        # DataLoader builds a worker's exception again from its printed traceback; keep only the message for the user.
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class BadRow(WorkerError):
@@ -154,6 +148,8 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
             )
         self.row_blocks = row_blocks(dataset, config.shuffle_buffer)
         self.dataset = self._undecoded(dataset, columns)
+        blocks = self.row_blocks
+        self.remote = RemoteReading.of(self.dataset, self.image_columns, blocks) if blocks is not None else None
         self._every_column = dataset
         self.sizes = ((config.resolution, config.resolution),)
         self._kept_scale = self.crop_scale
@@ -224,8 +220,18 @@ class ImageDataset(InBuckets, torch.utils.data.Dataset):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[dict[str, Any]]:
         columns = self.dataset[[key.index for key in keys]]
+        self._receive(columns, keys)
         rows = ({name: values[i] for name, values in columns.items()} for i in range(len(keys)))
         return [self._item_or_replacement(row, key) for row, key in zip(rows, keys)]
+
+    def _receive(self, columns: dict[str, list], keys: Sequence[SampleKey]) -> None:
+        """Receive the images of a batch at the same time, if they are in remote shards and not cached."""
+        if self.remote is None or self.row_blocks is None:
+            return
+        cached = self._kept if self._from_center else None
+        missing = [i for i, key in enumerate(keys) if cached is None or key.index not in cached]
+        sources = (columns[name][i] for name in self.image_columns for i in missing)
+        prefetch(sources, whole_blocks=self.remote.fits(self.row_blocks.window))
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch: pixel_values B C H W, label and index int64 B, caption a list of B, input_ids int64 B L."""

@@ -35,6 +35,9 @@ class PixelCache:
             return None
         return cls(rows, most_pixels, channels)
 
+    def __contains__(self, row: int) -> bool:
+        return bool(self._sizes[row, 1])
+
     def get(self, row: int) -> np.ndarray | None:
         """Return a copy of the pixels of a row, uint8 H W C; None if they were not stored yet.
 

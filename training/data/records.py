@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,17 @@ def files_state(path: Path, *others: Path) -> str:
     return _hash([os.path.abspath(path), sorted(entries)])
 
 
+def remote_files_state(files: Sequence[tuple[str, int, str]]) -> str:
+    """Return a hash of the URLs, sizes and versions of remote files, as `files_state` does of local ones."""
+    return _hash(sorted(files))
+
+
 def rows_key(dataset: Dataset, source_state: str | None) -> str | None:
     """Return a key that identifies the stored rows of `dataset`; None if they are not in files.
 
     Args:
-        source_state: `files_state` of the folder with the images; None if the rows contain them.
+        source_state: `files_state` of the folder with the images, or `remote_files_state`; None if the rows contain
+            them.
     """
     files = [file["filename"] for file in dataset.cache_files]
     if not files:

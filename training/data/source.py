@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from pipelines.tools.cli import UserError, located, nearest
+from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
@@ -29,7 +30,9 @@ from training.data.folder_layout import METADATA_NAMES
 from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
 from training.data.records import files_state, rows_key
-from training.data.shards.opening import block_order, open_shards
+from training.data.shards.opening import block_order, open_remote_shards, open_shards
+from training.data.shards.remote import is_remote
+from training.data.shards.sources import commit_of, names_hub
 from training.data.table_files import is_saved, load_local, matching_files, readme_defines_splits
 from training.data.transforms import TRANSFORM_VERSION
 
@@ -48,9 +51,13 @@ class DataConfig(Options):
     """Values of `image_mode` that a command can train with"""
 
     dataset_name: str | None = option(None, content="data", essential=True, replaces=["train_data_dir"])
-    """Training data: a Hub id, or a local folder or file (images, Parquet, JSON, or written by save_to_disk)"""
+    """Training data: a Hub id, or a local folder or file (images, Parquet, JSON, or written by save_to_disk); with
+    --streaming true also URLs of shards, such as https://host/{00000..00099}.tar"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
+    dataset_revision: str = option("auto", content="data", kept=True)
+    """Commit, branch or tag of a Hub dataset; auto is the newest commit and, with --streaming true, the one that was
+    the newest when the run was started"""
     train_data_dir: str | None = option(None, content="data", essential=True, replaces=["dataset_name"])
     """Folder of images, with captions in a table or in text files beside the images, and/or one subfolder per class;
     replaces --dataset_name"""
@@ -65,9 +72,9 @@ class DataConfig(Options):
     """Column with the class labels, one for each row: texts, whole numbers (each number is the name of a class, so that
     the years 1985 to 2020 are 36 classes), or true and false"""
     streaming: bool = option(False)
-    """Read the images where they are: in tar files of WebDataset, or in Parquet files, which are neither unpacked nor
-    copied. Shards are read nearly in turn, in an order that changes in each epoch; with --latent_cache, so are its
-    shards"""
+    """Read the images where they are: in tar files of WebDataset, or in Parquet files, on a disk, at URLs or on the
+    Hub, which are neither unpacked nor copied. Shards are read nearly in turn, in an order that changes in each epoch;
+    with --latent_cache, so are its shards"""
     shuffle_buffer: int = option(10_000, at_least=1)
     """With --streaming true: number of rows, of blocks from all over the data, that are shuffled together"""
     mask_column: str = option("mask")
@@ -199,16 +206,24 @@ class OpenedSource(NamedTuple):
 
     splits: DatasetDict
     state: str | None
-    """State of its files (see `files_state`); None for a Hub dataset"""
+    """State of its files (see `files_state`); None for a Hub dataset that is not streamed"""
     account: FolderAccount | None
 
 
 def _opened(config: DataConfig) -> OpenedSource:
-    imagefolder = bool(config.train_data_dir)
-    reading = (config.caption_source, config.streaming)
+    """Open the configured source; of a Hub dataset that is streamed, the config gets the commit that is read."""
+    name, base = config.source, os.getcwd()
+    if config.streaming and names_hub(name) and not _is_local(name, base):
+        config.dataset_revision = commit_of(name, config.dataset_revision)
+    reading = (config.caption_source, config.streaming, config.dataset_revision)
     return _open_source(
-        config.source, os.getcwd(), imagefolder, config.dataset_config_name, config.train_split, *reading
+        name, base, bool(config.train_data_dir), config.dataset_config_name, config.train_split, *reading
     )
+
+
+def _is_local(name: str, base: str) -> bool:
+    path = Path(base, os.path.expanduser(name))
+    return path.exists() or bool(matching_files(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -220,22 +235,22 @@ def _open_source(
     only_split: str,
     captions: CaptionSource,
     streaming: bool,
+    revision: str,
 ) -> OpenedSource:
     """Open a source; `base` is the folder that a relative path begins at."""
     import datasets
 
+    if is_remote(name) and not streaming:
+        raise UserError(f"{mask_credentials(name)} is a URL; add --streaming true to read its shards where they are")
     path = Path(base, os.path.expanduser(name))
     files = [] if path.exists() else matching_files(path)
     local = path.exists() or bool(files)
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
-    if not local and (imagefolder or _looks_local(name)):
+    if not local and not is_remote(name) and (imagefolder or _looks_local(name)):
         raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
     if streaming and not local:
-        raise UserError(
-            f"--streaming true reads shards on a disk or a mounted file system, and {name} is not a local path; "
-            "download it, for example with `hf download --repo-type dataset`, and give the folder"
-        )
+        return OpenedSource(*open_remote_shards(name, config_name, revision), None)
     try:
         state = files_state(*(files or [path])) if local else None
         if streaming:
@@ -252,7 +267,7 @@ def _open_source(
         elif local:
             loaded = load_local(files or path, config_name, only_split)
         else:
-            loaded = datasets.load_dataset(name, config_name)
+            loaded = datasets.load_dataset(name, config_name, revision=None if revision == "auto" else revision)
     except (
         OSError,
         ValueError,
@@ -333,7 +348,7 @@ def undecoded_images(dataset: Dataset, column: str, flag: str, config: DataConfi
         hint = f"; column '{images[0]}' does" if images else ""
         raise UserError(f"column '{column}' holds {feature}, not images{hint}: choose one with --{flag}")
     undecoded = dataset.cast_column(column, datasets.Image(decode=False))
-    refuse_foreign_paths(undecoded, column, config.source)
+    refuse_foreign_paths(undecoded, column, config.source, streaming=config.streaming)
     return undecoded
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,14 +90,31 @@ class Loop:
         if state.pending_events:
             self.events()
         self._load_batches()
+        first_step = state.step
         leaving: AbstractContextManager[None] = self.stop.at_once(FIRST_STEP_PATIENCE)
         with self.reporter.progress(), main_thread_on_its_core(training.device), self._profiler() as profiler:
             while not (state.is_over or self.stop_agreed):
                 with leaving:
-                    self.step(next(self._steps))
+                    with self._saving_if_data_fail(state.step > first_step):
+                        batches = next(self._steps)
+                    self.step(batches)
                 leaving = nullcontext()
                 self.events()
                 profiler.step_done()
+
+    @contextmanager
+    def _saving_if_data_fail(self, has_trained: bool) -> Iterator[None]:
+        """Save the steps of this session before an error about the data, such as a server that is gone, ends the run.
+
+        With several processes, the others wait in the next step for this one, and cannot save.
+        """
+        try:
+            yield
+        except UserError:
+            if has_trained and self.accelerator.num_processes == 1:
+                self.read_values()
+                self._save(must_succeed=True)
+            raise
 
     def _profiler(self) -> StepProfiler:
         steps = self.config.profile_steps if self.accelerator.is_main_process else 0
@@ -184,7 +201,8 @@ class Loop:
         try:
             if self.stop_agreed:
                 raise Interrupted
-            validated = self.validate() if last or self.cadence.validation_due(state.step) else {}
+            with self._saving_if_data_fail(has_trained=True):
+                validated = self.validate() if last or self.cadence.validation_due(state.step) else {}
             evaluation = self.evaluate()
             if last or self.cadence.preview_due(state.step):
                 self.show_previews()

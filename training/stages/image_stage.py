@@ -112,10 +112,17 @@ class ImageStage(Stage):
             logger.info("%s", printable(account.line()))
         for data in filter(None, (self.training_set, self.validation_set)):
             require_clean(data, tell=logger.info, poll=self.context.poll)
+        self._check_window()
         if config.aspect_buckets:
             self._make_buckets(divisor, least_cells)
-        elif self.takes_aspect_buckets and not config.pad_to_square:
+        elif self.takes_aspect_buckets and not (config.pad_to_square or config.streaming):
             self._suggest_buckets()
+
+    def _check_window(self) -> None:
+        """Refuse or report rows of remote shards that are shuffled together and do not fit into memory."""
+        remote = getattr(self.training_set, "remote", None)
+        if remote is not None and (problem := remote.problem(self.config.shuffle_buffer)):
+            logger.warning("%s", problem)
 
     def _suggest_buckets(self) -> None:
         """Name the flag for images that are not square, if much of them is cut off."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipelines.tools.commands import command
 from training.core.files import WRITING, read_json_object, write_atomically, write_json
 from training.core.made_folders import CACHE_MANIFEST
-from training.data.images import WorkerError
+from training.data.errors import WorkerError
 from training.objectives.segmentation import IGNORE_INDEX
 
 # Masks and the name of the label column were added later. The manifest mentions them only if there are masks or if the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,8 +23,11 @@ from pipelines.tools.progress import watched
 from training.core.blocks import RowBlocks
 from training.core.files import write_atomically
 from training.data.folder_layout import SPLIT_NAMES
-from training.data.records import cache_file, files_state
-from training.data.shards.tables import BLOCK_COLUMN, BLOCK_ROWS, SUFFIXES, table_of_shard
+from training.data.records import cache_file, files_state, remote_files_state
+from training.data.shards.places import shard_of
+from training.data.shards.remote import HUB
+from training.data.shards.sources import REQUESTS_AT_ONCE, SUFFIXES, RemoteShard, remote_shards
+from training.data.shards.tables import BLOCK_COLUMN, BLOCK_ROWS, table_of_shard
 
 if TYPE_CHECKING:
     import pyarrow
@@ -45,13 +48,41 @@ def open_shards(path: Path, files: Sequence[Path]) -> DatasetDict:
     Raises:
         UserError: the source has no shards, or one that is damaged.
     """
-    import datasets
-
     root = Path(os.path.abspath(path))
     shards = sorted(Path(os.path.abspath(file)) for file in files) or _shards_below(root)
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path | RemoteShard]] = {}
     for shard in shards:
-        splits.setdefault(_split_of(shard, root if root.is_dir() else shard.parent), []).append(shard)
+        below = shard.relative_to(root if root.is_dir() else shard.parent).with_suffix("").as_posix()
+        splits.setdefault(_split_of(below), []).append(shard)
+    return _opened(splits)
+
+
+def open_remote_shards(name: str, config_name: str | None, commit: str) -> tuple[DatasetDict, str]:
+    """Open shards that lie elsewhere (see `sources`), of which the images are received when they are read.
+
+    Args:
+        config_name: configuration of a dataset on the Hub, if it has several.
+        commit: commit of a dataset on the Hub (see `sources.commit_of`); not used for other sources.
+
+    Returns:
+        The splits, and a state that changes with the content of the shards.
+
+    Raises:
+        UserError: there are no shards, one of them is damaged, or they cannot be read.
+    """
+    shards = remote_shards(name, config_name, commit)
+    urls = [str(shard) for shard in shards]
+    root = os.path.commonpath([url.rpartition("/")[0] for url in urls])
+    splits: dict[str, list[Path | RemoteShard]] = {}
+    for url, shard in zip(urls, shards, strict=True):
+        split = shard.split or _split_of(url[len(root) :].rpartition(".")[0])
+        splits.setdefault(split, []).append(shard)
+    return _opened(splits), remote_files_state([_state_of(shard) for shard in shards])
+
+
+def _opened(splits: Mapping[str, Sequence[Path | RemoteShard]]) -> DatasetDict:
+    import datasets
+
     return datasets.DatasetDict(
         {name: datasets.Dataset.from_file(str(_table(splits[name]))) for name in sorted(splits, key=_place_of_split)}
     )
@@ -97,34 +128,73 @@ def _shards_below(path: Path) -> list[Path]:
     return shards
 
 
-def _split_of(shard: Path, root: Path) -> str:
-    """Return the split whose name is a word of the shard's path below `root`; "train" without one."""
-    words = re.split(r"[^a-z]+", shard.relative_to(root).with_suffix("").as_posix().lower())
+def _split_of(path: str) -> str:
+    """Return the split whose name is a word of the path of a shard, without its suffix; "train" without one."""
+    words = re.split(r"[^a-z]+", path.lower())
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
-def _place_of_split(name: str) -> int:
-    return list(dict.fromkeys(SPLIT_NAMES.values())).index(name)
+def _place_of_split(name: str) -> tuple[int, str]:
+    usual = list(dict.fromkeys(SPLIT_NAMES.values()))
+    return usual.index(name) if name in usual else len(usual), name
 
 
-def _table(shards: Sequence[Path]) -> Path:
+def _state_of(shard: RemoteShard) -> tuple[str, int, str]:
+    return shard.url, shard.size, shard.version
+
+
+def _content_of(shard: Path | RemoteShard) -> Any:
+    """Return what the table of a shard is made again for. A shard on the Hub keeps it in later commits."""
+    if not isinstance(shard, RemoteShard):
+        return files_state(shard)
+    return [shard.size, shard.version] if shard.url.startswith(HUB) else _state_of(shard)
+
+
+def _at_its_url(table: pyarrow.Table, shard: Path | RemoteShard) -> pyarrow.Table:
+    """Return the table of a shard on the Hub, which may have been made at an earlier commit, with places at its URL."""
+    import datasets
+    import pyarrow.compute
+
+    if not isinstance(shard, RemoteShard) or not shard.url.startswith(HUB):
+        return table
+    for number, (name, feature) in enumerate(datasets.Features.from_arrow_schema(table.schema).items()):
+        if isinstance(feature, datasets.Image):
+            images = table.column(name).combine_chunks()
+            paths = images.field("path").drop_null()
+            made_at = shard_of(paths[0].as_py()) if len(paths) else None
+            if made_at not in (None, shard.url):
+                moved = pyarrow.compute.replace_substring(images.field("path"), made_at, shard.url, max_replacements=1)
+                images = pyarrow.compute.make_struct(images.field("bytes"), moved, field_names=["bytes", "path"])
+                images = images.cast(table.schema.field(number).type)
+                table = table.set_column(number, table.schema.field(number), images)
+    return table
+
+
+def _table(shards: Sequence[Path | RemoteShard]) -> Path:
     """Return the file with the rows of several shards, which is made if a shard has changed since."""
     key = [_VERSION, BLOCK_ROWS, sorted(image_suffixes())]
-    states = [files_state(shard) for shard in shards]
+    states = [_state_of(shard) if isinstance(shard, RemoteShard) else files_state(shard) for shard in shards]
     joined = cache_file("shards", [key, states], ".arrow")
     if joined.is_file():
         return joined
-    parts = [cache_file("shard", [key, state], ".arrow") for state in states]
+    parts = [cache_file("shard", [key, _content_of(shard)], ".arrow") for shard in shards]
     joined.parent.mkdir(parents=True, exist_ok=True)
 
-    def index(shard: Path, part: Path) -> None:
+    def index(shard: Path | RemoteShard, part: Path) -> None:
         if not part.is_file():
             _write(part, [table_of_shard(shard)])
 
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        for _ in watched(pool.map(index, shards, parts), len(shards), "shard", "index of the shards"):
-            pass
-    _write(joined, _numbered([_read(part) for part in parts]))
+    # The threads of remote shards wait for the network.
+    remote = any(isinstance(shard, RemoteShard) for shard in shards)
+    threads = REQUESTS_AT_ONCE if remote else min(16, 2 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in watched(pool.map(index, shards, parts), len(shards), "shard", "index of the shards"):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    _write(joined, _numbered([_at_its_url(_read(part), shard) for part, shard in zip(parts, shards, strict=True)]))
     return joined
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipelines.tools.cli import UserError, one_line
 from pipelines.tools.files import image_suffixes
 from training.data.caption_tables import caption_columns
 from training.data.column_types import may_hold_images
 from training.data.folder_layout import CAPTION_SUFFIXES
-from training.data.shards.places import place_in_parquet, place_in_tar
+from training.data.shards.places import open_parquet, place_in_parquet, place_in_tar
+from training.data.shards.sources import RemoteShard, suffix_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,20 +25,31 @@ BLOCK_COLUMN = "__block__"
 BLOCK_ROWS = 256
 MOST_BYTES_OF_GROUP = 2**30
 _MOST_BYTES_OF_TEXT = 2**20
-SUFFIXES = (".tar", ".parquet")
+# Of a remote tar file, a block is received as a whole unless it is much larger than its images: with a header of 512
+# bytes and the rest of 512 bytes, an image and its caption and class have up to this many bytes beside them.
+_BESIDE_AN_IMAGE = 4096
+_MOST_IN_VAIN = 2
 
 
-def table_of_shard(file: Path) -> pyarrow.Table:
+class _Member(NamedTuple):
+    """An image in a tar file."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def table_of_shard(shard: Path | RemoteShard) -> pyarrow.Table:
     """Return the rows of a shard, after one pass over the headers of a tar file, or the small columns of a Parquet
     file.
 
     Raises:
-        UserError: the shard is damaged or has no images.
+        UserError: the shard is damaged or has no images, or is remote and cannot be read.
     """
-    return _table_of_tar(file) if file.suffix.lower() == ".tar" else _table_of_parquet(file)
+    return _table_of_tar(shard) if suffix_of(str(shard)) == ".tar" else _table_of_parquet(shard)
 
 
-def _table_of_tar(file: Path) -> pyarrow.Table:
+def _table_of_tar(file: Path | RemoteShard) -> pyarrow.Table:
     """Return the rows of a shard of WebDataset: files of the same name up to its first dot are a sample."""
     import datasets
     import pyarrow
@@ -45,15 +57,18 @@ def _table_of_tar(file: Path) -> pyarrow.Table:
     samples: dict[str, dict[str, Any]] = {}
     try:
         # "r:" refuses compressed archives, in which no place can be read without all that is before it.
-        with tarfile.open(file, "r:", encoding="utf-8") as opened:
+        with (
+            _bytes_in(file) as content,
+            tarfile.open(str(file), "r:", content, encoding="utf-8") as opened,
+        ):
             for info in opened:
                 name = PurePosixPath(info.name)
                 if not info.isreg() or any(part.startswith((".", "__")) for part in name.parts):
                     continue
                 stem, _, ending = name.name.partition(".")
                 sample = samples.setdefault(str(name.parent / stem), {})
-                _take(sample, opened, info, ending.lower(), str(file))
-            _require_end(file, opened.offset)
+                _take(sample, opened, info, ending.lower())
+            _require_end(content, opened.offset)
     except (tarfile.TarError, EOFError, UnicodeError) as error:
         raise UserError(
             f"the shard {file} cannot be read ({one_line(error, 200)}); it is damaged or incomplete, or compressed: "
@@ -63,27 +78,52 @@ def _table_of_tar(file: Path) -> pyarrow.Table:
     if not rows:
         raise UserError(f"the shard {file} has no images that can be read; remove it from the data")
     names = list(dict.fromkeys(name for row in rows for name in row))
+    images = [name for name in names if name not in ("text", "label")]
+    _put_places(rows, images, file)
     kinds = {name: pyarrow.string() if name in ("text", "label") else datasets.Image().pa_type for name in names}
     columns = {name: pyarrow.array([row.get(name) for row in rows], kinds[name]) for name in names}
     columns[BLOCK_COLUMN] = pyarrow.array([row // BLOCK_ROWS for row in range(len(rows))], pyarrow.int32())
-    images = [name for name in names if name not in ("text", "label")]
     return _typed(pyarrow.table(columns), dict.fromkeys(images, datasets.Image()))
 
 
-def _require_end(file: Path, offset: int) -> None:
+def _bytes_in(file: Path | RemoteShard) -> IO[bytes]:
+    return cast("IO[bytes]", file.open()) if isinstance(file, RemoteShard) else file.open("rb")
+
+
+def _put_places(rows: Sequence[dict[str, Any]], images: Sequence[str], file: Path | RemoteShard) -> None:
+    """Put the places of images where their members are."""
+    remote, shard = isinstance(file, RemoteShard), file.url if isinstance(file, RemoteShard) else str(file)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        of_block = rows[start : start + BLOCK_ROWS]
+        block = _bytes_of_block([row[name] for row in of_block for name in images if name in row]) if remote else None
+        for row in of_block:
+            for name in images:
+                if name in row:
+                    member: _Member = row[name]
+                    place = place_in_tar(shard, member.name, member.offset, member.size, block)
+                    row[name] = {"bytes": None, "path": place}
+
+
+def _bytes_of_block(members: Sequence[_Member]) -> tuple[int, int] | None:
+    """Return the first byte and the number of bytes of a block; None if most of them are not of its images."""
+    start = min(member.offset for member in members)
+    length = max(member.offset + member.size for member in members) - start
+    own = sum(member.size + _BESIDE_AN_IMAGE for member in members)
+    return (start, length) if length <= _MOST_IN_VAIN * own else None
+
+
+def _require_end(content: IO[bytes], offset: int) -> None:
     """Raise ReadError unless the mark of the end of a tar file is at `offset`: `tarfile` takes damage for the end."""
-    with file.open("rb") as opened:
-        opened.seek(offset)
-        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"there is neither a file nor the mark of the end at byte {offset:,}")
+    content.seek(offset)
+    if content.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"there is neither a file nor the mark of the end at byte {offset:,}")
 
 
-def _take(sample: dict[str, Any], opened: tarfile.TarFile, info: tarfile.TarInfo, ending: str, file: str) -> None:
+def _take(sample: dict[str, Any], opened: tarfile.TarFile, info: tarfile.TarInfo, ending: str) -> None:
     """Add a file of a sample: an image (jpg), another one (mask.png), a caption (txt or json) or a class (cls)."""
     column, _, kind = ending.rpartition(".")
     if f".{kind}" in image_suffixes():
-        place = place_in_tar(file, info.name, info.offset_data, info.size)
-        sample.setdefault(column or "image", {"bytes": None, "path": place})
+        sample.setdefault(column or "image", _Member(info.name, info.offset_data, info.size))
     elif f".{ending}" in CAPTION_SUFFIXES:
         sample["text"] = " ".join(_text(opened, info).split())
     elif ending == "cls":
@@ -111,13 +151,13 @@ def _caption_in(text: str) -> str | None:
     return values[name] if name and isinstance(values[name], str) else None
 
 
-def _table_of_parquet(file: Path) -> pyarrow.Table:
+def _table_of_parquet(file: Path | RemoteShard) -> pyarrow.Table:
     import datasets
     import pyarrow
-    import pyarrow.parquet
 
+    remote, shard = isinstance(file, RemoteShard), file.url if isinstance(file, RemoteShard) else str(file)
     try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
+        with open_parquet(shard, file.size if isinstance(file, RemoteShard) else None) as opened:
             features = datasets.Features.from_arrow_schema(opened.schema_arrow)
             images = [name for name, feature in features.items() if _holds_encoded_images(feature)]
             if not images:
@@ -127,6 +167,7 @@ def _table_of_parquet(file: Path) -> pyarrow.Table:
                 )
             sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             _require_small_groups(file, opened.metadata)
+            bytes_of = {name: _bytes_of_groups(opened.metadata, name) if remote else None for name in images}
             table = opened.read(columns=[name for name in features if name not in images])
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
@@ -135,8 +176,9 @@ def _table_of_parquet(file: Path) -> pyarrow.Table:
         ) from None
     table = table.replace_schema_metadata(None)
     for name in images:
+        own = bytes_of[name]
         places = [
-            {"bytes": None, "path": place_in_parquet(str(file), name, group, row)}
+            {"bytes": None, "path": place_in_parquet(shard, name, group, row, None if own is None else own[group])}
             for group, size in enumerate(sizes)
             for row in range(size)
         ]
@@ -161,7 +203,20 @@ def _holds_encoded_images(feature: Any) -> bool:
     return may_hold_images(feature) and "string" not in str(getattr(feature, "dtype", ""))
 
 
-def _require_small_groups(file: Path, metadata: Any) -> None:
+def _bytes_of_groups(metadata: Any, column: str) -> list[int]:
+    """Return the number of bytes that each row group has in a column, as they are stored."""
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    return [
+        sum(
+            group.column(i).total_compressed_size
+            for i in range(group.num_columns)
+            if f"{group.column(i).path_in_schema}.".startswith(f"{column}.")
+        )
+        for group in groups
+    ]
+
+
+def _require_small_groups(file: Path | RemoteShard, metadata: Any) -> None:
     """Raise UserError for row groups that do not fit into memory as a whole, as they are decoded."""
     largest = max((metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)), default=0)
     if largest > MOST_BYTES_OF_GROUP:

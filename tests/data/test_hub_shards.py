@@ -1,0 +1,112 @@
+"""Dataset repositories on the Hub that are streamed: splits, the commit that is read, and where a token is sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines.tools.cli import UserError
+from tests.data.test_remote_shards import rows
+from tests.data.test_shards import MAKERS, ROWS, SHARDS, config_of, image_bytes, opened
+from tests.support.hub_server import HubServer, hub
+from training.core.batches import fetch
+from training.core.draws import SampleKey
+from training.data import source
+from training.data.images import load_split
+from training.data.shards import places, remote, sources
+
+__all__ = ["hub"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch, hub):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        "datasets.config.HUB_DATASETS_URL", hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
+    )
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(remote, "PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(remote, "PAUSES_AT_START", (0.01,) * 3)
+    restart()
+
+
+def restart() -> None:
+    """Forget what this process knows, as a new one."""
+    source._open_source.cache_clear()
+    sources._newest_commit.cache_clear()
+    places.forget()
+
+
+def upload(hub: HubServer, folder, prefix: str = "data/", **options) -> str:
+    return hub.add_dataset("ada/emoji", {f"{prefix}{f.name}": f.read_bytes() for f in folder.iterdir()}, **options)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_rows_of_a_hub_dataset_equal_local_ones(tmp_path, hub, kind):
+    """A private one: the token is for the Hub, and not for the storage, which refuses it here."""
+    folder = MAKERS[kind](tmp_path / "shards")
+    commit = upload(hub, folder, private=True)
+    config = config_of("ada/emoji")
+    assert len(load_split(config, "train", 0)) == SHARDS * ROWS
+    assert config.dataset_revision == commit
+    for one, other in zip(rows(opened("ada/emoji")), rows(opened(folder)), strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert (one["caption"], one["label"]) == (other["caption"], other["label"])
+    assert {r.status for r in hub.requests if r.path.startswith("/storage")} == {206}
+    written = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    written += [file.read_bytes() for file in (tmp_path / "hf_home").rglob("*") if file.is_file()]
+    assert not any(b"\x89PNG" in content for content in written)
+
+
+def test_a_pinned_commit_is_read_after_the_dataset_has_changed(tmp_path, hub):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    first = upload(hub, folder)
+    config = config_of("ada/emoji")
+    load_split(config, "train", 0)
+    hub.put("ada/emoji", "data/00002.tar", None)
+    restart()
+    hub.requests.clear()
+    assert len(load_split(config_of("ada/emoji"), "train", 0)) == 20
+    assert not [request for request in hub.requests if request.path.startswith("/storage")]  # no shard has changed
+    newest = load_split(config_of("ada/emoji"), "train", 0).data.column("image")[0].as_py()["path"]
+    assert first not in newest
+    kept = opened("ada/emoji", dataset_revision=config.dataset_revision)
+    assert len(kept) == 30
+    assert fetch(kept, [SampleKey(29, 0)])["caption"] == ["number 29"]
+    assert len(opened(f"hf://datasets/ada/emoji@{first}/data/*.tar")) == 30
+    assert len(opened("hf://datasets/ada/emoji/data/{00000..00000}.tar")) == 10
+    assert len(opened("hf://datasets/ada/emoji/data")) == 20
+
+
+def test_splits_and_configurations_are_those_of_the_card(tmp_path, hub):
+    folder = MAKERS["parquet"](tmp_path / "shards")
+    files = {
+        f"part{i}/{name}": f.read_bytes() for i, f in enumerate(sorted(folder.iterdir())) for name in ["x.parquet"]
+    }
+    card = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: part0/*.parquet}
+  - {split: odd_one, path: part1/*.parquet}
+- config_name: large
+  data_files: [{split: train, path: part*/*.parquet}]
+---
+"""
+    hub.add_dataset("ada/emoji", {**files, "README.md": card.encode()})
+    assert len(opened("ada/emoji", dataset_config_name="large")) == 30
+    assert len(opened("ada/emoji", dataset_config_name="small")) == 10
+    assert len(load_split(config_of("ada/emoji", dataset_config_name="small"), "odd_one", 0)) == 10
+    with pytest.raises(UserError, match="choose one of its configurations with --dataset_config_name"):
+        opened("ada/emoji")
+
+
+def test_what_is_not_there_is_named(hub, monkeypatch):
+    hub.add_dataset("ada/images", {"0.png": image_bytes(0)})
+    with pytest.raises(UserError, match="ada/images has none"):
+        opened("ada/images")
+    with pytest.raises(UserError, match="'ada/nothing' is not a local folder and cannot be read on the Hub"):
+        opened("ada/nothing")
+    with pytest.raises(UserError, match="--dataset_revision"):
+        opened("ada/images", dataset_revision="v2")
