@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from pipelines.tools.cli import UserError
+from tests.conftest import forget_accelerate
 from tests.data.test_remote_shards import rows
 from tests.data.test_shards import MAKERS, ROWS, SHARDS, config_of, image_bytes, opened
+from tests.scripts.test_streaming import FLAGS, train
 from tests.support.hub_server import HubServer, hub
+from tests.support.runs import assert_same_state, sigterm_in_step
+from training import train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.data import source
 from training.data.images import load_split
-from training.data.shards import places, remote, sources
+from training.data.shards import places, remote, sources, tables
 
 __all__ = ["hub"]
 
@@ -110,3 +114,20 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         opened("ada/nothing")
     with pytest.raises(UserError, match="--dataset_revision"):
         opened("ada/images", dataset_revision="v2")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_reads_the_commit_that_it_was_started_on(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 4)
+    folder = MAKERS["tar"](tmp_path / "shards")
+    steps = ("--validation_fraction", "0", "--max_train_steps", "10", "--preview_epochs", "0")
+    near = train(tmp_path / "near", *steps, "--dataset_name", str(folder))
+    commit = upload(hub, folder)
+    far = [*FLAGS, "--output_dir", str(tmp_path / "far"), *steps, "--dataset_name", "ada/emoji"]
+    with sigterm_in_step(2, train_latent_diffusion.LatentDiffusionPhase, monkeypatch):
+        forget_accelerate()
+        assert train_latent_diffusion.main(far) == 75
+    assert commit in (tmp_path / "far/config.yaml").read_text()
+    hub.put("ada/emoji", "data/00002.tar", None)
+    restart()
+    assert_same_state(train(tmp_path / "far", *steps, "--dataset_name", "ada/emoji"), near)
