@@ -33,7 +33,7 @@ from pipelines.tools.cli import Options, UserError, entry_point, printable
 from pipelines.tools.commands import command
 from pipelines.tools.control_files import STEERING, add_control_options, controls_of, open_controls
 from pipelines.tools.devices import DEVICE_HELP
-from pipelines.tools.generated import Generated, check_image_output, model_name, save
+from pipelines.tools.generated import Generated, batches_of, check_image_output, model_name, save
 from pipelines.tools.grids import control_to_pil, image_grid
 from pipelines.tools.guides import GUIDANCE_OPTIONS, add_guidance_options, guidance_arguments, guidance_texts
 from pipelines.tools.image_files import IMAGE_OPTIONS, add_image_options, image_arguments, image_facts
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     elapsed_seconds = time.perf_counter() - started
     seeds = [[options.seed + column for column in range(len(row))] for row in rows]
     conditions = _conditions(options, briefs, len(controls), len(rows))
-    generated = Generated(rows, seeds, conditions, _settings(pipeline, options))
+    batches = batches_of(seeds[0], options.batch_size) if len(rows) == 1 else []  # otherwise they have several rows
+    generated = Generated(rows, seeds, conditions, _settings(pipeline, options), batches)
     shown = [[control_to_pil(one) for one in row] for row in _per_row(controls, len(rows))]
     written = save(generated, options.output, scale=options.scale, controls=shown, titled=not options.no_titles)
     steps = "" if joint else f"{options.num_inference_steps} steps of {type(pipeline.scheduler).__name__}, "

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pipelines.tools.checkpoint_links import STATE_FILE
 from pipelines.tools.cli import UserError, entry_point, located
 from pipelines.tools.devices import get_device
@@ -153,29 +155,32 @@ def evaluate(
     results |= {"images_per_second": len(images) / seconds} if generator is not None else {}
     results |= measure(images, data.splits, extractor, exchange)
     sets = generate_sets(generator, images, data, config, config.batch_size, exchange)
+    if generator is not None:
+        adherence = measure_adherence(generator, images, data, config, config.device, exchange)
+        if captions.is_captioner(generator.pipeline):
+            adherence |= captions.measure_captions(generator.pipeline, settings, config, exchange)
+        if config.inpaint_images:
+            made = measure_inpainting(generator, images, data, extractor, config, config.batch_size, exchange)
+            adherence |= made[0]
+            results["real"] |= made[1]
+        results["metrics"] |= adherence
+    exchange.on_main(lambda: _save_images(config, generator, images, data))
+    if sets is not None:
+        spaces = copy_encoders(config.copy_spaces, generator, extractor)
+        file = config.output_file
+        sheet = str(file.with_name("copies.png")) if file is not None else None
+        results |= measure_copies(sets, data, spaces, config.copies_sheet, sheet, exchange)
+    return results
 
-    def rest() -> dict[str, Any]:
-        adherence = {} if generator is None else measure_adherence(generator, images, data, config, config.device)
-        if generator is not None and captions.is_captioner(generator.pipeline):
-            adherence |= captions.measure_captions(generator.pipeline, settings, config)
-        reached: dict[str, float] = {}
-        if generator is not None and config.inpaint_images:
-            measured, reached = measure_inpainting(generator, images, data, extractor, config, config.batch_size)
-            adherence |= measured
-        if config.grid:
-            save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
-        if config.keep_images:
-            for number, image in enumerate(images):
-                save_png(image, Path(config.keep_images) / f"{number:05d}.png")
-        copies = {}
-        if sets is not None:
-            spaces = copy_encoders(config.copy_spaces, generator, extractor)
-            file = config.output_file
-            sheet = str(file.with_name("copies.png")) if file is not None else None
-            copies = measure_copies(sets, data, spaces, config.copies_sheet, sheet)
-        return {"metrics": results["metrics"] | adherence, "real": results["real"] | reached, **copies}
 
-    return results | exchange.on_main(rest)
+def _save_images(
+    config: EvaluationConfig, generator: ImageGenerator | None, images: Sequence[Image.Image], data: EvaluationData
+) -> None:
+    if config.grid:
+        save_png(sample_grid(generator, images, data, config.grid_rows), config.grid)
+    if config.keep_images:
+        for number, image in enumerate(images):
+            save_png(image, Path(config.keep_images) / f"{number:05d}.png")
 
 
 def _generator(config: EvaluationConfig) -> ImageGenerator:
@@ -233,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(EvaluationConfig, argv, description=__doc__)
     get_device(config.device)
     accelerator = start_accelerator(config)
-    exchange = exchange_of(accelerator)
+    exchange = exchange_of(accelerator, stops_together=False)
     with StopSignal() as stop:
         try:
             ranks = (exchange.rank, exchange.num_processes)

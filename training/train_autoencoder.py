@@ -24,6 +24,7 @@ from pipelines.common.latents import sample_posterior
 from pipelines.tools.cli import UserError, entry_point
 from training.core.batches import fetch, uniform_batches
 from training.core.draws import Draws, SampleKey
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -263,7 +264,7 @@ class AutoencoderStage(ImageStage):
         cells = self.heads.preview_cells(batch, self._decode_modes(batch))
         return Previews([image for image, _ in cells], [caption for _, caption in cells], columns=4)
 
-    def finish(self) -> None:
+    def finish(self, exchange: Exchange) -> None:
         """Measure the latents' mean and standard deviation per channel and write them into the model's config."""
         measure_latents(
             self.autoencoder,
@@ -271,6 +272,7 @@ class AutoencoderStage(ImageStage):
             self.config.latent_statistics_images,
             self.context.device,
             self.context.poll,
+            exchange,
         )
 
     def pipeline(self):

@@ -63,7 +63,8 @@ class DrawTab:
     def fill(self, recipe: Recipe) -> None:
         """Let the page open with the settings of an image."""
         self.prompt.value = recipe.texts.get("prompt", "")
-        self.count.value, self.seed.value = min(recipe.num_images, MOST_IMAGES), min(recipe.seed, MOST_SEED)
+        seed, self.count.value = recipe.batch(MOST_IMAGES)
+        self.seed.value = min(seed, MOST_SEED)
 
     def _draw(self, prompt: Any, count: Any, seed: Any) -> tuple[Any, Any, str]:
         import torch
@@ -76,7 +77,8 @@ class DrawTab:
         with self.model.used() as pipeline:
             generators = [torch.Generator().manual_seed(own) for own in seeds]
             images = pipeline.draw([text] * count, generator=generators).images
-        paths = self.files.save(Generated([images], [seeds], [{"prompt": text}], {"model": self.model.name}))
+        generated = Generated([images], [seeds], [{"prompt": text}], {"model": self.model.name}, [seeds])
+        paths = self.files.save(generated)
         return list(zip(paths, (f"seed {own}" for own in seeds))), paths, f"{count} images."
 
 

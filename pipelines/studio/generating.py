@@ -113,8 +113,13 @@ class GeneratingTab:
     def _repeated(self, path: str | None) -> list[Any]:
         if not path:
             raise UserError("no PNG file is chosen; upload one first")
-        values = filled(self.parts, read_recipe(path))
-        gr.Info("The settings of the file are set. Uploaded images and drawings are not part of it.")
+        recipe = read_recipe(path)
+        values = filled(self.parts, recipe)
+        text = "The settings of the file are set. Uploaded images and drawings are not part of it."
+        if recipe.num_images > 1 and recipe.texts["seed"].isdecimal():
+            others = f"{recipe.num_images} images are generated together, as before."
+            text += f" {others} That of the file has the seed {recipe.seed + recipe.place}."
+        gr.Info(text)
         return [gr.skip() if value is KEPT else value for value in values]
 
     def _generate(self, *values: Any) -> Iterator[tuple[Any, Any, str]]:
@@ -147,7 +152,8 @@ class GeneratingTab:
         settings["scheduler"] = self._scheduler_class(sampler)
         if sampler:
             settings["sampler"] = sampler
-        return Generated([images], [[seed + number for number in range(len(images))]], [conditions], settings)
+        seeds = [seed + number for number in range(len(images))]
+        return Generated([images], [seeds], [conditions], settings, [seeds])
 
     def _scheduler_class(self, sampler: str | None) -> str:
         with self.model.used(sampler) as pipeline:

@@ -135,9 +135,10 @@ class Sampling(Part):
         steps = recipe.number("num_inference_steps")
         sampler = sampler_of(recipe, self.own_class)
         height, width = recipe.size or self.model.size()
+        seed, count = recipe.batch(MOST_IMAGES)
         return [
-            min(recipe.num_images, MOST_IMAGES),
-            min(recipe.seed, MOST_SEED),
+            count,
+            min(seed, MOST_SEED),
             int(min(max(steps or 25, 1), MOST_STEPS)),
             min(max(2.5 if scale is None else scale, 1), MOST_GUIDANCE),
             sampler if sampler in self.samplers else OWN,

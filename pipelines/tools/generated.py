@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Generated:
     (generated)."""
     settings: dict[str, str]
     """Settings of all images, such as `guidance_scale`."""
+    batches: list[list[int]] = field(default_factory=list)
+    """Of a single row: the seeds of the images that were generated together, for each batch; see `batches_of`."""
 
     def titles(self) -> list[str]:
         """Return the title of each row; an empty string if it was generated without a condition."""
@@ -48,13 +50,24 @@ class Generated:
     def metadata(self, row: int | None = None, column: int = 0) -> dict[str, str]:
         """Return the metadata of one image; with `row` None, that of a grid, with a line for each row."""
         if row is not None:
-            facts = self.conditions[row] | {"seed": str(self.seeds[row][column])}
+            seed = self.seeds[row][column]
+            facts = self.conditions[row] | {"seed": str(seed)}
+            # An image has the same bits only in a batch of the same size: with another number of rows, a matrix
+            # product adds the same numbers in another order. So the file says what else was in the batch.
+            batch = next((batch for batch in self.batches if seed in batch), [])
+            if len(batch) > 1:
+                facts["batch_seeds"] = ", ".join(map(str, batch))
         else:
             names = dict.fromkeys(name for conditions in self.conditions for name in conditions)
             facts = {name: "\n".join(one.get(name, "") for one in self.conditions) for name in names}
             seeds = [", ".join(map(str, row)) for row in self.seeds]
             facts["seed"] = seeds[0] if len(set(seeds)) == 1 else "\n".join(seeds)
         return facts | self.settings
+
+
+def batches_of(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Divide the seeds of a row into batches of at most `batch_size` images."""
+    return [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
 
 
 def is_folder(output: str) -> bool:

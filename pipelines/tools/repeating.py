@@ -21,14 +21,17 @@ NOT_REPEATED = ("guide", "autoguidance_scale", "guidance_interval", "checkpoint"
 
 @dataclass
 class Recipe:
-    """How a PNG file was generated."""
+    """How a PNG file was generated: with images of the seeds `seed`, `seed` + 1, … in one batch."""
 
     seed: int
     num_images: int = 1
+    """Number of images in the batch, or in the first row of a grid"""
     texts: dict[str, str] = field(default_factory=dict)
     """Conditions and settings as they are written in the file"""
     size: tuple[int, int] | None = None
     """Height and width of the image; None for a grid"""
+    place: int = 0
+    """Position of the image in the batch, from 0; 0 for a grid"""
 
     def number(self, name: str) -> float | None:
         """Return a setting as a number; None if it is not there or is not one number."""
@@ -36,6 +39,16 @@ class Recipe:
             return float(self.texts[name])
         except (KeyError, ValueError):
             return None
+
+    def batch(self, most: int) -> tuple[int, int]:
+        """Return the first seed and the number of images, at most `most`, with which the image is generated again.
+
+        The whole batch is generated, because the image has the same bits only there. A batch that is too large for
+        `most` begins with the image.
+        """
+        if self.num_images <= most:
+            return self.seed, self.num_images
+        return self.seed + self.place, min(self.num_images - self.place, most)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -54,11 +67,22 @@ def read_recipe(path: str | Path) -> Recipe:
         )
     is_grid = "," in texts["seed"] or "\n" in texts["seed"]
     first = {name: value.split("\n")[0] if is_grid else value for name, value in texts.items()}
-    height, width = first.pop("height", ""), first.pop("width", "")
+    height, width, together = first.pop("height", ""), first.pop("width", ""), first.pop("batch_seeds", "")
     size = (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
     if size is None and not is_grid:
         size = (image.height, image.width)
-    return Recipe(int(seeds[0]), len(seeds), first, size)
+    if is_grid:
+        return Recipe(int(seeds[0]), len(seeds), first, size)
+    seed, count = _batch_of(int(seeds[0]), together)
+    return Recipe(seed, count, first, size, int(seeds[0]) - seed)
+
+
+def _batch_of(seed: int, text: str) -> tuple[int, int]:
+    """Return the first seed and the size of the batch of an image. Earlier versions did not write it into the file."""
+    seeds = [int(part) for part in re.findall(r"\d+", text)]
+    if seed in seeds and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        return seeds[0], len(seeds)
+    return seed, 1
 
 
 def sampler_of(recipe: Recipe, own_class: str) -> str | None:

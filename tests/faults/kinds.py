@@ -21,21 +21,21 @@ from tests.faults.table import Rows, trial
 @trial("Killed before a change of the file system")
 def killed_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
-        yield crash_points.disturbed(lab, command, KILL, lab.stride(25))
+        yield crash_points.disturbed(lab, command, KILL, lab.stride(40))
 
 
 @trial("Asked to stop before a change of the file system")
 def stopped_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (TERM, TWO_CTRL_C):
-            yield crash_points.disturbed(lab, command, fault, lab.stride(60))
+            yield crash_points.disturbed(lab, command, fault, lab.stride(100))
 
 
 @trial("A full or broken disk")
 def full_or_broken_disk(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (FULL_ONCE, BROKEN_ONCE, FULL):
-            yield crash_points.disturbed(lab, command, fault, lab.stride(100))
+            yield crash_points.disturbed(lab, command, fault, lab.stride(160))
 
 
 @trial("Killed at random moments")

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,18 +34,49 @@ def test_an_image_of_sample_can_be_generated_again_from_its_file(model, tmp_path
     sample.main(["--model", str(model), *FLAGS, *words, "--output", f"{tmp_path}/images/"])
     file = sorted((tmp_path / "images").glob("*.png"))[1]
     recipe = read_recipe(file)
-    assert (recipe.seed, recipe.num_images, recipe.size) == (8, 1, (8, 8))
+    assert (recipe.batch(16), recipe.place, recipe.size) == ((7, 2), 1, (8, 8))
     pipeline = tiny_pipeline()
     pipeline.set_scheduler(sampler_of(recipe, type(pipeline.scheduler).__name__))
     again = pipeline(
-        recipe.texts["prompt"],
+        [recipe.texts["prompt"]] * 2,
         negative_prompt=recipe.texts["negative_prompt"],
         guidance_scale=recipe.number("guidance_scale"),
         num_inference_steps=int(recipe.number("num_inference_steps")),
-        generator=recipe.seed,
-    ).images[0]
+        generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
+    ).images[1]
     with Image.open(file) as written:
         assert written.tobytes() == again.tobytes()
+
+
+def test_a_file_names_the_batch_of_its_image_but_not_one_of_several_rows(model, tmp_path):
+    words = ("--model", str(model), *FLAGS, "--num_images", "3", "--batch_size", "2")
+    sample.main([*words, "--prompt", "a red poster", "--output", f"{tmp_path}/one/"])
+    files = sorted((tmp_path / "one").glob("*.png"))
+    assert [read_recipe(file).batch(16) for file in files] == [(7, 2), (7, 2), (9, 1)]
+    assert [read_recipe(file).place for file in files] == [0, 1, 0]
+    sample.main([*words, "--prompt", "a red poster", "a blue poster", "--output", f"{tmp_path}/two/"])
+    files = sorted((tmp_path / "two").glob("*.png"))
+    assert [read_recipe(file).batch(16) for file in files] == [(seed, 1) for seed in (7, 8, 9)] * 2
+
+
+@pytest.mark.parametrize(
+    ("together", "batch"),
+    [
+        ("3, 4, 5, 6", (3, 4)),
+        ("5", (5, 1)),
+        ("4, 5, 7", (5, 1)),
+        ("6, 7", (5, 1)),
+        ("none", (5, 1)),
+        (", ".join(map(str, range(17))), (5, 12)),
+    ],
+    ids=["batch", "alone", "with a gap", "of others", "no numbers", "too large"],
+)
+def test_the_batch_is_what_the_file_says_if_it_can_be(tmp_path, together, batch):
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"seed": "5", "batch_seeds": together})
+    recipe = read_recipe(tmp_path / "a.png")
+    assert recipe.batch(16) == batch
+    assert recipe.seed + recipe.place == 5
+    assert "batch_seeds" not in recipe.texts
 
 
 def test_a_grid_gives_its_first_row_and_no_size(model, tmp_path):

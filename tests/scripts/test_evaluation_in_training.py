@@ -219,6 +219,5 @@ def test_an_error_in_one_process_is_raised_in_all_of_them():
     second = Exchange(1, 2, lambda value: [sent[0], value])
     with pytest.raises(UserError, match="row 3"):
         second.map(lambda numbers: list(numbers), 4, 2)
-    halves = [[0, 2, 4], [1, 3]]
-    third = Exchange(0, 2, lambda value: [value, (halves[1], None)])
+    third = Exchange(0, 2, lambda value: [value, ([[2, 3]], None)])  # batches of 2: the first and the third are its own
     assert third.map(lambda numbers: list(numbers), 5, 2) == [0, 1, 2, 3, 4]

@@ -6,6 +6,9 @@ B posters.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,15 @@ from tests.scripts.test_train_decoder import TINY as TINY_DECODER
 from tests.scripts.test_train_decoder import TRANSFORMER
 from tests.scripts.test_train_layout import COMMON as LAYOUT
 from tests.scripts.test_train_layout import TINY_ABSTRACTOR, TINY_ENCODER
+from tests.support.finetuning import REPORT, Recorded, Slow, assert_same_report, generated, session, unfinished
+from tests.support.ranks import forked_ranks, started_ranks
 from tests.support.runs import ROOT, assert_same_state, launch, rows, sigterm_in_step
 from training import finetune_decoder, train_abstractor, train_decoder, train_encoder
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
+from training.engine.signals import REQUEUE_STATUS
 from training.run.checkpoint import load_tensors
 from training.stages.before_after import beyond_limits
 
@@ -187,9 +193,7 @@ def test_a_stopped_run_resumes_to_the_same_run(tmp_path, launched, flags, monkey
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_run(tmp_path, launched, flags):
-    import signal
     import subprocess
-    import time
 
     from tests.support.runs import command, environment
 
@@ -203,6 +207,50 @@ def test_a_killed_run_resumes_to_the_same_run(tmp_path, launched, flags):
     process.wait()
     done = launch(SCRIPT, *words)
     assert done.returncode == 0, done.stderr
+    assert_same_state(run, launched)
+
+
+# --- several processes
+
+
+@pytest.fixture(scope="module")
+def reported(launched, flags, tmp_path_factory) -> Path:
+    """The run with a report of 10 posters, which one process has made."""
+    run = unfinished(launched, tmp_path_factory.mktemp("reported") / "run")
+    forked_ranks(session(Recorded, flags, run, 1), run.with_suffix(".txt"), 1)
+    assert generated(run, 0) == [*range(10), *range(10)]
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_report_and_a_stopped_one_is_made_again(tmp_path, launched, reported, flags):
+    """A SIGTERM to the main process, to the other one and to both ends both soon, with the status for requeueing."""
+    run = unfinished(launched, tmp_path / "run")
+    log = (run / "run.log").read_text()
+    for asked in ([0], [1], [0, 1]):
+        for file in run.glob("generated_*.txt"):
+            file.unlink()
+        children = started_ranks(session(Slow, flags, run, 2), tmp_path / "stopped.txt", 2)
+        deadline = time.monotonic() + 120
+        while len(list(run.glob("generated_*.txt"))) < 2:
+            assert not any(child.has_ended() for child in children), [child.text() for child in children]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started = time.monotonic()
+        for rank in asked:
+            os.kill(children[rank].pid, signal.SIGTERM)
+        assert [child.wait() for child in children] == [REQUEUE_STATUS] * 2, [child.text() for child in children]
+        assert time.monotonic() - started < 20
+        assert not any("Traceback" in child.text() for child in children)
+        assert not any((run / name).exists() for name in (*REPORT, "pipeline", "record.json"))
+        assert "stopped at step 4 of 4; everything is saved" in (run / "run.log").read_text().removeprefix(log)
+        log = (run / "run.log").read_text()
+    for file in run.glob("generated_*.txt"):
+        file.unlink()
+    forked_ranks(session(Recorded, flags, run, 2), tmp_path / "again.txt", 2)
+    assert generated(run, 0) == [0, 1, 2, 3, 8, 9] * 2  # batches of 4
+    assert generated(run, 1) == [4, 5, 6, 7] * 2
+    assert_same_report(run, reported)
     assert_same_state(run, launched)
 
 

@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
-from playwright.sync_api import TimeoutError, expect
+from playwright.sync_api import TimeoutError, expect, sync_playwright
 
 from tests.support.runs import ROOT, environment
 
@@ -45,22 +45,54 @@ def find_chromium() -> str:
     return path
 
 
+class Opened(NamedTuple):
+    """A studio that is open."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def studio(*flags: str, cwd: Path, program: Sequence[str] = ()) -> Iterator[str]:
-    """Context manager that starts the studio on a free port and gives its address; it is stopped by Ctrl-C's signal."""
+def opened(*flags: str, cwd: Path, program: Sequence[str] = (), **variables: str) -> Iterator[Opened]:
+    """Context manager that starts the studio on a free port; it is stopped by the signal of Ctrl-C.
+
+    Args:
+        program: the command in the place of `python pipelines/demo.py`, which then does not see the checkout.
+        variables: further environment variables.
+    """
     command = [*(program or (sys.executable, str(ROOT / "pipelines/demo.py"))), *flags, "--port", "0"]
-    variables = environment(**({"PYTHONPATH": str(ROOT)} if not program else {"PYTHONPATH": "", "PYTHONSAFEPATH": ""}))
+    paths = {"PYTHONPATH": str(ROOT)} if not program else {"PYTHONPATH": "", "PYTHONSAFEPATH": ""}
     with (cwd / "studio.log").open("w+", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment(**paths, **variables), stdout=subprocess.PIPE, stderr=log, text=True
+        )
         try:
             assert process.stdout is not None
             line = next((one for one in process.stdout if "is open at" in one), "")
             assert line, f"the studio ended with {process.wait(10)}: {_tail(log)}"
-            yield re.findall(r"http://\S+", line)[0]
+            yield Opened(re.findall(r"http://\S+", line)[0], process)
             assert process.poll() is None, f"the studio ended: {_tail(log)}"
         finally:
             process.terminate()
             process.wait(60)
+
+
+@contextmanager
+def studio(*flags: str, cwd: Path, program: Sequence[str] = ()) -> Iterator[str]:
+    """Context manager that starts the studio and gives its address; see `opened`."""
+    with opened(*flags, cwd=cwd, program=program) as open_studio:
+        yield open_studio.address
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Context manager that starts the browser."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=find_chromium(), args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 def _tail(log: Any) -> str:
@@ -68,11 +100,22 @@ def _tail(log: Any) -> str:
     return log.read()[-3000:]
 
 
-class Visitor:
-    """A person with a browser window."""
+Line = tuple[tuple[float, float], tuple[float, float]]
+"""From and to, each as shares of the width and the height of a canvas"""
 
-    def __init__(self, browser: Any, address: str):
-        self.page = browser.new_context(viewport=SCREEN, reduced_motion="reduce", accept_downloads=True).new_page()
+
+class Visitor:
+    """A person with a browser window.
+
+    Args:
+        scale: pixels of the screen for each pixel of the page. Half of them are enough for a test, and the canvases are
+            drawn in half of the time.
+    """
+
+    def __init__(self, browser: Any, address: str, *, scale: float = 0.5):
+        self.page = browser.new_context(
+            viewport=SCREEN, device_scale_factor=scale, reduced_motion="reduce", accept_downloads=True
+        ).new_page()
         self.page.add_init_script(FEW_FRAMES)
         self.page.set_default_timeout(SECONDS * 1000)
         self.problems: list[str] = []
@@ -153,26 +196,50 @@ class Visitor:
 
     def upload_to_canvas(self, name: str, file: Path) -> None:
         """Choose a file for an image that is copied to a canvas, and wait until the canvas has fetched the copy."""
-        known = set(self.fetched)  # a canvas without strokes fetches its old content again for each generation
-
-        def is_copy(request: Any) -> bool:
-            return request.url.endswith("/image.png") and request.url not in known
-
-        with self.page.expect_event("requestfinished", is_copy):
+        with self.page.expect_event("requestfinished", self._is_new_copy()):
             self.upload_image(name, file)
 
-    def paint(self, name: str) -> None:
-        """Draw a horizontal line through the middle of a canvas with the brush."""
+    def use_example(self, name: str, title: str) -> None:
+        """Press the button of an example for the image with this title, and wait until the page shows it."""
+        self.press(name)
+        self.group(title).locator("img").first.wait_for()
+
+    def use_example_on_canvas(self, name: str) -> None:
+        """Press the button of an example that is copied to a canvas, and wait until the canvas has fetched the copy."""
+        with self.page.expect_event("requestfinished", self._is_new_copy()):
+            self.press(name)
+
+    def _is_new_copy(self) -> Callable[[Any], bool]:
+        known = set(self.fetched)  # a canvas without strokes fetches its old content again for each generation
+        return lambda request: request.url.endswith("/image.png") and request.url not in known
+
+    def paint(self, name: str, *lines: Line) -> None:
+        """Draw straight lines on a canvas with the brush; without `lines`, a horizontal one through the middle."""
         group = self.group(name)
         group.scroll_into_view_if_needed()
         group.get_by_role("button", name="Brush", exact=True).click()
         box = group.locator("canvas").first.bounding_box()
-        middle = box["y"] + box["height"] / 2
-        self.page.mouse.move(box["x"] + box["width"] * 0.4, middle)
-        self.page.mouse.down()
-        self.page.mouse.move(box["x"] + box["width"] * 0.6, middle, steps=4)
-        self.page.mouse.up()
+        for line in lines or [((0.4, 0.5), (0.6, 0.5))]:
+            (x, y), (end_x, end_y) = (
+                (box["x"] + box["width"] * across, box["y"] + box["height"] * down) for across, down in line
+            )
+            self.page.mouse.move(x, y)
+            self.page.mouse.down()
+            self.page.mouse.move(end_x, end_y, steps=4)
+            self.page.mouse.up()
         expect(group.get_by_role("button", name="Undo", exact=True)).to_be_enabled(timeout=1000 * SECONDS)
+
+    def wait_for_names(self) -> None:
+        """Wait until every visible control has a name, which a screen reader says."""
+        unnamed = """() => [...document.querySelectorAll("button, input, textarea, select, canvas")]
+            .filter((e) => e.offsetParent !== null)
+            .filter((e) => !(e.getAttribute("aria-label") || e.title || e.innerText.trim()
+              || (e.labels && [...e.labels].some((label) => label.innerText.trim()))))
+            .map((e) => e.outerHTML.slice(0, 200))"""
+        try:
+            self.page.wait_for_function(f"() => ({unnamed})().length === 0")
+        except TimeoutError:
+            assert self.page.evaluate(unnamed) == []
 
     def wait_for_status(self, pattern: str) -> str:
         """Wait until the line of text of the visible tab matches, and return it."""

@@ -61,6 +61,13 @@ def fork_ranks(action: Callable[[], int | None], output: Path, count: int, **var
     Returns:
         The exit statuses, and everything that the processes printed.
     """
+    children = started_ranks(action, output, count, **variables)
+    statuses = [child.wait() for child in children]
+    return statuses, "\n".join(child.text() for child in children)
+
+
+def started_ranks(action: Callable[[], int | None], output: Path, count: int, **variables: str) -> list[Child]:
+    """Start what `fork_ranks` waits for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,12 +77,10 @@ def fork_ranks(action: Callable[[], int | None], output: Path, count: int, **var
         os.environ.update(shared, MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
         return action()
 
-    children = [
+    return [
         Child(functools.partial(of_rank, rank), output.with_suffix(f".{rank}.txt" if rank else ".txt"))
         for rank in range(count)
     ]
-    statuses = [child.wait() for child in children]
-    return statuses, "\n".join(child.text() for child in children)
 
 
 def forked_ranks(action: Callable[[], int], output: Path, count: int, **variables: str) -> None:

@@ -234,7 +234,7 @@ class ToyStage(Stage):
         self._wait("previews")
         return None
 
-    def finish(self):
+    def finish(self, exchange):
         self._wait("finish")
 
     def pipeline(self):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,32 +38,42 @@ class Exchange:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def map(self, function: Callable[[Sequence[int]], Sequence[T]], count: int, batch_size: int) -> list[T]:
-        """Return one result for each number from 0 to count - 1, in order, on every process.
+    def share(self, count: int, batch_size: int) -> list[range]:
+        """Return the batches of the numbers from 0 to count - 1 that this process works on.
+
+        A batch consists of the same numbers with any number of processes, because the last digits of what a network
+        computes depend on the size of its batch. Results are therefore the same, bit for bit.
+        """
+        starts = range(0, count, batch_size)[self.rank :: self.num_processes]
+        return [range(start, min(start + batch_size, count)) for start in starts]
+
+    def map_batches(self, function: Callable[[Sequence[int]], T], count: int, batch_size: int) -> list[T]:
+        """Return one result for each batch of the numbers from 0 to count - 1, in order, on every process.
 
         Args:
-            function: returns the results of some numbers; it is called with up to `batch_size` of this process's
-                numbers.
+            function: returns the result of a batch; it is called with the batches of this process.
         """
-        own = range(self.rank, count, self.num_processes)
-
-        def part() -> list[T]:
-            return [
-                result
-                for start in range(0, len(own), batch_size)
-                for result in function(own[start : start + batch_size])
-            ]
-
-        whole: list[Any] = [None] * count
-        for rank, results in enumerate(self._together(part)):
+        parts = self.each(lambda: [function(numbers) for numbers in self.share(count, batch_size)])
+        whole: list[Any] = [None] * len(range(0, count, batch_size))
+        for rank, results in enumerate(parts):
             whole[rank :: self.num_processes] = results
         return whole
 
+    def map(self, function: Callable[[Sequence[int]], Iterable[T]], count: int, batch_size: int) -> list[T]:
+        """Return one result for each number from 0 to count - 1, in order, on every process.
+
+        Args:
+            function: returns the results of a batch of up to `batch_size` numbers: a list, or a tensor with a row for
+                each of them. A list of the rows of a tensor is sent as many times as it has rows.
+        """
+        return [result for batch in self.map_batches(function, count, batch_size) for result in batch]
+
     def on_main(self, function: Callable[[], T]) -> T:
         """Call a function on the main process; return its result on every process."""
-        return self._together(lambda: function() if self.is_main else None)[0]
+        return self.each(lambda: function() if self.is_main else None)[0]
 
-    def _together(self, function: Callable[[], Any]) -> list[Any]:
+    def each(self, function: Callable[[], Any]) -> list[Any]:
+        """Call a function on every process; return the results of all of them in order of rank, on every process."""
         error: BaseException | None = None
         result = None
         try:
@@ -77,3 +87,7 @@ class Exchange:
             if other is not None:
                 raise other
         return [result for result, _ in outcomes]
+
+
+ALONE = Exchange()
+"""The exchange of a process that works alone."""

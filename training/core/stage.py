@@ -87,8 +87,6 @@ class StageContext:
     """To be called now and then during long work (previews, `finish`); raises if the run was asked to stop."""
     num_processes: int = 1
     """Number of processes that train together."""
-    is_main_process: bool = True
-    """Whether this process writes the files of the run."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +178,12 @@ class Stage(ABC):
         """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing."""
         return None
 
-    def finish(self) -> None:  # noqa: B027 - most stages have nothing to do here
-        """Called once on every process, after training and before the final pipeline is built."""
+    def finish(self, exchange: Exchange) -> None:  # noqa: B027 - most stages have nothing to do here
+        """Called once on every process, after training and before the final pipeline is built.
+
+        Every process does its share of long work. A request to stop that any of them receives ends all of them here, at
+        once, and the same command calls this again; only finished files may be written, on the main process.
+        """
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:

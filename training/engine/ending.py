@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
 from pipelines.tools.cli import UserError
-from training.engine.launch import gather
+from training.engine.launch import exchange_of, gather
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.training import Training
-from training.engine.validation import interrupted_together
 from training.publishing.exporter import Exporter
 from training.publishing.hub import Publisher
 from training.reporting.reporter import Reporter
@@ -66,29 +68,36 @@ def finish(
     accelerator: Accelerator,
     stop: StopSignal,
 ) -> bool:
-    """Export the pipeline of a trained and saved run; every process calls it.
+    """Let the stage finish, and export the pipeline of a trained and saved run; every process calls it.
 
     Returns:
-        False when the export was interrupted; the same command, run again, finishes it.
+        False when this was interrupted; the same command, run again, finishes it.
 
     Raises:
         UserError: on every process, if the pipeline could not be written.
+        Interrupted: this process, or another one, was asked to stop, and there are several. A process that leaves an
+            exchange cannot wait for the others: it ends, and they end because of that (`RankWatch`).
     """
     failure = ""
     try:
-        with interrupted_together(accelerator), training.evaluating(), stop.at_once():
+        with training.evaluating(), _at_once(training, exporter, reporter, accelerator, stop):
             best = linked_checkpoint(folder.checkpoints, "best")
             # Without a finite validation metric, `best` is only the first checkpoint.
             of_best = training.state.stopped_early or training.stage.exports_best
             if of_best and training.state.best_value is not None and best is not None:
                 training.load_best(best)
-            training.stage.finish()
-            # No barrier here: an interrupted process would never reach it. `interrupted_together` is the barrier.
+            training.stage.finish(exchange_of(accelerator, stops_together=False))
             if accelerator.is_main_process:
                 failure = _export(training, exporter)
+            # Inside of `at_once`, which also ends a process that waits here for one that is gone.
+            failure = gather(accelerator, failure)[0]
     except Interrupted:
-        return False
-    if failure := gather(accelerator, failure)[0]:
+        if accelerator.num_processes == 1:
+            return False
+        if accelerator.is_main_process:
+            _close_stopped(training, exporter, reporter)
+        raise
+    if failure:
         raise UserError(failure)
     if accelerator.is_main_process:
         reporter.trackers.summary(training.record())
@@ -115,10 +124,37 @@ def leave(
 ) -> int:
     """Log how to resume an interrupted run that is saved; return the exit status, the same on every process."""
     if accelerator.is_main_process:
-        state = training.state
-        logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
-        reporter.end_session(complete=False)
-        reporter.trackers.finish(STOPPING_SECONDS)
-        exporter.close()
+        _close_stopped(training, exporter, reporter)
     numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
     return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)
+
+
+@contextmanager
+def _at_once(
+    training: Training, exporter: Exporter, reporter: Reporter, accelerator: Accelerator, stop: StopSignal
+) -> Iterator[None]:
+    """Leave the block at once, see `StopSignal`. Log how to resume also if the main process has to be ended, because it
+    waits for another one."""
+    announce = stop.on_last_resort
+
+    def announce_and_log(status: int) -> None:
+        if announce is not None:
+            announce(status)
+        with contextlib.suppress(Exception):  # the process must end
+            _close_stopped(training, exporter, reporter)
+
+    if accelerator.is_main_process and accelerator.num_processes > 1:
+        stop.on_last_resort = announce_and_log
+    try:
+        with stop.at_once():
+            yield
+    finally:
+        stop.on_last_resort = announce
+
+
+def _close_stopped(training: Training, exporter: Exporter, reporter: Reporter) -> None:
+    state = training.state
+    logger.info("stopped at step %d of %d; everything is saved", state.step, state.goal_steps)
+    reporter.end_session(complete=False)
+    reporter.trackers.finish(STOPPING_SECONDS)
+    exporter.close()

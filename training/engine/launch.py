@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 AUTO = "auto"
 
-# Previews, reports and exports keep one process busy while the others wait for it, for as long as it takes. A process
+# Previews and exports keep one process busy while the others wait for it, for as long as it takes. A process
 # that ended or no longer responds is noticed in another way, see ranks.py.
 PROCESS_GROUP_TIMEOUT = timedelta(days=30)
 
@@ -158,13 +158,18 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return exchange_of(accelerator).on_main(action)
 
 
-def exchange_of(accelerator: Accelerator) -> Exchange:
-    """Return the exchange between the processes of a run, which also stop together."""
+def exchange_of(accelerator: Accelerator, *, stops_together: bool = True) -> Exchange:
+    """Return the exchange between the processes of a run.
+
+    Args:
+        stops_together: whether all processes raise `Interrupted` at the end of the part in which one of them was asked
+            to stop. Without it, this process leaves the part at once, and no later exchange with it is possible.
+    """
     return Exchange(
         accelerator.process_index,
         accelerator.num_processes,
         lambda value: gather(accelerator, value),
-        (UserError, Interrupted),
+        (UserError, Interrupted) if stops_together else (UserError,),
     )
 
 

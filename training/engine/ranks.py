@@ -104,13 +104,24 @@ class RankWatch:
             )
         status = USER_ERROR_STATUS if isinstance(error, UserError) else 1
         first = self._announce(status, str(error) if status == USER_ERROR_STATUS else cause(error))
+        if status == USER_ERROR_STATUS and first:
+            print_error(error)
+        self._stay_for_the_others()
         if status == USER_ERROR_STATUS:
-            if first:
-                print_error(error)
             raise ReportedError(str(error), status) from None
 
     def _announce_stop(self, status: int) -> None:
         self._announce(status, "")
+        self._stay_for_the_others()
+
+    def _stay_for_the_others(self) -> None:
+        """Wait a moment until the others know of the end of this process, which owns the store if it is the first."""
+        assert self._store is not None
+        keys = [_left(rank) for rank in range(1, self.num_processes)]
+        deadline = time.monotonic() + _REASON_SECONDS
+        with contextlib.suppress(Exception):  # the process that owns the store is gone
+            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(keys):
+                time.sleep(0.05)
 
     def _announce(self, status: int, message: str) -> bool:
         """Write to the store that this process ends; return whether it is the first one."""
@@ -119,6 +130,7 @@ class RankWatch:
         with contextlib.suppress(Exception):  # the process that owns the store is gone, and so are the others
             value = json.dumps({"status": status, "message": message, "rank": self.rank})
             written = json.loads(self._store.compare_set(_ENDED, "", value))
+            self._store.set(_left(self.rank), "1")
             return written["rank"] == self.rank
         return True
 
@@ -143,6 +155,7 @@ class RankWatch:
             with contextlib.suppress(Exception):  # the process that owns the store is frozen or gone
                 store.add(f"beats/{self.rank}", 1)
                 if store.check([_ENDED]):
+                    store.set(_left(self.rank), "1")
                     self._follow(json.loads(store.get(_ENDED)))
                     return
                 beats, seconds = {rank: store.add(f"beats/{rank}", 0) for rank in others}, _BEAT_SECONDS
@@ -188,6 +201,11 @@ def connect(rank: int) -> tuple[Store, Store]:
     session = first.add(f"halftone/sessions/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}", 1)
     prefix = f"halftone/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{session}"
     return dist.PrefixStore(prefix, first), dist.PrefixStore(prefix, store(False))
+
+
+def _left(rank: int) -> str:
+    """Return the key that a process sets when it ends, or knows that another one does."""
+    return f"left/{rank}"
 
 
 def _is_failed_exchange(error: Exception) -> bool:

@@ -106,7 +106,6 @@ def _session(
             trains=config.trains,
             poll=stop.check,
             num_processes=accelerator.num_processes,
-            is_main_process=accelerator.is_main_process,
         )
         stage = build_stage(config, context)
         freeze_parameters(stage, config.freeze_parameters)

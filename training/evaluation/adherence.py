@@ -20,6 +20,7 @@ from pipelines.common.pixels import to_rgb
 from pipelines.common.poster_domain import GRAMMAR
 from pipelines.tools.cli import UserError
 from pipelines.tools.loading import load_on_device
+from training.core.exchange import ALONE, Exchange
 from training.core.options import Options, option
 from training.evaluation.data import EvaluationData
 from training.metrics.captions import alignment_metrics, same_pairs
@@ -51,8 +52,9 @@ def measure_adherence(
     data: EvaluationData,
     config: AdherenceConfig,
     device: str | None,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
-    """Compute every measurement that the model and its data allow.
+    """Compute every measurement that the model and its data allow; every process calls it, and all get the result.
 
     Args:
         images: the generated images, in the order of the rows of `data`.
@@ -62,28 +64,34 @@ def measure_adherence(
     """
     found: dict[str, float] = {}
     if generator.takes_images:
-        found |= reconstruction_metrics(images, data)
+        found |= reconstruction_metrics(images, data, exchange)
     if generator.takes_captions and data.has_briefs and is_legible(images[0].size):
-        found |= measure_posters([to_rgb(image) for image in images], *_briefs_and_images(len(images), data))
+        found |= exchange.on_main(
+            lambda: measure_posters([to_rgb(image) for image in images], *_briefs_and_images(len(images), data))
+        )
     if generator.takes_captions and config.scorer:
         captions = [item["caption"] for batch in _batches(len(images)) for item in data.items(batch)]
-        found |= caption_score(images, captions, config.scorer, device)
+        scorer = config.scorer
+        found |= exchange.on_main(lambda: caption_score(images, captions, scorer, device))
     if generator.takes_briefs and config.reader:
-        found |= brief_metrics(images, data, config.reader, device)
+        found |= brief_metrics(images, data, config.reader, device, exchange)
     if isinstance(generator, ControlledGenerator) and config.reader:
-        found |= control_adherence(generator, images, data, config.reader)
+        found |= control_adherence(generator, images, data, config.reader, exchange)
     return found
 
 
-def reconstruction_metrics(images: Sequence[Image.Image], data: EvaluationData) -> dict[str, float]:
+def reconstruction_metrics(
+    images: Sequence[Image.Image], data: EvaluationData, exchange: Exchange = ALONE
+) -> dict[str, float]:
     """Compute the mean PSNR (dB) and SSIM of reconstructions and their originals."""
-    values: dict[str, list[float]] = {"psnr": [], "ssim": []}
-    for batch in _batches(len(images)):
+
+    def of_batch(batch: Sequence[int]) -> list[tuple[float, float]]:
         originals = torch.stack([_in_rgb(item["pixel_values"]) for item in data.items(batch)])
         restored = pixels_of([images[number] for number in batch])
-        values["psnr"] += psnr(restored, originals).tolist()
-        values["ssim"] += ssim(restored, originals).tolist()
-    return {name: sum(some) / len(some) for name, some in values.items()}
+        return list(zip(psnr(restored, originals).tolist(), ssim(restored, originals).tolist(), strict=True))
+
+    values = zip(*exchange.map(of_batch, len(images), BATCH), strict=True)
+    return {name: sum(some) / len(some) for name, some in zip(("psnr", "ssim"), values, strict=True)}
 
 
 def _in_rgb(pixels: Tensor) -> Tensor:
@@ -101,7 +109,11 @@ def caption_score(
 
 
 def brief_metrics(
-    images: Sequence[Image.Image], data: EvaluationData, reader_path: str, device: str | None
+    images: Sequence[Image.Image],
+    data: EvaluationData,
+    reader_path: str,
+    device: str | None,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
     """Compute `cycle_metrics` of generated posters, and those of the real posters of the same briefs (`real_…`).
 
@@ -109,8 +121,8 @@ def brief_metrics(
     """
     reader = load_reader(reader_path, device)
     rows, real = _briefs_and_images(len(images), data)
-    metrics = _cycle(images, reader, rows)
-    return metrics | {f"real_{name}": value for name, value in _cycle(real, reader, rows).items()}
+    metrics = _cycle(images, reader, rows, exchange)
+    return metrics | {f"real_{name}": value for name, value in _cycle(real, reader, rows, exchange).items()}
 
 
 def load_reader(path: str, device: str | None) -> Any:
@@ -122,7 +134,11 @@ def load_reader(path: str, device: str | None) -> Any:
 
 
 def control_adherence(
-    generator: ControlledGenerator, images: Sequence[Image.Image], data: EvaluationData, reader_path: str
+    generator: ControlledGenerator,
+    images: Sequence[Image.Image],
+    data: EvaluationData,
+    reader_path: str,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
     """Compute how well images agree with their controls (IoU), in comparison with images of other controls.
 
@@ -137,11 +153,11 @@ def control_adherence(
     mismatched = [{**item, "conditioning_pixel_values": own} for item, own in zip(items, others(controls))]
     shown = {
         "control": pixels_of(images),
-        "shuffled": pixels_of(_generate(generator, mismatched)),
-        "base": pixels_of(_generate(generator, items, scale=0.0)),
+        "shuffled": pixels_of(_generate(generator, mismatched, exchange)),
+        "base": pixels_of(_generate(generator, items, exchange, scale=0.0)),
         "real": torch.stack([item["pixel_values"] for item in items]),
     }
-    ious = {name: _in_batches(reader, pixels, controls) for name, pixels in shown.items()}
+    ious = {name: _in_batches(reader, pixels, controls, exchange) for name, pixels in shown.items()}
     gain = ious["control"] - ious["shuffled"]
     in_errors = in_standard_errors(float(gain.sum()), float(gain.square().sum()), len(gain))
     return {f"{name}_iou": float(iou.mean()) for name, iou in ious.items()} | {"gain_in_standard_errors": in_errors}
@@ -151,17 +167,17 @@ def _batches(count: int) -> Iterator[range]:
     return (range(start, min(start + BATCH, count)) for start in range(0, count, BATCH))
 
 
-def _in_batches(reader: ControlReader, pixels: Tensor, controls: Tensor) -> Tensor:
-    return torch.cat(
-        [control_iou(reader(some), own).double() for some, own in zip(pixels.split(BATCH), controls.split(BATCH))]
-    )
+def _in_batches(reader: ControlReader, pixels: Tensor, controls: Tensor, exchange: Exchange) -> Tensor:
+    def of_batch(batch: Sequence[int]) -> Tensor:
+        rows = list(batch)
+        return control_iou(reader(pixels[rows]), controls[rows]).double()
+
+    return torch.cat(exchange.map_batches(of_batch, len(pixels), BATCH))
 
 
-def _generate(generator: ControlledGenerator, items: Rows, scale: float = 1.0) -> list[Image.Image]:
+def _generate(generator: ControlledGenerator, items: Rows, exchange: Exchange, scale: float = 1.0) -> list[Image.Image]:
     generator.scale = scale
-    images = []
-    for batch in _batches(len(items)):
-        images += generator([items[number] for number in batch], batch)
+    images = exchange.map(lambda batch: generator([items[n] for n in batch], batch), len(items), BATCH)
     generator.scale = 1.0
     return images
 
@@ -172,18 +188,26 @@ def _briefs_and_images(count: int, data: EvaluationData) -> tuple[Rows, list[Ima
     return rows, [row["image"] for row in rows]
 
 
-def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows) -> dict[str, float]:
-    read = reader(list(images))
-    target = np.array([[row[name] for name in GRAMMAR] for row in posters])
-    grammar = np.array([[numbers[name] for name in GRAMMAR] for numbers in read.grammar])
-    pixels = [np.asarray(to_rgb(image)) for image in images]
-    outside = [features[1] < 0.5 for features in read.features]
-    distances = [[palette_distance(p, o, row["palette"]) for row in posters] for p, o in zip(pixels, outside)]
+def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows, exchange: Exchange) -> dict[str, float]:
+    def read(batch: Sequence[int]) -> list[tuple[list[float], int, list[float]]]:
+        """Return what is read of each poster, and its distances from the palettes of all briefs."""
+        own = [images[number] for number in batch]
+        output = reader(own)
+        return [
+            (
+                [numbers[name] for name in GRAMMAR],
+                counts["pictures"],
+                [palette_distance(np.asarray(to_rgb(image)), features[1] < 0.5, row["palette"]) for row in posters],
+            )
+            for image, numbers, counts, features in zip(own, output.grammar, output.counts, output.features)
+        ]
+
+    grammar, pictures, distances = zip(*exchange.map(read, len(images), BATCH), strict=True)
     return cycle_metrics(
-        target,
-        grammar,
+        np.array([[row[name] for name in GRAMMAR] for row in posters]),
+        np.array(grammar),
         np.array([row["pictures"] for row in posters]),
-        np.array([counts["pictures"] for counts in read.counts]),
+        np.array(pictures),
         np.array(distances),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.grids import image_grid
 from training.core.batches import fetch, to_device
 from training.core.draws import SampleKey
+from training.core.exchange import ALONE, Exchange
 from training.core.options import Options, option
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of, load_captioned
@@ -76,8 +78,12 @@ def is_captioner(pipeline: Any) -> bool:
     return hasattr(pipeline, "caption") and hasattr(pipeline, "draw")
 
 
-def measure_captions(pipeline: Any, settings: Mapping[str, Any], config: CaptionConfig) -> dict[str, Any]:
+def measure_captions(
+    pipeline: Any, settings: Mapping[str, Any], config: CaptionConfig, exchange: Exchange = ALONE
+) -> dict[str, Any]:
     """Compute metrics of captions, perplexity, retrieval, alignment and reconstruction on one split.
+
+    Every process calls it, measures its share of the pairs, and gets the result.
 
     Args:
         settings: settings of the model's run, empty without one.
@@ -93,15 +99,27 @@ def measure_captions(pipeline: Any, settings: Mapping[str, Any], config: Caption
         raise UserError(f"the data of {config.model} has no held-out pairs; use --split train")
     rows = list(range(len(data)))
     if data is held_out:
-        known = {name for batch in _batches(train, range(len(train))) for name in image_names(batch)}
-        seen = [name in known for batch in _batches(data, rows) for name in image_names(batch)]
+        known = set(_names_of_all(train, exchange))
+        seen = [name in known for name in _names_of_all(data, exchange)]
         rows = [row for row in rows if not seen[row]]
         if not rows:
             raise UserError(
                 f"all {len(data):,} held-out images of {config.model} are also training images; use --split train"
             )
     rows = rows[: config.max_pairs or None]
-    results = _over_batches(pipeline, data, rows, config)
+    results = _over_batches(pipeline, data, rows, config, exchange)
+    left_out = {"left_out": sum(seen)} if data is held_out else {}
+    return exchange.on_main(lambda: left_out | _metrics(pipeline, train, data, rows, results, config))
+
+
+def _metrics(
+    pipeline: Any,
+    train: CaptionedImages,
+    data: CaptionedImages,
+    rows: Sequence[int],
+    results: dict[str, Any],
+    config: CaptionConfig,
+) -> dict[str, Any]:
     references, predictions = results.pop("references"), results.pop("predictions")
     first = [own[0] for own in references]
     similarity, matches = results.pop("similarity"), same_pairs(first, results.pop("image_names"))
@@ -109,7 +127,6 @@ def measure_captions(pipeline: Any, settings: Mapping[str, Any], config: Caption
     constant, constant_bleu = best_constant_caption(candidates, references)
     metrics: dict[str, Any] = {
         "pairs": len(rows),
-        **({"left_out": sum(seen)} if data is held_out else {}),
         **caption_scores(predictions, references),
         "constant_caption": constant,
         "constant_caption_bleu_4": constant_bleu,
@@ -144,9 +161,12 @@ def image_names(batch: Mapping[str, Any]) -> list[str]:
     return [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch["pixel_values"].contiguous()]
 
 
-def _batches(data: CaptionedImages, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
-    for start in range(0, len(rows), BATCH):
-        yield fetch(data, [SampleKey(row, 0) for row in rows[start : start + BATCH]])
+def _names_of_all(data: CaptionedImages, exchange: Exchange) -> list[str]:
+    return exchange.map(lambda rows: image_names(_batch(data, rows)), len(data), BATCH)
+
+
+def _batch(data: CaptionedImages, rows: Sequence[int]) -> Mapping[str, Any]:
+    return fetch(data, [SampleKey(row, 0) for row in rows])
 
 
 def _references(batch: Mapping[str, Any]) -> list[list[str]]:
@@ -159,52 +179,78 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-@torch.no_grad()
-def _over_batches(pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionConfig) -> dict[str, Any]:
+def _over_batches(
+    pipeline: Any, data: CaptionedImages, rows: Sequence[int], config: CaptionConfig, exchange: Exchange
+) -> dict[str, Any]:
     """Return captions, similarities of latents and mean metrics over the pairs of `rows`."""
-    model, device = pipeline.model, pipeline._execution_device
-    tokens = CaptionTokens(pipeline.tokenizer, model.config.max_length, "longest")
-    references: list[list[str]] = []
-    predictions: list[str] = []
-    names_of_images: list[str] = []
-    latents: dict[str, list[torch.Tensor]] = {"image": [], "caption": []}
-    sums = {"from_image": 0.0, "from_caption": 0.0, "tokens": 0.0, "psnr": 0.0, "ssim": 0.0, "drawn_psnr": 0.0}
-    for batch in _batches(data, rows):
-        pixels = batch["pixel_values"].to(device)
-        own_references = _references(batch)
-        text = to_device(tokens([own[0] for own in own_references]), device)
-        ids, mask = text["input_ids"], text["attention_mask"]
-        image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
-        references += own_references
-        names_of_images += image_names(batch)
-        generators = [torch.Generator().manual_seed(config.seed + len(predictions) + i) for i in range(len(pixels))]
-        predictions += pipeline.caption(
-            (pixels + 1) / 2,
-            num_beams=config.num_beams,
-            num_candidates=config.num_candidates,
-            generator=generators,
-        )
-        for name, own in (("from_image", image), ("from_caption", caption)):
-            losses, lengths = token_losses(model.caption_logits(own, ids), ids, mask)
-            sums[name] += float(losses.sum())
-        sums["tokens"] += float(lengths.sum())
-        decoded, drawn = model.decode_image(image), model.decode_image(caption)
-        sums["psnr"] += float(psnr(decoded, pixels).sum())
-        sums["ssim"] += float(ssim(decoded, pixels).sum())
-        sums["drawn_psnr"] += float(psnr(drawn, pixels).sum())
-        for name, own in (("image", image), ("caption", caption)):
-            latents[name].append(torch.nn.functional.normalize(own.float(), dim=1).cpu())
-    similarity = torch.cat(latents["image"]) @ torch.cat(latents["caption"]).T
+    tokens = CaptionTokens(pipeline.tokenizer, pipeline.model.config.max_length, "longest")
+
+    def measured(numbers: Sequence[int]) -> _Batch:
+        return _measured(pipeline, tokens, _batch(data, [rows[number] for number in numbers]), numbers[0], config)
+
+    batches = exchange.map_batches(measured, len(rows), BATCH)
+    sums = dict.fromkeys(batches[0].sums, 0.0)
+    for batch in batches:
+        sums = {name: value + batch.sums[name] for name, value in sums.items()}
+    similarity = torch.cat([batch.image for batch in batches]) @ torch.cat([batch.caption for batch in batches]).T
     return {
-        "references": references,
-        "predictions": predictions,
-        "image_names": names_of_images,
+        "references": [own for batch in batches for own in batch.references],
+        "predictions": [caption for batch in batches for caption in batch.predictions],
+        "image_names": [name for batch in batches for name in batch.image_names],
         "similarity": similarity.numpy().astype(np.float64),
         "caption_loss": sums["from_image"] / sums["tokens"],
         "perplexity": perplexity(sums["from_image"], sums["tokens"]),
         "repeated_perplexity": perplexity(sums["from_caption"], sums["tokens"]),
         **{name: sums[name] / len(rows) for name in ("psnr", "ssim", "drawn_psnr")},
     }
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is measured of a batch of pairs.
+
+    Attributes:
+        image, caption: normalized latents of the images and of their captions, B D.
+        sums: sums over the pairs, and over the tokens of their captions.
+    """
+
+    references: list[list[str]]
+    predictions: list[str]
+    image_names: list[str]
+    image: Tensor
+    caption: Tensor
+    sums: dict[str, float]
+
+
+@torch.no_grad()
+def _measured(
+    pipeline: Any, tokens: CaptionTokens, batch: Mapping[str, Any], first: int, config: CaptionConfig
+) -> _Batch:
+    """Measure a batch of pairs, the first of which has the number `first`."""
+    model, device = pipeline.model, pipeline._execution_device
+    pixels, references = batch["pixel_values"].to(device), _references(batch)
+    text = to_device(tokens([own[0] for own in references]), device)
+    ids, mask = text["input_ids"], text["attention_mask"]
+    image, caption = (posterior.mean for posterior in model(pixels, ids, mask))
+    predictions = pipeline.caption(
+        (pixels + 1) / 2,
+        num_beams=config.num_beams,
+        num_candidates=config.num_candidates,
+        generator=[torch.Generator().manual_seed(config.seed + first + i) for i in range(len(pixels))],
+    )
+    losses = {name: token_losses(model.caption_logits(own, ids), ids, mask) for name, own in (
+        ("from_image", image), ("from_caption", caption),
+    )}  # fmt: skip
+    decoded, drawn = model.decode_image(image), model.decode_image(caption)
+    sums = {
+        **{name: float(own.sum()) for name, (own, _) in losses.items()},
+        "tokens": float(losses["from_image"][1].sum()),
+        "psnr": float(psnr(decoded, pixels).sum()),
+        "ssim": float(ssim(decoded, pixels).sum()),
+        "drawn_psnr": float(psnr(drawn, pixels).sum()),
+    }
+    latents = [torch.nn.functional.normalize(own.float(), dim=1).cpu() for own in (image, caption)]
+    return _Batch(references, list(predictions), image_names(batch), latents[0], latents[1], sums)
 
 
 def _new_pairs(pipeline: Any, seed: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.common.latents import image_channels_of
-from training.core.exchange import Exchange
+from training.core.exchange import ALONE, Exchange
 from training.core.options import Options, option
 from training.core.previews import save_png
-from training.evaluation.data import EvaluationData, RealImages
+from training.evaluation.data import BATCH, EvaluationData, RealImages
 from training.evaluation.generated import map_shown
 from training.metrics.features import FeatureExtractor
 from training.metrics.generators import DrawingModel, ImageGenerator
 from training.metrics.images import pixels_of
 from training.metrics.memorization import (
     FEWEST_HELD_OUT,
+    CopyReport,
     CopySearch,
     Similarity,
     calibration_rows,
@@ -29,7 +30,7 @@ from training.metrics.memorization import (
     replay_verdict,
     verdict,
 )
-from training.metrics.neighbours import thumbnails
+from training.metrics.neighbours import BLOCK, Neighbours, thumbnails
 
 VAE_BATCH = 16
 MOST_INVENTED = 256
@@ -100,9 +101,14 @@ def generate_sets(
 
 
 def measure_copies(
-    sets: CopySets, data: EvaluationData, spaces: Mapping[str, Encoder], sheet: str | None, default_sheet: str | None
+    sets: CopySets,
+    data: EvaluationData,
+    spaces: Mapping[str, Encoder],
+    sheet: str | None,
+    default_sheet: str | None,
+    exchange: Exchange,
 ) -> dict[str, Any]:
-    """Search for copies, and draw the closest pairs; on the main process only.
+    """Search for copies, and draw the closest pairs; every process calls it, and all get the result.
 
     Args:
         spaces: names of spaces in addition to `pixels`, and functions from images to vectors.
@@ -112,9 +118,19 @@ def measure_copies(
     training = data.training
     assert training is not None
     named = {"generated": sets.generated, "replayed": sets.replayed, "invented": sets.invented}
-    held_out = [image for batch in data.held_out.batches() for image in batch] if data.held_out else []
-    found = find_copies({k: v for k, v in named.items() if v}, training, held_out, spaces)
-    first = found["generated"][0]
+    found = find_copies({k: v for k, v in named.items() if v}, training, data.held_out, spaces, exchange)
+    return exchange.on_main(lambda: _results(found, sets, data, sheet, default_sheet))
+
+
+def _results(
+    found: Mapping[str, Sequence[Similarity]],
+    sets: CopySets,
+    data: EvaluationData,
+    sheet: str | None,
+    default_sheet: str | None,
+) -> dict[str, Any]:
+    training, first = data.training, found["generated"][0]
+    assert training is not None
     if sheet := sheet or (default_sheet if first.report.copies else None):
         save_png(contact_sheet(first, sets.generated, lambda row: training.images([row])[0]), sheet)
     results = _reports(found["generated"])
@@ -147,9 +163,15 @@ def _is_own(nearest: Sequence[int], places: Sequence[int], data: EvaluationData)
 
 
 def find_copies(
-    sets: Mapping[str, Images], training: RealImages, held_out: Images, spaces: Mapping[str, Encoder]
+    sets: Mapping[str, Images],
+    training: RealImages,
+    held_out: RealImages | None,
+    spaces: Mapping[str, Encoder],
+    exchange: Exchange = ALONE,
 ) -> dict[str, list[Similarity]]:
-    """Compare sets of images with all training images, of which a batch is in memory at a time.
+    """Compare sets of images with all training images, of which a block is in memory at a time.
+
+    The processes divide the training images among them: each reads, encodes and compares its blocks.
 
     Args:
         held_out: real images that were not trained on, which set the threshold if there are enough of them.
@@ -158,21 +180,109 @@ def find_copies(
     Returns:
         For each set the verdicts in pixels and in each of `spaces`.
     """
-    rows = None
-    if len(held_out) < FEWEST_HELD_OUT:
-        rows = calibration_rows(len(training))
-        held_out = training.images(rows.tolist())
     encoders: dict[str, Encoder] = {"pixels": thumbnails, **spaces}
+    real, own_rows = calibration_images(training, held_out)
+    real_vectors = encoded(real.images, len(real), encoders, exchange)
+    vectors = {name: encoded(_taken_from(images), len(images), encoders, exchange) for name, images in sets.items()}
     searches = {
-        space: CopySearch(space, {name: encode(images) for name, images in sets.items()}, encode(held_out), rows)
-        for space, encode in encoders.items()
+        space: CopySearch(space, {name: own[space] for name, own in vectors.items()}, real_vectors[space], own_rows)
+        for space in encoders
     }
-    for batch in training.batches():
-        for space, search in searches.items():
-            search.add(encoders[space](batch))
-    duplicates = searches["pixels"].duplicates()
-    found = [search.results(duplicates) for search in searches.values()]
+
+    def compare_own_blocks() -> None:
+        for first_row, block in blocks_of(training, encoders, exchange):
+            for space, search in searches.items():
+                search.add(block[space], first_row)
+
+    exchange.each(compare_own_blocks)
+    duplicates = searches["pixels"].duplicates(exchange)
+    found = [search.results(duplicates, exchange) for search in searches.values()]
     return {name: [results[name] for results in found] for name in sets}
+
+
+class KeptThumbnails:
+    """Searches for copies in pixels several times; the training images are read once, each process keeps its share.
+
+    Args:
+        held_out: real images that were not trained on, which set the threshold if there are enough of them.
+        poll: called before each batch of images is read; it may raise to stop.
+    """
+
+    def __init__(self, training: RealImages, held_out: RealImages | None, exchange: Exchange, poll: Callable[[], None]):
+        encoders: dict[str, Encoder] = {"pixels": thumbnails}
+        real, self._own_rows = calibration_images(training, held_out)
+        self._real: Tensor | Neighbours = encoded(real.images, len(real), encoders, exchange, poll)["pixels"]
+        self._blocks: list[tuple[int, Tensor]] = []
+
+        def read_own_blocks() -> None:
+            for first_row, block in blocks_of(training, encoders, exchange, poll):
+                self._blocks.append((first_row, block["pixels"]))
+
+        exchange.each(read_own_blocks)
+
+    def report(self, images: Images, exchange: Exchange, poll: Callable[[], None]) -> CopyReport:
+        """Compare generated images, which are the same on every process, with all training images."""
+        search = CopySearch("pixels", {"": thumbnails(images)}, self._real, self._own_rows)
+
+        def compare_own_blocks() -> None:
+            for first_row, block in self._blocks:
+                poll()
+                search.add(block, first_row)
+
+        exchange.each(compare_own_blocks)
+        self._real = search.neighbours_of_real(exchange)  # they stay the same
+        return search.results(search.duplicates(exchange), exchange)[""].report
+
+
+def calibration_images(training: RealImages, held_out: RealImages | None) -> tuple[RealImages, Tensor | None]:
+    """Return the real images that set the threshold, and their rows if they are training images.
+
+    They are the held-out images, or training images if there are too few of the former.
+    """
+    if held_out is not None and len(held_out) >= FEWEST_HELD_OUT:
+        return held_out, None
+    rows = calibration_rows(len(training))
+    return training.at(rows.tolist()), rows
+
+
+def encoded(
+    images_at: Callable[[Sequence[int]], Images],
+    count: int,
+    encoders: Mapping[str, Encoder],
+    exchange: Exchange,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Return the vectors of `count` images in each space, n D on every process; each process encodes its share.
+
+    Args:
+        images_at: returns the images at some places, from 0 to count - 1.
+    """
+
+    def vectors(places: Sequence[int]) -> list[Tensor]:
+        poll()
+        images = images_at(places)
+        return [encode(images) for encode in encoders.values()]
+
+    batches = exchange.map_batches(vectors, count, BATCH)
+    return {space: torch.cat(parts) for space, parts in zip(encoders, zip(*batches, strict=True), strict=True)}
+
+
+def blocks_of(
+    training: RealImages, encoders: Mapping[str, Encoder], exchange: Exchange, poll: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield this process's blocks of the training images: the place of the first one, and their vectors by space."""
+    for block in exchange.share(len(training), BLOCK):
+        parts: dict[str, list[Tensor]] = {space: [] for space in encoders}
+        for start in range(0, len(block), BATCH):
+            poll()
+            images = training.images(block[start : start + BATCH])
+            for space, encode in encoders.items():
+                parts[space].append(encode(images))
+        yield block.start, {space: torch.cat(own) for space, own in parts.items()}
+
+
+def _taken_from(images: Images) -> Callable[[Sequence[int]], Images]:
+    return lambda places: [images[place] for place in places]
 
 
 def copy_encoders(

@@ -13,16 +13,36 @@ import numpy as np
 from PIL import Image
 
 from pipelines.common.poster_domain import GRAMMAR
+from training.core.exchange import ALONE, Exchange
 from training.metrics.cycle import mean_correlation, palette_distance
 
 # Posters that are read before a request to stop is handled.
 READ_AT_A_TIME = 16
 
 
+@dataclass(frozen=True)
+class PosterReading:
+    """What a reader reads of a poster.
+
+    Attributes:
+        grammar: the grammar numbers, in the order of GRAMMAR.
+        counts_agree: whether the count of the reader is that of its brief, see `picture_count_share`.
+        palette_distance: mean RGB distance of the poster from the palette of its brief, from 0 to 441.
+    """
+
+    grammar: Sequence[float]
+    counts_agree: bool
+    palette_distance: float
+
+
 def cycle_scores(
-    posters: Sequence[Image.Image], briefs: Sequence[Any], reader: Any, poll: Callable[[], None] = lambda: None
+    posters: Sequence[Image.Image],
+    briefs: Sequence[Any],
+    reader: Any,
+    exchange: Exchange = ALONE,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Compare what a reader reads of posters with their briefs.
+    """Compare what a reader reads of posters with their briefs; every process calls it and reads its share of them.
 
     Args:
         briefs: the DesignBrief of each poster, with all fields.
@@ -33,25 +53,35 @@ def cycle_scores(
         cycle_score: 1 - the mean correlation of the grammar numbers. grammar_correlation, picture_count_share and
         palette_distance: as in `cycle_metrics`.
     """
-    read: list[list[float]] = []
-    pictures: list[bool] = []
-    distances: list[float] = []
-    for start in range(0, len(posters), READ_AT_A_TIME):
+
+    def read(numbers: Sequence[int]) -> list[PosterReading]:
         poll()
-        shown, own = posters[start : start + READ_AT_A_TIME], briefs[start : start + READ_AT_A_TIME]
-        output = reader(list(shown), overlays=False)
-        read += [[numbers[name] for name in GRAMMAR] for numbers in output.grammar]
-        pictures += [counts["pictures"] == brief.pictures for counts, brief in zip(output.counts, own, strict=True)]
-        for poster, features, brief in zip(shown, output.features, own, strict=True):
-            distances.append(palette_distance(np.asarray(poster.convert("RGB")), features[1] < 0.5, brief.palette))
+        return read_posters([posters[n] for n in numbers], [briefs[n] for n in numbers], reader)
+
+    readings = exchange.map(read, len(posters), READ_AT_A_TIME)
     asked = np.array([[getattr(brief, name) for name in GRAMMAR] for brief in briefs])
-    correlation = mean_correlation(asked, np.array(read))
+    correlation = mean_correlation(asked, np.array([reading.grammar for reading in readings]))
     return {
         "cycle_score": 1 - correlation,
         "grammar_correlation": correlation,
-        "picture_count_share": float(np.mean(pictures)),
-        "palette_distance": float(np.mean(distances)),
+        "picture_count_share": float(np.mean([reading.counts_agree for reading in readings])),
+        "palette_distance": float(np.mean([reading.palette_distance for reading in readings])),
     }
+
+
+def read_posters(posters: Sequence[Image.Image], briefs: Sequence[Any], reader: Any) -> list[PosterReading]:
+    """Read a batch of posters with their briefs; see `cycle_scores`."""
+    output = reader(list(posters), overlays=False)
+    return [
+        PosterReading(
+            [grammar[name] for name in GRAMMAR],
+            counts["pictures"] == brief.pictures,
+            palette_distance(np.asarray(poster.convert("RGB")), features[1] < 0.5, brief.palette),
+        )
+        for poster, brief, grammar, counts, features in zip(
+            posters, briefs, output.grammar, output.counts, output.features, strict=True
+        )
+    ]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from training.data.images import (
 )
 from training.data.records import cache_file
 from training.data.transforms import CHANNELS
-from training.metrics.features import FeatureExtractor
+from training.metrics.features import CHUNK, FeatureExtractor
 from training.metrics.generators import ImageGenerator, native_size
 from training.metrics.images import to_pil
 
@@ -92,6 +92,12 @@ class RealImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def at(self, places: Sequence[int]) -> RealImages:
+        """Return the images at these places of `rows` alone."""
+        chosen = RealImages(self.name, self.data, len(places))
+        chosen.rows = [self.rows[place] for place in places]
+        return chosen
+
     def spread(self, at_most: int) -> list[int]:
         """Return up to `at_most` places of `rows`, evenly spaced."""
         return list(evenly_spaced(len(self), at_most))
@@ -128,11 +134,11 @@ class RealImages:
         if known is not None and len(known) == len(self):
             return known
 
-        def some(places: Sequence[int]) -> list[Tensor]:
+        def some(places: Sequence[int]) -> Tensor:
             poll()
-            return list(extractor(self.images(places)))
+            return extractor(self.images(places))
 
-        features = torch.stack(exchange.map(some, len(self), BATCH))
+        features = torch.cat(exchange.map_batches(some, len(self), CHUNK))
         if exchange.is_main:
             with contextlib.suppress(OSError):  # the next evaluation computes them again
                 file.parent.mkdir(parents=True, exist_ok=True)

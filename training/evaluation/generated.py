@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +17,10 @@ from pipelines.tools.files import image_suffixes, read_image
 from pipelines.tools.progress import Progress
 from training.core.exchange import Exchange
 from training.core.options import Options, option
-from training.evaluation.data import BATCH, EvaluationData, RealImages
-from training.metrics.colors import color_difference, color_statistics
+from training.evaluation.data import EvaluationData, RealImages
+from training.metrics.colors import color_difference, color_statistics, reduced
 from training.metrics.distances import diversity
-from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor
+from training.metrics.features import CHUNK, DEFAULT_EXTRACTOR, FeatureExtractor
 from training.metrics.generators import ImageGenerator
 from training.metrics.quality import measure_distances, measure_floor
 
@@ -59,7 +59,7 @@ def map_shown(
     exchange: Exchange, function: Callable[[Sequence[int]], Sequence[T]], count: int, batch_size: int, title: str
 ) -> list[T]:
     """Return `exchange.map(function, count, batch_size)`, while the main process shows the progress of its images."""
-    own = len(range(exchange.rank, count, exchange.num_processes))
+    own = sum(map(len, exchange.share(count, batch_size)))
     with Progress(own, "image", title, shown=exchange.is_main) as progress:
 
         def shown(numbers: Sequence[int]) -> Sequence[T]:
@@ -89,25 +89,26 @@ def measure(
     images: Sequence[Image.Image], splits: Mapping[str, RealImages], extractor: FeatureExtractor, exchange: Exchange
 ) -> dict[str, Any]:
     """Compare images with all images of `splits`; every process calls it, and all get the result."""
-    own = exchange.map(lambda numbers: list(extractor([images[i] for i in numbers])), len(images), BATCH)
+    own = exchange.map_batches(lambda numbers: extractor([images[i] for i in numbers]), len(images), CHUNK)
     real = torch.cat([split.features(extractor, exchange) for split in splits.values()])
-    return exchange.on_main(lambda: _compared(images, torch.stack(own), splits, real))
+    floor = measure_floor(real, len(images), exchange=exchange)
+    shown = [image for split in splits.values() for image in _some(split, COLOR_IMAGES // len(splits), exchange)]
+    return exchange.on_main(lambda: _compared(images, torch.cat(own), shown, real) | {"floor": floor})
 
 
 def _compared(
-    images: Sequence[Image.Image], features: Tensor, splits: Mapping[str, RealImages], real: Tensor
+    images: Sequence[Image.Image], features: Tensor, shown: Sequence[Image.Image], real: Tensor
 ) -> dict[str, Any]:
     distances = measure_distances(real, features)
-    shown = [image for split in splits.values() for image in _some(split, COLOR_IMAGES // len(splits))]
     colors = {**color_statistics(images), "color_difference": color_difference(images, shown)}
     return {
         "metrics": {**distances.values, **colors},
         "refused": distances.refused,
-        "floor": measure_floor(real, len(images)),
         "real": {"images": len(real), "diversity": diversity(real), **color_statistics(shown)},
     }
 
 
-def _some(split: RealImages, at_most: int) -> Iterator[Image.Image]:
-    for batch in RealImages(split.name, split.data, at_most).batches():
-        yield from batch
+def _some(split: RealImages, at_most: int, exchange: Exchange) -> list[Image.Image]:
+    """Return images that are evenly spaced in a split, each in the size in which its colours are measured."""
+    some = RealImages(split.name, split.data, at_most)
+    return exchange.map(lambda places: [reduced(image) for image in some.images(places)], len(some), CHUNK)

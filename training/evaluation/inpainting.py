@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from pipelines.common.pixels import to_rgb
 from pipelines.tools.cli import UserError
-from pipelines.tools.progress import watched
+from training.core.exchange import ALONE, Exchange
 from training.core.options import Options, option
 from training.evaluation.data import EvaluationData
+from training.evaluation.generated import map_shown
 from training.metrics.distances import kernel_distance
-from training.metrics.features import FeatureExtractor
+from training.metrics.features import CHUNK, FeatureExtractor
 from training.metrics.generators import ImageGenerator
 from training.metrics.images import to_pil
 
@@ -57,9 +60,12 @@ def measure_inpainting(
     extractor: FeatureExtractor,
     config: InpaintingConfig,
     batch_size: int,
+    exchange: Exchange = ALONE,
     poll: Callable[[], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Let the model fill a rectangle of each real image, and compare it with two baselines and with the real images.
+
+    Every process calls it, fills its share of the images, and gets the result.
 
     The baselines fill with the mean colour of the rest (`…_mean_colour`), and with the same part of an image that was
     generated for another row (`…_pasted`). The reference of KID are the same parts of other real images.
@@ -71,16 +77,20 @@ def measure_inpainting(
         The metrics, and what the real images reach (`inpaint_boundary_error`, `inpaint_kid`).
     """
     count = config.inpaint_images
-    real, filled = [], []
-    starts = range(0, count, batch_size)
-    for start in watched(starts, len(starts), "batch", "filled batches"):
-        numbers = range(start, min(start + batch_size, count))
+
+    def fill(numbers: Sequence[int]) -> list[tuple[Image.Image, Image.Image]]:
         items = data.items(numbers)
         originals = [to_pil(item["pixel_values"]) for item in items]
-        masks = [mask_of(rectangle, image.size) for rectangle, image in zip(_rectangles(originals, start), originals)]
-        real += originals
+        own = _rectangles(originals, numbers[0])
+        masks = [mask_of(rectangle, image.size) for rectangle, image in zip(own, originals)]
         made = generator.fill(items, numbers, originals, masks, config.jump_n_sample, poll)
-        filled += [image.resize(own.size) for image, own in zip(made, originals)]  # with another --resolution
+        return [(one, image.resize(one.size)) for image, one in zip(made, originals)]  # with another --resolution
+
+    def features(some: Sequence[Image.Image]) -> Tensor:
+        parts = [image.crop(one) for image, one in zip(some, rectangles)]
+        return torch.cat(exchange.map_batches(lambda numbers: extractor([parts[n] for n in numbers]), count, CHUNK))
+
+    real, filled = zip(*map_shown(exchange, fill, count, batch_size, "filled"), strict=True)
     rectangles = _rectangles(real)
     pasted = [images[(number + 1) % len(images)] for number in range(count)]
     shown = {
@@ -89,11 +99,11 @@ def measure_inpainting(
         "_pasted": [_with_part_of(*parts) for parts in zip(real, pasted, rectangles)],
         "_real": real,
     }
-    reference = extractor([image.crop(one) for image, one in zip(_other_images(data, real), rectangles)])
+    reference = features(_other_images(data, real))
     metrics: dict[str, float] = {}
     for name, some in shown.items():
         metrics[f"inpaint_boundary_error{name}"] = boundary_error(some, rectangles)
-        kid = kernel_distance(reference, extractor([image.crop(one) for image, one in zip(some, rectangles)]))
+        kid = kernel_distance(reference, features(some))
         metrics |= {f"inpaint_kid{name}": kid.value, f"inpaint_kid{name}_standard_error": kid.standard_error}
     reached = {name: metrics.pop(f"{name}_real") for name in ("inpaint_boundary_error", "inpaint_kid")}
     metrics.pop("inpaint_kid_real_standard_error")

@@ -20,10 +20,14 @@ _TO_XYZ = np.array(
 _WHITE = _TO_XYZ.sum(axis=1)
 
 
+def reduced(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, reduced to 32 × 32 pixels, with the same colours for all functions below."""
+    return to_rgb(image).resize((PIXELS, PIXELS), Image.Resampling.BOX)
+
+
 def lab(image: Image.Image) -> np.ndarray:
     """Return the L*a*b* values of an sRGB image, reduced to 32 × 32 pixels: 1024 × 3 (IEC 61966-2-1, CIE 15)."""
-    small = to_rgb(image).resize((PIXELS, PIXELS), Image.Resampling.BOX)
-    encoded = np.asarray(small, dtype=np.float64).reshape(-1, 3) / 255
+    encoded = np.asarray(reduced(image), dtype=np.float64).reshape(-1, 3) / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     ratio = linear @ _TO_XYZ.T / _WHITE
     f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.grids import comparison_grid
+from training.core.exchange import ALONE, Exchange
 from training.metrics.generators import SamplingConfig, generator_of
 from training.metrics.images import to_pil
-from training.metrics.neighbours import BLOCK, THUMBNAIL, Neighbours, NeighbourSearch, pixel_search, thumbnails
+from training.metrics.neighbours import THUMBNAIL, Neighbours, NeighbourSearch, pixel_search, thumbnails
 
 FALSE_POSITIVE_RATE = 0.01
 # Root mean square difference of pixel values in [0, 1] below which a copy is called exact: JPEG of high quality, or a
@@ -135,63 +136,71 @@ class Similarity:
 class CopySearch:
     """Compares sets of generated images with all training images in one space, while the training images arrive.
 
+    Several processes may divide the blocks of training images among them (`NeighbourSearch`). What returns a result is
+    then called by all of them, with the same exchange.
+
     Args:
         space: pixels, latents or features; pixels are compared with mirrored and moved views.
         sets: generated images by the name of their set, each m D; `thumbnails` for pixels.
-        real: real images, with which the threshold is set: h D
+        real: real images, with which the threshold is set: h D, or their neighbours, which an earlier search has found.
         own_rows: the rows of `real` among the training images; None if they are held-out images.
     """
 
-    def __init__(self, space: str, sets: Mapping[str, Tensor], real: Tensor, own_rows: Tensor | None = None):
+    def __init__(
+        self, space: str, sets: Mapping[str, Tensor], real: Tensor | Neighbours, own_rows: Tensor | None = None
+    ):
         self.space = space
         self._calibrated_on = "held-out images" if own_rows is None else AMONG_THEMSELVES
-        self._real = self._search(real, own_rows)
+        self._real = self._search(real, own_rows) if isinstance(real, Tensor) else None
+        self._neighbours_of_real = real if isinstance(real, Neighbours) else None
         self._sets = {name: self._search(vectors) for name, vectors in sets.items()}
-        self._waiting: list[Tensor] = []
         self._count = 0
 
     def _search(self, vectors: Tensor, own_rows: Tensor | None = None) -> NeighbourSearch:
         return pixel_search(vectors, own_rows) if self.space == "pixels" else NeighbourSearch([vectors], own_rows)
 
-    def add(self, training: Tensor) -> None:
-        """Add the next training images: ? D"""
-        self._waiting.append(training)
+    def add(self, training: Tensor, first_row: int | None = None) -> None:
+        """Add training images: ? D
+
+        Args:
+            first_row: the row of the first of them; None if they follow those that were added before.
+        """
+        for search in (self._real, *self._sets.values()):
+            if search is not None:
+                search.add(training, first_row)
         self._count += len(training)
-        if sum(map(len, self._waiting)) >= BLOCK:
-            self._compare()
 
-    def _compare(self) -> None:
-        if self._waiting:
-            block, self._waiting = torch.cat(self._waiting), []
-            for search in (self._real, *self._sets.values()):
-                search.add(block)
+    def neighbours_of_real(self, exchange: Exchange = ALONE) -> Neighbours:
+        """Return the nearest training images of the real images, for another search among the same training images."""
+        if self._neighbours_of_real is None:
+            assert self._real is not None
+            self._neighbours_of_real = self._real.result(exchange)
+        return self._neighbours_of_real
 
-    def duplicates(self) -> Tensor:
+    def duplicates(self, exchange: Exchange = ALONE) -> Tensor:
         """Return which real images are also among the training images; only for a search in pixels: h, bool"""
-        self._compare()
-        return self._real.result().distances[:, 0] < EXACT
+        return self.neighbours_of_real(exchange).distances[:, 0] < EXACT
 
-    def results(self, duplicates: Tensor) -> dict[str, Similarity]:
+    def results(self, duplicates: Tensor, exchange: Exchange = ALONE) -> dict[str, Similarity]:
         """Return the verdict on each set.
 
         Args:
             duplicates: the `duplicates` of the search in pixels.
         """
-        self._compare()
-        real = self._real.result()
+        real, num_training = self.neighbours_of_real(exchange), sum(exchange.gather(self._count))
         exact = EXACT if self.space == "pixels" else EXACT_VECTORS * float(real.distances.mean())
         ratios = real.ratios[~duplicates]
         threshold, rate = calibrated_threshold(ratios, mutual=self._calibrated_on == AMONG_THEMSELVES)
         found: dict[str, Similarity] = {}
         for name, search in self._sets.items():
-            neighbours = search.result()
+            neighbours = search.result(exchange)
             copied = neighbours.ratios < threshold
             copies, total = int(copied.sum()), len(copied)
             lowest, highest = wilson_interval(copies, total)
             report = CopyReport(
                 self.space,
                 total,
-                self._count,
+                num_training,
                 len(ratios),
                 self._calibrated_on,
                 threshold,

@@ -1,7 +1,7 @@
 """The nearest training images of other images, in pixels or in vectors such as latents.
 
-Training images arrive in blocks, so there may be more of them than fit in memory. m queries, n training images, D
-values per image.
+Training images arrive in blocks, so there may be more of them than fit in memory, and several processes may divide the
+blocks among them. m queries, n training images, V views of each query, D values per image, k neighbours.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.common.pixels import to_rgb
+from training.core.exchange import ALONE, Exchange
 
 NEIGHBOURS = 50
-# Training images per block of the search: with 10,000 queries, a block of distances takes 160 MB.
-BLOCK = 4096
+# Training images that are compared at a time. Processes divide whole blocks among them: smaller ones keep more of them
+# busy, and take more time in total. With 10,000 queries, a block of distances takes 20 MB, and their keys 40 MB.
+BLOCK = 512
 THUMBNAIL = 32
+# A key of a neighbour has the bits of its distance above those of its row.
+ROW_BITS = 32
+ROW_MASK = (1 << ROW_BITS) - 1
 # A generated image may be mirrored or moved by a cell of its thumbnail (3 % of its width) in each direction.
 SHIFTS = (-1, 0, 1)
 
@@ -37,23 +42,12 @@ class Neighbours:
         """Distance to the nearest image divided by the mean of all k, from 0 (a copy) to 1: m"""
         return self.distances[:, 0] / self.distances.mean(1).clamp_min(1e-12)
 
-    def nearer(self, other: Neighbours) -> Neighbours:
-        """Return for each query the neighbours of whichever of the two has the nearer image."""
-        better = (other.distances[:, 0] < self.distances[:, 0])[:, None]
-        return Neighbours(
-            torch.where(better, other.distances, self.distances), torch.where(better, other.rows, self.rows)
-        )
-
-    def without(self, own_rows: Tensor) -> Neighbours:
-        """Remove from the neighbours of each query one row, its own, or else the last one: m k -> m (k - 1)"""
-        is_own = self.rows == own_rows[:, None]
-        is_own[~is_own.any(1), -1] = True
-        shape = (len(self.rows), self.rows.shape[1] - 1)
-        return Neighbours(self.distances[~is_own].reshape(shape), self.rows[~is_own].reshape(shape))
-
 
 class NeighbourSearch:
     """Searches the nearest training images of some queries, on the device of the queries.
+
+    Several processes may search: each adds its blocks of the training images, and `result` is that of all of them, bit
+    for bit as if one process had added all blocks. Of training images at the same distance, the first ones are nearer.
 
     Args:
         views: queries, m D, or the same queries in several forms (mirrored, moved), of which the nearest one counts.
@@ -69,49 +63,58 @@ class NeighbourSearch:
         neighbours: int = NEIGHBOURS,
         scale: Callable[[Tensor], Tensor] = Tensor.float,
     ):
-        self._views, self._own_rows, self._scale = views, own_rows, scale
-        self._neighbours = neighbours + (own_rows is not None)
-        self._found: list[Neighbours | None] = [None] * len(views)
-        self._shift: Tensor | None = None
-        self._start = 0
+        self._views, self._own_rows, self._scale, self._neighbours = views, own_rows, scale, neighbours
+        # Products of values far from 0 cost precision. The queries are the same on every process.
+        self._centre = scale(views[0]).mean(0)
+        self._found: dict[int, Tensor] = {}  # the keys of the nearest images for each view, m k
+        self._next_row = self._count = 0
 
-    def add(self, training: Tensor) -> None:
-        """Compare all queries with the next training images: ? D"""
+    def add(self, training: Tensor, first_row: int | None = None) -> None:
+        """Compare all queries with training images: ? D
+
+        Args:
+            first_row: the row of the first of them; None if they follow those that were added before.
+        """
+        start = self._next_row if first_row is None else first_row
         for part in training.split(BLOCK):
-            block = self._scale(part.to(self._views[0].device))
-            if self._shift is None:  # products of values far from 0 cost precision
-                self._shift = block.mean(0)
-            block = block - self._shift
-            rows = torch.arange(self._start, self._start + len(block), device=block.device)
+            block = self._scale(part.to(self._views[0].device)) - self._centre
+            rows = torch.arange(start, start + len(block), device=block.device)
             for number, view in enumerate(self._views):
-                distances = torch.cdist(self._scale(view) - self._shift, block)
-                self._found[number] = self._merged(self._found[number], distances, rows)
-            self._start += len(block)
+                near = self._nearest(self._keys(view, block, rows))
+                known = self._found.get(number)
+                self._found[number] = near if known is None else self._nearest(torch.cat([known, near], 1))
+            start += len(block)
+        self._next_row, self._count = start, self._count + len(training)
 
-    def _merged(self, found: Neighbours | None, distances: Tensor, rows: Tensor) -> Neighbours:
-        near, columns = distances.topk(min(self._neighbours, distances.shape[1]), largest=False)
-        near_rows = rows[columns]
-        if found is None:
-            return Neighbours(near, near_rows)
-        near, near_rows = torch.cat([found.distances, near], 1), torch.cat([found.rows, near_rows], 1)
-        order = near.topk(min(self._neighbours, near.shape[1]), largest=False)
-        return Neighbours(order.values, near_rows.gather(1, order.indices))
+    def _keys(self, view: Tensor, block: Tensor, rows: Tensor) -> Tensor:
+        """Return for each query and training image of a block a number (int64) that sorts by distance, then by row."""
+        distances = torch.cdist(self._scale(view) - self._centre, block).abs()
+        if self._own_rows is not None:
+            distances[self._own_rows.to(rows.device)[:, None] == rows] = torch.inf
+        return (distances.view(torch.int32).long() << ROW_BITS) | rows
 
-    def result(self) -> Neighbours:
-        """Return the neighbours among all training images so far, on the CPU.
+    def _nearest(self, keys: Tensor) -> Tensor:
+        return keys.topk(min(self._neighbours, keys.shape[1]), largest=False).values
+
+    def result(self, exchange: Exchange = ALONE) -> Neighbours:
+        """Return the neighbours among all training images so far, on the CPU; every process of the exchange calls it.
 
         Raises:
-            ValueError: nothing was added before.
+            ValueError: no process has added anything before.
         """
-        best: Neighbours | None = None
-        for found in self._found:
-            if found is None:
-                raise ValueError("the number of training images is 0")
-            view = Neighbours(found.distances.cpu(), found.rows.cpu())
-            view = view if self._own_rows is None else view.without(self._own_rows)
-            best = view if best is None else best.nearer(view)
-        assert best is not None
-        return best
+        found = torch.stack(list(self._found.values())).cpu() if self._found else None  # V m k
+        everywhere = exchange.gather((self._count, None if found is None else found[..., 0].clone()))
+        firsts = [keys for _, keys in everywhere if keys is not None]
+        if not firsts:
+            raise ValueError("the number of training images is 0")
+        # The view with the nearest image counts, and the first one of several that are as near.
+        numbers = torch.arange(len(self._views))[:, None]
+        best = ((torch.stack(firsts).amin(0) & ~ROW_MASK) | numbers).amin(0) & ROW_MASK
+        own = None if found is None else found[best, torch.arange(len(best))]
+        keys = torch.cat([part for part in exchange.gather(own) if part is not None], 1)
+        compared = sum(count for count, _ in everywhere) - (self._own_rows is not None)
+        keys = keys.topk(min(self._neighbours, compared), largest=False).values
+        return Neighbours((keys >> ROW_BITS).int().view(torch.float32), keys & ROW_MASK)
 
 
 def pixel_search(small: Tensor, own_rows: Tensor | None = None) -> NeighbourSearch:

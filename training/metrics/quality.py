@@ -7,12 +7,14 @@ size. n real images, m generated ones, D features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.core.exchange import ALONE, Exchange
 from training.metrics.distances import (
     NEIGHBOURS,
     Moments,
@@ -65,13 +67,16 @@ def measure_distances(real: Tensor, generated: Tensor) -> Distances:
     return result
 
 
-def measure_floor(real: Tensor, size: int, *, seed: int = 0, splits: int = FLOOR_SPLITS) -> dict[str, Any]:
+def measure_floor(
+    real: Tensor, size: int, *, seed: int = 0, splits: int = FLOOR_SPLITS, exchange: Exchange = ALONE
+) -> dict[str, Any]:
     """Compute the distances between two sets of real images, over random splits.
 
     Args:
         real: n D
         size: number of images in each set, as many as are generated; lowered to n // 2 if there are fewer real ones.
         seed: seed of the splits.
+        exchange: the processes that divide the splits among them; all of them call this.
 
     Returns:
         `images` (the size of each set), `splits`, and a mean and a standard deviation (`mean`, `std`) of kid, fd,
@@ -79,10 +84,14 @@ def measure_floor(real: Tensor, size: int, *, seed: int = 0, splits: int = FLOOR
     """
     size = min(size, len(real) // 2)
     generator = torch.Generator().manual_seed(seed)
+    chosen = [torch.randperm(len(real), generator=generator)[: 2 * size] for _ in range(splits)]
+
+    def floors_of(numbers: Sequence[int]) -> list[dict[str, float]]:
+        return [_floor_of(real[chosen[n][:size]], real[chosen[n][size:]], n) for n in numbers]
+
     values: dict[str, list[float]] = {}
-    for number in range(splits):
-        rows = torch.randperm(len(real), generator=generator)[: 2 * size]
-        for name, value in _floor_of(real[rows[:size]], real[rows[size:]], number).items():
+    for found in exchange.map(floors_of, splits, 1):
+        for name, value in found.items():
             values.setdefault(name, []).append(value)
     floors = {name: _spread(torch.tensor(found, dtype=torch.float64)) for name, found in values.items()}
     return {"images": size, "splits": splits, **floors}

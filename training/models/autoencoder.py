@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pipelines.tools.cli import UserError
 from training.core.batches import fetch, uniform_batches
 from training.core.checks import SMALLEST_MAP, check_deepest_feature_map, check_multiples
 from training.core.draws import SampleKey
+from training.core.exchange import ALONE, Exchange
 from training.core.options import Options, option
 from training.core.stage import MapDataset
 
@@ -221,27 +222,35 @@ def latents_of(encoded: Any) -> Tensor:
 
 @torch.no_grad()
 def measure_latents(
-    autoencoder: Any, data: MapDataset, num_images: int, device: torch.device, poll: Callable[[], None]
+    autoencoder: Any,
+    data: MapDataset,
+    num_images: int,
+    device: torch.device,
+    poll: Callable[[], None],
+    exchange: Exchange = ALONE,
 ) -> None:
     """Measure the latents' mean and standard deviation per channel and write them into the model's config.
 
     Args:
         data: dataset whose first `num_images` rows are encoded.
         poll: called before each batch; it raises an exception when the run is asked to stop.
+        exchange: the processes that divide the batches among them; all of them call this.
     """
     from pipelines.common.latents import write_latent_statistics
 
-    count = 0
-    total = squares = torch.zeros(1, dtype=torch.float64)
-    rows = min(len(data), num_images)
-    for some in uniform_batches(data, range(rows), STATISTICS_BATCH):
+    batches = list(uniform_batches(data, range(min(len(data), num_images)), STATISTICS_BATCH))
+
+    def sums(numbers: Sequence[int]) -> tuple[int, Tensor, Tensor]:
         poll()
-        keys = [SampleKey(i, 0) for i in some]
+        keys = [SampleKey(i, 0) for number in numbers for i in batches[number]]
         latents = latents_of(autoencoder.encode(fetch(data, keys)["pixel_values"].to(device)))
         values = latents.cpu().double().movedim(1, 0).flatten(1)
-        count += values.shape[1]
-        total = total + values.sum(1)
-        squares = squares + values.square().sum(1)
+        return values.shape[1], values.sum(1), values.square().sum(1)
+
+    count = 0
+    total = squares = torch.zeros(1, dtype=torch.float64)
+    for size, values, squared in exchange.map_batches(sums, len(batches), 1):  # in order: sums depend on it
+        count, total, squares = count + size, total + values, squares + squared
     mean = total / count
     std = (squares / count - mean**2).clamp(min=1e-12).sqrt()
     write_latent_statistics(autoencoder, mean.tolist(), std.tolist())

@@ -25,7 +25,7 @@ from training.core.previews import save_png
 from training.core.stage import Evaluation
 from training.data.briefs import BriefedPosters
 from training.data.source import load_all_splits, load_split
-from training.evaluation.cycle import cycle_scores, report_table
+from training.evaluation.cycle import READ_AT_A_TIME, cycle_scores, report_table
 from training.evaluation.data import conditions_of
 from training.metrics.distances import diversity
 from training.metrics.images import to_pil
@@ -84,20 +84,16 @@ class BeforeAfterStage(DecodingStage):
     def conclusions(self, rows: Sequence[Mapping[str, str]], steps_per_epoch: int) -> list[str]:
         return []  # those of other stages are about a model that approaches real images; the report is about this one
 
-    def finish(self) -> None:
-        """Measure the decoder before and after on briefs that neither training nor the choice of a checkpoint used.
-
-        The main process does it alone: one that is interrupted here would never reach an exchange of all of them.
-        """
-        if not self.context.is_main_process:
-            return
-        exchange, data = Exchange(), self._report_data()
+    def finish(self, exchange: Exchange) -> None:
+        """Measure the decoder before and after on briefs that neither training nor the choice of a checkpoint used."""
+        data = self._report_data()
         pipelines = {"before": self.pipeline_of(self.original), "after": self.pipeline()}
         posters = {name: self._posters(pipeline, data, exchange) for name, pipeline in pipelines.items()}
         measured = {name: self._measurements(own, data, exchange) for name, own in posters.items()}
         measured["real"] = self._of_real_posters(data, exchange)
         self._report = {**measured, "facts": self._facts(data, measured)}
-        self._write_report(self._report, posters, data)
+        report = self._report
+        exchange.on_main(lambda: self._write_report(report, posters, data))
 
     def card_facts(self) -> dict[str, Any]:
         if self._report is None:
@@ -143,11 +139,8 @@ class BeforeAfterStage(DecodingStage):
     def _read(
         self, images: Sequence[Image.Image], data: BriefedPosters, reader: PosterReader, exchange: Exchange
     ) -> dict[str, float]:
-        def scores() -> dict[str, float]:
-            briefs = [data.brief(number % len(data)) for number in range(len(images))]
-            return cycle_scores(images, briefs, reader.pipeline(), self.context.poll)
-
-        return exchange.on_main(scores)
+        briefs = [data.brief(number % len(data)) for number in range(len(images))]
+        return cycle_scores(images, briefs, reader.pipeline(), exchange, self.context.poll)
 
     def _read_by_all(self, images: Sequence[Image.Image], data: BriefedPosters, exchange: Exchange) -> dict[str, float]:
         readers = {"reader": self.reader, **({"judge": self.judge} if self.judge is not None else {})}
@@ -162,11 +155,16 @@ class BeforeAfterStage(DecodingStage):
 
     def _of_real_posters(self, data: BriefedPosters, exchange: Exchange) -> dict[str, float]:
         """Return what the readers measure of real posters, which shows their errors, and the floor of KID."""
-        items = conditions_of(data, range(min(len(data), self.config.evaluation_images)))
+
+        def posters(numbers: Sequence[int]) -> list[Image.Image]:
+            self.context.poll()
+            return [to_pil(item["pixel_values"]) for item in conditions_of(data, numbers)]
+
+        images = exchange.map(posters, min(len(data), self.config.evaluation_images), READ_AT_A_TIME)
         real = {"diversity": diversity(self._measure_real_images(exchange))}
         if "kid" in self._floor:
             real |= {"kid": self._floor["kid"]["mean"], "kid_standard_error": self._floor["kid"]["std"]}
-        return {**real, **self._read_by_all([to_pil(item["pixel_values"]) for item in items], data, exchange)}
+        return {**real, **self._read_by_all(images, data, exchange)}
 
     def _report_data(self) -> BriefedPosters:
         config = self.config

@@ -20,10 +20,11 @@ from training.core.stage import Evaluation, StageContext
 from training.data.aspect_buckets import AspectBuckets
 from training.data.images import ImageDataset
 from training.data.source import load_split
-from training.evaluation.data import BATCH, RealImages, conditions_of, plain_images
-from training.metrics.features import DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
+from training.evaluation.copies import KeptThumbnails
+from training.evaluation.data import RealImages, conditions_of, plain_images
+from training.metrics.features import CHUNK, DEFAULT_EXTRACTOR, FeatureExtractor, open_extractor
 from training.metrics.generators import ImageGenerator, Item, SamplingConfig, generator_of
-from training.metrics.memorization import TOLERANCE, CopyReport, compare_pixels, thumbnails
+from training.metrics.memorization import TOLERANCE, CopyReport
 from training.metrics.quality import measure_distances, measure_floor
 from training.reporting.sufficiency import is_it_enough
 from training.stages.image_stage import ImageStage, ImageStageConfig
@@ -32,6 +33,7 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 SHOWN = ("kid", "kid_standard_error", "fd", "precision", "recall", "coverage")
 # Share of the images that are generated to estimate the time of an evaluation.
 TIMED_SHARE = 0.1
+MOST_AT_A_TIME = 32
 
 
 @dataclass
@@ -68,6 +70,7 @@ class GeneratingStage(ImageStage):
     """Which distances of generated images from real ones are logged."""
     _real_features: Tensor | None = None
     _floor: Mapping[str, Any] = {}
+    _kept_thumbnails: KeptThumbnails | None = None
 
     def __init__(self, config: ImageStageConfig, context: StageContext):
         super().__init__(config, context)
@@ -87,13 +90,13 @@ class GeneratingStage(ImageStage):
 
         They are then repeated and measured as all images are, since that time is not proportional to their number.
         """
-        whole, batch = self.config.evaluation_images, self.config.train_batch_size * exchange.num_processes
+        whole, batch = self.config.evaluation_images, self._generated_at_a_time * exchange.num_processes
         count = min(whole, batch * math.ceil(TIMED_SHARE * whole / batch))
         self._evaluated_images(exchange, min(count, batch))  # the first batch chooses kernels and allocates memory
         if distances:
             self._measure_real_images(exchange)
         if copies:
-            exchange.on_main(lambda: len(self._thumbnails))
+            self._thumbnails_of_real(exchange)
         started = time.perf_counter()
         images = self._evaluated_images(exchange, count)
         generation = time.perf_counter() - started
@@ -113,7 +116,7 @@ class GeneratingStage(ImageStage):
             metrics |= self._distances(images, exchange)
         may_be_best = True
         if copies:
-            report = exchange.on_main(lambda: self._copies(images))
+            report = self._thumbnails_of_real(exchange).report(images, exchange, self.context.poll)
             metrics["eval_copy_rate"] = report.copy_rate
             metrics["eval_copy_rate_expected"] = report.false_positive_rate
             limit = self.config.max_copy_rate
@@ -142,7 +145,12 @@ class GeneratingStage(ImageStage):
             self.context.poll()
             return generator(conditions(numbers), numbers, self.context.poll)
 
-        return exchange.map(some, count, config.train_batch_size)
+        return exchange.map(some, count, self._generated_at_a_time)
+
+    @property
+    def _generated_at_a_time(self) -> int:
+        """The number of images in a batch. Processes divide whole batches among them, so there should be several."""
+        return min(self.config.train_batch_size, MOST_AT_A_TIME)
 
     def _conditions(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows for these images: held-out and training rows in turn, since the captions of training images
@@ -154,11 +162,11 @@ class GeneratingStage(ImageStage):
         return [found[number] for number in numbers]
 
     def _distances(self, images: Sequence[Image.Image], exchange: Exchange) -> dict[str, float]:
-        def some(numbers: Sequence[int]) -> list[Tensor]:
+        def some(numbers: Sequence[int]) -> Tensor:
             self.context.poll()
-            return list(self._extractor([images[number] for number in numbers]))
+            return self._extractor([images[number] for number in numbers])
 
-        features = torch.stack(exchange.map(some, len(images), BATCH))
+        features = torch.cat(exchange.map_batches(some, len(images), CHUNK))
         real = self._measure_real_images(exchange)
         found = exchange.on_main(lambda: measure_distances(real, features).values)
         metrics = {f"eval_{name}": found[name] for name in self.shown_distances if name in found}
@@ -169,13 +177,19 @@ class GeneratingStage(ImageStage):
         if self._real_features is None:
             parts = [split.features(self._extractor, exchange, self.context.poll) for split in self._real]
             real = torch.cat(parts)
-            self._floor = exchange.on_main(lambda: measure_floor(real, self.config.evaluation_images))
+            self._floor = measure_floor(real, self.config.evaluation_images, exchange=exchange)
             self._real_features = real
         return self._real_features
 
-    def _copies(self, images: Sequence[Image.Image]) -> CopyReport:
-        training, held_out = self._thumbnails
-        return compare_pixels(thumbnails(images), training, held_out).report
+    def _thumbnails_of_real(self, exchange: Exchange) -> KeptThumbnails:
+        """Return the search for copies; the first call reads all training images and the held-out images in `_real`."""
+        if self._kept_thumbnails is None:
+            some, *held_out = self._real
+            training = RealImages("train", some.data, len(some.data))
+            self._kept_thumbnails = KeptThumbnails(
+                training, held_out[0] if held_out else None, exchange, self.context.poll
+            )
+        return self._kept_thumbnails
 
     @cached_property
     def _extractor(self) -> FeatureExtractor:
@@ -199,14 +213,6 @@ class GeneratingStage(ImageStage):
                 continue
             found.append(RealImages(name, data, config.evaluation_real_images))
         return found
-
-    @cached_property
-    def _thumbnails(self) -> tuple[Tensor, Tensor | None]:
-        """Thumbnails of all training images, and of the held-out images in `_real`."""
-        some, *held_out = self._real
-        everything = [RealImages("train", some.data, len(some.data)), *held_out]
-        found = [torch.cat([thumbnails(batch) for batch in split.batches(self.context.poll)]) for split in everything]
-        return found[0], found[1] if held_out else None
 
 
 def _copy_warning(report: CopyReport) -> str:

@@ -68,7 +68,7 @@ def open_remote_shards(name: str, config_name: str | None, commit: str) -> tuple
         The splits, and a state that changes with the content of the shards.
 
     Raises:
-        UserError: there are no shards, one of them is damaged, or they cannot be read.
+        UserError: shards are missing, damaged or cannot be read.
     """
     shards = remote_shards(name, config_name, commit)
     urls = [str(shard) for shard in shards]

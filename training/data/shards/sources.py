@@ -119,7 +119,7 @@ def remote_shards(name: str, config_name: str | None, commit: str) -> list[Remot
         commit: commit of a dataset on the Hub.
 
     Raises:
-        UserError: there are none, one of them cannot be read, or the name is no source that can be read.
+        UserError: nothing is found, a shard cannot be read, or the name is not that of a source.
     """
     if names_hub(name):
         return _on_hub(name, config_name, commit)
@@ -206,7 +206,7 @@ def _in_store(name: str) -> list[RemoteShard]:
 
 
 def _of_one_kind(names: Iterable[str], source: str) -> list[str]:
-    """Return the tar files, or the Parquet files if there are no tar files. Raises UserError if there are neither."""
+    """Return the tar files, or the Parquet files if there are no tar files. Raises UserError if both are missing."""
     names = [name for name in names if not PurePosixPath(name).name.startswith((".", "_"))]
     for suffix in SUFFIXES:  # img2dataset writes a table of each tar file beside it
         if found := sorted(name for name in names if suffix_of(name) == suffix):
