@@ -130,7 +130,8 @@ class GeneratingTab:
         facts: dict[str, str] = {}
         for part, own in zip(self.parts, by_part, strict=True):
             made = part.made(own, count)
-            arguments |= made.arguments
+            # The first parts win: the number of images follows from the controls, whether there are prompts or not.
+            arguments = made.arguments | arguments
             facts |= made.facts
         sampler = self.sampling.sampler_of(sampled)
         started = time.monotonic()

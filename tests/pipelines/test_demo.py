@@ -7,6 +7,8 @@ import math
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
@@ -14,10 +16,11 @@ from PIL import Image
 
 from pipelines import demo
 from pipelines.common.design_brief import DesignBrief
+from pipelines.studio.app import Studio
 from pipelines.studio.bounds import MOST_PROMPT_CHARACTERS, in_range, message_of, plainly, text_of, upload, whole
 from pipelines.studio.brief_part import Brief
 from pipelines.studio.components import on_canvas, painted, strokes
-from pipelines.studio.models import load_models
+from pipelines.studio.models import Model, load_models
 from pipelines.studio.running import generate
 from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, environment
@@ -196,3 +199,34 @@ def test_a_generation_that_nobody_waits_for_ends(folder):
     assert (last.done, len(last.images)) == (True, 16)
     with pytest.raises(ValueError, match="num_inference_steps"):
         list(generate(model, {"num_inference_steps": 0}))
+
+
+GENERATING = (
+    "captioned", "labelled", "unconditional", "controlnet", "two_controlnets", "poster_decoder", "poster_controlnet"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GENERATING)
+def test_every_tab_generates_the_number_of_images_that_is_set(kind, tmp_path):
+    """With the settings that the page opens with: no prompt, no class, an empty brief."""
+    model = Model(kind, PUBLISHED[kind]())
+    studio = Studio([model], None, tmp_path)
+    for title, make in studio._tabs(model).items():
+        with gr.Blocks():
+            tab = make()
+        values = [value_of(component) for component in tab.inputs]
+        *_, (images, files, text) = tab._generate(*values)
+        assert (len(images), len(files)) == (3, 3), title
+        assert text.startswith("3 images in")
+        assert len({Path(file).read_bytes() for file in files}) == 3
+
+
+def value_of(component: gr.components.Component) -> Any:
+    """Return the value of a control as it arrives from the page, which has been opened, and where images are chosen."""
+    layer = Image.new("RGBA", (64, 64))
+    layer.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    if isinstance(component, gr.ImageEditor):
+        return {"background": Image.new("RGB", (64, 64)), "layers": [layer]}
+    if isinstance(component, gr.Image):
+        return None if "Mask" in component.label else Image.effect_noise((64, 64), 90).convert("RGB")
+    return {"Number of images": 3, "Steps": 2}.get(component.label, component.value)

@@ -191,15 +191,15 @@ def test_an_image_is_changed(visitor, picture):
     visitor.wait_for_message("no image is chosen")
     visitor.upload_image("Image to change", picture)
     visitor.set_slider("Strength", 0.4)
-    visitor.set_slider("Number of images", 1)
+    visitor.set_slider("Number of images", 2)
     visitor.press("Generate")
-    visitor.wait_for_status("1 images in")
-    image = visitor.download()
+    visitor.wait_for_status("2 images in")
+    image = visitor.download(1)
     assert image.text["strength"] == "0.4"
     with Image.open(picture) as start:
         expected = pipeline_of(TEXT)(
-            image=start.convert("RGB"), strength=0.4, generator=seeds(0, 1), guidance_scale=2.5
-        ).images[0]
+            image=start.convert("RGB"), strength=0.4, generator=seeds(0, 2), guidance_scale=2.5, num_images_per_prompt=2
+        ).images[1]
     assert image.tobytes() == expected.tobytes()
 
 
@@ -227,24 +227,24 @@ def test_the_painted_part_of_an_image_is_filled_and_the_rest_is_kept(visitor, pi
 
 def test_controls_are_drawn_for_each_controlnet(visitor, picture):
     visitor.open("two_controlnets", "Control")
-    visitor.set_slider("Number of images", 1)
+    visitor.set_slider("Number of images", 2)
     visitor.press("Generate")
     visitor.wait_for_message("every canvas is empty")
     visitor.paint("Draw: text mask (ControlNet 1)")
     visitor.press("Generate")
-    visitor.wait_for_status("1 images in")
-    drawn = visitor.download()
+    visitor.wait_for_status("2 images in")
+    drawn = visitor.download(1)
     assert drawn.text["controlnet_conditioning_scale"] == "1, 1"
     visitor.unfold("Upload instead of drawing: control image")
     visitor.upload_to_canvas("Upload: control image (ControlNet 2)", picture)
     visitor.generate_others()
-    assert visitor.download().tobytes() != drawn.tobytes()
+    assert visitor.download(1).tobytes() != drawn.tobytes()
     visitor.unfold("Strength of the control")
     for number in (1, 2):
         visitor.set_slider(f"Strength of ControlNet {number}", 0)
     visitor.generate_others()
-    plain = pipeline_of("two_controlnets")(generator=seeds(0, 1), guidance_scale=2.5).images[0]
-    assert visitor.download().tobytes() == plain.tobytes()
+    plain = pipeline_of("two_controlnets")(num_images_per_prompt=2, generator=seeds(0, 2), guidance_scale=2.5).images
+    assert visitor.download(1).tobytes() == plain[1].tobytes()
 
 
 def test_a_brief_is_set_by_hand_by_an_example_and_at_random(visitor):
@@ -273,10 +273,12 @@ def test_captions_drawings_and_inventions(visitor, picture):
     visitor.press("Caption")
     visitor.wait_for_message("no image is chosen")
     visitor.upload_image("Image to caption", picture)
+    visitor.set_slider("Beams", 4)
     visitor.press("Caption")
     pipeline = pipeline_of("image_caption")
     with Image.open(picture) as image:
-        expected = pipeline.caption([image.convert("RGB")])[0]
+        expected = pipeline.caption([image.convert("RGB")], num_beams=4)[0]
+    assert expected
     result = visitor.page.get_by_role("textbox", name="Caption", exact=True)
     expect(result).to_have_value(expected, timeout=1000 * SECONDS)
     visitor.wait_for_names()
