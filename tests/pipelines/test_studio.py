@@ -273,10 +273,12 @@ def test_captions_drawings_and_inventions(visitor, picture):
     visitor.press("Caption")
     visitor.wait_for_message("no image is chosen")
     visitor.upload_image("Image to caption", picture)
+    visitor.set_slider("Beams", 4)
     visitor.press("Caption")
     pipeline = pipeline_of("image_caption")
     with Image.open(picture) as image:
-        expected = pipeline.caption([image.convert("RGB")])[0]
+        expected = pipeline.caption([image.convert("RGB")], num_beams=4)[0]
+    assert expected
     result = visitor.page.get_by_role("textbox", name="Caption", exact=True)
     expect(result).to_have_value(expected, timeout=1000 * SECONDS)
     visitor.wait_for_names()

@@ -102,6 +102,7 @@ class Scene:
 
     def caption(self) -> None:
         self.choose_image("caption", "Image to caption", "Circle")
+        self.visitor.set_slider("Beams", 4)
         self.visitor.press("Caption")
         result = self.visitor.page.get_by_role("textbox", name="Caption", exact=True)
         expect(result).not_to_have_value("", timeout=1000 * SECONDS)
