@@ -70,7 +70,7 @@ def test_two_models_of_the_same_name_are_told_apart(folder):
 
 
 def test_example_prompts_are_those_of_the_samples_and_nothing_else(tmp_path):
-    below = ["control", "a red circle", "original", "generated: a cat", "original: a dog", "predicted: dogs", "originals"]
+    below = ["control", "a red circle", "original", "generated: a cat", "predicted: dogs", "originals"]
     (tmp_path / "record.json").write_text(json.dumps({"prompts": below}))
     assert example_prompts(tmp_path / "pipeline", object()) == ["a red circle", "originals"]
 
