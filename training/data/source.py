@@ -51,8 +51,7 @@ class DataConfig(Options):
     """Values of `image_mode` that a command can train with"""
 
     dataset_name: str | None = option(None, content="data", essential=True, replaces=["train_data_dir"])
-    """Training data: a Hub id, or a local folder or file (images, Parquet, JSON, or written by save_to_disk); with
-    --streaming true also URLs of shards, such as https://host/{00000..00099}.tar"""
+    """Training data: a Hub id, a folder or file (images, Parquet, JSON, save_to_disk), or URLs of shards to stream"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
     dataset_revision: str = option("auto", content="data", kept=True)
