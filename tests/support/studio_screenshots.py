@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,8 @@ SETTLED = """() => {
     && shown("img").every((image) => image.complete && image.naturalWidth > 0);
 }"""
 """Whether nothing is on its way any more, and no message covers the page"""
-TEXT_LINES: list[Line] = [((0.2, 0.22), (0.8, 0.22)), ((0.2, 0.32), (0.55, 0.32))]
-BLOCK: list[Line] = [((0.3, 0.5 + 0.03 * row), (0.7, 0.5 + 0.03 * row)) for row in range(8)]
-STROKE: list[Line] = [((0.38, 0.5), (0.62, 0.5))]
+BAND: list[Line] = [((0.2, 0.76 + 0.03 * row), (0.8, 0.76 + 0.03 * row)) for row in range(3)]
+BLOCK: list[Line] = [((0.35, 0.36 + 0.03 * row), (0.65, 0.36 + 0.03 * row)) for row in range(7)]
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Scene:
             self.visitor.upload_image(title, file)
 
     def write_prompt(self) -> None:
-        """Write --prompt, or choose the first example, where the model takes a prompt."""
+        """Write --prompt, if it is given and the model takes one."""
         if self.options.prompt and self.visitor.control("textbox", "Prompt").count():
             self.visitor.write("Prompt", self.options.prompt)
 
@@ -84,16 +84,16 @@ class Scene:
             self.visitor.use_example_on_canvas("Circle")
         else:
             self.visitor.upload_to_canvas("Image to fill", file)
-        self.visitor.paint("Paint the part to fill", *STROKE)
-        self.write_prompt()
+        self.visitor.paint("Paint the part to fill", *BLOCK)
         self.generate()
 
     def control(self) -> None:
         canvases = self.visitor.page.locator("[role=group][aria-label^='Draw: ']:visible")
         canvases.first.wait_for()
         names = [str(name) for name in canvases.evaluate_all("all => all.map((e) => e.getAttribute('aria-label'))")]
-        for name, lines in zip(dict.fromkeys(names), (TEXT_LINES, BLOCK)):
+        for name, lines in zip(dict.fromkeys(names), (BAND, BLOCK)):
             self.visitor.paint(name, *lines)
+        self.write_prompt()
         self.generate()
 
     def brief(self) -> None:
@@ -126,14 +126,19 @@ class Scene:
 
     def runs(self) -> None:
         self.visitor.wait_for_status("step: ")
-        self.visitor.field("Compare with").click()
-        others = self.visitor.page.get_by_role("option")
-        others.nth(min(2, others.count() - 1)).click()
-        self.visitor.page.get_by_text("Samples").first.wait_for()
+        if self.options.compare:
+            for name, label in zip(self.options.compare, ("Run", "Compare with")):
+                self.visitor.choose(label, name)
+                self.visitor.wait_for_status(f"{re.escape(name)}: ")
+                # Samples are shown last: their label names the run.
+                label = re.compile(f"{re.escape(name)}: (epoch|step)")
+                self.visitor.page.locator("[data-testid=block-label]").filter(has_text=label).first.wait_for()
 
 
 SCENES: dict[str, tuple[str, Callable[[Scene], None]]] = {
     "Text to image": ("text", Scene.text),
+    "Class to image": ("class", Scene.generate),
+    "Generate": ("unconditional", Scene.generate),
     "Image to image": ("image_to_image", Scene.image_to_image),
     "Inpainting": ("inpainting", Scene.inpainting),
     "Control": ("control", Scene.control),
@@ -173,6 +178,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="Pipeline folders, runs or checkpoints, in the order of their tabs")
     add("--runs", help="Folder of training runs, for the tab of training runs")
+    add("--compare", nargs=2, metavar="RUN", help="Names of two runs that are compared (default: only one is shown)")
     add("--images", help="Folder with images for the tabs that take one (default: the examples of the studio)")
     add("--prompt", help="Prompt of the tabs of latent diffusion models (default: none)")
     add("--caption", help="Caption that is drawn (default: the first example)")

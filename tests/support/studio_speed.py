@@ -30,7 +30,7 @@ class Stopwatch:
     """Rows of a table: what has happened, and what it has taken since the start of a part."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.born = self.started = time.monotonic()
         self.process: psutil.Process | None = None
         self.cpu_before = 0.0
         self.rows: list[str] = []
@@ -44,10 +44,16 @@ class Stopwatch:
         self.started, self.cpu_before = time.monotonic(), self._cpu()
 
     def note(self, what: str) -> None:
-        wall, cpu = time.monotonic() - self.started, self._cpu() - self.cpu_before
+        """Add a row with what the part has taken so far."""
+        self._add(what, time.monotonic() - self.started, self._cpu() - self.cpu_before)
+
+    def note_all(self, what: str) -> None:
+        """Add a row with what all parts together have taken so far."""
+        self._add(what, time.monotonic() - self.born, self._cpu())
+
+    def _add(self, what: str, wall: float, cpu: float) -> None:
         assert self.process is not None
-        memory = self.process.memory_info().rss / MB
-        self.rows.append(f"| {what} | {wall:.1f} | {cpu:.1f} | {memory:,.0f} |")
+        self.rows.append(f"| {what} | {wall:.1f} | {cpu:.1f} | {self.process.memory_info().rss / MB:,.0f} |")
 
     def _cpu(self) -> float:
         if self.process is None:
@@ -100,7 +106,7 @@ def first_tab(visitor: Visitor) -> str:
 
 def generate(visitor: Visitor, title: str, watch: Stopwatch, which: str) -> None:
     """Generate with the settings of the page, and note when the first unfinished and the finished images appear."""
-    line = visitor.page.locator(".status:visible").first
+    line = visitor.page.locator(".status:visible").last
     before = line.inner_text()
     watch.restart()
     visitor.press("Generate")
@@ -110,6 +116,8 @@ def generate(visitor: Visitor, title: str, watch: Stopwatch, which: str) -> None
     visitor.group(f"{title}: images").locator("img").first.wait_for()
     if status.startswith("Step"):
         watch.note(f"from *Generate* until the {which} unfinished images")
+    if not before:
+        watch.note_all("in all, from the command until the first image is seen")
     status = visitor.wait_for_status("images in")
     watch.note(f"from *Generate* until the {which} {status.split(' in ')[0]} are finished")
     visitor.press("Another seed")
