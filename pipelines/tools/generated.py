@@ -41,7 +41,7 @@ class Generated:
     settings: dict[str, str]
     """Settings of all images, such as `guidance_scale`."""
     batches: list[list[int]] = field(default_factory=list)
-    """Of a single row: the seeds of the images that were generated together, for each batch; see `batches_of`."""
+    """Seeds of the images that were generated together, for each batch of a single row; see `batches_of`."""
 
     def titles(self) -> list[str]:
         """Return the title of each row; an empty string if it was generated without a condition."""
