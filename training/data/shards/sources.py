@@ -206,7 +206,7 @@ def _in_store(name: str) -> list[RemoteShard]:
 
 
 def _of_one_kind(names: Iterable[str], source: str) -> list[str]:
-    """Return the tar files, or the Parquet files if there are no tar files. Raises UserError if both are missing."""
+    """Return the tar files, or the Parquet files without any tar files. Raises UserError if both are missing."""
     names = [name for name in names if not PurePosixPath(name).name.startswith((".", "_"))]
     for suffix in SUFFIXES:  # img2dataset writes a table of each tar file beside it
         if found := sorted(name for name in names if suffix_of(name) == suffix):
