@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..tools.cli import UserError
-from ..tools.layout_report import PAPER, describe, sheet
+from ..tools.layout_report import describe, sheet
 from .bounds import plainly
 from .components import image_examples, picture
 from .generating import ON_MODELS
@@ -17,8 +17,6 @@ from .models import Model
 
 MOST_SIDE = 1024
 """Posters are scaled down to this longer side before they are analysed; the model reads far smaller ones."""
-LABEL_HEIGHT = 20
-"""Pixels above the report, which the label of its component would cover otherwise"""
 
 
 def add_analysis_tab(model: Model, examples: list[str]) -> None:
@@ -32,12 +30,14 @@ def add_analysis_tab(model: Model, examples: list[str]) -> None:
         with model.used() as pipeline:
             reading = pipeline(poster)
         facts = describe(poster, reading, Path("poster"))
-        return ImageOps.expand(sheet(poster, reading, facts), (0, LABEL_HEIGHT, 0, 0), PAPER), rows_of(facts)
+        return sheet(poster, reading, facts), rows_of(facts)
 
     image = picture("Poster to analyse")
     image_examples(examples, image, "Example posters")
     button = gr.Button("Analyse", variant="primary")
-    report = gr.Image(label="Report", format="png", interactive=False, buttons=["download", "fullscreen"])
+    report = gr.Image(
+        label="Report", format="png", interactive=False, buttons=["download", "fullscreen"], elem_classes="below-label"
+    )
     table = gr.Dataframe(headers=["value", "result"], label="Values", interactive=False)
     button.click(plainly(analyse), image, [report, table], **ON_MODELS)
 

@@ -28,6 +28,7 @@ CSS = """
 .status { min-height: 1.5em; }
 .gradio-container { max-width: 1500px !important; }
 .grid-wrap img, .image-frame img { image-rendering: auto; }
+.grid-wrap, .below-label .image-container { padding-top: 32px !important; }
 """
 MUTED = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
 """Gradio's own grey of explanations is too light to read."""

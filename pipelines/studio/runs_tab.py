@@ -41,7 +41,13 @@ class RunsTab:
         place = gr.Slider(0, 1, 1, step=0.01, label="Samples: from the beginning (0) to the end (1) of the run")
         with gr.Row():
             samples = [
-                gr.Image(label=label, interactive=False, format="png", buttons=["download", "fullscreen"])
+                gr.Image(
+                    label=label,
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],
+                    elem_classes="below-label",
+                )
                 for label in ("Samples of the run", "Samples of the other run")
             ]
         drawing = ([*chosen, metric, logarithmic], [state, curves, last])
