@@ -138,23 +138,37 @@ class Visitor:
         self.page.get_by_role("button", name=name, exact=True).first.click()
 
     def write(self, name: str, text: str) -> None:
-        self.control("textbox", name).fill(text)
+        field = self.control("textbox", name)
+        self._set(name, lambda: field.fill(text), field.input_value, text)
 
     def set_number(self, name: str, value: float) -> None:
         field = self.control("spinbutton", name)
+        self._set(name, lambda: self._type(field, value), lambda: float(field.input_value()), value)
+
+    def set_slider(self, name: str, value: float) -> None:
+        """Write a value beside a slider."""
+        field, slider = (
+            self.control("spinbutton", f"number input for {name}"),
+            self.control("slider", f"range slider for {name}"),
+        )
+        self._set(name, lambda: self._type(field, value), lambda: float(slider.input_value()), value)
+
+    def _type(self, field: Any, value: float) -> None:
         field.fill(str(value))
         field.press("Tab")
 
-    def set_slider(self, name: str, value: float) -> None:
-        """Write a value beside a slider until the slider has it: a page that has just appeared may ignore it."""
-        slider = self.control("slider", f"range slider for {name}")
+    def _set(self, name: str, act: Callable[[], None], read: Callable[[], Any], value: Any) -> None:
+        """Set a control until it keeps its value: a page that has just appeared or changed may take it back.
+
+        It does so in the next frame, which comes later here than for a person (FEW_FRAMES).
+        """
         deadline = time.monotonic() + SECONDS
         while True:
-            self.set_number(f"number input for {name}", value)
+            act()
             self.page.wait_for_timeout(500)  # of two or three frames
-            if float(slider.input_value()) == value:
+            if read() == value:
                 return
-            assert time.monotonic() < deadline, f"'{name}' has the value {slider.input_value()}, not {value}"
+            assert time.monotonic() < deadline, f"'{name}' has the value {read()!r}, not {value!r}"
 
     def unfold(self, name: str) -> None:
         """Open the part of a tab whose title begins with this name."""
