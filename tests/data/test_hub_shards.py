@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -10,14 +12,17 @@ from tests.conftest import forget_accelerate
 from tests.data.test_remote_shards import rows
 from tests.data.test_shards import MAKERS, ROWS, SHARDS, config_of, image_bytes, opened
 from tests.scripts.test_streaming import FLAGS, train
-from tests.support.hub_server import HubServer, hub
-from tests.support.runs import assert_same_state, sigterm_in_step
+from tests.support.hub_server import HubServer, Request, hub
+from tests.support.runs import ROOT, assert_same_state, launch, sigterm_in_step
 from training import train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import SampleKey
+from training.core.parsing import parse_config
 from training.data import source
 from training.data.images import load_split
 from training.data.shards import places, remote, sources, tables
+from training.recipes.completion import complete_latent_diffusion
+from training.run.folder import RunFolder
 
 __all__ = ["hub"]
 
@@ -53,7 +58,7 @@ def test_rows_of_a_hub_dataset_equal_local_ones(tmp_path, hub, kind):
     commit = upload(hub, folder, private=True)
     config = config_of("ada/emoji")
     assert len(load_split(config, "train", 0)) == SHARDS * ROWS
-    assert config.dataset_revision == commit
+    assert (config.pinned(), config.dataset_revision) == ({"dataset_revision": commit}, "auto")
     for one, other in zip(rows(opened("ada/emoji")), rows(opened(folder)), strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
         assert (one["caption"], one["label"]) == (other["caption"], other["label"])
@@ -68,6 +73,7 @@ def test_a_pinned_commit_is_read_after_the_dataset_has_changed(tmp_path, hub):
     first = upload(hub, folder)
     config = config_of("ada/emoji")
     load_split(config, "train", 0)
+    kept = config.pinned()
     hub.put("ada/emoji", "data/00002.tar", None)
     restart()
     hub.requests.clear()
@@ -75,9 +81,9 @@ def test_a_pinned_commit_is_read_after_the_dataset_has_changed(tmp_path, hub):
     assert not [request for request in hub.requests if request.path.startswith("/storage")]  # no shard has changed
     newest = load_split(config_of("ada/emoji"), "train", 0).data.column("image")[0].as_py()["path"]
     assert first not in newest
-    kept = opened("ada/emoji", dataset_revision=config.dataset_revision)
-    assert len(kept) == 30
-    assert fetch(kept, [SampleKey(29, 0)])["caption"] == ["number 29"]
+    data = opened("ada/emoji", **kept)
+    assert len(data) == 30
+    assert fetch(data, [SampleKey(29, 0)])["caption"] == ["number 29"]
     assert len(opened(f"hf://datasets/ada/emoji@{first}/data/*.tar")) == 30
     assert len(opened("hf://datasets/ada/emoji/data/{00000..00000}.tar")) == 10
     assert len(opened("hf://datasets/ada/emoji/data")) == 20
@@ -116,18 +122,72 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         opened("ada/images", dataset_revision="v2")
 
 
+@pytest.mark.parametrize("name", ["ada/emoji", "hf://datasets/ada/emoji@main/data/*.tar"])
+@pytest.mark.parametrize("recipe", ["none", "auto"])
 @pytest.mark.slow
-def test_a_resumed_run_reads_the_commit_that_it_was_started_on(tmp_path, hub, monkeypatch):
+def test_a_resumed_run_reads_the_commit_that_it_was_started_on(tmp_path, hub, monkeypatch, name, recipe):
     monkeypatch.setattr(tables, "BLOCK_ROWS", 4)
     folder = MAKERS["tar"](tmp_path / "shards")
-    steps = ("--validation_fraction", "0", "--max_train_steps", "10", "--preview_epochs", "0")
+    steps = ("--validation_fraction", "0", "--max_train_steps", "10", "--preview_epochs", "0", "--recipe", recipe)
     near = train(tmp_path / "near", *steps, "--dataset_name", str(folder))
     commit = upload(hub, folder)
-    far = [*FLAGS, "--output_dir", str(tmp_path / "far"), *steps, "--dataset_name", "ada/emoji"]
+    far = [*FLAGS, "--output_dir", str(tmp_path / "far"), *steps, "--dataset_name", name]
     with sigterm_in_step(2, train_latent_diffusion.LatentDiffusionPhase, monkeypatch):
         forget_accelerate()
         assert train_latent_diffusion.main(far) == 75
     assert commit in (tmp_path / "far/config.yaml").read_text()
     hub.put("ada/emoji", "data/00002.tar", None)
     restart()
-    assert_same_state(train(tmp_path / "far", *steps, "--dataset_name", "ada/emoji"), near)
+    assert_same_state(train(tmp_path / "far", *steps, "--dataset_name", name), near)
+
+
+@pytest.mark.slow
+def test_processes_read_one_commit_although_the_dataset_changes_while_they_start(tmp_path, hub):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    commit = upload(hub, folder)
+
+    def push(request: Request) -> None:
+        if request.path.startswith("/api/datasets/ada/emoji") and len(hub.repos["ada/emoji"].commits) == 1:
+            hub.put("ada/emoji", "data/00002.tar", None)
+
+    hub.after = push
+    flags = [*FLAGS, "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--dataset_name", "ada/emoji"]
+    done = launch(ROOT / "training/train_latent_diffusion.py", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.repos["ada/emoji"].commits) == 2
+    listed = {found[1] for request in hub.requests if (found := re.search(r"/tree/(\w+)", request.path))}
+    assert listed == {commit}
+
+
+def test_inputs_that_are_made_first_read_the_commit_of_the_run(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = upload(hub, MAKERS["tar"](tmp_path / "shards"))
+    words = ("--dataset_name", "ada/emoji", "--streaming", "true", "--denoiser", "unet", "--output_dir", "own")
+
+    def commits() -> tuple[set[str], str]:
+        """Return the commits in the commands for the inputs, and what is said about the images."""
+        restart()
+        config = parse_config(train_latent_diffusion.Config, words, complete=complete_latent_diffusion)
+        assert len(config.prepare) == 3
+        return {re.findall(r"--dataset_revision (\w+)", line)[0] for line in config.prepare.values()}, str(
+            config.announcements
+        )
+
+    whole = "ada/emoji: 29 images to train on"
+    assert commits()[0] == {first}
+    assert whole in commits()[1]
+    hub.put("ada/emoji", "data/00002.tar", None)
+    assert commits()[0] == {hub.repos["ada/emoji"].commits[1][0]}
+    assert whole not in commits()[1]
+    (tmp_path / "own").mkdir()
+    RunFolder("own").save_config({"dataset_name": "ada/emoji", "dataset_revision": first, "output_dir": "own"})
+    assert commits()[0] == {first}
+    assert whole in commits()[1]
+
+
+def test_the_commit_of_another_dataset_is_not_kept():
+    saved = {"dataset_name": "ada/emoji", "dataset_revision": "f" * 40}
+    for name, kept in (("ada/emoji", "f" * 40), ("ada/copy", "auto"), ("hf://datasets/ada/emoji", "auto")):
+        config = config_of(name)
+        config.keep(saved)
+        assert config.dataset_revision == kept

@@ -79,14 +79,26 @@ def commit_of(name: str, revision: str) -> str:
 
     Args:
         name: user/name, or hf://datasets/user/name@revision/path.
-        revision: commit, branch or tag; "auto" is the newest commit, or the revision in the name.
+        revision: commit, branch or tag; "auto" is the newest commit, or the revision in the name. A commit is read
+            instead of a branch or tag in the name: a run keeps that with which it was started.
 
     Raises:
-        UserError: the dataset or the revision does not exist, or the Hub does not answer.
+        UserError: the dataset or the revision does not exist, the Hub does not answer, or the name has another
+            revision.
     """
     repo, own, _ = _parts_of_hub_url(name)
-    wanted = own or (None if revision == "auto" else revision)
-    return wanted if wanted and re.fullmatch(r"[0-9a-f]{40}", wanted) else _newest_commit(repo, wanted)
+    given = None if revision == "auto" else revision
+    if own and given and own != given and (_is_commit(own) or not _is_commit(given)):
+        raise UserError(
+            f"--dataset_name has the revision {printable(own)}, and --dataset_revision is {printable(given)}; give one "
+            "of them"
+        )
+    wanted = given or own
+    return wanted if wanted and _is_commit(wanted) else _newest_commit(repo, wanted)
+
+
+def _is_commit(revision: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 @functools.lru_cache(maxsize=16)
