@@ -122,6 +122,19 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         opened("ada/images", dataset_revision="v2")
 
 
+def test_a_commit_is_read_instead_of_a_branch_in_the_name_and_two_revisions_are_refused(hub):
+    first = hub.add_dataset("ada/emoji", {"0.tar": b"0"})
+    hub.put("ada/emoji", "0.tar", b"1")
+    newest, name = hub.repos["ada/emoji"].commits[1][0], "hf://datasets/ada/emoji@{}/0.tar"
+    assert sources.commit_of(name.format("main"), "auto") == newest
+    assert sources.commit_of(name.format("main"), first) == first
+    assert sources.commit_of(name.format(first), "auto") == first
+    assert sources.commit_of(name.format(first), first) == first
+    for own, given in ((first, newest), ("main", "v2"), (first, "main")):
+        with pytest.raises(UserError, match=f"has the revision {own}, and --dataset_revision is {given}; give one"):
+            sources.commit_of(name.format(own), given)
+
+
 @pytest.mark.parametrize("name", ["ada/emoji", "hf://datasets/ada/emoji@main/data/*.tar"])
 @pytest.mark.parametrize("recipe", ["none", "auto"])
 @pytest.mark.slow
@@ -169,11 +182,10 @@ def test_inputs_that_are_made_first_read_the_commit_of_the_run(tmp_path, hub, mo
         restart()
         config = parse_config(train_latent_diffusion.Config, words, complete=complete_latent_diffusion)
         assert len(config.prepare) == 3
-        return {re.findall(r"--dataset_revision (\w+)", line)[0] for line in config.prepare.values()}, str(
-            config.announcements
-        )
+        read = {re.findall(r"--dataset_revision (\w+)", line)[0] for line in config.prepare.values()}
+        return read, str(config.announcements)
 
-    whole = "ada/emoji: 29 images to train on"
+    whole = "ada/emoji: 28 images to train on"
     assert commits()[0] == {first}
     assert whole in commits()[1]
     hub.put("ada/emoji", "data/00002.tar", None)

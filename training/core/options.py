@@ -140,6 +140,16 @@ class Options:
                 setattr(self, name, saved[name])
         self.validate()
 
+    def pinned(self) -> dict[str, Any]:
+        """Return, by name, the options whose values stand for something that changes elsewhere, such as the newest
+        commit of a dataset, with the values that they stand for now; this base method returns none. It may ask a
+        server, and another call may return other values: a run calls it once and keeps what it returns.
+
+        Raises:
+            UserError: the server does not answer, or does not know the value.
+        """
+        return {}
+
     def changes_from(self, saved: dict[str, Any]) -> dict[OnResume, list[str]]:
         """Return the differences from a run's saved config: {"error": ["--seed: 0 → 1"], "warn": […]}.
 

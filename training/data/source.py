@@ -9,8 +9,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -19,21 +18,20 @@ import numpy as np
 
 from pipelines.tools.cli import UserError, located, nearest
 from pipelines.tools.credentials import mask_credentials
-from pipelines.tools.files import image_suffixes
 from training.core.draws import mix
 from training.core.options import Options, option
 from training.data.archives import is_archive, unpacked
 from training.data.column_types import may_hold_images
 from training.data.folder_account import FolderAccount
 from training.data.folder_captions import CaptionSource
-from training.data.folder_layout import METADATA_NAMES
 from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
+from training.data.local_names import found_here, is_image_folder, looks_local
 from training.data.records import files_state, rows_key
 from training.data.shards.opening import block_order, open_remote_shards, open_shards
 from training.data.shards.remote import HUB, is_remote
 from training.data.shards.sources import commit_of, names_hub
-from training.data.table_files import is_saved, load_local, matching_files, readme_defines_splits
+from training.data.table_files import is_saved, load_local
 from training.data.transforms import TRANSFORM_VERSION
 
 if TYPE_CHECKING:
@@ -55,8 +53,8 @@ class DataConfig(Options):
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
     dataset_revision: str = option("auto", content="data", kept=True)
-    """Commit, branch or tag of a Hub dataset; auto is the newest commit and, with --streaming true, the one that was
-    the newest when the run was started"""
+    """Commit, branch or tag of a Hub dataset; auto is the newest commit. With --streaming true, a run keeps the commit
+    that it was started with"""
     train_data_dir: str | None = option(None, content="data", essential=True, replaces=["dataset_name"])
     """Folder of images, with captions in a table or in text files beside the images, and/or one subfolder per class;
     replaces --dataset_name"""
@@ -150,6 +148,22 @@ class DataConfig(Options):
                 f"{', '.join(columns)}; name one of them, or use l to read each of them as one grey channel"
             )
 
+    def kept_revision(self, saved: Mapping[str, Any]) -> str:
+        """Return the revision that a run with this saved config goes on with. The commit of another dataset than the
+        configured one is not kept."""
+        same = saved.get("dataset_name") == self.dataset_name
+        left_open = self.dataset_revision == DataConfig.dataset_revision
+        return str(same and left_open and saved.get("dataset_revision") or self.dataset_revision)
+
+    def keep(self, saved: dict[str, Any]) -> None:
+        """See `Options.keep`; of `dataset_revision`, see `kept_revision`."""
+        super().keep({**saved, "dataset_revision": self.kept_revision(saved)})
+
+    def pinned(self) -> dict[str, Any]:
+        """See `Options.pinned`: the commit of a dataset on the Hub that is streamed."""
+        commit = _commit(self)
+        return super().pinned() | ({} if commit is None else {"dataset_revision": commit})
+
 
 def load_split(config: DataConfig, split: str, seed: int) -> Dataset:
     """Open one split of the configured source, without decoding it.
@@ -210,20 +224,20 @@ class OpenedSource(NamedTuple):
 
 
 def _opened(config: DataConfig) -> OpenedSource:
-    """Open the configured source; of a Hub dataset that is streamed, the config gets the commit that is read."""
-    name, base = config.source, os.getcwd()
-    on_hub = name.startswith(HUB) or not (_looks_local(name) or _is_local(name, base))
-    if config.streaming and on_hub and names_hub(name):
-        config.dataset_revision = commit_of(name, config.dataset_revision)
-    reading = (config.caption_source, config.streaming, config.dataset_revision)
-    return _open_source(
-        name, base, bool(config.train_data_dir), config.dataset_config_name, config.train_split, *reading
-    )
+    """Open the configured source, or return it if it is open."""
+    reading = (config.caption_source, config.streaming, _commit(config) or config.dataset_revision)
+    name, imagefolder = config.source, bool(config.train_data_dir)
+    return _open_source(name, os.getcwd(), imagefolder, config.dataset_config_name, config.train_split, *reading)
 
 
-def _is_local(name: str, base: str) -> bool:
-    path = Path(base, os.path.expanduser(name))
-    return path.exists() or bool(matching_files(path))
+def _commit(config: DataConfig) -> str | None:
+    """Return the commit that is read of a dataset on the Hub that is streamed; None for other sources."""
+    name = config.source
+    if not config.streaming or not names_hub(name):
+        return None
+    path, files = found_here(name, os.getcwd())
+    local = config.train_data_dir or path.exists() or files or looks_local(name)
+    return None if local and not name.startswith(HUB) else commit_of(name, config.dataset_revision)
 
 
 @functools.lru_cache(maxsize=4)
@@ -237,16 +251,14 @@ def _open_source(
     streaming: bool,
     revision: str,
 ) -> OpenedSource:
-    """Open a source; `base` is the folder that a relative path begins at."""
     import datasets
 
     if is_remote(name) and not streaming:
         raise UserError(f"{mask_credentials(name)} is a URL; add --streaming true to read its shards where they are")
-    path = Path(base, os.path.expanduser(name))
-    files = [] if path.exists() else matching_files(path)
+    path, files = found_here(name, base)
     local = path.exists() or bool(files)
     flag = "--train_data_dir" if imagefolder else "--dataset_name"
-    if not local and not is_remote(name) and (imagefolder or _looks_local(name)):
+    if not local and not is_remote(name) and (imagefolder or looks_local(name)):
         raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
     if streaming and not local:
@@ -257,7 +269,7 @@ def _open_source(
             return OpenedSource(open_shards(path, files), state, None)
         archive = path if path.is_file() and is_archive(path) else None
         path = unpacked(path) if archive else path
-        if state and path.is_dir() and not is_saved(path) and (imagefolder or _is_image_folder(path)):
+        if state and path.is_dir() and not is_saved(path) and (imagefolder or is_image_folder(path)):
             loaded, account = open_image_folder(path, captions, state, shown=archive or path)
         elif captions != "auto":
             raise UserError(
@@ -385,33 +397,6 @@ def _random_order(dataset: Dataset, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     order = block_order(dataset, generator)
     return generator.permutation(len(dataset)) if order is None else order
-
-
-def _is_image_folder(path: Path) -> bool:
-    """Return whether a folder is one of images, and not of tables that hold images."""
-    names = [name for _, _, files in os.walk(path) for name in files if not name.startswith(".")]
-    suffixes = Counter(os.path.splitext(name)[1].lower() for name in _without_descriptions(names))
-    images = sum(suffixes[suffix] for suffix in image_suffixes()) + sum(map(is_archive, names))
-    if set(METADATA_NAMES).intersection(names):
-        return True
-    if suffixes[".parquet"] or suffixes[".arrow"] or readme_defines_splits(path):
-        return False
-    return images > sum(suffixes[suffix] for suffix in (".json", ".jsonl", ".csv"))
-
-
-def _without_descriptions(names: Sequence[str]) -> list[str]:
-    """Return the names without those of files that describe an archive: 00000_stats.json beside 00000.tar."""
-    shards = tuple(name.partition(".")[0] for name in names if is_archive(name))
-    return [name for name in names if is_archive(name) or not name.startswith(shards)] if shards else list(names)
-
-
-def _looks_local(name: str) -> bool:
-    """Return whether a name that does not exist here looks like a path, so that the Hub need not be asked."""
-    path = Path(name)
-    in_folder_here = len(path.parts) > 1 and path.parent.is_dir()
-    return (
-        path.is_absolute() or name.startswith((".", "~")) or bool(path.suffix) or len(path.parts) > 2 or in_folder_here
-    )
 
 
 def _cache_problem() -> str | None:

@@ -43,6 +43,19 @@ def settle_choices(config: RunConfig, folder: RunFolder, accelerator: Accelerato
         config.mixed_precision = accelerator.mixed_precision
 
 
+def pin_inputs(config: RunConfig, accelerator: Accelerator) -> None:
+    """Replace options that name something which changes elsewhere, such as the newest commit of a dataset, by what they
+    name now. The main process asks for it, so that all processes read the same data.
+
+    Every process calls it, after the missing inputs have been made: a dataset that is made first is not there before.
+
+    Raises:
+        UserError: on every process, if what an option names does not exist or a server does not answer.
+    """
+    for name, value in on_main(accelerator, config.pinned).items():
+        setattr(config, name, value)
+
+
 def _warn_of_precision(config: RunConfig, saved: Mapping[str, Any], used: str) -> None:
     """Warn if a run would use another precision had it been started on this device, or cannot keep its own."""
     kept, usual = saved.get(_PRECISION), automatic_precision(config)

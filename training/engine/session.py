@@ -14,7 +14,7 @@ from pipelines.tools.credentials import mask_credentials
 from training.core.stage import Stage, StageContext
 from training.engine import dry_run, ending, restoring
 from training.engine.batch_fitting import BatchFitting, fitted_layout, reporting_full_memory
-from training.engine.choices import kept_precision, settle_choices
+from training.engine.choices import kept_precision, pin_inputs, settle_choices
 from training.engine.expectations import course, warnings_at_start
 from training.engine.launch import close_process_group_at_exit, on_main, start_accelerator
 from training.engine.loop import Loop
@@ -99,6 +99,7 @@ def _session(
         on_main(accelerator, lambda: make_missing(config.recipes(), lambda: stop.requested))
     # Nothing here needs to be saved, although it may take long (data, compilation, a Hub or a tracker that is silent).
     with stop.at_once():
+        pin_inputs(config, accelerator)
         resuming = folder.has_checkpoint()
         context = StageContext(
             accelerator.device,

@@ -62,13 +62,15 @@ class Completion:
         self.why_denoiser, self.cells = "", 0
         self.settings_without_time: dict[str, Any] = {}
         self.time: Time | None = None
+        if "output_dir" in self.given:
+            config.dataset_revision = config.kept_revision(self.saved)
         self.collection: Collection = look_at(config, config.seed)
         self._check_output_dir(collection_folder(config.source, write=False))
         self.folder: Path = collection_folder(config.source, write=_is_first() and config.trains)
         if config.image_mode != "rgb":  # what is made of colour images is of no use
             self.folder /= config.image_mode
         self.prepare: dict[str, str] = {}
-        self.lines: list[str] = self.collection.lines()
+        self.lines: list[str] = []
         self.trainings: list[estimate.Training] = []
 
     def _check_output_dir(self, folder: Path) -> None:
@@ -140,9 +142,14 @@ class Completion:
         return chosen
 
     def decide_output_dir(self, path: str) -> None:
-        """Choose the output folder, and with it the time limit, which a run in that folder keeps."""
+        """Choose the output folder, and with it the time limit and the commit of the data, which a run in that folder
+        keeps."""
         self.decide("output_dir", path)
         config, saved = self.config, self.saved
+        revision = config.kept_revision(saved)
+        if revision != config.dataset_revision:
+            config.dataset_revision = revision
+            self.collection = look_at(config, config.seed)
         begun_with = saved.get("time_budget")
         if not begun_with:
             if seconds := budget_seconds(config.time_budget):
@@ -206,11 +213,9 @@ class Completion:
 
     def needs(self, path: Path, script: str, flags: Mapping[str, Any], pass_on: Iterable[str] = DATA) -> Path:
         """Note that the run needs `path`, which `script` makes; return the folder."""
-        line = [
-            script,
-            *words({**{name: getattr(self.config, name) for name in pass_on if name in self.given}, **flags}),
-        ]
-        self.prepare[str(path)] = shlex.join(line)
+        passed = {name: getattr(self.config, name) for name in pass_on if name in self.given}
+        passed |= {name: value for name, value in self.config.pinned().items() if name in pass_on}
+        self.prepare[str(path)] = shlex.join([script, *words({**passed, **flags})])
         return path
 
     def capped(self, stage: str, **situation: Any) -> dict[str, Any]:
@@ -258,7 +263,7 @@ class Completion:
         if self.config.time_budget and not self.saved:
             spent = time.perf_counter() - self._started + STARTING_SECONDS
             self.config.max_train_minutes = round(max(0.01, self.config.max_train_minutes - spent / 60), 2)
-        self.lines += table.lines(table.decisions(self))
+        self.lines = [*self.collection.lines(), *self.lines, *table.lines(table.decisions(self))]
         if self.config.dry_run and _is_first():
             self.lines += estimate.lines(self.trainings, 60 * self.config.max_train_minutes)
         if STARTED_BY not in os.environ:  # the command that started this one has said it
