@@ -52,6 +52,8 @@ class MakeControlsConfig(Options):
     """Dataset: a Hub id, or a local folder or file (imagefolder, Parquet, JSON, or written by save_to_disk)"""
     dataset_config_name: str | None = None
     """Configuration of the dataset, if it has several"""
+    dataset_revision: str = "auto"
+    """Commit, branch or tag of a Hub dataset; auto is the newest commit"""
     train_data_dir: str | None = None
     """Folder of images; replaces --dataset_name"""
     image_column: str = "image"
@@ -206,6 +208,7 @@ def _open(config: MakeControlsConfig) -> DatasetDict:
     data = DataConfig(
         dataset_name=config.dataset_name,
         dataset_config_name=config.dataset_config_name,
+        dataset_revision=config.dataset_revision,
         train_data_dir=config.train_data_dir,
         image_column=config.image_column,
     )

@@ -144,7 +144,7 @@ def evaluate(
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)
     config.check_filling(generator)
-    data = open_evaluation_data(config, settings, generator)
+    data = open_evaluation_data(config, settings, generator, exchange)
     if generator is None:
         images = images_in(str(config.images), config.num_images)
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 import torch
 
+from data_scripts import make_controls
 from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
 from tests.data.test_remote_shards import rows
@@ -14,14 +16,15 @@ from tests.data.test_shards import MAKERS, ROWS, SHARDS, config_of, image_bytes,
 from tests.scripts.test_streaming import FLAGS, train
 from tests.support.hub_server import HubServer, Request, hub
 from tests.support.runs import ROOT, assert_same_state, launch, sigterm_in_step
-from training import train_latent_diffusion
+from training import train_controlnet, train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.parsing import parse_config
 from training.data import source
-from training.data.images import load_split
+from training.data.images import DataConfig, load_split
 from training.data.shards import places, remote, sources, tables
-from training.recipes.completion import complete_latent_diffusion
+from training.evaluation.data import EvaluationDataConfig, open_evaluation_data
+from training.recipes.completion import complete_controlnet, complete_latent_diffusion
 from training.run.folder import RunFolder
 
 __all__ = ["hub"]
@@ -118,6 +121,8 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         opened("ada/images")
     with pytest.raises(UserError, match="'ada/nothing' is not a local folder and cannot be read on the Hub"):
         opened("ada/nothing")
+    with pytest.raises(UserError, match="'shards' .* does not exist; check the path given by --train_data_dir"):
+        opened("ada/images", dataset_name=None, train_data_dir="shards")
     with pytest.raises(UserError, match="--dataset_revision"):
         opened("ada/images", dataset_revision="v2")
 
@@ -195,6 +200,33 @@ def test_inputs_that_are_made_first_read_the_commit_of_the_run(tmp_path, hub, mo
     RunFolder("own").save_config({"dataset_name": "ada/emoji", "dataset_revision": first, "output_dir": "own"})
     assert commits()[0] == {first}
     assert whole in commits()[1]
+
+
+def test_another_dataset_is_evaluated_at_a_commit_of_its_own(tmp_path, hub):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    files = {f.name: f.read_bytes() for f in folder.glob("*.tar")}
+    first = hub.add_dataset("ada/emoji", files)
+    hub.add_dataset("ada/other", {"00000.tar": files["00000.tar"]})
+    hub.put("ada/emoji", "00002.tar", None)
+    settings = {"dataset_name": "ada/emoji", "dataset_revision": first, "streaming": True, "resolution": 16}
+
+    def images(**flags: str) -> int:
+        data = open_evaluation_data(EvaluationDataConfig(split="train", **flags), settings, None)
+        return len(data.conditions) + len(data.held_out)
+
+    assert (images(), images(dataset_name="ada/emoji"), images(dataset_revision="main")) == (30, 30, 20)
+    assert images(dataset_name="ada/other") == images(dataset_name="ada/other", dataset_revision="main") == 10
+
+
+def test_controls_are_drawn_from_the_commit_of_the_run(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = upload(hub, MAKERS["parquet"](tmp_path / "shards"))
+    hub.put("ada/emoji", "data/train-00002.parquet", None)
+    words = ("--dataset_name", "ada/emoji", "--dataset_revision", first, "--streaming", "true", "--resolution", "16")
+    config = parse_config(train_controlnet.Config, words, complete=complete_controlnet)
+    flags = shlex.split(next(line for line in config.prepare.values() if "make_controls" in line))[1:]
+    assert make_controls.main(flags) == 0
+    assert len(load_split(DataConfig(dataset_name=config.dataset_name), "train", 0)) == 28
 
 
 def test_the_commit_of_another_dataset_is_not_kept():

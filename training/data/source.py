@@ -235,9 +235,11 @@ def _commit(config: DataConfig) -> str | None:
     name = config.source
     if not config.streaming or not names_hub(name):
         return None
-    path, files = found_here(name, os.getcwd())
-    local = config.train_data_dir or path.exists() or files or looks_local(name)
-    return None if local and not name.startswith(HUB) else commit_of(name, config.dataset_revision)
+    if not name.startswith(HUB):
+        path, files = found_here(name, os.getcwd())
+        if config.train_data_dir or looks_local(name) or path.exists() or files:
+            return None
+    return commit_of(name, config.dataset_revision)
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,6 +27,7 @@ from training.core.options import Options, option
 from training.core.previews import save_png
 from training.data.captions import CaptionDataConfig, CaptionedImages, captions_of, load_captioned
 from training.data.tokenization import CaptionTokens
+from training.evaluation.data import NamesData, data_settings
 from training.metrics.captions import (
     alignment_metrics,
     best_constant_caption,
@@ -59,11 +60,10 @@ class CaptionOptions(Options):
     """Folder for PNG files of reconstructions, drawings and new image–caption pairs; if unset, none are written"""
 
 
-class CaptionConfig(Protocol):
+class CaptionConfig(NamesData, Protocol):
     """The settings that the measurement uses."""
 
     model: str
-    dataset_name: str | None
     split: str
     seed: int
     max_pairs: int
@@ -91,7 +91,7 @@ def measure_captions(
     Raises:
         UserError: the data do not exist, or no pairs are held out.
     """
-    train, held_out = data_of(config, settings, pipeline)
+    train, held_out = data_of(config, settings, pipeline, exchange)
     if config.split not in ("train", "validation"):
         raise UserError(f"--split {config.split}: the pairs of a run are those of train or of validation")
     data = train if config.split == "train" else held_out
@@ -142,17 +142,16 @@ def _metrics(
 
 
 def data_of(
-    config: CaptionConfig, settings: Mapping[str, Any], pipeline: Any
+    config: CaptionConfig, settings: Mapping[str, Any], pipeline: Any, exchange: Exchange = ALONE
 ) -> tuple[CaptionedImages, CaptionedImages | None]:
-    """Return the pairs that the run was trained on and those that it held out. Raises UserError."""
-    known = CaptionDataConfig.__dataclass_fields__
-    chosen = {name: value for name, value in settings.items() if name in known}
-    if config.dataset_name:
-        chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
+    """Return the pairs that the run was trained on and those that it held out. Every process calls it. Raises
+    UserError."""
+    chosen = data_settings(config, settings, CaptionDataConfig.__dataclass_fields__)
     chosen |= {"resolution": pipeline.model.config.sample_size, "image_fit": pipeline.config.image_fit}
     chosen |= {"image_interpolation_mode": pipeline.config.image_interpolation_mode}
     # Images are not flipped and are cropped at their centre, as in the pipeline.
     chosen |= {"random_flip": False, "center_crop": True, "crop_scale": 1.0}
+    chosen |= exchange.on_main(CaptionDataConfig(**chosen).pinned)
     return load_captioned(CaptionDataConfig(**chosen), settings.get("seed", 0), every_caption=True)
 
 

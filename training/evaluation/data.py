@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -23,7 +23,7 @@ from pipelines.tools.cli import UserError
 from pipelines.tools.files import read_text
 from pipelines.tools.private import expand_home
 from training.core.draws import SampleKey
-from training.core.exchange import Exchange
+from training.core.exchange import ALONE, Exchange
 from training.core.files import write_atomically
 from training.core.options import Options, option
 from training.data.aspect_buckets import AspectBuckets
@@ -57,6 +57,9 @@ class EvaluationDataConfig(Options):
     """Data to compare with: a Hub id, or a local folder or file; if unset, the data of the run"""
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
+    dataset_revision: str | None = option(None)
+    """Commit, branch or tag of a Hub dataset; if unset, that of the run for its own data, and the newest commit of
+    another dataset"""
     split: str = option("validation")
     """Split whose captions, labels, briefs or control images are given to the model; validation is what the run held
     out"""
@@ -74,6 +77,13 @@ class EvaluationDataConfig(Options):
     """Maximum number of real images of each split, evenly spaced, whose distance from generated ones is measured"""
     max_training_images: int = option(100_000, at_least=2)
     """Maximum number of training images, evenly spaced, among which copies are searched for"""
+
+
+class NamesData(Protocol):
+    """Settings that may name another dataset than that of the model's run."""
+
+    dataset_name: str | None
+    dataset_revision: str | None
 
 
 class RealImages:
@@ -251,10 +261,26 @@ def run_settings(model: str) -> dict[str, Any]:
     return expand_home(settings) if isinstance(settings, dict) else {}
 
 
+def data_settings(config: NamesData, settings: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return those settings of a run's data that are in `known`, with the dataset that the command names instead, which
+    has revisions of its own.
+
+    Args:
+        settings: settings of the model's run, empty without one.
+    """
+    chosen = {name: settings[name] for name in known if name in settings}
+    if config.dataset_name and config.dataset_name != chosen.get("dataset_name"):
+        chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None, "dataset_revision": "auto"}
+    return chosen | ({"dataset_revision": config.dataset_revision} if config.dataset_revision else {})
+
+
 def open_evaluation_data(
-    config: EvaluationDataConfig, settings: Mapping[str, Any], generator: ImageGenerator | None
+    config: EvaluationDataConfig,
+    settings: Mapping[str, Any],
+    generator: ImageGenerator | None,
+    exchange: Exchange = ALONE,
 ) -> EvaluationData:
-    """Open the data for a model, or for images of unknown origin.
+    """Open the data for a model, or for images of unknown origin. Every process calls it.
 
     Args:
         settings: settings of the model's run, empty without one.
@@ -263,6 +289,7 @@ def open_evaluation_data(
         UserError: the data do not exist, or lack what the model needs.
     """
     data = _data_config(config, settings, generator)
+    data = dataclasses.replace(data, **exchange.on_main(data.pinned))
     buckets = _one_size(config, data, generator)
     seed = int(settings.get("seed") or 0)
     opened = load_split(data, config.split, seed)
@@ -327,9 +354,7 @@ def _data_config(
     stretches = generator is not None and "image_fit" in generator.pipeline.config
     kind = CaptionDataConfig if stretches else DataConfig
     known = {field.name for field in dataclasses.fields(kind)}
-    chosen = {name: value for name, value in settings.items() if name in known}
-    if config.dataset_name:
-        chosen |= {"dataset_name": config.dataset_name, "train_data_dir": None}
+    chosen = data_settings(config, settings, known)
     given = {name: getattr(config, name, None) for name in known if name != "dataset_name"}
     chosen |= {name: value for name, value in given.items() if value is not None}
     size = native_size(generator.pipeline) if generator is not None else None

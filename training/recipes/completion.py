@@ -26,7 +26,10 @@ from training.recipes.one_command import DATA, SHARED, Completion, set_option
 from training.recipes.options import budget_seconds
 from training.run.folder import RunFolder
 
-_DATA_OF_CONTROLS = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "on_bad_sample")
+_DATA_OF_CONTROLS = (
+    *("dataset_name", "dataset_config_name", "dataset_revision", "train_data_dir"),
+    *("image_column", "on_bad_sample"),
+)
 CONTROL_KIND = "soft_edges"
 # Options that only fit a U-Net on latents; one of them keeps it.
 _OF_UNET = ("vae", "latent_cache")
