@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -52,6 +55,13 @@ def restart() -> None:
 
 def upload(hub: HubServer, folder, prefix: str = "data/", **options) -> str:
     return hub.add_dataset("ada/emoji", {f"{prefix}{f.name}": f.read_bytes() for f in folder.iterdir()}, **options)
+
+
+def table_of_keys() -> bytes:
+    """Return a Parquet file as img2dataset writes it beside each tar file."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["000000"], "status": ["success"]}), file)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -113,6 +123,18 @@ configs:
     assert len(load_split(config_of("ada/emoji", dataset_config_name="small"), "odd_one", 0)) == 10
     with pytest.raises(UserError, match="choose one of its configurations with --dataset_config_name"):
         opened("ada/emoji")
+
+
+def test_tar_files_that_the_card_does_not_name_are_not_read(tmp_path, hub):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    names = ("train/0.tar", "train/1.tar", "raw/backup.tar")
+    files = dict(zip(names, (f.read_bytes() for f in sorted(folder.glob("*.tar"))), strict=True))
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: train/*.tar\n---\n"
+    hub.add_dataset("ada/named", {**files, "README.md": card})
+    assert len(opened("ada/named")) == 20
+    beside = {name.replace(".tar", ".parquet"): table_of_keys() for name in names}
+    hub.add_dataset("ada/img2dataset", {**files, **beside})
+    assert len(opened("ada/img2dataset")) == 30
 
 
 def test_what_is_not_there_is_named(hub, monkeypatch):

@@ -252,7 +252,7 @@ def _on_hub(name: str, config_name: str | None, commit: str) -> list[RemoteShard
     known = {file: split for file, split in splits.items() if file in files and suffix_of(file) in SUFFIXES}
     # `datasets` may take the files that img2dataset writes beside its tar files for the data.
     beside = all(str(PurePosixPath(file).with_suffix(".tar")) in files for file in known)
-    if path is None and config_name is None and beside:
+    if path is None and config_name is None and beside and not any(suffix_of(file) == ".tar" for file in known):
         known = {file: splits.get(file) for file in files if suffix_of(file) == ".tar"}
     shards = []
     for file in _of_one_kind(known, name):
