@@ -137,6 +137,23 @@ def test_tar_files_that_the_card_does_not_name_are_not_read(tmp_path, hub):
     assert len(opened("ada/img2dataset")) == 30
 
 
+def test_ranges_of_files_and_folders_are_read_as_a_whole_or_refused(tmp_path, hub):
+    folder = MAKERS["tar"](tmp_path / "shards")
+    names = ("train/0.tar", "train/1.tar", "val/2.tar")
+    hub.add_dataset("ada/emoji", dict(zip(names, (f.read_bytes() for f in sorted(folder.glob("*.tar"))), strict=True)))
+    at = "hf://datasets/ada/emoji"
+    splits = source.load_all_splits(config_of(f"{at}/{{train,val}}"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 20, "validation": 10}
+    assert len(opened(f"{at}/train/{{0..1}}.tar")) == len(opened(f"{at}/{{train,t*}}/[01].tar")) == 20
+    for name, missing in {
+        "train/{0..3}.tar": "train/2.tar",
+        "{train,test}": "test",
+        "train/{0,x*}.tar": r"train/x\*.tar",
+    }.items():
+        with pytest.raises(UserError, match=f"there is nothing at {missing}, which is part of "):
+            opened(f"{at}/{name}")
+
+
 def test_what_is_not_there_is_named(hub, monkeypatch):
     hub.add_dataset("ada/images", {"0.png": image_bytes(0)})
     with pytest.raises(UserError, match="ada/images has none"):

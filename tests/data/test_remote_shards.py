@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from typing import ClassVar
 
@@ -308,33 +309,87 @@ def test_a_server_says_how_long_to_wait(tmp_path, server, monkeypatch):
 
 
 class InMemoryBucket(MemoryFileSystem):
-    """A store that fsspec reads by a protocol, as s3fs does."""
+    """A store that fsspec reads by a protocol, as s3fs and adlfs do.
 
-    protocol = "s3"
+    Attributes:
+        errors: raised by the next reads.
+    """
+
+    protocol = ("s3", "abfs")
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
+    errors: ClassVar[list[Exception]] = []
 
     @classmethod
     def _strip_protocol(cls, path):
-        return "/" + path.removeprefix("s3://").strip("/")
+        account = re.match(r"abfs://(\w+)@[^/]+", path)
+        path = path.replace(account[0], account[1]) if account else path
+        return "/" + path.removeprefix("s3://").removeprefix("abfs://").strip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path):
+        if path.startswith("abfs://") and "@ada.example" not in path:
+            raise ValueError("the account is missing")
+        return {}
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if self.errors:
+            raise self.errors.pop()
+        return super().cat_file(path, start, end, **options)
 
 
-def test_shards_in_a_store_of_fsspec(tmp_path, monkeypatch):
-    folder = MAKERS["tar"](tmp_path / "shards")
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> InMemoryBucket:
+    """A store with the shards in tmp_path / "shards" in the folder bucket/data."""
+    for protocol in InMemoryBucket.protocol:
+        monkeypatch.setitem(_registry, protocol, InMemoryBucket)
+    for name in ("store", "pseudo_dirs", "errors"):
+        monkeypatch.setattr(InMemoryBucket, name, type(getattr(InMemoryBucket, name))())
+    bucket = InMemoryBucket()
+    for file in MAKERS["tar"](tmp_path / "shards").iterdir():
+        bucket.pipe_file(f"bucket/data/{file.name}", file.read_bytes())
+    return bucket
+
+
+def test_a_store_without_its_package():
     with pytest.raises(UserError, match="s3:// needs the package s3fs; install it with `pip install s3fs`"):
         opened("s3://bucket/data/{00000..00002}.tar")
-    monkeypatch.setitem(_registry, "s3", InMemoryBucket)
-    bucket = InMemoryBucket()
-    for file in folder.iterdir():
-        bucket.pipe_file(f"bucket/data/{file.name}", file.read_bytes())
-    for name in ("{00000..00002}.tar", "*.tar", ""):
-        far = opened(f"s3://bucket/data/{name}")
-        for one, other in zip(rows(far), rows(opened(folder)), strict=True):
+
+
+@pytest.mark.parametrize("at", ["s3://bucket/data", "abfs://bucket@ada.example/data"])
+def test_shards_in_a_store_of_fsspec(tmp_path, bucket, at):
+    for name in ("{00000..00002}.tar", "*.tar", "", "{00000..00002}*.tar", "*{0,1,2}.tar"):
+        far = opened(f"{at}/{name}")
+        for one, other in zip(rows(far), rows(opened(tmp_path / "shards")), strict=True):
             assert torch.equal(one["pixel_values"], other["pixel_values"])
     places.forget()
     far._kept = None
     bucket.pipe_file("bucket/data/00002.tar", bytes(99))
-    with pytest.raises(RemoteError, match="s3://bucket/data/00002.tar has changed"):
+    with pytest.raises(RemoteError, match=f"{at}/00002.tar has changed"):
         fetch(far, [SampleKey(29, 0)])
-    with pytest.raises(UserError, match="s3://bucket/data/1.tar cannot be read .FileNotFoundError"):
-        opened("s3://bucket/data/1.tar")
+    with pytest.raises(UserError, match=f"{at}/1.tar cannot be read .FileNotFoundError"):
+        opened(f"{at}/1.tar")
+    with pytest.raises(UserError, match=f"there is nothing at {at}/1"):
+        opened(f"{at}/{{0,1}}*.tar")
+
+
+class NoCredentialsError(Exception):
+    """The error of botocore, which is not an OSError."""
+
+
+class ServerDisconnectedError(Exception):
+    """The error of aiohttp, which is not an OSError."""
+
+
+def test_errors_of_a_store_that_may_pass_are_tried_again(tmp_path, bucket):
+    far, near = opened("s3://bucket/data/*.tar"), opened(tmp_path / "shards")
+    places.forget()
+    bucket.errors.extend([ServerDisconnectedError("gone"), ServerDisconnectedError("gone"), OSError(5, "busy")])
+    assert torch.equal(far[SampleKey(29, 0)]["pixel_values"], near[SampleKey(29, 0)]["pixel_values"])
+    assert not bucket.errors
+    for error in (NoCredentialsError("no login"), ValueError("no"), PermissionError("not yours")):
+        bucket.errors.extend([OSError("more"), error])
+        with pytest.raises(RemoteError, match=f"{type(error).__name__}: {error}.; check the URL and the login"):
+            far[SampleKey(0, 0)]
+        assert len(bucket.errors) == 1
+        bucket.errors.clear()

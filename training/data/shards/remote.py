@@ -18,9 +18,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from pipelines.tools.cli import cause, printable
@@ -28,6 +28,8 @@ from training.data.errors import WorkerError
 
 if TYPE_CHECKING:
     import requests
+
+T = TypeVar("T")
 
 logger = logging.getLogger("halftone")
 
@@ -42,6 +44,13 @@ LONGEST_PAUSE = 300.0
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 _MOST_REDIRECTS = 5
 _BUSY = (408, 425, 429)
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, NotImplementedError, ImportError)
+"""Errors of a store that another request would not cure, and those of the libraries for S3, Google and Azure that have
+found no valid login"""
+_WITHOUT_LOGIN = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"),
+    *("DefaultCredentialsError", "RefreshError", "ClientAuthenticationError"),
+}
 _VERSION = re.compile(r"#([0-9a-f]{16})$")
 
 
@@ -99,14 +108,25 @@ class _Failed(Exception):
 def _range(url: str, start: int, stop: int, pauses: tuple[float, ...]) -> tuple[bytes, RemoteState]:
     address, version = split_version(url)
     read = _stored if address.partition("://")[0] in STORES else _over_http
-    got, tried = bytearray(), 0
+    got = bytearray()
+    state = _repeated(lambda: read(address, start, stop, got, version), address, pauses, got)
+    return bytes(got), state
+
+
+def _repeated(request: Callable[[], T], address: str, pauses: tuple[float, ...], got: Sequence[Any] = ()) -> T:
+    """Return the result of a request, which is made again if it fails in a way that may pass.
+
+    Args:
+        pauses: seconds before each further request.
+        got: what requests have received. It is not asked for again, and the pauses begin from the first if it grows.
+    """
+    tried = 0
     while True:
         before = len(got)
         try:
-            state = read(address, start, stop, got, version)
-            return bytes(got), state
+            return request()
         except _Failed as failure:
-            tried = 0 if len(got) > before else tried  # what was received is not asked for again
+            tried = 0 if len(got) > before else tried
             if tried == len(pauses):
                 raise RemoteError(
                     f"{printable(address)} cannot be read ({failure}, {tried + 1} times); check the network and the "
@@ -313,6 +333,8 @@ def _stored(address: str, start: int, stop: int, got: bytearray, version: str | 
     try:
         store.invalidate_cache()
         about = store.info(path)
+        if about.get("type") == "directory":
+            raise IsADirectoryError("it is a folder")
         state = RemoteState(about["size"], version_of(about["size"], tag_of(about)))
         _require_version(address, state, version)
         got[:] = store.cat_file(path, start=start, end=min(stop, state.size))
@@ -320,8 +342,38 @@ def _stored(address: str, start: int, stop: int, got: bytearray, version: str | 
     except RemoteError:
         raise
     except Exception as error:  # each store has errors of its own
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
-            raise _Failed(cause(error)) from None
-        raise RemoteError(
-            f"the shard {printable(address)} cannot be read ({cause(error)}); check the URL and the login"
-        ) from None
+        _raise_of_store(error, f"the shard {printable(address)}")
+
+
+def find_in_store(url: str) -> list[str]:
+    """Return the URLs of the files that match a URL with *, ? or [, or that are in a folder.
+
+    Raises:
+        RemoteError: the store cannot be read.
+    """
+    start, _, rest = url.partition("://")
+    place = f"{start}://{rest.partition('/')[0]}/"  # with the account, which paths in the store do not have
+
+    def found() -> list[str]:
+        store, path = store_of(url)
+        try:
+            files = store.glob(path) if has_wildcard(path) else store.find(path)
+        except Exception as error:  # each store has errors of its own
+            _raise_of_store(error, printable(url))
+        return [place + file.lstrip("/").partition("/")[2] for file in files]
+
+    return _repeated(found, url, PAUSES_AT_START)
+
+
+def has_wildcard(name: str) -> bool:
+    """Return whether a name is a pattern of files."""
+    return any(character in name for character in "*?[")
+
+
+def _raise_of_store(error: Exception, what: str) -> NoReturn:
+    """Raise RemoteError for an error of a store that stays, and _Failed for any other: those of a network have as many
+    types as there are stores."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, _PERMANENT) or names & _WITHOUT_LOGIN:
+        raise RemoteError(f"{what} cannot be read ({cause(error)}); check the URL and the login") from None
+    raise _Failed(cause(error)) from None

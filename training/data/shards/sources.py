@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -21,7 +21,7 @@ from typing import Any
 
 from pipelines.tools.cli import UserError, cause, nearest, printable
 from pipelines.tools.progress import watched
-from training.data.shards.remote import HUB, STORES, is_remote, state_of, store_of, version_of
+from training.data.shards.remote import HUB, STORES, find_in_store, has_wildcard, is_remote, state_of, version_of
 from training.data.shards.remote_file import RemoteFile
 
 SUFFIXES = (".tar", ".parquet")
@@ -175,7 +175,7 @@ def _at_urls(name: str) -> list[RemoteShard]:
             f"{shown.partition('?')[0]}: URLs with a ? or # cannot be read, as access keys in them would be in the "
             "files of the run and expire; give the plain URL, with user and password in ~/.netrc, or s3://"
         )
-    if "*" in name or "[" in name:
+    if has_wildcard(name):
         raise UserError(f"{shown}: a web server cannot list files; name them as a range, such as {{00000..00099}}.tar")
     urls = expanded(name)
     unknown = next((url for url in urls if suffix_of(url) not in SUFFIXES), None)
@@ -205,16 +205,30 @@ def _with_states(urls: Sequence[str]) -> list[RemoteShard]:
 
 
 def _in_store(name: str) -> list[RemoteShard]:
-    store, path = store_of(name)
-    protocol = name.partition("://")[0]
-    try:
-        if "*" in path or "[" in path or "?" in path:
-            found = store.glob(path)
-        else:
-            found = expanded(path) if suffix_of(path) in SUFFIXES else store.find(path)
-    except Exception as error:  # each store has errors of its own
-        raise UserError(f"{printable(name)} cannot be read ({cause(error)}); check the URL and the login") from None
-    return _with_states([f"{protocol}://{file.lstrip('/')}" for file in _of_one_kind(found, name)])
+    protocol, _, rest = name.partition("://")
+    if has_wildcard(rest.partition("/")[0]):
+        raise UserError(f"{printable(name)}: buckets are not listed; write the name of the bucket without *, ? and [")
+    urls = _named(name, find_in_store, exact=lambda url: [url])
+    return _with_states(_of_one_kind(urls, name))
+
+
+def _named(name: str, find: Callable[[str], Sequence[str]], exact: Callable[[str], Sequence[str]]) -> list[str]:
+    """Return the files that a name with ranges stands for.
+
+    Args:
+        find: returns the files that match a pattern with *, ? or [, or that are in a folder.
+        exact: returns the file with this name in a list; the list is empty if it is known not to exist.
+
+    Raises:
+        UserError: a file, folder or pattern is not there: of a range, all shards have to exist.
+    """
+    files: dict[str, None] = {}
+    for one in expanded(name):
+        found = exact(one) if suffix_of(one) in SUFFIXES and not has_wildcard(one) else find(one)
+        if not found:
+            raise UserError(f"there is nothing at {printable(one)}, which is part of {printable(name)}; check the name")
+        files.update(dict.fromkeys(found))
+    return list(files)
 
 
 def _of_one_kind(names: Iterable[str], source: str) -> list[str]:
@@ -246,9 +260,11 @@ def _on_hub(name: str, config_name: str | None, commit: str) -> list[RemoteShard
     with _hub_errors(repo):
         tree = HfApi().list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
         files = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-    splits: dict[str, Any] = (
-        _splits_of(repo, config_name, commit) if path is None else dict.fromkeys(_matching(files, path))
-    )
+    splits: dict[str, Any]
+    if path is None:
+        splits = _splits_of(repo, config_name, commit)
+    else:
+        splits = dict.fromkeys(_named(path, functools.partial(_find_in, files), lambda file: [file] * (file in files)))
     known = {file: split for file, split in splits.items() if file in files and suffix_of(file) in SUFFIXES}
     # `datasets` may take the files that img2dataset writes beside its tar files for the data.
     beside = all(str(PurePosixPath(file).with_suffix(".tar")) in files for file in known)
@@ -262,12 +278,11 @@ def _on_hub(name: str, config_name: str | None, commit: str) -> list[RemoteShard
     return shards
 
 
-def _matching(files: Iterable[str], path: str) -> list[str]:
-    """Return the files that a pattern in a repository names, or those in a folder."""
-    patterns = expanded(path)
-    if any(character in path for character in "*?[") or suffix_of(path) in SUFFIXES:
-        return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
-    return [file for file in files if not path or file.startswith(f"{path}/")]
+def _find_in(files: Iterable[str], name: str) -> list[str]:
+    """Return the files of a repository that match a pattern, or that are in a folder."""
+    if has_wildcard(name):
+        return [file for file in files if fnmatch.fnmatchcase(file, name)]
+    return [file for file in files if not name or file.startswith(f"{name}/")]
 
 
 def _splits_of(repo: str, config_name: str | None, commit: str) -> dict[str, str]:
