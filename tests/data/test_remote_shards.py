@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 import tarfile
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from training.data.fingerprints import dataset_fingerprint
 from training.data.images import load_split
 from training.data.shards import places, remote, sources, tables
 from training.data.shards.remote import RemoteError
+from training.data.shards.remote_file import RemoteFile
 
 __all__ = ["server"]
 PATTERNS = {"tar": "{00000..00002}.tar", "parquet": "train-{00000..00002}.parquet"}
@@ -48,6 +51,14 @@ def restart() -> None:
 
 def rows(data) -> list[dict]:
     return [data[SampleKey(i, 0)] for i in range(len(data))]
+
+
+def parquet_shard(file: Path, numbers: range) -> None:
+    """Write a shard with row groups of 40 rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": image_bytes(i), "path": None} for i in numbers]
+    table = {"image": images, "text": [f"number {i}" for i in numbers], "label": [i % 3 for i in numbers]}
+    pyarrow.parquet.write_table(pyarrow.table(table), file, row_group_size=40)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -80,11 +91,11 @@ def test_an_epoch_receives_each_byte_about_once(tmp_path, server, monkeypatch, k
     """Blocks of 40 rows are one range each, with a window of several blocks; no image is written."""
     monkeypatch.setattr(tables, "BLOCK_ROWS", 40)
     folder = tmp_path / "shards"
-    if kind == "tar":
-        for number in range(SHARDS):
+    for number in range(SHARDS):
+        if kind == "tar":
             tar_shard(folder / f"{number:05d}.tar", range(number * 120, (number + 1) * 120))
-    else:
-        MAKERS[kind](folder)
+        else:  # larger, since the last 64 KiB of each file are received for its index
+            parquet_shard(folder / f"train-{number:05d}.parquet", range(number * 480, (number + 1) * 480))
     data = opened(f"{server.url}/{PATTERNS[kind]}", shuffle_buffer=100)
     data._kept = None  # decoded images are kept in memory as well, which would hide that they are received again
     places.forget()
@@ -123,6 +134,18 @@ def test_row_groups_that_do_not_fit_into_memory_are_refused(tmp_path, server, mo
     monkeypatch.setattr(places, "KEPT_BYTES", 12_000)
     with pytest.raises(UserError, match=r"each row group would be received many times; give --shuffle_buffer \d"):
         data.remote.problem(12)
+
+
+def test_row_groups_of_one_file_are_received_at_the_same_time_and_the_file_is_not_kept_open(tmp_path, server):
+    MAKERS["parquet"](tmp_path / "shards")
+    data = opened(f"{server.url}/train-00000.parquet")
+    data._kept = None
+    gc.collect()
+    server.seconds, server.most_at_once = 0.1, 0
+    fetch(data, [SampleKey(i, 0) for i in (0, 4, 8)])
+    assert server.most_at_once == 3
+    gc.collect()
+    assert not any(isinstance(thing, RemoteFile) for thing in gc.get_objects())
 
 
 def test_only_headers_of_large_images_and_small_columns_are_received_at_the_start(tmp_path, server):

@@ -7,6 +7,7 @@ import hashlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,8 @@ class ShardServer:
         flaky: answer every fifth request with status 503, and cut every fifth one in the middle of its content.
         ranges: whether parts of files are sent.
         headers: further headers of all answers.
+        seconds: time that each answer takes.
+        most_at_once: largest number of requests that were being answered at the same time.
     """
 
     folder: Path
@@ -48,6 +51,9 @@ class ShardServer:
     headers: dict[str, str] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     requests: int = 0
+    seconds: float = 0.0
+    most_at_once: int = 0
+    _at_once: int = 0
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -102,10 +108,22 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        server, path = self.shards, unquote(self.path)
+        server = self.shards
         with server.lock:
             server.requests += 1
+            server._at_once += 1
+            server.most_at_once = max(server.most_at_once, server._at_once)
             number = server.requests
+        try:
+            if server.seconds:
+                time.sleep(server.seconds)
+            self._answer(number)
+        finally:
+            with server.lock:
+                server._at_once -= 1
+
+    def _answer(self, number: int) -> None:
+        server, path = self.shards, unquote(self.path)
         if path in server.redirects:
             return self._send(302, b"", {"Location": server.redirects[path]})
         if path in server.statuses:

@@ -37,6 +37,7 @@ _IN_PARQUET = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _OPEN_FILES = 256
+_METADATA_BYTES = 2**26
 KEPT_BYTES = 2**30
 """Row groups are decoded as a whole, and blocks of remote shards are received as a whole. They are kept in memory up to
 this size."""
@@ -170,38 +171,64 @@ def _column(file: str, name: str, group: int) -> pyarrow.ChunkedArray:
     """Return a column of images of a row group, which is kept in memory."""
     import pyarrow
 
+    remote = is_remote(file)
+
     def read() -> tuple[pyarrow.ChunkedArray, int]:
         try:
-            column = _parquet(file).read_row_group(group, columns=[name], use_threads=False).column(0)
+            opened = _remote_parquet(file) if remote else _parquet(file)
+            column = opened.read_row_group(group, columns=[name], use_threads=False).column(0)
         except (pyarrow.ArrowException, IndexError, ValueError) as error:
             raise OSError(f"the shard {file} cannot be read ({error})") from error
         return column, column.nbytes
 
-    return _KEPT.get_or_read((file, name, group), read, resource=file)  # an open Parquet file has one reader at a time
+    # An open Parquet file has one reader at a time. Each reader of a remote one opens it for itself.
+    return _KEPT.get_or_read((file, name, group), read, resource=None if remote else file)
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _parquet(file: str) -> pyarrow.parquet.ParquetFile:
-    return open_parquet(file, state_of(file, patient=True).size if is_remote(file) else None)
+    return open_parquet(file)
 
 
-def open_parquet(file: str, size: int | None = None) -> pyarrow.parquet.ParquetFile:
-    """Open a Parquet file, or a remote one of this size in bytes, of which only what is needed is received."""
+def _remote_parquet(file: str) -> pyarrow.parquet.ParquetFile:
+    """Open a remote Parquet file for one reading. Only its metadata are kept: an open file keeps what it has received
+    of its row groups, beside the ones that are kept in memory here."""
+
+    def read() -> tuple[tuple[int, pyarrow.parquet.FileMetaData], int]:
+        size = state_of(file, patient=True).size
+        with open_parquet(file, size) as opened:
+            return (size, opened.metadata), opened.metadata.serialized_size
+
+    size, metadata = _METADATA.get_or_read(file, read)
+    return open_parquet(file, size, metadata)
+
+
+def open_parquet(
+    file: str, size: int | None = None, metadata: pyarrow.parquet.FileMetaData | None = None
+) -> pyarrow.parquet.ParquetFile:
+    """Open a Parquet file, or a remote one, of which only what is needed is received.
+
+    Args:
+        size: size of a remote file in bytes.
+        metadata: its metadata, if they are known.
+    """
     import pyarrow.parquet
 
     if size is None:
         return pyarrow.parquet.ParquetFile(file)
-    return pyarrow.parquet.ParquetFile(RemoteFile(file, size, read_ahead=False), pre_buffer=True)
+    return pyarrow.parquet.ParquetFile(RemoteFile(file, size, read_ahead=False), metadata=metadata, pre_buffer=True)
 
 
 _KEPT = Kept(lambda: KEPT_BYTES)
+_METADATA = Kept(lambda: _METADATA_BYTES)
 
 
 def forget() -> None:
     """Drop what is kept in memory, and close the shards. A forked process reads with its own locks and files: another
     thread may hold those of its parent."""
-    global _KEPT
+    global _KEPT, _METADATA
     _KEPT = Kept(lambda: KEPT_BYTES)
+    _METADATA = Kept(lambda: _METADATA_BYTES)
     _opened.cache_clear()
     _parquet.cache_clear()
 
