@@ -23,7 +23,7 @@ from tests.support.shard_server import server
 from training.core.batches import fetch
 from training.core.draws import SampleKey
 from training.core.layout import BatchLayout
-from training.data import source
+from training.data import fingerprints, source
 from training.data.checks import scan
 from training.data.fingerprints import dataset_fingerprint
 from training.data.images import load_split
@@ -125,6 +125,27 @@ def test_a_window_larger_than_the_memory_requests_images_alone(tmp_path, server,
     assert server.sent == sum(len(image_bytes(i)) for i in range(30))
     near = micro_batches(opened(folder, shuffle_buffer=12), BatchLayout(5)).steps(0, 6)
     assert all(torch.equal(one, step[0]["pixel_values"]) for one, step in zip(images, near, strict=True))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_start_with_many_remote_rows_receives_a_few_blocks(tmp_path, server, monkeypatch, kind):
+    """Three images of two of the six blocks of five or four rows; of a Parquet file, these two row groups."""
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 5)
+    monkeypatch.setattr(fingerprints, "SAMPLED_IMAGES", 20)
+    monkeypatch.setattr(fingerprints, "SAMPLED_BLOCKS", 2)
+    monkeypatch.setattr(fingerprints, "SAMPLED_IN_BLOCK", 3)
+    monkeypatch.setattr(places, "KEPT_BYTES", 12_000)
+    MAKERS[kind](tmp_path / "shards")
+    data = opened(f"{server.url}/{PATTERNS[kind]}")
+    server.answers.clear()
+    assert len(dataset_fingerprint(data)) == 64
+    assert len(server.answers) == (6 if kind == "tar" else 2 + 2 * 2)
+    places.forget()
+    server.answers.clear()
+    reports = [scan(data, shard=(rank, 2)) for rank in range(2)]
+    last = 2 if kind == "parquet" else 3  # the last row group has two rows
+    assert sorted(report.images_checked for report in reports) == sorted([3, last])
+    assert len(server.answers) == (6 if kind == "tar" else 2 + 2 * 2)
 
 
 def test_row_groups_that_do_not_fit_into_memory_are_refused(tmp_path, server, monkeypatch):

@@ -23,7 +23,7 @@ import PIL
 from pipelines.tools.cli import UserError
 from pipelines.tools.commands import command
 from pipelines.tools.files import max_image_pixels
-from training.data.fingerprints import evenly_spaced
+from training.data.fingerprints import evenly_spaced, rows_of_some_blocks
 from training.data.images import BadSample, ImageDataset
 from training.data.records import read_record, write_record
 from training.data.shards.fetching import prefetch
@@ -33,8 +33,6 @@ CHECK = command("data_scripts/check_dataset.py")
 # Before training, every row of a dataset of up to SCAN_ROWS rows is checked, as far as SCAN_SECONDS allow.
 SCAN_ROWS = 20_000
 SCAN_SECONDS = 10.0
-# Of remote data that do not fit into memory, each image is a request, or a row group of a Parquet file.
-SCAN_REMOTE = 256
 _SHOWN = 10
 _CHUNK_ROWS = 256
 # All images of a chunk are read before a request to stop is heard.
@@ -83,7 +81,8 @@ def scan(
     """Check captions, labels and images of all rows, or of `max_rows` evenly spaced rows if there are more.
 
     Args:
-        seconds: time limit for decoding images; they are decoded in an order that covers the dataset evenly.
+        seconds: time limit for decoding images; they are decoded in an order that covers the dataset evenly. Of remote
+            data that do not fit into memory, images of some blocks are decoded (see `rows_of_some_blocks`).
         shard: (rank, number of processes); each process checks its share of the rows.
         poll: called now and then; it may raise to stop.
     """
@@ -123,10 +122,8 @@ def _read_rows(
             for problem in dataset.quick_problems({name: column[i] for name, column in values.items()}):
                 report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     deadline = time.monotonic() + seconds
-    most = SCAN_REMOTE if dataset.remote is not None and not dataset.remote.fits(len(dataset)) else len(rows)
-    shuffled = np.random.default_rng(0).permutation(rows).tolist()
     for row, problems in checked_images(
-        dataset, shuffled, lambda: time.monotonic() > deadline or report.images_checked >= most
+        dataset, _rows_with_images(dataset, rows, shard), lambda: time.monotonic() > deadline
     ):
         poll()
         report.images_checked += 1
@@ -134,6 +131,20 @@ def _read_rows(
             report.problems.append(Problem(row, dataset.where(row), problem.column, str(problem)))
     report.problems.sort(key=lambda problem: problem.row)
     return report
+
+
+def _rows_with_images(dataset: ImageDataset, rows: Sequence[int], shard: tuple[int, int]) -> list[int]:
+    """Return the rows whose images are checked, in an order that covers the dataset evenly.
+
+    For remote data that do not fit into memory, each image is requested alone; in a Parquet file, its whole row group
+    is received. Therefore images of some blocks are checked, one block after another.
+    """
+    generator, (rank, processes) = np.random.default_rng(0), shard
+    if dataset.remote is None or dataset.row_blocks is None or dataset.remote.fits(len(dataset)):
+        return generator.permutation(rows).tolist()
+    blocks = rows_of_some_blocks(dataset.row_blocks)
+    order = generator.permutation(len(blocks))[rank::processes]
+    return [row for block in order for row in blocks[block]]
 
 
 def require_clean(

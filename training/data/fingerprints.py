@@ -6,6 +6,7 @@ N rows of a dataset.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.core.blocks import RowBlocks
 from training.data.images import ImageDataset
 from training.data.records import read_record, write_record
 from training.data.shards.fetching import prefetch
@@ -23,8 +25,9 @@ from training.data.source import column_values
 # The bytes of every image are read up to this number of rows; of a larger dataset, those of this number of evenly
 # spaced images. A million images of 100 kB would take minutes at each start; 4,096 take a second or two.
 SAMPLED_IMAGES = 4096
-# Each image of a larger remote dataset is a request, or a row group of a Parquet file.
-SAMPLED_REMOTE = 256
+# Of a larger remote dataset, images of some evenly spaced blocks are read. Each image of a tar file is requested alone;
+# in a Parquet file, its whole row group is received.
+SAMPLED_BLOCKS, SAMPLED_IN_BLOCK = 16, 16
 SAMPLED_VALUES = 65_536
 _IMAGES_PER_READ = 64
 # The values in a VAE's config that determine its latents or their scale.
@@ -44,7 +47,9 @@ def dataset_fingerprint(dataset: ImageDataset, poll: Callable[[], None] = lambda
     images and of their masks, if the dataset has any.
 
     It is independent of paths and of how the rows are stored (files, Parquet, Arrow). In a dataset with more rows than
-    that, a change to images alone is detected only if it affects a sampled image.
+    that, a change to images alone is detected only if it affects a sampled image. The fingerprint of so many rows
+    depends on where they are: of remote shards, fewer images are read (`SAMPLED_IN_BLOCK` images in each of
+    `SAMPLED_BLOCKS` blocks) than of the same rows on the disk.
 
     Args:
         poll: called now and then; it may raise to stop.
@@ -76,8 +81,9 @@ def _read_fingerprint(dataset: ImageDataset, poll: Callable[[], None]) -> str:
         for value in column_values(dataset.dataset, name):
             digest.update(json.dumps(value).encode())
     images = dataset.dataset.select_columns(names)
-    few = dataset.remote is not None and rows > SAMPLED_IMAGES
-    sampled = evenly_spaced(rows, SAMPLED_REMOTE if few else SAMPLED_IMAGES)
+    sampled = evenly_spaced(rows, SAMPLED_IMAGES)
+    if dataset.remote is not None and dataset.row_blocks is not None and rows > SAMPLED_IMAGES:
+        sampled = list(itertools.chain.from_iterable(rows_of_some_blocks(dataset.row_blocks)))
     for start in range(0, len(sampled), _IMAGES_PER_READ):
         poll()
         columns = images[sampled[start : start + _IMAGES_PER_READ]]
@@ -123,6 +129,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def evenly_spaced(rows: int, at_most: int) -> list[int]:
     """Return all row numbers, or `at_most` evenly spaced ones from the first to the last."""
     return list(range(rows)) if rows <= at_most else np.linspace(0, rows - 1, at_most).round().astype(int).tolist()
+
+
+def rows_of_some_blocks(blocks: RowBlocks) -> list[list[int]]:
+    """Return the numbers of up to `SAMPLED_IN_BLOCK` rows in each of up to `SAMPLED_BLOCKS` blocks, evenly spaced."""
+    starts = blocks.starts.tolist()
+    return [
+        [starts[block] + row for row in evenly_spaced(starts[block + 1] - starts[block], SAMPLED_IN_BLOCK)]
+        for block in evenly_spaced(len(starts) - 1, SAMPLED_BLOCKS)
+    ]
 
 
 def encoded_bytes(source: dict[str, Any]) -> bytes:
