@@ -298,12 +298,41 @@ def test_redirects_stay_on_the_host(tmp_path, server):
     other = f"http://localhost:{server.port}/00000.tar"
     server.redirects["/away/00000.tar"] = other
     before = len(server.answers)
-    with pytest.raises(UserError, match=r"leads to another host \(localhost\), which is not asked"):
+    with pytest.raises(UserError, match=r"redirects to another host \(localhost\); redirects to other hosts are not"):
         opened(f"{server.url}/away/00000.tar")
     assert [answer.path for answer in server.answers[before:]] == ["/away/00000.tar"]
     server.redirects["/loop.tar"] = "/loop.tar"
-    with pytest.raises(UserError, match="without an end"):
+    with pytest.raises(UserError, match="redirects more than 5 times"):
         opened(f"{server.url}/loop.tar")
+    server.redirects["/files.tar"] = f"ftp://127.0.0.1:{server.port}/00000.tar"
+    with pytest.raises(UserError, match="redirects from http to ftp, which is not followed"):
+        opened(f"{server.url}/files.tar")
+
+
+def test_a_redirect_to_a_connection_without_encryption_is_not_followed():
+    remote._require_same_host("a", "http://host/a.tar", "https://host/a.tar")
+    remote._require_same_host("a", "https://host/a.tar", "https://host:8443/b.tar")
+    for target in ("http://host/a.tar", "ftp://host/a.tar", "https://other/a.tar"):
+        with pytest.raises(RemoteError, match="give "):
+            remote._require_same_host("a", "https://host/a.tar", target)
+
+
+def test_redirects_use_one_connection(tmp_path, server):
+    MAKERS["tar"](tmp_path / "shards")
+    server.redirects["/moved.tar"] = "/00000.tar"
+    for start in range(5):
+        assert len(remote.read_range(f"{server.url}/moved.tar", start, start + 9)) == 9
+    assert (len(server.answers), len(server.connections)) == (10, 1)
+
+
+def test_a_failed_encryption_is_named_without_the_url(server):
+    """The server does not speak TLS."""
+    with pytest.raises(RemoteError) as error:
+        remote.state_of(f"https://127.0.0.1:{server.port}/a/b.tar")
+    reason = str(error.value).partition("cannot be read (")[2]
+    assert re.match(r"no secure connection: SSL\w*Error: .*SSL", reason)
+    assert "b.tar" not in reason
+    assert "Max retries" not in reason
 
 
 def test_user_and_password_are_read_from_netrc(tmp_path, server, monkeypatch):

@@ -39,6 +39,7 @@ class ShardServer:
         flaky: answer every fifth request with status 503, and cut every fifth one in the middle of its content.
         ranges: whether parts of files are sent.
         headers: further headers of all answers.
+        connections: the connections that clients have opened.
         seconds: time that each answer takes.
         most_at_once: largest number of requests that were being answered at the same time.
     """
@@ -53,6 +54,7 @@ class ShardServer:
     requests: int = 0
     seconds: float = 0.0
     most_at_once: int = 0
+    connections: list[socket.socket] = field(default_factory=list)
     _at_once: int = 0
 
     def __post_init__(self) -> None:
@@ -66,17 +68,16 @@ class ShardServer:
         self._server = _Quiet(("127.0.0.1", self.port), _Handler)
         self._server.shards = self  # type: ignore[attr-defined]
         self.port = self._server.server_address[1]
-        self._connections: list[socket.socket] = []
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def note(self, connection: socket.socket) -> None:
-        self._connections.append(connection)
+        self.connections.append(connection)
 
     def stop(self) -> None:
         """Refuse connections from now on, and close those that are open."""
         self._server.shutdown()
         self._server.server_close()
-        for connection in self._connections:
+        for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, number: int) -> None:
         server, path = self.shards, unquote(self.path)
         if path in server.redirects:
-            return self._send(302, b"", {"Location": server.redirects[path]})
+            return self._send(302, b"moved", {"Location": server.redirects[path]})
         if path in server.statuses:
             return self._send(server.statuses[path], b"")
         file = server.folder / path.lstrip("/")

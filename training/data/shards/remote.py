@@ -173,18 +173,25 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.Timeout):
         return "the server does not answer"
     if isinstance(error, requests.exceptions.SSLError):
-        return f"no secure connection: {cause(error)[:150]}"
+        return f"no secure connection: {cause(_innermost(error))[:150]}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection was cut"
     found = re.search(r"\[Errno -?\d+\] [^\"')]+|Name or service not known|RemoteDisconnected", str(error))
     return f"no connection: {found[0] if found else type(error).__name__}"
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """Return the error that the libraries for HTTP have wrapped, whose message has no URL."""
+    for inner in (getattr(error, "reason", None), *error.args):
+        if isinstance(inner, BaseException):
+            return _innermost(inner)
+    return error
+
+
 @contextmanager
 def _answer(address: str, start: int, stop: int) -> Iterator[requests.Response]:
     """Request a range, following redirects: from the Hub anywhere, and otherwise on the same host."""
     url, headers = _hub_request(address) if address.startswith("hf://") else (address, {})
-    host = urlsplit(url).hostname
     for _ in range(_MOST_REDIRECTS):
         response = _session().get(
             url,
@@ -200,15 +207,28 @@ def _answer(address: str, start: int, stop: int) -> Iterator[requests.Response]:
                 yield response
                 return
             target = urljoin(url, response.headers["Location"])
-        if not address.startswith("hf://") and urlsplit(target).hostname != host:
-            raise RemoteError(
-                f"{printable(address)} leads to another host ({printable(urlsplit(target).hostname)}), which is not "
-                "asked; give the URL at that host"
-            )
-        if urlsplit(target).netloc != urlsplit(url).netloc:
+        if not address.startswith("hf://"):
+            _require_same_host(address, url, target)
+        if urlsplit(target)[:2] != urlsplit(url)[:2]:
             headers = {}  # a token is for the Hub, and not for the storage that its files are in
         url = target
-    raise RemoteError(f"{printable(address)} leads from one URL to another without an end; give another URL")
+    raise RemoteError(f"{printable(address)} redirects more than {_MOST_REDIRECTS} times; give another URL")
+
+
+def _require_same_host(address: str, url: str, target: str) -> None:
+    """Raise RemoteError for a redirect from `url` to `target` that `requests` must not follow: it would send the
+    password in ~/.netrc, to another host or without encryption."""
+    before, after = urlsplit(url), urlsplit(target)
+    if after.hostname != before.hostname:
+        raise RemoteError(
+            f"{printable(address)} redirects to another host ({printable(after.hostname)}); redirects to other hosts "
+            "are not followed: give the URL at that host"
+        )
+    if after.scheme != before.scheme and (before.scheme, after.scheme) != ("http", "https"):
+        raise RemoteError(
+            f"{printable(address)} redirects from {before.scheme} to {printable(after.scheme)}, which is not followed; "
+            "give another URL"
+        )
 
 
 def _unchanged(request: Any) -> Any:
