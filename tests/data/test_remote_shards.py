@@ -26,7 +26,7 @@ from training.core.layout import BatchLayout
 from training.data import fingerprints, source
 from training.data.checks import scan
 from training.data.fingerprints import dataset_fingerprint
-from training.data.images import load_split
+from training.data.images import ImageDataset, load_split
 from training.data.shards import places, remote, sources, tables
 from training.data.shards.remote import RemoteError
 from training.data.shards.remote_file import RemoteFile
@@ -354,6 +354,9 @@ def test_user_and_password_are_read_from_netrc(tmp_path, server, monkeypatch):
         "hf://datasets/ada/private@main/a.tar::a.png@0+8",
         "{url}/elsewhere/a.tar::a.png@0+8",
         "{url}/data/../elsewhere/a.tar::a.png@0+8",
+        "{url}/data/%2e%2e/elsewhere/a.tar::a.png@0+8",
+        "{url}/data/.%2E/elsewhere/a.tar::a.png@0+8",
+        "{url}/data/..%5Celsewhere/a.tar::a.png@0+8",
         "{url}/data/a.png",
     ],
 )
@@ -367,6 +370,21 @@ def test_paths_in_remote_tables_lead_nowhere_else(tmp_path, server, path):
     config = config_of(f"{server.url}/data/a.parquet", image_column="other")
     with pytest.raises(UserError, match="names the file|has the URL"):
         source.undecoded_images(load_split(config, "train", 0), "other", "image_column", config)
+
+
+def test_images_with_two_dots_in_their_names_are_read(tmp_path, server):
+    (tmp_path / "shards/..data").mkdir(parents=True)
+    with tarfile.open(tmp_path / "shards/..data/0..1.tar", "w") as archive:
+        for number, name in enumerate(("my..images/a.png", "my%2e%2eimages/b.png")):
+            info = tarfile.TarInfo(name)
+            info.size = len(image_bytes(number))
+            archive.addfile(info, io.BytesIO(image_bytes(number)))
+    sources = (f"{server.url}/..data/0..1.tar", tmp_path / "shards/..data")
+    configs = [config_of(source) for source in sources]
+    far, near = (ImageDataset(load_split(config, "train", 0), config, captions=False) for config in configs)
+    assert len(far) == 2
+    for one, other in zip(rows(far), rows(near), strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def test_a_server_says_how_long_to_wait(tmp_path, server, monkeypatch):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from pipelines.tools.cli import UserError, printable
 from training.data.archives import unpacked_folder
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ARCHIVE = "::"
+_LEADS_OUT = r"(?i)\.\.|%2e"
+"""What is in each path that leads out of its folder, and in some others"""
 
 
 def refuse_foreign_paths(dataset: Dataset, column: str, source: str, *, streaming: bool = False) -> None:
@@ -40,22 +44,22 @@ def refuse_foreign_paths(dataset: Dataset, column: str, source: str, *, streamin
         paths = pyarrow.compute.filter(chunk.field("path"), pyarrow.compute.is_null(chunk.field("bytes")))
         for folder in folders:  # nearly all, at once: to look at a million paths one by one takes seconds
             plain = pyarrow.compute.starts_with(paths, folder)
-            plain = pyarrow.compute.and_not(plain, pyarrow.compute.match_substring(paths, ".."))
+            plain = pyarrow.compute.and_not(plain, pyarrow.compute.match_substring_regex(paths, _LEADS_OUT))
             if is_remote(folder):  # only places in shards are read there
                 plain = pyarrow.compute.and_(plain, pyarrow.compute.match_substring(paths, _ARCHIVE))
             paths = pyarrow.compute.filter(paths, pyarrow.compute.invert(pyarrow.compute.fill_null(plain, False)))
         for path in paths.drop_null().to_pylist():
+            if _is_inside(path, folders):
+                continue
             if path.startswith(("http://", "https://")):
                 raise UserError(
                     f"column '{column}' of {source} has the URL {printable(path)[:200]}; images are not downloaded: "
                     "download them, for example with img2dataset, and write the paths of the files into the column"
                 )
-            if not _is_inside(path, folders):
-                raise UserError(
-                    f"column '{column}' of {source} names the file {printable(path)[:200]}, which is not in the "
-                    "dataset's own folder and is therefore not read; move the images into the folder, or store them in "
-                    "the column"
-                )
+            raise UserError(
+                f"column '{column}' of {source} names the file {printable(path)[:200]}, which is not in the dataset's "
+                "own folder and is therefore not read; move the images into the folder, or store them in the column"
+            )
 
 
 def _folders(source: str, streaming: bool) -> tuple[str, ...]:
@@ -89,8 +93,9 @@ def _with_separator(folders: Iterable[str]) -> Iterable[str]:
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
     """Return whether the file, or the archive or shard that it is in (zip://a.png::/data/x.zip), is in one of the
     folders."""
-    if is_remote(path):
-        return (shard_of(path) or "").startswith(folders) and ".." not in path
+    if is_remote(path):  # a server may take %2e%2e as .., and one on Windows \ as /
+        shard = shard_of(path) or ""
+        return shard.startswith(folders) and ".." not in re.split(r"[/\\]", unquote(shard))
     # The name of a folder may contain ::
     file = shard_of(path) or (path.rpartition(_ARCHIVE)[2] if "://" in path else path)
     return "://" not in file and os.path.abspath(file).startswith(folders)
