@@ -199,7 +199,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="Width of the images in pixels (default: the training size)")
     add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
-    add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
+    add(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="Images per batch; another number may change their last bits (default: 16)",
+    )
     _add_output_options(parser)
     add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
     options = parser.parse(argv)
