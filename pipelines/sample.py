@@ -170,20 +170,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Checkpoint of a run: best, latest or a folder name"
         " (default: the final pipeline if it exists, otherwise the best checkpoint)",
     )
-    add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
-    add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
-    add(
-        "--class_label", nargs="+", action="extend", help="Class names (ids unless names are numbers); each gives a row"
-    )
-    add(
-        "--brief",
-        nargs="+",
-        action="extend",
-        help="Design briefs (poster models only): YAML files, see configs/briefs, or random (drawn with --seed); each "
-        "gives a row (default: only the fields below)",
-    )
-    _add_brief_fields(parser)
-    add_control_options(parser)
+    _add_condition_options(parser)
     add("--pairs", type=int, help="Number of image–caption pairs to generate (only for models that generate both)")
     add("--num_images", type=int, default=NUM_IMAGES, help=f"Number of images per row (default: {NUM_IMAGES})")
     add(
@@ -199,7 +186,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--width", type=int, help="Width of the images in pixels (default: the training size)")
     add("--dtype", choices=DTYPES, default="float32", help="Data type of the weights (default: float32)")
     add("--device", help=DEVICE_HELP)
-    add("--batch_size", type=int, default=16, help="Images per batch; does not change the images (default: 16)")
+    add(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="Images per batch; another number may change their last bits (default: 16)",
+    )
     _add_output_options(parser)
     add("--trust_remote_code", action="store_true", help="Run custom code that a model contains")
     options = parser.parse(argv)
@@ -212,6 +204,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if prompts > 1 and labels > 1 and prompts != labels:
         raise UserError(f"--prompt has {prompts} entries and --class_label {labels}; give one of them, or equally many")
     return options
+
+
+def _add_condition_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", nargs="+", action="extend", help="Prompts; each gives a row")
+    add("--negative_prompt", help="Negative prompt; needs --guidance_scale above 1")
+    add(
+        "--class_label", nargs="+", action="extend", help="Class names (ids unless names are numbers); each gives a row"
+    )
+    add(
+        "--brief",
+        nargs="+",
+        action="extend",
+        help="Design briefs (poster models only): YAML files, see configs/briefs, or random (drawn with --seed); each "
+        "gives a row (default: only the fields below)",
+    )
+    _add_brief_fields(parser)
+    add_control_options(parser)
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:

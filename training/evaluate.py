@@ -27,7 +27,7 @@ from pipelines.tools.cli import UserError, entry_point, located
 from pipelines.tools.devices import get_device
 from pipelines.tools.loading import find_pipeline
 from pipelines.tools.private import without_private
-from training.core.exchange import Exchange
+from training.core.exchange import ALONE, Exchange
 from training.core.files import read_json_object, write_atomically, write_json
 from training.core.options import option
 from training.core.parsing import parse_config
@@ -126,7 +126,7 @@ class EvaluationConfig(
 
 
 def evaluate(
-    config: EvaluationConfig, exchange: Exchange | None = None, settings: Mapping[str, Any] | None = None
+    config: EvaluationConfig, exchange: Exchange = ALONE, settings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Evaluate a model or a folder of images; with several processes, every one of them calls this.
 
@@ -139,7 +139,6 @@ def evaluate(
     Raises:
         UserError: the model or the data do not exist, or the model generates nothing that can be measured.
     """
-    exchange = exchange or Exchange()
     settings = run_settings(config.model) if settings is None else settings
     extractor = open_extractor(config.extractor, config.extractor_resolution, get_device(config.device))
     generator = None if config.images else _generator(config)

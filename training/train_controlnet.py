@@ -230,7 +230,7 @@ class ControlNetStage(GeneratingStage):
         for control, image, original, text in zip(controls, generated, batch["pixel_values"], texts, strict=True):
             images += [control, image, to_pil(original)]
             captions += ["control", text, "original"]
-        return Previews(images, captions, columns=6)
+        return Previews(images, captions, prompts=list(texts), columns=6)
 
     def _generate(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
         """Generate images with the controls of these samples, from fixed seeds."""

@@ -118,7 +118,7 @@ class GeneratingTab:
         text = "The settings of the file are set. Uploaded images and drawings are not part of it."
         if recipe.num_images > 1 and recipe.texts["seed"].isdecimal():
             others = f"{recipe.num_images} images are generated together, as before."
-            text += f" {others} That of the file has the seed {recipe.seed + recipe.place}."
+            text += f" {others} The image of the file has the seed {recipe.seed + recipe.place}."
         gr.Info(text)
         return [gr.skip() if value is KEPT else value for value in values]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,6 @@ from ..tools.loading import find_pipeline, load_on_device
 from ..tools.pairs import makes_pairs
 
 MOST_EXAMPLES = 6
-# What is written below samples that were not generated from a prompt: control images, images of the data, and captions
-# that the model has written.
-_NO_PROMPT = re.compile(r"control|original|(generated|original|predicted): .*", re.DOTALL)
 
 
 @dataclass
@@ -140,9 +136,8 @@ def example_prompts(folder: Path, tokenizer: Any) -> list[str]:
         return []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         prompts = json.loads((folder.parent / "record.json").read_text(encoding="utf-8"))["prompts"]
-        texts = dict.fromkeys(text for text in prompts if isinstance(text, str) and text)
-        if found := [text for text in texts if not _NO_PROMPT.fullmatch(text)]:
-            return found[:MOST_EXAMPLES]
+        if texts := list(dict.fromkeys(text for text in prompts if isinstance(text, str) and text)):
+            return texts[:MOST_EXAMPLES]
     words = {word.removeprefix("▁").removesuffix("</w>") for word in tokenizer.get_vocab()}
     known = words - set(tokenizer.all_special_tokens)
     return sorted(word for word in known if word.isalpha() and word.islower() and len(word) > 2)[:MOST_EXAMPLES]

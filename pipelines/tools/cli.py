@@ -14,7 +14,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .credentials import mask_credentials
@@ -237,6 +238,18 @@ def _end_launcher() -> None:
             launcher = psutil.Process().parent()
             if launcher is not None and "accelerate" in " ".join(launcher.cmdline()[:4]):
                 launcher.terminate()
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Context of work of this thread that the end of the program need not wait for, such as a request to a server."""
+    thread = threading.current_thread()
+    name = thread.name
+    thread.name = f"{BACKGROUND}-{name}"
+    try:
+        yield
+    finally:
+        thread.name = name
 
 
 def _exit(status: int) -> NoReturn:

@@ -208,6 +208,40 @@ def test_validating_a_model_outside_of_a_run_can_be_interrupted(tmp_path, capsys
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_only_a_thread_that_waits_in_the_background_ends_a_program_without_its_shutdown(waits):
+    """Idle threads of a pool exist until the end, and the shutdown need not wait for them."""
+    program = f"""
+import atexit, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pipelines.tools.cli import UserError, entry_point, in_background
+
+begun = threading.Event()
+
+def work(seconds):
+    with in_background():
+        if seconds:
+            begun.set()
+        time.sleep(seconds)
+
+def main():
+    pool = ThreadPoolExecutor(2)
+    list(pool.map(work, [0, 0]))
+    if {waits}:
+        pool.submit(work, 60)
+        begun.wait()
+    raise UserError("no")
+
+atexit.register(print, "shut down")
+entry_point(main)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: no\n")
+    assert ended.stdout == ("" if waits else "shut down\n")
+
+
 def test_loader_processes_that_ignore_signals_do_not_keep_a_finished_program(tmp_path):
     """At its end, multiprocessing sends SIGTERM to them, which they ignore, and then waits for them."""
     script = tmp_path / "script.py"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from pipelines.studio.app import Studio
 from pipelines.studio.bounds import MOST_PROMPT_CHARACTERS, in_range, message_of, plainly, text_of, upload, whole
 from pipelines.studio.brief_part import Brief
 from pipelines.studio.components import on_canvas, painted, strokes
-from pipelines.studio.models import Model, example_prompts, load_models
+from pipelines.studio.models import Model, load_models
 from pipelines.studio.running import generate
 from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, environment
@@ -67,12 +66,6 @@ def test_models_without_a_tab_and_missing_ones_are_named(folder):
 def test_two_models_of_the_same_name_are_told_apart(folder):
     names = [model.name for model in load_models([str(folder / "labelled")] * 2, "cpu")]
     assert len(set(names)) == 2
-
-
-def test_example_prompts_are_those_of_the_samples_and_nothing_else(tmp_path):
-    below = ["control", "a red circle", "original", "generated: a cat", "predicted: dogs", "originals"]
-    (tmp_path / "record.json").write_text(json.dumps({"prompts": below}))
-    assert example_prompts(tmp_path / "pipeline", object()) == ["a red circle", "originals"]
 
 
 def test_a_port_in_use_is_a_user_error(folder):

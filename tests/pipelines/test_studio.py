@@ -22,14 +22,14 @@ from playwright.sync_api import expect
 
 from pipelines import sample
 from pipelines.tools.generated import save_image
-from tests.support.browser import DOWNLOADS, SECONDS, Visitor, chromium, studio
+from tests.support.browser import DOWNLOADS, SECONDS, Visitor, chromium, needs_chromium, studio
 from tests.support.tiny_models import larger_pipeline
 from tests.support.tiny_published import PUBLISHED
 from tests.support.toy_runs import run_of
 from training.core.locks import FolderLock
 
 PNG_FILE = "PNG file of the studio or of sample.py"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_chromium]
 
 TABS = {
     "captioned_and_labelled": ["Text to image", "Image to image", "Inpainting"],

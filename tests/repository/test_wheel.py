@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.conftest import ROOT
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
-from tests.support.browser import FLAGS, Visitor, find_chromium, studio
+from tests.support.browser import FLAGS, Visitor, find_chromium, needs_chromium, studio
 from tests.support.environments import environment_of
 from tests.support.runs import environment
 
@@ -153,6 +153,7 @@ def test_latent_diffusion_trains_as_a_module_and_samples(run, workplace, diffusi
         assert grid.width > grid.height >= 64
 
 
+@needs_chromium
 def test_the_studio_shows_a_model(wheel, diffusion, tmp_path):
     python = environment_of(tmp_path / "venv", *dependencies(), "gradio")
     pip("--python", python, "install", *WITHOUT_NETWORK, wheel)

@@ -133,6 +133,9 @@ def test_the_run_folder_is_complete(launched):
     card = (launched / "pipeline/README.md").read_text()
     assert "that follow a control image" in card
     assert "text_mask" in card
+    record = json.loads((launched / "record.json").read_text())
+    assert record["sample_captions"][::3] == ["control"] * len(record["prompts"])
+    assert record["sample_captions"][1::3] == record["prompts"]
 
 
 @pytest.mark.parametrize("run", ["launched", "of_decoder"])

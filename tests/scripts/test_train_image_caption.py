@@ -98,6 +98,10 @@ def test_the_run_folder_is_complete(launched):
     assert (launched / "checkpoints/latest").exists()
     card = (launched / "pipeline/README.md").read_text()
     assert "it captions images, draws captions" in card
+    record = json.loads((launched / "record.json").read_text())
+    assert record["prompts"]
+    assert record["sample_captions"][: len(record["prompts"])] == record["prompts"]
+    assert not any(text.startswith(("generated", "original", "predicted")) for text in record["prompts"])
 
 
 def test_the_log_describes_tokenizer_and_model(launched):

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import TimeoutError, expect, sync_playwright
 
+from pipelines.tools.cli import UserError
 from tests.support.runs import ROOT, environment
 
 SECONDS = 240
@@ -37,12 +38,15 @@ window.cancelAnimationFrame = (number) => clearTimeout(number);
 """
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
 def find_chromium() -> str:
-    """Return the path of Chromium; the test is skipped without it."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
-    return path
+    """Return the path of Chromium. Raises UserError if it is not installed."""
+    if CHROMIUM is None:
+        raise UserError("Chromium is not installed; on Debian: apt-get install chromium")
+    return CHROMIUM
 
 
 class Opened(NamedTuple):

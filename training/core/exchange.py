@@ -64,7 +64,7 @@ class Exchange:
 
         Args:
             function: returns the results of a batch of up to `batch_size` numbers: a list, or a tensor with a row for
-                each of them. A list of the rows of a tensor is sent as many times as it has rows.
+                each of them. Return the tensor itself, not a list of its rows: each row would be sent with all of it.
         """
         return [result for batch in self.map_batches(function, count, batch_size) for result in batch]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -19,12 +19,14 @@ class Previews:
     Attributes:
         images: RGB images from the public pipeline.
         captions: one line per image: the prompt, the label, or a description.
+        prompts: the prompts among the captions, as examples for users; None if all captions are prompts.
         references: training images to compare with, for collapse detection; None if none are comparable.
         columns: number of columns of the grid; None chooses it automatically.
     """
 
     images: list[Image.Image]
     captions: list[str]
+    prompts: list[str] | None = field(default=None, kw_only=True)
     references: list[Image.Image] | None = None
     columns: int | None = None
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
@@ -79,8 +77,10 @@ def finish(
             exchange cannot wait for the others: it ends, and they end because of that (`RankWatch`).
     """
     failure = ""
+    if accelerator.is_main_process and accelerator.num_processes > 1:
+        stop.on_leaving = functools.partial(_close_stopped, training, exporter, reporter)
     try:
-        with training.evaluating(), _at_once(training, exporter, reporter, accelerator, stop):
+        with training.evaluating(), stop.at_once():
             best = linked_checkpoint(folder.checkpoints, "best")
             # Without a finite validation metric, `best` is only the first checkpoint.
             of_best = training.state.stopped_early or training.stage.exports_best
@@ -94,9 +94,8 @@ def finish(
     except Interrupted:
         if accelerator.num_processes == 1:
             return False
-        if accelerator.is_main_process:
-            _close_stopped(training, exporter, reporter)
         raise
+    stop.on_leaving = None
     if failure:
         raise UserError(failure)
     if accelerator.is_main_process:
@@ -127,29 +126,6 @@ def leave(
         _close_stopped(training, exporter, reporter)
     numbers = [number for number in gather(accelerator, stop.requested) if number is not None]
     return stop.exit_status(numbers[0] if numbers else signal.SIGTERM)
-
-
-@contextmanager
-def _at_once(
-    training: Training, exporter: Exporter, reporter: Reporter, accelerator: Accelerator, stop: StopSignal
-) -> Iterator[None]:
-    """Leave the block at once, see `StopSignal`. Log how to resume also if the main process has to be ended, because it
-    waits for another one."""
-    announce = stop.on_last_resort
-
-    def announce_and_log(status: int) -> None:
-        if announce is not None:
-            announce(status)
-        with contextlib.suppress(Exception):  # the process must end
-            _close_stopped(training, exporter, reporter)
-
-    if accelerator.is_main_process and accelerator.num_processes > 1:
-        stop.on_last_resort = announce_and_log
-    try:
-        with stop.at_once():
-            yield
-    finally:
-        stop.on_last_resort = announce
 
 
 def _close_stopped(training: Training, exporter: Exporter, reporter: Reporter) -> None:

@@ -203,9 +203,9 @@ class Loop:
                 raise Interrupted
             with self._saving_if_data_fail(has_trained=True):
                 validated = self.validate() if last or self.cadence.validation_due(state.step) else {}
-            evaluation = self.evaluate()
-            if last or self.cadence.preview_due(state.step):
-                self.show_previews()
+                evaluation = self.evaluate()
+                if last or self.cadence.preview_due(state.step):
+                    self.show_previews()
         except Interrupted:
             self.stop_agreed = True
             self._save(must_succeed=True)

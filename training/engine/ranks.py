@@ -96,6 +96,8 @@ class RankWatch:
         if _is_failed_exchange(error):
             announced = self._announced(_REASON_SECONDS)
             if announced is not None:
+                if not announced["message"]:  # another process was asked to stop
+                    self._leave()
                 raise ReportedError(announced["message"], announced["status"]) from None
             error = UserError(
                 "another process of this run ended without a message (it may have been killed because the memory was "
@@ -112,10 +114,21 @@ class RankWatch:
 
     def _announce_stop(self, status: int) -> None:
         self._announce(status, "")
+        self._leave()
         self._stay_for_the_others()
 
+    def _leave(self) -> None:
+        """Let the run say that it was stopped; an error of this must not keep the process from ending."""
+        leave, self.stop.on_leaving = self.stop.on_leaving, None
+        if leave is not None:
+            with contextlib.suppress(Exception):
+                leave()
+
     def _stay_for_the_others(self) -> None:
-        """Wait a moment until the others know of the end of this process, which owns the store if it is the first."""
+        """Wait, for at most `_REASON_SECONDS`, until all other processes know that this one ends.
+
+        Only the first process waits, because the store may end with it.
+        """
         assert self._store is not None
         keys = [_left(rank) for rank in range(1, self.num_processes)]
         deadline = time.monotonic() + _REASON_SECONDS

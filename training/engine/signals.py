@@ -62,6 +62,9 @@ class StopSignal:
     def __init__(self) -> None:
         self.on_last_resort: Callable[[int], None] | None = None
         """Called with the exit status before the process is ended by `at_once`."""
+        self.on_leaving: Callable[[], None] | None = None
+        """Called once when this process ends because a process of the run was asked to stop, and cannot wait for the
+        others; `RankWatch` calls it after it has told them."""
         self._signal: int | None = None
         self._requested_at = 0.0
         self._interrupted_at = 0.0

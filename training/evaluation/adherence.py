@@ -192,7 +192,7 @@ def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows, exchange: 
     def read(batch: Sequence[int]) -> list[tuple[list[float], int, list[float]]]:
         """Return what is read of each poster, and its distances from the palettes of all briefs."""
         own = [images[number] for number in batch]
-        output = reader(own)
+        output = reader(own, overlays=False)
         return [
             (
                 [numbers[name] for name in GRAMMAR],

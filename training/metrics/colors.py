@@ -21,7 +21,7 @@ _WHITE = _TO_XYZ.sum(axis=1)
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """Return an image as RGB, reduced to 32 × 32 pixels, with the same colours for all functions below."""
+    """Return an image as RGB at 32 × 32 pixels, of which all functions below return the same as of the image itself."""
     return to_rgb(image).resize((PIXELS, PIXELS), Image.Resampling.BOX)
 
 

@@ -43,7 +43,7 @@ def caption_previews(pipeline: Any, data: ImageDataset, config: Any, poll: Calla
         images += row
         captions += [f"{'original' if row is originals else 'predicted'}: {caption}" for caption in words]
         _fill_row(images, captions, columns)
-    return Previews(images, captions, columns=columns)
+    return Previews(images, captions, prompts=list(prompts), columns=columns)
 
 
 def _fill_row(images: list[Any], captions: list[str], columns: int) -> None:

@@ -73,7 +73,8 @@ class Exporter:
             if previews is not None:
                 for folder in published_parts(temporary):
                     save_png(previews.grid(), folder / "samples.png")
-                record |= {"samples_file": "samples.png", "prompts": previews.captions}
+                record |= {"samples_file": "samples.png", "sample_captions": previews.captions}
+                record |= {"prompts": previews.captions if previews.prompts is None else previews.prompts}
             evaluation = read_evaluation(self.folder.path, record.get("steps"))
             record |= {"card": {"template": self.stage.card_template}}
             record |= {"card": write_cards(temporary, {**record, "evaluation": evaluation})}

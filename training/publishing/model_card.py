@@ -68,8 +68,8 @@ def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapp
         record: any of stage, model_name, license, dataset, num_train_images, resolution, steps, epochs,
             global_batch_size, images_seen, hardware, cpu_cores, elapsed_seconds, config, metrics {name: value},
             best {metric, value, step}, num_validation_images, energy {kwh, assumption}, evaluation (evaluation.json),
-            prompts, samples_file, versions {name: version}, trust_remote_code, hub_model_id; facts that are absent or
-            None are left out.
+            prompts, samples_file, sample_captions, versions {name: version}, trust_remote_code, hub_model_id; facts
+            that are absent or None are left out.
 
     Raises:
         UserError: if the template does not exist.
@@ -115,13 +115,15 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     conditions = _conditions(folder, record)
     samples = record.get("samples_file")
     prompts = [clean(prompt) for prompt in record.get("prompts") or []]
+    captions = [clean(caption) for caption in record.get("sample_captions") or []]
     return {
         "metadata": _metadata(folder, record, conditions),
         "title": literal(record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1])
         or "A Halftone model",
         "license": record.get("license"),
         "samples_file": samples if samples and (folder / samples).is_file() else "",
-        "prompts": [literal(prompt) for prompt in prompts],
+        # Earlier versions wrote all captions as prompts.
+        "sample_captions": [literal(caption) for caption in captions or prompts],
         "example_prompt": json.dumps(prompts[0] if prompts else "...", ensure_ascii=False),
         "example_size": _sides(record.get("resolution")) or (64, 64),
         "repository": record.get("hub_model_id") or UNPUBLISHED,

@@ -33,6 +33,8 @@ from training.stages.image_stage import ImageStage, ImageStageConfig
 SHOWN = ("kid", "kid_standard_error", "fd", "precision", "recall", "coverage")
 # Share of the images that are generated to estimate the time of an evaluation.
 TIMED_SHARE = 0.1
+# The largest batch that is generated. Processes divide whole batches, so that results do not depend on their number;
+# with larger ones, the 256 images of an evaluation would leave GPUs without work.
 MOST_AT_A_TIME = 32
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.tools.cli import BACKGROUND, UserError
+from pipelines.tools.cli import UserError, in_background
 from training.core.blocks import RowBlocks
 from training.data.shards import places
 from training.data.shards.places import Block, is_received, receive, remote_part
@@ -103,7 +103,12 @@ def prefetch(sources: Iterable[Any], *, whole_blocks: bool) -> None:
     if len(missing) == 1:
         receive(missing[0])
     elif missing:
-        list(_pool().map(receive, sorted(missing, key=_by_file)))
+        list(_pool().map(_receive, sorted(missing, key=_by_file)))
+
+
+def _receive(part: Block) -> None:
+    with in_background():
+        receive(part)
 
 
 def _by_file(part: Block) -> tuple[str, int]:
@@ -124,7 +129,7 @@ def _readers() -> int:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix=f"{BACKGROUND}-shards")
+    return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="shards")
 
 
 if hasattr(os, "register_at_fork"):
