@@ -160,10 +160,22 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         opened("ada/images")
     with pytest.raises(UserError, match="'ada/nothing' is not a local folder and cannot be read on the Hub"):
         opened("ada/nothing")
-    with pytest.raises(UserError, match="'shards' .* does not exist; check the path given by --train_data_dir"):
-        opened("ada/images", dataset_name=None, train_data_dir="shards")
     with pytest.raises(UserError, match="--dataset_revision"):
         opened("ada/images", dataset_revision="v2")
+
+
+def test_a_folder_is_not_looked_for_on_the_hub(hub):
+    for name, message in {
+        "shards": "'shards' .* does not exist; check the path given by --train_data_dir",
+        "ada/emoji": "'ada/emoji' .* does not exist; check the path given by --train_data_dir",
+        "hf://datasets/ada/emoji": "is a URL; give it with --dataset_name",
+        "https://example.org/0.tar": "is a URL; give it with --dataset_name",
+    }.items():
+        config = DataConfig(train_data_dir=name, streaming=True)
+        assert "dataset_revision" not in config.pinned()
+        with pytest.raises(UserError, match=message):
+            source.load_all_splits(config)
+    assert not hub.requests
 
 
 def test_a_commit_is_read_instead_of_a_branch_in_the_name_and_two_revisions_are_refused(hub):

@@ -6,24 +6,56 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from pipelines.tools.cli import UserError, located
+from pipelines.tools.credentials import mask_credentials
 from pipelines.tools.files import image_suffixes
 from training.data.archives import is_archive
 from training.data.folder_layout import METADATA_NAMES
+from training.data.shards.remote import is_remote
 from training.data.table_files import matching_files, readme_defines_splits
 
 
-def found_here(name: str, base: str) -> tuple[Path, list[Path]]:
-    """Return the path that a name stands for, and the files if it is a pattern of files.
+class Found(NamedTuple):
+    """What the name of a source stands for on this machine."""
+
+    path: Path
+    files: list[Path]
+    """The files, if the name is a pattern of files"""
+    local: bool
+    """Whether there is anything; if not, the name is a URL or that of a dataset on the Hub"""
+
+
+def found_here(name: str, base: str, imagefolder: bool) -> Found:
+    """Return what the name of a source stands for on this machine.
 
     Args:
         base: the folder that a relative path begins at.
+        imagefolder: whether the name was given by --train_data_dir.
+
+    Raises:
+        UserError: it is not on this machine, and cannot be elsewhere.
     """
     path = Path(base, os.path.expanduser(name))
-    return path, [] if path.exists() else matching_files(path)
+    files = [] if path.exists() else matching_files(path)
+    if files or path.exists():
+        return Found(path, files, local=True)
+    if is_remote(name) and imagefolder:
+        raise UserError(
+            f"--train_data_dir takes a folder on this machine, and {mask_credentials(name)} is a URL; give it with "
+            "--dataset_name and --streaming true"
+        )
+    if not is_remote(name) and (imagefolder or _looks_local(name)):
+        raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag_of(imagefolder)}")
+    return Found(path, [], local=False)
 
 
-def looks_local(name: str) -> bool:
+def flag_of(imagefolder: bool) -> str:
+    return "--train_data_dir" if imagefolder else "--dataset_name"
+
+
+def _looks_local(name: str) -> bool:
     """Return whether a name that does not exist here looks like a path, so that the Hub need not be asked."""
     path = Path(name)
     in_folder_here = len(path.parts) > 1 and path.parent.is_dir()

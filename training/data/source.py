@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.tools.cli import UserError, located, nearest
+from pipelines.tools.cli import UserError, nearest
 from pipelines.tools.credentials import mask_credentials
 from training.core.draws import mix
 from training.core.options import Options, option
@@ -26,10 +26,10 @@ from training.data.folder_account import FolderAccount
 from training.data.folder_captions import CaptionSource
 from training.data.image_folder import open_image_folder
 from training.data.image_paths import refuse_foreign_paths
-from training.data.local_names import found_here, is_image_folder, looks_local
+from training.data.local_names import flag_of, found_here, is_image_folder
 from training.data.records import files_state, rows_key
 from training.data.shards.opening import block_order, open_remote_shards, open_shards
-from training.data.shards.remote import HUB, is_remote
+from training.data.shards.remote import is_remote
 from training.data.shards.sources import commit_of, names_hub
 from training.data.table_files import is_saved, load_local
 from training.data.transforms import TRANSFORM_VERSION
@@ -233,12 +233,10 @@ def _opened(config: DataConfig) -> OpenedSource:
 def _commit(config: DataConfig) -> str | None:
     """Return the commit that is read of a dataset on the Hub that is streamed; None for other sources."""
     name = config.source
-    if not config.streaming or not names_hub(name):
+    if not config.streaming or config.train_data_dir or not names_hub(name):
         return None
-    if not name.startswith(HUB):
-        path, files = found_here(name, os.getcwd())
-        if config.train_data_dir or looks_local(name) or path.exists() or files:
-            return None
+    if not is_remote(name) and found_here(name, os.getcwd(), imagefolder=False).local:
+        return None
     return commit_of(name, config.dataset_revision)
 
 
@@ -255,13 +253,9 @@ def _open_source(
 ) -> OpenedSource:
     import datasets
 
+    path, files, local = found_here(name, base, imagefolder)
     if is_remote(name) and not streaming:
         raise UserError(f"{mask_credentials(name)} is a URL; add --streaming true to read its shards where they are")
-    path, files = found_here(name, base)
-    local = path.exists() or bool(files)
-    flag = "--train_data_dir" if imagefolder else "--dataset_name"
-    if not local and not is_remote(name) and (imagefolder or looks_local(name)):
-        raise UserError(f"dataset {located(name)} does not exist; check the path given by {flag}")
     account = None
     if streaming and not local:
         return OpenedSource(*open_remote_shards(name, config_name, revision), None)
@@ -289,7 +283,7 @@ def _open_source(
         datasets.exceptions.DatasetsError,
         datasets.exceptions.DatasetBuildError,
     ) as error:
-        raise UserError(_explain_load_error(name, local, flag, error)) from error
+        raise UserError(_explain_load_error(name, local, flag_of(imagefolder), error)) from error
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({only_split: loaded})
     return OpenedSource(splits, state, account)
 
