@@ -387,6 +387,15 @@ def test_images_with_two_dots_in_their_names_are_read(tmp_path, server):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
+def test_only_what_differs_in_urls_names_their_splits(tmp_path, server):
+    for folder, first in {"a": 0, "b": 10, "test": 20}.items():
+        tar_shard(tmp_path / f"shards/val/{folder}/0.tar", range(first, first + 10))
+    for at in (f"{server.url}/val", f"{server.url}//////val"):
+        assert {len(split) for split in source.load_all_splits(config_of(f"{at}/{{a,b}}/0.tar")).values()} == {20}
+        splits = source.load_all_splits(config_of(f"{at}/{{a,b,test}}/0.tar"))
+        assert {name: len(split) for name, split in splits.items()} == {"train": 20, "test": 10}
+
+
 def test_a_server_says_how_long_to_wait(tmp_path, server, monkeypatch):
     slept = []
     monkeypatch.setattr(remote.time, "sleep", slept.append)

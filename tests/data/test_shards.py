@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from training.data.checks import scan
 from training.data.fingerprints import dataset_fingerprint
 from training.data.images import BadRow, DataConfig, ImageDataset, load_label_map, load_split
 from training.data.shards import places, tables
+from training.data.shards.threads import map_in_threads
 from training.engine.balance import BalanceConfig, balanced_strata
 from training.engine.loading import MicroBatches
 
@@ -256,3 +258,20 @@ def test_order_is_exact_for_any_start_split_and_number_of_workers(tmp_path, monk
     halves = [[s[0] for s in micro_batches(data, BatchLayout(2, 2, rank=rank)).steps(0, 7)] for rank in range(2)]
     for one, first, second in zip(four, *halves, strict=True):
         assert torch.equal(one["pixel_values"], torch.cat([first["pixel_values"], second["pixel_values"]]))
+
+
+def test_the_first_error_of_several_threads_is_raised_without_waiting_for_the_others():
+    begun, ended, may_end = [], [], threading.Event()
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise UserError("no shard")
+        may_end.wait(20)
+        ended.append(number)
+
+    with pytest.raises(UserError, match="no shard"):
+        map_in_threads(work, range(1000), 2, "work")
+    assert not ended
+    assert len(begun) <= 3
+    may_end.set()

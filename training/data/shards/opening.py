@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ import torch
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.files import image_suffixes
-from pipelines.tools.progress import watched
 from training.core.blocks import RowBlocks
 from training.core.files import write_atomically
 from training.data.folder_layout import SPLIT_NAMES
@@ -28,6 +26,7 @@ from training.data.shards.places import shard_of
 from training.data.shards.remote import HUB
 from training.data.shards.sources import REQUESTS_AT_ONCE, SUFFIXES, RemoteShard, remote_shards
 from training.data.shards.tables import BLOCK_COLUMN, BLOCK_ROWS, table_of_shard
+from training.data.shards.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pyarrow
@@ -71,11 +70,11 @@ def open_remote_shards(name: str, config_name: str | None, commit: str) -> tuple
         UserError: shards are missing, damaged or cannot be read.
     """
     shards = remote_shards(name, config_name, commit)
-    urls = [str(shard) for shard in shards]
-    root = os.path.commonpath([url.rpartition("/")[0] for url in urls])
+    urls = [str(shard).split("/") for shard in shards]
+    above = len(os.path.commonprefix([folders for *folders, _ in urls]))
     splits: dict[str, list[Path | RemoteShard]] = {}
     for url, shard in zip(urls, shards, strict=True):
-        split = shard.split or _split_of(url[len(root) :].rpartition(".")[0])
+        split = shard.split or _split_of("/".join(url[above:]).rpartition(".")[0])
         splits.setdefault(split, []).append(shard)
     return _opened(splits), remote_files_state([_state_of(shard) for shard in shards])
 
@@ -180,20 +179,14 @@ def _table(shards: Sequence[Path | RemoteShard]) -> Path:
     parts = [cache_file("shard", [key, _content_of(shard)], ".arrow") for shard in shards]
     joined.parent.mkdir(parents=True, exist_ok=True)
 
-    def index(shard: Path | RemoteShard, part: Path) -> None:
-        if not part.is_file():
-            _write(part, [table_of_shard(shard)])
+    def index(number: int) -> None:
+        if not parts[number].is_file():
+            _write(parts[number], [table_of_shard(shards[number])])
 
     # The threads of remote shards wait for the network.
     remote = any(isinstance(shard, RemoteShard) for shard in shards)
     threads = REQUESTS_AT_ONCE if remote else min(16, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for _ in watched(pool.map(index, shards, parts), len(shards), "shard", "index of the shards"):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    map_in_threads(index, range(len(shards)), threads, "index of the shards")
     _write(joined, _numbered([_at_its_url(_read(part), shard) for part, shard in zip(parts, shards, strict=True)]))
     return joined
 

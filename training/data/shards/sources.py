@@ -14,15 +14,14 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from pipelines.tools.cli import UserError, cause, nearest, printable
-from pipelines.tools.progress import watched
 from training.data.shards.remote import HUB, STORES, find_in_store, has_wildcard, is_remote, state_of, version_of
 from training.data.shards.remote_file import RemoteFile
+from training.data.shards.threads import map_in_threads
 
 SUFFIXES = (".tar", ".parquet")
 REQUESTS_AT_ONCE = 16
@@ -196,12 +195,7 @@ def _with_states(urls: Sequence[str]) -> list[RemoteShard]:
         state = state_of(url)
         return RemoteShard(f"{url}#{state.version}", state.size, state.version)
 
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        try:
-            return list(watched(pool.map(shard, urls), len(urls), "shard", "state of the shards"))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return map_in_threads(shard, urls, REQUESTS_AT_ONCE, "state of the shards")
 
 
 def _in_store(name: str) -> list[RemoteShard]:
