@@ -28,7 +28,7 @@ _MOST_BYTES_OF_TEXT = 2**20
 # Of a remote tar file, a block is received as a whole unless it is much larger than its images: with a header of 512
 # bytes and the rest of 512 bytes, an image and its caption and class have up to this many bytes beside them.
 _BESIDE_AN_IMAGE = 4096
-_MOST_IN_VAIN = 2
+_MOST_EXCESS = 2
 
 
 class _Member(NamedTuple):
@@ -109,7 +109,7 @@ def _bytes_of_block(members: Sequence[_Member]) -> tuple[int, int] | None:
     start = min(member.offset for member in members)
     length = max(member.offset + member.size for member in members) - start
     own = sum(member.size + _BESIDE_AN_IMAGE for member in members)
-    return (start, length) if length <= _MOST_IN_VAIN * own else None
+    return (start, length) if length <= _MOST_EXCESS * own else None
 
 
 def _require_end(content: IO[bytes], offset: int) -> None:
