@@ -47,9 +47,9 @@ def dataset_fingerprint(dataset: ImageDataset, poll: Callable[[], None] = lambda
     images and of their masks, if the dataset has any.
 
     It is independent of paths and of how the rows are stored (files, Parquet, Arrow). In a dataset with more rows than
-    that, a change to images alone is detected only if it affects a sampled image. The fingerprint of so many rows
-    depends on where they are: of remote shards, fewer images are read (`SAMPLED_IN_BLOCK` images in each of
-    `SAMPLED_BLOCKS` blocks) than of the same rows on the disk.
+    that, a change to images alone is detected only if it affects a sampled image, and the fingerprint depends on where
+    the data are: of remote shards, fewer images are read (`SAMPLED_IN_BLOCK` images in each of `SAMPLED_BLOCKS`
+    blocks) than of the same rows on the disk.
 
     Args:
         poll: called now and then; it may raise to stop.

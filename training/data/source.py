@@ -149,8 +149,8 @@ class DataConfig(Options):
             )
 
     def kept_revision(self, saved: Mapping[str, Any]) -> str:
-        """Return the revision that a run with this saved config goes on with. The commit of another dataset than the
-        configured one is not kept."""
+        """Return the revision that a run with this saved config continues with. The commit of another dataset than
+        the configured one is not kept."""
         same = saved.get("dataset_name") == self.dataset_name
         left_open = self.dataset_revision == DataConfig.dataset_revision
         return str(same and left_open and saved.get("dataset_revision") or self.dataset_revision)
