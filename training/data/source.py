@@ -53,7 +53,7 @@ class DataConfig(Options):
     dataset_config_name: str | None = option(None)
     """Configuration of the dataset, if it has several"""
     dataset_revision: str = option("auto", content="data", kept=True)
-    """Commit, branch or tag of a Hub dataset; auto is the newest commit. With --streaming true, a run keeps the commit
+    """Commit, branch or tag of a Hub dataset; auto is the newest commit; with --streaming true, a run keeps the commit
     that it was started with"""
     train_data_dir: str | None = option(None, content="data", essential=True, replaces=["dataset_name"])
     """Folder of images, with captions in a table or in text files beside the images, and/or one subfolder per class;
