@@ -73,7 +73,7 @@ def _keys(function: ast.FunctionDef) -> Iterator[str]:
         if isinstance(key, ast.Constant) and isinstance(key.value, str):
             yield re.escape(key.value)
         elif isinstance(key, ast.JoinedStr):
-            parts = [re.escape(part.value) if isinstance(part, ast.Constant) else ANY_NAME for part in key.values]
+            parts = [re.escape(str(part.value)) if isinstance(part, ast.Constant) else ANY_NAME for part in key.values]
             if "".join(parts) != ANY_NAME:
                 yield "".join(parts)
 
