@@ -21,6 +21,7 @@ from training.metrics.captions import alignment_metrics, caption_scores, retriev
 from training.metrics.colors import color_statistics
 from training.metrics.control import control_metrics
 from training.metrics.cycle import cycle_metrics
+from training.metrics.images import psnr, ssim
 from training.metrics.memorization import CopyReport, ReplayReport
 from training.metrics.posters import measure_posters
 from training.metrics.quality import measure_distances
@@ -159,3 +160,18 @@ def test_a_metric_that_is_missing_would_be_noticed():
     function = ast.parse("def f(x) -> dict[str, float]:\n    y['a'] = 1\n    return {'b': 2, f'{x}_c': 3}").body[0]
     assert isinstance(function, ast.FunctionDef)
     assert set(_keys(function)) == {"a", "b", f"{ANY_NAME}_c"}
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics():
+    """SSIM is the mean over the windows inside of the image; the mean of torchmetrics is also over its mirrored border."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 40) * 2 - 1
+    changed = (images + 0.2 * torch.randn_like(images)).clamp(-1, 1)
+    theirs = peak_signal_noise_ratio(changed, images, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    assert psnr(changed, images).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    measured = structural_similarity_index_measure(changed, images, data_range=2.0, return_full_image=True)
+    assert isinstance(measured, tuple)
+    inside = measured[1][..., 5:-5, 5:-5].flatten(1).mean(1)
+    assert ssim(changed, images).tolist() == pytest.approx(inside.tolist(), rel=1e-4)
