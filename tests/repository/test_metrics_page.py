@@ -163,7 +163,7 @@ def test_a_metric_that_is_missing_would_be_noticed():
 
 
 def test_psnr_and_ssim_are_those_of_torchmetrics():
-    """SSIM is the mean over the windows inside of the image; the mean of torchmetrics is also over its mirrored border."""
+    """SSIM is the mean over windows inside of the image; that of torchmetrics is also over its mirrored border."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     torch.manual_seed(0)
