@@ -26,6 +26,7 @@ from pipelines.tools.cli import UserError  # noqa: E402
 
 PAGES = ("reference/commands.md", "reference/python.md")
 FOLDERS = ("training", "training/hpc", "data_scripts", "pipelines", "training/benchmarks")
+POSITIONAL = "positional arguments"
 HELP_COLUMNS = 4
 """Least indent of a line of help; flags are indented by 2."""
 CLASSES = {
@@ -114,7 +115,7 @@ def read_help(path: str, text: str) -> Command:
     command, title, flag, description = Command(path), "", None, []
     for line in text.split("\n\n", 1)[-1].splitlines():  # the usage comes first
         heading = re.fullmatch(r"(\S.*):", line)
-        entry = re.match(r"  (-\S.*?)(?:  +(\S.*))?$", line)
+        entry = re.match(r"  (-\S.*?)(?:  +(\S.*))?$" if title != POSITIONAL else r"  (\S+)(?:  +(\S.*))?$", line)
         if heading and not entry and (command.groups or _is_title(heading[1])):
             title, flag = heading[1], None
             command.groups[title] = []
@@ -131,7 +132,7 @@ def read_help(path: str, text: str) -> Command:
 
 
 def _is_title(text: str) -> bool:
-    return text in ("Essentials", "Options", "options", "positional arguments") or text.startswith("--")
+    return text in ("Essentials", "Options", "options", POSITIONAL) or text.startswith("--")
 
 
 def commands() -> Iterator[Command]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
+from halftone_trainer.__main__ import find_scripts
 from tests.conftest import ROOT
 from training.core.parsing import known_names
 
@@ -18,35 +23,65 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generate_reference
 from site_hooks import with_links_of_the_site
 
-CONFIGS = {
-    "training/train_autoencoder.py": "Config",
-    "training/train_latent_diffusion.py": "Config",
-    "training/train_controlnet.py": "Config",
-    "training/train_decoder.py": "Config",
-    "training/finetune_decoder.py": "Config",
-    "training/train_image_caption.py": "Config",
-    "training/evaluate.py": "EvaluationConfig",
-}
+SCRIPTS = [path.relative_to(ROOT).as_posix() for path in generate_reference.scripts()]
 
 
-@pytest.mark.parametrize("script", CONFIGS)
-def test_every_option_is_in_the_reference(script):
+def config_of(script: str, module: ModuleType) -> type | None:
+    """Return the class of a script's flags, which its `main` passes to `parse_config`; None if it uses argparse."""
+    if hasattr(module, "parse_arguments"):
+        return None
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    calls = [node for node in ast.walk(main) if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse_config"]
+    return getattr(module, ast.unparse(calls[0].args[0]))
+
+
+def parser_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """Return the parser that a script makes in `parse_arguments`."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def keep(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        parsers.append(parser)
+        raise _Kept
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", keep)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    with pytest.raises(_Kept):
+        module.parse_arguments([])
+    return parsers[0]
+
+
+class _Kept(Exception):
+    """Raised when a parser has been kept, so that nothing is parsed."""
+
+
+def test_every_command_is_in_the_reference():
+    files = [file for folder in ("training", "pipelines", "data_scripts") for file in (ROOT / folder).rglob("*.py")]
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    started = {name for name, text in texts.items() if re.search(r"^if __name__ == .__main__.:$", text, re.MULTILINE)}
+    assert started == set(SCRIPTS)
+    assert {path.relative_to(ROOT).as_posix() for path in find_scripts().values()} <= set(SCRIPTS)
+    assert {"training/benchmarks/pixels.py", "training/hpc/submit.py"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_reference(script, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     command = generate_reference.read_help(script, generate_reference.help_of(ROOT / script))
-    flags = {flag.names.split()[0].rstrip(",") for flags in command.groups.values() for flag in flags}
-    options = {f"--{name}" for name in known_names(getattr(module, CONFIGS[script]))}
-    assert options - flags == set()
+    listed = [flag for flags in command.groups.values() for flag in flags]
+    shown = {name for flag in listed for name in re.findall(r"(?<![\w-])--\w[\w.]*", flag.names)}
+    config = config_of(script, module)
+    if config is not None:
+        expected = {f"--{name}" for name in known_names(config)}
+    else:
+        actions = parser_of(module, monkeypatch)._actions
+        expected = {action.option_strings[-1] for action in actions if action.option_strings}
+        positional = {action.metavar or action.dest for action in actions if not action.option_strings}
+        assert {flag.names for flag in command.groups.get(generate_reference.POSITIONAL, [])} == positional
+    assert expected
+    assert expected - shown == set()
     assert command.description.startswith((module.__doc__ or "").splitlines()[0])
-    assert all(flag.help for flags in command.groups.values() for flag in flags)
-
-
-def test_the_flags_of_a_command_without_a_config_are_in_the_reference():
-    script = "pipelines/sample.py"
-    text = generate_reference.help_of(ROOT / script)
-    command = generate_reference.read_help(script, text)
-    flags = {re.split("[ ,]", flag.names)[0] for flags in command.groups.values() for flag in flags}
-    assert set(re.findall(r"^  (--\w+)", text, re.MULTILINE)) == flags - {"-h"}
-    assert {"--prompt", "--brief", "--control_image"} <= flags
+    assert [flag.names for flag in listed if not flag.help] == []
 
 
 def test_texts_of_the_program_are_not_read_as_markdown():
@@ -81,9 +116,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site/reference/commands/index.html").read_text(encoding="utf-8")
-    scripts = [path.relative_to(ROOT).as_posix() for path in generate_reference.scripts()]
-    assert len(scripts) > 20
-    assert all(f">{script}<" in page for script in scripts)
+    assert all(f">{script}<" in page for script in SCRIPTS)
     classes = (tmp_path / "site/reference/python/index.html").read_text(encoding="utf-8")
     assert "guidance_scale" in classes
     guides = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}

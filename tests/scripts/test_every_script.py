@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from data_scripts.make_emoji import find_font
-from halftone_trainer.__main__ import find_scripts
 from pipelines.tools.cli import UserError
+from tests.repository.test_site import generate_reference
 from tests.scripts.conftest import COMMON, TINY_AUTOENCODER, TINY_DIFFUSION
 from tests.scripts.test_distill_latent_diffusion import TINY as TINY_STUDENT
 from tests.scripts.test_train_controlnet import MASKS
@@ -39,14 +39,17 @@ ELSEWHERE = {
     "training/run_experiments.py": "tests/scripts/test_run_experiments.py",
     "training/finetune_decoder.py": "tests/scripts/test_finetune_decoder.py",
     "training/benchmarks/run.py": "tests/benchmarks/test_benchmarks.py",
+    "training/benchmarks/recipes.py": "tests/benchmarks/test_recipes.py",
+    "training/hpc/submit.py": "tests/hpc/test_scripts.py",
 }
+SCRIPTS = [path.relative_to(ROOT).as_posix() for path in generate_reference.scripts()]
 # No test runs commands that need other machines or an account: srun and sbatch (a cluster), torchrun and accelerate
 # launch on several GPUs, hf auth login, wandb login. tests/repository/test_readme.py parses them.
 SHARES = ("--validation_fraction", "0.1", "--test_fraction", "0.1")
 DATA = ("--dataset_name", "data/posters")
 SHORT = ("--max_train_steps", "2", "--preview_epochs", "0")
 
-# (script, flags, a file that it makes), in an order in which each finds what it needs.
+# (script, flags, a file that it makes or an empty string), in an order in which each finds what it needs.
 COMMANDS: list[tuple[str, Sequence[str], str]] = [
     (
         "data_scripts/make_posters.py",
@@ -143,7 +146,47 @@ COMMANDS: list[tuple[str, Sequence[str], str]] = [
         "exported/onnx_latent_diffusion.py",
     ),
     ("training/push_to_hub.py", ("runs/diffusion", "--hub_model_id", "diffusion"), "runs/diffusion/hub.json"),
+    (
+        "training/benchmarks/pixels.py",
+        (
+            *(
+                "--train_data_dir",
+                "pictures",
+                "--resolution",
+                "16",
+                "--max_train_steps",
+                "6",
+                "--train_batch_size",
+                "2",
+            ),
+            *("--block_out_channels", "[32,32]", "--output_dir", "runs/pixels"),
+        ),
+        "runs/pixels/model_index.json",
+    ),
+    (
+        "training/benchmarks/captions.py",
+        ("--side", "memory", "--preset", "tiny", "--batch_size", "0", "--device", "cpu", "--output", "captions.json"),
+        "captions.json",
+    ),
+    ("training/benchmarks/decoder.py", ("--batch_size", "0", "--output", "decoder.json"), "decoder.json"),
+    (
+        "training/hpc/make_inputs.py",
+        ("data/few_posters", "--configs", "autoencoder/few.yaml"),
+        "data/few_posters/contact_sheet.png",
+    ),
+    (
+        "training/hpc/requeue.py",
+        ("--status", "0", "--run", "runs/diffusion", "--job", "12_1", "--log_dir", "hpc"),
+        "",
+    ),
 ]
+# A config with an input that it makes, for make_inputs.py.
+FEW = """
+dataset_name: data/few_posters
+output_dir: runs/few
+prepare:
+  data/few_posters: data_scripts/make_posters.py --output_dir data/few_posters --num_posters 12 --num_workers 1
+"""
 
 
 @pytest.fixture(scope="module")
@@ -156,18 +199,19 @@ def workplace(tmp_path_factory) -> Path:
     shutil.copytree(folder / "scans", folder / "pictures")
     lines = [{"file_name": f"{number}.png", "caption": f"scan {number}"} for number in range(4)]
     (folder / "scans.json").write_text(json.dumps(lines), encoding="utf-8")
+    (folder / "autoencoder").mkdir()
+    (folder / "autoencoder/few.yaml").write_text(FEW, encoding="utf-8")
     return folder
 
 
 def test_every_script_is_among_these() -> None:
     listed = {script for script, _, _ in COMMANDS} | ELSEWHERE.keys()
-    scripts = {path.relative_to(ROOT).as_posix() for path in find_scripts().values()}
-    assert scripts <= listed
+    assert set(SCRIPTS) == listed
     for test in ELSEWHERE.values():
         assert (ROOT / test).is_file()
 
 
-@pytest.mark.parametrize("script", [path.relative_to(ROOT).as_posix() for path in find_scripts().values()])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_it_has_help(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], env=environment(), capture_output=True, text=True
