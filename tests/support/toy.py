@@ -52,7 +52,7 @@ class ToyConfig(RunConfig):
     signal_step: int = option(0, on_resume="free")
     """The step (from 1) during which this process sends itself a SIGTERM."""
     signal_rank: int = option(-1, on_resume="free")
-    """Rank of the only process that sends itself signals; -1 means all processes."""
+    """Rank of the only process that sends itself signals, or whose part of the run is long; -1 means all processes."""
     denoiser_start: int = option(0, on_resume="warn")
     image_mib: int = option(0, on_resume="free")
     """Memory in MiB that the forward pass takes for each image of a micro-batch."""
@@ -89,7 +89,7 @@ def limit_memory(config: ToyConfig) -> None:
 
 def last_long(config: ToyConfig, part: str, poll: Callable[[], None] = lambda: None) -> None:
     """Announce a part of the run, and take long if it is the one that should."""
-    if config.long_part != part:
+    if config.long_part != part or not config.is_signalled():
         return
     print(f"long part: {part}", flush=True)
     if part == "foreign":
@@ -230,8 +230,8 @@ class ToyStage(Stage):
     def metrics(self, sums):
         return {"val_loss": sums["loss"] / sums["count"]}
 
-    def previews(self):
-        self._wait("previews")
+    def previews(self, exchange):
+        exchange.map_batches(lambda numbers: self._wait("previews"), exchange.num_processes, 1)
         return None
 
     def finish(self, exchange):
