@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command_with
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -30,13 +31,12 @@ from training.core.stage import Batch, Phase, StageContext
 from training.data.fingerprints import module_fingerprint, tokenizer_fingerprint
 from training.data.images import DataConfig, ImageDataset
 from training.engine.session import train
-from training.metrics.images import to_pil
-from training.models.conditioning import pipeline_conditions
 from training.models.teacher import Condition, Teacher, joined, load_teacher
 from training.objectives.few_steps import advance, euler, few_step_scheduler, noise_levels
 from training.objectives.functional import mse_per_sample
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, OpenDataset, PreviewConfig, loss_sums
+from training.stages.prompted_previews import prompted_previews
 
 PRESET = "configs/experiments/latent_diffusion/distill_quickstart.yaml"
 MOST_STEPS = 8
@@ -201,18 +201,12 @@ class DistillationStage(GeneratingStage):
         same noise, relative to the mean square of the latter."""
         return {**super().metrics(sums), "val_sample_error": sums["sample_error"] / sums["sample_power"]}
 
-    def previews(self) -> Previews:
-        config, rows = self.config, self.shown_rows(self.config.num_previews)
-        batch, teacher = self.shown_batch(rows), self.teacher
-        texts = (config.preview_prompts or batch["caption"])[: config.num_previews] if teacher.tokens else None
-        labels = batch["label"].tolist() if teacher.takes_labels else None
-        if labels and config.preview_prompts:
-            labels = [i % len(teacher.id2label) for i in range(len(texts or labels))]
-        conditions, captions = pipeline_conditions(config.num_previews, texts, labels, teacher.id2label)
-        height, width = batch["pixel_values"].shape[-2:]
-        seeds = [config.seed + i for i in range(len(captions))]
-        images = self.sample(self.pipeline(), seeds=seeds, height=height, width=width, **conditions)
-        return Previews(images, captions, [to_pil(image) for image in batch["pixel_values"]])
+    def previews(self, exchange: Exchange) -> Previews:
+        teacher = self.teacher
+        conditions = {"captions": teacher.tokens is not None, "labels": teacher.takes_labels}
+        return prompted_previews(
+            self, exchange, lambda batch, rows: batch["pixel_values"], **conditions, id2label=teacher.id2label
+        )
 
     def usage(self, model: str) -> str:
         flags, batch = {"model": model}, self.shown_batch(self.shown_rows(1))

@@ -14,7 +14,7 @@ posters. Run the same command again to resume the run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from pipelines.common.poster_domain import COLOR_ROLES, COUNTS, GRAMMAR
 from pipelines.tools.cli import entry_point
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -154,16 +155,14 @@ class AbstractorStage(ImageStage):
                 metrics |= {f"{prefix}r2_{name}": r2, f"{prefix}mae_{name}": mae}
         return metrics
 
-    def previews(self) -> Previews:
-        targets, predictions = [], []
-        rows = self.shown_rows(PREVIEW_POSTERS)
-        for start in range(0, len(rows), 32):
-            self.context.poll()
-            batch = self.shown_batch(rows[start : start + 32])
-            targets.append(batch["grammar"].cpu())
-            predictions.append(self._predict(batch, self.encoder is not None).grammar.cpu())
+    def previews(self, exchange: Exchange) -> Previews:
+        def predict(batch: Batch, rows: Sequence[int]) -> Tensor:
+            """Return the grammar numbers of posters and those predicted of them. B 2 G."""
+            return torch.stack([batch["grammar"], self._predict(batch, self.encoder is not None).grammar], 1).cpu()
+
+        targets, predictions = torch.stack(self.shown(exchange, predict, PREVIEW_POSTERS)).unbind(1)
         source = "the features predicted by the encoder" if self.encoder is not None else "the true features"
-        plots = scatter_plots(torch.cat(targets).numpy(), torch.cat(predictions).numpy(), GRAMMAR)
+        plots = scatter_plots(targets.numpy(), predictions.numpy(), GRAMMAR)
         return Previews([plots], [f"grammar numbers predicted from {source}, against their targets"], columns=1)
 
     def pipeline(self):

@@ -12,12 +12,13 @@ Run the same command again to resume the run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pipelines.common.latents import sample_posterior
@@ -259,9 +260,12 @@ class AutoencoderStage(ImageStage):
         names = {"val_loss": "l1", "val_psnr": "psnr", "val_ssim": "ssim"}
         return {name: sums[key] / sums["count"] for name, key in names.items()} | self.heads.metrics(sums)
 
-    def previews(self) -> Previews:
-        batch = self.shown_batch(self.shown_rows(PREVIEWS))
-        cells = self.heads.preview_cells(batch, self._decode_modes(batch))
+    def previews(self, exchange: Exchange) -> Previews:
+        def decode(batch: Batch, rows: Sequence[int]) -> list[tuple[Image.Image, str]]:
+            return self.heads.preview_cells(batch, self._decode_modes(batch))
+
+        cells = self.shown(exchange, decode, PREVIEWS)
+        cells += self.heads.legend(cells[0][0].width)
         return Previews([image for image, _ in cells], [caption for _, caption in cells], columns=4)
 
     def finish(self, exchange: Exchange) -> None:

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command_with
 from pipelines.tools.grids import control_to_pil
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -220,20 +222,24 @@ class ControlNetStage(GeneratingStage):
             )
         return metrics
 
-    def previews(self) -> Previews:
-        rows = self.shown_rows(self.config.num_previews)
-        batch = self.shown_batch(rows)
-        conditions, texts = self.base.prompts(self.shown_data, batch, rows)
-        generated = self._generate(batch, rows, conditions, "pil")
+    def previews(self, exchange: Exchange) -> Previews:
+        shown = self.shown(exchange, self._preview, self.config.num_previews)
+        texts = [text for text, _ in shown]
+        images = [image for _, own in shown for image in own]
+        captions = [caption for text in texts for caption in ("control", text, "original")]
+        return Previews(images, captions, prompts=texts, columns=6)
+
+    def _preview(self, batch: Batch, rows: Sequence[int]) -> list[tuple[str, list[Image.Image]]]:
+        """Return the caption, and the control image, the generated image and the original, of each sample."""
+        samples = range(len(rows))
+        conditions, texts = self.base.prompts(self.shown_data, batch, samples)
+        generated = self._generate(batch, samples, conditions, "pil")
         controls = [control_to_pil(control) for control in batch["conditioning_pixel_values"]]
-        images, captions = [], []
-        for control, image, original, text in zip(controls, generated, batch["pixel_values"], texts, strict=True):
-            images += [control, image, to_pil(original)]
-            captions += ["control", text, "original"]
-        return Previews(images, captions, prompts=list(texts), columns=6)
+        originals = [to_pil(original) for original in batch["pixel_values"]]
+        return list(zip(texts, map(list, zip(controls, generated, originals, strict=True)), strict=True))
 
     def _generate(self, batch: Batch, rows: Sequence[int], conditions: Mapping[str, Any], output_type: str) -> Any:
-        """Generate images with the controls of these samples, from fixed seeds."""
+        """Generate images with the controls of these samples of a batch, from fixed seeds."""
         controls = batch["conditioning_pixel_values"][list(rows)]
         height, width = controls.shape[-2:]  # the base model may have been trained at another resolution
         return self.sample(

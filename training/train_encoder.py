@@ -12,17 +12,19 @@ Run the same command again to resume the run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pipelines.common.poster_domain import COLOR_ROLES
 from pipelines.tools.cli import UserError, entry_point
 from training.core.draws import Draws, SampleKey
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -147,19 +149,24 @@ class LayoutEncoderStage(ImageStage):
             "val_hierarchy_mse": sums["hierarchy"] / sums["count"],
         }
 
-    def previews(self) -> Previews:
+    def previews(self, exchange: Exchange) -> Previews:
+        cells = self.shown(exchange, self._preview_cells, PREVIEWS)
+        return Previews([image for image, _ in cells], [caption for _, caption in cells], columns=4)
+
+    def _preview_cells(self, batch: Batch, rows: Sequence[int]) -> list[tuple[Image.Image, str]]:
+        """Return each poster with its target and predicted features and their differences, with captions."""
         from pipelines.common.layout_pictures import draw_errors, draw_features
 
-        batch = self.shown_batch(self.shown_rows(PREVIEWS))
         predictions = self.encoder(batch["pixel_values"]).f_tensor().cpu().numpy()
         masks = [batch[name] for name in MASKS]
         targets = torch.cat([*masks, batch["color_role"][:, None].float(), batch["hierarchy"]], 1).cpu().numpy()
-        images, captions = [], []
+        cells = []
         for poster, target, predicted in zip(batch["pixel_values"], targets, predictions, strict=True):
             error, share = draw_errors(predicted, target)
-            images += [to_pil(poster), draw_features(target), draw_features(predicted), error]
-            captions += ["poster", "target features", "predicted features", f"errors: {share:.1%} of the pixels"]
-        return Previews(images, captions, columns=4)
+            images = [to_pil(poster), draw_features(target), draw_features(predicted), error]
+            captions = ["poster", "target features", "predicted features", f"errors: {share:.1%} of the pixels"]
+            cells += list(zip(images, captions, strict=True))
+        return cells
 
     def pipeline(self):
         from pipelines.layout_analysis import LayoutAnalysisPipeline

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command_with
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -188,8 +189,8 @@ class ImageCaptionStage(GeneratingStage):
         }
         return metrics | ({"val_prior_loss": sums["prior"] / count} if "prior" in sums else {})
 
-    def previews(self) -> Previews:
-        return caption_previews(self.pipeline(), self.shown_data, self.config, self.context.poll)
+    def previews(self, exchange: Exchange) -> Previews:
+        return caption_previews(self.pipeline(), self.shown_data, self.config, functools.partial(self.divide, exchange))
 
     def usage(self, model: str) -> str:
         return command_with("pipelines/sample.py", {"model": model, "pairs": "8", "output": "pairs.png"})

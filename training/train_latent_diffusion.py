@@ -12,6 +12,7 @@ Run the same command again to resume the run.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pipelines.tools.cli import UserError, entry_point
 from pipelines.tools.commands import command, command_with
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import Previews
@@ -31,11 +33,10 @@ from training.data.images import DataConfig, ImageDataset, load_label_map
 from training.data.latent_cache.check import check_cache
 from training.data.latent_cache.dataset import LatentCache
 from training.engine.session import train
-from training.metrics.images import to_pil
 from training.models.attention import attention_kernel
 from training.models.batch_latents import batch_images, batch_latents
 from training.models.caption_prior import CaptionPriorConfig, build_caption_prior, regression_samples, warm_up
-from training.models.conditioning import caption_and_class, pipeline_conditions
+from training.models.conditioning import caption_and_class
 from training.models.denoiser import build_denoiser, check_prediction, divisor_of_sides
 from training.models.lora import LoRAAdapter
 from training.models.text_encoder import TextEncoderConfig, build_text
@@ -50,6 +51,7 @@ from training.stages.class_names import recorded_class_names
 from training.stages.generating import GeneratingStage, RunEvaluationConfig
 from training.stages.image_stage import ImageStageConfig, PreviewConfig, loss_sums
 from training.stages.lora import LoRAStageConfig, LoRATraining
+from training.stages.prompted_previews import prompted_previews
 
 PRESET = "configs/experiments/latent_diffusion/quickstart.yaml"
 
@@ -298,19 +300,12 @@ class LatentDiffusionStage(GeneratingStage):
         losses, _ = self.phase.losses(batch, draws, dropout=0.0, sampling="uniform")
         return loss_sums(losses) | noise_level_sums(losses, draws)
 
-    def previews(self) -> Previews:
-        config, rows = self.config, self.shown_rows(self.config.num_previews)
-        batch, draws = self.shown_batch(rows), Draws(0, "previews", rows, self.context.device)
-        texts = (config.preview_prompts or batch["caption"])[: config.num_previews] if config.with_captions else None
-        labels = batch["label"].tolist() if config.with_labels else None
-        if labels and config.preview_prompts:
-            labels = [i % len(self.id2label) for i in range(len(texts or labels))]
-        conditions, captions = pipeline_conditions(config.num_previews, texts, labels, self.id2label)
-        seeds = [config.seed + i for i in range(len(captions))]
-        references = batch_images(self.vae, batch, draws)
-        height, width = references.shape[-2:]
-        images = self.sample(self.pipeline(), seeds=seeds, height=height, width=width, **conditions)
-        return Previews(images, captions, [to_pil(image) for image in references])
+    def previews(self, exchange: Exchange) -> Previews:
+        def pixels(batch: Batch, rows: Sequence[int]) -> Tensor:
+            return batch_images(self.vae, batch, Draws(0, "previews", rows, self.context.device))
+
+        conditions = {"captions": self.config.with_captions, "labels": self.config.with_labels}
+        return prompted_previews(self, exchange, pixels, **conditions, id2label=self.id2label)
 
     def usage(self, model: str) -> str:
         batch = self.shown_batch(self.shown_rows(1))

@@ -17,6 +17,7 @@ from torch import nn
 from tests.conftest import forget_accelerate
 from tests.support.runs import assert_same_state, rows
 from training.core.draws import Draws, SampleKey
+from training.core.exchange import Exchange
 from training.core.options import option
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase, Stage, StageContext
@@ -94,7 +95,7 @@ class MaskedAutoencoderStage(Stage):
     def metrics(self, sums) -> dict[str, float]:
         return {"val_loss": sums["loss"] / sums["count"]}
 
-    def previews(self) -> Previews:
+    def previews(self, exchange: Exchange) -> Previews:
         drawn = self.model(torch.zeros(1, 16, 12), torch.ones(1, 16, dtype=torch.bool))[0, :, 0].clamp(0, 1).numpy()
         return Previews([Image.fromarray((drawn.reshape(4, 4) * 255).astype(np.uint8)).convert("RGB")], ["all masked"])
 

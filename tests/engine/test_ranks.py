@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -78,12 +79,49 @@ def test_a_process_that_is_frozen_ends_the_others_after_a_while(tmp_path):
 
 
 def test_long_work_of_the_main_process_alone_does_not_end_those_that_wait_for_it(tmp_path):
-    """It makes previews for longer than a process may be silent."""
-    flags = [*FLAGS, "--process_timeout", "10", "--long_part", "previews", "--long_seconds", "14"]
+    """Its share of the previews takes longer than a process may be silent."""
+    flags = [*FLAGS, "--process_timeout", "10", "--long_part", "previews", "--long_seconds", "14", "--signal_rank", "0"]
     processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *flags, "--max_train_steps", "1"])
     statuses, errors = outcomes(processes, 300)
     assert statuses == [0, 0], errors
     assert (tmp_path / "run/pipeline/model_index.json").is_file()
+
+
+PREVIEWS = (*FLAGS, "--preview_epochs", "1", "--signal_rank", "1")
+
+
+def test_a_stop_of_one_process_in_its_share_of_the_previews_saves_them_all(tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    processes = start_ranks(TOY, ["--output_dir", str(run), *PREVIEWS, "--signal_at", "previews"])
+    statuses, errors = outcomes(processes)
+    assert statuses == [REQUEUE_STATUS, REQUEUE_STATUS], errors
+    assert "Traceback" not in errors
+    assert "everything is saved" in (run / "run.log").read_text(encoding="utf-8")
+    assert json.loads((run / "checkpoints/latest/trainer_state.json").read_text())["pending_events"]
+    toy(run, *PREVIEWS[4:], processes=2)
+    toy(whole, *PREVIEWS[4:], processes=2)
+    assert_same_state(run, whole)
+
+
+def test_an_error_in_the_share_of_one_process_of_the_previews_ends_both_with_one_message(tmp_path):
+    processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *PREVIEWS, "--broken_previews", "true"])
+    statuses, errors = outcomes(processes)
+    assert statuses == [2, 2], errors
+    assert errors.count("an image of the previews is truncated") == 1
+    assert "Traceback" not in errors
+
+
+def test_a_process_that_is_killed_in_its_share_of_the_previews_ends_the_other(tmp_path):
+    run = tmp_path / "run"
+    processes = start_ranks(TOY, ["--output_dir", str(run), *PREVIEWS, "--long_part", "previews"])
+    assert processes[1].stdout is not None
+    while "long part: previews" not in processes[1].stdout.readline():
+        assert processes[1].poll() is None, processes[1].communicate()
+    processes[1].kill()
+    statuses, errors = outcomes(processes)
+    assert statuses == [2, -signal.SIGKILL]
+    assert "another process of this run ended without a message" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_signal_to_one_process_before_the_first_step_ends_both(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from pipelines.tools.cli import UserError
 from tests.support.runs import assert_same_state, rows, tensors
 from tests.support.toy import main as toy_main
 
@@ -30,8 +32,6 @@ def stop_at(output_dir, step):
 
 
 def cut_after(output_dir, step):
-    import shutil
-
     for folder in (output_dir / "checkpoints").glob("step-*"):
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
@@ -80,6 +80,27 @@ def test_a_stop_inside_events_is_saved_and_resumed(tmp_path, uninterrupted, wher
     run(tmp_path / "run")
     a, b = rows(tmp_path / "run"), rows(uninterrupted)
     assert a == b
+
+
+def test_data_that_cannot_be_read_for_previews_cost_no_step(tmp_path, uninterrupted):
+    flags = ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--cpu_threads", "1", *COMMON]
+    rare = ["--checkpointing_steps", "0", "--preview_steps", "5"]
+    with pytest.raises(UserError, match="an image of the previews is truncated"):
+        toy_main([*flags, *rare, "--broken_previews", "true"])
+    assert (tmp_path / "run/checkpoints/step-00000005").is_dir()
+    run(tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+
+
+def test_samples_that_cannot_be_made_for_the_export_are_made_by_the_same_command(tmp_path, uninterrupted):
+    run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/pipeline")
+    flags = ["--output_dir", str(tmp_path / "run"), "--report_to", "none", "--cpu_threads", "1", *COMMON]
+    with pytest.raises(UserError, match=r"could not be exported \(an image of the previews is truncated\); the check"):
+        toy_main([*flags, "--broken_previews", "true"])
+    assert not (tmp_path / "run/pipeline").exists()
+    run(tmp_path / "run")
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
 
 
 def test_extra_epochs_count_from_where_the_run_stands(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("stage", ["latent_diffusion", "autoencoder"])
 def test_two_processes_train_the_model_of_one(tmp_path, diffusion_flags, autoencoder_flags, stage):
-    flags = diffusion_flags if stage == "latent_diffusion" else autoencoder_flags
+    # Six images are two batches, one for each process.
+    prompts = ("--preview_prompts", "[a red poster,a blue poster,red,blue,a poster,cream]", "--num_previews", "6")
+    flags = (*diffusion_flags, *prompts) if stage == "latent_diffusion" else autoencoder_flags
 
     def train(folder: Path, accumulation: int) -> int:
         forget_accelerate()
@@ -34,3 +37,8 @@ def test_two_processes_train_the_model_of_one(tmp_path, diffusion_flags, autoenc
         assert relative_difference(two, one, [files]) < 1e-3
     assert (two / "samples/step_00000002.png").is_file()
     assert load_pipeline(str(two)).components.keys() == load_pipeline(str(one)).components.keys()
+    samples = two / "pipeline/samples.png"
+    made_by_two = samples.read_bytes()
+    shutil.rmtree(two / "pipeline")
+    assert train(two, 2) == 0  # one process exports the same weights
+    assert samples.read_bytes() == made_by_two

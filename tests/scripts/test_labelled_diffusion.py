@@ -12,6 +12,7 @@ from tests.conftest import forget_accelerate
 from tests.scripts.test_bad_input import nothing_was_trained, refusal
 from tests.support.runs import rows
 from training import train_latent_diffusion
+from training.core.exchange import ALONE
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.run.checkpoint import load_tensors
@@ -48,7 +49,7 @@ def test_a_balanced_labelled_run_on_cached_latents(base, cache_flags):
     stage = train_latent_diffusion.LatentDiffusionStage(
         parse_config(train_latent_diffusion.Config, [*cache_flags, *LABELLED]), StageContext()
     )
-    previews = stage.previews()
+    previews = stage.previews(ALONE)
     assert [image.size for image in previews.images] == [(64, 64)] * 2
     assert [image.size for image in previews.references] == [(64, 64)] * 2  # decoded from the cache
     assert all(caption.endswith("]") for caption in previews.captions)

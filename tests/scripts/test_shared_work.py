@@ -26,9 +26,11 @@ from training.data.images import DataConfig, ImageDataset
 from training.engine.launch import LaunchConfig, exchange_of, start_accelerator
 from training.evaluation.copies import KeptThumbnails, copy_encoders, find_copies
 from training.evaluation.data import RealImages, plain_images
+from training.metrics.captions import best_constant_caption
 from training.metrics.features import FeatureExtractor, open_extractor
 from training.metrics.memorization import CopySearch, Similarity, calibration_rows
 from training.metrics.neighbours import BLOCK
+from training.metrics.posters import measure_posters
 from training.metrics.quality import measure_floor
 from training.models.autoencoder import measure_latents
 
@@ -74,6 +76,19 @@ def among_themselves(exchange: Exchange) -> Similarity:
     return among.results(torch.zeros(len(rows), dtype=torch.bool), exchange)[""]
 
 
+def of_posters(exchange: Exchange) -> dict[str, float]:
+    """Measure 40 posters that are noise, for briefs of two kinds."""
+    own = {"background": "cream", "title_position": "top", "pictures": 1}
+    briefs = [{**own, "palette": ["#f5f0e1", "#c8102e", f"#{40 + i:02x}2040"]} for i in range(40)]
+    generated, real = ([image.resize((64, 64)) for image in drawn(40, seed)] for seed in (5, 6))
+    return measure_posters(generated, briefs, real, exchange)
+
+
+def of_captions(exchange: Exchange) -> list:
+    texts = [f"a {color} poster of {number} pictures" for color in ("red", "blue") for number in range(20)]
+    return [*best_constant_caption(texts, [[text] for text in texts[:30]], exchange)]
+
+
 def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extractor: FeatureExtractor) -> int:
     """Search for copies as training/evaluate.py and a run do, and write the results of this process into a folder."""
     forget_accelerate()
@@ -100,6 +115,8 @@ def search(folder: Path, training: ImageDataset, held_out: ImageDataset, extract
         "features": hashlib.sha256(features.numpy().tobytes()).hexdigest(),
         "latents": [vae.config.latents_mean, vae.config.latents_std],
         "floor": measure_floor(features[:, :5], 20, exchange=exchange),
+        "posters": of_posters(exchange),
+        "constant caption": of_captions(exchange),
     }
     assert reports[0] == reports[2]
     (folder / f"results_{exchange.rank}.json").write_text(json.dumps(results))
@@ -144,6 +161,7 @@ def test_an_evaluation_by_several_processes_is_that_of_one(tmp_path, images, pos
     data = posters if reader else images
     words = ("--model", str(model), "--dataset_name", str(data), "--replay_images", "7", *words)
     words += ("--reader", str(saved(reader, tmp_path))) if reader else ()
+    words += ("--scorer", str(saved("image_caption", tmp_path))) if name == "captioned" else ()
     found = []
     for count in (1, 3):
         output = tmp_path / f"{count}.json"
@@ -151,6 +169,7 @@ def test_an_evaluation_by_several_processes_is_that_of_one(tmp_path, images, pos
         action = functools.partial(evaluated_by, [*FLAGS, *words, "--output", str(output)])
         forked_ranks(action, tmp_path / "log.txt", count)
         found.append(json.loads(output.read_text(encoding="utf-8")))
+        assert ("caption_alignment" in found[-1]["metrics"]) == (name == "captioned")
         found[-1].pop("images_per_second")
     assert found[1] == found[0]
 

@@ -32,6 +32,7 @@ from tests.support.runs import ROOT, assert_same_state, launch, rows, sigterm_in
 from training import train_controlnet, train_decoder, train_latent_diffusion
 from training.core.batches import fetch
 from training.core.draws import Draws, SampleKey
+from training.core.exchange import ALONE
 from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.data.images import load_split
@@ -292,7 +293,7 @@ def test_controls_are_dropped_per_sample_at_the_rate_asked_for_and_never_in_vali
 
 def test_previews_have_the_training_resolution_even_if_the_base_has_another(flags):
     stage = stage_of(flags, "--resolution", "32")
-    shown = stage.previews()
+    shown = stage.previews(ALONE)
     assert {image.size for image in shown.images} == {(32, 32)}
     assert shown.captions[::3] == ["control"] * 2
 

@@ -52,7 +52,10 @@ class ToyConfig(RunConfig):
     signal_step: int = option(0, on_resume="free")
     """The step (from 1) during which this process sends itself a SIGTERM."""
     signal_rank: int = option(-1, on_resume="free")
-    """Rank of the only process that sends itself signals; -1 means all processes."""
+    """Rank of the only process that sends itself signals, whose part of the run is long, or that cannot make its share
+    of the previews; -1 means all processes."""
+    broken_previews: bool = option(False, on_resume="free")
+    """Whether an image that previews need cannot be read."""
     denoiser_start: int = option(0, on_resume="warn")
     image_mib: int = option(0, on_resume="free")
     """Memory in MiB that the forward pass takes for each image of a micro-batch."""
@@ -89,7 +92,7 @@ def limit_memory(config: ToyConfig) -> None:
 
 def last_long(config: ToyConfig, part: str, poll: Callable[[], None] = lambda: None) -> None:
     """Announce a part of the run, and take long if it is the one that should."""
-    if config.long_part != part:
+    if config.long_part != part or not config.is_signalled():
         return
     print(f"long part: {part}", flush=True)
     if part == "foreign":
@@ -230,9 +233,14 @@ class ToyStage(Stage):
     def metrics(self, sums):
         return {"val_loss": sums["loss"] / sums["count"]}
 
-    def previews(self):
-        self._wait("previews")
+    def previews(self, exchange):
+        exchange.map_batches(self._make_previews, exchange.num_processes, 1)
         return None
+
+    def _make_previews(self, numbers) -> None:
+        self._wait("previews")
+        if self.config.broken_previews and self.config.is_signalled():
+            raise UserError("an image of the previews is truncated")
 
     def finish(self, exchange):
         self._wait("finish")

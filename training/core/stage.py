@@ -174,8 +174,11 @@ class Stage(ABC):
         """
         return 0.0
 
-    def previews(self) -> Previews | None:
-        """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing."""
+    def previews(self, exchange: Exchange) -> Previews | None:
+        """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing.
+
+        Every process calls it, generates its share of the images, and returns the same result.
+        """
         return None
 
     def finish(self, exchange: Exchange) -> None:  # noqa: B027 - most stages have nothing to do here

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.tools.checkpoint_links import linked_checkpoint
 from pipelines.tools.cli import UserError
+from training.core.exchange import Exchange
+from training.core.previews import Previews
 from training.engine.launch import exchange_of, gather
 from training.engine.run_config import RunConfig
 from training.engine.signals import Interrupted, StopSignal
@@ -86,9 +88,11 @@ def finish(
             of_best = training.state.stopped_early or training.stage.exports_best
             if of_best and training.state.best_value is not None and best is not None:
                 training.load_best(best)
-            training.stage.finish(exchange_of(accelerator, stops_together=False))
+            exchange = exchange_of(accelerator, stops_together=False)
+            training.stage.finish(exchange)
+            previews = _samples(training, exporter, exchange)
             if accelerator.is_main_process:
-                failure = _export(training, exporter)
+                failure = _export(training, exporter, previews)
             # Inside of `at_once`, which also ends a process that waits here for one that is gone.
             failure = gather(accelerator, failure)[0]
     except Interrupted:
@@ -105,17 +109,29 @@ def finish(
     return True
 
 
-def _export(training: Training, exporter: Exporter) -> str:
+def _samples(training: Training, exporter: Exporter, exchange: Exchange) -> Previews | None:
+    """Generate the samples that are published with the pipeline; every process calls it."""
+    try:
+        return training.stage.previews(exchange)
+    except UserError as error:
+        raise UserError(_not_exported(training, exporter, error)) from None
+
+
+def _export(training: Training, exporter: Exporter, previews: Previews | None) -> str:
     """Export the pipeline; return what prevented it, or an empty text."""
     try:
-        exporter.write(training.record())
+        exporter.write(training.record(), previews)
     except (OSError, UserError) as error:
-        return (
-            f"the pipeline could not be exported ({getattr(error, 'strerror', None) or error}); the checkpoint of step "
-            f"{training.state.step} is saved. Free space on the disk of {exporter.folder.path} and run the same "
-            "command again, which only exports the pipeline"
-        )
+        return _not_exported(training, exporter, error)
     return ""
+
+
+def _not_exported(training: Training, exporter: Exporter, error: OSError | UserError) -> str:
+    return (
+        f"the pipeline could not be exported ({getattr(error, 'strerror', None) or error}); the checkpoint of step "
+        f"{training.state.step} is saved. Free space on the disk of {exporter.folder.path} and run the same "
+        "command again, which only exports the pipeline"
+    )
 
 
 def leave(

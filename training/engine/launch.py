@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 AUTO = "auto"
 
-# Previews and exports keep one process busy while the others wait for it, for as long as it takes. A process
-# that ended or no longer responds is noticed in another way, see ranks.py.
+# Exports, and shares of work that take longer, keep one process busy while the others wait for it, for as long as it
+# takes. A process that ended or no longer responds is noticed in another way, see ranks.py.
 PROCESS_GROUP_TIMEOUT = timedelta(days=30)
 
 _LAUNCHED_PRECISION = "ACCELERATE_MIXED_PRECISION"

@@ -31,7 +31,7 @@ from training.engine.signals import FIRST_STEP_PATIENCE, Interrupted, StopSignal
 from training.engine.step_values import DoneStep, Requests, StepOutcome, StepValues, Waiting
 from training.engine.threads import main_thread_on_its_core
 from training.engine.training import Training
-from training.engine.validation import interrupted_together, validate
+from training.engine.validation import validate
 from training.reporting.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -276,12 +276,13 @@ class Loop:
         return evaluation
 
     def show_previews(self) -> None:
-        """Generate and save the previews on the main process. Raises Interrupted on every process."""
-        with interrupted_together(self.accelerator), self.training.evaluating():
-            if self.accelerator.is_main_process:
-                previews = self.stage.previews()
-                if previews is not None:
-                    self.reporter.keep_previews(previews)
+        """Generate the previews with the EMA weights, and save them on the main process. Raises Interrupted on every
+        process."""
+        exchange = exchange_of(self.accelerator)
+        with self.training.evaluating():
+            previews = self.stage.previews(exchange)
+        if previews is not None and exchange.is_main:
+            self.reporter.keep_previews(previews)
 
     def _require_best_metric(self, measured: dict[str, float]) -> None:
         """Save the run and raise UserError if `--best_metric` names a metric that was not measured with its kind."""

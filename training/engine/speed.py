@@ -163,8 +163,7 @@ def measure_speed(
             with training.evaluating():
                 validation = _time_validation(training, config, accelerator, stop)
                 evaluation, copies = _time_evaluations(training, config, accelerator)
-                # Last: only the main process may be interrupted here, and the others would wait for it elsewhere.
-                previews = _seconds(training.stage.previews) if accelerator.is_main_process else 0.0
+                previews = _seconds(lambda: training.stage.previews(exchange_of(accelerator)))
     finally:
         for part in training.checkpoint_parts:
             part.load(kept)

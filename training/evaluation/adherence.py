@@ -5,6 +5,7 @@ N images, C control channels, R resolution.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from training.metrics.posters import is_legible, measure_posters
 
 BATCH = 16
 Rows = Sequence[Mapping[str, Any]]
+Encoder = Callable[[list[Image.Image], list[str]], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -66,13 +68,11 @@ def measure_adherence(
     if generator.takes_images:
         found |= reconstruction_metrics(images, data, exchange)
     if generator.takes_captions and data.has_briefs and is_legible(images[0].size):
-        found |= exchange.on_main(
-            lambda: measure_posters([to_rgb(image) for image in images], *_briefs_and_images(len(images), data))
-        )
+        rows, real = _briefs_and_images(len(images), data)
+        found |= measure_posters([to_rgb(image) for image in images], rows, real, exchange)
     if generator.takes_captions and config.scorer:
-        captions = [item["caption"] for batch in _batches(len(images)) for item in data.items(batch)]
-        scorer = config.scorer
-        found |= exchange.on_main(lambda: caption_score(images, captions, scorer, device))
+        captions = exchange.map(lambda batch: [item["caption"] for item in data.items(batch)], len(images), BATCH)
+        found |= caption_score(images, captions, config.scorer, device, exchange)
     if generator.takes_briefs and config.reader:
         found |= brief_metrics(images, data, config.reader, device, exchange)
     if isinstance(generator, ControlledGenerator) and config.reader:
@@ -100,12 +100,28 @@ def _in_rgb(pixels: Tensor) -> Tensor:
 
 
 def caption_score(
-    images: Sequence[Image.Image], captions: Sequence[str], scorer: str, device: str | None
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    scorer: str,
+    device: str | None,
+    exchange: Exchange = ALONE,
 ) -> dict[str, float]:
     """Compute the mean cosine of images and their captions, and of images and captions of other images (shuffled)."""
-    similarity = _scorer(scorer, device)([to_rgb(image) for image in images], captions)
-    metrics = alignment_metrics(similarity, same_pairs(captions))
-    return {f"caption_{name}": value for name, value in metrics.items() if math.isfinite(value)}
+    encoder = functools.cache(lambda: _scorer(scorer, device))  # a process without a batch does not load it
+
+    def encode(batch: Sequence[int]) -> list[Tensor]:
+        vectors = encoder()([to_rgb(images[number]) for number in batch], [captions[number] for number in batch])
+        return [torch.nn.functional.normalize(own.float(), dim=-1).cpu() for own in vectors]
+
+    parts = exchange.map_batches(encode, len(images), BATCH)
+    of_images, of_captions = (torch.cat(own) for own in zip(*parts, strict=True))
+
+    def metrics() -> dict[str, float]:
+        similarity = (of_images @ of_captions.T).double().numpy()
+        values = alignment_metrics(similarity, same_pairs(captions))
+        return {f"caption_{name}": value for name, value in values.items() if math.isfinite(value)}
+
+    return exchange.on_main(metrics)
 
 
 def brief_metrics(
@@ -212,21 +228,17 @@ def _cycle(images: Sequence[Image.Image], reader: Any, posters: Rows, exchange: 
     )
 
 
-def _scorer(name: str, device: str | None) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:
-    """Return a function from N images and N captions to their cosines, N × N."""
+def _scorer(name: str, device: str | None) -> Encoder:
+    """Return a function from N images and N captions to their vectors, N D each. Raises UserError."""
     if (Path(name).expanduser() / "config.json").is_file() or not Path(name).expanduser().exists():
         return _dual_encoder(name, device)
     pipeline = load_on_device(name, device)
     if not hasattr(pipeline, "similarity"):
         raise UserError(f"--scorer {name} is a {type(pipeline).__name__}; give a run of train_image_caption.py")
-
-    def similarity(images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
-        return pipeline.similarity(list(images), list(captions)).double().cpu().numpy()
-
-    return similarity
+    return lambda images, captions: (pipeline.encode_images(images), pipeline.encode_captions(captions))
 
 
-def _dual_encoder(name: str, device: str | None) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:
+def _dual_encoder(name: str, device: str | None) -> Encoder:
     from transformers import AutoModel, AutoProcessor
 
     from pipelines.tools.devices import get_device
@@ -240,17 +252,9 @@ def _dual_encoder(name: str, device: str | None) -> Callable[[Sequence[Image.Ima
         raise UserError(f"--scorer {name} is a {type(model).__name__}, which does not compare images with captions")
 
     @torch.inference_mode()
-    def similarity(images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
-        vectors: dict[str, list[Tensor]] = {"images": [], "text": []}
-        for start in range(0, len(images), BATCH):
-            batch = slice(start, start + BATCH)
-            inputs = processor(
-                text=list(captions[batch]), images=list(images[batch]), padding=True, truncation=True,
-                return_tensors="pt",
-            ).to(model.device)  # fmt: skip
-            output = model(**inputs)
-            vectors["images"].append(torch.nn.functional.normalize(output.image_embeds.float(), dim=-1).cpu())
-            vectors["text"].append(torch.nn.functional.normalize(output.text_embeds.float(), dim=-1).cpu())
-        return (torch.cat(vectors["images"]) @ torch.cat(vectors["text"]).T).double().numpy()
+    def encode(images: list[Image.Image], captions: list[str]) -> tuple[Tensor, Tensor]:
+        inputs = processor(text=captions, images=images, padding=True, truncation=True, return_tensors="pt")
+        output = model(**inputs.to(model.device))
+        return output.image_embeds, output.text_embeds
 
-    return similarity
+    return encode

@@ -109,12 +109,14 @@ def measure_captions(
     rows = rows[: config.max_pairs or None]
     results = _over_batches(pipeline, data, rows, config, exchange)
     left_out = {"left_out": sum(seen)} if data is held_out else {}
-    return exchange.on_main(lambda: left_out | _metrics(pipeline, train, data, rows, results, config))
+    candidates = list(captions_of(train.captioned, train.config.caption_column))
+    constant, bleu = best_constant_caption(candidates, results["references"], exchange)
+    results |= {"constant_caption": constant, "constant_caption_bleu_4": bleu}
+    return exchange.on_main(lambda: left_out | _metrics(pipeline, data, rows, results, config))
 
 
 def _metrics(
     pipeline: Any,
-    train: CaptionedImages,
     data: CaptionedImages,
     rows: Sequence[int],
     results: dict[str, Any],
@@ -123,13 +125,9 @@ def _metrics(
     references, predictions = results.pop("references"), results.pop("predictions")
     first = [own[0] for own in references]
     similarity, matches = results.pop("similarity"), same_pairs(first, results.pop("image_names"))
-    candidates = list(captions_of(train.captioned, train.config.caption_column))
-    constant, constant_bleu = best_constant_caption(candidates, references)
     metrics: dict[str, Any] = {
         "pairs": len(rows),
         **caption_scores(predictions, references),
-        "constant_caption": constant,
-        "constant_caption_bleu_4": constant_bleu,
         "exact_captions": sum(a in map(_plain, own) for a, own in zip(predictions, references)) / len(rows),
         **results,
         **retrieval_metrics(similarity, matches),

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from training.core.exchange import ALONE, Exchange
+
 ORDERS = (1, 2, 3, 4)
 RANKS = (1, 5, 10)
 COMPARISONS = 1_000_000
+TRIED_AT_A_TIME = 16
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -50,7 +53,9 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[Any]]:
     return [list(stream) for stream in itertools.zip_longest(*references)]
 
 
-def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[str, float]:
+def best_constant_caption(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], exchange: Exchange = ALONE
+) -> tuple[str, float]:
     """Return the caption with the highest BLEU-4 if it is predicted for every image, and its BLEU-4.
 
     It is a baseline: a model that ignores its images can score this much.
@@ -59,6 +64,7 @@ def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequen
         candidates: captions to try. If trying all would take minutes, only those that share the most words with the
             references are tried.
         references: the references of each image, as in `caption_scores`.
+        exchange: every process calls this function, tries its share of the captions, and gets the result.
     """
     from sacrebleu.metrics import BLEU
 
@@ -68,9 +74,13 @@ def best_constant_caption(candidates: Sequence[str], references: Sequence[Sequen
     distinct = sorted(set(candidates))
     shared = {text: sum(words[word] for word in text.lower().split()) / (3 + len(text.split())) for text in distinct}
     tried = sorted(distinct, key=lambda text: -shared[text])[: max(100, COMPARISONS // len(references))]
-    scores = {text: metric.corpus_score([text] * len(references), streams).score for text in tried}
-    best = max(scores, key=lambda text: scores[text])
-    return best, scores[best]
+
+    def score(numbers: Sequence[int]) -> list[float]:
+        return [metric.corpus_score([tried[number]] * len(references), streams).score for number in numbers]
+
+    scores = exchange.map(score, len(tried), TRIED_AT_A_TIME)
+    best = max(range(len(tried)), key=lambda number: scores[number])
+    return tried[best], scores[best]
 
 
 def perplexity(total_loss: float, tokens: float) -> float:

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from pipelines.common.poster_domain import COLORS, PICTURE_TINT, TITLE_POSITIONS, color_distance, rgb_color
+from training.core.exchange import ALONE, Exchange
 
 Brief = Mapping[str, Any]
 
 READING_PIXELS = 64
+READ_AT_A_TIME = 16
 PALETTE_DISTANCE = 40.0
 """Maximum RGB distance of a pixel from a colour of the palette"""
 
@@ -122,11 +124,14 @@ def palette_share(image: Any, palette: Sequence[str]) -> float:
     return float(_near_palette(reading_copy(image), palette)[outside].mean()) if outside.any() else 0.0
 
 
-def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Sequence[Any]) -> dict[str, float]:
+def measure_posters(
+    generated: Sequence[Any], briefs: Sequence[Brief], real: Sequence[Any], exchange: Exchange = ALONE
+) -> dict[str, float]:
     """Compute how well generated posters follow their briefs, and the same for real posters of these briefs.
 
     Args:
         generated, real: N posters each, in the order of `briefs`.
+        exchange: every process calls this function, reads its share of the posters, and gets the result.
 
     Returns:
         background_color_share: fraction of generated posters whose background colour is that of the brief.
@@ -146,16 +151,20 @@ def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Seq
             f"expected the same number (at least 1) of generated posters, briefs and real posters; got "
             f"{len(generated)}, {len(briefs)} and {len(real)}"
         )
+
+    def read(numbers: Sequence[int]) -> list[list[float]]:
+        return [[*_read(generated[n], briefs[n]), *_read(real[n], briefs[n])] for n in numbers]
+
+    columns = np.array(exchange.map(read, len(briefs), READ_AT_A_TIME)).T
+    generated_shares, real_shares = columns[3], columns[7]
     shares = {
-        "background_color_share": _agreement(generated, briefs, _background_agrees),
-        "title_position_share": _agreement(generated, briefs, _title_agrees),
-        "picture_count_share": _agreement(generated, briefs, _pictures_agree),
-        "reader_background_color_share_real": _agreement(real, briefs, _background_agrees),
-        "reader_title_position_share_real": _agreement(real, briefs, _title_agrees),
-        "reader_picture_count_share_real": _agreement(real, briefs, _pictures_agree),
+        "background_color_share": float(columns[0].mean()),
+        "title_position_share": float(columns[1].mean()),
+        "picture_count_share": float(columns[2].mean()),
+        "reader_background_color_share_real": float(columns[4].mean()),
+        "reader_title_position_share_real": float(columns[5].mean()),
+        "reader_picture_count_share_real": float(columns[6].mean()),
     }
-    generated_shares = np.array([palette_share(image, brief["palette"]) for image, brief in zip(generated, briefs)])
-    real_shares = np.array([palette_share(image, brief["palette"]) for image, brief in zip(real, briefs)])
     ratio = float(generated_shares.mean() / max(real_shares.mean(), 1e-9))
     errors = {f"{name}_standard_error": math.sqrt(share * (1 - share) / len(briefs)) for name, share in shares.items()}
     residuals = generated_shares - ratio * real_shares
@@ -163,20 +172,14 @@ def measure_posters(generated: Sequence[Any], briefs: Sequence[Brief], real: Seq
     return {**shares, "palette_share_ratio": ratio, **errors, "palette_share_ratio_standard_error": ratio_error}
 
 
-def _agreement(images: Sequence[Any], briefs: Sequence[Brief], agrees: Any) -> float:
-    return sum(agrees(image, brief) for image, brief in zip(images, briefs)) / len(briefs)
-
-
-def _background_agrees(image: Any, brief: Brief) -> bool:
-    return background_color_name(image) == brief["background"]
-
-
-def _title_agrees(image: Any, brief: Brief) -> bool:
-    return read_title_position(image, brief) == brief["title_position"]
-
-
-def _pictures_agree(image: Any, brief: Brief) -> bool:
-    return count_pictures(image, brief) == brief["pictures"]
+def _read(image: Any, brief: Brief) -> list[float]:
+    """Return whether background, title position and number of pictures are those of the brief, and `palette_share`."""
+    return [
+        background_color_name(image) == brief["background"],
+        read_title_position(image, brief) == brief["title_position"],
+        count_pictures(image, brief) == brief["pictures"],
+        palette_share(image, brief["palette"]),
+    ]
 
 
 def _near_palette(pixels: np.ndarray, palette: Sequence[str]) -> np.ndarray:

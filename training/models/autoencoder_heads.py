@@ -196,7 +196,7 @@ class Heads:
         return metrics
 
     def preview_cells(self, batch: Mapping[str, Any], decoded: AutoencoderOutput) -> list[tuple[Image.Image, str]]:
-        """Return each image, its reconstruction and its masks, with captions, and a legend of the mask colours."""
+        """Return each image, its reconstruction and its masks, with captions."""
         images = batch["pixel_values"]
         decibels = psnr(decoded.images, images).tolist()
         words = self.class_words(batch, decoded.class_logits)
@@ -207,7 +207,7 @@ class Heads:
             cells.append((to_pil(images[row]), f"original{target}"))
             cells.append((to_pil(decoded.images[row]), f"reconstruction, {decibels[row]:.1f} dB{predicted}"))
             cells += masks[row]
-        return cells + self.legend(images.shape[-1])
+        return cells
 
     def class_words(self, batch: Mapping[str, Any], class_logits: Tensor | None) -> list[tuple[str, str]]:
         """Return the target class and the predicted class of each image, as endings for the captions of its cells."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.tools.cli import printable
 from training.core.files import replacing_folder
-from training.core.previews import save_png
+from training.core.previews import Previews, save_png
 from training.core.stage import Stage
 from training.publishing.card_update import published_parts, write_cards
 from training.publishing.energy import estimated_energy
@@ -56,11 +56,12 @@ class Exporter:
         """The exit status of a complete run: 0, or 3 if something could not be uploaded."""
         return 0 if self._publisher is None else self._publisher.status
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any], previews: Previews | None) -> None:
         """Export the models as they are now, with the model card and the samples, and upload them.
 
         Args:
             record: the record of the run, from which the card is made.
+            previews: the samples, made with the models as they are now; None for none.
 
         Raises:
             OSError: the pipeline could not be written; an earlier one is unchanged.
@@ -69,7 +70,6 @@ class Exporter:
         with replacing_folder(self.folder.pipeline) as temporary:
             self.stage.save_pipeline(temporary)
             record = self._full_record(record)
-            previews = self.stage.previews()
             if previews is not None:
                 for folder in published_parts(temporary):
                     save_png(previews.grid(), folder / "samples.png")

@@ -5,14 +5,17 @@ B batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from pipelines.tools.commands import command_with
 from training.core.draws import Draws
+from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.previews import Previews
 from training.core.stage import Batch, Phase
@@ -99,12 +102,17 @@ class DecodingStage(GeneratingStage):
         losses = self.phase.losses(batch, draws, batch["brief"], sampling="uniform")
         return loss_sums(losses) | noise_level_sums(losses, draws)
 
-    def previews(self) -> Previews:
-        rows = self.shown_rows(self.config.num_previews)
-        briefs = [self.shown_data.brief(row) for row in rows]
-        images = self.sample(self.pipeline(), briefs, seeds=[self.config.seed + row for row in rows])
-        references = [to_pil(image) for image in self.shown_batch(rows)["pixel_values"]]
-        return Previews(images, [brief.describe() for brief in briefs], references)
+    def previews(self, exchange: Exchange) -> Previews:
+        pipeline = self.pipeline()
+
+        def generate(batch: Batch, rows: Sequence[int]) -> list[tuple[Image.Image, str, Image.Image]]:
+            briefs = [self.shown_data.brief(row) for row in rows]
+            images = self.sample(pipeline, briefs, seeds=[self.config.seed + row for row in rows])
+            references = [to_pil(image) for image in batch["pixel_values"]]
+            return list(zip(images, [brief.describe() for brief in briefs], references, strict=True))
+
+        images, captions, references = zip(*self.shown(exchange, generate, self.config.num_previews), strict=True)
+        return Previews(list(images), list(captions), list(references))
 
     def usage(self, model: str) -> str:
         return command_with("pipelines/sample.py", {"model": model, "brief": "random", "output": "grid.png"})

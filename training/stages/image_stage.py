@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pipelines.tools.cli import UserError, printable
 from training.core.batches import fetch, to_device
 from training.core.checks import SMALLEST_MAP
 from training.core.draws import SampleKey
+from training.core.exchange import Exchange
 from training.core.options import Options, option
 from training.core.stage import Batch, Stage, StageContext
 from training.data.aspect_buckets import BucketRule, image_sizes, share_cut_off, sort_into_buckets
@@ -31,10 +32,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("halftone")
 
+T = TypeVar("T")
+
 # Number of images whose sizes are read to see whether they are square, and the share of the pixels that may be cut off
 # without a word: that of images of 5:4.
 LOOKED_AT = 64
 MUCH_CUT_OFF = 0.2
+# Images of a preview are generated in batches of up to 4, of which larger images have fewer (512 / resolution): they
+# keep a device busy by themselves, and processes can only divide whole batches.
+MOST_PREVIEWS_AT_A_TIME, PREVIEW_SIDES_AT_A_TIME = 4, 512
 
 
 @dataclass
@@ -189,6 +195,34 @@ class ImageStage(Stage):
         if groups is None:
             return range(min(most, len(self.shown_data)))
         return (groups == torch.bincount(groups).argmax()).nonzero().flatten()[:most].tolist()
+
+    def shown(self, exchange: Exchange, function: Callable[[Batch, Sequence[int]], Iterable[T]], most: int) -> list[T]:
+        """Return the results of `function` for the batches of `shown_rows(most)`, in order, on every process.
+
+        Args:
+            function: called with each batch of this process and its rows; it returns any number of results.
+        """
+        rows = self.shown_rows(most)
+
+        def of_batch(numbers: Sequence[int]) -> Iterable[T]:
+            own = [rows[number] for number in numbers]
+            return function(self.shown_batch(own), own)
+
+        return self.divide(exchange, of_batch, len(rows))
+
+    def divide(self, exchange: Exchange, function: Callable[[Sequence[int]], Iterable[T]], count: int) -> list[T]:
+        """Return the results of `function` for the batches of `count` images of a preview, in order, on every process.
+
+        Args:
+            function: called with the numbers of each batch of this process; it returns any number of results.
+        """
+
+        def of_batch(numbers: Sequence[int]) -> Iterable[T]:
+            self.context.poll()
+            return function(numbers)
+
+        size = max(1, min(MOST_PREVIEWS_AT_A_TIME, PREVIEW_SIDES_AT_A_TIME // self.config.resolution))
+        return exchange.map(of_batch, count, size)
 
     def shown_batch(self, rows: Sequence[int]) -> Batch:
         """Return these rows of `shown_data` as a batch on the device."""
