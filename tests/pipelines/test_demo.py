@@ -208,6 +208,10 @@ def test_a_brief_survives_its_controls(seed):
     values[2] = "no colour"
     with pytest.raises(UserError, match="the brief cannot be used: .*is not a colour"):
         part.brief(values)
+    values = part.values_of(DesignBrief())
+    values[part.components.index(part.counts[0])] = 999
+    with pytest.raises(UserError, match="the brief cannot be used: 'Text blocks' must be a whole number from 0 to"):
+        part.brief(values)
 
 
 def test_a_generation_that_nobody_waits_for_ends(folder):

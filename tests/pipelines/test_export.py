@@ -5,9 +5,11 @@ Shapes: B images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import torch
 
 from pipelines.common.schedulers import make_scheduler, sampling_scheduler, training_scheduler
 from pipelines.export import main
+from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models.pixel_autoencoder import PixelAutoencoder
 from pipelines.tools.cli import UserError
@@ -284,6 +287,18 @@ def test_a_distilled_model_takes_its_own_steps_without_guidance(tmp_path, capsys
             run("a", guidance_scale=2.5)
         with pytest.raises(ValueError, match="`num_inference_steps` must be"):
             run("a", num_inference_steps=1)
+
+
+def test_the_documentation_lists_each_argument_that_is_missing():
+    def arguments(*functions: Callable) -> set[str]:
+        parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
+        return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+
+    controlled = FusionControlNetPipeline.call_with_control
+    of_pytorch = arguments(LatentDiffusionPipeline.__call__, controlled) - {"conditions"}
+    missing = of_pytorch - arguments(OnnxLatentDiffusionPipeline.__call__)
+    rows = [row for row in (ROOT / "docs/export.md").read_text(encoding="utf-8").splitlines() if "| not avail" in row]
+    assert {name for row in rows for name in re.findall("`([a-z_]+)`", row)} == missing - {"return_dict"}
 
 
 def test_the_defaults_are_those_of_pytorch(model):
