@@ -181,8 +181,9 @@ def message_of(error: Exception) -> gr.Error:
     Arguments of a pipeline are named by their labels, and uploaded files by their names, not by their paths.
     """
     expected = isinstance(error, (UserError, ValueError, OSError, MemoryError))
-    if isinstance(error, UserError) and str(error).startswith("--") and isinstance(error.__cause__, OSError):
-        error = error.__cause__  # the words about a flag would be those of the command line
+    cause = error.__cause__
+    if isinstance(error, UserError) and str(error).startswith("--") and isinstance(cause, OSError) and cause.strerror:
+        error = cause  # the words about a flag would be those of the command line
     out_of_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
     if out_of_memory:
         text = "there is not enough memory for this; generate fewer or smaller images"
