@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components.base import server
-from gradio_client.utils import is_http_url_like
 from PIL import Image, ImageDraw, ImageOps
 
 from ..tools.cli import UserError
@@ -61,7 +60,7 @@ _move_to_cache = Block.async_move_resource_to_block_cache
 
 async def _without_addresses(block: Block, path: str | Path | None) -> str | None:
     """Refuse an address in the place of a file: Gradio would fetch it, whatever its size."""
-    if path is not None and is_http_url_like(str(path)):
+    if str(path).lower().startswith(("http://", "https://")):
         raise message_of(UserError("a file from another address is not fetched; upload the file instead"))
     return await _move_to_cache(block, path)
 
