@@ -111,6 +111,7 @@ def benchmark(pipeline: Any, folder: Path) -> None:
     """Print the latency of PyTorch and of ONNX Runtime on the CPU, for each part and for a whole image."""
     import torch
 
+    from pipelines.common.distilled import sampling_defaults
     from pipelines.tools.onnx_folder import generates_from_latents
     from pipelines.tools.onnx_graphs import alternating, latencies, open_graph
     from pipelines.tools.onnx_latent_diffusion import OnnxLatentDiffusionPipeline
@@ -132,10 +133,11 @@ def benchmark(pipeline: Any, folder: Path) -> None:
     exported = OnnxLatentDiffusionPipeline(folder, num_threads=threads)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.set_scheduler(exported.config["scheduler"]["name"])
-    arguments: dict[str, Any] = {"num_inference_steps": BENCHMARK_STEPS, "generator": 0, "output_type": "np"}
+    steps = min(BENCHMARK_STEPS, sampling_defaults(pipeline).num_inference_steps)
+    arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": 0, "output_type": "np"}
     arguments |= {"prompt": "a red circle"} if exported.config["takes_text"] else {}
     images = [pipeline(**arguments).images, exported(**arguments)]
-    show("image, 10 steps", alternating(lambda: pipeline(**arguments), lambda: exported(**arguments)))
+    show(f"image, {steps} steps", alternating(lambda: pipeline(**arguments), lambda: exported(**arguments)))
     print(f"mean difference of the images: {abs(images[0] - images[1]).mean() * 255:.3f} of 255 grey levels")
 
 

@@ -98,6 +98,9 @@ def check_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas
     if not given:
         if num_inference_steps > trained:
             raise ValueError(f"`num_inference_steps` must be at most {trained}, but is {num_inference_steps}")
+        if num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
+            # The first level would be stretched to that of the last step, and be no number.
+            raise ValueError("`num_inference_steps` must be at least 2 for this model, but is 1")
         return {"num_inference_steps": int(num_inference_steps)}
     if len(given) > 1:
         raise ValueError("`timesteps` and `sigmas` both say which steps to take; pass one of them")

@@ -209,6 +209,8 @@ def _flow_scheduler(scheduler_class: Any, config: Any, options: dict[str, Any]) 
     steps = config.get("num_train_timesteps", 1000)
     shift = config.get("flow_shift", config.get("shift", 1.0))
     if scheduler_class.__name__.startswith("FlowMatch"):
+        if "shift_terminal" in scheduler_class._get_init_keys(scheduler_class):  # the last level of a distilled model
+            options = {"shift_terminal": config.get("shift_terminal"), **options}
         return scheduler_class(num_train_timesteps=steps, shift=shift, **options)
     flow = {"prediction_type": FLOW, "use_flow_sigmas": True, "flow_shift": shift}
     return scheduler_class(num_train_timesteps=steps, **flow, **options)

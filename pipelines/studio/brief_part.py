@@ -84,7 +84,10 @@ class Brief(Part):
             fields |= {name: float(value) for name, value in zip(NUMBERS, numbers) if name in (used or [])}
             return DesignBrief.from_mapping(fields)
         except (ValueError, TypeError) as error:
-            raise UserError(f"the brief cannot be used: {error}") from error
+            name, space, rest = str(error).partition(" ")  # such as "text_blocks must be a whole number"
+            labels = COUNT_LABELS | {number: words_of(number) for number in NUMBERS}
+            name = f"'{labels[name]}'" if name in labels else name
+            raise UserError(f"the brief cannot be used: {name}{space}{rest}") from error
 
     def made(self, values: Sequence[Any], count: int) -> Made:
         brief = self.brief(values)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
+from gradio.components.base import server
 from PIL import Image, ImageDraw, ImageOps
 
 from ..tools.cli import UserError
-from .bounds import message_of, upload
+from .bounds import MOST_LAYERS, check_upload, drawing, message_of, plainly, upload
 
 CANVAS_SIDE = 512
 """Longer side of a canvas in pixels; what is painted is scaled to the size of the model."""
@@ -21,19 +23,56 @@ def picture(label: str) -> gr.Image:
     return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=320)
 
 
-def _checked(component: gr.Image, payload: Any) -> Image.Image | None:
-    """Read an uploaded image in the place of Gradio, which would open files of any format and size."""
-    if payload is None:
-        return None
-    try:
-        return upload(payload.path)
-    except UserError as error:
-        raise message_of(error) from error
+def _checked(read: Callable[[Any], Any]) -> Callable[[gr.components.Component, Any], Any]:
+    """Return a method that reads what a browser has sent in the place of Gradio, and turns errors into messages."""
+
+    def preprocess(component: gr.components.Component, payload: Any) -> Any:
+        return None if payload is None else plainly(read)(payload)
+
+    return preprocess
+
+
+def _uploaded_image(payload: Any) -> Image.Image:
+    return upload(payload.path)
+
+
+def _uploaded_file(payload: Any) -> str:
+    """Return the path of an image that is read later, after its size has been checked."""
+    check_upload(payload.path)
+    return payload.path
+
+
+def _canvas_value(payload: Any) -> dict[str, Any]:
+    """Return the background and the layers of a canvas as RGBA images; the composite is not needed, nor read."""
+    if len(payload.layers) > MOST_LAYERS:
+        raise UserError(f"a canvas has at most {MOST_LAYERS} layers, but {len(payload.layers):,} were sent; use fewer")
+    background = None if payload.background is None else drawing(payload.background.path)
+    return {"background": background, "layers": [drawing(layer.path) for layer in payload.layers], "composite": None}
+
+
+@server
+def _no_blobs(component: gr.ImageEditor, data: Any) -> None:
+    """Keep nothing of a drawing that is sent before it is used: the page does not do that, and it could be any size."""
+
+
+_move_to_cache = Block.async_move_resource_to_block_cache
+
+
+async def _without_addresses(block: Block, path: str | Path | None) -> str | None:
+    """Refuse an address in the place of a file: Gradio would fetch it, whatever its size."""
+    if str(path).lower().startswith(("http://", "https://")):
+        raise message_of(UserError("a file from another address is not fetched; upload the file instead"))
+    return await _move_to_cache(block, path)
 
 
 # For the class, because Gradio makes its components again in each session, where an attribute of one component is lost.
 # A subclass does not work either: the examples of Gradio 6 do not work with one, and a .pyi file is written beside it.
-gr.Image.preprocess = _checked  # type: ignore[method-assign, assignment]
+# Gradio itself would open files of any format and size.
+gr.Image.preprocess = _checked(_uploaded_image)  # type: ignore[method-assign, assignment]
+gr.ImageEditor.preprocess = _checked(_canvas_value)  # type: ignore[method-assign, assignment]
+gr.ImageEditor.accept_blobs = _no_blobs  # type: ignore[method-assign]
+gr.File.preprocess = _checked(_uploaded_file)  # type: ignore[method-assign, assignment]
+Block.async_move_resource_to_block_cache = _without_addresses  # type: ignore[method-assign]
 
 
 def canvas(label: str, colors: Sequence[str], value: Any = None) -> gr.ImageEditor:

@@ -73,6 +73,11 @@ class Model:
         return hasattr(self.pipeline, "denoiser")
 
     @property
+    def distilled(self) -> bool:
+        """Whether the model was distilled to a few steps, with guidance in its weights, so that it takes none."""
+        return self.generates and bool(self.pipeline.config.get("distilled"))
+
+    @property
     def takes_text(self) -> bool:
         return getattr(self.pipeline, "text_encoder", None) is not None
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import gradio as gr
 
+from ..common.distilled import sampling_defaults
 from ..common.schedulers import suitable_samplers
 from ..tools.cli import UserError
 from ..tools.repeating import Recipe, sampler_of
 from .bounds import (
+    LABELS,
     MOST_GUIDANCE,
     MOST_IMAGES,
     MOST_PROMPT_CHARACTERS,
@@ -64,13 +66,19 @@ class Captions(Part):
         self.components = []
         if model.takes_text:
             most = MOST_PROMPT_CHARACTERS
-            prompt = gr.Textbox(label="Prompt", info="What the images show; may stay empty", lines=2, max_length=most)
+            prompt = gr.Textbox(
+                label=LABELS["prompt"], info="What the images show; may stay empty", lines=2, max_length=most
+            )
             without = "What the images do not show; needs a guidance scale above 1"
             self._add("prompt", prompt)
-            self._add("negative_prompt", gr.Textbox(label="Negative prompt", info=without, max_length=most))
+            if not model.distilled:  # without guidance, it would have no effect
+                self._add("negative_prompt", gr.Textbox(label=LABELS["negative_prompt"], info=without, max_length=most))
         if self.labels:
             choices = [NO_LABEL, *self.labels]
-            self._add("class_label", gr.Dropdown(choices, value=NO_LABEL, label="Class", info="Class of the images"))
+            self._add(
+                "class_label",
+                gr.Dropdown(choices, value=NO_LABEL, label=LABELS["class_labels"], info="Class of the images"),
+            )
         self._add_examples()
 
     def _add(self, name: str, component: Any) -> None:
@@ -113,34 +121,45 @@ class Sampling(Part):
         self.own_class = type(model.pipeline.scheduler).__name__
         zero_snr = bool(model.pipeline._own_scheduler.config.get("rescale_betas_zero_snr"))
         self.samplers = [OWN, *suitable_samplers(model.pipeline.config.prediction_type, zero_snr)]
+        self.defaults = sampling_defaults(model.pipeline)
         height, width = model.size()
         with gr.Row():
-            self.count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="Number of images")
+            self.count = gr.Slider(1, MOST_IMAGES, 4, step=1, label=LABELS["num_images_per_prompt"])
             self.seed = gr.Number(
-                0, label="Seed", info="The same seed gives the same images", precision=0, minimum=0, maximum=MOST_SEED
-            )
+                0, label=LABELS["generator"], info="The same seed gives the same images",
+                precision=0, minimum=0, maximum=MOST_SEED,
+            )  # fmt: skip
         another = gr.Button("Another seed", size="sm")
         another.click(lambda: random.randrange(MOST_SEED), None, self.seed, queue=False)
         with gr.Accordion("Sampling", open=False):
-            steps_ = gr.Slider(1, MOST_STEPS, 25, step=1, label="Steps", info="More steps take longer")
-            guidance = gr.Slider(1, MOST_GUIDANCE, 2.5, step=0.1, label="Guidance scale", info="1 disables guidance")
+            trained_for = f"The model was distilled for {self.defaults.num_inference_steps}"
+            steps_ = gr.Slider(
+                1, MOST_STEPS, self.defaults.num_inference_steps, step=1, label=LABELS["num_inference_steps"],
+                info=trained_for if model.distilled else "More steps take longer",
+            )  # fmt: skip
+            # The weights of a distilled model contain guidance, so that there is nothing to choose.
+            guidance = gr.Slider(
+                1, MOST_GUIDANCE, self.defaults.guidance_scale, step=0.1, label=LABELS["guidance_scale"],
+                info="1 disables guidance", visible=not model.distilled,
+            )  # fmt: skip
             scheduler = gr.Dropdown(self.samplers, value=OWN, label="Scheduler")
             side = {"step": 1, "precision": 0, "minimum": 1, "visible": sized}
-            height_ = gr.Number(height, label="Height in pixels", **side)
-            width_ = gr.Number(width, label="Width in pixels", **side)
+            height_ = gr.Number(height, label=LABELS["height"], **side)
+            width_ = gr.Number(width, label=LABELS["width"], **side)
         self.components = [self.count, self.seed, steps_, guidance, scheduler, height_, width_]
 
     def repeated(self, recipe: Recipe) -> list[Any]:
-        scale = recipe.number("guidance_scale")
-        steps = recipe.number("num_inference_steps")
+        steps, scale = recipe.number("num_inference_steps"), recipe.number("guidance_scale")
+        if scale is None or self.model.distilled:
+            scale = self.defaults.guidance_scale
         sampler = sampler_of(recipe, self.own_class)
         height, width = recipe.size or self.model.size()
         seed, count = recipe.batch(MOST_IMAGES)
         return [
             count,
             min(seed, MOST_SEED),
-            int(min(max(steps or 25, 1), MOST_STEPS)),
-            min(max(2.5 if scale is None else scale, 1), MOST_GUIDANCE),
+            int(min(max(steps or self.defaults.num_inference_steps, 1), MOST_STEPS)),
+            min(max(scale, 1), MOST_GUIDANCE),
             sampler if sampler in self.samplers else OWN,
             height,
             width,
@@ -152,6 +171,7 @@ class Sampling(Part):
         _, seed, steps, scale, _, height, width = values
         seed = whole("the seed", seed, 0, MOST_SEED)
         steps = whole("the number of steps", steps, 1, MOST_STEPS)
+        scale = self.defaults.guidance_scale if self.model.distilled else scale
         scale = in_range("the guidance scale", scale, 1, MOST_GUIDANCE)
         trained = self.model.size()
         if self.sized:

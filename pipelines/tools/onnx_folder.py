@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.captions import tokenize_captions
 from ..common.checks import side_multiple
+from ..common.distilled import check_distilled
 from ..common.latents import downsampling_factor, latent_channels
 from ..common.schedulers import FLOW, make_scheduler, noise_schedule_of
 from ..models.fusion_controlnet import as_nets
@@ -77,6 +78,7 @@ def latent_diffusion_config(pipeline: Any) -> dict[str, Any]:
         "latent_channels": latent_channels(vae),
         "latents": latent_scaling(vae),
         "least_noise_level": float(config.get("least_noise_level") or 0.0),
+        "distilled": check_distilled(pipeline.config.get("distilled")),
         "restart_levels": list(config.get("restart_levels") or ()),
         "controlnets": len(as_nets(pipeline.controlnet)) if hasattr(pipeline, "controlnet") else 0,
         "scheduler": scheduler_config(pipeline),
@@ -105,7 +107,7 @@ def scheduler_config(pipeline: Any) -> dict[str, Any]:
     own, prediction_type = pipeline._own_scheduler, pipeline.config.prediction_type
     flow = prediction_type == FLOW
     config = make_scheduler("euler" if flow else "ddim", own).config
-    unusual = [name for name in ("use_dynamic_shifting", "use_karras_sigmas", "shift_terminal") if own.config.get(name)]
+    unusual = [name for name in ("use_dynamic_shifting", "use_karras_sigmas") if own.config.get(name)]
     if unusual or (not flow and config.timestep_spacing != "trailing"):
         difference = unusual[0] if unusual else f"the timestep_spacing '{config.timestep_spacing}'"
         raise UserError(
@@ -118,6 +120,7 @@ def scheduler_config(pipeline: Any) -> dict[str, Any]:
         "prediction_type": prediction_type,
         "num_train_timesteps": int(config.num_train_timesteps),
         "shift": float(config.get("shift", 1.0)),
+        "shift_terminal": config.get("shift_terminal"),
     }
 
 

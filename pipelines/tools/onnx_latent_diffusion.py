@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer.json"
 FLOW = "flow_prediction"
 LEAST_ALPHA = 0.5 / 255  # less becomes 0 in a file
 OUTPUT_TYPES = ("pil", "np", "latent")
-
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 25, 2.5
 Array = np.ndarray
 
 
@@ -73,33 +73,31 @@ class OnnxLatentDiffusionPipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None, width: int | None = None,
-        num_inference_steps: int = 25, guidance_scale: float = 2.5, num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None, num_images_per_prompt: int = 1,
         generator: int | Sequence[int] | None = None, latents: Array | None = None, output_type: str = "pil",
         guidance_interval: Sequence[float] = (0.0, 1.0), scheduler: str | None = None,
         control_image: Any = None, controlnet_conditioning_scale: float | Sequence[float] = 1.0,
     ) -> Any:  # fmt: skip
-        """Generate `num_images_per_prompt` images for each prompt (or class label), in that order.
+        """Return `num_images_per_prompt` images for each prompt (or class label), in that order, as `output_type` says.
 
         Args:
             prompt, negative_prompt: what to include (paired with labels), or not.
             class_labels: names, or ids unless names are numbers.
             height, width: size in pixels; by default that of training.
-            guidance_scale: scale of classifier-free guidance; 1 and below disables it.
+            num_inference_steps: number of steps; by default 25, or that of a distilled model.
+            guidance_scale: classifier-free guidance, disabled at 1 and below; by default 2.5, or 1 if distilled.
             generator: a seed (image k uses seed + k), or a list with a seed for each image.
             latents: standard normal noise to start from, B C h w.
             output_type: "pil" (a list of images), "np" (B H W C in [0, 1]) or "latent" (B C h w).
             guidance_interval: noise levels (low, high) with guidance.
             scheduler: "ddim" or "dpm", and "euler" for flow matching; by default the model's own.
-            control_image: for a model with a ControlNet, an array B C H W in [0, 1] (or 1 C H W), or a list with one
-                for each ControlNet; by default the images are not controlled.
+            control_image: an array B C H W in [0, 1] (or 1 C H W), or a list of them for several ControlNets.
             controlnet_conditioning_scale: how strongly each ControlNet steers.
-
-        Returns:
-            The images; see `output_type`.
 
         Raises:
             ValueError: an argument is invalid; the message quotes it.
         """
+        num_inference_steps, guidance_scale = self._given_or_default(num_inference_steps, guidance_scale)
         self._check(prompt, negative_prompt, class_labels, output_type, guidance_interval, guidance_scale)
         entries = [len(one) for one in (as_list(prompt), as_list(class_labels)) if one]
         count = max(entries, default=1)
@@ -151,12 +149,23 @@ class OnnxLatentDiffusionPipeline:
                 raise ValueError(f"`class_labels` must be from 0 to {(classes or 0) - 1}, but has {label!r}")
         return ids
 
+    def _given_or_default(self, steps: Any, scale: Any) -> tuple[Any, Any]:
+        """Return the number of steps and the guidance scale, with the defaults of the model in the place of None."""
+        distilled = self.config.get("distilled")
+        usual = (distilled["num_inference_steps"], 1.0) if distilled else (NUM_INFERENCE_STEPS, GUIDANCE_SCALE)
+        return usual[0] if steps is None else steps, usual[1] if scale is None else scale
+
     def _check(self, prompt: Any, negative: Any, labels: Any, output_type: str, interval: Any, scale: float) -> None:
         for name, value in (("prompt", prompt), ("negative_prompt", negative)):
             if not all(isinstance(one, str) for one in as_list(value)):
                 raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}")
             if value and not self.config["takes_text"]:
                 raise ValueError(f"this model takes no text, so `{name}` must be None, but is {value!r}")
+        if (distilled := self.config.get("distilled")) and scale > 1:
+            raise ValueError(
+                f"`guidance_scale` is {scale}, but this model was distilled: its weights contain guidance with a scale "
+                f"of {distilled['guidance_scale']:g}, and it has no unconditional prediction; leave it out, or pass 1"
+            )
         if negative and scale <= 1:
             raise ValueError(f"`negative_prompt` needs a `guidance_scale` above 1, but it is {scale}")
         if labels is not None and self.config["num_classes"] is None:
@@ -171,9 +180,8 @@ class OnnxLatentDiffusionPipeline:
         if not self.config["takes_text"]:
             return None
         prompts, negatives = (np.broadcast_to(as_list(one) or [""], count).tolist() for one in (prompt, negative))
-        negatives = negatives if guided else []
-        (states,) = self.run("text_encoder", input_ids=self.tokenize(negatives + prompts))
-        return np.repeat(states, repeats, axis=0)
+        encoded = self.run("text_encoder", input_ids=self.tokenize(negatives * guided + prompts))
+        return np.repeat(encoded[0], repeats, axis=0)
 
     def _labels(self, class_labels: Any, count: int, repeats: int, guided: bool) -> Array | None:
         """Return class ids, B or, with guidance, 2B: the null class is the last one, and comes first."""
@@ -214,8 +222,7 @@ class OnnxLatentDiffusionPipeline:
         for number, one in enumerate(controls):
             if np.ndim(one) != 4 or len(one) not in (1, len(x)):
                 raise ValueError(f"`control_image` must be an array B C H W, but has shape {np.shape(one)}")
-            values = np.asarray(one, dtype=np.float32)
-            inputs[f"controls_{number}"] = np.broadcast_to(values, (len(x), *values.shape[1:]))
+            inputs[f"controls_{number}"] = np.broadcast_to(np.asarray(one, np.float32), (len(x), *np.shape(one)[1:]))
         return inputs
 
     def _predictor(
@@ -226,18 +233,18 @@ class OnnxLatentDiffusionPipeline:
         expected = None
         if "caption_prior" in self.parts and text is not None:
             cells = np.zeros((len(text), *like.shape[1:]), dtype=np.float32)
-            (expected,) = self.run("caption_prior", encoder_hidden_states=text, sample=cells)
+            expected = self.run("caption_prior", encoder_hidden_states=text, sample=cells)[0]
 
         def predict(x: Array, timestep: float, may_guide: bool = True) -> Array:
-            guides = scale is not None and may_guide and self._in_interval(timestep, interval)
+            level = noise_level(timestep, self.noise_schedule, self.config["scheduler"]["num_train_timesteps"])
+            in_interval = tuple(interval) == (0, 1) or interval[0] < level <= interval[1]
+            guides = scale is not None and may_guide and in_interval
             doubled = np.concatenate([x, x]) if guides else x
             rows = len(doubled)
             inputs = {"timestep": np.full(rows, timestep, dtype=np.float32)}
             inputs["sample"] = doubled if expected is None else np.concatenate([doubled, expected[-rows:]], axis=1)
-            if text is not None:
-                inputs["encoder_hidden_states"] = text[-rows:]
-            if labels is not None:
-                inputs["class_labels"] = labels[-rows:]
+            conditions = {"encoder_hidden_states": text, "class_labels": labels}
+            inputs |= {name: value[-rows:] for name, value in conditions.items() if value is not None}
             for name, value in control.items():
                 inputs[name] = np.concatenate([value, value]) if guides and value.ndim == 4 else value
             prediction = self.run("steered_unet" if control else self.config["denoiser"], **inputs)[0]
@@ -247,12 +254,6 @@ class OnnxLatentDiffusionPipeline:
             return unconditional + float(scale) * (conditional - unconditional)
 
         return predict
-
-    def _in_interval(self, timestep: float, interval: Sequence[float]) -> bool:
-        low, high = interval
-        if (low, high) == (0, 1):
-            return True
-        return low < noise_level(timestep, self.noise_schedule, self.config["scheduler"]["num_train_timesteps"]) <= high
 
     def _restarted(self, x: Array, predict: Callable[..., Array], noise: list[TorchNoise]) -> Array:
         """Denoise finished samples again, from one low noise level after the other, with the noise and its negative."""
@@ -270,8 +271,7 @@ class OnnxLatentDiffusionPipeline:
         shift, std, factor = (each.reshape(1, -1, 1, 1) for each in numbers)
         z = latents / factor * std + shift
         decoded = self.run("vae_decoder", z=z)[0] if "vae_decoder" in self.parts else z
-        images = straight(np.clip(decoded, -1, 1)).transpose(0, 2, 3, 1)
-        images = np.clip(images * 0.5 + 0.5, 0, 1)
+        images = np.clip(straight(np.clip(decoded, -1, 1)) * 0.5 + 0.5, 0, 1).transpose(0, 2, 3, 1)
         if output_type == "np":
             return images
         pixels = (images * 255).round().astype(np.uint8)
@@ -312,13 +312,13 @@ class EulerSampler:
     """Euler steps of rectified flow, as FlowMatchEulerDiscreteScheduler takes them."""
 
     def __init__(self, config: Mapping[str, Any], schedule: Array | None, num_inference_steps: int):
-        trained, shift = config["num_train_timesteps"], config["shift"]
-
-        def shifted(sigmas: Array) -> Array:
-            return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-        ends = shifted(np.array([1.0, 1 / trained], dtype=np.float32)).astype(np.float64)
-        sigmas = shifted(np.linspace(ends[0] * trained, ends[1] * trained, num_inference_steps) / trained)
+        trained, shift, terminal = config["num_train_timesteps"], config["shift"], config.get("shift_terminal")
+        ends = np.array([1.0, 1 / trained], dtype=np.float32)
+        ends = (shift * ends / (1 + (shift - 1) * ends)).astype(np.float64)
+        sigmas = np.linspace(ends[0] * trained, ends[1] * trained, num_inference_steps) / trained
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        if terminal:  # the last step begins at this level
+            sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
         self.sigmas = np.append(sigmas, 0).astype(np.float32)
         self.timesteps = self.sigmas[:-1] * np.float32(trained)
         self.num_train_timesteps = trained
@@ -332,7 +332,7 @@ class DdimSampler:
     """Deterministic DDIM (Song et al. 2020, eq. 12 with eta = 0), as DDIMScheduler computes it."""
 
     def __init__(self, config: Mapping[str, Any], schedule: Array, num_inference_steps: int):
-        self.timesteps = _spaced(config, num_inference_steps)
+        self.timesteps = _spaced(config["num_train_timesteps"], num_inference_steps)
         self.prediction_type, self.alphas = config["prediction_type"], schedule
         self.interval = config["num_train_timesteps"] // num_inference_steps
 
@@ -348,7 +348,7 @@ class DpmSampler:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), as DPMSolverMultistepScheduler computes it by default."""
 
     def __init__(self, config: Mapping[str, Any], schedule: Array, num_inference_steps: int):
-        self.timesteps = _spaced(config, num_inference_steps)
+        self.timesteps = _spaced(config["num_train_timesteps"], num_inference_steps)
         self.prediction_type = config["prediction_type"]
         # Instead of 0, with zero terminal SNR, because the first step divides by it.
         alphas = np.sqrt(np.maximum(schedule.astype(np.float64)[self.timesteps], 2.0**-24))
@@ -374,8 +374,9 @@ def make_sampler(name: str, config: Mapping[str, Any], schedule: Array | None, n
     samplers: dict[str, Any] = {"euler": EulerSampler} if flow else {"ddim": DdimSampler, "dpm": DpmSampler}
     if name not in samplers:
         raise ValueError(f"`scheduler` must be one of {', '.join(samplers)} for this model, but is {name!r}")
-    if num_inference_steps > trained:
-        raise ValueError(f"`num_inference_steps` must be at most {trained}, but is {num_inference_steps}")
+    least = 2 if config.get("shift_terminal") else 1
+    if not least <= num_inference_steps <= trained:
+        raise ValueError(f"`num_inference_steps` must be from {least} to {trained}, but is {num_inference_steps}")
     return samplers[name](config, schedule, num_inference_steps)
 
 
@@ -402,9 +403,8 @@ def clean_and_noise(kind: str, prediction: Array, x: Array, alpha: float, sigma:
     return alpha * x - sigma * prediction, alpha * prediction + sigma * x
 
 
-def _spaced(config: Mapping[str, Any], count: int) -> Array:
+def _spaced(trained: int, count: int) -> Array:
     """Return `count` timesteps from high to low, int64; the first is the last one of training ("trailing")."""
-    trained = config["num_train_timesteps"]
     return np.round(np.arange(trained, 0, -trained / count)).astype(np.int64) - 1
 
 

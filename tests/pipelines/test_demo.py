@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import socket
@@ -12,17 +13,30 @@ from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
 from pipelines import demo
 from pipelines.common.design_brief import DesignBrief
 from pipelines.studio.app import Studio
-from pipelines.studio.bounds import MOST_PROMPT_CHARACTERS, in_range, message_of, plainly, text_of, upload, whole
+from pipelines.studio.bounds import (
+    LABELS,
+    MOST_PROMPT_CHARACTERS,
+    in_range,
+    message_of,
+    plainly,
+    text_of,
+    upload,
+    whole,
+)
 from pipelines.studio.brief_part import Brief
 from pipelines.studio.components import on_canvas, painted, strokes
+from pipelines.studio.generating import Files, GeneratingTab
 from pipelines.studio.models import Model, load_models
+from pipelines.studio.parts import Sampling
 from pipelines.studio.running import generate
 from pipelines.tools.cli import UserError
+from pipelines.tools.repeating import Recipe, read_recipe
 from tests.support.runs import ROOT, environment
 from tests.support.tiny_published import PUBLISHED
 
@@ -126,6 +140,13 @@ def test_wrong_uploads_are_refused_in_plain_words(kind, tmp_path):
         upload(None)
 
 
+def full_disk() -> UserError:
+    """What `save_image` raises, in the words of the command line."""
+    error = UserError("--output /srv/images/1.png cannot be written (No space left on device); free space")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/srv/images/1.png")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -134,6 +155,13 @@ def test_wrong_uploads_are_refused_in_plain_words(kind, tmp_path):
         (RuntimeError("CUDA out of memory. Tried"), "There is not enough memory for this"),
         (FileNotFoundError(2, "No such file or directory", "x"), "A file cannot be read or written (No such file"),
         (KeyError("x"), "Something went wrong ('x')"),
+        (
+            ValueError("`negative_prompt` needs a `guidance_scale` above 1"),
+            "'Negative prompt' needs a 'Guidance scale'",
+        ),
+        (ValueError("`mask_image` is empty: no pixel of it is white"), "Mask image is empty: no pixel of it is white"),
+        (UserError("run `pip install scipy`"), "Run `pip install scipy`"),
+        (full_disk(), "A file cannot be read or written (No space left on device)"),
     ],
 )
 def test_errors_become_messages(error, text):
@@ -180,6 +208,10 @@ def test_a_brief_survives_its_controls(seed):
     values[2] = "no colour"
     with pytest.raises(UserError, match="the brief cannot be used: .*is not a colour"):
         part.brief(values)
+    values = part.values_of(DesignBrief())
+    values[part.components.index(part.counts[0])] = 999
+    with pytest.raises(UserError, match="the brief cannot be used: 'Text blocks' must be a whole number from 0 to"):
+        part.brief(values)
 
 
 def test_a_generation_that_nobody_waits_for_ends(folder):
@@ -201,8 +233,40 @@ def test_a_generation_that_nobody_waits_for_ends(folder):
         list(generate(model, {"num_inference_steps": 0}))
 
 
+def test_arguments_in_messages_have_the_labels_of_the_page(tmp_path):
+    """Every label that a message can name is one that the page shows, and what the pipelines refuse is named by it."""
+    labels = set()
+    for kind in ("captioned_and_labelled", "two_controlnets", "image_caption"):
+        page = Studio([Model(kind, PUBLISHED[kind]())], None, tmp_path).build()
+        labels |= {getattr(block, "label", None) for block in page.blocks.values()}
+    assert set(LABELS.values()) <= labels
+    with gr.Blocks():
+        tab = GeneratingTab("x", Model("m", PUBLISHED["captioned"]()), [], Files(tmp_path))
+    values = {component.label: value_of(component) for component in tab.inputs}
+    with pytest.raises(gr.Error, match="'Height in pixels' must be a multiple of 2"):
+        list(plainly(tab._generate)(*(values | {"Height in pixels": 3}).values()))
+    control = Studio([Model("m", PUBLISHED["controlnet"]())], None, tmp_path)
+    with gr.Blocks():
+        tab = control._tabs(control.models[0])["Control"]()
+    values = {component.label: value_of(component) for component in tab.inputs}
+    start, end = "Starts at this share of the steps", "Ends at this share of the steps"
+    with pytest.raises(gr.Error, match=f"'{start}' must be below '{end}'"):
+        list(plainly(tab._generate)(*(values | {start: 0.5, end: 0.2}).values()))
+
+
+def test_uploaded_files_are_named_without_the_folder_of_the_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    file = tmp_path / ("a" * 64) / "my image.png"
+    file.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(gr.Error) as error:
+        plainly(read_recipe)(file)
+    assert str(error.value.message).startswith("My image.png has no seed in its metadata")
+
+
 GENERATING = (
-    "captioned", "labelled", "unconditional", "controlnet", "two_controlnets", "poster_decoder", "poster_controlnet"
+    "captioned", "labelled", "distilled", "unconditional", "controlnet", "two_controlnets", "poster_decoder",
+    "poster_controlnet",
 )  # fmt: skip
 
 
@@ -219,6 +283,39 @@ def test_every_tab_generates_the_number_of_images_that_is_set(kind, tmp_path):
         assert (len(images), len(files)) == (3, 3), title
         assert text.startswith("3 images in")
         assert len({Path(file).read_bytes() for file in files}) == 3
+
+
+def test_a_distilled_model_opens_with_its_steps_and_without_guidance(tmp_path):
+    model = Model("m", PUBLISHED["distilled"]())
+    assert model.distilled
+    for title, make in Studio([model], None, tmp_path)._tabs(model).items():
+        with gr.Blocks():
+            tab = make()
+        shown = {component.label: component for component in tab.inputs}
+        assert "Negative prompt" not in shown, title
+        assert (shown["Steps"].value, shown["Guidance scale"].visible) == (3, False)
+        values = {label: value_of(component) for label, component in shown.items()} | {"Steps": 3}
+        # A page that was opened before, or a request that is written by hand, may send another scale.
+        *_, (_, files, _) = tab._generate(*(values | {"Guidance scale": 7.0}).values())
+        assert Image.open(files[0]).text["guidance_scale"] == "1"
+    recipe = Recipe(0, texts={"guidance_scale": "2.5"})
+    assert tab.sampling.repeated(recipe)[2:4] == [3, 1.0]
+    others = Model("m", PUBLISHED["captioned"]())
+    with gr.Blocks():
+        usual = Sampling(others)
+    assert not others.distilled
+    assert usual.repeated(recipe)[2:4] == usual.repeated(Recipe(0))[2:4] == [25, 2.5]
+
+
+def test_a_distilled_model_gives_the_images_of_its_pipeline(tmp_path):
+    model = Model("m", PUBLISHED["distilled"]())
+    with gr.Blocks():
+        tab = Studio([model], None, tmp_path)._tabs(model)["Text to image"]()
+    values = {component.label: component.value for component in tab.inputs} | {"Prompt": "a red poster"}
+    *_, (_, files, _) = tab._generate(*values.values())
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    expected = PUBLISHED["distilled"]()(["a red poster"] * 4, generator=generators).images
+    assert [Image.open(file).tobytes() for file in files] == [image.tobytes() for image in expected]
 
 
 def value_of(component: gr.components.Component) -> Any:

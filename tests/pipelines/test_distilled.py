@@ -10,6 +10,7 @@ import pytest
 from pipelines.common.distilled import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, given_or_default, sampling_defaults
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from tests.support.tiny_models import tiny_pipeline
+from tests.support.tiny_published import PUBLISHED
 
 DISTILLED = {"num_inference_steps": 2, "guidance_scale": 1.5}
 
@@ -38,6 +39,16 @@ def test_other_pipelines_have_the_usual_defaults_and_no_entry(tmp_path):
     assert "distilled" not in json.loads((tmp_path / "model_index.json").read_text())
     assert sampling_defaults(pipeline) == (NUM_INFERENCE_STEPS, GUIDANCE_SCALE) == (25, 2.5)
     assert np.array_equal(draw(pipeline), draw(pipeline, num_inference_steps=25, guidance_scale=2.5))
+
+
+def test_its_sampler_by_name_takes_its_steps_and_has_two_or_more():
+    """The levels of the last step follow from the scheduler of the model, however it is chosen."""
+    own, named = (PUBLISHED["distilled"]() for _ in range(2))
+    named.set_scheduler("euler")
+    assert named.scheduler.config.shift_terminal == own.scheduler.config.shift_terminal == pytest.approx(1 / 3)
+    assert np.array_equal(draw(named), draw(own))
+    with pytest.raises(ValueError, match="`num_inference_steps` must be at least 2 for this model, but is 1"):
+        draw(own, num_inference_steps=1)
 
 
 def test_guidance_is_refused():

@@ -5,9 +5,11 @@ Shapes: B images, C channels, H W pixels.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import torch
 
 from pipelines.common.schedulers import make_scheduler, sampling_scheduler, training_scheduler
 from pipelines.export import main
+from pipelines.fusion_controlnet_pipeline import FusionControlNetPipeline
 from pipelines.latent_diffusion import LatentDiffusionPipeline
 from pipelines.models.pixel_autoencoder import PixelAutoencoder
 from pipelines.tools.cli import UserError
@@ -119,15 +122,24 @@ def test_noise_is_that_of_pytorch(shape, seed):
         ("sample", {"rescale_betas_zero_snr": True, "beta_schedule": "linear"}),
         ("flow_prediction", {}),
         ("flow_prediction", {"shift": 3.0}),
+        ("flow_prediction", {"shift": 3.0, "shift_terminal": 0.25}),
     ],
 )
 def test_samplers_take_the_steps_of_diffusers(name, prediction_type, options, steps):
     flow = prediction_type == "flow_prediction"
     if flow != (name == "euler"):
         pytest.skip("a sampler for the other kind of model")
-    own = training_scheduler(prediction_type, **options)
+    terminal = options.get("shift_terminal")
+    if terminal and steps == 1:
+        pytest.skip("a single step has no other last level than its first")
+    own = training_scheduler(
+        prediction_type, **{key: value for key, value in options.items() if key != "shift_terminal"}
+    )
+    if terminal:
+        own = type(own).from_config(own.config, shift_terminal=terminal)
     schedule = None if flow else make_scheduler("ddim", own).alphas_cumprod.numpy()
     config = {"prediction_type": prediction_type, "num_train_timesteps": 1000, "shift": options.get("shift", 1.0)}
+    config["shift_terminal"] = terminal
     ours, theirs = make_sampler(name, config, schedule, steps), make_scheduler(name, own)
     theirs.set_timesteps(steps)
     assert np.allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-6)
@@ -255,6 +267,46 @@ def test_images_with_a_controlnet(tmp_path):
     assert_same_images(pipeline, folder, prompt="a")
 
 
+def test_a_distilled_model_takes_its_own_steps_without_guidance(tmp_path, capsys):
+    """By default, as in PyTorch. Its last step begins at the noise level 1 / 3, as its scheduler says."""
+    pipeline = PUBLISHED["distilled"]()
+    folder = exported(pipeline, tmp_path, "--benchmark", "true")
+    printed = capsys.readouterr().out
+    assert "image, 3 steps" in printed
+    assert "mean difference of the images: 0.000 of 255" in printed
+    assert description(folder)["config"]["distilled"] == {"num_inference_steps": 3, "guidance_scale": 1.5}
+    runner = OnnxLatentDiffusionPipeline(folder)
+    options: dict[str, Any] = {"prompt": ["a", "red"], "class_labels": [1, 0], "generator": 5, "output_type": "np"}
+    expected = pipeline(**options).images
+    assert np.abs(runner(**options) - expected).mean() < 0.1 / 255
+    assert np.array_equal(runner(**options), runner(**options, num_inference_steps=3, guidance_scale=1))
+    assert np.abs(runner(**options, num_inference_steps=25) - expected).mean() > 1e-3
+    assert_same_images(pipeline, folder, num_inference_steps=2, prompt="a", guidance_scale=0.5)
+    for run in (runner, pipeline):
+        with pytest.raises(ValueError, match=r"`guidance_scale` is 2\.5, but this model was distilled.* of 1\.5"):
+            run("a", guidance_scale=2.5)
+        with pytest.raises(ValueError, match="`num_inference_steps` must be"):
+            run("a", num_inference_steps=1)
+
+
+def test_the_documentation_lists_each_argument_that_is_missing():
+    def arguments(*functions: Callable) -> set[str]:
+        parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
+        return {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+
+    controlled = FusionControlNetPipeline.call_with_control
+    of_pytorch = arguments(LatentDiffusionPipeline.__call__, controlled) - {"conditions"}
+    missing = of_pytorch - arguments(OnnxLatentDiffusionPipeline.__call__)
+    rows = [row for row in (ROOT / "docs/export.md").read_text(encoding="utf-8").splitlines() if "| not avail" in row]
+    assert {name for row in rows for name in re.findall("`([a-z_]+)`", row)} == missing - {"return_dict"}
+
+
+def test_the_defaults_are_those_of_pytorch(model):
+    options: dict[str, Any] = {"prompt": "a red poster", "generator": 5, "output_type": "np"}
+    expected = model[0](**options).images
+    assert np.abs(OnnxLatentDiffusionPipeline(model[1])(**options) - expected).mean() < 0.1 / 255
+
+
 # --- parts
 
 VAE = {"vae_encoder", "vae_decoder"}
@@ -262,6 +314,7 @@ PARTS: dict[str, set[str]] = {
     "captioned": {"text_encoder", "unet", *VAE},
     "labelled": {"unet", *VAE},
     "captioned_and_labelled": {"text_encoder", "caption_prior", "unet", *VAE},
+    "distilled": {"text_encoder", "unet", *VAE},
     "unconditional": {"unet", *VAE},
     "pretrained_text_encoder": {"text_encoder", "unet", *VAE},
     "autoencoder": VAE,

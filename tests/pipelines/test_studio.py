@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_chromium]
 TABS = {
     "captioned_and_labelled": ["Text to image", "Image to image", "Inpainting"],
     "labelled": ["Class to image", "Image to image", "Inpainting"],
+    "distilled": ["Text to image", "Image to image", "Inpainting"],
     "two_controlnets": ["Text to image", "Control", "Image to image", "Inpainting"],
     "poster_decoder": ["Brief to poster", "Image to image", "Inpainting"],
     "image_caption": ["Caption", "Draw", "Invent"],
@@ -172,8 +173,8 @@ def test_images_appear_while_they_are_denoised_and_stop_ends_it(browser, repeate
     assert visitor.problems == []
 
 
-def test_the_keyboard_is_enough(visitor):
-    visitor.open(TEXT, "Text to image")
+def test_the_keyboard_is_enough_and_a_distilled_model_takes_its_steps(visitor):
+    visitor.open("distilled", "Text to image")
     visitor.control("textbox", "Prompt").focus()
     visitor.page.keyboard.type("a blue poster")
     for _ in range(40):
@@ -182,7 +183,7 @@ def test_the_keyboard_is_enough(visitor):
             break
     visitor.page.keyboard.press("Enter")
     visitor.wait_for_status("4 images in")
-    assert visitor.download().text["prompt"] == "a blue poster"
+    assert visitor.download().text.items() >= {"prompt": "a blue poster", "num_inference_steps": "3"}.items()
 
 
 def test_an_image_is_changed(visitor, picture):
@@ -379,11 +380,11 @@ def test_wrong_settings_and_a_foreign_png_are_messages(visitor, picture):
     visitor.unfold("Sampling")
     visitor.set_slider("Guidance scale", 1)
     visitor.press("Generate")
-    visitor.wait_for_message("negative_prompt. needs a .guidance_scale. above 1")
+    visitor.wait_for_message("'Negative prompt' needs a 'Guidance scale' above 1")
     visitor.write("Negative prompt", "")
     visitor.set_number("Height in pixels", 17)
     visitor.press("Generate")
-    visitor.wait_for_message("height. must be a multiple of")
+    visitor.wait_for_message("'Height in pixels' must be a multiple of")
     visitor.set_number("Height in pixels", 100_000)
     visitor.press("Generate")
     visitor.wait_for_message("height must be from 1 to")

@@ -18,6 +18,7 @@ from tests.pipelines.test_poster_decoder import tiny_decoder, tiny_transformer_d
 from tests.support.tiny_captions import tiny_caption_pipeline
 from tests.support.tiny_controlnets import PICTURE, controlled, tiny_controlled, tiny_controlled_decoder, tiny_net
 from tests.support.tiny_models import TEXT_WIDTH, TWO_LEVELS, tiny_pipeline, tiny_unet, tiny_vae
+from training.objectives.few_steps import few_step_scheduler
 
 
 def tiny_vae_with_heads() -> ModelMixin:
@@ -37,6 +38,16 @@ def with_a_pretrained_text_encoder() -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline(tiny_vae(), tiny_unet(), scheduler, encoder, tokenizer, max_text_length=6)
 
 
+def tiny_distilled() -> LatentDiffusionPipeline:
+    """A model that samples in three steps without guidance, which its weights contain, as after distillation."""
+    teacher = tiny_pipeline("flow_prediction", classes=2)
+    parts = {**teacher.components, "scheduler": few_step_scheduler(teacher.scheduler, 3)}
+    distilled = {"num_inference_steps": 3, "guidance_scale": 1.5}
+    pipeline = LatentDiffusionPipeline(**parts, id2label=teacher.config.id2label, distilled=distilled)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def with_two_controlnets() -> Any:
     base = tiny_pipeline()
     return controlled(base, tiny_net(base, "film", seed=1), tiny_net(base, "add", PICTURE, seed=2))
@@ -46,6 +57,7 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "captioned": tiny_pipeline,
     "labelled": lambda: tiny_pipeline(text=False, classes=3),
     "captioned_and_labelled": lambda: tiny_pipeline("flow_prediction", classes=2, patch_size=4, prior=True),
+    "distilled": tiny_distilled,
     "unconditional": lambda: tiny_pipeline("v_prediction", text=False),
     "pretrained_text_encoder": with_a_pretrained_text_encoder,
     "autoencoder": lambda: AutoencoderPipeline(tiny_vae()),
