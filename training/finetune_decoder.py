@@ -2,7 +2,8 @@
 
     accelerate launch training/finetune_decoder.py                        # makes all that it needs
     accelerate launch training/finetune_decoder.py --decoder runs/posters/decoder_64 \\
-        --reader runs/posters/abstractor_64 --dataset_name data/posters_standard_64_10k --output_dir runs/mine
+        --reader runs/posters/abstractor_64 --judge runs/posters/abstractor_64_judge --gradient_steps 4 \\
+        --dataset_name data/posters_standard_64_10k --output_dir runs/mine
 
 A layout encoder and an abstractor (the reader) read what the decoder generates, and their gradient improves it. A
 second reader, the judge, measures the result. Run the same command again to resume the run.
@@ -33,6 +34,7 @@ from training.core.stage import Batch, StageContext
 from training.data.briefs import BriefedPosters
 from training.data.fingerprints import module_fingerprint
 from training.data.posters import require_poster_columns
+from training.engine.schedule import LR_SCHEDULERS
 from training.engine.session import train
 from training.models.lora import LoRAAdapter, LoRAConfig
 from training.models.reader import PosterReader, check_independent, load_reader
@@ -79,22 +81,45 @@ class Config(
     sampling_steps: int = option(8, on_resume="warn", at_least=1)
     """Number of sampling steps of the posters that the reader reads in training"""
     gradient_steps: int = option(1, on_resume="warn", at_least=1)
-    """Number of last sampling steps with a gradient (DRaFT-K, Clark et al. 2023)"""
+    """Number of last sampling steps with a gradient (DRaFT-K, Clark et al. 2023); each of them costs as much memory as
+    a training step, and the presets have 4"""
     sampling_guidance_scale: float = option(2.0, on_resume="warn", at_least=0)
     """Scale of classifier-free guidance of these posters; 1 disables it and halves the time of sampling"""
     diffusion_weight: float = option(1.0, on_resume="warn", at_least=0)
     """Weight of the diffusion loss on the posters of the dataset, which keeps the generated ones similar to them"""
-    grammar_weight: float = option(0.05, on_resume="warn", at_least=0)
+    grammar_weight: float = option(0.7, on_resume="warn", at_least=0)
     """Weight of the squared error of the grammar numbers that are read, standardized"""
-    palette_weight: float = option(0.1, on_resume="warn", at_least=0)
+    palette_weight: float = option(0.5, on_resume="warn", at_least=0)
     """Weight of the distance of colours from the palette"""
     counts_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy of the numbers of texts and of images that are read"""
-    evaluation_epochs: int = option(1, on_resume="warn", at_least=0, essential=True)
-    """Measure posters for held-out briefs every N epochs: the cycle score, their distance from real posters, their
-    diversity, and copies of training images. The best checkpoint is chosen by the cycle score"""
+    learning_rate: float = option(2e-4, on_resume="warn", above=0, usual="2e-4", essential=True)
+    """Peak learning rate. The decoder comes from a training whose rate ended at zero: a rate that does not decay again
+    costs more than the readers give back"""
+    lr_scheduler: str = option("linear", on_resume="warn", choices=LR_SCHEDULERS)
+    """Learning-rate schedule: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
+    piecewise_constant"""
+    lr_warmup_steps: int | None = option(20, on_resume="warn", at_least=0)
+    """Number of optimizer steps over which the learning rate rises from 0 to its peak, at most 5 % of the steps of the
+    run. Not used with constant and piecewise_constant"""
+    adam_beta2: float = option(0.99, on_resume="warn", at_least=0, below=1)
+    """Adam's beta2, the decay rate of the second moment"""
+    ema_decay: float = option(0.99, on_resume="warn", at_least=0, below=1, usual="0.99")
+    """Decay of the EMA weights"""
+    num_train_epochs: int = option(1, on_resume="free", at_least=0, essential=True)
+    """Total number of epochs, counted from the first start of the run"""
+    evaluation_images: int = option(128, on_resume="warn", at_least=8)
+    """Number of posters generated for each measurement during the run; --report_images is that of the report"""
+    report_images: int | None = option(256, on_resume="free", at_least=8)
+    """Number of posters before and of posters after that the report is about; null for --evaluation_images"""
+    evaluation_steps: int = option(100, on_resume="warn", at_least=0)
+    """Measure posters for held-out briefs every N optimizer steps, in addition to --evaluation_epochs; 0 disables it"""
+    evaluation_epochs: int = option(0, on_resume="warn", at_least=0, essential=True)
+    """Measure posters for held-out briefs every N epochs as well: the cycle score, their distance from real posters,
+    their diversity, and copies of training images. The best checkpoint is chosen by the cycle score"""
     early_stopping_patience: int = option(3, on_resume="warn", at_least=0)
-    """Stop after N measurements in a row without a better cycle score within these two limits; 0 disables it"""
+    """Stop after N measurements in a row without a better cycle score within the limits of --max_kid_rise and
+    --max_diversity_fall; 0 disables it. A run always stops at the second measurement in a row beyond these limits"""
 
     @property
     def starts_trained(self) -> bool:
@@ -213,15 +238,18 @@ class FinetuningStage(BeforeAfterStage):
 
     def networks(self) -> dict[str, Any]:
         own = super().networks()
-        return own if self.lora is None else {name: self.lora.fused(name) for name in own}
+        if self.lora is None or self._keeps_original:
+            return own
+        return {name: self.lora.fused(name) for name in own}
 
     def save_pipeline(self, folder: Path) -> None:
         super().save_pipeline(folder)
-        if self.lora is not None:
+        if self.lora is not None and not self._keeps_original:
             self.lora.save(folder)
 
     def card_facts(self) -> dict[str, Any]:
-        return super().card_facts() if self.lora is None else {**super().card_facts(), **self.lora.card_facts()}
+        own = super().card_facts()
+        return own if self.lora is None or self._keeps_original else {**own, **self.lora.card_facts()}
 
     def inputs(self) -> dict[str, str]:
         modules = {"decoder": self.original, "reader": self.reader}

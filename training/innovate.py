@@ -1,8 +1,9 @@
 """Search for design briefs whose posters are good and different: quality–diversity search with a poster decoder.
 
+    python training/innovate.py                        # makes all that it needs
+    python training/innovate.py --compare true
+    python training/innovate.py --export top:64
     python training/innovate.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_64
-    python training/innovate.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_64 --compare true
-    python training/innovate.py --model runs/posters/decoder_64 --reader runs/posters/abstractor_64 --export top:64
 
 A decoder paints a poster for each brief, and a reader reads it. An archive keeps the best poster for each combination
 of two to four measures, such as balance and density. Run the same command again to resume the search.
@@ -25,6 +26,7 @@ from training.core.files import write_json
 from training.core.options import option
 from training.core.parsing import parse_config
 from training.core.previews import save_png
+from training.engine.prepare import PrepareConfig, described, make_missing, missing_inputs
 from training.engine.signals import Interrupted, StopSignal
 from training.evaluation.adherence import load_reader
 from training.evaluation.data import EvaluationDataConfig, open_evaluation_data, run_settings
@@ -39,15 +41,26 @@ from training.metrics.generators import SamplingConfig, generator_of
 from training.recipes.options import budget_seconds
 
 BASELINE = "random"
+# The default decoder and reader are trained if they are missing, as the inputs of training are.
+RECIPES = {
+    "runs/posters/decoder_plain_64/pipeline": "training/train_decoder.py --config "
+    "configs/experiments/posters/decoder_plain_64.yaml",
+    "runs/posters/abstractor_plain_64/pipeline": "training/train_abstractor.py --config "
+    "configs/experiments/posters/abstractor_plain_64.yaml",
+}
 
 
 @dataclass
-class Config(SamplingConfig):
+class Config(PrepareConfig, SamplingConfig):
     """Flags of innovate.py."""
 
-    model: str = option("runs/posters/decoder_64", on_resume="free", essential=True)
+    prepare: dict[str, str] = option(RECIPES, on_resume="free")
+    """Mapping from a path to the script of this project, with its flags, that creates it if it is --model or --reader
+    and is missing"""
+
+    model: str = option("runs/posters/decoder_plain_64", on_resume="free", essential=True)
     """Poster decoder: a run of train_decoder.py, a checkpoint, pipeline folder or Hub id"""
-    reader: str = option("runs/posters/abstractor_64", on_resume="free", essential=True)
+    reader: str = option("runs/posters/abstractor_plain_64", on_resume="free", essential=True)
     """Model that reads the posters: a run of train_abstractor.py with --encoder"""
     output_dir: str = option("runs/innovation", on_resume="free", essential=True)
     """Folder of the search: its record, the archive and its images; a search in it is resumed"""
@@ -138,6 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     with StopSignal() as stop:
         try:
+            missing = missing_inputs(config.recipes())
+            if missing:
+                print("\n".join(described(missing)), flush=True)
+                if config.dry_run:
+                    return 0
+            make_missing(missing, lambda: stop.requested)
             with stop.at_once():
                 studio = open_studio(config, stop.check)
             if config.dry_run:

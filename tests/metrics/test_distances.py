@@ -7,7 +7,15 @@ import pytest
 import scipy.linalg
 import torch
 
-from training.metrics.distances import Moments, diversity, frechet_distance, kernel_distance, neighbourhood_metrics
+from training.metrics.distances import (
+    Estimate,
+    Moments,
+    diversity,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_change,
+    neighbourhood_metrics,
+)
 
 
 def features(count: int, size: int = 16, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -87,6 +95,29 @@ def test_the_standard_error_of_a_shift_is_that_of_repeated_samples():
     ]
     spread = np.std([e.value for e in estimates], ddof=1)
     assert np.mean([e.standard_error for e in estimates]) == pytest.approx(spread, rel=0.4)
+
+
+def test_the_change_of_a_kernel_distance_is_the_difference_of_both():
+    real, before, after = features(30, 4) / 50, features(24, 4, seed=1) / 50, features(24, 4, shift=9.0, seed=2) / 50
+    change = kernel_distance_change(real, before, after)
+    assert change.value == pytest.approx(kernel_distance(real, after).value - kernel_distance(real, before).value)
+    assert kernel_distance_change(real, before, before) == Estimate(0.0, 0.0)
+    with pytest.raises(ValueError, match="24 images before and 20 after cannot be compared in pairs"):
+        kernel_distance_change(real, before, after[:20])
+
+
+def test_the_standard_error_of_a_change_is_that_of_repeated_pairs_and_smaller_than_that_of_a_distance():
+    """Pairs of images that differ little, for the same real images, against new samples of all of them."""
+    changes, distances = [], []
+    for seed in range(40):
+        real, before = features(200, 4, seed=seed) - 100, features(200, 4, shift=1.0, seed=seed + 500) - 100
+        after = before + 0.1 + 0.1 * (features(200, 4, seed=seed + 900) - 100)
+        changes.append(kernel_distance_change(real, before, after))
+        distances.append(kernel_distance(real, after))
+    spread = np.std([change.value for change in changes], ddof=1)
+    error = np.mean([change.standard_error for change in changes])
+    assert error == pytest.approx(spread, rel=0.4)
+    assert error < 0.5 * np.mean([distance.standard_error for distance in distances])
 
 
 def test_precision_recall_density_and_coverage():

@@ -26,7 +26,7 @@ TEMPLATE_NAMES = sorted(path.name for path in TEMPLATES.glob("*.md.jinja") if pa
 WITHOUT_COPIES = ("autoencoder", "layout_encoder", "grammar_abstractor")
 SECRET = "hf_" + "s" * 34
 RECORD = {
-    "stage": "latent_diffusion",
+    "stage": "latent diffusion",
     "model_name": "Posters & co",
     "license": "cc-by-4.0",
     "dataset": "ada/posters",
@@ -84,7 +84,7 @@ def test_a_card_states_the_facts_of_the_record(folder):
         "datasets": ["ada/posters"],
     }
     for words in (
-        "# Posters & co",
+        "# Latent diffusion on `ada/posters`\n\nThis is the model of the run Posters & co. It loads with diffusers",
         "![Samples](samples.png)",
         'DiffusionPipeline.from_pretrained("ada/posters-64", trust_remote_code=True)',
         'pipeline("a minimalist poster | blue")',
@@ -99,6 +99,21 @@ def test_a_card_states_the_facts_of_the_record(folder):
         "torch 2.13.0",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "title"),
+    [
+        ({"stage": "distillation", "dataset": "data/posters_64"}, "Distilled latent diffusion on posters_64"),
+        ({"stage": "ControlNet", "dataset": "/home/ada/my_images/"}, "ControlNet on my_images"),
+        ({"stage": "poster decoder"}, "Poster decoder"),
+        ({}, "run_7"),
+    ],
+)
+def test_the_title_says_what_the_model_is_and_the_name_of_the_run_follows(tmp_path, facts, title):
+    text = write_model_card(tmp_path, "latent_diffusion.md.jinja", {"model_name": "run_7", **facts}).read_text()
+    assert f"\n# {title}\n" in text
+    assert ("This is the model of the run run_7. It loads" in text) == ("stage" in facts)
 
 
 def test_nothing_private_gets_in(folder):

@@ -42,7 +42,8 @@ from training.core.parsing import parse_config
 from training.core.stage import StageContext
 from training.engine.signals import REQUEUE_STATUS
 from training.run.checkpoint import load_tensors
-from training.stages.before_after import beyond_limits
+from training.run.state import EarlyStoppingConfig, RunState
+from training.stages.before_after import KEPT, beyond_limits
 
 SCRIPT = ROOT / "training/finetune_decoder.py"
 SHORT = ("--max_train_steps", "2", "--preview_epochs", "0", "--validation_epochs", "0", "--resolution", "32")
@@ -52,7 +53,7 @@ TINY = (
     *("--lr_warmup_steps", "0", "--num_previews", "2", "--preview_inference_steps", "2", "--sampling_steps", "3"),
     *("--evaluation_images", "8", "--evaluation_inference_steps", "2", "--evaluation_extractor_resolution", "32"),
     *("--evaluation_epochs", "0", "--evaluation_steps", "2", "--max_train_steps", "4", "--report_rows", "2"),
-    *("--max_kid_rise", "1", "--max_diversity_fall", "1"),
+    *("--max_kid_rise", "1", "--max_diversity_fall", "1", "--report_images", "null"),
 )
 
 
@@ -127,7 +128,10 @@ def test_the_report_compares_before_and_after(launched):
     table = (launched / "finetuning.md").read_text(encoding="utf-8")
     assert table.startswith("|  | before | after | real posters |\n| --- | ---: | ---: | ---: |\n")
     assert f"| KID × 10³ | {1000 * report['before']['kid']:.2f} ±" in table
-    assert "8 posters for 4 briefs (test) before and after, with the same noise; 2 steps, guidance 2." in table
+    assert (
+        "8 posters before and 8 after, for the same 4 briefs (test) and from the same noise; 2 steps, guidance 2."
+        in table
+    )
     with Image.open(launched / "before_after.png") as grid:
         assert grid.width > grid.height > 192 * 2
     card = (launched / "pipeline/README.md").read_text(encoding="utf-8")
@@ -147,7 +151,8 @@ def test_the_report_agrees_with_evaluate(launched, models, posters, tmp_path):
     measured = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
     after = json.loads((launched / "finetuning.json").read_text(encoding="utf-8"))["after"]
     for name in ("grammar_correlation", "picture_count_share", "palette_distance"):
-        assert after[f"judge_{name}"] == pytest.approx(measured[name], rel=1e-4, abs=1e-6)
+        # Posters are read in batches of other sizes, and a correlation of so few sums up the differences of rounding.
+        assert after[f"judge_{name}"] == pytest.approx(measured[name], rel=1e-4, abs=1e-4)
     assert after["diversity"] == pytest.approx(measured["diversity"], rel=1e-4)
 
 
@@ -277,13 +282,17 @@ def test_two_processes_share_the_report_and_a_stopped_one_is_made_again(tmp_path
 # --- a transformer
 
 
-def test_a_decoder_with_a_transformer_is_fine_tuned(tmp_path, posters, flags):
+@pytest.fixture(scope="module")
+def transformer(posters, tmp_path_factory) -> Path:
     data = ("--dataset_name", str(posters))
-    decoder = made(train_decoder, tmp_path / "decoder", *TINY_DECODER, *TRANSFORMER, *data)
-    words = ["--decoder", str(decoder), "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")]
+    return made(train_decoder, tmp_path_factory.mktemp("transformer") / "run", *TINY_DECODER, *TRANSFORMER, *data)
+
+
+def test_a_decoder_with_a_transformer_is_fine_tuned(tmp_path, transformer, flags):
+    words = ["--decoder", str(transformer), "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")]
     forget_accelerate()
     assert finetune_decoder.main([*flags, *words]) == 0
-    exported, original = load_pipeline(tmp_path / "run"), load_pipeline(decoder)
+    exported, original = load_pipeline(tmp_path / "run"), load_pipeline(transformer)
     assert exported.unet is None
     pairs = zip(exported.transformer.parameters(), original.transformer.parameters(), strict=True)
     assert any(not torch.equal(one, other) for one, other in pairs)
@@ -293,22 +302,37 @@ def test_a_decoder_with_a_transformer_is_fine_tuned(tmp_path, posters, flags):
 # --- an adapter
 
 
-def test_an_adapter_leaves_the_decoder_as_it_is_and_resumes(tmp_path, models, flags, monkeypatch):
-    """Checkpoints contain the adapter alone; the exported network differs only in the layers that it changes."""
-    pytest.importorskip("peft")
-    words = [*flags, "--lora_rank", "2", "--learning_rate", "1e-2"]
-    forget_accelerate()
-    assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
-    trained = load_tensors(tmp_path / "whole/checkpoints/latest/phase_decoder.safetensors")
-    assert all(name.startswith("adapter.unet.") and ".lora_" in name for name in trained)
-    original = load_tensors(models["decoder"] / "pipeline/unet/diffusion_pytorch_model.safetensors")
-    exported = load_tensors(tmp_path / "whole/pipeline/unet/diffusion_pytorch_model.safetensors")
+def assert_only_the_adapted_layers_changed(run: Path, decoder: Path, kind: str) -> None:
+    trained = load_tensors(run / "checkpoints/latest/phase_decoder.safetensors")
+    assert trained
+    assert all(name.startswith(f"adapter.{kind}.") and ".lora_" in name for name in trained)
+    original, exported = (
+        load_tensors(folder / f"pipeline/{kind}/diffusion_pytorch_model.safetensors") for folder in (decoder, run)
+    )
     changed = {name for name in original if not torch.equal(original[name], exported[name])}
     assert exported.keys() == original.keys()
     assert changed == {
-        name.removeprefix("adapter.unet.").replace(".lora_A", "") for name in trained if ".lora_A." in name
+        name.removeprefix(f"adapter.{kind}.").replace(".lora_A", "") for name in trained if ".lora_A." in name
     }
-    assert (tmp_path / "whole/pipeline/lora/pytorch_lora_weights.safetensors").is_file()
+    assert (run / "pipeline/lora/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_an_adapter_of_a_u_net_leaves_the_decoder_as_it_is(tmp_path, models, flags):
+    """Checkpoints contain the adapter alone; the exported network differs only in the layers that it changes."""
+    pytest.importorskip("peft")
+    words = ["--lora_rank", "2", "--learning_rate", "1e-2", "--max_train_steps", "2", "--output_dir"]
+    forget_accelerate()
+    assert finetune_decoder.main([*flags, *words, str(tmp_path / "run")]) == 0
+    assert_only_the_adapted_layers_changed(tmp_path / "run", models["decoder"], "unet")
+
+
+def test_an_adapter_of_a_transformer_leaves_the_decoder_as_it_is_and_resumes(tmp_path, transformer, flags, monkeypatch):
+    """As the preset's decoder has one."""
+    pytest.importorskip("peft")
+    words = [*flags, "--decoder", str(transformer), "--lora_rank", "2", "--learning_rate", "1e-2"]
+    forget_accelerate()
+    assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert_only_the_adapted_layers_changed(tmp_path / "whole", transformer, "transformer")
     forget_accelerate()
     with sigterm_in_step(1, finetune_decoder.FinetuningPhase, monkeypatch):
         assert finetune_decoder.main([*words, "--output_dir", str(tmp_path / "run")]) != 0
@@ -321,27 +345,65 @@ def test_an_adapter_leaves_the_decoder_as_it_is_and_resumes(tmp_path, models, fl
 
 
 @pytest.mark.parametrize(
-    ("kid", "diverse", "exceeded"),
-    [(0.014, 9.6, []), (0.016, 10.0, ["KID rose"]), (0.01, 9.4, ["diversity fell"]), (0.02, 9.0, ["KID", "diversity"])],
+    ("kid", "diverse", "exceeded"),  # kid: the change of the pairs, and its standard error
+    [
+        ((0.004, 0.001), 9.6, []),
+        ((0.006, 0.002), 10.0, ["KID rose"]),
+        ((0.006, 0.004), 10.0, []),  # 1.5 standard errors of the pairs
+        ((0.0, 0.001), 9.4, ["diversity fell"]),
+        ((0.01, 0.004), 9.0, ["KID", "diversity"]),
+    ],
 )
 def test_limits(kid, diverse, exceeded):
-    config = finetune_decoder.Config(max_kid_rise=0.005, max_diversity_fall=0.05)
+    config = finetune_decoder.Config(max_kid_rise=0.005, max_kid_rise_errors=2.0, max_diversity_fall=0.05)
     before = {"eval_kid": 0.01, "eval_diversity": 10.0}
-    sentences = beyond_limits(before, {"eval_kid": kid, "eval_diversity": diverse}, config)
+    change = {"eval_kid_change": kid[0], "eval_kid_change_standard_error": kid[1]}
+    sentences = beyond_limits(before, {"eval_kid": 0.01 + kid[0], **change, "eval_diversity": diverse}, config)
     assert len(sentences) == len(exceeded)
     assert all(sentence.startswith(words) for sentence, words in zip(sentences, exceeded))
 
 
-def test_a_run_beyond_its_limits_stops_without_a_best_checkpoint(tmp_path, flags):
-    """A learning rate that destroys the model: the diversity of its posters falls, or their distance rises."""
-    words = ["--learning_rate", "1", "--max_kid_rise", "0", "--max_diversity_fall", "0", "--max_train_steps", "8"]
-    words += ["--early_stopping_patience", "2", "--output_dir", str(tmp_path / "run")]
+@pytest.mark.parametrize("lora", [[], ["--lora_rank", "2"]])
+def test_a_run_beyond_its_limits_stops_and_exports_the_decoder_before(tmp_path, models, flags, lora):
+    """A learning rate that destroys the model: the diversity of its posters falls, or their distance rises.
+
+    The run stops at the second measurement although patience is off, and the decoder is exported as it was.
+    """
+    if lora:
+        pytest.importorskip("peft")
+    run = tmp_path / "run"
+    words = ["--learning_rate", "100" if lora else "1", "--max_kid_rise", "0", "--max_diversity_fall", "0"]
+    words += ["--max_train_steps", "8", "--early_stopping_patience", "0", "--output_dir", str(run)]
     forget_accelerate()
-    assert finetune_decoder.main([*flags, *words]) == 0
-    record = json.loads((tmp_path / "run/record.json").read_text(encoding="utf-8"))
+    assert finetune_decoder.main([*flags, *lora, *words]) == 0
+    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
     assert (record["steps"], record["best"]["value"]) == (4, None)
-    assert "by more than --max_" in (tmp_path / "run/run.log").read_text(encoding="utf-8")
-    assert "Limit exceeded" in (tmp_path / "run/finetuning.md").read_text(encoding="utf-8")
+    log = (run / "run.log").read_text(encoding="utf-8")
+    assert "by more than --max_" in log
+    assert log.count(KEPT) == 1
+    for part in ("unet", "brief_encoder"):
+        original, exported = getattr(load_pipeline(models["decoder"]), part), getattr(load_pipeline(run), part)
+        assert all(torch.equal(tensor, exported.state_dict()[name]) for name, tensor in original.state_dict().items())
+    assert not (run / "pipeline/lora").exists()
+    report = json.loads((run / "finetuning.json").read_text(encoding="utf-8"))
+    assert report["after"]["kid"] == report["before"]["kid"]
+    assert report["after"]["kid_change"] == 0
+    assert record["metrics"]["eval_cycle_score"] > 0
+    assert "val_loss" not in record["metrics"]
+    table = (run / "finetuning.md").read_text(encoding="utf-8")
+    assert KEPT[1:] in table
+    assert "Limit exceeded" not in table
+
+
+def test_a_measurement_within_the_limits_starts_the_count_again():
+    state = RunState(step=4, goal_steps=8)
+    stopping = EarlyStoppingConfig(early_stopping_patience=0)
+    stops = []
+    for beyond in (True, False, True, True):
+        state.note_limits(beyond)
+        stops.append(state.must_stop_early(stopping))
+    assert stops == [False, False, False, True]
+    assert RunState.from_json(state.to_json()).is_beyond_limits
 
 
 # --- the losses
@@ -452,6 +514,7 @@ def test_a_reader_of_another_resolution_is_refused(capfd, flags, posters, tmp_pa
         (("--decoder", ""), "--decoder is not set; give a run of train_decoder.py"),
         (("--init_from", "runs/x"), "--init_from runs/x: training starts from --decoder"),
         (("--gradient_steps", "4"), "--gradient_steps 4 is larger than --sampling_steps 3"),
+        (("--lora_alpha", "16"), "--lora_alpha 16 has no effect without --lora_rank; add --lora_rank 8"),
         (("--evaluation_steps", "0"), "the best checkpoint is chosen by measurements"),
         (("--grammar_weight", "0", "--palette_weight", "0", "--counts_weight", "0"), "nothing would be learned"),
     ],

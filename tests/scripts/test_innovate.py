@@ -232,6 +232,32 @@ def test_a_decoder_trains_on_the_exported_posters(launched, flags, tmp_path):
         search(launched, flags, *words[:-1], str(tmp_path / "other"))
 
 
+def test_the_default_models_are_made_if_they_are_missing(tmp_path, monkeypatch, capsys):
+    """The default paths have a recipe, which a dry run only names; a path that a user gives has none."""
+    monkeypatch.chdir(tmp_path)
+    assert innovate.main(["--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for path, command_line in innovate.RECIPES.items():
+        assert f"  {path}\n" in said
+        assert command_line in said
+        assert (ROOT / command_line.split()[-1]).is_file()
+        assert f"output_dir: {path.removesuffix('/pipeline')}\n" in (ROOT / command_line.split()[-1]).read_text()
+    assert not list(tmp_path.iterdir())
+    assert innovate.Config(model="runs/mine", reader="runs/other").recipes() == {}
+
+
+def test_a_missing_model_is_made_and_then_used(models, posters, tmp_path, monkeypatch):
+    """A recipe that trains a decoder for one step, in the place of the default one."""
+    monkeypatch.chdir(tmp_path)
+    words = (*TINY_DECODER, "--dataset_name", str(posters), "--max_train_steps", "1", "--preview_epochs", "0")
+    made = " ".join(["training/train_decoder.py", *words, "--validation_epochs", "0", "--output_dir", "runs/decoder"])
+    given = ("--model", "runs/decoder", "--reader", str(models / "layout_analysis"), "--evaluations", "8", *SMALL)
+    recipes = json.dumps({"runs/decoder/pipeline": made})
+    assert innovate.main([*given, "--prepare", recipes, "--output_dir", "search"]) == 0
+    assert (tmp_path / "runs/decoder/record.json").is_file()
+    assert (tmp_path / "search/archive.png").is_file()
+
+
 MISTAKES = {
     "no free field": (["--fields", "none"], "the search has no free field: --fields is none"),
     "all fields fixed": (["--fields", "style", "--brief", "swiss"], "the search has no free field"),

@@ -97,11 +97,14 @@ class Evaluation:
         metrics: their names start with `eval_`, so that they cannot be confused with validation metrics.
         may_be_best: whether this checkpoint may become the best one.
         warnings: sentences for the user.
+        beyond_limits: whether something became worse than the stage allows; the run stops at the second such
+            measurement in a row.
     """
 
     metrics: Mapping[str, float]
     may_be_best: bool = True
     warnings: Sequence[str] = ()
+    beyond_limits: bool = False
 
 
 class Stage(ABC):
@@ -173,6 +176,14 @@ class Stage(ABC):
         Work that only the first evaluation has to do is done here, and is not part of the estimate.
         """
         return 0.0
+
+    def without_best(self, exchange: Exchange) -> Mapping[str, float] | None:
+        """Called before the export of a run without a checkpoint that may be the best one; every process calls it.
+
+        Returns:
+            The measurements of what the stage exports in place of its last weights; None if it exports these.
+        """
+        return None
 
     def previews(self, exchange: Exchange) -> Previews | None:
         """Generate images with fixed seeds and the pipeline, and return them with captions; None shows nothing.

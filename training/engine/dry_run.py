@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipelines.tools.commands import command as typed
 from training.core.batches import fetch
 from training.core.draws import Draws
 from training.core.layout import BatchLayout, steps_per_epoch
@@ -25,8 +24,7 @@ def missing_inputs(config: RunConfig) -> str | None:
     missing = prepare.missing_inputs(config.recipes())
     if not missing:
         return None
-    lines = [*config.announcements, "missing inputs; the run makes them first, and these commands make them by hand:"]
-    lines += [f"  {path}\n    {typed(command)}" for path, command in missing.items()]
+    lines = [*config.announcements, *prepare.described(missing)]
     lines += ["parameter counts, shapes and memory can be estimated once these inputs exist", *_resolved(config)]
     return "\n".join(lines)
 

@@ -36,7 +36,8 @@ def is_complete(training: Training, folder: RunFolder) -> bool:
 def log_complete(training: Training, folder: RunFolder) -> None:
     """Log that the run is complete, and how to extend it."""
     state = training.state
-    how = "complete (stopped early: validation no longer improved)" if state.stopped_early else "complete"
+    why = "its images became worse than its limits allow" if state.is_beyond_limits else "validation no longer improved"
+    how = f"complete (stopped early: {why})" if state.stopped_early else "complete"
     logger.info(
         "the run in %s is %s: %d steps, %d images. The pipeline is in %s. "
         "To train further, add --extra_epochs N or a larger --num_train_epochs; to start again, add --overwrite",
@@ -83,12 +84,8 @@ def finish(
         stop.on_leaving = functools.partial(_close_stopped, training, exporter, reporter)
     try:
         with training.evaluating(), stop.at_once():
-            best = linked_checkpoint(folder.checkpoints, "best")
-            # Without a finite validation metric, `best` is only the first checkpoint.
-            of_best = training.state.stopped_early or training.stage.exports_best
-            if of_best and training.state.best_value is not None and best is not None:
-                training.load_best(best)
             exchange = exchange_of(accelerator, stops_together=False)
+            _choose_weights(training, folder, exchange)
             training.stage.finish(exchange)
             previews = _samples(training, exporter, exchange)
             if accelerator.is_main_process:
@@ -107,6 +104,19 @@ def finish(
         reporter.trackers.finish(stop_requested=lambda: stop.requested)
         reporter.end_session(complete=True)
     return True
+
+
+def _choose_weights(training: Training, folder: RunFolder, exchange: Exchange) -> None:
+    """Load the weights to export, unless they are the last ones; it is called inside `evaluating`."""
+    state, stage = training.state, training.stage
+    if not (state.stopped_early or stage.exports_best):
+        return
+    best = linked_checkpoint(folder.checkpoints, "best")
+    # Without a metric that may be the best one, `best` is only the first checkpoint.
+    if state.best_value is not None and best is not None:
+        training.load_best(best)
+    elif state.best_value is None and (measured := stage.without_best(exchange)) is not None:
+        state.last_validation, state.last_evaluation = {}, dict(measured)
 
 
 def _samples(training: Training, exporter: Exporter, exchange: Exchange) -> Previews | None:

@@ -212,6 +212,8 @@ class Loop:
             return
         measured = {**validated, **(evaluation.metrics if evaluation else {})}
         self._require_best_metric(measured)
+        if evaluation is not None and self._distances_due():
+            self.state.note_limits(evaluation.beyond_limits)
         improved = self._judge(measured, evaluation is None or evaluation.may_be_best)
         if measured or last or self.cadence.row_due(state.step):
             self.reporter.log_row(measured, self.cadence.ends_epoch(state.step))
@@ -311,7 +313,7 @@ class Loop:
         improved = self.state.note_validation(
             value, self.best_metric.lower_is_better, self.config, may_be_best=may_be_best
         )
-        self.state.stopped_early = self.state.patience_is_spent(self.config)
+        self.state.stopped_early = self.state.must_stop_early(self.config)
         return improved
 
     def _report_nonfinite(self, runner: PhaseRunner, step: int, result: StepValues) -> None:

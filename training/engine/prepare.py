@@ -108,6 +108,12 @@ def missing_inputs(recipes: Mapping[str, str]) -> dict[str, str]:
     return {path: command for path, command in recipes.items() if incomplete(path, commands[path][1])}
 
 
+def described(missing: Mapping[str, str]) -> list[str]:
+    """Return lines for a dry run that say what is missing, and how it is made."""
+    lines = [f"  {path}\n    {typed(command)}" for path, command in missing.items()]
+    return ["missing inputs; the run makes them first, and these commands make them by hand:", *lines]
+
+
 def _wait_for_other_maker(path: str, command: str, stop_requested: Callable[[], int | None]) -> bool:
     """Wait while another process makes `path`, and return whether there was one. Raises Interrupted."""
     told = False

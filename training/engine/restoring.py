@@ -99,8 +99,8 @@ def restore(training: Training, config: RunConfig, folder: RunFolder, accelerato
     exported = on_main(accelerator, lambda: folder.is_exported(state.step))
     state.goal_steps = goal_steps(config, state, training.steps_per_epoch, exported)
     if state.stopped_early and exported and config.extra_epochs:
-        state.validations_without_improvement = 0
-    if state.step < state.goal_steps and not state.patience_is_spent(config):
+        state.validations_without_improvement, state.beyond_limits_in_a_row = 0, 0
+    if state.step < state.goal_steps and not state.must_stop_early(config):
         state.stopped_early = False
     return f"resumed from {source.name} at step {state.step}" if source else "starting from scratch"
 

@@ -117,14 +117,46 @@ def kernel_distance(real: Tensor, generated: Tensor, groups: int = KID_GROUPS) -
     Raises:
         ValueError: fewer than 4 images in a set.
     """
+    return _estimate(*_jackknife(real, generated, groups))
+
+
+def kernel_distance_change(real: Tensor, before: Tensor, after: Tensor, groups: int = KID_GROUPS) -> Estimate:
+    """Compute how much larger the kernel distance of `after` from `real` is than that of `before`.
+
+    Image i of `before` and image i of `after` were generated for the same condition from the same noise. The jackknife
+    leaves out both together, and the same real images in both distances, so that what they have in common cancels: the
+    standard error is that of the difference, which is usually much smaller than that of either distance.
+
+    Args:
+        real: n D
+        before: m D
+        after: m D
+        groups: as in `kernel_distance`.
+
+    Raises:
+        ValueError: fewer than 4 images in a set, or sets of different sizes.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} images before and {len(after)} after cannot be compared in pairs")
+    parts = [_jackknife(real, generated, groups) for generated in (before, after)]
+    return _estimate(parts[1][0] - parts[0][0], parts[1][1] - parts[0][1])
+
+
+def _jackknife(real: Tensor, generated: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the unbiased squared MMD, and its values without each subset of images: groups."""
     fewest = min(len(real), len(generated))
     if fewest < 4:
         raise ValueError(f"{fewest} images are too few for a kernel distance; at least 4 are needed")
     groups = min(groups, fewest // 2)
     sums = _KernelSums.between(real, generated, groups)
     everything = torch.ones(groups, dtype=torch.float64)
-    value = sums.estimate(everything)
     without = torch.stack([sums.estimate(everything - torch.eye(groups).double()[g]) for g in range(groups)])
+    return sums.estimate(everything), without
+
+
+def _estimate(value: Tensor, without: Tensor) -> Estimate:
+    """Return a value with the standard error of the jackknife, from its values without each subset."""
+    groups = len(without)
     error = ((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt()
     return Estimate(float(value), float(error))
 

@@ -50,6 +50,11 @@ class LoRAConfig(Options):
     """Layers of the denoiser that the adapter changes: attention (its projections), feed_forward, convolutions or
     all"""
 
+    def validate(self, prefix: str = "") -> None:
+        super().validate(prefix)
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UserError(f"--lora_alpha {self.lora_alpha:g} has no effect without --lora_rank; add --lora_rank 8")
+
 
 class LoRAAdapter(nn.Module):
     """Adds LoRA layers to models in place, and contains their weights and nothing else.

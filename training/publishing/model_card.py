@@ -57,6 +57,13 @@ TASKS = {
     "image-caption": "any-to-any",
 }
 
+# What the model of a stage is, where the name of the stage does not say it.
+KINDS = {
+    "distillation": "Distilled latent diffusion",
+    "fine-tuning of the poster decoder": "Fine-tuned poster decoder",
+    "image caption": "Images and captions",
+}
+
 
 def write_model_card(folder: str | os.PathLike[str], template: str, record: Mapping[str, Any]) -> Path:
     """Write `folder`/README.md from `model_cards/<template>` and the record of the run.
@@ -118,8 +125,8 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     captions = [clean(caption) for caption in record.get("sample_captions") or []]
     return {
         "metadata": _metadata(folder, record, conditions),
-        "title": literal(record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1])
-        or "A Halftone model",
+        "title": _title(folder, record),
+        "run_name": literal(_own_name(record)) if record.get("stage") else "",
         "license": record.get("license"),
         "samples_file": samples if samples and (folder / samples).is_file() else "",
         # Earlier versions wrote all captions as prompts.
@@ -153,6 +160,24 @@ def card_facts(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {number}" for name, number in (record.get("versions") or {}).items()),
         "halftone": own_version(),
     }
+
+
+def _title(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return what the model is and what it was trained on; without a stage, the name of the run."""
+    stage, name = str(record.get("stage") or ""), record.get("dataset")
+    if not stage:
+        return literal(_own_name(record)) or "A Halftone model"
+    kind = KINDS.get(stage, stage[:1].upper() + stage[1:])
+    if record.get("adapter") and not _model_index(folder):
+        kind = f"LoRA adapter: {kind}"
+    if not name:
+        return literal(kind)
+    data = name if is_hub_dataset(name, record.get("config")) else folder_name(str(name))
+    return f"{literal(kind)} on {literal(data)}"
+
+
+def _own_name(record: Mapping[str, Any]) -> str:
+    return record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1]
 
 
 def _class_facts(folder: Path) -> dict[str, Any]:
@@ -238,7 +263,7 @@ def _metadata(folder: Path, record: Mapping[str, Any], conditions: list[str]) ->
 
 
 def _model_name(record: Mapping[str, Any]) -> str:
-    return clean(record.get("model_name") or (record.get("hub_model_id") or "").split("/")[-1]) or "a Halftone model"
+    return clean(_own_name(record)) or "a Halftone model"
 
 
 def _task(stage: str, conditions: list[str]) -> str | None:

@@ -25,6 +25,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict[str, float]": (dict,),
 }
 
+# Measurements in a row beyond the limits of a stage after which a run stops: a single one may be chance.
+MOST_BEYOND_LIMITS = 2
+
 _METRICS = ("last_validation", "best_validation", "last_evaluation", "best_evaluation")
 
 
@@ -76,6 +79,8 @@ class RunState:
     best_value: float | None = None
     best_step: int = 0
     validations_without_improvement: int = 0
+    beyond_limits_in_a_row: int = 0
+    """Number of the last measurements in a row that were beyond the limits of the stage."""
     stopped_early: bool = False
     pending_events: bool = False
     """Whether the run was interrupted before the events after the last step (validation, previews, logging)."""
@@ -192,10 +197,19 @@ class RunState:
         self.validations_without_improvement += 1
         return False
 
-    def patience_is_spent(self, stopping: EarlyStoppingConfig) -> bool:
-        """Return whether patience is exhausted: too many validations in a row without improvement."""
+    def note_limits(self, beyond_limits: bool) -> None:
+        """Count a measurement of generated images; one within the limits of the stage starts the count again."""
+        self.beyond_limits_in_a_row = self.beyond_limits_in_a_row + 1 if beyond_limits else 0
+
+    @property
+    def is_beyond_limits(self) -> bool:
+        """Whether too many measurements in a row were beyond the limits of the stage."""
+        return self.beyond_limits_in_a_row >= MOST_BEYOND_LIMITS
+
+    def must_stop_early(self, stopping: EarlyStoppingConfig) -> bool:
+        """Return whether limits or patience are exhausted; patience by validations in a row without improvement."""
         patience = stopping.early_stopping_patience
-        return bool(patience) and self.validations_without_improvement >= patience
+        return self.is_beyond_limits or (bool(patience) and self.validations_without_improvement >= patience)
 
     @property
     def is_over(self) -> bool:

@@ -115,7 +115,7 @@ class GeneratingStage(ImageStage):
         metrics: dict[str, float] = {}
         warnings: list[str] = []
         if distances:
-            metrics |= self._distances(images, exchange)
+            metrics |= self._evaluated_distances(self._features_of(images, exchange), exchange)
         may_be_best = True
         if copies:
             report = self._thumbnails_of_real(exchange).report(images, exchange, self.context.poll)
@@ -163,12 +163,20 @@ class GeneratingStage(ImageStage):
                 found |= dict(zip(own, conditions_of(data, [number // 2 for number in own]), strict=True))
         return [found[number] for number in numbers]
 
-    def _distances(self, images: Sequence[Image.Image], exchange: Exchange) -> dict[str, float]:
+    def _features_of(self, images: Sequence[Image.Image], exchange: Exchange) -> Tensor:
+        """Return the features of generated images: m D, on every process."""
+
         def some(numbers: Sequence[int]) -> Tensor:
             self.context.poll()
             return self._extractor([images[number] for number in numbers])
 
-        features = torch.cat(exchange.map_batches(some, len(images), CHUNK))
+        return torch.cat(exchange.map_batches(some, len(images), CHUNK))
+
+    def _evaluated_distances(self, features: Tensor, exchange: Exchange) -> dict[str, float]:
+        """Return the distances that a measurement during the run has; a subclass may add some."""
+        return self._distances(features, exchange)
+
+    def _distances(self, features: Tensor, exchange: Exchange) -> dict[str, float]:
         real = self._measure_real_images(exchange)
         found = exchange.on_main(lambda: measure_distances(real, features).values)
         metrics = {f"eval_{name}": found[name] for name in self.shown_distances if name in found}

@@ -32,10 +32,6 @@ class LoRAStageConfig(LoRAConfig):
         super().validate(prefix)
         own: Any = self  # a stage's config has the options of its other parts as well
         if not self.lora_rank:
-            if self.lora_alpha is not None:
-                raise UserError(
-                    f"--lora_alpha {self.lora_alpha:g} has no effect without --lora_rank; add --lora_rank 8"
-                )
             return
         if not own.init_from:
             raise UserError(
