@@ -30,6 +30,7 @@ CSS = """
 .gradio-container { max-width: 1500px !important; }
 .grid-wrap img, .image-frame img { image-rendering: auto; }
 .outputs { position: sticky; top: 8px; align-self: flex-start; }
+.results .grid-wrap { max-height: none; }
 .results .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); grid-auto-rows: auto; }
 .results .grid-container:has(> :nth-child(5)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .results .grid-container:has(> :nth-child(10)) { grid-template-columns: repeat(4, minmax(0, 1fr)); }

@@ -100,7 +100,7 @@ class FilledPart(Part):
         if jumps is KEPT:
             return {}
         jumps = whole("the number of repetitions", jumps, 1, MOST_JUMPS)
-        # The whole part is generated anew, as sample.py does if --strength is not given.
+        # Nothing of the part is kept, as sample.py does it without --strength.
         return {"jump_n_sample": str(jumps), "paste_back": str(bool(paste_back)).lower(), "strength": "1"}
 
     def repeated(self, recipe: Recipe) -> list[Any]:

@@ -182,7 +182,7 @@ class RunsTab:
 
 
 def number_of(place: Any, places: Sequence[Place]) -> int:
-    """Return a place of the slider as a whole number from 1, and 0 if there are no places.
+    """Return a place of the slider as a whole number from 1; 0 without places.
 
     None, and anything else that a browser may send, is the last one.
     """

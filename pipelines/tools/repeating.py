@@ -61,7 +61,7 @@ class Recipe:
             return None
 
     def numbers(self, name: str) -> list[float]:
-        """Return a setting that may have a value for each ControlNet; empty if it is not there or is no number."""
+        """Return a setting that may have a value for each ControlNet; empty if it is missing or not a number."""
         try:
             return [float(part) for part in self.texts[name].split(",")]
         except (KeyError, ValueError):
