@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gradio as gr
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 SIDE = 256
 """Width and height of an example in pixels"""
@@ -105,8 +105,14 @@ def _frame(colors: Sequence[str]) -> Image.Image:
 
 
 def _edges(image: Image.Image) -> Image.Image:
-    grey = ImageOps.autocontrast(image.filter(ImageFilter.FIND_EDGES).convert("L"))
-    return grey.point(lambda value: 255 if value > 40 else 0).convert("RGB")
+    """Return white lines where the colour changes, on black."""
+    moved = (ImageChops.offset(image, *by) for by in ((1, 0), (0, 1)))
+    changes = [ImageChops.difference(image, one).convert("L").point(lambda value: 255 * (value > 0)) for one in moved]
+    lines = ImageChops.lighter(*changes)
+    inner = (2, 2, SIDE - 2, SIDE - 2)  # the offset goes round from one side to the other
+    result = Image.new("L", image.size)
+    result.paste(lines.crop(inner), inner)
+    return result.filter(ImageFilter.MaxFilter(3)).convert("RGB")
 
 
 def _circle() -> Image.Image:
