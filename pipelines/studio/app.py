@@ -121,7 +121,7 @@ class Studio:
                             page.load(function, inputs, outputs, api_visibility="private", show_progress="hidden")
             if self.recipe is not None:
                 message = self._open_with(self.recipe)
-                page.load(functools.partial(show, *message), None, None, api_visibility="private", queue=False)
+                page.load(functools.partial(show, *message), None, None, api_visibility="private")
         return page.queue(max_size=MOST_WAITING, default_concurrency_limit=4, api_open=False)
 
     def _add_model(self, model: Model, name: str) -> None:

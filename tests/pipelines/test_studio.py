@@ -338,7 +338,7 @@ def test_runs_are_compared_followed_and_may_disappear(visitor, place):
     visitor.choose("Run", "other")
     visitor.wait_for_message("the run other is no longer there")
     visitor.press("Refresh the list of runs")
-    visitor.wait_for_status("run: complete")
+    visitor.wait_for_status("run: (complete|was training)")
 
 
 def text_file(path: Path) -> None:
