@@ -240,6 +240,9 @@ def test_controls_are_drawn_for_each_controlnet(visitor, picture):
     visitor.generate_others()
     assert visitor.download(1).tobytes() != drawn.tobytes()
     visitor.unfold("Strength of the control")
+    visitor.control("slider", "range slider for Ends at").scroll_into_view_if_needed()
+    # The canvases are far above, and the button stays beside what is seen.
+    expect(visitor.page.get_by_role("button", name="Generate", exact=True).first).to_be_in_viewport(ratio=1)
     for number in (1, 2):
         visitor.set_slider(f"Strength of ControlNet {number}", 0)
     visitor.generate_others()
