@@ -75,6 +75,7 @@ def test_the_file_of_each_tab_opens_this_tab_of_its_model_and_gives_the_same_ima
         *images, grid = generated(opened.tab, CHOSEN)
         assert len(images) == 3, opened.title
         again = studio_of(tmp_path, read_recipe(images[1]), **models)
+        assert again.outer is not None
         assert (again.outer.selected, [one.inner.selected for one in again.opened if one.inner.selected]) == (
             "model-1", [opened.title] * sum(one.outer == "model-1" for one in again.opened)
         )  # fmt: skip
@@ -124,13 +125,12 @@ def test_another_model_another_tab_and_another_size_are_named(tmp_path):
 
 
 def test_settings_of_each_controlnet_are_set_if_the_tab_has_them(tmp_path):
-    tab = next(
-        one.tab for one in studio_of(tmp_path, mine=PUBLISHED["two_controlnets"]()).opened if one.title == "Control"
-    )
+    opened = studio_of(tmp_path, mine=PUBLISHED["two_controlnets"]()).opened
+    tab = next(one.tab for one in opened if one.title == "Control")
 
     def steering(**texts: str) -> tuple[list[Any], str]:
         recipe = Recipe(0, 1, {"model": "mine", "control_image": "a.png", **texts})
-        values = [value for value in tab.parts[0].repeated(recipe) if value is not KEPT]
+        values = [value for value in tab.repeated(recipe)[:7] if value is not KEPT]
         return values, tab.report(recipe)[0].partition("of the file: ")[2]
 
     assert steering() == ([1, 1, 0, 1], "draw or upload them again.")
