@@ -14,7 +14,7 @@ from .models import Model
 from .parts import KEPT
 
 MOST_CHARACTERS = 60
-"""Of a setting in a message"""
+"""Number of characters of a setting that a message shows"""
 CHOSEN_AGAIN = {
     IMAGE_TO_IMAGE: "The image is not part of the file: choose it again.",
     INPAINTING: "The image and its mask are not part of the file: choose and paint them again.",

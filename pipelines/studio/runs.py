@@ -31,7 +31,7 @@ SILENT_SECONDS = 120
 AFTER_EXPORT_SECONDS = 5
 """Metrics that are newer than the record of the export by more than this are from a resumed run."""
 KINDS = ("epoch", "step")
-"""Of the names of sample sheets: epoch_0005.png, step_00001000.png"""
+"""First words in the names of sample sheets: epoch_0005.png, step_00001000.png"""
 COUNTERS = ("step", "epoch", "images_seen", "elapsed_seconds")
 
 
