@@ -11,7 +11,8 @@ from PIL import Image
 from ..tools.cli import UserError
 from ..tools.layout_report import describe, sheet
 from .bounds import plainly
-from .components import image_examples, picture
+from .components import picture
+from .examples import image_examples
 from .generating import ON_MODELS
 from .models import Model
 

@@ -6,21 +6,22 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from ..tools.cli import UserError
-from ..tools.repeating import Recipe
+from ..tools.repeating import CONTROL, GENERATION, IMAGE_TO_IMAGE, INPAINTING, Recipe, same_model
 from .analysis_tab import add_analysis_tab
 from .bounds import MOST_WAITING
 from .brief_part import Brief
-from .caption_tabs import DrawTab, add_caption_tab, add_pairs_tab
-from .components import example_images
+from .caption_tabs import DrawTab, PairsTab, add_caption_tab
+from .examples import Examples
 from .generating import Files, GeneratingTab
 from .image_parts import Controls, FilledPart, StartingImage
 from .models import Model
 from .parts import Captions, Part
+from .repeats import RepeatingTab, show
 from .runs_tab import RunsTab
 
 TITLE = "Halftone studio"
@@ -28,6 +29,14 @@ CSS = """
 .status { min-height: 1.5em; }
 .gradio-container { max-width: 1500px !important; }
 .grid-wrap img, .image-frame img { image-rendering: auto; }
+.outputs { position: sticky; top: 8px; align-self: flex-start; }
+.results .grid-wrap { max-height: none; }
+.results .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); grid-auto-rows: auto; }
+.results .grid-container:has(> :nth-child(5)) { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.results .grid-container:has(> :nth-child(10)) { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.results .thumbnail-lg { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; }
+.results .thumbnail-lg > img { aspect-ratio: 1; }
+.results .caption-label { position: static; max-width: none; width: 100%; border: 0; white-space: normal; }
 .grid-wrap, .below-label .image-container { padding-top: 32px !important; }
 """
 MUTED = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
@@ -69,6 +78,16 @@ NAMES = """
 """
 
 
+class Opened(NamedTuple):
+    """A tab that can generate an image again, and where it is."""
+
+    outer: str
+    """Id of the tab of its model"""
+    inner: gr.Tabs
+    title: str
+    tab: RepeatingTab
+
+
 class Studio:
     """The parts of a page while it is built.
 
@@ -76,79 +95,88 @@ class Studio:
         models: what is shown, in this order.
         runs: the folder of training runs; None shows no tab for them.
         folder: for example images and what is generated.
-        recipe: settings with which the first tab that has them opens.
+        recipe: settings of an image with which the page opens, in the tab that generated the image.
     """
 
     def __init__(self, models: list[Model], runs: Path | None, folder: Path, recipe: Recipe | None = None):
         self.models, self.runs, self.recipe = models, runs, recipe
         self.files = Files(folder / "images")
-        self.examples = example_images(folder / "examples")
-        self.selected: str | None = None
+        self.examples = Examples(folder / "examples")
+        self.outer: gr.Tabs | None = None
+        self.opened: list[Opened] = []
 
     def build(self) -> gr.Blocks:
         """Return the page. Raises UserError if the recipe fits none of the models."""
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
             gr.Markdown(f"# {TITLE}")
             several = len(self.models) + (self.runs is not None) > 1
-            with gr.Tabs() if several else contextlib.nullcontext():
+            with gr.Tabs() if several else contextlib.nullcontext() as self.outer:
                 for number, model in enumerate(self.models):
-                    with gr.Tab(model.name, id=f"model-{number}") if several else contextlib.nullcontext():
-                        self._add_model(model)
+                    name = f"model-{number}"
+                    with gr.Tab(model.name, id=name) if several else contextlib.nullcontext():
+                        self._add_model(model, name)
                 if self.runs is not None:
                     with gr.Tab("Training runs", id="runs") if several else contextlib.nullcontext():
                         for function, inputs, outputs in RunsTab(self.runs).load:
                             page.load(function, inputs, outputs, api_visibility="private", show_progress="hidden")
-        if self.recipe is not None and self.selected is None:
-            raise UserError(
-                "--from_png was generated from conditions that none of the models takes; give the model that "
-                f"generated it ({self.recipe.texts.get('model', 'its name is not in the file')}) as --model"
-            )
+            if self.recipe is not None:
+                message = self._open_with(self.recipe)
+                page.load(functools.partial(show, *message), None, None, api_visibility="private")
         return page.queue(max_size=MOST_WAITING, default_concurrency_limit=4, api_open=False)
 
-    def _add_model(self, model: Model) -> None:
+    def _add_model(self, model: Model, name: str) -> None:
         tabs = self._tabs(model)
-        with gr.Tabs():
+        with gr.Tabs() as inner:
             for title, make in tabs.items():
-                with gr.Tab(title):
+                with gr.Tab(title, id=title):
                     tab = make()
-                    self._open_with_recipe(tab, title)
+                    if isinstance(tab, RepeatingTab):
+                        self.opened.append(Opened(name, inner, title, tab))
 
-    def _open_with_recipe(self, tab: Any, title: str) -> None:
-        """Fill the first tab that has the conditions of the recipe."""
-        if self.recipe is None or self.selected is not None or not hasattr(tab, "fill"):
-            return
-        texts = self.recipe.texts
-        given = {name for name in ("prompt", "class_label", "brief") if name in texts}
-        known = {name for part in getattr(tab, "parts", []) for name in getattr(part, "names", [])}
-        known |= {"brief"} if any(isinstance(part, Brief) for part in getattr(tab, "parts", [])) else set()
-        known |= {"prompt"} if isinstance(tab, DrawTab) else set()
-        if given <= known:
-            tab.fill(self.recipe)
-            self.selected = title
+    def _open_with(self, recipe: Recipe) -> tuple[str, bool]:
+        """Fill and select the tab that generates the image of a recipe again; return what the page says about it.
+
+        It is a tab of the model with the name in the file, otherwise of the first model that can do it. Raises
+        UserError if there is none.
+        """
+        suitable = [one for one in self.opened if one.tab.suits(recipe)]
+        if not suitable:
+            raise UserError(
+                "--from_png was generated from conditions that none of the models takes, or in a way that none of them "
+                f"can; give the model that generated it ({recipe.texts.get('model', 'its name is not in the file')}) "
+                "as --model"
+            )
+        best = max(suitable, key=lambda one: same_model(recipe, one.tab.model.name))
+        best.tab.fill(recipe)
+        best.inner.selected = best.title
+        if self.outer is not None:
+            self.outer.selected = best.outer
+        return best.tab.report(recipe)
 
     def _tabs(self, model: Model) -> dict[str, Callable[[], Any]]:
         """Return what makes each tab of a model, by its title."""
         if model.makes_pairs:
             tabs: dict[str, Callable[[], Any]] = {
-                "Caption": functools.partial(add_caption_tab, model, self.examples),
+                "Caption": functools.partial(add_caption_tab, model, self.examples.images),
                 "Draw": functools.partial(DrawTab, model, self.files),
             }
             if model.pipeline.prior is not None:
-                tabs["Invent"] = functools.partial(add_pairs_tab, model, self.files)
+                tabs["Invent"] = functools.partial(PairsTab, model, self.files)
             return tabs
         if model.reads_posters:
-            return {"Analyse": functools.partial(add_analysis_tab, model, self.examples)}
+            return {"Analyse": functools.partial(add_analysis_tab, model, self.examples.posters)}
         conditions: Callable[[], Part] = Brief if model.takes_briefs else functools.partial(Captions, model)
         first = "Brief to poster" if model.takes_briefs else _first_title(model)
-        parts: dict[str, list[Callable[[], Part]]] = {first: [conditions]}
+        parts: dict[str, tuple[str, list[Callable[[], Part]]]] = {first: (GENERATION, [conditions])}
         if model.takes_controls:
-            parts["Control"] = [functools.partial(Controls, model, self.examples), conditions]
+            parts["Control"] = (CONTROL, [functools.partial(Controls, model, self.examples), conditions])
         if model.starts_from_images:
-            parts["Image to image"] = [functools.partial(StartingImage, self.examples), conditions]
-            parts["Inpainting"] = [functools.partial(FilledPart, model, self.examples), conditions]
+            starting = functools.partial(StartingImage, self.examples.images)
+            parts["Image to image"] = (IMAGE_TO_IMAGE, [starting, conditions])
+            parts["Inpainting"] = (INPAINTING, [functools.partial(FilledPart, model, self.examples), conditions])
         return {
-            title: functools.partial(GeneratingTab, title, model, makers, self.files, sized=title == first)
-            for title, makers in parts.items()
+            title: functools.partial(GeneratingTab, title, task, model, makers, self.files)
+            for title, (task, makers) in parts.items()
         }
 
 

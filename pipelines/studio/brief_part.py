@@ -25,6 +25,8 @@ COUNT_LABELS = {"text_blocks": "Text blocks", "pictures": "Pictures"}
 class Brief(Part):
     """Style, palette and numbers of a poster; what is not set is chosen by the model."""
 
+    names = ("brief",)
+
     def __init__(self) -> None:
         styles = [(OPEN, OPEN), *((style_words(style), style) for style in STYLES)]
         self.style = gr.Dropdown(styles, value=OPEN, label="Style")

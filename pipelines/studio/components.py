@@ -1,4 +1,4 @@
-"""Components of the page: images that are checked when they arrive, canvases, and drawings that serve as examples."""
+"""Components of the page: images that are checked when they arrive, and canvases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components.base import server
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 from ..tools.cli import UserError
 from .bounds import MOST_LAYERS, check_upload, drawing, message_of, plainly, upload
@@ -117,46 +117,3 @@ def painted(value: Any, size: tuple[int, int], color: str = "#000000") -> Image.
     if layer is not None:
         result.paste(layer.resize(result.size), mask=layer.resize(result.size).getchannel("A"))
     return result
-
-
-def example_images(folder: Path) -> list[str]:
-    """Draw the images that are offered as examples, and return their files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, draw in {"circle": _circle, "house": _house, "poster": _poster}.items():
-        path = folder / f"{name}.png"
-        draw().save(path)
-        files.append(str(path))
-    return files
-
-
-def image_examples(files: Sequence[str], component: gr.Image, label: str) -> None:
-    """Add buttons that put an example image into a component."""
-    names = [Path(file).stem.capitalize() for file in files]
-    gr.Examples([[file] for file in files], [component], label=label, example_labels=names)
-
-
-def _circle() -> Image.Image:
-    image = Image.new("RGB", (256, 256), "white")
-    ImageDraw.Draw(image).ellipse((56, 56, 200, 200), fill="#d0202a")
-    return image
-
-
-def _house() -> Image.Image:
-    image = Image.new("RGB", (256, 256), "#bfe3ff")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 190, 256, 256), fill="#58a05a")
-    draw.rectangle((72, 120, 184, 210), fill="#f4d9a0")
-    draw.polygon(((56, 124), (128, 60), (200, 124)), fill="#b0452f")
-    draw.rectangle((116, 160, 142, 210), fill="#6b4226")
-    return image
-
-
-def _poster() -> Image.Image:
-    image = Image.new("RGB", (256, 256), "#f6ecd6")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((24, 24, 232, 150), fill="#1e56be")
-    draw.ellipse((80, 44, 170, 134), fill="#facc2a")
-    for top, right in ((170, 220), (196, 180), (216, 200)):
-        draw.rectangle((24, top, right, top + 12), fill="#1c1a1e")
-    return image

@@ -15,14 +15,15 @@ from ..common.poster_domain import COLOR_ROLES, hex_color
 from ..models.fusion_controlnet import as_nets
 from ..tools.cli import UserError
 from ..tools.control_files import ControlFile, controls_of
-from ..tools.repeating import Recipe
+from ..tools.repeating import CONTROL, INPAINTING, Recipe, task_of
 from .bounds import in_range, plainly, whole
-from .components import blank, canvas, image_examples, on_canvas, painted, picture, strokes
+from .components import blank, canvas, on_canvas, painted, picture, strokes
+from .examples import BLACK, WHITE, Examples, image_examples
 from .models import Model
 from .parts import KEPT, Made, Part
 
 MOST_JUMPS = 10
-WHITE, BLACK = "#ffffff", "#000000"
+MOST_STRENGTH = 2
 
 
 class StartingImage(Part):
@@ -41,7 +42,11 @@ class StartingImage(Part):
         if image is None:
             raise UserError("no image is chosen; upload the image to change first")
         strength = in_range("the strength", strength, 0, 1)
-        return Made({"image": image, "strength": strength}, {"strength": f"{strength:g}"})
+        return Made({"image": image, "strength": strength}, self.facts(values))
+
+    def facts(self, values: Sequence[Any]) -> dict[str, str]:
+        strength = values[1]
+        return {} if strength is KEPT else {"strength": f"{in_range('the strength', strength, 0, 1):g}"}
 
     def repeated(self, recipe: Recipe) -> list[Any]:
         strength = recipe.number("strength")
@@ -51,12 +56,14 @@ class StartingImage(Part):
 class FilledPart(Part):
     """An image and the part of it that is filled, painted on a canvas or given as a mask."""
 
-    def __init__(self, model: Model, examples: Sequence[str]):
+    def __init__(self, model: Model, examples: Examples):
         self.model = model
         self.image = picture("Image to fill")
-        image_examples(examples, self.image, "Example images")
+        image_examples(examples.images, self.image, "Example images")
         self.canvas = canvas("Paint the part to fill", [WHITE])
-        self.mask = picture("Mask instead of painting (white is filled)")
+        with gr.Accordion("Upload a mask instead of painting", open=False):
+            self.mask = picture("Mask instead of painting (white is filled)")
+            image_examples(examples.masks, self.mask, "Example masks")
         self.paste_back = gr.Checkbox(True, label="Keep all other pixels exactly")
         self.jumps = gr.Slider(
             1, MOST_JUMPS, 1, step=1, label="Repetitions of each step", info="More fit better, and take longer"
@@ -86,23 +93,27 @@ class FilledPart(Part):
             "jump_n_sample": jumps,
             "paste_back": bool(paste_back),
         }
-        return Made(arguments, {"jump_n_sample": str(jumps), "paste_back": str(bool(paste_back)).lower()})
+        return Made(arguments, self.facts(values))
+
+    def facts(self, values: Sequence[Any]) -> dict[str, str]:
+        paste_back, jumps = values[-2:]
+        if jumps is KEPT:
+            return {}
+        jumps = whole("the number of repetitions", jumps, 1, MOST_JUMPS)
+        # Nothing of the part is kept, as sample.py does it without --strength.
+        return {"jump_n_sample": str(jumps), "paste_back": str(bool(paste_back)).lower(), "strength": "1"}
 
     def repeated(self, recipe: Recipe) -> list[Any]:
-        jumps, paste_back = recipe.number("jump_n_sample"), recipe.texts.get("paste_back")
-        return [
-            KEPT,
-            KEPT,
-            KEPT,
-            KEPT if paste_back is None else paste_back == "true",
-            KEPT if jumps is None else jumps,
-        ]
+        if task_of(recipe) != INPAINTING:
+            return [KEPT] * len(self.components)
+        jumps = recipe.number("jump_n_sample")  # sample.py writes only what was given
+        return [KEPT, KEPT, KEPT, recipe.texts.get("paste_back") == "true", 1 if jumps is None else jumps]
 
 
 class Controls(Part):
     """A canvas for each image that the ControlNets of a model take, and how strongly they steer."""
 
-    def __init__(self, model: Model, examples: Sequence[str]):
+    def __init__(self, model: Model, examples: Examples):
         self.model = model
         self.nets = as_nets(model.pipeline.controlnet)
         self.components, self.canvases = [], 0
@@ -113,20 +124,21 @@ class Controls(Part):
         with gr.Accordion("Strength of the control", open=False):
             for number in range(1, len(self.nets) + 1):
                 label = "Strength" if len(self.nets) == 1 else f"Strength of ControlNet {number}"
-                self.components.append(gr.Slider(0, 2, 1, step=0.05, label=label, info="0 switches it off"))
+                self.components.append(gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label=label, info="0 switches it off"))
             self.components += [
                 gr.Slider(0, 1, 0, step=0.01, label="Starts at this share of the steps"),
                 gr.Slider(0, 1, 1, step=0.01, label="Ends at this share of the steps"),
             ]
 
-    def _add_canvas(self, label: str, config: Any, examples: Sequence[str]) -> None:
+    def _add_canvas(self, label: str, config: Any, examples: Examples) -> None:
         size, colors = self.model.size(), _colors(config)
         drawing = canvas(f"Draw: {label}", _brushes(config, colors), as_value(blank(size, colors[0])))
         if config.control_kind == "classes":
             gr.Markdown(_legend(config, colors))
         with gr.Accordion(f"Upload instead of drawing: {label}", open=False):
             uploaded = picture(f"Upload: {label}")
-            image_examples(examples, uploaded, f"Example images: {label}")
+            files = examples.of_control(config.control_kind, label, colors)
+            image_examples(files, uploaded, f"Example images: {label}")
             gr.Button(f"Empty the canvas: {label}", size="sm").click(
                 functools.partial(as_value, blank(size, colors[0])), None, drawing, queue=False
             )
@@ -144,7 +156,7 @@ class Controls(Part):
         import torch
 
         height, width = self.model.size()
-        canvases, scales = values[: self.canvases], values[self.canvases : -2]
+        canvases = values[: self.canvases]
         files, start = [], 0
         for net in self.nets:
             names = _names(net.config)
@@ -155,8 +167,7 @@ class Controls(Part):
             raise UserError("every canvas is empty; draw on one, or upload an image for it")
         control = controls_of(self.model.pipeline, files, height, width)[0]
         batches = [torch.stack([tensor] * count) for tensor in control]
-        strengths = [in_range("the strength of the control", scale, 0, 2) for scale in scales]
-        begins, ends = (in_range("the share of the steps", value, 0, 1) for value in values[-2:])
+        strengths, begins, ends = self._steering(values)
         arguments = {
             "control_image": batches if len(batches) > 1 else batches[0],
             "controlnet_conditioning_scale": strengths if len(strengths) > 1 else strengths[0],
@@ -164,12 +175,39 @@ class Controls(Part):
             "control_guidance_end": ends,
             "num_images_per_prompt": 1,
         }
-        facts = {
+        return Made(arguments, self.facts(values))
+
+    def _steering(self, values: Sequence[Any]) -> tuple[list[float], float, float]:
+        """Return the strength of each ControlNet, and the shares of the steps where they begin and end."""
+        strengths = [
+            in_range("the strength of the control", one, 0, MOST_STRENGTH) for one in values[self.canvases : -2]
+        ]
+        begins, ends = (in_range("the share of the steps", value, 0, 1) for value in values[-2:])
+        return strengths, begins, ends
+
+    def facts(self, values: Sequence[Any]) -> dict[str, str]:
+        if KEPT in values[self.canvases :]:
+            return {}
+        strengths, begins, ends = self._steering(values)
+        return {
             "controlnet_conditioning_scale": ", ".join(f"{scale:g}" for scale in strengths),
             "control_guidance_start": f"{begins:g}",
             "control_guidance_end": f"{ends:g}",
         }
-        return Made(arguments, facts)
+
+    def repeated(self, recipe: Recipe) -> list[Any]:
+        if task_of(recipe) != CONTROL:
+            return [KEPT] * len(self.components)
+        # sample.py writes only what was given; one strength stands for all ControlNets.
+        strengths = recipe.numbers("controlnet_conditioning_scale") or [1.0]
+        strengths = strengths * len(self.nets) if len(strengths) == 1 else strengths
+        if len(strengths) != len(self.nets):  # the file is from another model
+            strengths = [1.0] * len(self.nets)
+        begins, ends = (
+            recipe.numbers("control_guidance_start") or [0.0],
+            recipe.numbers("control_guidance_end") or [1.0],
+        )
+        return [*[KEPT] * self.canvases, *strengths, begins[0], ends[0]]
 
     def _control(self, config: Any, name: str, value: Any) -> ControlFile:
         """Return what is on a canvas as the file that a ControlNet takes."""

@@ -47,10 +47,16 @@ class Part:
     """A part of a tab; its `components` are created with it, inside the layout that is open."""
 
     components: list[Any]
+    names: Sequence[str] = ()
+    """Names of the conditions that the components stand for, as in the metadata"""
 
     def made(self, values: Sequence[Any], count: int) -> Made:
         """Return what the values of the components mean for `count` images. Raises UserError."""
         raise NotImplementedError
+
+    def facts(self, values: Sequence[Any]) -> dict[str, str]:
+        """Return the metadata for the values, without images that may not be chosen yet. Raises UserError."""
+        return self.made(values, 1).facts
 
     def repeated(self, recipe: Recipe) -> list[Any]:
         """Return the values of the components with which an image is generated again; KEPT leaves one as it is."""

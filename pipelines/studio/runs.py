@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image
@@ -28,7 +28,21 @@ DEEPEST = 4
 SKIPPED = {"checkpoints", "pipeline", "samples", "wandb", "images"}
 SILENT_SECONDS = 120
 """A run that has written nothing for this time, and holds no lock, is not training."""
+AFTER_EXPORT_SECONDS = 5
+"""Metrics that are newer than the record of the export by more than this are from a resumed run."""
+KINDS = ("epoch", "step")
+"""First words in the names of sample sheets: epoch_0005.png, step_00001000.png"""
 COUNTERS = ("step", "epoch", "images_seen", "elapsed_seconds")
+
+
+class Place(NamedTuple):
+    """When in its run a sample sheet was made. Epochs come before steps, which are written at the end of a run."""
+
+    kind: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]} {self.number:,}"
 
 
 @dataclass
@@ -60,11 +74,10 @@ class Run:
             return pd.DataFrame({"step": []})
         return table.apply(pd.to_numeric, errors="coerce").dropna(subset=["step"]).reset_index(drop=True)
 
-    def samples(self) -> list[Path]:
-        """Return the sample sheets in the order in which they were written: by epoch, then by step."""
+    def samples(self) -> dict[Place, Path]:
+        """Return the sample sheets by their place, in the order in which they were written."""
         files = list((self.folder / "samples").glob("*.png")) if self.folder.is_dir() else []
-        numbered = [(number, path) for path in files if (number := _number(path)) is not None]
-        return [path for _, path in sorted(numbered)]
+        return dict(sorted((place, path) for path in files if (place := _place_of(path)) is not None))
 
     def is_locked(self) -> bool:
         """Whether a process holds the lock of the run folder. Only Linux tells without trying to take the lock."""
@@ -88,22 +101,40 @@ class Run:
                 facts.append(f"best {best['metric']}: {float(best['value']):.4g} at step {best['step']}")
         return "\n- ".join(facts)
 
+    def is_training(self) -> bool:
+        """Whether the run is training: its lock is held, or it has written something a short time ago.
+
+        The second rule is for systems that do not list locks, and for folders that another machine writes to.
+        """
+        if self.is_locked():
+            return True
+        # A run that goes on after its export keeps its record until it is exported again.
+        unexported = self._time_of(METRICS) - self._time_of("record.json") > AFTER_EXPORT_SECONDS
+        return unexported and time.time() - self._last_change() < SILENT_SECONDS
+
+    def version(self) -> tuple[Any, ...]:
+        """Return a value that is another one after each change of what the tab of runs shows."""
+        names = (METRICS, "run.log", "record.json", *(f"samples/{path.name}" for path in self.samples().values()))
+        return (self.name, self.is_locked(), *(self._time_of(name) for name in names))
+
     def _activity(self) -> str:
         seconds = time.time() - self._last_change()
         if self.is_locked():
             return f"is training now; metrics were written {_ago(seconds)}"
+        if self.is_training():
+            return f"was training {_ago(seconds)}"
         if (self.folder / "record.json").is_file():
             return "complete"
-        if seconds < SILENT_SECONDS:
-            return f"was training {_ago(seconds)}"
         return f"interrupted or not exported; last written {_ago(seconds)}"
 
     def _last_change(self) -> float:
-        times = [0.0]
-        for name in (METRICS, "run.log"):
-            with contextlib.suppress(OSError):
-                times.append((self.folder / name).stat().st_mtime)
-        return max(times)
+        return max(self._time_of(name) for name in (METRICS, "run.log"))
+
+    def _time_of(self, name: str) -> float:
+        """Return when a file was written, in seconds; 0 if there is none."""
+        with contextlib.suppress(OSError):
+            return (self.folder / name).stat().st_mtime
+        return 0.0
 
     def _record(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -150,12 +181,12 @@ def open_sample(path: Path) -> Image.Image:
         raise UserError(f"the sample {path.name} cannot be read; refresh the list") from error
 
 
-def _number(path: Path) -> tuple[int, int] | None:
-    """Return the place of a sample sheet in the run: epoch_0005.png before step_00001000.png; None for others."""
+def _place_of(path: Path) -> Place | None:
+    """Return the place of a sample sheet in the run; None for other files."""
     kind, _, digits = path.stem.partition("_")
-    if not digits.isdecimal() or kind not in ("epoch", "step"):
+    if not digits.isdecimal() or kind not in KINDS:
         return None
-    return (0 if kind == "epoch" else 1, int(digits))
+    return Place(KINDS.index(kind), int(digits))
 
 
 def _ago(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pandas as pd
 
 from ..tools.cli import UserError
 from .bounds import plainly
-from .runs import COUNTERS, Run, find_runs, open_sample
+from .runs import COUNTERS, Place, Run, find_runs, open_sample
 
 NONE = "no second run"
 REFRESH_SECONDS = 5
@@ -21,7 +22,7 @@ STYLES = (("#0072b2", "-"), ("#d55e00", "--"))  # two runs differ without colour
 
 
 class RunsTab:
-    """The controls of the tab; while the tab is open, curves and state follow runs that are training."""
+    """The controls of the tab; while the tab is open, everything in it follows runs that change."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -34,11 +35,10 @@ class RunsTab:
             metric = gr.Dropdown(metrics, value=_preferred(metrics), label="Metric", allow_custom_value=False)
             logarithmic = gr.Checkbox(False, label="Logarithmic axis")
             refresh = gr.Button("Refresh the list of runs")
-        chosen = [run, other]
         state = gr.Markdown("", elem_classes="status")
         curves = gr.Plot(label="Curves")
         last = gr.Dataframe(headers=["metric", "run", "other run"], label="Last values", interactive=False)
-        place = gr.Slider(0, 1, 1, step=0.01, label="Samples: from the beginning (0) to the end (1) of the run")
+        place = gr.Slider(label="Samples", **self._slider(self._places([first]), None))
         with gr.Row():
             samples = [
                 gr.Image(
@@ -50,22 +50,37 @@ class RunsTab:
                 )
                 for label in ("Samples of the run", "Samples of the other run")
             ]
-        drawing = ([*chosen, metric, logarithmic], [state, curves, last])
-        looking = ([*chosen, place], samples)
-        draw, look = plainly(self._draw), plainly(self._look)
+        self._connect(refresh, [run, other], [metric, logarithmic], [state, curves, last], [place, *samples])
+
+    def _connect(
+        self, refresh: gr.Button, chosen: list[Any], how: list[Any], drawn: list[Any], shown: list[Any]
+    ) -> None:
+        """Connect the controls with what they change.
+
+        Args:
+            chosen: run and other run.
+            how: metric and whether the axis is logarithmic.
+            drawn: state, curves and last values.
+            shown: the slider of the samples, and the samples.
+        """
+        seen, (metric, place) = gr.State(None), (how[0], shown[0])
+        drawing, looking, arranging = ([*chosen, *how], drawn), ([*chosen, place], shown), (chosen, shown)
+        draw, look, arrange = plainly(self._draw), plainly(self._look), plainly(self._arrange)
         refresh.click(plainly(self._refreshed), chosen, chosen, api_visibility="private")
         for one in chosen:
             one.change(plainly(self._metrics_of), [*chosen, metric], metric, api_visibility="private")
             one.change(draw, *drawing, api_visibility="private")
-            one.change(look, *looking, api_visibility="private")
-        for one in (metric, logarithmic):
+            one.change(arrange, *arranging, api_visibility="private")
+        for one in how:
             one.change(draw, *drawing, api_visibility="private")
         place.release(look, *looking, api_visibility="private")
         place.change(look, *looking, api_visibility="private", trigger_mode="always_last", show_progress="hidden")
-        # Only a run that is training changes; `_followed` leaves the others alone.
         timer = gr.Timer(REFRESH_SECONDS)
-        timer.tick(self._followed, *drawing, api_visibility="private", show_progress="hidden")
-        self.load = [(draw, *drawing), (look, *looking)]
+        timer.tick(
+            self._followed, [*chosen, *how, place, seen], [*drawn, *shown, seen],
+            api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+        self.load = [(draw, *drawing), (arrange, *arranging)]
 
     def _run(self, name: str | None) -> Run | None:
         if name in (None, NONE, ""):
@@ -101,24 +116,79 @@ class RunsTab:
         state = "\n\n".join(one.state() for one in runs)
         return state, curves_of(runs, tables, metric, bool(logarithmic)), last_values(tables)
 
-    def _followed(self, run: str | None, other: str | None, metric: str | None, logarithmic: bool) -> tuple[Any, ...]:
-        """Draw again if one of the runs is training. A run that was deleted is reported when somebody asks for it."""
-        with contextlib.suppress(UserError):
-            if any(one is not None and one.is_locked() for one in (self._run(run), self._run(other))):
-                return self._draw(run, other, metric, logarithmic)
-        return gr.skip(), gr.skip(), gr.skip()
+    def _followed(
+        self, run: str | None, other: str | None, metric: str | None, logarithmic: bool, place: Any, seen: Any
+    ) -> tuple[Any, ...]:
+        """Show what has changed in the runs since `seen`. A run that was deleted is reported when somebody asks for it.
 
-    def _look(self, run: str | None, other: str | None, place: float) -> list[Any]:
-        shown = []
+        Args:
+            seen: versions of the runs, and the number of places of the slider, at the last call; None before it.
+
+        Returns:
+            Values for state, curves, last values, slider, both samples, and the next `seen`.
+        """
+        nothing = (gr.skip(),) * 6
+        with contextlib.suppress(UserError):
+            runs = [one for one in (self._run(run), self._run(other)) if one is not None]
+            places = self._places([run, other])
+            now = ([one.version() for one in runs], len(places))
+            if seen is None or seen[0] != now[0]:
+                # A slider at its end stays there, so that it shows new samples.
+                same = seen is not None and [own[0] for own in seen[0]] == [own[0] for own in now[0]]
+                at_end = same and number_of(place, places) >= seen[1]
+                shown = self._look(run, other, None if at_end else place)
+                return (*self._draw(run, other, metric, logarithmic), *shown, now)
+            if any(one.is_training() for one in runs):  # its state says how long ago it has written something
+                return ("\n\n".join(one.state() for one in runs), *nothing[1:], now)
+        return (*nothing, seen)
+
+    def _places(self, names: Sequence[str | None]) -> list[Place]:
+        """Return when one of the runs has written samples, in order."""
+        return sorted({place for run in filter(None, map(self._run, names)) for place in run.samples()})
+
+    def _slider(self, places: Sequence[Place], place: Any) -> dict[str, Any]:
+        """Return the settings of the slider of the samples, at a place that is counted from 1.
+
+        None is the last place. Another one is not set, because the slider may have been moved in the meantime.
+        """
+        number = number_of(place, places)
+        info = f"{places[number - 1]} ({number} of {len(places)})".capitalize() if places else "There are none yet"
+        value = {} if place == number else {"value": max(number, 1)}
+        # A slider needs two values.
+        return {
+            "minimum": 1,
+            "maximum": max(len(places), 2),
+            "step": 1,
+            "info": info,
+            "visible": len(places) > 1,
+        } | value
+
+    def _arrange(self, run: str | None, other: str | None) -> list[Any]:
+        """Show the last samples of the runs, and the slider at its end."""
+        return self._look(run, other, None)
+
+    def _look(self, run: str | None, other: str | None, place: Any) -> list[Any]:
+        """Show the samples of both runs at a place of the slider: of each run the last ones until then."""
+        places = self._places([run, other])
+        shown: list[Any] = [gr.update(**self._slider(places, place))]
         for one in (self._run(run), self._run(other)):
-            files = one.samples() if one is not None else []
-            if not files:
+            files = one.samples() if one is not None else {}
+            if one is None or not files:
                 shown.append(gr.update(value=None))
                 continue
-            file = files[round(min(max(float(place or 0), 0), 1) * (len(files) - 1))]
-            label = f"{one.name if one else ''}: {file.stem.replace('_', ' ')}"
-            shown.append(gr.update(value=open_sample(file), label=label))
+            until = [own for own in files if own <= places[number_of(place, places) - 1]] or list(files)[:1]
+            shown.append(gr.update(value=open_sample(files[until[-1]]), label=f"{one.name}: {until[-1]}"))
         return shown
+
+
+def number_of(place: Any, places: Sequence[Place]) -> int:
+    """Return a place of the slider as a whole number from 1; 0 without places.
+
+    None, and anything else that a browser may send, is the last one.
+    """
+    if isinstance(place, (int, float)) and math.isfinite(place):
+        return min(max(round(place), 1), len(places))
+    return len(places)
 
 
 def _preferred(names: list[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,26 @@ from .cli import UserError
 from .files import read_image
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..common.design_brief import DesignBrief
 
-CONDITIONS = ("prompt", "class_label", "brief", "caption", "control_image", "image")
-NOT_REPEATED = ("guide", "autoguidance_scale", "guidance_interval", "checkpoint", "jump_n_sample")
+CONDITIONS = ("prompt", "class_label", "brief")
+"""What an image shows, as texts."""
+FILES = ("image", "mask_image", "control_image")
+"""Names of image files, which are not part of the generated file."""
+STEERING = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+NOT_REPEATED = ("guide", "autoguidance_scale", "guidance_interval", "checkpoint", "lora", "lora_scale")
 """Settings of sample.py that the studio does not have."""
+SETTINGS = (
+    *CONDITIONS, "negative_prompt", "num_inference_steps", "guidance_scale", "scheduler", "sampler", "strength",
+    "jump_n_sample", "paste_back", *STEERING, *NOT_REPEATED,
+)  # fmt: skip
+"""Everything in the metadata that the pixels depend on, except model, files, seeds and size."""
+
+# What a model did to generate an image; `task_of` tells it from the metadata, and each tab of the studio does one.
+GENERATION, CONTROL, IMAGE_TO_IMAGE, INPAINTING = "generation", "control", "image to image", "inpainting"
+DRAWING, PAIRS = "drawing", "pairs"
 
 
 @dataclass
@@ -29,9 +45,13 @@ class Recipe:
     texts: dict[str, str] = field(default_factory=dict)
     """Conditions and settings as they are written in the file"""
     size: tuple[int, int] | None = None
-    """Height and width of the image; None for a grid"""
+    """Height and width in pixels, if they are written in the file; None is the size of the training"""
     place: int = 0
     """Position of the image in the batch, from 0; 0 for a grid"""
+
+    def conditions(self) -> set[str]:
+        """Return the names of the conditions of CONDITIONS that the image was generated from."""
+        return {name for name in CONDITIONS if name in self.texts}
 
     def number(self, name: str) -> float | None:
         """Return a setting as a number; None if it is not there or is not one number."""
@@ -39,6 +59,24 @@ class Recipe:
             return float(self.texts[name])
         except (KeyError, ValueError):
             return None
+
+    def numbers(self, name: str) -> list[float]:
+        """Return a setting that may have a value for each ControlNet; empty if it is missing or not a number."""
+        try:
+            return [float(part) for part in self.texts[name].split(",")]
+        except (KeyError, ValueError):
+            return []
+
+    def differing(self, facts: Mapping[str, str]) -> list[str]:
+        """Return the names of the settings in the file that images with the metadata `facts` would not have.
+
+        A setting differs if it is missing in `facts` or has another value there. Height and width are compared as well.
+        """
+        names = [name for name in SETTINGS if name in self.texts and not _same(self.texts[name], facts.get(name))]
+        if self.size is not None:
+            sizes = zip(("height", "width"), self.size)
+            names += [name for name, side in sizes if not _same(str(side), facts.get(name))]
+        return names
 
     def batch(self, most: int) -> tuple[int, int]:
         """Return the first seed and the number of images, at most `most`, with which the image is generated again.
@@ -68,13 +106,61 @@ def read_recipe(path: str | Path) -> Recipe:
     is_grid = "," in texts["seed"] or "\n" in texts["seed"]
     first = {name: value.split("\n")[0] if is_grid else value for name, value in texts.items()}
     height, width, together = first.pop("height", ""), first.pop("width", ""), first.pop("batch_seeds", "")
-    size = (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
-    if size is None and not is_grid:
-        size = (image.height, image.width)
+    size = _size_of(height, width, None if is_grid else image)
     if is_grid:
         return Recipe(int(seeds[0]), len(seeds), first, size)
     seed, count = _batch_of(int(seeds[0]), together)
     return Recipe(seed, count, first, size, int(seeds[0]) - seed)
+
+
+def task_of(recipe: Recipe) -> str:
+    """Return what the model did: GENERATION, CONTROL, IMAGE_TO_IMAGE, INPAINTING, DRAWING or PAIRS."""
+    names = recipe.texts.keys()
+    if "caption" in names:
+        return PAIRS
+    if names & {"mask_image", "jump_n_sample", "paste_back"}:
+        return INPAINTING
+    if names & {"control_image", *STEERING}:
+        return CONTROL
+    if names & {"image", "strength"}:
+        return IMAGE_TO_IMAGE
+    # An image–caption model draws a prompt in one pass.
+    return GENERATION if "num_inference_steps" in names or "prompt" not in names else DRAWING
+
+
+def same_model(recipe: Recipe, name: str) -> int:
+    """Return how well the model of a file has this name: 2 the same, 1 the same folder below another one, 0 not."""
+    used = recipe.texts.get("model", "")
+    if used == name:
+        return 2
+    return int(bool(used) and used.split("/")[-1] == name.split("/")[-1])
+
+
+def _same(text: str, other: str | None) -> bool:
+    """Whether two texts are equal, or equal as numbers or as lists of numbers, of which one stands for all."""
+    if other is None or text.strip() == other.strip():
+        return other is not None
+    try:
+        one, two = ([float(part) for part in whole.split(",")] for whole in (text, other))
+    except ValueError:
+        return False
+    count = max(len(one), len(two))
+    one, two = ([*part] * count if len(part) == 1 else part for part in (one, two))
+    # The studio writes six digits, and sample.py all of them.
+    return len(one) == len(two) and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, two))
+
+
+def _size_of(height: str, width: str, image: Image.Image | None) -> tuple[int, int] | None:
+    """Return height and width as they are written; a missing one follows from the shape of the image, if given.
+
+    The image itself may be enlarged (`--scale` of sample.py).
+    """
+    sides = [int(side) if side.isdecimal() and int(side) else None for side in (height, width)]
+    if image is not None and sides[0] is None and sides[1] is not None:
+        sides[0] = round(sides[1] * image.height / image.width)
+    if image is not None and sides[1] is None and sides[0] is not None:
+        sides[1] = round(sides[0] * image.width / image.height)
+    return None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
 
 
 def _batch_of(seed: int, text: str) -> tuple[int, int]:

@@ -280,9 +280,10 @@ def test_every_tab_generates_the_number_of_images_that_is_set(kind, tmp_path):
             tab = make()
         values = [value_of(component) for component in tab.inputs]
         *_, (images, files, text) = tab._generate(*values)
-        assert (len(images), len(files)) == (3, 3), title
+        assert (len(images), len(files)) == (3, 4), title
         assert text.startswith("3 images in")
-        assert len({Path(file).read_bytes() for file in files}) == 3
+        assert [path for path, _ in images] == files[:3]
+        assert len({Path(file).read_bytes() for file in files}) == 4
 
 
 def test_a_distilled_model_opens_with_its_steps_and_without_guidance(tmp_path):

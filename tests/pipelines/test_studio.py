@@ -241,6 +241,9 @@ def test_controls_are_drawn_for_each_controlnet(visitor, picture):
     visitor.generate_others()
     assert visitor.download(1).tobytes() != drawn.tobytes()
     visitor.unfold("Strength of the control")
+    visitor.control("slider", "range slider for Ends at").scroll_into_view_if_needed()
+    # The canvases are far above, and the button stays beside what is seen.
+    expect(visitor.page.get_by_role("button", name="Generate", exact=True).first).to_be_in_viewport(ratio=1)
     for number in (1, 2):
         visitor.set_slider(f"Strength of ControlNet {number}", 0)
     visitor.generate_others()
@@ -319,22 +322,27 @@ def test_runs_are_compared_followed_and_may_disappear(visitor, place):
     visitor.wait_for_status("run: complete")
     visitor.choose("Compare with", "other")
     visitor.wait_for_status("other: complete")
-    visitor.page.get_by_text("run: epoch 0002").first.wait_for()
+    visitor.page.get_by_text("run: epoch 2").first.wait_for()
     slider = visitor.page.get_by_role("slider", name=re.compile("Samples")).first
     slider.focus()
     slider.press("Home")
-    visitor.page.get_by_text("run: epoch 0001").first.wait_for()
+    visitor.page.get_by_text("run: epoch 1").first.wait_for()
+    visitor.page.get_by_text("Epoch 1 (1 of 2)").first.wait_for()
+    slider.press("End")
+    visitor.page.get_by_text("run: epoch 2").first.wait_for()
     with FolderLock(place / "runs/run/.lock", "another test is training"):
         visitor.wait_for_status("run: is training now")
         with (place / "runs/run/metrics.csv").open("a", encoding="utf-8") as table:
             table.write("4321,5\n")
         visitor.wait_for_status("step: 4,321")
+        Image.new("RGB", (16, 16), "green").save(place / "runs/run/samples/epoch_0003.png")
+        visitor.page.get_by_text("run: epoch 3").first.wait_for()
     shutil.rmtree(place / "runs/other")
     visitor.choose("Compare with", "no second run")
     visitor.choose("Run", "other")
     visitor.wait_for_message("the run other is no longer there")
     visitor.press("Refresh the list of runs")
-    visitor.wait_for_status("run: complete")
+    visitor.wait_for_status("run: (complete|was training)")
 
 
 def text_file(path: Path) -> None:
@@ -437,6 +445,30 @@ def test_the_studio_opens_with_the_settings_of_an_image_and_its_model_may_be_del
     visitor = Visitor(browser, address)
     assert_repeated(visitor, image)
     visitor.close()
+    assert visitor.problems == []
+
+
+def test_the_studio_opens_with_the_tab_and_the_model_of_an_image(browser, place, tmp_path):
+    steering = {"controlnet_conditioning_scale": "0.5, 1.5", "guidance_interval": "0.1 to 0.8"}
+    settings = {
+        "model": "two_controlnets",
+        "prompt": "a red poster",
+        "seed": "3",
+        "num_inference_steps": "3",
+        **steering,
+    }
+    save_image(Image.new("RGB", (16, 16)), tmp_path / "mine.png", settings)
+    models = [str(place / name) for name in (TEXT, "two_controlnets")]
+    with studio("--model", *models, "--from_png", "mine.png", cwd=tmp_path) as address:
+        visitor = Visitor(browser, address)
+        visitor.wait_for_message("draw or upload them again.*cannot set.*guidance interval")
+        for title in ("two_controlnets", "Control"):
+            expect(visitor.page.get_by_role("tab", name=title, exact=True)).to_have_attribute("aria-selected", "true")
+        expect(visitor.control("textbox", "Prompt")).to_have_value("a red poster")
+        visitor.unfold("Strength of the control")
+        slider = visitor.control("slider", "range slider for Strength of ControlNet 2")
+        expect(slider).to_have_value("1.5")
+        visitor.close()
     assert visitor.problems == []
 
 
