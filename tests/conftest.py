@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,7 +16,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="halftone-datasets-"))
+if "HF_DATASETS_CACHE" not in os.environ:  # child processes inherit it
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="halftone-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Children inherit which signals are ignored: SIGINT in background jobs of a shell, SIGHUP under nohup. Tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)

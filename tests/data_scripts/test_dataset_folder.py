@@ -97,7 +97,8 @@ def test_a_stopped_maker_leaves_nothing(tmp_path, number):
     process = start("data_scripts/make_posters.py", *posters(tmp_path / "made", 20_000))
     wait_until(lambda: (tmp_path / ".writing-made/data").is_dir(), process)
     process.send_signal(number)
-    assert process.wait(10) == 75
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 75, output
     assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
 
 
