@@ -199,6 +199,30 @@ def test_a_script_that_submits_several_jobs_names_what_they_wait_for(scheduler, 
         assert (sbatch_options(one)["--array"], sbatch_options(one)["--dependency"]) == ("1-2%1", "afterok:7")
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "identities"),
+    [
+        ("slurm", [{"SLURM_JOB_ID": str(number)} for number in (71, 72, 73, 199_999)]),
+        ("lsf", [{"LSB_JOBID": job, "LSB_JOBINDEX": task} for job in ("71", "72") for task in ("1", "2", "100")]),
+    ],
+)
+def test_jobs_and_tasks_on_one_host_have_ports_of_their_own(scheduler, identities, elsewhere):
+    """The tasks of an array of Slurm have ids of their own, those of LSF do not. The system gives away 32768 and more."""
+    job = Job("a", [Task("a", ["x.py"]), Task("b", ["y.py"])], Site(scheduler=scheduler, gpus_per_node=2))
+    lines = job_script(job, elsewhere).splitlines()
+    text = "\n".join(line for line in lines if line.startswith("task=") or "MASTER_PORT=$((" in line)
+    variables = {"LSB_MCPU_HOSTS": "a 8", "SLURM_JOB_NODELIST": "a"}
+    ports = []
+    for identity in identities:
+        done = subprocess.run(
+            ["bash", "-c", f"{text}\necho $MASTER_PORT"], env={**os.environ, **variables, **identity},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        ports.append(int(done.stdout))
+    assert len(set(ports)) == len(identities)
+    assert all(20_000 <= port < 32_000 for port in ports)
+
+
 SERIES = [
     ("autoencoder_phase1.sh", "all", 24), ("autoencoder_phase1.sh", "S3", 6), ("autoencoder_phase1.sh", "9", 1),
     ("diffusion_ablations.sh", "all", 20), ("diffusion_ablations.sh", "selected", 4),
