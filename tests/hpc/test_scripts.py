@@ -88,6 +88,21 @@ def test_every_setting_of_a_site_is_in_the_script_for_lsf(capsys, elsewhere):
     assert 'blaunch "$host"' in script
 
 
+@pytest.mark.parametrize(("time", "limit"), [("00:02:30", "0:03"), ("00:02:01", "0:03"), ("01:00:00", "1:00")])
+def test_lsf_gets_whole_minutes_and_warns_after_the_start(capsys, elsewhere, time, limit):
+    site = site_file(elsewhere, scheduler="lsf", warning_seconds=120, time=time)
+    options = options_of(printed(capsys, "--site", site, "--", *TRAIN))
+    assert (options["-W"], options["-wt"]) == (limit, "2")
+
+
+def test_further_options_of_a_site_are_options_of_bsub(capsys, elsewhere):
+    further = ['-R "rusage[mem=4096]"', "-x", '-R "select[ngpus>0 && type==X86_64] order[mem]"']
+    site = site_file(elsewhere, scheduler="lsf", options=further)
+    options = options_of(printed(capsys, "--site", site, "--", *TRAIN))
+    assert options["-R"] == "span[ptile=32] rusage[mem=4096] select[ngpus>0 && type==X86_64] order[mem]"
+    assert "-x" in options
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -97,6 +112,9 @@ def test_every_setting_of_a_site_is_in_the_script_for_lsf(capsys, elsewhere):
         "#BSUB --time 1",
         "#BSUB -r\n#BSUB -r",
         "#BSUB -wa USR1",
+        "#BSUB -W 0:02\n#BSUB -wa USR1\n#BSUB -wt 2",
+        "#BSUB -R mem=4096",
+        "#BSUB -R 'rusage[]'",
         "cd x\n#BSUB -r",
     ],
 )
@@ -110,6 +128,17 @@ def test_flags_replace_the_settings_of_a_site(capsys, elsewhere):
     options = sbatch_options(printed(capsys, *words, "--", *TRAIN))
     assert (options["--nodes"], options["--ntasks-per-node"], options["--time"]) == ("1", "1", "00:30:00")
     assert "--gpus-per-node" not in options
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "lsf"])
+def test_fsdp2_is_asked_for_in_the_job_of_a_training_only(capsys, elsewhere, scheduler):
+    words = ("--site", site_file(elsewhere, scheduler=scheduler, parallelism="fsdp2"))
+    script = printed(capsys, *words, "--", *TRAIN)
+    bash(script)
+    assert "export ACCELERATE_USE_FSDP=true FSDP_VERSION=2" in script
+    assert "FSDP" not in printed(capsys, *words, "--parallelism", "ddp", "--", *TRAIN)
+    other = ("data_scripts/precompute_latents.py", "--vae", "x")
+    assert "FSDP" not in printed(capsys, *words, "--", *other)
 
 
 def test_the_shipped_site_contains_every_default():
@@ -130,6 +159,9 @@ def test_the_shipped_site_contains_every_default():
         ({"modules": "cuda"}, "modules in .* is cuda; give a list of texts"),
         ({"time": "soon"}, "time is 'soon'; write it as HH:MM:SS"),
         ({"time": "00:01:00"}, "warning_seconds is 90, and the time limit 00:01:00 is not longer"),
+        ({"scheduler": "lsf", "time": "00:01:40"}, "LSF counts in minutes: the warning 2 minutes before a limit of 2 "),
+        ({"parallelism": "fsdp"}, "parallelism is 'fsdp'; did you mean 'fsdp2'"),
+        ({"parallelism": "fsdp2", "nodes": 1, "gpus_per_node": 1}, "among several processes, and the job has one"),
         ({"scheduler": "slrum"}, "scheduler is 'slrum'; did you mean 'slurm'"),
         ({"environment": {"A B": "1"}}, "environment has the name 'A B'"),
         ({"template": "no.jinja"}, "the template 'no.jinja' .* does not exist"),
@@ -207,7 +239,7 @@ def test_a_script_that_submits_several_jobs_names_what_they_wait_for(scheduler, 
     ],
 )
 def test_jobs_and_tasks_on_one_host_have_ports_of_their_own(scheduler, identities, elsewhere):
-    """The tasks of an array of Slurm have ids of their own, those of LSF do not. The system gives away 32768 and more."""
+    """The tasks of an array of Slurm have ids of their own, those of LSF do not. Ports from 32768 on are given away."""
     job = Job("a", [Task("a", ["x.py"]), Task("b", ["y.py"])], Site(scheduler=scheduler, gpus_per_node=2))
     lines = job_script(job, elsewhere).splitlines()
     text = "\n".join(line for line in lines if line.startswith("task=") or "MASTER_PORT=$((" in line)

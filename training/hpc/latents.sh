@@ -6,6 +6,10 @@
 set -euo pipefail
 part=${1:-latents}
 shift || true
+case "$part" in
+inputs | latents) ;;
+*) echo "error: the part is '$part'; use inputs or latents" >&2; exit 2 ;;
+esac
 submit=("${PYTHON:-python}" "$(dirname "$0")/submit.py")
 if [ "$part" = inputs ]; then
     exec "${submit[@]}" --name latents-inputs "$@" -- \
