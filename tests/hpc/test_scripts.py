@@ -180,7 +180,7 @@ def test_a_wrong_setting_of_a_site_is_one_message(elsewhere, setting, message):
         (("--", "training/train_autoencoder.py", "--train_batch_size", "4"), "neither --config nor --output_dir"),
         (("--", *TRAIN, "--train_batch_sise", "4"), "did you mean 'train_batch_size'"),
         (("--gpus_per_node", "4", "--", "data_scripts/make_posters.py"), "is a single process, and the job asks for 4"),
-        (("--after", "latents", "--", *TRAIN), "no job of this name was submitted from here"),
+        (("--after", "latents", "--", *TRAIN), "submit it first, as the script that --dry_run prints contains"),
         (("--seeds", "2", "--", *TRAIN), "--sweep and --seeds need experiments"),
         (("--name", "-x y", "--", *TRAIN), "--name"),
         (("--status",), "no jobs in runs/hpc/jobs.jsonl"),
@@ -276,6 +276,13 @@ def test_the_scripts_of_the_series_submit_all_of_their_experiments(elsewhere, sc
     options_of(done.stdout)
     last = done.stdout.split("#!/bin/bash")[-1]
     assert len(re.findall(r"^\|?\d+\) run=", last, re.MULTILINE)) == tasks
+
+
+def test_an_unknown_part_of_the_latents_is_an_error():
+    script = str(ROOT / "training/hpc/latents.sh")
+    done = subprocess.run(["bash", script, "latent", "--dry_run"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the part is 'latent'; use inputs or latents\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Submits the latents of the ablations, which all processes of the job encode together:
 #   bash training/hpc/latents.sh inputs --site my_cluster.yaml                       posters and autoencoder
-#   bash training/hpc/latents.sh latents --site my_cluster.yaml --after latents-inputs
+#   bash training/hpc/latents.sh latents --site my_cluster.yaml --after latents-inputs    when that was submitted
 # Further arguments are those of submit.py, such as --dry_run.
 set -euo pipefail
 part=${1:-latents}

@@ -111,7 +111,7 @@ def _add_options_of_jobs(parser: Options) -> None:
 
 def planned_jobs(options: argparse.Namespace, site: Site) -> list[Job]:
     """Return the jobs of a command line; everything is checked before the first one is submitted. Raises UserError."""
-    waits_for = waiting_for(options.after, site.log_dir)
+    waits_for = waiting_for(options.after, site.log_dir, dry_run=options.dry_run)
     if not options.array:
         numbers = (options.nodes, options.gpus_per_node, options.processes_per_node)
         several = any(number is not None and number > 1 for number in numbers)
