@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +136,10 @@ def accelerate_launch(folder: Path, *flags: str) -> subprocess.CompletedProcess[
 
 
 OTHER_KINDS = (
-    r"the Accelerate config asks for .*, and training is data parallel.* Use configs/accelerate/multi_gpu.yaml"
+    r"^the Accelerate config asks for (DeepSpeed|Megatron-LM), and training is data parallel: DDP, or FSDP2 for models "
+    r"that are too large for one GPU\. Use configs/accelerate/multi_gpu\.yaml, multi_node\.yaml for several machines, "
+    r"or fsdp2\.yaml\. If a GPU has too little memory, --auto_batch_size true and --gradient_checkpointing true need "
+    r"no other config$"
 )
 FIRST_FSDP = r"FSDP with fsdp_version 1, and only version 2 is supported; use configs/accelerate/fsdp2.yaml"
 
@@ -175,8 +180,31 @@ def test_a_script_under_a_deepspeed_config_ends_with_status_2():
         env={**os.environ, "ACCELERATE_USE_DEEPSPEED": "true", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the Accelerate config asks for DeepSpeed")
+    message = done.stderr.removeprefix("error: ").strip()
+    assert re.match(OTHER_KINDS, message), message
+    assert "asks for DeepSpeed" in message
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_deepspeed_config_is_refused_under_a_launcher(tmp_path):
+    """By Accelerate if the package is missing, before the training starts, as docs/runs.md says; on CPUs by this."""
+    config = tmp_path / "deepspeed.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 1\n"
+        "mixed_precision: 'no'\ndeepspeed_config:\n  zero_stage: 2\n"
+    )
+    on_cpu = accelerate_launch(tmp_path, "--cpu", "--config_file", str(config))
+    assert on_cpu.returncode != 0
+    lines = [line.removeprefix("error: ") for line in on_cpu.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.match(OTHER_KINDS, lines[0])
+    if importlib.util.find_spec("deepspeed") is None:
+        done = accelerate_launch(tmp_path, "--config_file", str(config))
+        assert done.returncode == 1
+        assert "DeepSpeed is not installed" in done.stderr
+        assert "DeepSpeed is not installed" in (ROOT / "docs/runs.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.name)
