@@ -62,8 +62,9 @@ class LaunchConfig(Options):
     with it; a resumed run keeps what it has"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
-    process_timeout: float = option(600.0, on_resume="free", at_least=10)
-    """With several processes: number of seconds after which a process that no longer responds ends the run"""
+    process_timeout: float = option(60.0, on_resume="free", at_least=10)
+    """With several processes: number of seconds after which a process that no longer responds ends the run. One on
+    the same computer that has ended is noticed within seconds"""
 
     @property
     def consists_of_products(self) -> bool:
