@@ -287,7 +287,8 @@ def test_an_unknown_part_of_the_latents_is_an_error():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["limit", "preempted"])
+def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags, number):
     """The script runs without LSF, which would set these variables and send the signal to the whole job."""
     flags = (*training_flags, "--max_train_steps", "100")
     words = ("--scheduler", "lsf", "--gpus_per_node", "0", "--processes_per_node", "2")
@@ -302,7 +303,7 @@ def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_fla
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGUSR1)
+    os.killpg(job.pid, number)
     assert job.wait(120) == 75  # LSF requeues it, by -Q 75
     assert not (elsewhere / "runs/mine/record.json").exists()
     assert subprocess.run(["bash", "job.sh"], env=variables).returncode == 0
