@@ -112,7 +112,7 @@ class PrecomputeConfig(DataConfig):
     """Device for the models: cpu, cuda, cuda:1, mps, ...; if unset, the GPU if there is one, otherwise the CPU"""
     cpu_threads: int = 0
     """Number of CPU threads; 0 divides the cores among the processes on this machine"""
-    process_timeout: float = option(600.0, at_least=10)
+    process_timeout: float = option(60.0, at_least=10)
     """With several processes: number of seconds after which a process that no longer responds ends the others"""
     num_jobs: int = option(1, at_least=1)
     """Number of independent jobs that make this cache together, each started with its own --job_index, on any machines

@@ -112,3 +112,25 @@ def release_cached_memory(device: torch.device) -> None:
 
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
+
+
+def reserved_memory(device: torch.device) -> int | None:
+    """Return the bytes that torch holds on a GPU, used or kept for later; None on the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors have taken on a GPU; None on the CPU.
+
+    torch keeps no such record of the GPU of a Mac: it is what torch holds there now, which becomes smaller only if
+    `release_cached_memory` is called, or if the memory becomes scarce.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return reserved_memory(device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from pipelines.tools.cli import UserError
 from pipelines.tools.devices import bf16_is_faster
 from tests.conftest import ROOT, forget_accelerate
+from tests.support.runs import environment
 from training import train_decoder
 from training.engine import launch
 from training.engine.launch import on_main, start_accelerator, threads_per_process
@@ -87,18 +90,56 @@ def test_bf16_is_faster_on_cpus_with_matrix_units():
         ["accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"],
         ["accelerate", "launch", "--num_processes=2", "x.py"],
         ["accelerate", "launch", "--config_file", "FILE", "x.py"],
+        ["python", "-m", "accelerate.commands.launch", "--config-file=FILE", "-m", "x", "--num_processes", "1"],
     ],
 )
 def test_fewer_processes_than_requested_are_an_error(monkeypatch, tmp_path, command):
     (tmp_path / "a.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
-    words = [str(tmp_path / "a.yaml") if word == "FILE" else word for word in command]
+    words = [word.replace("FILE", str(tmp_path / "a.yaml")) for word in command]
     monkeypatch.setattr(launch, "launcher_command", lambda: words)
     with pytest.raises(UserError, match=r"asked for 2 processes and started 1; .* torchrun --nproc-per-node 2"):
         start_accelerator(RunConfig())
 
 
+TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["by accelerate config", "as one word", "as two words"])
+def test_an_accelerate_config_of_two_processes_on_cpus_is_refused_in_a_real_launch(tmp_path, how):
+    """Accelerate would start one process without a word; its default config is the file of `accelerate config`."""
+    file = tmp_path / "accelerate/default_config.yaml" if how == "by accelerate config" else tmp_path / "two.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(TWO_PROCESSES)
+    flags = {"as one word": [f"--config_file={file}"], "as two words": ["--config_file", str(file)]}.get(how, [])
+    done = accelerate_launch(tmp_path, *flags)
+    assert "error: the launcher was asked for 2 processes and started 1" in done.stderr
+    assert not (tmp_path / "run/metrics.csv").exists()
+    assert done.returncode != 0
+
+
+@pytest.mark.slow
+def test_the_default_config_of_accelerate_is_not_read_where_a_flag_replaces_it(tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate/default_config.yaml").write_text(TWO_PROCESSES)
+    done = accelerate_launch(tmp_path, "--num_processes", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def accelerate_launch(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Launch one step of the toy stage with Accelerate, whose own config would be in `folder`."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", *flags]
+    script = [str(ROOT / "tests/support/toy.py"), "--output_dir", str(folder / "run"), "--report_to", "none",
+              "--max_train_steps", "1", "--cpu_threads", "1", "--preview_epochs", "0"]  # fmt: skip
+    variables = environment(PYTHONPATH=str(ROOT), HF_HOME=str(folder))
+    return subprocess.run([*launcher, *script], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+
+
 OTHER_KINDS = (
-    r"the Accelerate config asks for .*, and training is data parallel.* Use configs/accelerate/multi_gpu.yaml"
+    r"^the Accelerate config asks for (DeepSpeed|Megatron-LM), and training is data parallel: DDP, or FSDP2 for models "
+    r"that are too large for one GPU\. Use configs/accelerate/multi_gpu\.yaml, multi_node\.yaml for several machines, "
+    r"or fsdp2\.yaml\. If a GPU has too little memory, --auto_batch_size true and --gradient_checkpointing true need "
+    r"no other config$"
 )
 FIRST_FSDP = r"FSDP with fsdp_version 1, and only version 2 is supported; use configs/accelerate/fsdp2.yaml"
 
@@ -139,8 +180,31 @@ def test_a_script_under_a_deepspeed_config_ends_with_status_2():
         env={**os.environ, "ACCELERATE_USE_DEEPSPEED": "true", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the Accelerate config asks for DeepSpeed")
+    message = done.stderr.removeprefix("error: ").strip()
+    assert re.match(OTHER_KINDS, message), message
+    assert "asks for DeepSpeed" in message
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_deepspeed_config_is_refused_under_a_launcher(tmp_path):
+    """By Accelerate if the package is missing, before the training starts, as docs/runs.md says; on CPUs by this."""
+    config = tmp_path / "deepspeed.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 1\n"
+        "mixed_precision: 'no'\ndeepspeed_config:\n  zero_stage: 2\n"
+    )
+    on_cpu = accelerate_launch(tmp_path, "--cpu", "--config_file", str(config))
+    assert on_cpu.returncode != 0
+    lines = [line.removeprefix("error: ") for line in on_cpu.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.match(OTHER_KINDS, lines[0])
+    if importlib.util.find_spec("deepspeed") is None:
+        done = accelerate_launch(tmp_path, "--config_file", str(config))
+        assert done.returncode == 1
+        assert "DeepSpeed is not installed" in done.stderr
+        assert "DeepSpeed is not installed" in (ROOT / "docs/runs.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.name)
@@ -184,8 +248,8 @@ def test_freed_memory_is_kept():
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     blocks = {}
-    for kept, environment in ((True, clean), (False, {**clean, "MALLOC_TRIM_THRESHOLD_": "131072"})):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    for kept, variables in ((True, clean), (False, {**clean, "MALLOC_TRIM_THRESHOLD_": "131072"})):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         blocks[kept] = float(done.stdout.split()[-1])
     assert blocks[True] < 8 < 20 < blocks[False]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support.forks import wait_for
-from tests.support.runs import ROOT, TOY, assert_same_state, environment, toy
+from tests.support.runs import ROOT, TOY, assert_same_state, environment, relative_difference, toy
 
 pytestmark = pytest.mark.slow
 
@@ -90,15 +90,16 @@ def test_nothing_is_lost(tmp_path, processes, whole, action):
     assert_same_state(folder, whole)
 
 
-def test_two_machines_with_the_shipped_config(tmp_path):
+@pytest.mark.parametrize("config", ["multi_node.yaml", "fsdp2.yaml"])
+def test_two_machines_with_a_shipped_config(tmp_path, config):
     """Both are this one; each starts one of the two processes, as the launcher would on machines of a network."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    config = ("--config_file", "configs/accelerate/multi_node.yaml", "--mixed_precision", "no")
+    named = ("--config_file", f"configs/accelerate/{config}", "--mixed_precision", "no", "--num_machines", "2")
     network = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port)
-    words = [accelerate, "launch", *config, *network]
+    words = [accelerate, "launch", *named, *network]
     flags = [str(TOY), "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--cpu_threads", "1", *FLAGS]
     machines = [
         subprocess.Popen([*words, "--machine_rank", rank, *flags], cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)))
@@ -106,4 +107,8 @@ def test_two_machines_with_the_shipped_config(tmp_path):
     ]
     assert [machine.wait(180) for machine in machines] == [0, 0]
     toy(tmp_path / "other", *FLAGS, processes=2)
-    assert_same_state(tmp_path / "run", tmp_path / "other")
+    if config == "multi_node.yaml":
+        assert_same_state(tmp_path / "run", tmp_path / "other")
+    else:
+        assert "with FSDP2" in (tmp_path / "run/run.log").read_text(encoding="utf-8")
+        assert relative_difference(tmp_path / "run", tmp_path / "other") < 1e-3

@@ -78,6 +78,37 @@ def test_a_process_that_is_frozen_ends_the_others_after_a_while(tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("part", ["previews", "finish"])
+def test_a_process_that_is_killed_while_the_first_one_works_alone_ends_it_within_seconds(tmp_path, part):
+    """Nothing is exchanged meanwhile: the first process would notice it after an hour."""
+    flags = [*FLAGS, "--max_train_steps", "1", "--long_part", part, "--signal_rank", "0"]
+    processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *flags])
+    assert processes[0].stdout is not None
+    assert any(f"long part: {part}" in line for line in processes[0].stdout)
+    processes[1].kill()
+    killed = time.monotonic()
+    statuses, errors = outcomes(processes, 60)
+    assert time.monotonic() - killed < 30
+    assert statuses == [2, -signal.SIGKILL]
+    assert errors.count("another process of this run ended without a message") == 1
+    assert "Traceback" not in errors
+
+
+def test_a_process_that_has_done_its_part_is_not_missed(tmp_path):
+    """Each watches the other one while the first works for longer than the end of a process may go unnoticed."""
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from training.engine.ranks import RankWatch\n"
+        "from training.engine.signals import StopSignal\n"
+        "rank = int(os.environ['RANK'])\n"
+        "with StopSignal() as stop, RankWatch(rank, 3, stop, patience=10):\n"
+        "    time.sleep((14, 0, 12)[rank])\n"
+    )
+    statuses, errors = outcomes(start_ranks(script, [], 3))
+    assert statuses == [0, 0, 0], errors
+
+
 def test_long_work_of_the_main_process_alone_does_not_end_those_that_wait_for_it(tmp_path):
     """Its share of the previews takes longer than a process may be silent."""
     flags = [*FLAGS, "--process_timeout", "10", "--long_part", "previews", "--long_seconds", "14", "--signal_rank", "0"]

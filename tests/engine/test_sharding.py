@@ -29,11 +29,13 @@ TWENTY = (
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # Number of processes, accumulation, and variables of each kind.
 KINDS = {"one": (1, 4, {}), "ddp": (2, 2, {}), "fsdp2": (2, 2, FSDP2)}
+# The same with global batches of 12, which three processes can divide as well.
+OF_TWELVE = {"one of 12": (1, 6, {}), "fsdp2 on 2": (2, 3, FSDP2), "fsdp2 on 3": (3, 2, FSDP2)}
 LIMITS = {"true": 1e-10, "false": 1e-3}  # by --double
 
 
 def train(folder: Path, kind: str, *flags: str, double: str = "true") -> Path:
-    processes, accumulation, variables = KINDS[kind]
+    processes, accumulation, variables = {**KINDS, **OF_TWELVE}[kind]
 
     def action() -> int:
         forget_accelerate()
@@ -82,8 +84,14 @@ def test_validation_metrics_and_the_exported_pipeline_are_those_of_one_process(r
             torch.testing.assert_close(tensor, pipelines[1][name], rtol=1e-8, atol=1e-10)
 
 
+PAIRS = [
+    ("one", "fsdp2"), ("one", "ddp"), ("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "one"), ("fsdp2", "ddp"),
+    ("fsdp2", "fsdp2"),
+]  # fmt: skip
+
+
 @slow
-@pytest.mark.parametrize(("first", "then"), [("one", "fsdp2"), ("fsdp2", "one"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2")])
+@pytest.mark.parametrize(("first", "then"), PAIRS)
 def test_a_checkpoint_of_any_kind_resumes_with_any_other(tmp_path, runs, first, then):
     folder = tmp_path / "run"
     shutil.copytree(runs[first], folder, symlinks=True)
@@ -94,6 +102,17 @@ def test_a_checkpoint_of_any_kind_resumes_with_any_other(tmp_path, runs, first, 
     assert_close(folder, runs["one"], LIMITS["true"])
     if first == then:
         assert_same_state(folder, runs[first])
+
+
+@slow
+def test_a_checkpoint_of_two_processes_resumes_on_three(tmp_path):
+    whole = train(tmp_path / "whole", "one of 12")
+    folder = train(tmp_path / "run", "fsdp2 on 2")
+    cut_after(folder, 10)
+    (folder / "checkpoints/latest").unlink()
+    train(folder, "fsdp2 on 3")
+    assert "resumed from step-00000010" in (folder / "run.log").read_text(encoding="utf-8")
+    assert_close(folder, whole, LIMITS["true"])
 
 
 @slow

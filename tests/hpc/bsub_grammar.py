@@ -7,11 +7,16 @@ import shlex
 
 TIME = r"(\d{1,3}:)?\d{1,3}"  # [hour:]minute
 DONE = r"done\((\d+|\$\{\w+\})(\[\d+\])?\)"
+SECTION = r"(span|rusage|select|order|same|affinity)\[[^\[\]]+\]"  # of a resource requirement
 # Pattern of each option's value; None for an option without a value.
 OPTIONS: dict[str, str | None] = {
     "-J": r"[A-Za-z][\w.+-]{0,4093}(\[\d+-\d+\](%\d+)?)?",
     "-n": r"[1-9]\d*",
-    "-R": r"span\[ptile=[1-9]\d*\]",
+    "-R": rf"{SECTION}( {SECTION})*",
+    "-x": None,
+    "-app": r"[\w-]{1,59}",
+    "-U": r"[\w#.-]+",
+    "-G": r"[\w-]+",
     "-gpu": r"num=[1-9]\d*(:gmodel=\w+)?",
     "-M": r"\d+[KMGT]?B?",
     "-W": TIME,
@@ -24,6 +29,7 @@ OPTIONS: dict[str, str | None] = {
     "-o": r"[^\s]+",
     "-w": rf"{DONE}( && {DONE})*",
 }
+REPEATED = ("-R",)  # `bsub` joins its values
 
 
 class NotBsub(Exception):
@@ -45,12 +51,21 @@ def options_of(script: str) -> dict[str, str | None]:
         words = shlex.split(line.removeprefix("#BSUB"), comments=False)
         while words:
             option = words.pop(0)
-            if option not in OPTIONS or option in found:
+            if option not in OPTIONS or (option in found and option not in REPEATED):
                 raise NotBsub(f"{option} in line {number + 1} is unknown, or is given twice")
             pattern = OPTIONS[option]
-            found[option] = None if pattern is None else words.pop(0) if words else ""
-            if pattern is not None and not re.fullmatch(pattern, found[option] or ""):
-                raise NotBsub(f"{option} has the value {found[option]}")
+            value = None if pattern is None else words.pop(0) if words else ""
+            if pattern is not None and not re.fullmatch(pattern, value or ""):
+                raise NotBsub(f"{option} has the value {value}")
+            found[option] = f"{found[option]} {value}" if option in found else value
     if ("-wa" in found) != ("-wt" in found):
         raise NotBsub("-wa and -wt belong together")
+    if "-wt" in found and "-W" in found and minutes(found["-wt"]) >= minutes(found["-W"]):
+        raise NotBsub(f"the warning of -wt {found['-wt']} would come at the start of a job with -W {found['-W']}")
     return found
+
+
+def minutes(time: str | None) -> int:
+    """Return the minutes of [hour:]minute."""
+    *hours, rest = (int(part) for part in (time or "0").split(":"))
+    return 60 * sum(hours) + rest

@@ -88,6 +88,21 @@ def test_every_setting_of_a_site_is_in_the_script_for_lsf(capsys, elsewhere):
     assert 'blaunch "$host"' in script
 
 
+@pytest.mark.parametrize(("time", "limit"), [("00:02:30", "0:03"), ("00:02:01", "0:03"), ("01:00:00", "1:00")])
+def test_lsf_gets_whole_minutes_and_warns_after_the_start(capsys, elsewhere, time, limit):
+    site = site_file(elsewhere, scheduler="lsf", warning_seconds=120, time=time)
+    options = options_of(printed(capsys, "--site", site, "--", *TRAIN))
+    assert (options["-W"], options["-wt"]) == (limit, "2")
+
+
+def test_further_options_of_a_site_are_options_of_bsub(capsys, elsewhere):
+    further = ['-R "rusage[mem=4096]"', "-x", '-R "select[ngpus>0 && type==X86_64] order[mem]"']
+    site = site_file(elsewhere, scheduler="lsf", options=further)
+    options = options_of(printed(capsys, "--site", site, "--", *TRAIN))
+    assert options["-R"] == "span[ptile=32] rusage[mem=4096] select[ngpus>0 && type==X86_64] order[mem]"
+    assert "-x" in options
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -97,6 +112,9 @@ def test_every_setting_of_a_site_is_in_the_script_for_lsf(capsys, elsewhere):
         "#BSUB --time 1",
         "#BSUB -r\n#BSUB -r",
         "#BSUB -wa USR1",
+        "#BSUB -W 0:02\n#BSUB -wa USR1\n#BSUB -wt 2",
+        "#BSUB -R mem=4096",
+        "#BSUB -R 'rusage[]'",
         "cd x\n#BSUB -r",
     ],
 )
@@ -110,6 +128,17 @@ def test_flags_replace_the_settings_of_a_site(capsys, elsewhere):
     options = sbatch_options(printed(capsys, *words, "--", *TRAIN))
     assert (options["--nodes"], options["--ntasks-per-node"], options["--time"]) == ("1", "1", "00:30:00")
     assert "--gpus-per-node" not in options
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "lsf"])
+def test_fsdp2_is_asked_for_in_the_job_of_a_training_only(capsys, elsewhere, scheduler):
+    words = ("--site", site_file(elsewhere, scheduler=scheduler, parallelism="fsdp2"))
+    script = printed(capsys, *words, "--", *TRAIN)
+    bash(script)
+    assert "export ACCELERATE_USE_FSDP=true FSDP_VERSION=2" in script
+    assert "FSDP" not in printed(capsys, *words, "--parallelism", "ddp", "--", *TRAIN)
+    other = ("data_scripts/precompute_latents.py", "--vae", "x")
+    assert "FSDP" not in printed(capsys, *words, "--", *other)
 
 
 def test_the_shipped_site_contains_every_default():
@@ -130,6 +159,9 @@ def test_the_shipped_site_contains_every_default():
         ({"modules": "cuda"}, "modules in .* is cuda; give a list of texts"),
         ({"time": "soon"}, "time is 'soon'; write it as HH:MM:SS"),
         ({"time": "00:01:00"}, "warning_seconds is 90, and the time limit 00:01:00 is not longer"),
+        ({"scheduler": "lsf", "time": "00:01:40"}, "LSF counts in minutes: the warning 2 minutes before a limit of 2 "),
+        ({"parallelism": "fsdp"}, "parallelism is 'fsdp'; did you mean 'fsdp2'"),
+        ({"parallelism": "fsdp2", "nodes": 1, "gpus_per_node": 1}, "among several processes, and the job has one"),
         ({"scheduler": "slrum"}, "scheduler is 'slrum'; did you mean 'slurm'"),
         ({"environment": {"A B": "1"}}, "environment has the name 'A B'"),
         ({"template": "no.jinja"}, "the template 'no.jinja' .* does not exist"),
@@ -148,7 +180,7 @@ def test_a_wrong_setting_of_a_site_is_one_message(elsewhere, setting, message):
         (("--", "training/train_autoencoder.py", "--train_batch_size", "4"), "neither --config nor --output_dir"),
         (("--", *TRAIN, "--train_batch_sise", "4"), "did you mean 'train_batch_size'"),
         (("--gpus_per_node", "4", "--", "data_scripts/make_posters.py"), "is a single process, and the job asks for 4"),
-        (("--after", "latents", "--", *TRAIN), "no job of this name was submitted from here"),
+        (("--after", "latents", "--", *TRAIN), "submit it first, as the script that --dry_run prints contains"),
         (("--seeds", "2", "--", *TRAIN), "--sweep and --seeds need experiments"),
         (("--name", "-x y", "--", *TRAIN), "--name"),
         (("--status",), "no jobs in runs/hpc/jobs.jsonl"),
@@ -199,6 +231,30 @@ def test_a_script_that_submits_several_jobs_names_what_they_wait_for(scheduler, 
         assert (sbatch_options(one)["--array"], sbatch_options(one)["--dependency"]) == ("1-2%1", "afterok:7")
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "identities"),
+    [
+        ("slurm", [{"SLURM_JOB_ID": str(number)} for number in (71, 72, 73, 199_999)]),
+        ("lsf", [{"LSB_JOBID": job, "LSB_JOBINDEX": task} for job in ("71", "72") for task in ("1", "2", "100")]),
+    ],
+)
+def test_jobs_and_tasks_on_one_host_have_ports_of_their_own(scheduler, identities, elsewhere):
+    """The tasks of an array of Slurm have ids of their own, those of LSF do not. Ports from 32768 on are given away."""
+    job = Job("a", [Task("a", ["x.py"]), Task("b", ["y.py"])], Site(scheduler=scheduler, gpus_per_node=2))
+    lines = job_script(job, elsewhere).splitlines()
+    text = "\n".join(line for line in lines if line.startswith("task=") or "MASTER_PORT=$((" in line)
+    variables = {"LSB_MCPU_HOSTS": "a 8", "SLURM_JOB_NODELIST": "a"}
+    ports = []
+    for identity in identities:
+        done = subprocess.run(
+            ["bash", "-c", f"{text}\necho $MASTER_PORT"], env={**os.environ, **variables, **identity},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        ports.append(int(done.stdout))
+    assert len(set(ports)) == len(identities)
+    assert all(20_000 <= port < 32_000 for port in ports)
+
+
 SERIES = [
     ("autoencoder_phase1.sh", "all", 24), ("autoencoder_phase1.sh", "S3", 6), ("autoencoder_phase1.sh", "9", 1),
     ("diffusion_ablations.sh", "all", 20), ("diffusion_ablations.sh", "selected", 4),
@@ -222,9 +278,17 @@ def test_the_scripts_of_the_series_submit_all_of_their_experiments(elsewhere, sc
     assert len(re.findall(r"^\|?\d+\) run=", last, re.MULTILINE)) == tasks
 
 
+def test_an_unknown_part_of_the_latents_is_an_error():
+    script = str(ROOT / "training/hpc/latents.sh")
+    done = subprocess.run(["bash", script, "latent", "--dry_run"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the part is 'latent'; use inputs or latents\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["limit", "preempted"])
+def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags, number):
     """The script runs without LSF, which would set these variables and send the signal to the whole job."""
     flags = (*training_flags, "--max_train_steps", "100")
     words = ("--scheduler", "lsf", "--gpus_per_node", "0", "--processes_per_node", "2")
@@ -239,7 +303,7 @@ def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_fla
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGUSR1)
+    os.killpg(job.pid, number)
     assert job.wait(120) == 75  # LSF requeues it, by -Q 75
     assert not (elsewhere / "runs/mine/record.json").exists()
     assert subprocess.run(["bash", "job.sh"], env=variables).returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.runs import ROOT, assert_same_state, launch
+from tests.support.runs import ROOT, assert_same_state, launch, relative_difference
 from training.core.parsing import parse_config
 from training.experiments.registry import config_class
 from training.hpc.requeue import newest_checkpoint
@@ -71,6 +71,18 @@ def test_a_run_of_two_processes_is_preempted_and_ends_like_an_undisturbed_one(cl
     done = launch(ROOT / TRAIN, *flags, "--output_dir", str(other), processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_state(cluster.folder / "runs/mine", other)
+
+
+def test_two_processes_train_with_fsdp2(cluster, training_flags, tmp_path):
+    """The weights are those of DDP, up to the last digits."""
+    flags = (*training_flags, "--max_train_steps", "4", "--mixed_precision", "no")
+    words = ("--processes_per_node", "2", "--parallelism", "fsdp2", "--name", "sharded")
+    job = cluster.submit(*words, "--", TRAIN, *flags, "--output_dir", "runs/mine")["sharded"]
+    assert cluster.slurm.wait(job)["JobState"] == "COMPLETED", cluster.output()
+    assert "with FSDP2" in (cluster.folder / "runs/mine/run.log").read_text()
+    done = launch(ROOT / TRAIN, *flags, "--output_dir", str(tmp_path / "ddp"), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert relative_difference(cluster.folder / "runs/mine", tmp_path / "ddp") < 1e-3
 
 
 def test_a_cancelled_job_and_one_with_a_wrong_setting_are_not_requeued(cluster, training_flags):

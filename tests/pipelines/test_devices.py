@@ -16,6 +16,7 @@ from PIL import Image
 from pipelines.tools.cli import USER_ERROR_STATUS, UserError
 from pipelines.tools.devices import DEVICE_HELP, get_device, has_accelerator_device, release_cached_memory
 from tests.conftest import ROOT
+from training.core.memory import memory_mib, peak_memory_mib
 
 SOURCES = [p for folder in ("pipelines", "training", "data_scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
 RULE = ROOT / "pipelines" / "tools" / "devices.py"
@@ -163,6 +164,15 @@ def test_cached_memory_of_a_mac_is_released(monkeypatch):
     assert calls == ["mps"]
 
 
+def test_memory_of_a_mac_is_that_of_its_gpu_and_not_of_the_process(monkeypatch):
+    """The functions of torch.mps need the hardware, so numbers stand for what they return."""
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**20)
+    assert memory_mib(torch.device("mps")) == peak_memory_mib(torch.device("mps")) == 3.0
+    for measured in (memory_mib, peak_memory_mib):
+        resident = measured(torch.device("cpu"))
+        assert resident is None or resident > 50
+
+
 # They describe devices and choose none: the checks of make doctor, and the power that a device takes.
 DESCRIBING = {"training/diagnostics/machine.py", "training/diagnostics/software.py", "training/publishing/energy.py"}
 CHOOSING = [path for path in SOURCES if path != RULE and path.relative_to(ROOT).as_posix() not in DESCRIBING]
@@ -170,9 +180,10 @@ CHOOSING = [path for path in SOURCES if path != RULE and path.relative_to(ROOT).
 
 @pytest.mark.parametrize("path", CHOOSING, ids=lambda p: p.stem)
 def test_no_other_file_queries_or_names_devices(path):
-    """Comparisons such as `device.type == "cuda"`, for memory statistics, are allowed."""
+    """Comparisons such as `device.type == "cuda"`, are allowed; questions about the memory of a device are not."""
     text = path.read_text()
-    for question in ("cuda.is_available(", "backends.mps", "mps.is_available(", "ACCELERATE_USE_CPU"):
+    memory = ("memory_reserved(", "memory_allocated(", "allocated_memory(", "torch.mps")
+    for question in ("cuda.is_available(", "backends.mps", "mps.is_available(", "ACCELERATE_USE_CPU", *memory):
         assert question not in text, f"{path}: use get_device of pipelines/tools/devices.py"
     tree = ast.parse(text)
     # `install_command("cuda", …)` names an extra.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.tools.cli import UserError, entry_point
-from pipelines.tools.devices import bf16_is_faster, get_device, synchronize
+from pipelines.tools.devices import bf16_is_faster, get_device, peak_memory, synchronize
 from pipelines.tools.resources import shipped_path
 from training.benchmarks.children import peak_mb
 from training.core.batches import to_device
@@ -125,7 +125,8 @@ def measure_memory(config: CaptionBenchConfig) -> dict[str, float]:
         step(number)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else peak_mb()
+    on_gpu = peak_memory(device)
+    peak = peak_mb() if on_gpu is None else on_gpu / 1e6
     rate = config.batch_size / statistics.median(seconds[1:]) if seconds else 0.0
     return {"peak_mb": peak, "pairs_per_second": rate, "parameters": parameters}
 

@@ -6,6 +6,8 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from pipelines.tools.devices import peak_memory, reserved_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,10 +26,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_mib(device: torch.device) -> float | None:
     """Return the memory in use in MiB: reserved by torch on a GPU, otherwise resident; None if it is unknown."""
-    if device.type == "cuda":
-        import torch
-
-        return round(torch.cuda.memory_reserved(device) / 2**20, 1)
+    reserved = reserved_memory(device)
+    if reserved is not None:
+        return round(reserved / 2**20, 1)
     import psutil
 
     with contextlib.suppress(psutil.Error):
@@ -36,11 +37,10 @@ def memory_mib(device: torch.device) -> float | None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Return the peak memory in MiB: allocated by torch on a GPU, otherwise resident; None if it is unknown."""
-    if device.type == "cuda":
-        import torch
-
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    """Return the peak memory in MiB: on a GPU as `peak_memory` says, otherwise resident; None if unknown."""
+    peak = peak_memory(device)
+    if peak is not None:
+        return round(peak / 2**20, 1)
     with contextlib.suppress(ImportError):  # Windows
         import resource
 

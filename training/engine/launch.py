@@ -62,8 +62,9 @@ class LaunchConfig(Options):
     with it; a resumed run keeps what it has"""
     cpu_threads: int = option(0, on_resume="free", at_least=0)
     """Number of CPU threads per process; 0 divides the machine's cores among its processes"""
-    process_timeout: float = option(600.0, on_resume="free", at_least=10)
-    """With several processes: number of seconds after which a process that no longer responds ends the run"""
+    process_timeout: float = option(60.0, on_resume="free", at_least=10)
+    """With several processes: number of seconds after which a process that no longer responds ends the run. One on
+    the same computer that has ended is noticed within seconds"""
 
     @property
     def consists_of_products(self) -> bool:
@@ -292,25 +293,58 @@ def _requested_processes(command: list[str]) -> int | None:
     """Return the number of processes in an `accelerate launch` command or its config file; None if unknown."""
     if not _is_accelerate(command):
         return None  # torchrun always starts the requested number
-    for position, word in enumerate(command):
-        if word.startswith(("--num_processes=", "--num-processes=")):
-            return _as_int(word.split("=", 1)[1])
-        if word in ("--num_processes", "--num-processes") and position + 1 < len(command):
-            return _as_int(command[position + 1])
-    return _as_int(_launch_config(command).get("num_processes"))
+    given = _launcher_flag(command, "num_processes")
+    return _as_int(_launch_config(command).get("num_processes") if given is None else given)
 
 
 def _launch_config(command: list[str]) -> dict[str, Any]:
-    """Return the settings of the config file that an `accelerate launch` command names; empty if it names none."""
-    if _is_accelerate(command) and "--config_file" in command[:-1]:
-        path = Path(command[command.index("--config_file") + 1])
-        if path.is_file():
-            return yaml.safe_load(read_text(path)) or {}
-    return {}
+    """Return the settings of the config file that an `accelerate launch` command reads; empty if it reads none.
+
+    It is the file that the command names, or else the one that `accelerate config` has written, which Accelerate does
+    not read with `--cpu`.
+    """
+    if not _is_accelerate(command):
+        return {}
+    named = _launcher_flag(command, "config_file")
+    if named is None and "--cpu" in _launcher_words(command):
+        return {}
+    if named is None:
+        from accelerate.commands.config.config_args import default_config_file
+
+        named = default_config_file
+    path = Path(named)
+    settings = yaml.safe_load(read_text(path)) if path.is_file() else None  # JSON is YAML as well
+    return settings if isinstance(settings, dict) else {}
+
+
+def _launcher_flag(command: list[str], name: str) -> str | None:
+    """Return the value of a flag of the launcher, given as one word or two, with _ or -; None if it is not given."""
+    words = _launcher_words(command)
+    value = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        flag, is_one_word, own = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            value = own if is_one_word else following
+    return value
+
+
+def _launcher_words(command: list[str]) -> list[str]:
+    """Return the words of a launcher's command before the script, whose flags may have the same names."""
+    words = command[_place_of_accelerate(command) + 1 :]
+    ends = (place for place, word in enumerate(words) if word in ("-m", "--module") or word.endswith(".py"))
+    return words[: next(ends, len(words))]
 
 
 def _is_accelerate(command: list[str]) -> bool:
-    return any("accelerate" in word for word in command[:6])
+    return _place_of_accelerate(command) >= 0
+
+
+def _place_of_accelerate(command: list[str]) -> int:
+    """Return the position of Accelerate's program or module in a launcher's command; -1 if it is another launcher."""
+    for place, word in enumerate(command[:6]):
+        if Path(word).name in ("accelerate", "accelerate-launch") or word.startswith("accelerate.commands."):
+            return place
+    return -1
 
 
 def _as_int(value: Any) -> int | None:

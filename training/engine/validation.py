@@ -1,4 +1,4 @@
-"""Evaluating a stage's models: with EMA weights, in eval mode, and with the rows divided among the processes."""
+"""Evaluating a stage's models: with EMA weights, in eval mode, and with the batches divided among the processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def validate(
 ) -> dict[str, float]:
     """Compute the metrics over the whole validation set; empty for a stage without validation data.
 
-    The rows are divided among the processes. Their numbers of batches may differ, as only the final sums are exchanged.
+    Whole batches are divided among the processes, and their sums are added in the order of the batches. With the same
+    weights and `batch_size`, the metrics are therefore the same for any number of processes, bit for bit. The processes
+    may have different numbers of batches, as nothing is exchanged before all of them have computed theirs.
 
     Args:
         poll: called before each batch; raises `Interrupted` if this process was asked to stop.
@@ -75,19 +77,22 @@ def validate(
     data = stage.validation_data()
     if data is None:
         return {}
-    rows = range(accelerator.process_index, len(data), accelerator.num_processes)
-    sums: dict[str, float] = {}
+    batches = uniform_batches(data, range(len(data)), batch_size)
+    own = itertools.islice(batches, accelerator.process_index, None, accelerator.num_processes)
+    sums: list[dict[str, float]] = []
     with interrupted_together(accelerator):
-        for share in itertools.islice(uniform_batches(data, rows, batch_size), max_batches):
+        for rows in itertools.islice(own, max_batches):
             poll()
-            keys = [SampleKey(row, mix(seed, "validation", row)) for row in share]
+            keys = [SampleKey(row, mix(seed, "validation", row)) for row in rows]
             batch = to_device(fetch(data, keys), accelerator.device)
             with accelerator.autocast():
-                batch_sums = stage.validation_step(batch, Draws(seed, "validation", share, accelerator.device))
-            _add(sums, {name: float(value) for name, value in batch_sums.items()})
+                batch_sums = stage.validation_step(batch, Draws(seed, "validation", rows, accelerator.device))
+            sums.append({name: float(value) for name, value in batch_sums.items()})
     total: dict[str, float] = {}
-    for share_sums in gather(accelerator, sums):
-        _add(total, share_sums)
+    # The first batch of each process, then the second of each, and so on; the first processes may have one more.
+    for round_sums in itertools.zip_longest(*gather(accelerator, sums), fillvalue={}):
+        for batch_sums in round_sums:
+            _add(total, batch_sums)
     return stage.metrics(total)
 
 

@@ -34,7 +34,8 @@ def job_of_command(
 
     Raises:
         UserError: the command does not start with a script of this project, its flags are wrong (those of a training),
-            it is a single process and several are asked for, or its run folder is not known.
+            it is a single process and several are asked for, its run folder is not known, or it is to be trained with
+            FSDP2 on a single process.
     """
     script = _own_script(words[0])
     place = script.relative_to(CODE).as_posix()
@@ -45,6 +46,10 @@ def job_of_command(
                 "leave out --nodes, --gpus_per_node and --processes_per_node"
             )
         site = site.of_one_process()
+    elif _is_training(script):
+        site.check_training()
+    else:
+        site = site.without_training()
     run = _run_folder(script.stem.removeprefix("train_"), words[1:]) if script.stem.startswith("train_") else ""
     name = name or script.stem.removeprefix("train_")
     return Job(name, [Task(name, [_shown(script), *words[1:]], run)], site, list(waits_for))
@@ -66,6 +71,7 @@ def jobs_of_experiments(
         flags: flags of all experiments, which may change their inputs.
         most_running: number of tasks of each array that run at the same time; 0 leaves it to the scheduler.
     """
+    site.check_training()
     sources = {one.name: _sources(one, experiments) for one in experiments}
     levels = _levels(sources)
     jobs: list[Job] = []
@@ -146,6 +152,10 @@ def _own_script(name: str) -> Path:
             f"{', '.join(f'{folder}/' for folder in SCRIPT_FOLDERS)}, for example training/train_latent_diffusion.py"
         )
     return script
+
+
+def _is_training(script: Path) -> bool:
+    return script.stem.startswith(("train_", "distill_"))
 
 
 def _is_in(script: Path) -> bool:

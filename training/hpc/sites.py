@@ -14,6 +14,7 @@ from pipelines.tools.resources import find_file
 from training.core.settings import read_settings
 
 SCHEDULERS = ("slurm", "lsf")
+PARALLELISM = ("ddp", "fsdp2")
 CLUSTER_FILES = "configs/cluster"
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,4}):(\d{2})(?::(\d{2}))?")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
@@ -28,6 +29,7 @@ class Site:
     nodes: int = 1
     gpus_per_node: int = 1
     processes_per_node: int = 0
+    parallelism: str = "ddp"
     cpus_per_process: int = 4
     memory_per_node: str = ""
     time: str = "04:00:00"
@@ -50,6 +52,11 @@ class Site:
             raise UserError(
                 f"scheduler is '{self.scheduler}'{nearest(self.scheduler, SCHEDULERS)}; use {' or '.join(SCHEDULERS)}"
             )
+        if self.parallelism not in PARALLELISM:
+            raise UserError(
+                f"parallelism is '{self.parallelism}'{nearest(self.parallelism, PARALLELISM)}; use "
+                f"{' or '.join(PARALLELISM)}"
+            )
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -57,6 +64,12 @@ class Site:
             raise UserError(
                 f"warning_seconds is {self.warning_seconds}, and the time limit {self.time} is not longer; "
                 "ask for more time"
+            )
+        if self.scheduler == "lsf" and self.warning_minutes >= self.limit_minutes:
+            raise UserError(
+                f"warning_seconds is {self.warning_seconds}, and the time limit {self.time}. LSF counts in minutes: "
+                f"the warning {self.warning_minutes} minutes before a limit of {self.limit_minutes} would come at the "
+                "start; ask for more time"
             )
         for name in self.environment:
             if not _VARIABLE.fullmatch(name):
@@ -72,13 +85,36 @@ class Site:
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
     @property
+    def limit_minutes(self) -> int:
+        """The time limit in minutes, rounded up, as Slurm does by itself. Raises UserError."""
+        return (self.seconds + 59) // 60
+
+    @property
+    def warning_minutes(self) -> int:
+        """The minutes before the time limit at which the run is asked to save, rounded up."""
+        return (self.warning_seconds + 59) // 60
+
+    @property
     def processes(self) -> int:
         """Number of processes on each node: one for each GPU unless the site says otherwise."""
         return self.processes_per_node or max(1, self.gpus_per_node)
 
     def of_one_process(self) -> Site:
         """Return the site for a command that is a single process."""
-        return dataclasses.replace(self, nodes=1, gpus_per_node=min(1, self.gpus_per_node), processes_per_node=1)
+        site = dataclasses.replace(self, nodes=1, gpus_per_node=min(1, self.gpus_per_node), processes_per_node=1)
+        return site.without_training()
+
+    def without_training(self) -> Site:
+        """Return the site for a command that trains nothing, so that there are no weights to shard."""
+        return dataclasses.replace(self, parallelism=PARALLELISM[0])
+
+    def check_training(self) -> None:
+        """Raise UserError if a training cannot be started with these settings."""
+        if self.parallelism == "fsdp2" and self.nodes * self.processes == 1:
+            raise UserError(
+                "parallelism is fsdp2, which divides the weights among several processes, and the job has one; ask for "
+                "more with --gpus_per_node or --nodes, or use ddp"
+            )
 
 
 def read_site(path: str | Path | None, flags: dict[str, Any]) -> Site:

@@ -89,8 +89,15 @@ def newest(submitted: Sequence[Submitted], submission: str) -> list[Submitted]:
     return [one for one in named if one.at > named[-1].at - 1.0]
 
 
-def waiting_for(names: Sequence[str], log_dir: str | Path) -> list[Waiting]:
-    """Return the jobs that `--after` names: ids of jobs, or names of earlier submissions. Raises UserError."""
+def waiting_for(names: Sequence[str], log_dir: str | Path, *, dry_run: bool = False) -> list[Waiting]:
+    """Return the jobs that `--after` names: ids of jobs, or names of earlier submissions.
+
+    Args:
+        dry_run: whether the script is only printed, which the message of the error then mentions.
+
+    Raises:
+        UserError: no job of a name was submitted from here.
+    """
     submitted = read_submitted(log_dir)
     waits_for: list[Waiting] = []
     for name in names:
@@ -100,9 +107,10 @@ def waiting_for(names: Sequence[str], log_dir: str | Path) -> list[Waiting]:
         tasks = newest(submitted, name)
         if not tasks:
             known = sorted({one.submission for one in submitted})
+            needed = ", as the script that --dry_run prints contains its id" if dry_run else ""
             raise UserError(
-                f"--after {name}: no job of this name was submitted from here{nearest(name, known)}; submit it first, "
-                "or give the id of a job"
+                f"--after {name}: no job of this name was submitted from here{nearest(name, known)}; submit it first"
+                f"{needed}, or give the id of a job"
             )
         waits_for += [Waiting(job) for job in dict.fromkeys(one.job for one in tasks)]
     return waits_for

@@ -24,13 +24,16 @@ from pipelines.tools.cli import Options, UserError, entry_point
 from training.experiments.sweeps import parse_sweeps
 from training.hpc.jobs import Job, job_script, submission_script
 from training.hpc.planning import job_of_command, jobs_of_experiments
-from training.hpc.sites import SCHEDULERS, Site, read_site
+from training.hpc.sites import PARALLELISM, SCHEDULERS, Site, read_site
 from training.hpc.status import is_listed, status_table
 from training.hpc.submissions import read_submitted, submit, waiting_for
 from training.run_experiments import common_folder, plan
 
 SITE_VARIABLE = "HALFTONE_SITE"
-_OF_SITE = ("scheduler", "nodes", "gpus_per_node", "processes_per_node", "time", "partition", "account", "log_dir")
+_OF_SITE = (
+    "scheduler", "nodes", "gpus_per_node", "processes_per_node", "parallelism", "time", "partition", "account",
+    "log_dir",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,11 +77,13 @@ def _add_options_of_site(parser: Options) -> None:
     add = parser.add_argument
     site_help = f"YAML file with the settings of the cluster (default: ${SITE_VARIABLE}, if set)"
     processes_help = "Number of processes on each node (default: one for each GPU)"
+    parallelism_help = "Kind of training: ddp, or fsdp2 for a model that does not fit on one GPU (default: ddp)"
     add("--site", metavar="FILE", help=site_help)
     add("--scheduler", choices=SCHEDULERS, help="Scheduler of the cluster (default: that of the site, or slurm)")
     add("--nodes", type=int, metavar="N", help="Number of nodes of each training (default: that of the site, or 1)")
     add("--gpus_per_node", type=int, metavar="N", help="Number of GPUs on each node; 0 for none (default: 1)")
     add("--processes_per_node", type=int, metavar="N", help=processes_help)
+    add("--parallelism", choices=PARALLELISM, help=parallelism_help)
     add("--time", metavar="HH:MM:SS", help="Time limit; a longer run is requeued and resumed (default: 04:00:00)")
     add("--partition", help="Partition of Slurm, or queue of LSF")
     add("--account", help="Account of Slurm, or project of LSF")
@@ -106,7 +111,7 @@ def _add_options_of_jobs(parser: Options) -> None:
 
 def planned_jobs(options: argparse.Namespace, site: Site) -> list[Job]:
     """Return the jobs of a command line; everything is checked before the first one is submitted. Raises UserError."""
-    waits_for = waiting_for(options.after, site.log_dir)
+    waits_for = waiting_for(options.after, site.log_dir, dry_run=options.dry_run)
     if not options.array:
         numbers = (options.nodes, options.gpus_per_node, options.processes_per_node)
         several = any(number is not None and number > 1 for number in numbers)
