@@ -27,7 +27,7 @@ from .runs_tab import RunsTab
 TITLE = "Halftone studio"
 CSS = """
 .status { min-height: 1.5em; }
-.gradio-container { max-width: 1500px !important; }
+.gradio-container { max-width: 1500px !important; overflow: clip !important; }
 .grid-wrap img, .image-frame img { image-rendering: auto; }
 .outputs { position: sticky; top: 8px; align-self: flex-start; }
 .results .grid-wrap { max-height: none; }
@@ -39,6 +39,7 @@ CSS = """
 .results .caption-label { position: static; max-width: none; width: 100%; border: 0; white-space: normal; }
 .grid-wrap, .below-label .image-container { padding-top: 32px !important; }
 """
+"""The column of results stays beside long inputs, which it could not inside a container that hides what overflows."""
 MUTED = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
 """Gradio's own grey of explanations is too light to read."""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
