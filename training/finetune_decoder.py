@@ -227,7 +227,7 @@ class FinetuningStage(BeforeAfterStage):
         self.diffusion = diffusion_of_pipeline(decoder, config)
         networks = {kind: decoder.denoiser, "brief_encoder": decoder.brief_encoder}
         self.original = nn.ModuleDict({name: copy.deepcopy(module) for name, module in networks.items()})
-        self.lora = LoRATraining(config, networks, [kind], config.decoder) if config.lora_rank else None
+        self.lora = LoRATraining(config, networks, [*networks], config.decoder) if config.lora_rank else None
         adapter = None if self.lora is None else self.lora.adapter
         own = decoder.denoiser, decoder.brief_encoder
         self.phase = FinetuningPhase(config, kind, *own, self.diffusion, self.reader, adapter)

@@ -64,7 +64,7 @@ def test_a_new_adapter_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("target", ["attention", "feed_forward", "convolutions", "all"])
+@pytest.mark.parametrize("target", ["attention", "feed_forward", "conditioning", "convolutions", "all"])
 def test_a_fused_copy_has_the_weights_of_the_formula(name, target):
     """W + alpha / rank · B A, computed here in float64; the model itself keeps its weights and its adapter."""
     model = MODELS[name](**({"conv_layers": 2} if name == "transformer" else {}))

@@ -28,10 +28,12 @@ from training.run.checkpoint import load_tensors
 
 ADAPTER_NAME = "default"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # as in Diffusers
-# The layers of the U-Net of Diffusers, of PatchTransformer2DModel, and of text encoders of Transformers.
+# The layers of the U-Net of Diffusers, of PatchTransformer2DModel, of DesignBriefEncoder, and of text encoders of
+# Transformers.
 TARGETS = {
     "attention": r"to_[qkv]|to_out(\.0)?|to_qkv|to_text_kv|[qkv]_proj|out_proj",
     "feed_forward": r"ff\.net\.(0\.proj|2)|blocks\.\d+\.(into|out_of)|fc[12]",
+    "conditioning": r"modulation(_out)?|time_emb_proj|(time|add|text|class)_embedding\..*|numbers\.\d+|color|mlp\.\d+|whole\.\d+",
     "convolutions": r"conv_in|conv_out|conv\d?|conv_shortcut|convolutions\..*",
     "all": r".*",
 }
@@ -47,8 +49,8 @@ class LoRAConfig(Options):
     lora_alpha: float | None = option(None, above=0)
     """Scale of the adapter, which is multiplied by lora_alpha / lora_rank; if unset, lora_rank"""
     lora_targets: list[str] = option(["attention"], choices=tuple(TARGETS))
-    """Layers of the denoiser that the adapter changes: attention (its projections), feed_forward, convolutions or
-    all"""
+    """Layers that the adapter changes: attention (its projections), feed_forward, conditioning (what the timestep and
+    the condition enter through), convolutions or all"""
 
     def validate(self, prefix: str = "") -> None:
         super().validate(prefix)

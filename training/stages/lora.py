@@ -47,7 +47,8 @@ class LoRATraining:
 
     Args:
         models: the models by their names in the pipeline, with any weights; they get those of `--init_from`.
-        adapted: names of the models that get an adapter; the others are only frozen.
+        adapted: names of the models that get an adapter where they have layers of `lora_targets`; the others are only
+            frozen.
         base: run, checkpoint, pipeline folder or Hub id of the base model; if unset, `--init_from`.
 
     Raises:
@@ -65,7 +66,8 @@ class LoRATraining:
         if config.gradient_checkpointing:
             # The engine does this for the models of a phase, to which the base model does not belong.
             for name in adapted:
-                self.models[name].enable_gradient_checkpointing()
+                if getattr(self.models[name], "_supports_gradient_checkpointing", False):
+                    self.models[name].enable_gradient_checkpointing()
 
     def fused(self, name: str) -> nn.Module:
         """Return a copy of a model with the adapter in its weights, see `fused` in training/models/lora.py."""
