@@ -73,8 +73,8 @@ class Config(
     """Model that reads the generated posters, and whose gradient trains the decoder (required): a run of
     train_abstractor.py with --encoder; it stays unchanged"""
     judge: str | None = option(None, on_resume="free", essential=True)
-    """Second reader, trained with another seed, whose gradient is never used: it measures the decoder before and after;
-    if unset, the report has the measurements of --reader only, which are too good"""
+    """Second reader, trained with another seed, which only measures the decoder before and after; if unset, only
+    --reader does, whose measurements are too good"""
     lora_rank: int = option(0, at_least=0, usual="8")
     """Train a LoRA adapter of this rank for the network of --decoder that denoises, whose own weights stay as they are;
     0 trains all weights"""
@@ -94,8 +94,7 @@ class Config(
     counts_weight: float = option(0.01, on_resume="warn", at_least=0)
     """Weight of the cross-entropy of the numbers of texts and of images that are read"""
     learning_rate: float = option(2e-4, on_resume="warn", above=0, usual="2e-4", essential=True)
-    """Peak learning rate. The decoder comes from a training whose rate ended at zero: a rate that does not decay again
-    costs more than the readers give back"""
+    """Peak learning rate; a rate that does not decay to zero costs more than the readers give back"""
     lr_scheduler: str = option("linear", on_resume="warn", choices=LR_SCHEDULERS)
     """Learning-rate schedule: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
     piecewise_constant"""

@@ -42,12 +42,28 @@ def replace_forever(path) -> None:
                 (temporary / name).write_text(f"{os.getpid()} {number}\n" * 1000)
 
 
+def wait_for_change(file, before: str, child: Child) -> None:
+    """Wait until a child, which may have to wait for a processor, has replaced a file once."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not child.has_ended():
+        try:
+            if file.read_text() != before:
+                return
+        except FileNotFoundError:  # between two renames
+            return
+        time.sleep(0.0005)
+    raise AssertionError(child.output.read_text())
+
+
 def test_a_file_is_whole_after_a_kill_at_any_moment(tmp_path):
     path, sizes = tmp_path / "file", set()
     write_atomically(path, "0\n" * 1000)
     for attempt in range(30):
+        before = path.read_text()
         child = Child(lambda: write_forever(path), tmp_path / "output")
-        time.sleep(0.002 * attempt)
+        if attempt:  # the first kill may come before anything is written
+            wait_for_change(path, before, child)
+        time.sleep(0.001 * attempt)
         assert child.kill() == -signal.SIGKILL
         lines = path.read_text().splitlines()
         assert len(lines) == 1000
@@ -64,8 +80,11 @@ def test_a_folder_is_whole_after_a_kill_at_any_moment(tmp_path):
     for name in ("a", "b", "c"):
         (path / name).write_text("0\n" * 1000)
     for attempt in range(60):
+        before = (path / "a").read_text()
         child = Child(lambda: replace_forever(path), tmp_path / "output")
-        time.sleep(0.001 * attempt)
+        if attempt:
+            wait_for_change(path / "a", before, child)
+        time.sleep(0.0005 * attempt)
         assert child.kill() == -signal.SIGKILL
         left |= {p.name for p in tmp_path.glob(".*")}
         recover_folder(path)

@@ -33,7 +33,8 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # as in Diffusers
 TARGETS = {
     "attention": r"to_[qkv]|to_out(\.0)?|to_qkv|to_text_kv|[qkv]_proj|out_proj",
     "feed_forward": r"ff\.net\.(0\.proj|2)|blocks\.\d+\.(into|out_of)|fc[12]",
-    "conditioning": r"modulation(_out)?|time_emb_proj|(time|add|text|class)_embedding\..*|numbers\.\d+|color|mlp\.\d+|whole\.\d+",
+    "conditioning": r"modulation(_out)?|time_emb_proj|(time|add|text|class)_embedding\..*"
+    r"|numbers\.\d+|color|mlp\.\d+|whole\.\d+",
     "convolutions": r"conv_in|conv_out|conv\d?|conv_shortcut|convolutions\..*",
     "all": r".*",
 }
