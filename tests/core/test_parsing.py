@@ -286,7 +286,8 @@ def test_the_help_of_a_training_script_is_short_and_names_the_rest(capsys, monke
     short = help_of(capsys, stage.Config, "--help", description=stage.__doc__, preset=stage.PRESET)
     everything = help_of(capsys, stage.Config, "--help_all", description=stage.__doc__, preset=stage.PRESET)
     assert len(short.splitlines()) <= 60
-    for name in ("--dataset_name", "--train_data_dir", "--output_dir", "--max_train_steps", "(default: 0.0001)"):
+    rate = f"(default: {stage.Config.learning_rate:g})"
+    for name in ("--dataset_name", "--train_data_dir", "--output_dir", "--max_train_steps", rate):
         assert name in short
     titles = re.findall(r"^([A-Z][a-z ]+):$", everything, re.MULTILINE)
     assert titles == ["Essentials", "Data", "Length", "Saving and measuring", "Trackers", "Hub", "Advanced"]
