@@ -105,7 +105,7 @@ class Site:
         return site.without_training()
 
     def without_training(self) -> Site:
-        """Return the site for a command that trains nothing, so that there are no weights to shard."""
+        """Return the site for a command that trains nothing, and therefore shards no weights."""
         return dataclasses.replace(self, parallelism=PARALLELISM[0])
 
     def check_training(self) -> None:
