@@ -106,7 +106,7 @@ def interrupt_at(folder: Path, step: int, processes: int) -> int:
     return json.loads((folder / "checkpoints/latest/trainer_state.json").read_text())["step"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, processes):
     """Interrupted within an epoch and at the end of one, the run has bit-identical tensors and the same metrics."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

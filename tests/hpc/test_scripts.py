@@ -287,7 +287,10 @@ def test_an_unknown_part_of_the_latents_is_an_error():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["limit", "preempted"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGUSR1, id="limit"), pytest.param(signal.SIGTERM, id="preempted", marks=pytest.mark.long)],
+)
 def test_a_job_of_lsf_saves_before_its_limit_and_resumes(elsewhere, training_flags, number):
     """The script runs without LSF, which would set these variables and send the signal to the whole job."""
     flags = (*training_flags, "--max_train_steps", "100")

@@ -100,6 +100,7 @@ def test_a_cancelled_job_and_one_with_a_wrong_setting_are_not_requeued(cluster, 
     assert (cluster.slurm.job(cancelled)["JobState"], cluster.slurm.job(cancelled)["Restarts"]) == ("CANCELLED", "0")
 
 
+@pytest.mark.long
 def test_the_signal_of_slurm_itself_comes_before_the_time_limit(cluster, training_flags):
     """A run without end, and a limit of three minutes: it saves, is requeued and resumes, and never reaches the limit.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -321,7 +322,7 @@ def _launcher_flag(command: list[str], name: str) -> str | None:
     """Return the value of a flag of the launcher, given as one word or two, with _ or -; None if it is not given."""
     words = _launcher_words(command)
     value = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:]):
         flag, is_one_word, own = word.partition("=")
         if flag.startswith("--") and flag[2:].replace("-", "_") == name:
             value = own if is_one_word else following
