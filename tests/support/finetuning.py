@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipelines.tools.cli import ReportedError
 from tests.conftest import forget_accelerate
 from training import finetune_decoder
 from training.core.parsing import parse_config
@@ -60,7 +61,10 @@ def session(stage: type[Recorded], flags: list[str], run: Path, processes: int) 
     def action() -> int:
         forget_accelerate()
         words = [*flags, *shape, "--output_dir", str(run)]
-        return train(stage, parse_config(finetune_decoder.Config, words))
+        try:
+            return train(stage, parse_config(finetune_decoder.Config, words))
+        except ReportedError as error:  # an exchange failed before this process knew that the other one was stopped
+            return error.status  # as `entry_point` does
 
     return action
 
