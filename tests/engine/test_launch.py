@@ -103,8 +103,9 @@ def test_fewer_processes_than_requested_are_an_error(monkeypatch, tmp_path, comm
 
 @pytest.mark.parametrize("command", [["accelerate-launch"], ["python", "-m", "accelerate.commands.launch"]])
 def test_a_launcher_without_flags_asks_for_no_number_of_processes(monkeypatch, command):
+    """Flags after the script are its own."""
     monkeypatch.setattr(launch, "launcher_command", lambda: [*command, "x.py", "--num_processes", "2"])
-    start_accelerator(RunConfig())
+    assert start_accelerator(RunConfig()).num_processes == 1
 
 
 TWO_PROCESSES = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"

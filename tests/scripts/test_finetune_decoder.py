@@ -249,9 +249,11 @@ def stop(stage: type[Recorded], flags: list[str], run: Path, asked: list[int]) -
             time.sleep(0.05)
         if stage is SlowSecond:
             time.sleep(2)  # the first process has made its posters, and waits for the other one
+        began = time.monotonic()
         for rank in asked:
             os.kill(children[rank].pid, signal.SIGTERM)
         assert [child.wait() for child in children] == [REQUEUE_STATUS] * 2, [child.text() for child in children]
+        assert time.monotonic() - began < 40  # on a busy machine; an exchange alone would wait for days
     finally:
         for child in children:
             if not child.has_ended():

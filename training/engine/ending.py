@@ -137,10 +137,11 @@ def _export(training: Training, exporter: Exporter, previews: Previews | None) -
 
 
 def _not_exported(training: Training, exporter: Exporter, error: OSError | UserError) -> str:
+    # A UserError says itself what to do first.
+    fix = "Run" if isinstance(error, UserError) else f"Free space on the disk of {exporter.folder.path} and run"
     return (
         f"the pipeline could not be exported ({getattr(error, 'strerror', None) or error}); the checkpoint of step "
-        f"{training.state.step} is saved. Free space on the disk of {exporter.folder.path} and run the same "
-        "command again, which only exports the pipeline"
+        f"{training.state.step} is saved. {fix} the same command again, which only exports the pipeline"
     )
 
 

@@ -2,7 +2,7 @@
 
 An exchange of tensors cannot tell: it waits for the missing process for hours, or fails with the words of its library.
 Therefore each process writes to the key-value store of torch.distributed that it is alive, and why it ends. The end of
-a process on the same computer is noticed within seconds, whatever the others do (`local_ranks.py`).
+a process on the same computer is noticed within seconds, also while no process waits for another (`local_ranks.py`).
 """
 
 from __future__ import annotations
