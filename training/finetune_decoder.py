@@ -76,8 +76,8 @@ class Config(
     """Second reader, trained with another seed, which only measures the decoder before and after; if unset, only
     --reader does, whose measurements are too good"""
     lora_rank: int = option(0, at_least=0, usual="8")
-    """Train a LoRA adapter of this rank for the layers of --decoder that --lora_targets names, whose own weights stay as
-    they are; 0 trains all weights. An adapter needs a higher --learning_rate, such as 1e-3"""
+    """Train a LoRA adapter of this rank for the layers of --decoder that --lora_targets names, whose own weights stay
+    as they are; 0 trains all weights. An adapter needs a higher --learning_rate, such as 1e-3"""
     sampling_steps: int = option(8, on_resume="warn", at_least=1)
     """Number of sampling steps of the posters that the reader reads in training"""
     gradient_steps: int = option(1, on_resume="warn", at_least=1)
