@@ -30,12 +30,17 @@ def started(folder: Path, *flags: str) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def test_a_row_that_only_the_second_process_cannot_read_ends_both_with_one_message(tmp_path):
-    processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *FLAGS, "--broken_row", "5"])
+def assert_both_end_with(processes: list[subprocess.Popen[str]], message: str) -> None:
+    """Both processes end with status 2, and only one of them prints the message, without a traceback."""
     statuses, errors = outcomes(processes)
     assert statuses == [2, 2], errors
-    assert errors.count("row 5: the image is truncated") == 1
+    assert errors.count(message) == 1
     assert "Traceback" not in errors
+
+
+def test_a_row_that_only_the_second_process_cannot_read_ends_both_with_one_message(tmp_path):
+    processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *FLAGS, "--broken_row", "5"])
+    assert_both_end_with(processes, "row 5: the image is truncated")
 
 
 def test_a_bad_image_in_the_share_of_the_second_process_ends_all_that_cache_latents(tmp_path):
@@ -49,9 +54,7 @@ def test_a_bad_image_in_the_share_of_the_second_process_ends_all_that_cache_late
     flags = ["--vae", str(vae), "--train_data_dir", str(images), "--output_dir", str(tmp_path / "cache"),
              "--resolution", "16", "--splits", "[train]", "--cpu_threads", "1", "--shard_rows", "4"]  # fmt: skip
     processes = start_ranks(ROOT / "data_scripts/precompute_latents.py", flags)
-    statuses, errors = outcomes(processes)
-    assert statuses == [2, 2], errors
-    assert errors.count("rows cannot be trained on") == 1
+    assert_both_end_with(processes, "rows cannot be trained on")
     assert not (tmp_path / "cache/cache.json").exists()
 
 
@@ -137,10 +140,7 @@ def test_a_stop_of_one_process_in_its_share_of_the_previews_saves_them_all(tmp_p
 
 def test_an_error_in_the_share_of_one_process_of_the_previews_ends_both_with_one_message(tmp_path):
     processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *PREVIEWS, "--broken_previews", "true"])
-    statuses, errors = outcomes(processes)
-    assert statuses == [2, 2], errors
-    assert errors.count("an image of the previews is truncated") == 1
-    assert "Traceback" not in errors
+    assert_both_end_with(processes, "an image of the previews is truncated")
 
 
 def test_a_process_that_is_killed_in_its_share_of_the_previews_ends_the_other(tmp_path):
