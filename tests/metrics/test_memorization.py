@@ -208,11 +208,12 @@ def test_wilson_interval_of_known_values():
 
 
 LATENTS = """
-import resource, sys, torch
+import sys, torch
+from training.core.memory import peak_resident_bytes
 from training.metrics.memorization import CopySearch
 
 queries, images = map(int, sys.argv[1:])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_bytes()
 torch.manual_seed(0)
 sets = {"generated": torch.randn(queries, 16 * 16 * 4)}
 search = CopySearch("latents", sets, torch.randn(1000, 16 * 16 * 4))
@@ -220,7 +221,7 @@ for _ in range(images // 1000):
     search.add(torch.randn(1000, 16 * 16 * 4))
 report = search.results(torch.zeros(1000, dtype=torch.bool))["generated"].report
 assert (report.num_images, report.num_training) == (queries, images)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+print((peak_resident_bytes() - before) / 2**30)
 """
 
 

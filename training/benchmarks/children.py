@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -22,6 +23,7 @@ from typing import ParamSpec, TypeVar
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.resources import CODE
+from training.core.memory import peak_resident_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,11 +115,5 @@ def usable_cores() -> int:
 
 
 def peak_mb() -> float:
-    """Return the peak resident memory of this process in MB (10⁶ bytes)."""
-    with contextlib.suppress(OSError):
-        # `ru_maxrss` includes the memory of the parent at the moment when it started this process; VmHWM does not.
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    """Return the peak resident memory of this process in MB (10⁶ bytes); NaN where it is unknown."""
+    return (peak_resident_bytes() or math.nan) / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tools.devices import peak_memory, reserved_memory
@@ -41,9 +42,19 @@ def peak_memory_mib(device: torch.device) -> float | None:
     peak = peak_memory(device)
     if peak is not None:
         return round(peak / 2**20, 1)
+    resident = peak_resident_bytes()
+    return None if resident is None else round(resident / 2**20, 1)
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the most memory in bytes that this process has held at once, without that of others; None if unknown."""
+    with contextlib.suppress(OSError):
+        # `ru_maxrss` includes the memory of the parent at the moment when it started this process; VmHWM does not.
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return None
