@@ -161,7 +161,7 @@ def write_recipes(inputs: Inputs, quick: bool) -> None:
     paths = {"dataset_name": inputs.posters, "tokenizer": inputs.tokenizer, "vae": inputs.autoencoder}
     values |= {name: str(path) for name, path in (paths | {"latent_cache": inputs.latents}).items()}
     values |= {"validation_epochs": 0, "preview_epochs": 0, "checkpointing_epochs": 0, "report_to": "none"}
-    values |= {"train_batch_size": 32, "ema_update_every": 1, "logging_steps": 10}
+    values |= {"train_batch_size": 32, "logging_steps": 10}
     # As in the bare loop, which has no caption prior and no mixed precision.
     values |= {"mixed_precision": "no", "caption_prior": {**values["caption_prior"], "hidden_size": 0}}
     tiny = {**values, "model": TINY_MODEL, "text_encoder": TINY_TEXT, "train_batch_size": 8}

@@ -69,9 +69,9 @@ TITLES = {
     "captions": "Captions",
 }
 NOTES = {
-    "loop": "The loop with everything on (EMA at every step, metrics, progress bar, captions) and a bare PyTorch loop "
-    "train the same networks on the same latents in batches of 32. The CPU time beside the network is measured with a "
-    "tiny network and one thread, as the difference of both loops.",
+    "loop": "The loop with everything on (EMA at every fourth step as in the presets, metrics, progress bar, captions) "
+    "and a bare PyTorch loop train the same networks on the same latents in batches of 32. The CPU time beside the "
+    "network is measured with a tiny network and one thread, as the difference of both loops.",
     "latents": "Both kinds of steps, with batches of 32, include the loading of their batch, the optimizer and the EMA "
     "weights. Latents are 16×8×8. One core assembles their batches, whose time is CPU time.",
     "pipeline": "Both sides use the same U-Net, text encoder, autoencoder, noise, scheduler and guidance, and their "
