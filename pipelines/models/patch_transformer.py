@@ -134,7 +134,9 @@ class PatchConvolutions(nn.Module):
 
     def forward(self, features: Tensor, sample: Tensor, condition: Tensor) -> Tensor:
         """features: B F H/2 W/2; sample: B C H W; condition: B D; returns B C H W."""
-        hidden = self.first(torch.cat([features, F.pixel_unshuffle(sample, 2).to(features.dtype)], dim=1))
+        hidden = torch.cat([features, F.pixel_unshuffle(sample, 2).to(features.dtype)], dim=1)
+        # The layout in which convolutions of few channels are fastest, on CPUs and on GPUs.
+        hidden = self.first(hidden.contiguous(memory_format=torch.channels_last))
         scale, shift = self.modulation(condition)[:, :, None, None].to(hidden.dtype).chunk(2, dim=1)
         hidden = F.silu(torch.addcmul(shift, hidden, 1 + scale))
         for layer in self.layers:
