@@ -21,26 +21,26 @@ from tests.faults.table import Rows, trial
 @trial("Killed before a change of the file system")
 def killed_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
-        yield crash_points.disturbed(lab, command, KILL, lab.stride(40))
+        yield crash_points.disturbed(lab, command, KILL, lab.stride(60))
 
 
 @trial("Asked to stop before a change of the file system")
 def stopped_before_a_change(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (TERM, TWO_CTRL_C):
-            yield crash_points.disturbed(lab, command, fault, lab.stride(100))
+            yield crash_points.disturbed(lab, command, fault, lab.stride(150))
 
 
 @trial("A full or broken disk")
 def full_or_broken_disk(lab: Lab) -> Rows:
     for command in COMMANDS:
         for fault in (FULL_ONCE, BROKEN_ONCE, FULL):
-            yield crash_points.disturbed(lab, command, fault, lab.stride(160))
+            yield crash_points.disturbed(lab, command, fault, lab.stride(240))
 
 
 @trial("Killed at random moments")
 def killed_at_random(lab: Lab) -> Rows:
-    forked = list(kills.kill_often(lab, COMMANDS, 900 if lab.thorough else 24, seed=0))
+    forked = list(kills.kill_often(lab, COMMANDS, 900 if lab.thorough else 16, seed=0))
     yield kills.row("SIGKILL at a random moment, forks of a warm interpreter", forked)
     commands = (TOY, DIFFUSION, UPLOAD, LATENTS)
     typed = list(kills.kill_often(lab, commands, 100 if lab.thorough else 2, seed=1000, cold=True))

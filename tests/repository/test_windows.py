@@ -174,11 +174,11 @@ def test_data_reach_the_workers_of_every_kind_of_dataset(tmp_path):
     """Images, captions with a tokenizer, and cached latents, in new processes."""
     data, tokens, vae, cache = (str(tmp_path / name) for name in ("data", "tokens", "vae", "cache"))
     small = ("--report_to", "none", "--cpu_threads", "1", "--resolution", "64", "--train_batch_size", "4",
-             "--max_train_steps", "1", "--dataloader_num_workers", "1", "--dataset_name", data)  # fmt: skip
+             "--max_train_steps", "1", "--dataloader_num_workers", "1", "--dataset_name", data,
+             "--validation_epochs", "0", "--preview_epochs", "0")  # fmt: skip
     unet = ("--model.block_out_channels", "[16,32]", "--model.norm_num_groups", "8", "--model.attention_head_dim", "8",
             "--model.layers_per_block", "1", "--text_encoder.hidden_size", "16",
-            "--text_encoder.num_attention_heads", "2", "--text_encoder.num_hidden_layers", "1",
-            "--num_previews", "1", "--preview_inference_steps", "1")  # fmt: skip
+            "--text_encoder.num_attention_heads", "2", "--text_encoder.num_hidden_layers", "1")  # fmt: skip
     coder = ("--model.block_out_channels", "[16,16]", "--model.norm_num_groups", "8")
     for words in (
         ("data_scripts.make_posters", "--output_dir", data, "--num_posters", "20", "--num_workers", "2"),

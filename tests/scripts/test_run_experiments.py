@@ -51,6 +51,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["name"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.long
 def test_six_experiments_with_one_command(tmp_path, configs):
     """One names a missing column, which is noticed when its data are opened: it fails, and the others still run."""
     done = launch(SCRIPT, *configs, "--num_samples", "3", cwd=tmp_path)
