@@ -83,12 +83,13 @@ def test_a_missing_path_is_absolute_in_the_message(what, tmp_path, monkeypatch):
 
 
 LOADING = """
-import atexit, time
+import atexit, time, warnings
 from torch.utils.data import DataLoader
 from pipelines.tools.cli import entry_point
 
 def main():
     global batches
+    warnings.simplefilter("ignore")  # there may be fewer cores than loader processes
     batches = iter(DataLoader(range(100), num_workers=2))
     next(batches)
     atexit.register(time.sleep, 1)  # the death of the loader processes is noticed while Python code runs
