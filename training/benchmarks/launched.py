@@ -51,42 +51,53 @@ def measure_start_of_run(
         UserError: the run ended, or did not reach the step in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
+        run, messages = Path(folder, "run"), Path(folder, "messages.txt")
         command = [sys.executable, "-m", "accelerate.commands.launch", TRAINER, *words]
         command += ["--output_dir", str(run), "--logging_steps", "1"]
         started = time.perf_counter()
-        with _launched(command, variables or {}) as process:
-            _wait_for_step(1, run / "metrics.csv", process, command, limit)
-            seconds = time.perf_counter() - started
-            times = [p.cpu_times() for p in _processes(process)]
-            _wait_for_step(steps, run / "metrics.csv", process, command, limit)
+        with _launched(command, variables or {}, messages) as process:
+            try:
+                _wait_for_step(1, run / "metrics.csv", process, limit)
+                seconds = time.perf_counter() - started
+                times = [p.cpu_times() for p in _processes(process)]
+                _wait_for_step(steps, run / "metrics.csv", process, limit)
+            except TimeoutError as error:
+                said = messages.read_text(encoding="utf-8", errors="replace")[-1500:]
+                raise UserError(f"{error} by: {' '.join(command)}: {said}") from None
             peaks = [_peak_mb(p.pid) for p in _processes(process)]
     known = [peak for peak in peaks if peak is not None]
     return Start(seconds, sum(t.user + t.system for t in times), max(known, default=None))
 
 
 @contextlib.contextmanager
-def _launched(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    silent = subprocess.DEVNULL
+def _launched(
+    command: Sequence[str], variables: Mapping[str, str], messages: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Launch a command whose output goes to the file `messages`, and end all of its processes after the block."""
     environment = {**os.environ, **variables}
-    process = subprocess.Popen(command, cwd=CODE, stdout=silent, stderr=silent, start_new_session=True, env=environment)
+    with messages.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=CODE, stdout=output, stderr=output, start_new_session=True, env=environment
+        )
     try:
         yield process
     finally:
         # End the launcher and the trainer at once: nothing that they would still save is needed.
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # they have ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _wait_for_step(
-    step: int, metrics: Path, process: subprocess.Popen[bytes], command: Sequence[str], limit: float
-) -> None:
-    """Wait until metrics.csv has the row of a step, below its header."""
+def _wait_for_step(step: int, metrics: Path, process: subprocess.Popen[bytes], limit: float) -> None:
+    """Wait until metrics.csv has the row of a step, below its header.
+
+    Raises:
+        TimeoutError: the process ended before, or it takes longer than `limit` seconds.
+    """
     deadline = time.perf_counter() + limit
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") <= step:
         if process.poll() is not None or time.perf_counter() > deadline:
-            reached = f"step {step}" if step > 1 else "the first step"
-            raise UserError(f"{reached} was not reached by: {' '.join(command)}; run it to see why")
+            raise TimeoutError(f"{f'step {step}' if step > 1 else 'the first step'} was not reached")
         time.sleep(0.01)
 
 

@@ -21,6 +21,7 @@ from training.benchmarks.results import Metric, spread
 SHARD_ROWS = 512
 CLASSES = 100
 LATENT_SHAPE = (4, 4, 4)  # C h w
+ONE_LEVEL = ("--model.block_out_channels", "[32]", "--model.attention_levels", "[0]")  # the most for 4×4 latents
 LATENT_PIXELS = 16  # the side of the images that the VAE encodes to LATENT_SHAPE
 IMAGE_PIXELS = 32
 IMAGE_FOLDERS = 100
@@ -44,20 +45,23 @@ def measure_scale(config: BenchmarkConfig, inputs: Inputs) -> list[Metric]:
         print(f"making {images:,} image files ...", flush=True)
         in_child(config.quick, make_image_files, str(folder), images)
     times = config.times(3)
+    threads = ["--cpu_threads", str(config.thread_count)]
     return [
-        *_cached_latents(inputs, caches, times, 4 if config.quick else STEPS),
-        *_image_files(inputs, folder, images, times),
+        *_cached_latents(inputs, caches, threads, times, 4 if config.quick else STEPS),
+        *_image_files(inputs, folder, images, threads, times),
     ]
 
 
-def _cached_latents(inputs: Inputs, caches: Mapping[int, Path], times: int, steps: int) -> list[Metric]:
+def _cached_latents(
+    inputs: Inputs, caches: Mapping[int, Path], threads: Sequence[str], times: int, steps: int
+) -> list[Metric]:
     """Measure the time and the memory of runs on two caches, by number of rows, in turn."""
     starts: dict[int, list[Start]] = {rows: [] for rows in caches}
     for _ in range(times):
         for rows, cache in caches.items():
             words = ["--config", str(inputs.tiny_recipe), "--dataset_name", "null", "--latent_cache", str(cache)]
             words += ["--vae", str(inputs.folder / VAE), "--resolution", str(LATENT_PIXELS), "--train_batch_size", "16"]
-            words += ["--condition_on", "[caption,label]"]
+            words += ["--condition_on", "[caption,label]", *ONE_LEVEL, *threads]
             starts[rows].append(measure_start_of_run(words, steps=steps, limit=LIMIT))
     few, many = caches
     metrics = [
@@ -76,11 +80,11 @@ def _cached_latents(inputs: Inputs, caches: Mapping[int, Path], times: int, step
     ]
 
 
-def _image_files(inputs: Inputs, folder: Path, images: int, times: int) -> list[Metric]:
+def _image_files(inputs: Inputs, folder: Path, images: int, threads: Sequence[str], times: int) -> list[Metric]:
     """Measure the first start on a folder of images, and a second one with another output folder."""
     words = ["--config", str(inputs.tiny_recipe), "--dataset_name", "null", "--train_data_dir", str(folder)]
     words += ["--latent_cache", "null", "--vae", "pixels", "--resolution", str(IMAGE_PIXELS)]
-    words += ["--condition_on", "[label]"]
+    words += ["--condition_on", "[label]", *threads]
     first: list[Start] = []
     second: list[Start] = []
     for _ in range(times):
