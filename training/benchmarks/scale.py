@@ -101,7 +101,7 @@ def _image_files(inputs: Inputs, folder: Path, images: int, threads: Sequence[st
 def _times_to_first_row(name: str, starts: Sequence[Start], goal: float | None = None) -> list[Metric]:
     seconds, cpu_seconds = [start.seconds for start in starts], [start.cpu_seconds for start in starts]
     return [
-        spread(f"{name}: launch to the first row of metrics", seconds, "s", goal, at_most=True),
+        spread(f"{name}: launch to the first metrics", seconds, "s", goal, at_most=True),
         spread(f"{name}: CPU time of that", cpu_seconds, "s"),
     ]
 
