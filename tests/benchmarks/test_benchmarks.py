@@ -12,18 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from pipelines.common.latents import latent_shape
 from pipelines.tools.cli import UserError
 from tests.conftest import forget_accelerate
 from tests.support.runs import ROOT
 from tests.support.tiny_models import tiny_pipeline
 from training import train_latent_diffusion
-from training.benchmarks import extras, inputs, page, run, sampling
+from training.benchmarks import extras, inputs, page, run, sampling, scale
 from training.benchmarks.children import in_child, measured_by, peak_mb, timed
 from training.benchmarks.inputs import BenchmarkConfig, Inputs
+from training.benchmarks.launched import measure_start_of_run
 from training.benchmarks.page import SUMMARY, page_text, read_machines, summary_table, update_page
 from training.benchmarks.results import LOOP_RATIO, LOOP_SPEED, Metric, in_turns, ratio, short, spread
+from training.core.draws import SampleKey
 from training.core.parsing import parse_config
+from training.data.latent_cache.check import check_cache
+from training.data.latent_cache.dataset import LatentCache
+from training.data.latent_cache.format import read_shard
+from training.models.vae_loading import load_vae
 
 MACHINE = {
     "processor": "Processor One",
@@ -190,6 +198,38 @@ def test_different_images_are_not_compared(tmp_path: Path) -> None:
         sampling.compare_with_plain_loop(str(tmp_path), threads=1, steps=3, turns=2)
 
 
+def test_a_large_cache_is_one_of_the_trainer(tmp_path: Path) -> None:
+    vae = str(tmp_path / "vae")
+    scale.make_latent_cache(str(tmp_path / "latents"), vae, 2 * scale.SHARD_ROWS + 1)
+    cache = LatentCache(tmp_path / "latents")
+    config = train_latent_diffusion.Config(vae=vae, resolution=scale.LATENT_PIXELS, condition_on=["label"])
+    check_cache(cache, load_vae(vae), vae, config)
+    assert latent_shape(load_vae(vae), scale.LATENT_PIXELS, scale.LATENT_PIXELS) == cache.latent_shape == (4, 4, 4)
+    data = cache.split("train")
+    assert len(data) == 1025
+    assert len(cache.manifest["splits"]["train"]["shards"]) == 3
+    rows = [data[SampleKey(row, 0)] for row in (0, 511, 512, 1024)]
+    assert [row["label"] for row in rows] == [0, 11, 12, 24]
+    assert [row["caption"].split(",")[0] for row in rows][-1] == "image 1024 of class 24"
+    assert len({row["mean"].sum().item() for row in rows}) == 4
+
+
+def test_image_files_are_all_different(tmp_path: Path) -> None:
+    scale.make_image_files(str(tmp_path / "images"), 250)
+    files = sorted((tmp_path / "images").glob("*/*.png"))
+    assert len(files) == len({file.read_bytes() for file in files}) == 250
+    assert len({file.parent for file in files}) == scale.IMAGE_FOLDERS
+    with Image.open(files[-1]) as image:
+        assert (image.size, image.mode) == ((32, 32), "RGB")
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_begin_is_an_error(tmp_path: Path) -> None:
+    words = ["--condition_on", "[]", "--vae", "pixels", "--latent_cache", str(tmp_path / "missing")]
+    with pytest.raises(UserError, match=r"(?s)the first step was not reached by: .*the latent cache .* does not exist"):
+        measure_start_of_run(words)
+
+
 @pytest.mark.slow
 def test_a_script_measures_in_a_process_of_its_own() -> None:
     """The smallest measurement: model and optimizer, without a training step."""
@@ -240,3 +280,37 @@ def test_the_quality_of_samplers_is_measured_with_a_trained_model(quick: Path) -
     (one,) = read_machines(quick / "kid.json")
     names = [metric["name"] for metric in one["parts"]["sampling"]]
     assert [name.split(" ±")[0] for name in names if "KID" in name] == ["euler, 25 steps: KID", "heun, 25 steps: KID"]
+
+
+@pytest.mark.slow
+def test_large_data_are_measured_and_made_once(quick: Path) -> None:
+    words = ["--quick", "true", "--threads", "1", "--work_dir", str(quick / "work"), "--only", "[scale]"]
+    run.main([*words, "--output", str(quick / "scale.md")])
+    (one,) = read_machines(quick / "scale.json")
+    metrics = {metric["name"]: metric for metric in one["parts"]["scale"]}
+    goals = {name: metric["goal"] for name, metric in metrics.items() if metric["goal"]}
+    assert list(goals.values()) == [15, 200, 60, 20]
+    assert list(goals)[1] == "peak memory with 1,200 above that with 600"
+    assert all(metric["value"] > 0 for name, metric in metrics.items() if not name.startswith("peak memory with"))
+    assert 200 < metrics["1,200 cached latents: peak memory of 4 steps"]["value"] < 3000
+    assert sorted(path.name for path in (quick / "work").glob("*_[0-9]*")) == [
+        "images_200",
+        "latents_1200",
+        "latents_600",
+    ]
+
+
+@pytest.mark.slow
+def test_a_large_cache_has_the_entries_of_one_with_encoded_images(quick: Path, tmp_path: Path) -> None:
+    scale.make_latent_cache(str(tmp_path / "latents"), str(tmp_path / "vae"), 4)
+    caches = [LatentCache(folder) for folder in (tmp_path / "latents", Inputs(quick / "work").latents)]
+    synthetic, encoded = (cache.manifest for cache in caches)
+    assert synthetic.keys() == encoded.keys()
+    assert synthetic["splits"]["train"].keys() == encoded["splits"]["train"].keys()
+    assert synthetic["splits"]["train"]["shards"][0].keys() == encoded["splits"]["train"]["shards"][0].keys()
+    shards = [read_shard(cache.path / "train/shard-00000.safetensors") for cache in caches]
+    shapes = [{name: tensor.ndim for name, tensor in shard.items()} for shard in shards]
+    assert shapes[0] == shapes[1]
+    # Latents have the type that --storage_dtype names, which is float32 for the posters.
+    types = [{name: tensor.dtype for name, tensor in shard.items()} for shard in shards]
+    assert {name for name in types[0] if types[0][name] != types[1][name]} == {"mean", "logvar"}

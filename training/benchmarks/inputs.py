@@ -30,6 +30,7 @@ PARTS = (
     "posters",
     "decoder",
     "captions",
+    "scale",
 )
 DEFAULT_PARTS = PARTS[:8]
 TINY_MODEL = {"block_out_channels": [32, 32], "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
@@ -42,7 +43,7 @@ class BenchmarkConfig(Options):
     """Flags of run.py."""
 
     only: list[str] = option(list(DEFAULT_PARTS), choices=PARTS)
-    """Parts of the benchmark to run. posters, decoder and captions run only if they are named here"""
+    """Parts of the benchmark to run. posters, decoder, captions and scale run only if they are named here"""
     quick: bool = option(False)
     """Measure everything once, with tiny networks, to check that the benchmark works"""
     pairs: int = option(3, at_least=1)

@@ -67,6 +67,7 @@ TITLES = {
     "posters": "Drawing posters",
     "decoder": "The poster decoder",
     "captions": "Captions",
+    "scale": "Large data",
 }
 NOTES = {
     "loop": "The loop with everything on (EMA at every fourth step as in the presets, metrics, progress bar, captions) "
@@ -85,6 +86,10 @@ NOTES = {
     "accelerator": "Latents of 16×32×32 in batches of 64, bfloat16. The bare loop is compiled where the loop is; it "
     "has no EMA weights and writes nothing. The operations of a step are those of the networks' forward and backward "
     "passes.",
+    "scale": "Runs of a tiny U-Net. Latents are 4×4×4 in float16, with captions and 100 classes, 512 in a shard; both "
+    "caches take turns. Peak memory is that of the largest process of a run. Image files have 32×32 pixels and are in "
+    "100 folders; a second start has another output folder, and finds in the cache of `datasets` what the first start "
+    "recorded about the files.",
 }
 
 

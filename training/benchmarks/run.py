@@ -35,6 +35,7 @@ MEASUREMENTS = {
     "posters": "extras.measure_posters",
     "decoder": "extras.measure_decoder",
     "captions": "extras.measure_captions",
+    "scale": "scale.measure_scale",
 }
 """The parts of the benchmark. Their modules are imported when they run, so that `--help` and errors appear quickly."""
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
-
-import psutil
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.resources import CODE
 from training.benchmarks.children import child_cpu_seconds, timed
 from training.benchmarks.inputs import BenchmarkConfig, Inputs
+from training.benchmarks.launched import measure_start_of_run
 from training.benchmarks.results import FIRST_STEP, Metric, spread
 
 TRAINERS = ("train_latent_diffusion", "train_autoencoder")
-FIRST_STEP_LIMIT = 120.0
-"""Seconds to wait for the first step of a run before the benchmark fails."""
 LOADS = """
 import sys, time
 from pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -40,12 +33,13 @@ def measure_start(config: BenchmarkConfig, inputs: Inputs) -> list[Metric]:
         wrong = [python, script, "--learning_rat", "1"]
         if not config.quick:
             metrics += _command(f"{trainer}.py, a config error", wrong, times, goal=2.5, status=2)
-    steps = [_first_step(str(inputs.recipe)) for _ in range(times)]
-    metrics.append(spread(FIRST_STEP, [wall for wall, _ in steps], "s", 12, at_most=True))
-    metrics.append(spread(f"{FIRST_STEP}: CPU time", [busy for _, busy in steps], "s"))
+    recipe = ["--config", str(inputs.recipe)]
+    steps = [measure_start_of_run(recipe) for _ in range(times)]
+    metrics.append(spread(FIRST_STEP, [step.seconds for step in steps], "s", 12, at_most=True))
+    metrics.append(spread(f"{FIRST_STEP}: CPU time", [step.cpu_seconds for step in steps], "s"))
     if not config.quick:
-        with_regression, _ = _first_step(str(inputs.recipe), "--caption_prior.hidden_size", "512")
-        metrics.append(Metric(f"{FIRST_STEP}, with a caption prior", with_regression, "s"))
+        with_regression = measure_start_of_run([*recipe, "--caption_prior.hidden_size", "512"])
+        metrics.append(Metric(f"{FIRST_STEP}, with a caption prior", with_regression.seconds, "s"))
     return [*metrics, *_from_pretrained(inputs, times)]
 
 
@@ -78,28 +72,3 @@ def _from_pretrained(inputs: Inputs, times: int) -> list[Metric]:
         spread("from_pretrained", alone, "s"),
         spread("from_pretrained, with the start of Python and imports", whole, "s"),
     ]
-
-
-def _first_step(recipe: str, *flags: str) -> tuple[float, float]:
-    """Return the seconds until the first step is logged, and the CPU seconds of launcher and trainer."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
-        words = ["--config", recipe, "--output_dir", str(run), "--logging_steps", "1", *flags]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "training/train_latent_diffusion.py", *words]
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=CODE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            while not (run / "metrics.csv").is_file():
-                if process.poll() is not None or time.perf_counter() - started > FIRST_STEP_LIMIT:
-                    raise UserError(f"the first step was not reached by: {' '.join(command)}; run it to see why")
-                time.sleep(0.01)
-            seconds = time.perf_counter() - started
-            launcher = psutil.Process(process.pid)
-            times = [p.cpu_times() for p in (launcher, *launcher.children(recursive=True))]
-            return seconds, sum(t.user + t.system for t in times)
-        finally:
-            # End the launcher and the trainer at once: nothing that they would still save is needed.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
