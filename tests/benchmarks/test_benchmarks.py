@@ -159,6 +159,7 @@ def test_another_number_of_threads_is_a_row_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "benchmarks.md"
     for threads in (1, 2):
         update_page(file, {**MACHINE, "threads": threads}, {"loop": [Metric(LOOP_SPEED, 10.0 * threads)]})
+    update_page(file, {**MACHINE, "threads": 4}, {"scale": [Metric("in no column of the table", 1.0)]})
     rows = summary_table(read_machines(file.with_suffix(".json"))).splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| Processor One, 2 cores, 1 thread", "10.0"],

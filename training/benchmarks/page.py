@@ -132,12 +132,13 @@ def page_text(machines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary_table(machines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table with one row for each machine; what was not measured there stays empty."""
+    """Return the table with a row for each machine with one of its columns; what was not measured there stays empty."""
     lines = [["machine", *SUMMARY], ["---", *["---:"] * len(SUMMARY)]]
     for one in machines:
         known = {metric["name"]: metric["value"] for metrics in one["parts"].values() for metric in metrics}
         cells = ["" if name not in known else short(known[name]) for name in SUMMARY.values()]
-        lines.append([title(one["machine"]), *cells])
+        if any(cells):
+            lines.append([title(one["machine"]), *cells])
     return _table(lines)
 
 
