@@ -54,7 +54,7 @@ def test_a_table_that_an_earlier_version_began_gets_the_new_columns(images: Path
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_measures_every_recipe_once(images: Path, tmp_path: Path) -> None:
     for name, steps in (("two", 2), ("three", 3)):
         (tmp_path / f"{name}.yaml").write_text(BRIEF.replace("STEPS", str(steps)), encoding="utf-8")

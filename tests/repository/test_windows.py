@@ -169,7 +169,7 @@ def test_a_run_trains_resumes_and_stops_without_what_windows_lacks(tmp_path):
     assert_same_state(new, usual)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_reach_the_workers_of_every_kind_of_dataset(tmp_path):
     """Images, captions with a tokenizer, and cached latents, in new processes."""
     data, tokens, vae, cache = (str(tmp_path / name) for name in ("data", "tokens", "vae", "cache"))
