@@ -17,6 +17,7 @@ import psutil
 
 from pipelines.tools.cli import UserError
 from pipelines.tools.resources import CODE
+from training.core.memory import peak_resident_bytes
 
 TRAINER = "training/train_latent_diffusion.py"
 
@@ -64,8 +65,8 @@ def measure_start_of_run(
             except TimeoutError as error:
                 said = messages.read_text(encoding="utf-8", errors="replace")[-1500:]
                 raise UserError(f"{error} by: {' '.join(command)}: {said}") from None
-            peaks = [_peak_mb(p.pid) for p in _processes(process)]
-    known = [peak for peak in peaks if peak is not None]
+            peaks = [peak_resident_bytes(p.pid) for p in _processes(process)]
+    known = [peak / 1e6 for peak in peaks if peak is not None]
     return Start(seconds, sum(t.user + t.system for t in times), max(known, default=None))
 
 
@@ -104,12 +105,3 @@ def _wait_for_step(step: int, metrics: Path, process: subprocess.Popen[bytes], l
 def _processes(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     process = psutil.Process(launcher.pid)
     return [process, *process.children(recursive=True)]
-
-
-def _peak_mb(pid: int) -> float | None:
-    """Return the peak resident memory of a process in MB; None where it is unknown."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return None

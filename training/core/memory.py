@@ -46,13 +46,22 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return None if resident is None else round(resident / 2**20, 1)
 
 
-def peak_resident_bytes() -> int | None:
-    """Return the most memory in bytes that this process has held at once, without that of others; None if unknown."""
+def peak_resident_bytes(pid: int | None = None) -> int | None:
+    """Return the most memory in bytes that a process has held at once.
+
+    Args:
+        pid: of another process than this one; its memory is known on Linux only.
+
+    Returns:
+        None if it is unknown.
+    """
     with contextlib.suppress(OSError):
-        # `ru_maxrss` includes the memory of the parent at the moment when it started this process; VmHWM does not.
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        # `ru_maxrss` includes the memory of the parent at the moment when it started the process; VmHWM does not.
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if pid is not None:
+        return None
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
