@@ -34,6 +34,7 @@ from tests.faults.lab import (
 from tests.faults.table import Row, Rows, expect, trial
 from tests.faults.trials_runs import flip, fresh, half, write_bytes
 from tests.support.runs import ROOT
+from training.core.memory import peak_resident_bytes
 
 CHECK = Command("", ROOT / "data_scripts/check_dataset.py", ("--train_data_dir", "images"))
 TRAIN = AUTOENCODER.plus("--dataset_name", "", "--train_data_dir", "images", folder="trained")
@@ -177,9 +178,11 @@ def _measured(worker: Worker, command: Command, folder: Path, **environment: str
             [sys.executable, str(command.script), *command.words], cwd=folder, env=worker.variables | environment,
             stdout=file, stderr=file,
         )  # fmt: skip
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Done(process.returncode, output.read_text(errors="replace")), usage.ru_maxrss / 2**20
+    peak = 0
+    while process.poll() is None:  # the peak only rises, and at the end it is no longer known
+        peak = peak_resident_bytes(process.pid) or peak
+        time.sleep(0.01)
+    return Done(process.returncode, output.read_text(errors="replace")), peak / 2**30
 
 
 @trial("Image files from others")

@@ -70,9 +70,9 @@ TITLES = {
     "scale": "Large data",
 }
 NOTES = {
-    "loop": "The loop with everything on (EMA at every fourth step as in the presets, metrics, progress bar, captions) "
-    "and a bare PyTorch loop train the same networks on the same latents in batches of 32. The CPU time beside the "
-    "network is measured with a tiny network and one thread, as the difference of both loops.",
+    "loop": "The loop with everything on (EMA at every fourth step, as in the quickstart, metrics, progress bar, "
+    "captions) and a bare PyTorch loop train the same networks on the same latents in batches of 32. The CPU time "
+    "beside the network is measured with a tiny network and one thread, as the difference of both loops.",
     "latents": "Both kinds of steps, with batches of 32, include the loading of their batch, the optimizer and the EMA "
     "weights. Latents are 16×8×8. One core assembles their batches, whose time is CPU time.",
     "pipeline": "Both sides use the same U-Net, text encoder, autoencoder, noise, scheduler and guidance, and their "
@@ -132,7 +132,7 @@ def page_text(machines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary_table(machines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table with a row for each machine with one of its columns; what was not measured there stays empty."""
+    """Return the table of machines, without those that measured none of its columns; other missing values are empty."""
     lines = [["machine", *SUMMARY], ["---", *["---:"] * len(SUMMARY)]]
     for one in machines:
         known = {metric["name"]: metric["value"] for metrics in one["parts"].values() for metric in metrics}
