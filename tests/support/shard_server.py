@@ -36,7 +36,9 @@ class ShardServer:
         folder: the folder with its files.
         redirects: URLs by the path that leads there.
         statuses: status by the path that is always answered with it.
-        flaky: answer every fifth request with status 503, and cut every fifth one in the middle of its content.
+        flaky: every fifth part of a file is answered with status 503 when it is first asked for, and every fifth one is
+            cut in the middle of its content. Asked for again, it is sent whole: a client whose requests come all at
+            once does not have more bad luck than one that waits for each.
         ranges: whether parts of files are sent.
         headers: further headers of all answers.
         connections: the connections that clients have opened.
@@ -56,6 +58,7 @@ class ShardServer:
     most_at_once: int = 0
     connections: list[socket.socket] = field(default_factory=list)
     _at_once: int = 0
+    _parts: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -80,6 +83,13 @@ class ShardServer:
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def fault_of(self, part: tuple[str, str]) -> str | None:
+        """Return "busy", "cut" or None for a request of a path and a range."""
+        if part in self._parts:
+            return None
+        self._parts.add(part)
+        return {0: "busy", 3: "cut"}.get(len(self._parts) % 5)
 
     @property
     def sent(self) -> int:
@@ -114,16 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests += 1
             server._at_once += 1
             server.most_at_once = max(server.most_at_once, server._at_once)
-            number = server.requests
+            fault = server.fault_of((self.path, self.headers.get("Range", ""))) if server.flaky else None
         try:
             if server.seconds:
                 time.sleep(server.seconds)
-            self._answer(number)
+            self._answer(fault)
         finally:
             with server.lock:
                 server._at_once -= 1
 
-    def _answer(self, number: int) -> None:
+    def _answer(self, fault: str | None) -> None:
         server, path = self.shards, unquote(self.path)
         if path in server.redirects:
             return self._send(302, b"moved", {"Location": server.redirects[path]})
@@ -132,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = server.folder / path.lstrip("/")
         if not file.is_file():
             return self._send(404, b"not here")
-        if server.flaky and number % 5 == 0:
+        if fault == "busy":
             return self._send(503, b"busy")
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
@@ -144,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(416, b"")
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         body = content[start : end + 1]
-        self._send(206, body, headers, cut=server.flaky and number % 5 == 3 and len(body) > 1)
+        self._send(206, body, headers, cut=fault == "cut" and len(body) > 1)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: bool = False) -> None:
         self.send_response(status)
