@@ -43,7 +43,7 @@ def finished(steps: int, **metrics: float) -> dict:
 
 def test_the_training_leaves_time_for_the_evaluation():
     plan = Plan(10.0, seconds={"make_posters": 15.0})
-    assert plan.minutes_for(DIFFUSION) == round((600 - 15 - 15) * 0.8 / 60, 2)
+    assert plan.minutes_for(DIFFUSION) == round((600 - 15 - 15) * 0.74 / 60, 2)
 
 
 def test_the_preset_leaves_the_precision_to_the_processor():
