@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from training.core.stage import Batch
-from training.models.attention import attention_kernel
 
 
 def caption_and_class(
@@ -30,8 +29,7 @@ def caption_and_class(
     arguments: dict[str, Tensor | None] = {"encoder_hidden_states": None}
     if empty_ids is not None:
         input_ids = torch.where(dropped[:, None], empty_ids, batch["input_ids"])
-        with attention_kernel(input_ids.shape[1]):
-            arguments["encoder_hidden_states"] = encode_captions(text_encoder, input_ids)
+        arguments["encoder_hidden_states"] = encode_captions(text_encoder, input_ids)
     if denoiser.config.num_class_embeds:
         arguments["class_labels"] = torch.where(dropped, null_class(denoiser), batch["label"])
     return arguments
