@@ -37,8 +37,8 @@ class ShardServer:
         redirects: URLs by the path that leads there.
         statuses: status by the path that is always answered with it.
         flaky: every fifth part of a file is answered with status 503 when it is first asked for, and every fifth one is
-            cut in the middle of its content. Asked for again, it is sent whole: a client whose requests come all at
-            once does not have more bad luck than one that waits for each.
+            cut in the middle of its content. A part that is asked for again is sent whole, so the number of faults that
+            a client meets does not depend on the order of its requests.
         ranges: whether parts of files are sent.
         headers: further headers of all answers.
         connections: the connections that clients have opened.
@@ -85,7 +85,7 @@ class ShardServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def fault_of(self, part: tuple[str, str]) -> str | None:
-        """Return "busy", "cut" or None for a request of a path and a range."""
+        """Remember a path and range that are asked for; return its fault: "busy", "cut" or None. Needs the lock."""
         if part in self._parts:
             return None
         self._parts.add(part)
