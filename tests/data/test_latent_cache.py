@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,8 @@ from pipelines.common.latents import posterior_moments
 from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.cli import UserError
 from tests.conftest import ROOT
+from tests.support.forks import Fork, warm_interpreter
+from tests.support.runs import launch
 from tests.support.tiny_models import tiny_tokenizer, tiny_vae
 from training.core.batches import fetch
 from training.core.draws import SampleKey
@@ -413,17 +412,16 @@ def test_a_damaged_shard_is_made_again(data: Path, vae_folder: Path, cache_folde
     assert (copy / "train" / "shard-00001.safetensors").stat().st_mtime_ns == untouched
 
 
-def launch(arguments: list[str], *launcher: str) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(ROOT / "data_scripts" / "precompute_latents.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+SCRIPT = ROOT / "data_scripts/precompute_latents.py"
 
 
-def wait_for_shards(folder: Path, count: int, process: subprocess.Popen) -> None:
+def start(arguments: list[str]) -> Fork:
+    return warm_interpreter().start(SCRIPT, *arguments)
+
+
+def wait_for_shards(folder: Path, count: int, process: Fork) -> None:
     while len(list(folder.rglob("shard-*.json"))) < count:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.output
         time.sleep(0.002)
 
 
@@ -435,22 +433,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ):
     folder = tmp_path / "latents"
     arguments = flags(data, vae_folder, folder)
-    process = launch(arguments)
+    process = start(arguments)
     wait_for_shards(folder, 2, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGINT: 130}
-    assert process.returncode == expected[number], output
+    assert process.wait() == expected[number], process.output
     assert not (folder / "cache.json").exists()
-    assert number == signal.SIGKILL or "run the same command again to resume" in output
+    assert number == signal.SIGKILL or "run the same command again to resume" in process.output
     assert precompute(*arguments) == 0
     assert contents(folder) == contents(cache_folder)
 
 
 def test_two_makers_of_a_cache_at_once(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
-    processes = [launch(flags(data, vae_folder, tmp_path / "latents")) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in processes]
-    statuses = [process.returncode for process in processes]
+    processes = [start(flags(data, vae_folder, tmp_path / "latents")) for _ in range(2)]
+    statuses = [process.wait() for process in processes]
+    outputs = [process.output for process in processes]
     assert sorted(statuses) in ([0, 0], [0, 2]), outputs
     for output, status in zip(outputs, statuses):
         assert "Traceback" not in output
@@ -464,7 +461,7 @@ def test_a_cache_that_is_being_made_is_refused_and_a_killed_maker_does_not_hold_
     folder = tmp_path / "latents"
     with lock_of(folder), pytest.raises(UserError, match="another process is making"):
         precompute(*flags(data, vae_folder, folder))
-    process = launch(flags(data, vae_folder, folder, "--dataloader_num_workers", "2"))
+    process = start(flags(data, vae_folder, folder, "--dataloader_num_workers", "2"))
     wait_for_shards(folder, 2, process)
     process.kill()
     assert precompute(*flags(data, vae_folder, folder)) == 0
@@ -473,13 +470,10 @@ def test_a_cache_that_is_being_made_is_refused_and_a_killed_maker_does_not_hold_
 
 def test_two_processes_give_the_same_bytes(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
     folder = tmp_path / "latents"
-    process = launch(
-        flags(data, vae_folder, folder), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    )
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    done = launch(SCRIPT, *flags(data, vae_folder, folder), processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert contents(folder) == contents(cache_folder)
-    assert output.count("Latents are in") >= 1
+    assert "Latents are in" in done.stdout
 
 
 def test_independent_jobs_give_the_same_bytes_in_any_order(
@@ -488,15 +482,14 @@ def test_independent_jobs_give_the_same_bytes_in_any_order(
     """Three jobs, one of which is killed and started again, and two of which run at the same time."""
     folder = tmp_path / "latents"
     shares = [flags(data, vae_folder, folder, "--num_jobs", "3", "--job_index", str(job)) for job in range(3)]
-    killed = launch(shares[1])
+    killed = start(shares[1])
     wait_for_shards(folder, 1, killed)
     killed.kill()
-    killed.communicate()
-    at_the_same_time = launch(shares[2])
+    killed.wait()
+    at_the_same_time = start(shares[2])
     assert precompute(*shares[0]) == 0
     assert "The share of job 0 is complete" in capsys.readouterr().out
-    output, _ = at_the_same_time.communicate()
-    assert at_the_same_time.returncode == 0, output
+    assert at_the_same_time.wait() == 0, at_the_same_time.output
     assert not (folder / "cache.json").exists()
     assert precompute(*shares[1]) == 0
     assert "Latents are in" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.support.forks import Fork
 from tests.support.ranks import outcomes, start_ranks, wait_for
 from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, toy
 from tests.support.tiny_models import tiny_vae
@@ -23,14 +24,14 @@ FLAGS = ("--report_to", "none", "--cpu_threads", "1", "--train_batch_size", "4",
 SLOW = ("--slow_seconds", "0.2")
 
 
-def started(folder: Path, *flags: str) -> list[subprocess.Popen[str]]:
+def started(folder: Path, *flags: str) -> list[Fork]:
     """Start a run of two processes, and wait for its first checkpoint."""
     processes = start_ranks(TOY, ["--output_dir", str(folder), *FLAGS, *SLOW, *flags])
     wait_for(lambda: (folder / "checkpoints/latest").exists(), processes)
     return processes
 
 
-def assert_both_end_with(processes: list[subprocess.Popen[str]], message: str) -> None:
+def assert_both_end_with(processes: list[Fork], message: str) -> None:
     """Both processes end with status 2, and only one of them prints the message, without a traceback."""
     statuses, errors = outcomes(processes)
     assert statuses == [2, 2], errors
@@ -87,8 +88,7 @@ def test_a_process_that_is_killed_while_the_first_one_works_alone_ends_it_within
     """Nothing is exchanged meanwhile: the first process would notice it after an hour."""
     flags = [*FLAGS, "--max_train_steps", "1", "--long_part", part, "--signal_rank", "0"]
     processes = start_ranks(TOY, ["--output_dir", str(tmp_path / "run"), *flags])
-    assert processes[0].stdout is not None
-    assert any(f"long part: {part}" in line for line in processes[0].stdout)
+    wait_for(lambda: f"long part: {part}" in processes[0].stdout, processes)
     processes[1].kill()
     killed = time.monotonic()
     statuses, errors = outcomes(processes, 60)
@@ -146,9 +146,7 @@ def test_an_error_in_the_share_of_one_process_of_the_previews_ends_both_with_one
 def test_a_process_that_is_killed_in_its_share_of_the_previews_ends_the_other(tmp_path):
     run = tmp_path / "run"
     processes = start_ranks(TOY, ["--output_dir", str(run), *PREVIEWS, "--long_part", "previews"])
-    assert processes[1].stdout is not None
-    while "long part: previews" not in processes[1].stdout.readline():
-        assert processes[1].poll() is None, processes[1].communicate()
+    wait_for(lambda: "long part: previews" in processes[1].stdout, processes)
     processes[1].kill()
     statuses, errors = outcomes(processes)
     assert statuses == [2, -signal.SIGKILL]

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from pipelines.tools.cli import UserError
-from tests.support.runs import ROOT, TOY, assert_same_state, command, environment, rows, toy
+from tests.support.forks import Fork, warm_interpreter
+from tests.support.runs import ROOT, TOY, assert_same_state, environment, rows, toy
 from tests.support.toy_runs import run, state_of
 from training.engine import prepare
 from training.engine.signals import REQUEUE_STATUS, Interrupted, StopSignal
@@ -23,26 +24,29 @@ from training.engine.signals import REQUEUE_STATUS, Interrupted, StopSignal
 FLAGS = ("--train_batch_size", "4", "--num_train_epochs", "2", "--critic", "true", "--preview_epochs", "0")
 
 
-def started(
-    folder: Path, *flags: str, before: tuple[str, ...] = (), hangup=signal.SIG_DFL, own_group: bool = False
-) -> subprocess.Popen:
-    """Start a run in a separate process, and wait until it is training.
+def words(folder: Path, *flags: str) -> tuple[str, ...]:
+    return ("--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS, *flags)
 
-    Args:
-        hangup: what a SIGHUP does at the start. The tests themselves may run under `nohup`.
-        own_group: whether to start a new group of processes, which can be signalled as a whole.
-    """
-    words = ["--output_dir", str(folder), "--report_to", "none", "--cpu_threads", "1", *FLAGS, *flags]
+
+def started(folder: Path, *flags: str) -> Fork:
+    """Start a run in a process and a group of its own, and wait until it is training."""
+    process = warm_interpreter().start(TOY, *words(folder, *flags))
+    wait_for(lambda: (folder / "metrics.csv").is_file(), process)
+    return process
+
+
+def started_by(folder: Path, before: tuple[str, ...], *flags: str, hangup=signal.SIG_DFL) -> subprocess.Popen[str]:
+    """Start a run by another program, and wait until it is training. `hangup` is what a SIGHUP does at the start."""
     process = subprocess.Popen(
-        [*before, *command(TOY, *words)] if not before else [*before, str(TOY), *words],
+        [*before, str(TOY), *words(folder, *flags)],
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=own_group, preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )  # fmt: skip
     wait_for(lambda: (folder / "metrics.csv").is_file(), process)
     return process
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen[str] | Fork, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -67,7 +71,7 @@ def test_a_process_asked_to_stop_saves_and_says_how_to_resume(tmp_path, number):
 def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path, number):
     """Service managers and schedulers signal every process of a job, the data-loading workers too."""
     flags = ("--slow_seconds", "0.05", "--logging_steps", "1", "--dataloader_num_workers", "2")
-    process = started(tmp_path / "run", *flags, own_group=True)
+    process = started(tmp_path / "run", *flags)
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == REQUEUE_STATUS, errors
@@ -76,7 +80,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path, number):
 
 
 def test_nohup_keeps_a_run_training_when_the_terminal_closes(tmp_path):
-    process = started(tmp_path / "run", "--logging_steps", "1", hangup=signal.SIG_IGN)
+    process = started_by(tmp_path / "run", (sys.executable,), "--logging_steps", "1", hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -85,9 +89,7 @@ def test_nohup_keeps_a_run_training_when_the_terminal_closes(tmp_path):
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process = started(tmp_path / "run", "--slow_seconds", "1", "--logging_steps", "1", "--checkpointing_epochs", "0")
     process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    while "press Ctrl-C again" not in process.stderr.readline():
-        pass
+    wait_for(lambda: "press Ctrl-C again" in process.stderr, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130
@@ -120,9 +122,8 @@ def test_a_stop_while_an_input_is_made(tmp_path, number):
     (tmp_path / "c.yaml").write_text(
         f"prepare:\n  {target}: data_scripts/make_posters.py --output_dir {target} --num_posters 50000\n"
     )
-    words = ("--config", tmp_path / "c.yaml", "--output_dir", tmp_path / "run", "--data", target, "--report_to", "none")
-    words = tuple(map(str, words))
-    process = subprocess.Popen(command(TOY, *words), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    flags = ("--config", tmp_path / "c.yaml", "--output_dir", tmp_path / "run", "--data", target, "--report_to", "none")
+    process = warm_interpreter().start(TOY, *map(str, flags))
     wait_for(lambda: is_making_posters(process.pid), process)
     time.sleep(0.5)
     process.send_signal(number)  # to the trainer alone, as a scheduler or `kill` does, unlike a terminal
@@ -172,7 +173,7 @@ def test_a_launcher_ended_by_a_sigterm_stops_the_trainer(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     toy(whole, *FLAGS)
     launcher = str(Path(sys.executable).with_name("accelerate"))
-    process = started(parts, "--slow_seconds", "0.2", before=(launcher, "launch", "--cpu"))
+    process = started_by(parts, (launcher, "launch", "--cpu"), "--slow_seconds", "0.2")
     (trainer,) = psutil.Process(process.pid).children()
     process.terminate()
     process.wait(30)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.forks import Fork, WarmInterpreter, wait_for
 from tests.support.hub_server import HubServer
-from tests.support.runs import assert_same_state
+from tests.support.runs import TOY, assert_same_state, environment
 from training.engine.signals import REQUEUE_STATUS
 
 # Two seconds, and a second for a machine that is busy with other tests.
@@ -68,7 +68,7 @@ def warm() -> Iterator[WarmInterpreter]:
 def whole(warm, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    assert start(warm, folder, "whole").wait() == 0
+    assert start(warm, folder).wait() == 0
     return folder / "run"
 
 
@@ -79,15 +79,16 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def start(warm: WarmInterpreter, folder: Path, name: str, *flags: str, **variables: str) -> Fork:
+def start(warm: WarmInterpreter, folder: Path, *flags: str, **variables: str) -> Fork:
     report_to = () if "--report_to" in flags else ("--report_to", "none")
-    return warm.start(folder / name, "--output_dir", str(folder / "run"), *FLAGS, *report_to, *flags, **variables)
+    words = ["--output_dir", str(folder / "run"), *FLAGS, *report_to, *flags]
+    return warm.start(TOY, *words, env=environment(**variables))
 
 
 def stop(run: Fork, case: Case, active: str) -> float:
     """Signal a run once it has printed `active`; return the seconds until its end."""
-    wait_for(lambda: active in run.output or run.status is not None)
-    assert run.status is None, run.output
+    wait_for(lambda: active in run.output or run.returncode is not None)
+    assert run.returncode is None, run.output
     time.sleep(0.1)
     asked = time.monotonic()
     (os.killpg if case.to_group else os.kill)(run.pid, case.number)
@@ -100,7 +101,7 @@ def stop(run: Fork, case: Case, active: str) -> float:
 
 
 def check_resumed(warm: WarmInterpreter, folder: Path, whole: Path, *flags: str, **variables: str) -> None:
-    again = start(warm, folder, "again", *flags, **variables)
+    again = start(warm, folder, *flags, **variables)
     assert again.wait() == 0, again.output
     assert_same_state(folder / "run", whole)
 
@@ -109,7 +110,7 @@ def check_resumed(warm: WarmInterpreter, folder: Path, whole: Path, *flags: str,
     "case", [*TOY_PARTS, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_TOY_PARTS)], ids=str
 )
 def test_a_stop_in_a_part_of_the_stage(warm, whole, tmp_path, case):
-    run = start(warm, tmp_path, "first", "--long_part", case.part, *case.flags)
+    run = start(warm, tmp_path, "--long_part", case.part, *case.flags)
     assert stop(run, case, f"long part: {case.part}") < SECONDS
     if case.part in ("validation", "previews", "saving", "finish"):
         assert "everything is saved" in run.output
@@ -119,7 +120,7 @@ def test_a_stop_in_a_part_of_the_stage(warm, whole, tmp_path, case):
 @pytest.mark.parametrize("case", [Case("hub", signal.SIGTERM), Case("hub", signal.SIGINT, to_group=True)], ids=str)
 def test_a_stop_while_the_hub_does_not_answer(warm, whole, tmp_path, silent_server, case):
     flags = ("--push_to_hub", "true", "--hub_model_id", "toy", *WORKERS)
-    run = start(warm, tmp_path, "first", *flags, HF_ENDPOINT=silent_server, HF_TOKEN="hf_" + "w" * 34)
+    run = start(warm, tmp_path, *flags, HF_ENDPOINT=silent_server, HF_TOKEN="hf_" + "w" * 34)
     # The check of the Hub is the last thing before the log says how the run starts.
     wait_for(lambda: (tmp_path / "run/checkpoints").is_dir())
     time.sleep(1.5)
@@ -134,7 +135,7 @@ def test_a_stop_during_an_upload(warm, whole, tmp_path):
     flags = ("--push_to_hub", "true", "--hub_model_id", "toy")
     variables = hub.env(home=tmp_path / "home")
     try:
-        run = start(warm, tmp_path, "first", *flags, **variables)
+        run = start(warm, tmp_path, *flags, **variables)
         assert stop(run, Case("upload", signal.SIGTERM), "Finishing the upload") < SECONDS
         hub.gate.set()
         check_resumed(warm, tmp_path, whole, *flags, **variables)
@@ -144,7 +145,7 @@ def test_a_stop_during_an_upload(warm, whole, tmp_path):
 
 def test_a_stop_while_a_tracker_does_not_answer(warm, whole, tmp_path, silent_server):
     variables = {"WANDB_BASE_URL": silent_server, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
-    run = start(warm, tmp_path, "first", "--report_to", "wandb", **variables)
+    run = start(warm, tmp_path, "--report_to", "wandb", **variables)
     wait_for(lambda: (tmp_path / "run/wandb").is_dir())
     time.sleep(1)
     assert stop(run, Case("tracker", signal.SIGTERM), "") < SECONDS

@@ -10,8 +10,6 @@ with the process id of the fork, and then with its exit status.
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import runpy
@@ -21,17 +19,6 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
-
-MODULES = (
-    "torch", "accelerate", "diffusers", "transformers", "datasets", "tokenizers", "huggingface_hub",
-    "safetensors.torch", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.Image", "PIL.PngImagePlugin",
-    "jinja2", "pandas",
-    "pyarrow.parquet", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d",
-    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
-    "transformers.models.clip.modeling_clip", "transformers.tokenization_utils_fast", "accelerate.tracking",
-    "data_scripts.make_posters", "data_scripts.train_tokenizer", "data_scripts.precompute_latents",
-    "training.train_latent_diffusion", "training.train_autoencoder", "tests.support.toy",
-)  # fmt: skip
 
 
 class Warm:
@@ -109,10 +96,9 @@ def become(job: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    for name in MODULES:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.freeze()  # so that the collector of a fork does not copy the memory of the modules
+    from tests.support.forks import import_everything
+
+    import_everything()
     answers = os.fdopen(os.dup(1), "w")
     print("ready", file=answers, flush=True)
     # Not `for line in sys.stdin`: a fork must not inherit lines that were read in advance.

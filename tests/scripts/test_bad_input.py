@@ -225,6 +225,6 @@ def test_a_mistake_in_the_data_as_a_process(tmp_path, autoencoder_flags):
 @pytest.mark.slow
 def test_a_mistake_is_reported_once_by_two_processes(tmp_path, autoencoder_flags):
     flags = (*autoencoder_flags, "--output_dir", str(tmp_path / "run"), "--train_batch_size", "64")
-    done = launch(ROOT / "training/train_autoencoder.py", *flags, processes=2, timeout=120)
+    done = launch(ROOT / "training/train_autoencoder.py", *flags, processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1

@@ -1,64 +1,136 @@
-"""Runs of tests/support/toy.py in forks of an interpreter that has imported everything: each starts in a moment."""
+"""Scripts in forks of an interpreter that has imported the libraries: each starts in a moment instead of seconds.
+
+A fork differs from `python SCRIPT` only in that the libraries were imported before it got its environment. What
+depends on that, on the memory of a process or on how it is started is tested with processes of its own.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
 import json
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.support.runs import ROOT, environment
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODULES = (
+    "torch", "accelerate", "diffusers", "transformers", "datasets", "tokenizers", "huggingface_hub",
+    "safetensors.torch", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.Image", "PIL.PngImagePlugin",
+    "jinja2", "pandas", "wandb",
+    "pyarrow.parquet", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d",
+    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip", "transformers.tokenization_utils_fast", "accelerate.tracking",
+    "data_scripts.make_posters", "data_scripts.train_tokenizer", "data_scripts.precompute_latents",
+    "training.train_latent_diffusion", "training.train_autoencoder", "tests.support.toy",
+)  # fmt: skip
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a script: with one thread, without a network, and not one of several processes."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
 
 
 class Fork:
-    """A run in a process and a session of its own; its output is in `folder`."""
+    """A script in a process and a session of its own, with the methods of `subprocess.Popen`.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        wait_for(lambda: self._read("pid") != "")
+    Its output is in files, so that it never waits for a reader.
+    """
+
+    def __init__(self, folder: Path, args: list[str]):
+        self.args, self._folder = args, folder
+        self._place = {name: folder / name for name in ("pid", "status", "stdout", "stderr")}
+        wait_for(self._place["pid"].is_file)
         self.pid = int(self._read("pid"))
 
     def _read(self, name: str) -> str:
-        path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        path = self._place[name]
+        return path.read_bytes().decode(errors="replace") if path.is_file() else ""
+
+    @property
+    def stdout(self) -> str:
+        return self._read("stdout")
+
+    @property
+    def stderr(self) -> str:
+        return self._read("stderr")
 
     @property
     def output(self) -> str:
-        return self._read("stdout") + self._read("stderr")
+        return self.stdout + self.stderr
 
     @property
-    def status(self) -> int | None:
+    def returncode(self) -> int | None:
         """The exit status, negative for a signal; None while the process runs."""
         text = self._read("status")
         return int(text) if text else None
 
-    def wait(self, seconds: float = 60) -> int:
-        wait_for(lambda: self.status is not None, seconds)
-        assert self.status is not None
-        return self.status
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float = 60) -> int:
+        wait_for(self._place["status"].is_file, timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout, self.stderr
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class WarmInterpreter:
-    """Starts the forks."""
+    """Starts the forks.
+
+    Args:
+        variables: environment variables while the libraries are imported.
+    """
 
     def __init__(self, **variables: str):
+        self._folder = Path(tempfile.mkdtemp(prefix="halftone-forks-"))
+        self._count = 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forks"],
-            env=environment(PYTHONPATH=str(ROOT), **variables), cwd=ROOT, stdin=subprocess.PIPE, text=True,
+            env=environment(**variables), cwd=ROOT, stdin=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def start(self, folder: Path, *flags: str, **variables: str) -> Fork:
-        folder.mkdir(parents=True)
-        request = {"folder": str(folder), "flags": flags, "variables": variables}
+    def start(self, script: Path, *flags: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Fork:
+        """Start a script; `env` is its environment, of which the libraries only see what they read after the import."""
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        args = [str(script), *flags]
+        request = {"folder": str(folder), "args": args, "cwd": str(cwd), "env": dict(env or environment())}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return Fork(folder)
+        return Fork(folder, args)
+
+    def run(self, script: Path, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end, as `subprocess.run` does."""
+        fork = self.start(script, *flags, cwd=cwd)
+        return subprocess.CompletedProcess(fork.args, fork.wait(600), *fork.communicate())
 
     def close(self) -> None:
         self._process.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -68,25 +140,33 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@functools.cache
+def warm_interpreter() -> WarmInterpreter:
+    """Return the interpreter that the tests of this process share; it ends with the process."""
+    shared = WarmInterpreter()
+    atexit.register(shared.close)
+    return shared
+
+
+def import_everything() -> None:
+    for name in MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # so that the collector of a fork does not copy the memory of the modules
+
+
 def _serve() -> None:
-    import accelerate  # noqa: F401
-    import diffusers
-    import huggingface_hub  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import wandb  # noqa: F401
-
-    from tests.support import toy
-
-    diffusers.UNet2DModel, diffusers.DDPMPipeline, diffusers.DDPMScheduler  # noqa: B018 - imported when it is accessed
+    import_everything()
+    supervisors: list[int] = []
     for line in sys.stdin:
-        if os.fork() == 0:
-            _supervise(toy.main, **json.loads(line))
+        supervisors = [pid for pid in supervisors if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        if (supervisor := os.fork()) == 0:
+            _supervise(**json.loads(line))
+        supervisors.append(supervisor)
 
 
-def _supervise(main: Callable[[], int | None], folder: str, flags: list[str], variables: dict[str, str]) -> None:
-    """Fork the run, and write its process id and its exit status."""
-    from pipelines.tools.cli import entry_point
-
+def _supervise(folder: str, args: list[str], cwd: str, env: dict[str, str]) -> None:
+    """Fork the script, and write its process id and its exit status."""
     place = Path(folder)
     child = os.fork()
     if child:
@@ -97,11 +177,16 @@ def _supervise(main: Callable[[], int | None], folder: str, flags: list[str], va
         (place / "status.new").rename(place / "status")
         os._exit(0)
     os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(place / name, os.O_CREAT | os.O_WRONLY), descriptor)
-    os.environ.update(variables)
-    sys.argv = ["tests/support/toy.py", *flags]
-    entry_point(main)
+        os.dup2(os.open(place / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = args
+    sys.path[0] = str(Path(args[0]).parent)
+    runpy.run_path(args[0], run_name="__main__")
+    sys.exit()
 
 
 if __name__ == "__main__":

@@ -5,48 +5,46 @@ from __future__ import annotations
 import functools
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.child import Child
-from tests.support.runs import ROOT, environment
+from tests.support.forks import Fork, environment, warm_interpreter
 
 
-def start_ranks(script: Path, flags: Sequence[str], count: int = 2) -> list[subprocess.Popen[str]]:
-    """Start `count` processes of one run; their output is captured."""
+def start_ranks(script: Path, flags: Sequence[str], count: int = 2) -> list[Fork]:
+    """Start `count` processes of one run, as forks of the shared interpreter."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     return [
-        subprocess.Popen(
-            [sys.executable, str(script), *flags],
+        warm_interpreter().start(
+            script,
+            *flags,
             env=environment(**shared, MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank)),
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
 
 
-def outcomes(processes: list[subprocess.Popen[str]], seconds: float = 90) -> tuple[list[int], str]:
+def outcomes(processes: list[Fork], seconds: float = 90) -> tuple[list[int], str]:
     """Wait for all processes; return their exit statuses and everything that they printed to stderr."""
     deadline = time.monotonic() + seconds
     try:
-        errors = [process.communicate(timeout=max(1, deadline - time.monotonic()))[1] for process in processes]
+        statuses = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], "".join(errors)
+    return statuses, "".join(process.stderr for process in processes)
 
 
-def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str]], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], processes: list[Fork], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         for process in processes:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, process.output
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,29 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.forks import ROOT, environment, warm_interpreter
 from training.core.stage import Phase
 from training.run.metrics_log import TIMING_COLUMNS
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TOY = ROOT / "tests" / "support" / "toy.py"
 
 
-def environment(**extra: str) -> dict[str, str]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in names}
-    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **extra}
-
-
-def launch(script: Path, *flags: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python script flags`, with torchrun for several processes, and capture the output as text."""
-    return subprocess.run(
-        command(script, *flags, processes=processes),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=kwargs.pop("cwd", ROOT),
-        **kwargs,
-    )
+def launch(script: Path, *flags: str, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a script, with torchrun for several processes, and capture the output as text."""
+    if processes == 1:
+        return warm_interpreter().run(script, *flags, cwd=cwd)
+    words = command(script, *flags, processes=processes)
+    return subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=600)
 
 
 def command(script: Path, *flags: str, processes: int = 1) -> list[str]:

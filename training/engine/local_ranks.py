@@ -35,13 +35,18 @@ class LocalRanks:
         self._unknown = set(_ranks_beside(rank, num_processes)) - {rank}
         self._processes: dict[int, psutil.Process] = {}
 
-    def ended(self, store: Store) -> list[int]:
-        """Return the ranks of the processes here that have ended, for whatever reason."""
+    def are_known(self, store: Store) -> bool:
+        """Look for the processes that have not told their ids before; return whether all have told them."""
         with contextlib.suppress(Exception):  # the process that owns the store is frozen or gone
             for rank in sorted(self._unknown):
                 if store.check([_key(rank)]):
                     self._unknown.discard(rank)
                     self._find(rank, *json.loads(store.get(_key(rank))))
+        return not self._unknown
+
+    def ended(self, store: Store) -> list[int]:
+        """Return the ranks of the processes here that have ended, for whatever reason."""
+        self.are_known(store)
         return [rank for rank, process in self._processes.items() if _has_ended(process)]
 
     def _find(self, rank: int, host: str, pid: int, created: float) -> None:
