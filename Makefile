@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.halftone-installed
 
 # One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
-PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: setup doctor quickstart quickstart-tiny test test-slow test-long test-faults lint docs bench clean
 
