@@ -6,7 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.halftone-installed
 
-# One process for each core, with one thread each (tests/conftest.py). Files stay whole: their fixtures are shared.
+# One process for each core, with one thread each (tests/conftest.py). Each begins with a part of the files, whose
+# fixtures its tests share, and an idle one takes tests from the others.
 PYTEST := $(RUN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: setup doctor quickstart quickstart-tiny test test-slow test-long test-faults lint docs bench clean
