@@ -5,12 +5,15 @@ Diffusers or Transformers.
 folder that all repositories share: the pipeline's file, the files that it imports relatively (but not the files that
 those import), and one file for each custom component. A file whose name is already that of a loaded module is executed
 in that module. A file of the same name from a second repository would therefore silently replace the code of the first.
-Hence the three rules of `ship`:
+Hence the rules of `ship`:
 
 - every shipped file has a hash of its content in its name (`latents_3f2a9c1b.py`) and is imported by this name; all
   files are in one flat folder, whichever folders they come from;
 - the published file of the pipeline also imports the files that only its helpers need;
 - a component's file imports no other file.
+
+A helper imports others with a space after the dot (`from . latents_3f2a9c1b import …`), which Diffusers does not read as
+an import. Otherwise it would ask the Hub again for a file each time that another one imports it.
 
 A pipeline loaded from such a folder can be saved in the same way; its published files are then saved unchanged.
 
@@ -29,7 +32,7 @@ from typing import Any
 
 from .compatibility import check_versions, make_portable
 
-RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]+)(\s+import\b)", flags=re.MULTILINE)
+RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)\s*([\w.]+)(\s+import\b)", flags=re.MULTILINE)
 PACKAGE_IMPORT = re.compile(r"^\s*from\s+\.+\s+import\b", flags=re.MULTILINE)
 HASH_SUFFIX = re.compile(r"_[0-9a-f]{8}$")
 STOCK_LIBRARIES = ("diffusers", "transformers")
@@ -194,8 +197,10 @@ def _collect(path: Path, files: dict[Path, tuple[str, str]], above: tuple[Path, 
         if helper not in files:
             _collect(helper, files, (*above, path))
 
+    dot = ". " if above else "."  # the files of the pipeline's own file are fetched by Diffusers
+
     def published_line(match: re.Match[str]) -> str:
-        return f"{match[1]}.{files[_imported_file(path, match[2], match[3])][0]}{match[4]}"
+        return f"{match[1]}{dot}{files[_imported_file(path, match[2], match[3])][0]}{match[4]}"
 
     source = RELATIVE_IMPORT.sub(published_line, source)
     if not above:
