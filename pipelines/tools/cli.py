@@ -184,7 +184,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
     quieten_libraries()
     try:
         _check_working_folder()
-        status = main() or 0
+        status = _without_wrapping(main) or 0
     except ReportedError as error:
         status = error.status
     except UserError as error:
@@ -201,6 +201,16 @@ def entry_point(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = 1
     _exit(status)
+
+
+def _without_wrapping(main: Callable[[], int | None]) -> int | None:
+    """Call `main`. A stop that came while a compiled library was imported is raised as the library's ImportError."""
+    try:
+        return main()
+    except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+            raise error.__cause__ from None
+        raise
 
 
 def _on_unraisable(caught: Any) -> None:

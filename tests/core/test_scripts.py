@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,31 @@ def test_loader_processes_end_without_a_traceback(tmp_path):
     (tmp_path / "loading.py").write_text(LOADING)
     done = launch(tmp_path / "loading.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+WRAPPED = """
+import os, signal
+from pipelines.tools.cli import entry_point
+
+def main():
+    def stop(number, frame):
+        raise SystemExit(75)
+    if {number} == signal.SIGTERM:
+        signal.signal({number}, stop)
+    try:
+        os.kill(os.getpid(), {number})
+        signal.sigtimedwait([], 1)
+    except BaseException as stopped:  # as libraries with pybind11 do while they are imported
+        raise ImportError("initialization failed") from stopped
+
+entry_point(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "ended"), [(signal.SIGTERM, (75, "")), (signal.SIGINT, (130, "stopped\n"))], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_stop_during_the_import_of_a_compiled_library_is_a_stop(tmp_path, number, ended):
+    (tmp_path / "wrapped.py").write_text(WRAPPED.format(number=int(number)))
+    done = launch(tmp_path / "wrapped.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == ended
