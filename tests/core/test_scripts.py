@@ -100,6 +100,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_loader_processes_end_without_a_traceback(tmp_path):
     """PyTorch raises an error when a loader process is killed, as those that are still at work are in the end."""
     (tmp_path / "loading.py").write_text(LOADING)

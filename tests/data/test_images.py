@@ -356,7 +356,7 @@ def test_a_large_dataset_is_sampled_and_says_so(folder: Path):
     assert messages == []
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_bad_row_in_training_is_one_clean_message(folder: Path, workers: int):
     damage(folder)
     dataset = opened(folder)

@@ -468,6 +468,7 @@ def test_a_cache_that_is_being_made_is_refused_and_a_killed_maker_does_not_hold_
     assert contents(folder) == contents(cache_folder)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(data: Path, vae_folder: Path, cache_folder: Path, tmp_path: Path):
     folder = tmp_path / "latents"
     done = launch(SCRIPT, *flags(data, vae_folder, folder), processes=2)

@@ -168,6 +168,7 @@ def test_the_script_shows_what_it_made(data: Path, tmp_path: Path, capsys: pytes
     assert script.main([*arguments, "--overwrite", "true"]) == 0
 
 
+@pytest.mark.slow
 def test_the_folder_loads_without_this_project(data: Path, tmp_path: Path):
     folder = tmp_path / "tokenizer"
     script.main(["--dataset_name", str(data), "--output_dir", str(folder)])

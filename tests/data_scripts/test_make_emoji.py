@@ -84,6 +84,7 @@ def test_glyphs_are_in_colour_and_missing_ones_are_skipped(font: Path):
         assert make_emoji.draw(opened, absent, 64) is None
 
 
+@pytest.mark.slow
 def test_the_dataset_trains(font: Path, tmp_path: Path):
     folder = tmp_path / "emoji"
     arguments = ["--output_dir", str(folder), "--resolution", "32", "--sequences", "none"]

@@ -88,7 +88,7 @@ def test_fonts_come_with_matplotlib() -> None:
         assert font_path(grammar.font).is_relative_to(matplotlib.get_data_path())
 
 
-@pytest.mark.parametrize("complexity", ["plain", "standard", "rich"])
+@pytest.mark.parametrize("complexity", ["plain", "standard", pytest.param("rich", marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, complexity: str) -> None:
     for workers in (1, 3):
         main(arguments(tmp_path / str(workers), num_workers=workers, complexity=complexity))

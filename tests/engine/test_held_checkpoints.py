@@ -154,6 +154,7 @@ def lines_of(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").splitlines()) if file.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_finds_the_same_best_again(tmp_path, held):
     """It is killed while a better checkpoint than `best` is only in memory."""
     folder = tmp_path / "run"

@@ -242,6 +242,7 @@ def test_the_result_and_the_error_of_the_main_process():
         on_main(accelerator, fail)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_freed_memory_is_kept():
     """Allocating 40 blocks of 32 MB, one after another, causes page faults for the first one only."""

@@ -333,6 +333,7 @@ def test_the_run_folder_is_complete(tmp_path, capsys):
     assert "epoch 2, step 12: loss mean" in output.out
 
 
+@pytest.mark.slow
 def test_many_short_epochs_do_not_fill_the_terminal(tmp_path, capsys):
     assert run(tmp_path / "run", "--num_train_epochs", "40", "--preview_epochs", "0") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]

@@ -79,6 +79,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path, number):
     assert state_of(tmp_path / "run")["step"] > 0
 
 
+@pytest.mark.slow
 def test_nohup_keeps_a_run_training_when_the_terminal_closes(tmp_path):
     process = started_by(tmp_path / "run", (sys.executable,), "--logging_steps", "1", hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)

@@ -60,7 +60,7 @@ def test_the_longest_run_that_fits_is_chosen(seconds):
     assert steps == 700 or speed.seconds(steps + 1, training, config) > seconds
 
 
-@pytest.mark.parametrize("more", [(), ("--critic", "true")])
+@pytest.mark.parametrize("more", [(), pytest.param(("--critic", "true"), marks=pytest.mark.slow)])
 def test_a_run_that_was_timed_first_gives_the_same_weights(tmp_path, more):
     flags = (*SHORT, *more, "--max_train_steps", "6")
     run(tmp_path / "plain", *flags)
@@ -82,6 +82,7 @@ def test_too_short_a_time_trains_fewer_steps(tmp_path, capsys):
     assert state_of(tmp_path)["step"] == 52
 
 
+@pytest.mark.slow
 def test_a_resumed_run_decides_from_what_was_measured_first(tmp_path):
     run(tmp_path, *SHORT, "--max_train_steps", "4", "--max_train_minutes", "30")
     plan = json.loads((tmp_path / SPEED_FILE).read_text())
@@ -91,6 +92,7 @@ def test_a_resumed_run_decides_from_what_was_measured_first(tmp_path):
     assert state_of(tmp_path)["step"] == resumed["steps"] == MIN_STEPS
 
 
+@pytest.mark.slow
 def test_a_file_of_an_earlier_version_without_measurements_of_images_is_kept(tmp_path):
     run(tmp_path, *SHORT, "--max_train_steps", "4", "--max_train_minutes", "30")
     plan = json.loads((tmp_path / SPEED_FILE).read_text())
@@ -103,6 +105,7 @@ def test_a_file_of_an_earlier_version_without_measurements_of_images_is_kept(tmp
     assert "damaged" not in (tmp_path / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_stop_while_measuring_leaves_nothing_behind(tmp_path):
     """The toy asks itself to stop in step 2 of a session, and the steps that are timed come first."""
     flags = (*SHORT, "--max_train_steps", "6", "--max_train_minutes", "30")

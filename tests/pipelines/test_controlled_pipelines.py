@@ -404,6 +404,7 @@ np.savez(here / "images.npz", **images)
 """
 
 
+@pytest.mark.slow
 def test_a_saved_folder_loads_without_halftone_and_gives_the_same_images(tmp_path):
     """Uses fusion by cross attention with Halftone's autoencoder, then adds a second ControlNet and saves both.
 

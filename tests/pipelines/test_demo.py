@@ -82,6 +82,7 @@ def test_two_models_of_the_same_name_are_told_apart(folder):
     assert len(set(names)) == 2
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_a_user_error(folder):
     with socket.socket() as used:
         used.bind(("127.0.0.1", 0))

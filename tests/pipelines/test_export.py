@@ -231,7 +231,7 @@ def run_elsewhere(python: str, pipeline: LatentDiffusionPipeline, folder: Path, 
     assert (cwd / "image.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+@pytest.mark.parametrize(("channels", "mode"), [pytest.param(1, "L", marks=pytest.mark.slow), (4, "RGBA")])
 def test_grey_and_transparent_images(channels, mode, tmp_path):
     pipeline = pixels(channels, classes=None)
     folder = exported(pipeline, tmp_path)
@@ -267,6 +267,7 @@ def test_images_with_a_controlnet(tmp_path):
     assert_same_images(pipeline, folder, prompt="a")
 
 
+@pytest.mark.slow
 def test_a_distilled_model_takes_its_own_steps_without_guidance(tmp_path, capsys):
     """By default, as in PyTorch. Its last step begins at the noise level 1 / 3, as its scheduler says."""
     pipeline = PUBLISHED["distilled"]()
@@ -328,11 +329,11 @@ PARTS: dict[str, set[str]] = {
     "layout_encoder": {"encoder"},
     "layout_analysis": {"encoder", "abstractor"},
 }
-FAST = ("autoencoder", "image_caption", "layout_analysis")
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in PUBLISHED]
+    "kind",
+    ["autoencoder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PUBLISHED if kind != "autoencoder")],
 )
 def test_every_part_of_every_kind_is_exported(kind, tmp_path):
     """The command compares each part with PyTorch at two batch sizes, and for other sizes than in training."""
@@ -347,6 +348,7 @@ def test_every_part_of_every_kind_is_exported(kind, tmp_path):
         assert part["dynamic_size"] or name not in sized
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path):
     pipeline = pixels(classes=None)
     folder = exported(pipeline, tmp_path, "--dtype", "fp16")

@@ -60,6 +60,7 @@ def test_a_folder_gets_a_file_for_each_image_with_its_settings(model, tmp_path, 
     assert len(list(Path("new/images").iterdir())) == 8, "no file of the first time is replaced"
 
 
+@pytest.mark.slow
 def test_no_folder_of_this_machine_is_in_the_metadata(model, tmp_path):
     (tmp_path / "private").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "private" / "a.png")
@@ -117,6 +118,7 @@ def test_an_error_leaves_no_file_and_no_folder(model, tmp_path, monkeypatch, out
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(model, tmp_path):
     (tmp_path / "grid.png").write_bytes(b"the old grid")
 
@@ -140,6 +142,7 @@ def test_an_output_through_a_link_is_written_where_the_link_leads(model, tmp_pat
 # --- words that the tokenizer does not know
 
 
+@pytest.mark.slow
 def test_unknown_words_are_named_once_for_each_prompt_and_before_sampling(model, tmp_path):
     words = ["--prompt", "a zebra, a red quagga", "a red poster", "--negative_prompt", "zebra"]
     result = run(tmp_path, model, *words, "--batch_size", "1", "--num_images", "2")

@@ -197,6 +197,7 @@ def test_transparency_becomes_white():
     assert torch.equal(fitted(empty, 32, "crop"), torch.ones(3, 32, 32))
 
 
+@pytest.mark.slow
 def test_it_loads_without_halftone(saved):
     """Captions, images and pairs are the same in a process that does not import this project."""
     code = (

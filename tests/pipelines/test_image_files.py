@@ -109,6 +109,7 @@ def test_a_model_that_starts_from_a_vector_takes_no_image(files, tmp_path):
         sampled(tmp_path / "captions", "--image", "photo.png", "--strength", "0.5")
 
 
+@pytest.mark.slow
 def test_as_a_program_a_wrong_mask_is_one_line_and_status_2(model, files):
     command = [sys.executable, str(ROOT / "pipelines/sample.py"), "--model", str(model), "--image", "photo.png"]
     done = subprocess.run([*command, "--mask_image", "large.png"], capture_output=True, text=True)

@@ -112,6 +112,7 @@ np.savez(f"{here}/read.npz", features=reading.features[0], grammar=list(reading.
 """
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_loads_without_halftone(saved, tmp_path):
     """Its predictions in an environment without Halftone are the same."""
     image = random_poster(48, 32)

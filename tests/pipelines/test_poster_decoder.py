@@ -303,6 +303,7 @@ np.savez(here / "images.npz", **images)
 """
 
 
+@pytest.mark.slow
 def test_it_loads_without_halftone_and_gives_the_same_images(tmp_path):
     tiny_decoder().save_pretrained(tmp_path / "model")
     python = environment_without_halftone(tmp_path / "venv")

@@ -61,7 +61,7 @@ def test_the_clock():
 # --- a training
 
 
-@pytest.mark.parametrize("columns", [40, 100])
+@pytest.mark.parametrize("columns", [40, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_bar_of_a_training_is_one_line_that_messages_do_not_tear(tmp_path, columns):
     command = [sys.executable, TOY, "--output_dir", tmp_path / "run", *COMMON, "--num_train_epochs", "3"]
     status, written = on_terminal(list(map(str, command)), columns=columns, env=environment(), cwd=tmp_path)
@@ -79,6 +79,7 @@ def test_the_bar_of_a_training_is_one_line_that_messages_do_not_tear(tmp_path, c
     assert "\x1b" not in written
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_redraw_a_line_gets_no_bar(tmp_path):
     command = [sys.executable, TOY, "--output_dir", tmp_path / "run", *COMMON, "--num_train_epochs", "1"]
     status, written = on_terminal(list(map(str, command)), env=environment(TERM="dumb", NO_COLOR="1"), cwd=tmp_path)

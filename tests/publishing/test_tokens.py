@@ -44,7 +44,13 @@ def files_with(folder: Path, *secrets: str) -> list[str]:
     return [str(path) for path in files if any(secret.encode() in path.read_bytes() for secret in secrets)]
 
 
-@pytest.mark.parametrize(("way", "token"), [("login", TOKEN), ("variable", TOKEN), ("file", PLAIN_TOKEN)])
+@pytest.mark.parametrize(
+    ("way", "token"),
+    [
+        ("variable", TOKEN),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("login", TOKEN), ("file", PLAIN_TOKEN))),
+    ],
+)
 def test_a_run_uploads_and_its_token_appears_nowhere(hub, tmp_path, way, token):  # noqa: F811
     hub.users[token] = ("ada", "write")
     home, folder, file = tmp_path / "hf_home", tmp_path / "toy", tmp_path / "token.txt"
@@ -165,6 +171,7 @@ def test_a_token_on_the_command_line_of_a_launcher_is_refused(tmp_path, words):
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_token_in_any_other_place_is_masked_in_what_is_written(tmp_path):
     """The name of a run, for example; W&B records the command line in its metadata."""
     done = run_toy(tmp_path / "toy", "--run_name", f"run {TOKEN}", WANDB_MODE="offline")
@@ -313,6 +320,7 @@ def test_the_log_and_the_saved_config_are_masked(tmp_path, capsys):
     assert config.changes_from(folder.saved_config()) == {"error": [], "warn": []}
 
 
+@pytest.mark.slow
 def test_a_token_in_another_flag_is_masked_in_all_files_of_the_run(tmp_path):
     """Its own files, the config in its trackers, and its card; W&B itself also records the words of the command."""
     done = run_toy(tmp_path / "toy", "--run_name", f"my {TOKEN}", "--report_to", "tensorboard", "--license", TOKEN)

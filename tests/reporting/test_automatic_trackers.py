@@ -100,6 +100,7 @@ def test_wandb_by_name_still_records_offline_without_a_login(tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 def test_settings_that_wandb_refuses_do_not_end_the_run(tmp_path):
     output = toy(tmp_path, tmp_path / "run", WANDB_MODE="sometimes")
     assert "wandb could not be started and will not record this session" in output

@@ -130,6 +130,7 @@ def test_captions_beyond_ascii(tmp_path):
     assert TEXT in written
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume(tmp_path):
     """A run's files have a name beyond ASCII in them; before the resume, editors change config.yaml and metrics.csv."""
     folder = RunFolder(tmp_path / "run")

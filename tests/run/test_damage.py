@@ -183,6 +183,7 @@ def test_metrics_without_a_row_are_renamed(tmp_path, content):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == ["5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b'{"seconds": {"startup": "x"}}'])
 def test_a_damaged_speed_is_measured_again(folder, content):
     (folder / "speed.json").write_bytes(content)

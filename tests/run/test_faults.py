@@ -74,6 +74,7 @@ def until(child: Child, condition: Callable[[], bool]) -> None:
     wait_until(lambda: condition() or child.has_ended())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_nothing(small_disk, whole, tmp_path):
     """Rows of metrics wait in memory; log, curves, samples, checkpoints and links fail with one message each."""
     folder = small_disk / "run"
@@ -90,6 +91,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(small_disk, whole, tmp_pa
     assert "step 6 could not be written" in (folder / "run.log").read_text()  # its lines waited as well
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_export_is_an_error_that_the_same_command_makes_up_for(small_disk, whole, tmp_path):
     folder = small_disk / "run"
     child = Child(lambda: run_and_report(folder, *FLAGS, *SLOW), tmp_path / "output.txt")
@@ -118,6 +120,7 @@ def delete_at_once(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name("gone")), ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_is_created_again(tmp_path, whole):
     folder = tmp_path / "run"
     child = start(folder, *SLOW)
@@ -134,6 +137,7 @@ def test_a_folder_that_is_deleted_is_created_again(tmp_path, whole):
     assert "is complete: 12 steps" in again.text()
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_a_file_does_not_end_the_run_before_its_end(tmp_path):
     folder = tmp_path / "run"
     child = Child(lambda: run_and_report(folder, *FLAGS, *SLOW), tmp_path / "output.txt")

@@ -82,6 +82,7 @@ def test_a_stopped_run_resumes_to_the_same_run(tmp_path, whole, diffusion_flags,
         assert ours["eval_copy_rate"] == theirs["eval_copy_rate"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_measurements_were_timed_first_is_the_same_run(tmp_path, whole, diffusion_flags):
     forget_accelerate()
     words = [*diffusion_flags, *EVALUATION, "--output_dir", str(tmp_path / "run"), "--max_train_minutes", "30"]

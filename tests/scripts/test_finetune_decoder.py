@@ -192,7 +192,7 @@ def test_every_parameter_of_the_decoder_trains_and_the_readers_stay(launched, mo
 # --- resuming
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_to_the_same_run(tmp_path, launched, flags, monkeypatch, step):
     words = [*flags, "--output_dir", str(tmp_path / "run")]
     forget_accelerate()
@@ -328,6 +328,7 @@ def test_an_adapter_of_a_u_net_leaves_the_decoder_as_it_is(tmp_path, models, fla
     assert_only_the_adapted_layers_changed(tmp_path / "run", models["decoder"], "unet")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_transformer_leaves_the_decoder_as_it_is_and_resumes(tmp_path, transformer, flags, monkeypatch):
     """As the preset's decoder has one."""
     pytest.importorskip("peft")
@@ -365,7 +366,7 @@ def test_limits(kid, diverse, exceeded):
     assert all(sentence.startswith(words) for sentence, words in zip(sentences, exceeded))
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora_rank", "2"]])
+@pytest.mark.parametrize("lora", [[], pytest.param(["--lora_rank", "2"], marks=pytest.mark.slow)])
 def test_a_run_beyond_its_limits_stops_and_exports_the_decoder_before(tmp_path, models, flags, lora):
     """A learning rate that destroys the model: the diversity of its posters falls, or their distance rises.
 

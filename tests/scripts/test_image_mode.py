@@ -189,6 +189,7 @@ def test_the_mode_of_a_run_cannot_be_changed(trained, discs, tmp_path):
         run(train_autoencoder, tmp_path / "run", *AUTOENCODER, "--train_data_dir", str(discs), "--extra_epochs", "1")
 
 
+@pytest.mark.slow
 def test_transparent_emoji(tmp_path):
     try:
         make_emoji.find_font(None)

@@ -246,6 +246,7 @@ def test_the_default_models_are_made_if_they_are_missing(tmp_path, monkeypatch, 
     assert innovate.Config(model="runs/mine", reader="runs/other").recipes() == {}
 
 
+@pytest.mark.slow
 def test_a_missing_model_is_made_and_then_used(models, posters, tmp_path, monkeypatch):
     """A recipe that trains a decoder for one step, in the place of the default one."""
     monkeypatch.chdir(tmp_path)
