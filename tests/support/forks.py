@@ -50,7 +50,7 @@ class Fork:
     """
 
     def __init__(self, folder: Path, args: list[str]):
-        self.args, self._folder = args, folder
+        self.args = args
         self._place = {name: folder / name for name in ("pid", "status", "stdout", "stderr")}
         wait_for(self._place["pid"].is_file)
         self.pid = int(self._read("pid"))
@@ -91,14 +91,15 @@ class Fork:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
 class WarmInterpreter:
-    """Starts the forks.
+    """Starts the forks. They share its seed of hashes, so a run in another order of sets needs another interpreter.
 
     Args:
         variables: environment variables while the libraries are imported.
@@ -126,7 +127,10 @@ class WarmInterpreter:
     def run(self, script: Path, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """Run a script to its end, as `subprocess.run` does."""
         fork = self.start(script, *flags, cwd=cwd)
-        return subprocess.CompletedProcess(fork.args, fork.wait(600), *fork.communicate())
+        try:
+            return subprocess.CompletedProcess(fork.args, fork.wait(600), *fork.communicate())
+        finally:
+            fork.kill()
 
     def close(self) -> None:
         self._process.communicate()
