@@ -24,10 +24,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Without wandb: it makes a folder for images when it is imported, which the first fork that ends would delete.
 MODULES = (
     "torch", "accelerate", "diffusers", "transformers", "datasets", "tokenizers", "huggingface_hub",
     "safetensors.torch", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.Image", "PIL.PngImagePlugin",
-    "jinja2", "pandas", "wandb",
+    "jinja2", "pandas",
     "pyarrow.parquet", "diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d",
     "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
     "transformers.models.clip.modeling_clip", "transformers.tokenization_utils_fast", "accelerate.tracking",

@@ -12,12 +12,12 @@ from typing import Any
 def wandb_records(run_dir: Path) -> list[Any]:
     """Read all records of all offline runs under `run_dir`, in order, once each of them has its last record.
 
-    W&B writes the files in a process of its own, which may still be doing so after `finish` has returned.
+    W&B writes the files in a process of its own, which may begin to do so after `finish` has returned.
     """
     deadline = time.monotonic() + 20
     while True:
         runs = [read_wandb_file(path) for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))]
-        if all(records and records[-1].WhichOneof("record_type") == "exit" for records in runs):
+        if runs and all(records and records[-1].WhichOneof("record_type") == "exit" for records in runs):
             return [record for records in runs for record in records]
         assert time.monotonic() < deadline, "W&B did not finish its files"
         time.sleep(0.05)
