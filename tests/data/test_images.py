@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from data_scripts import make_posters
 from pipelines.latent_diffusion import tokenize_captions
 from pipelines.tools.cli import UserError
+from tests.support.loaders import read_to_the_end
 from tests.support.tiny_models import tiny_tokenizer
 from training.core.draws import SampleKey
 from training.data import source as data_source
@@ -356,13 +357,13 @@ def test_a_large_dataset_is_sampled_and_says_so(folder: Path):
     assert messages == []
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_row_in_training_is_one_clean_message(folder: Path, workers: int):
     damage(folder)
     dataset = opened(folder)
     loader = DataLoader(dataset, batch_sampler=[[SampleKey(4, 0)]], collate_fn=dataset.collate, num_workers=workers)
     with pytest.raises(UserError, match="row 4") as error:
-        list(loader)
+        read_to_the_end(loader)
     assert str(error.value).startswith("row 4 (")
     assert "Traceback" not in str(error.value)
     assert "--on_bad_sample skip" in str(error.value)

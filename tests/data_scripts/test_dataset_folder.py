@@ -65,7 +65,10 @@ def makers(images: Path, target: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("script", ["make_posters", "make_controls", "import_captions", "train_tokenizer"])
+SLOWER = [pytest.param(script, marks=pytest.mark.slow) for script in ("make_controls", "train_tokenizer")]
+
+
+@pytest.mark.parametrize("script", ["make_posters", "import_captions", *SLOWER])
 def test_of_several_makers_of_a_folder_one_makes_it_and_the_others_are_refused(tmp_path, images, script):
     target = tmp_path / "made"
     flags = makers(images, target)[f"data_scripts/{script}.py"]
@@ -216,7 +219,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("script", ["make_posters", "make_controls", "import_captions", "train_tokenizer"])
+@pytest.mark.parametrize("script", ["make_posters", "import_captions", *SLOWER])
 def test_a_full_disk_is_named_and_nothing_half_made_is_left(tmp_path, images, small_disk, script):
     with (small_disk / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:

@@ -89,7 +89,7 @@ def test_an_incomplete_input_is_made_again(tmp_path):
     assert (tmp_path / "made_old_1").is_dir()
 
 
-@pytest.mark.parametrize("path", ["made", "made/manifest.json"])
+@pytest.mark.parametrize("path", ["made", pytest.param("made/manifest.json", marks=pytest.mark.slow)])
 def test_an_input_that_another_process_makes_is_waited_for_and_used(tmp_path, path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("halftone"), "propagate", True)
     words = posters(tmp_path / "made", 1500).split()

@@ -52,6 +52,7 @@ def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, step):
     assert_same_state(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_resumed_twice_equals_uninterrupted(tmp_path, uninterrupted):
     stop_at(tmp_path / "run", 4)
     run(tmp_path / "run")

@@ -69,6 +69,7 @@ def test_a_run_that_was_timed_first_gives_the_same_weights(tmp_path, more):
     assert sorted(os.listdir(tmp_path / "timed" / "checkpoints")) == ["best", "latest", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_too_short_a_time_trains_fewer_steps(tmp_path, capsys):
     flags = (*SHORT, "--max_train_steps", "5000", "--max_train_minutes", "0.01")
     run(tmp_path, *flags)

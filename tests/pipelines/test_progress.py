@@ -118,6 +118,7 @@ def test_a_library_draws_no_bar_for_quick_work_nor_beside_ours():
     assert "ours 2/3" in written
 
 
+@pytest.mark.slow
 def test_the_bar_of_a_library_for_long_work_is_removed_at_the_end():
     status, written = on_terminal(program(SLOW_BAR), env=environment())
     assert status == 0, written

@@ -404,6 +404,7 @@ def test_custom_code_is_not_run_without_permission(tmp_path):
         load_pipeline(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded(hub: HubServer, model, tmp_path, monkeypatch):  # noqa: F811
     from huggingface_hub import HfApi, constants
 

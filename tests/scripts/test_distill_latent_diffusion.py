@@ -208,6 +208,7 @@ def test_training_and_the_pipeline_sample_alike(flags):
     assert torch.allclose(pipeline(batch["caption"], latents=noise, output_type="latent").images, own, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_samples_of_the_teacher_are_those_of_its_pipeline(flags):
     """With many steps, both reach the same images with guidance."""
     stage = stage_of(flags, "--teacher_substeps", "40")

@@ -116,6 +116,7 @@ class Slow(train_latent_diffusion.LatentDiffusionStage):
         return super()._evaluated_images(exchange, count)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_measurement_is_estimated_from_a_tenth_of_its_images(diffusion_flags):
     words = [*diffusion_flags, *EVALUATION[:2], "--evaluation_images", "100", *EVALUATION[4:], "--output_dir", "unused"]
     stage = Slow(train_latent_diffusion.parse_config(train_latent_diffusion.Config, words), StageContext())

@@ -319,6 +319,7 @@ def assert_only_the_adapted_layers_changed(run: Path, decoder: Path, kind: str) 
     assert (run / "pipeline/lora/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_u_net_leaves_the_decoder_as_it_is(tmp_path, models, flags):
     """Checkpoints contain the adapter alone; the exported network differs only in the layers that it changes."""
     pytest.importorskip("peft")

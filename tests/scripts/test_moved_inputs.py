@@ -42,7 +42,14 @@ def begun(tmp_path, images) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("place", ["copy", "trailing slash", "relative", "link", "other flag"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "copy",
+        "link",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("trailing slash", "relative", "other flag")),
+    ],
+)
 def test_the_same_images_at_another_place(tmp_path, images, begun, place, capsys, monkeypatch):
     moved: Path | str = tmp_path / "scratch/images"
     if place == "copy":

@@ -102,6 +102,7 @@ def test_impossible_times_are_rejected(minutes):
         quickstart.main(["--minutes", minutes])
 
 
+@pytest.mark.slow
 def test_only_complete_stages_are_left_out(capsys):
     """A tokenizer folder without its tokenizer.json is made again; the stage after it cannot be run here."""
     make_posters.main(["--output_dir", "data/posters_64", "--num_posters", "20", "--num_workers", "1"])

@@ -169,6 +169,7 @@ def test_a_transformer_that_cannot_be_trained(flags, more, message):
 # --- sessions
 
 
+@pytest.mark.slow
 def test_sessions_add_up(tmp_path, launched, flags):
     """Two sessions of one epoch each (--extra_epochs) give the same weights and rows as one session of two epochs."""
     for _ in range(2):

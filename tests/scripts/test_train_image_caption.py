@@ -209,6 +209,7 @@ def test_padding_never_enters_the_loss(flags):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+@pytest.mark.slow
 def test_sessions_add_up(tmp_path, launched, flags):
     """Two sessions of one epoch each give the same weights and rows as one session of two epochs, bit for bit."""
     steady = ("--lr_scheduler", "constant", "--prior.start", "0")
