@@ -60,7 +60,8 @@ def test_the_longest_run_that_fits_is_chosen(seconds):
     assert steps == 700 or speed.seconds(steps + 1, training, config) > seconds
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--critic", "true"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--critic", "true")])
 def test_a_run_that_was_timed_first_gives_the_same_weights(tmp_path, more):
     flags = (*SHORT, *more, "--max_train_steps", "6")
     run(tmp_path / "plain", *flags)

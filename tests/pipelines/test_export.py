@@ -231,7 +231,8 @@ def run_elsewhere(python: str, pipeline: LatentDiffusionPipeline, folder: Path, 
     assert (cwd / "image.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("channels", "mode"), [pytest.param(1, "L", marks=pytest.mark.slow), (4, "RGBA")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_grey_and_transparent_images(channels, mode, tmp_path):
     pipeline = pixels(channels, classes=None)
     folder = exported(pipeline, tmp_path)

@@ -61,7 +61,8 @@ def test_the_clock():
 # --- a training
 
 
-@pytest.mark.parametrize("columns", [40, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [40, 100])
 def test_the_bar_of_a_training_is_one_line_that_messages_do_not_tear(tmp_path, columns):
     command = [sys.executable, TOY, "--output_dir", tmp_path / "run", *COMMON, "--num_train_epochs", "3"]
     status, written = on_terminal(list(map(str, command)), columns=columns, env=environment(), cwd=tmp_path)

@@ -166,6 +166,7 @@ def test_evaluate_compares_the_student_with_its_teacher(tmp_path, launched, teac
 # --- what it learns
 
 
+@pytest.mark.slow
 def test_the_student_learns_the_samples_of_its_teacher(flags):
     """The distance of its samples from those of the teacher falls, for the same four captions and noise."""
     stage = stage_of(flags)

@@ -108,6 +108,7 @@ def test_the_hub_accepts_the_token_and_nobody_is_named(healthy):
     assert "ada" not in value.split()
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_written_are_missing(unhealthy):
     assert unhealthy.status == 1
     for name, variable in (("cache of datasets", "HF_DATASETS_CACHE"), ("cache of the Hub", "HF_HUB_CACHE")):
@@ -118,12 +119,14 @@ def test_folders_that_cannot_be_written_are_missing(unhealthy):
     assert json.loads(unhealthy.file)["missing"] == ["cache of datasets", "cache of the Hub"]
 
 
+@pytest.mark.slow
 def test_an_empty_path_costs_only_what_needs_a_program(unhealthy):
     assert unhealthy["scheduler"][0] == "optional"
     assert unhealthy["C++ compiler"][0] == "optional"
     assert "--compile" in unhealthy["C++ compiler"][2]
 
 
+@pytest.mark.slow
 def test_a_silent_hub_is_a_warning_and_is_not_waited_for(unhealthy):
     state, value, advice = unhealthy["Hub"]
     assert state == "warning"
@@ -131,6 +134,7 @@ def test_a_silent_hub_is_a_warning_and_is_not_waited_for(unhealthy):
     assert "HF_HUB_OFFLINE=1" in advice
 
 
+@pytest.mark.slow
 def test_tokens_and_keys_are_found_but_never_shown(unhealthy):
     assert unhealthy["Hub token"] == ("ok", "in HF_TOKEN", "")
     assert unhealthy["tracker wandb"] == ("ok", "a key or a login was found", "")

@@ -261,6 +261,7 @@ def test_a_start_from_other_weights(tmp_path, launched, flags):
     assert all(torch.allclose(trained[f"model.{name}"], tensor, atol=1e-9) for name, tensor in source.items())
 
 
+@pytest.mark.slow
 def test_losses_fall_and_captions_are_learned(tmp_path, flags):
     """The model memorizes twenty-four different pairs in a minute."""
     more = ("--num_train_epochs", "60", "--learning_rate", "1e-2", "--validation_epochs", "0", "--preview_epochs", "0")
