@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _ENDED = "ended"
 _BEAT_SECONDS = 0.5
-# How often, and how many times, the processes on the same computer are looked for at the start.
-_SEEKING_SECONDS, _SEEKING_TIMES = 0.02, 100
+# How often, and for how long, the processes on the same computer are looked for at the start.
+_SEEKING_EVERY_SECONDS, _SEEKING_SECONDS = 0.02, 2.0
 _STORE_SECONDS = 10.0
 # How long a process that learns of an error elsewhere may take to end by itself.
 _GRACE_SECONDS = 1.0
@@ -189,8 +189,9 @@ class RankWatch:
         last, missed, finished = dict.fromkeys(others, -1), dict.fromkeys(others, 0.0), set[int]()
         ended: dict[int, float] = {}  # for how long
         # The end of a process is noticed only if it was seen before, so they are looked for at once.
-        for _ in range(_SEEKING_TIMES):
-            if neighbours.are_known(store) or self._over.wait(_SEEKING_SECONDS):
+        deadline = time.monotonic() + _SEEKING_SECONDS
+        while not neighbours.are_known(store) and time.monotonic() < deadline:
+            if self._over.wait(_SEEKING_EVERY_SECONDS):
                 break
         while not self._over.wait(_BEAT_SECONDS):
             beats, began = last, time.monotonic()
