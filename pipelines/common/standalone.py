@@ -12,8 +12,8 @@ Hence the rules of `ship`:
 - the published file of the pipeline also imports the files that only its helpers need;
 - a component's file imports no other file.
 
-A helper imports others with a space after the dot (`from . latents_3f2a9c1b import …`), which Diffusers does not look
-for. Otherwise it would ask the Hub again for a file each time that another one imports it.
+A helper imports others with a space after the dot (`from . latents_3f2a9c1b import …`), a form that Diffusers does not
+recognize. Otherwise it would ask the Hub again for a file each time that another one imports it.
 
 A pipeline loaded from such a folder can be saved in the same way; its published files are then saved unchanged.
 

@@ -204,7 +204,7 @@ def entry_point(main: Callable[[], int | None]) -> None:
 
 
 def _without_wrapping(main: Callable[[], int | None]) -> int | None:
-    """Call `main`. A stop that came while a compiled library was imported is raised as the library's ImportError."""
+    """Return the status of `main`. Raise a stop itself, where a compiled library made an ImportError of it."""
     try:
         return main()
     except ImportError as error:

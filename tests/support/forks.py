@@ -100,7 +100,7 @@ class Fork:
 
 
 class WarmInterpreter:
-    """Starts the forks. They share its seed of hashes, so a run in another order of sets needs another interpreter.
+    """Starts scripts as forks of one interpreter. All of them have its hash seed, and so the same order of sets.
 
     Args:
         variables: environment variables while the libraries are imported.

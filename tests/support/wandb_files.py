@@ -12,7 +12,7 @@ from typing import Any
 def wandb_records(run_dir: Path) -> list[Any]:
     """Read all records of all offline runs under `run_dir`, in order, once each of them has its last record.
 
-    W&B writes the files in a process of its own, which may begin to do so after `finish` has returned.
+    W&B writes the files in a process of its own, which may still be doing so after `finish` has returned.
     """
     deadline = time.monotonic() + 20
     while True:
